@@ -1,0 +1,151 @@
+"""Argument checks of the ops: one clear sentence with the remedy, before anything is written.
+
+csrc/checks.h makes the same checks at native speed; `issp.ops` comes here for the exact sentence
+and kind of error when a native op refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from issp.schemas import mask_layout, mask_words, scratch_words
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def tensors(values: Sequence[Tensor], name: str, same_dtype: bool = True) -> None:
+    """A non-empty list of non-empty, contiguous, separate tensors of one device (and dtype)."""
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a list of tensors, not {type(values).__name__}")
+    if not values:
+        raise ValueError(f"{name} is an empty list: pass at least one tensor")
+    first = values[0]
+    for i, x in enumerate(values):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor, not {type(x).__name__}")
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name}[{i}] has dtype {x.dtype}: use float32, float16, bfloat16, float64"
+            )
+        if same_dtype and x.dtype != first.dtype:
+            raise TypeError(
+                f"{name}[{i}] has dtype {x.dtype} but {name}[0] has {first.dtype}: group by dtype"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"{name}[{i}] is on {x.device} but {name}[0] is on {first.device}: group by device"
+            )
+        if not x.is_contiguous():
+            raise ValueError(
+                f"{name}[{i}] is not contiguous: pass {name}[{i}].contiguous() and copy back"
+            )
+        if x.numel() == 0:
+            raise ValueError(f"{name}[{i}] is empty: leave it out")
+    _separate([(x, f"{name}[{i}]") for i, x in enumerate(values)])
+
+
+def _separate(named: Sequence[tuple[Tensor, str]]) -> None:
+    if not torch.compiler.is_compiling():
+        spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for x, name in named)
+        for (_, end, left), (begin, _, right) in zip(spans, spans[1:], strict=False):
+            if begin < end:
+                raise ValueError(f"{left} and {right} overlap in memory: pass shared weights once")
+
+
+def _state(x: Tensor, name: str, dtype: torch.dtype, length: int, device: torch.device) -> None:
+    if x.dtype != dtype:
+        raise TypeError(f"{name} has dtype {x.dtype}: it must be {dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device} but the weights are on {device}: move it there")
+    if x.dim() != 1 or x.numel() != length or not x.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous with {length} elements, not shape {tuple(x.shape)}: "
+            "build it with issp.ops.ShrinkState"
+        )
+
+
+def _shrink(shrink: float) -> None:
+    if not 0.0 <= shrink <= 1.0:
+        raise ValueError(f"shrink is {shrink}: it must lie in 0..1 (0 is hard thresholding)")
+
+
+def soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None) -> None:
+    """Checks of `soft_shrink_`."""
+    tensors(weights, "weights")
+    _shrink(shrink)
+    numels = [w.numel() for w in weights]
+    device, count = weights[0].device, len(weights)
+    _state(k, "k", torch.int64, count, device)
+    _state(thresholds, "thresholds", weights[0].dtype, count, device)
+    _state(masks, "masks", torch.int32, mask_layout(numels)[1], device)
+    _state(flips, "flips", torch.int64, count, device)
+    _state(scratch, "scratch", torch.int32, scratch_words(numels), device)
+    if found_inf is not None:
+        _state(found_inf.view(-1), "found_inf", torch.float32, 1, device)
+    state = {"k": k, "thresholds": thresholds, "masks": masks, "flips": flips, "scratch": scratch}
+    _separate(
+        [(w, f"weights[{i}]") for i, w in enumerate(weights)] + [(x, n) for n, x in state.items()]
+    )
+    if device.type == "cpu":
+        ranks(k.tolist(), numels, "weights")
+
+
+def ranks(k: Sequence[int], numels: Sequence[int], name: str) -> None:
+    """One k per tensor, each in 0..n."""
+    if len(k) != len(numels):
+        raise ValueError(f"k has {len(k)} entries for {len(numels)} tensors: give one per tensor")
+    for i, (count, numel) in enumerate(zip(k, numels, strict=True)):
+        if not 0 <= count <= numel:
+            raise ValueError(
+                f"k[{i}] is {count} but {name}[{i}] has {numel} elements: use 0..{numel}"
+            )
+
+
+def magnitude_threshold(weights, k) -> None:
+    """Checks of `magnitude_threshold`."""
+    tensors(weights, "weights")
+    ranks(k, [w.numel() for w in weights], "weights")
+
+
+def apply_masks(values, masks) -> None:
+    """Checks of `apply_masks_`."""
+    tensors(values, "tensors", same_dtype=False)
+    _state(
+        masks, "masks", torch.int32, mask_layout([x.numel() for x in values])[1], values[0].device
+    )
+    _separate([(x, f"tensors[{i}]") for i, x in enumerate(values)] + [(masks, "masks")])
+
+
+def nm_prune(weight, n, m, v, layout, shrink=0.0) -> None:
+    """Checks of `nm_prune`; a dimension that the pattern does not divide is an error."""
+    tensors([weight], "weight")
+    _shrink(shrink)
+    if not 1 <= n <= m:
+        raise ValueError(f"keep n = {n} of m = {m}: n must lie in 1..m")
+    if v < 1:
+        raise ValueError(f"v is {v}: it must be at least 1")
+    shape = tuple(weight.shape)
+    if layout == "flat":
+        if v != 1:
+            raise ValueError(f'layout "flat" has no rows to share a pattern (v = {v}): use v = 1')
+        if weight.numel() % m:
+            raise ValueError(
+                f"m = {m} does not divide the {weight.numel()} elements of shape {shape}: choose another m"
+            )
+    elif layout == "channels":
+        if weight.dim() < 2:
+            raise ValueError(
+                f'layout "channels" needs a weight [O, I, ...], not shape {shape}: use "flat"'
+            )
+        if weight.shape[1] % m or weight.shape[0] % v:
+            raise ValueError(
+                f"weight of shape {shape} does not divide into groups of m = {m} input channels and "
+                f"v = {v} output rows: choose other numbers or leave the layer dense"
+            )
+    else:
+        raise ValueError(f'layout is "{layout}": use "channels" or "flat"')
+    if mask_words(weight.numel()) >= 2**31:
+        raise ValueError(f"weight of shape {shape} is too large for one packed mask")

@@ -1,0 +1,154 @@
+"""The oracle: every op in plain torch, on any device, slow and obvious.
+
+Rules, in the order of csrc/semantics.h and triton_kernels/semantics.py: key, selected, shrunk.
+Source: ISS-P, "Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution", figure 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from issp import checks
+from issp.schemas import mask_layout, mask_words
+
+_INTEGER = {
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float64: torch.int64,
+}
+
+
+def key(w: Tensor) -> Tensor:
+    """The order of magnitudes as integers: the bits without the sign; NaN above infinity."""
+    bits = w.view(_INTEGER[w.dtype])
+    return bits & torch.iinfo(bits.dtype).max
+
+
+def selected(w: Tensor, k: int) -> Tensor:
+    """True for the k smallest keys of a flat tensor; equal keys: lowest index first."""
+    chosen = torch.zeros(w.numel(), dtype=torch.bool, device=w.device)
+    chosen[torch.sort(key(w), stable=True).indices[:k]] = True
+    return chosen
+
+
+def shrunk(w: Tensor, shrink: float) -> Tensor:
+    """w * shrink, rounded to nearest even; 16-bit dtypes are widened to float32, then rounded again.
+
+    shrink = 0 gives a zero of w's sign (no multiplication: infinity becomes zero as well). A product
+    below the smallest normal number becomes a zero of w's sign (bfloat16: judged in float32), except
+    for float16, whose denormals carry information. NaN stays as it is.
+    """
+    bits = w.view(_INTEGER[w.dtype])
+    zero = (bits & torch.iinfo(bits.dtype).min).view(w.dtype)
+    tiny = torch.finfo(w.dtype).tiny
+    if shrink == 0:
+        product = zero
+    elif w.dtype == torch.float64:
+        product = w * shrink
+        product = torch.where(product.abs() < tiny, zero, product)
+    else:
+        # float64 holds the product of two float32 exactly, so the bound is judged the same way in
+        # every floating-point mode: from half a denormal step (2**-150) below, rounding turns up.
+        exact = w.double() * torch.tensor(shrink, dtype=torch.float32).item()
+        product = exact.float().to(w.dtype)
+        if w.dtype != torch.float16:
+            product = torch.where(exact.abs() < tiny, (exact.sign() * tiny).to(w.dtype), product)
+            product = torch.where(exact.abs() < tiny - 2.0**-150, zero, product)
+    return torch.where(w.isnan(), w, product)
+
+
+def pack(kept: Tensor) -> Tensor:
+    """Packs a flat bool tensor into int32 words, lowest element in the lowest bit."""
+    words = mask_words(kept.numel())
+    bits = torch.zeros(words * 32, dtype=torch.int64, device=kept.device)
+    bits[: kept.numel()] = kept
+    weights = torch.ones(32, dtype=torch.int64, device=kept.device) << torch.arange(
+        32, device=kept.device
+    )
+    packed = (bits.view(words, 32) * weights).sum(1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack(words: Tensor, numel: int) -> Tensor:
+    """The inverse of `pack`: flat bool tensor, True = kept."""
+    bits = words[:, None] >> torch.arange(32, dtype=torch.int32, device=words.device)
+    return (bits & 1).bool().flatten()[:numel]
+
+
+def soft_shrink_(
+    weights: list[Tensor],
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    found_inf: Tensor | None = None,
+    bracket: bool = True,
+) -> None:
+    """See `soft_shrink_` in schemas.py. Neither the bracket nor the scratch is used here."""
+    checks.soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf)
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    starts, _ = mask_layout([w.numel() for w in weights])
+    for t, (w, start, count) in enumerate(zip(weights, starts, k.tolist(), strict=True)):
+        if not 0 <= count <= w.numel():
+            continue
+        flat = w.view(-1)
+        chosen = selected(flat, count)
+        mask = masks[start : start + mask_words(w.numel())]
+        old = unpack(mask, w.numel())
+        mask.copy_(pack(~chosen))
+        flips[t] = (old == chosen).sum()
+        thresholds[t] = magnitude_threshold([w], [count])[0]
+        flat.copy_(torch.where(chosen, shrunk(flat, shrink), flat))
+
+
+def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
+    """See `magnitude_threshold` in schemas.py."""
+    checks.magnitude_threshold(weights, k)
+    found = torch.zeros(len(weights), dtype=weights[0].dtype, device=weights[0].device)
+    for t, (w, count) in enumerate(zip(weights, k, strict=True)):
+        if count:
+            ordered = torch.sort(key(w.view(-1))).values
+            found[t] = ordered[count - 1].view(w.dtype)
+    return found
+
+
+def apply_masks_(tensors: list[Tensor], masks: Tensor) -> None:
+    """See `apply_masks_` in schemas.py."""
+    checks.apply_masks(tensors, masks)
+    starts, _ = mask_layout([x.numel() for x in tensors])
+    for x, start in zip(tensors, starts, strict=True):
+        x.view(-1)[~unpack(masks[start : start + mask_words(x.numel())], x.numel())] = 0
+
+
+def nm_prune(
+    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """See `nm_prune` in schemas.py."""
+    checks.nm_prune(weight, n, m, v, layout, shrink)
+    if layout == "flat":
+        groups = weight.view(1, -1, m, 1)
+    else:
+        groups = weight.view(weight.shape[0] // v, v, weight.shape[1] // m, m, -1)
+        groups = groups.permute(0, 2, 4, 3, 1)  # [O/v, I/m, kernel, m, v]
+    score = key(groups[..., 0]) if v == 1 else _l1_key(groups)
+    order = torch.sort(score.reshape(*groups.shape[:-1]), dim=-1, stable=True).indices
+    chosen = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=weight.device)
+    chosen.scatter_(-1, order[..., : m - n], True)
+    if layout == "channels":
+        chosen = chosen[..., None].expand(groups.shape).permute(0, 4, 1, 3, 2)
+    chosen = chosen.reshape(weight.shape)
+    return torch.where(chosen, shrunk(weight, shrink), weight), pack(~chosen.flatten())
+
+
+def _l1_key(groups: Tensor) -> Tensor:
+    """Keys of the |w| summed over the last dimension, one row after the other."""
+    wide = groups.abs() if groups.dtype == torch.float64 else groups.float().abs()
+    total = wide[..., 0].clone()
+    for row in range(1, wide.shape[-1]):
+        total += wide[..., row]
+    return torch.where(total.isnan(), torch.iinfo(_INTEGER[total.dtype]).max, key(total))

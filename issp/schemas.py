@@ -1,0 +1,94 @@
+"""THE CONTRACT: every op of `torch.ops.issp`, its schema, its exact semantics and its fake.
+
+Common to all ops
+    dtypes      float32, float16, bfloat16, float64; contiguous; all tensors of a call on one device.
+    key(w)      the bits of w without the sign, as an integer: the order of magnitudes. +0 == -0,
+                denormals are ordered, NaN is larger than infinity. Ties: lowest flat index first.
+    packed mask int32 words; bit j of word i is 1 when element 32*i + j is KEPT. Each tensor starts
+                at the word given by `mask_layout`; bits behind its last element are 0.
+    errors      everything is checked first; on any error nothing has been modified.
+The rules (key, tie, shrink) stand in reference.py, csrc/semantics.h, triton_kernels/semantics.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LINE_WORDS = 16  # a tensor's mask starts on its own 64-byte line: no false sharing between threads
+SCRATCH_HEADER = 64
+
+library = torch.library.Library("issp", "DEF")
+
+# Per tensor t: select the k[t] smallest keys; w = shrunk(w) where selected, see `shrunk` in
+# reference.py; masks = not selected; flips[t] = mask bits that differ from the previous mask;
+# thresholds[t] = |w| of the last selected element before the shrink (0 when k[t] == 0).
+# thresholds on entry are those of the previous call (NaN: none); with bracket=True they may speed
+# the search, never change its result. found_inf: float32 [1]; when not 0, nothing is modified.
+# k: int64 [T] in 0..n, checked on the CPU; on a GPU, where a check would wait for the device,
+# a tensor whose k is out of range is left unmodified. scratch: int32 [scratch_words(numels)],
+# zero before its first use, private to the back end; scratch[0] counts searches the bracket missed.
+library.define(
+    "soft_shrink_(Tensor(a!)[] weights, Tensor k, float shrink, Tensor(b!) thresholds, "
+    "Tensor(c!) masks, Tensor(d!) flips, Tensor(e!) scratch, Tensor? found_inf=None, "
+    "bool bracket=True) -> ()"
+)
+# [T] in the weights' dtype: the exact k[t]-th smallest |w| (0 when k[t] == 0).
+library.define("magnitude_threshold(Tensor[] weights, int[] k) -> Tensor")
+# Writes +0 wherever the packed mask has a 0 bit. dtypes may differ from tensor to tensor.
+library.define("apply_masks_(Tensor(a!)[] tensors, Tensor masks) -> ()")
+# Keeps the n largest of every m (pruning the m - n smallest keys), returns the tensor with the
+# pruned elements replaced by shrunk(w), and the packed mask. layout "channels": weight [O, I, ...],
+# groups of m consecutive input channels at a fixed kernel position; v consecutive output rows share
+# a pattern, ranked by their summed |w| (added in row order in float32; float64 for float64; a NaN
+# sum ranks largest). layout "flat" (v = 1): groups of m consecutive elements in memory order.
+library.define(
+    "nm_prune(Tensor weight, int n, int m, int v, str layout, float shrink=0.0) -> (Tensor, Tensor)"
+)
+
+
+def mask_words(numel: int) -> int:
+    """Words of one tensor's packed mask, padding included."""
+    return -(-numel // (32 * LINE_WORDS)) * LINE_WORDS
+
+
+def mask_layout(numels: Sequence[int]) -> tuple[list[int], int]:
+    """First word of every tensor in the packed-mask buffer, and the buffer's length in words."""
+    starts, total = [], 0
+    for numel in numels:
+        starts.append(total)
+        total += mask_words(numel)
+    return starts, total
+
+
+def scratch_words(numels: Sequence[int]) -> int:
+    """Length of the scratch buffer: 0.4 bytes per weight and a line or two per tensor."""
+    return SCRATCH_HEADER + sum(map(scratch_region, numels))
+
+
+def scratch_region(numel: int) -> int:
+    """Words of scratch that belong to one tensor."""
+    return (numel // 10 // LINE_WORDS + 2) * LINE_WORDS
+
+
+@torch.library.register_fake("issp::soft_shrink_", lib=library)
+def _(weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True) -> None:
+    return None
+
+
+@torch.library.register_fake("issp::magnitude_threshold", lib=library)
+def _(weights: list[Tensor], k: list[int]) -> Tensor:
+    return weights[0].new_empty(len(weights))
+
+
+@torch.library.register_fake("issp::apply_masks_", lib=library)
+def _(tensors: list[Tensor], masks: Tensor) -> None:
+    return None
+
+
+@torch.library.register_fake("issp::nm_prune", lib=library)
+def _(weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0):
+    words = -(-weight.numel() // (32 * LINE_WORDS)) * LINE_WORDS
+    return torch.empty_like(weight), weight.new_empty(words, dtype=torch.int32)
