@@ -1,0 +1,245 @@
+"""Public functions over `torch.ops.issp`: the fused step, its state, selection, masks, N:M."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from issp import checks, reference
+from issp.keep import Keep
+from issp.schemas import mask_layout, mask_words, scratch_words
+
+_op = torch.ops.issp
+
+
+def num_pruned(n: int, ratio: float) -> int:
+    """min(ceil(ratio * n), int(0.995 * n)): how many of n weights a ratio selects.
+
+    Args:
+        n: number of weights of the layer.
+        ratio: sparsity in 0..1.
+
+    Raises:
+        ValueError: ratio outside 0..1.
+
+    Source: the authors' pick_pruned_layer; the cap keeps a layer from dying out.
+    """
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"sparsity is {ratio}: it must lie in 0..1")
+    return min(math.ceil(ratio * n), int(0.995 * n))
+
+
+class ShrinkState:
+    """What the fused step carries from call to call; allocated once, for one device and dtype.
+
+    Args:
+        weights: the tensors that every later call will get, in this order: one device, one dtype
+            (float32, float16, bfloat16, float64), contiguous, none empty, none overlapping.
+        k: how many of the smallest magnitudes to select, one int in 0..n per tensor.
+
+    Attributes:
+        k: int64 [T], on the weights' device; change it with `set_k`.
+        thresholds: [T] in the weights' dtype; magnitude of the last selected weight of the latest
+            step; NaN before the first.
+        flips: int64 [T]; mask bits that the latest step changed (before the first, all is kept).
+        packed: int32; the packed masks, see `issp.schemas.mask_layout`.
+        scratch: int32; working memory, at most half a byte per weight.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], k: Sequence[int]) -> None:
+        weights = list(weights)
+        checks.tensors(weights, "weights")
+        self.shapes = [w.shape for w in weights]
+        self.numels = [w.numel() for w in weights]
+        first = weights[0]
+        self.k = torch.empty(len(weights), dtype=torch.int64, device=first.device)
+        self.set_k(k)
+        self.thresholds = torch.full_like(self.k, float("nan"), dtype=first.dtype)
+        self.flips = torch.zeros_like(self.k)
+        self.packed = self._pack([torch.ones(n, dtype=torch.bool) for n in self.numels])
+        self.scratch = torch.zeros(
+            scratch_words(self.numels), dtype=torch.int32, device=first.device
+        )
+
+    def set_k(self, k: Sequence[int]) -> None:
+        """Changes the counts, in place (a captured CUDA graph sees the new ones).
+
+        Raises:
+            ValueError: wrong number of entries, or one outside 0..n.
+        """
+        checks.ranks(k, self.numels, "weights")
+        self.k.copy_(torch.tensor(k, dtype=torch.int64))
+
+    def masks(self) -> list[Tensor]:
+        """The current masks as bool tensors in the weights' shapes, True = kept."""
+        starts, _ = mask_layout(self.numels)
+        return [
+            reference.unpack(self.packed[start : start + mask_words(n)], n).view(shape)
+            for start, n, shape in zip(starts, self.numels, self.shapes, strict=True)
+        ]
+
+    def set_masks(self, masks: Sequence[Tensor]) -> None:
+        """Replaces the masks.
+
+        Args:
+            masks: bool tensors in the weights' shapes, True = kept.
+
+        Raises:
+            ValueError: a mask whose shape or dtype does not fit.
+        """
+        if [(m.shape, m.dtype) for m in masks] != [(s, torch.bool) for s in self.shapes]:
+            raise ValueError("masks must be bool tensors in the weights' shapes, one per weight")
+        self.packed.copy_(self._pack([m.flatten() for m in masks]))
+
+    def _pack(self, flat: list[Tensor]) -> Tensor:
+        return torch.cat([reference.pack(m.to(self.k.device)) for m in flat])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of k, thresholds, flips and packed masks: all that a bit-exact resume needs."""
+        return {name: getattr(self, name).clone() for name in _SAVED}
+
+    def load_state_dict(self, saved: dict[str, Tensor]) -> None:
+        """Restores what `state_dict` gave.
+
+        Raises:
+            ValueError: a tensor is missing, or its shape or dtype belongs to other weights.
+        """
+        for name in _SAVED:
+            mine, theirs = getattr(self, name), saved.get(name)
+            if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+                raise ValueError(f"the saved state's {name} does not belong to these weights")
+        checks.ranks(saved["k"].tolist(), self.numels, "weights")
+        for name in _SAVED:
+            getattr(self, name).copy_(saved[name])
+
+
+_SAVED = ("k", "thresholds", "flips", "packed")
+
+
+def _explained(check: Callable[..., None]) -> Callable:
+    """Native ops refuse with a RuntimeError; `check` finds the exact sentence and kind of error."""
+
+    def wrap(call: Callable) -> Callable:
+        @functools.wraps(call)
+        def explained(*args):
+            try:
+                return call(*args)
+            except (RuntimeError, TypeError):
+                check(*args)
+                raise
+
+        return explained
+
+    return wrap
+
+
+@_explained(lambda *args: checks.soft_shrink(*args[:8]))
+def _soft_shrink(*args) -> None:
+    _op.soft_shrink_(*args)
+
+
+_threshold = _explained(checks.magnitude_threshold)(lambda w, k: _op.magnitude_threshold(w, k))
+_apply_masks = _explained(checks.apply_masks)(lambda x, masks: _op.apply_masks_(x, masks))
+_nm_prune = _explained(checks.nm_prune)(lambda *args: _op.nm_prune(*args))
+
+
+@torch.no_grad()
+def soft_shrink_(
+    weights: list[Tensor],
+    state: ShrinkState,
+    shrink: float = 0.95,
+    found_inf: Tensor | None = None,
+    bracket: bool = True,
+) -> None:
+    """One ISS-P step in place: the k smallest magnitudes of each tensor are multiplied by `shrink`.
+
+    Selection is exact (ties: lowest flat index first) and the result bitwise the same on every back
+    end. Updates `state`: thresholds, masks, flips.
+
+    Args:
+        weights: the tensors `state` was built for.
+        state: see `ShrinkState`.
+        shrink: factor alpha in 0..1; 0 is hard thresholding (IHT).
+        found_inf: float32 tensor of one element; when it is not 0 nothing is modified. Read on the
+            device, without waiting for it.
+        bracket: search around the previous threshold first. Never changes the result.
+
+    Raises:
+        TypeError, ValueError: see `issp.checks`; nothing has been modified.
+
+    Source: ISS-P, figure 1 and section 2.
+    """
+    _soft_shrink(
+        weights,
+        state.k,
+        shrink,
+        state.thresholds,
+        state.packed,
+        state.flips,
+        state.scratch,
+        found_inf,
+        bracket,
+    )
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(weights)
+
+
+@torch.no_grad()
+def magnitude_threshold(weights: list[Tensor], k: Sequence[int]) -> Tensor:
+    """The exact k-th smallest magnitude of each tensor.
+
+    Args:
+        weights: T tensors of one device and dtype.
+        k: one int in 0..n per tensor; 0 gives the threshold 0.
+
+    Returns:
+        [T] in the weights' dtype.
+    """
+    return _threshold(weights, list(k))
+
+
+@torch.no_grad()
+def apply_masks_(tensors: list[Tensor], state: ShrinkState) -> None:
+    """Writes +0 where the state's mask says pruned: for weights, moments, moving averages.
+
+    Args:
+        tensors: one per weight of `state`, same number of elements each; any supported dtypes.
+        state: whose masks to apply.
+
+    Raises:
+        TypeError, ValueError: see `issp.checks`; nothing has been modified.
+    """
+    if [x.numel() for x in tensors] != state.numels:
+        raise ValueError("tensors must have the sizes of the state's weights, in the same order")
+    _apply_masks(tensors, state.packed)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
+
+
+@torch.no_grad()
+def nm_prune(weight: Tensor, keep: Keep, shrink: float = 0.0) -> Tensor:
+    """The weight with all but the `keep.n` largest of every `keep.of` multiplied by `shrink`.
+
+    Args:
+        weight: [O, I, ...], contiguous.
+        keep: the pattern; it must divide the weight.
+        shrink: 0 (the default) writes zeros.
+
+    Returns:
+        A new tensor of the weight's shape and dtype.
+
+    Raises:
+        ValueError: the pattern does not divide the weight's shape.
+    """
+    return nm_prune_with_mask(weight, keep, shrink)[0]
+
+
+@torch.no_grad()
+def nm_prune_with_mask(weight: Tensor, keep: Keep, shrink: float = 0.0) -> tuple[Tensor, Tensor]:
+    """As `nm_prune`; returns also the bool mask in the weight's shape, True = kept."""
+    pruned, packed = _nm_prune(weight, keep.n, keep.of, keep.v, keep.layout, shrink)
+    return pruned, reference.unpack(packed, weight.numel()).view(weight.shape)
