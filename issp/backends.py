@@ -18,7 +18,7 @@ from issp import checks, reference, schemas
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 OPS = {
-    "soft_shrink_": lambda *args: checks.soft_shrink(*args[:8]),
+    "soft_shrink_": checks.soft_shrink,
     "magnitude_threshold": checks.magnitude_threshold,
     "apply_masks_": checks.apply_masks,
     "nm_prune": checks.nm_prune,

@@ -72,8 +72,8 @@ def _shrink(shrink: float) -> None:
         raise ValueError(f"shrink is {shrink}: it must lie in 0..1 (0 is hard thresholding)")
 
 
-def soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None) -> None:
-    """Checks of `soft_shrink_`."""
+def soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True):
+    """Checks of `soft_shrink_`; `bracket` needs none."""
     tensors(weights, "weights")
     _shrink(shrink)
     numels = [w.numel() for w in weights]

@@ -137,11 +137,7 @@ def _explained(check: Callable[..., None]) -> Callable:
     return wrap
 
 
-@_explained(lambda *args: checks.soft_shrink(*args[:8]))
-def _soft_shrink(*args) -> None:
-    _op.soft_shrink_(*args)
-
-
+_soft_shrink = _explained(checks.soft_shrink)(lambda *args: _op.soft_shrink_(*args))
 _threshold = _explained(checks.magnitude_threshold)(lambda w, k: _op.magnitude_threshold(w, k))
 _apply_masks = _explained(checks.apply_masks)(lambda x, masks: _op.apply_masks_(x, masks))
 _nm_prune = _explained(checks.nm_prune)(lambda *args: _op.nm_prune(*args))

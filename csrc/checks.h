@@ -1,0 +1,160 @@
+// Argument checks of every op, CPU and CUDA: everything is checked before anything is written.
+// issp/checks.py makes the same checks and chooses the Python exception; see issp/ops.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "layout.h"
+
+namespace issp {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw std::runtime_error(sentence.str());
+}
+
+inline bool is_weight_dtype(ScalarType type) {
+  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16 ||
+         type == ScalarType::Double;
+}
+
+struct Span {
+  const char* begin;
+  const char* end;
+};
+
+inline Span span(const Tensor& x) {
+  const char* begin = static_cast<const char*>(x.const_data_ptr());
+  return {begin, begin + x.numel() * int64_t(x.element_size())};
+}
+
+inline void check_separate(std::vector<Span> spans) {
+  const auto before = [](const Span& a, const Span& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(spans.begin(), spans.end(), before)) {
+    std::sort(spans.begin(), spans.end(), before);
+  }
+  for (size_t i = 1; i < spans.size(); ++i) {
+    if (spans[i].begin < spans[i - 1].end) {
+      refuse("two of the tensors overlap in memory: pass shared weights once");
+    }
+  }
+}
+
+inline std::vector<Item> check_tensors(const std::vector<Tensor>& tensors, bool same_dtype) {
+  if (tensors.empty()) refuse("the list of tensors is empty: pass at least one");
+  const ScalarType dtype = tensors[0].scalar_type();
+  const auto device = tensors[0].device();
+  std::vector<Item> items;
+  items.reserve(tensors.size());
+  for (const Tensor& x : tensors) {
+    const size_t i = items.size();
+    if (!is_weight_dtype(x.scalar_type())) {
+      refuse("tensor ", i, " must be float32, float16, bfloat16 or float64");
+    }
+    if (same_dtype && x.scalar_type() != dtype) {
+      refuse("tensor ", i, " has another dtype than tensor 0: group by dtype");
+    }
+    if (x.device() != device) refuse("tensor ", i, " is on another device than tensor 0");
+    if (!x.is_contiguous()) refuse("tensor ", i, " is not contiguous: pass .contiguous()");
+    if (x.numel() == 0) refuse("tensor ", i, " is empty: leave it out");
+    append(items, x.mutable_data_ptr(), x.numel());
+  }
+  return items;
+}
+
+inline void check_state(const Tensor& x, const char* name, ScalarType dtype, int64_t length,
+                        const Tensor& like) {
+  if (x.scalar_type() != dtype) refuse(name, " has the wrong dtype: build it with ShrinkState");
+  if (x.device() != like.device()) refuse(name, " is on another device than the weights");
+  if (x.numel() != length || !x.is_contiguous()) {
+    refuse(name, " must be contiguous with ", length, " elements: build it with ShrinkState");
+  }
+}
+
+inline void check_shrink(double shrink) {
+  if (!(shrink >= 0.0 && shrink <= 1.0)) refuse("shrink is ", shrink, ": it must lie in 0..1");
+}
+
+inline void check_rank(int64_t k, const Item& item, size_t i) {
+  if (k < 0 || k > item.numel) {
+    refuse("k[", i, "] is ", k, " but tensor ", i, " has ", item.numel, " elements");
+  }
+}
+
+// k itself is checked by the CPU op, which can read it without waiting for a device.
+inline std::vector<Item> check_soft_shrink(const std::vector<Tensor>& weights, const Tensor& k,
+                                           double shrink, const Tensor& thresholds,
+                                           const Tensor& masks, const Tensor& flips,
+                                           const Tensor& scratch,
+                                           const std::optional<Tensor>& found_inf) {
+  const std::vector<Item> items = check_tensors(weights, true);
+  check_shrink(shrink);
+  const int64_t count = int64_t(items.size());
+  check_state(k, "k", ScalarType::Long, count, weights[0]);
+  check_state(thresholds, "thresholds", weights[0].scalar_type(), count, weights[0]);
+  check_state(masks, "masks", ScalarType::Int, mask_total(items), weights[0]);
+  check_state(flips, "flips", ScalarType::Long, count, weights[0]);
+  check_state(scratch, "scratch", ScalarType::Int, scratch_total(items), weights[0]);
+  if (found_inf) check_state(*found_inf, "found_inf", ScalarType::Float, 1, weights[0]);
+  std::vector<Span> spans;
+  spans.reserve(items.size() + 5);
+  for (const Tensor& w : weights) spans.push_back(span(w));
+  for (const Tensor* x : {&k, &thresholds, &masks, &flips, &scratch}) spans.push_back(span(*x));
+  check_separate(std::move(spans));
+  return items;
+}
+
+inline std::vector<Item> check_magnitude_threshold(const std::vector<Tensor>& weights,
+                                                   const std::vector<int64_t>& k) {
+  const std::vector<Item> items = check_tensors(weights, true);
+  if (k.size() != items.size()) refuse("k has ", k.size(), " entries for ", items.size(), " tensors");
+  for (size_t i = 0; i < items.size(); ++i) check_rank(k[i], items[i], i);
+  return items;
+}
+
+inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors,
+                                           const Tensor& masks) {
+  const std::vector<Item> items = check_tensors(tensors, false);
+  check_state(masks, "masks", ScalarType::Int, mask_total(items), tensors[0]);
+  std::vector<Span> spans;
+  for (const Tensor& x : tensors) spans.push_back(span(x));
+  spans.push_back(span(masks));
+  check_separate(std::move(spans));
+  return items;
+}
+
+inline Item check_nm_prune(const Tensor& weight, int64_t n, int64_t m, int64_t v,
+                           const std::string& layout, double shrink) {
+  const std::vector<Item> items = check_tensors({weight}, true);
+  check_shrink(shrink);
+  if (n < 1 || n > m) refuse("keep n = ", n, " of m = ", m, ": n must lie in 1..m");
+  if (v < 1) refuse("v is ", v, ": it must be at least 1");
+  if (layout == "flat") {
+    if (v != 1) refuse("layout \"flat\" has no rows to share a pattern: use v = 1");
+    if (weight.numel() % m) refuse("m = ", m, " does not divide ", weight.numel(), " elements");
+  } else if (layout == "channels") {
+    if (weight.dim() < 2) refuse("layout \"channels\" needs a weight [O, I, ...]");
+    if (weight.size(1) % m || weight.size(0) % v) {
+      refuse("m = ", m, " and v = ", v, " do not divide a weight of ", weight.size(0), " rows and ",
+             weight.size(1), " channels: choose others or leave the layer dense");
+    }
+  } else {
+    refuse("layout is \"", layout, "\": use \"channels\" or \"flat\"");
+  }
+  return items[0];
+}
+
+}  // namespace issp
