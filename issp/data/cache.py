@@ -1,0 +1,84 @@
+"""Low-resolution images made from high-resolution files, kept on disk between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from .images import decode_image, write_image
+from .resize import imresize
+
+# Part of every key: raise it when imresize or the decoding rules change what an entry should hold.
+_VERSION = b"issp-lr-1"
+
+
+def default_cache_dir() -> Path:
+    """``$ISSP_CACHE``, else ``issp`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
+    if os.environ.get("ISSP_CACHE"):
+        return Path(os.environ["ISSP_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "issp"
+
+
+class LRCache:
+    """Folder of bicubic low-resolution images, keyed by the content of their HR files.
+
+    The key is a hash of the HR file's bytes and the scale, so a file which was moved or touched is
+    found again and one which was replaced (even by one of equal size and date) is not confused
+    with it. Entries are PNG, whose checksums expose damage: an entry which does not decode or has
+    the wrong size is made again. Entries appear complete or not at all, hence any number of
+    processes may share the folder; the worst they do is to make the same image twice. A folder
+    which cannot be written costs one warning and the images are made each time.
+
+    Args:
+        folder: where to keep the entries; made when the first is written.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None):
+        self.folder = Path(folder).expanduser() if folder is not None else default_cache_dir()
+        self._writable = True
+
+    def entry(self, hr_bytes: bytes, scale: int) -> Path:
+        """Path at which the low-resolution image of an HR file with this content is kept."""
+        key = hashlib.blake2b(hr_bytes, digest_size=20, key=_VERSION).hexdigest()
+        return self.folder / key[:2] / f"{key}x{scale}.png"
+
+    def get(self, hr_bytes: bytes, hr: np.ndarray, scale: int) -> np.ndarray:
+        """Low-resolution image of ``hr``, from the folder or made now.
+
+        Args:
+            hr_bytes: content of the HR file.
+            hr: [H, W, 3] uint8, the decoded file, H and W multiples of ``scale``.
+            scale: whole factor.
+
+        Returns:
+            [H / scale, W / scale, 3] uint8.
+        """
+        path = self.entry(hr_bytes, scale)
+        try:
+            kept = decode_image(path.read_bytes(), path)
+            if kept.shape == (hr.shape[0] // scale, hr.shape[1] // scale, 3):
+                return kept
+        except (OSError, ValueError):
+            pass  # absent or damaged: made below
+        made = imresize(hr, 1 / scale)
+        self._keep(path, made)
+        return made
+
+    def _keep(self, path: Path, img: np.ndarray) -> None:
+        if not self._writable:
+            return
+        try:
+            write_image(path, img, compress_level=1)
+        except OSError as error:
+            self._writable = False
+            warnings.warn(
+                f"low-resolution images are not kept: {error}; give another cache folder "
+                "(cache_dir or ISSP_CACHE)",
+                RuntimeWarning,
+                stacklevel=3,
+            )

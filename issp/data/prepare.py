@@ -1,0 +1,263 @@
+"""Prepare a data set on disk: HR images or crops of them, and bicubic LR images for each scale."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import lcm
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .images import image_size, list_images, mod_crop, read_image, write_bytes, write_image
+from .pairs import check_names, check_scale
+from .resize import imresize
+
+
+@dataclass(frozen=True)
+class PrepareResult:
+    """What :func:`prepare` did: numbers of source images and of the files they became."""
+
+    sources: int
+    resumed: int  # sources found finished from an earlier run
+    skipped: tuple[str, ...]  # sources smaller than crop_size
+    images: int  # HR images in the result, and LR images per scale
+
+
+def prepare(
+    hr_folder: str | os.PathLike,
+    out: str | os.PathLike,
+    scales: Sequence[int] = (2, 3, 4),
+    crop_size: int | None = None,
+    step: int | None = None,
+    thresh_size: int = 0,
+    small: str = "error",
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> PrepareResult:
+    """Write ``out/HR/NAME.png`` and ``out/LR_bicubic/X4/NAMEx4.png`` for every image of a folder.
+
+    Whole images keep all their pixels in HR; each LR image is made from HR cropped to a multiple of
+    its scale. With ``crop_size`` the images are cut into overlapping crops ``NAME_s001`` and so on,
+    as BasicSR's extract_subimages does: HR is cropped to a multiple of all scales, a last crop is
+    added at the right and bottom if more than ``thresh_size`` pixels would be left, and the LR
+    crops are cut from the LR image of the whole picture.
+
+    Every file appears complete or not at all, and a journal in ``out`` lists finished sources: the
+    same call made again goes on after an interruption and redoes sources which changed.
+
+    Args:
+        hr_folder: folder of HR images; it may be ``out/HR`` itself, which is then left alone.
+        out: folder to write to.
+        scales: whole factors >= 2.
+        crop_size: side of the HR crops in pixels, a multiple of every scale; None: whole images.
+        step: distance between crops, a multiple of every scale; None: half of ``crop_size``.
+        thresh_size: pixels that may be left over at the border, see above.
+        small: "error" or "skip": what to do with images smaller than ``crop_size``.
+        workers: threads.
+        progress: called as ``progress(done, total)`` after each source.
+
+    Raises:
+        FileNotFoundError, ValueError: no such folder, no images, an unreadable or too small image,
+            an unusable argument, or ``out`` holds a data set with other settings.
+        OSError: a file cannot be written.
+    """
+    if small not in ("error", "skip"):
+        raise ValueError(f'small must be "error" or "skip", got {small!r}')
+    if not isinstance(workers, int) or workers < 1:
+        raise ValueError(f"workers must be a whole number >= 1, got {workers!r}")
+    cut = _Cut.checked(scales, crop_size, step, thresh_size)
+    sources = list_images(hr_folder)
+    check_names(sources)
+    sources, skipped = _large_enough(sources, cut, small)
+    out = Path(out).expanduser()
+    in_place = (out / "HR").exists() and (out / "HR").samefile(Path(hr_folder).expanduser())
+    if in_place and crop_size:
+        raise ValueError(f"crops of {hr_folder} cannot go into the same folder; give another out")
+
+    journal = _Journal(out, cut)
+    journal.check_owners(sources)
+    todo = [source for source in sources if not journal.is_finished(source)]
+    resumed = len(sources) - len(todo)
+    if progress and resumed:
+        progress(resumed, len(sources))
+    with ThreadPoolExecutor(workers) as pool:
+        # map cancels what has not begun when one source fails
+        made = pool.map(lambda source: _make(source, out, cut, in_place), todo)
+        for done, (source, names) in enumerate(zip(todo, made, strict=True), resumed + 1):
+            journal.note(source, names)
+            if progress:
+                progress(done, len(sources))
+    images = sum(len(journal.entries[_key(source)]["names"]) for source in sources)
+    return PrepareResult(len(sources), resumed, tuple(map(str, skipped)), images)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How each image is cut; ``unit`` is what its sides are first cropped to a multiple of."""
+
+    scales: tuple[int, ...]
+    crop_size: int | None
+    step: int | None
+    thresh_size: int
+    unit: int
+
+    @classmethod
+    def checked(
+        cls, scales: Sequence[int], crop_size: int | None, step: int | None, thresh_size: int
+    ) -> _Cut:
+        scales = tuple(sorted({check_scale(scale) for scale in scales}))
+        if not scales:
+            raise ValueError("at least one scale is needed")
+        if crop_size is None:
+            if step is not None:
+                raise ValueError("step has no meaning without crop_size")
+            return cls(scales, None, None, 0, 1)
+        unit = lcm(*scales)
+        step = max(unit, crop_size // 2 // unit * unit) if step is None else step
+        for name, value in (("crop_size", crop_size), ("step", step)):
+            if not isinstance(value, int) or value < unit or value % unit:
+                raise ValueError(
+                    f"{name} must be a multiple of every scale, hence of {unit}, got {value!r}"
+                )
+        if thresh_size < 0:
+            raise ValueError(f"thresh_size must be >= 0, got {thresh_size}")
+        return cls(scales, crop_size, step, thresh_size, unit)
+
+    def holds(self, size: tuple[int, int]) -> bool:
+        """Whether an image of this height and width gives at least one output."""
+        return min(size) // self.unit * self.unit >= (self.crop_size or max(self.scales))
+
+    def corners(self, side: int) -> list[int]:
+        """Where the crops begin along a side of this length."""
+        assert self.crop_size and self.step
+        starts = list(range(0, side - self.crop_size + 1, self.step))
+        if side - (starts[-1] + self.crop_size) > self.thresh_size:
+            starts.append(side - self.crop_size)
+        return starts
+
+
+def _make(source: Path, out: Path, cut: _Cut, in_place: bool) -> list[str]:
+    """Write all outputs of one source; names of its HR outputs without suffix."""
+    hr = mod_crop(read_image(source), cut.unit)
+    lrs = {scale: imresize(mod_crop(hr, scale), 1 / scale) for scale in cut.scales}
+    if cut.crop_size is None:
+        if not in_place:
+            write_image(out / "HR" / f"{source.stem}.png", hr)
+        for scale, lr in lrs.items():
+            write_image(_lr_path(out, source.stem, scale), lr)
+        return [source.stem]
+    names = []
+    for top in cut.corners(hr.shape[0]):
+        for left in cut.corners(hr.shape[1]):
+            names.append(f"{source.stem}_s{len(names) + 1:03d}")
+            crop = _window(hr, top, left, cut.crop_size)
+            write_image(out / "HR" / f"{names[-1]}.png", crop)
+            for scale, lr in lrs.items():
+                crop = _window(lr, top // scale, left // scale, cut.crop_size // scale)
+                write_image(_lr_path(out, names[-1], scale), crop)
+    return names
+
+
+def _window(img: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
+    return img[top : top + size, left : left + size]
+
+
+def _lr_path(out: Path, name: str, scale: int) -> Path:
+    return out / "LR_bicubic" / f"X{scale}" / f"{name}x{scale}.png"
+
+
+def _key(source: Path) -> str:
+    return str(source.resolve())
+
+
+class _Journal:
+    """Which sources are finished: a line of settings, then one line of JSON for each."""
+
+    def __init__(self, out: Path, cut: _Cut):
+        self.out, self.cut, self.path = out, cut, out / "prepared.jsonl"
+        settings = {k: getattr(cut, k) for k in ("crop_size", "step", "thresh_size", "unit")}
+        lines = self._read()
+        if lines and lines[0] != settings:
+            raise ValueError(
+                f"{out} was prepared with {lines[0]} but {settings} is asked for; "
+                "give another folder or remove it"
+            )
+        self.entries: dict[str, dict[str, Any]] = {e["source"]: e for e in lines[1:]}
+        text = "".join(json.dumps(line) + "\n" for line in (settings, *self.entries.values()))
+        write_bytes(self.path, text.encode())  # without the half line an interruption may leave
+
+    def check_owners(self, sources: list[Path]) -> None:
+        """Raise if another folder's source of the same name made the outputs which are here."""
+        mine = {_key(source) for source in sources}
+        stems = {source.stem: source for source in sources}
+        for key in list(self.entries):
+            if key in mine or Path(key).stem not in stems:
+                continue
+            if Path(key).exists():
+                raise ValueError(
+                    f"{stems[Path(key).stem]} and {key} would have the same name in {self.out}; "
+                    "rename one or give another out"
+                )
+            del self.entries[key]  # its folder was moved or removed: the new source takes over
+
+    def is_finished(self, source: Path) -> bool:
+        """Whether the outputs were made from this very file and are all there."""
+        entry = self.entries.get(_key(source))
+        if entry is None or entry["stat"] != _stat(source):
+            return False
+        if not set(self.cut.scales) <= set(entry["scales"]):
+            return False
+        files = [self.out / "HR" / f"{name}.png" for name in entry["names"]]
+        if files[0].parent.resolve() == source.parent.resolve():
+            files = []  # HR was left alone, whatever its suffix
+        files += [_lr_path(self.out, n, s) for n in entry["names"] for s in entry["scales"]]
+        return all(file.is_file() for file in files)
+
+    def note(self, source: Path, names: list[str]) -> None:
+        """Add a finished source, and remove what it made when it was another picture."""
+        old = self.entries.get(_key(source), {"names": [], "scales": []})
+        for name in set(old["names"]) - set(names):
+            (self.out / "HR" / f"{name}.png").unlink(missing_ok=True)
+            for scale in old["scales"]:
+                _lr_path(self.out, name, scale).unlink(missing_ok=True)
+        same = "stat" in old and old["stat"] == _stat(source)
+        scales = set(self.cut.scales) | (set(old["scales"]) if same else set())
+        entry = {"source": _key(source), "stat": _stat(source), "scales": sorted(scales)}
+        entry["names"] = names
+        self.entries[_key(source)] = entry
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _read(self) -> list[dict[str, Any]]:
+        lines = []
+        if self.path.is_file():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break  # the half line of an interruption: everything before it holds
+        return lines
+
+
+def _stat(source: Path) -> list[int]:
+    stat = source.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _large_enough(sources: list[Path], cut: _Cut, small: str) -> tuple[list[Path], list[Path]]:
+    """Sources that give an output, and those too small; the latter are an error unless skipped."""
+    sizes = {source: image_size(source) for source in sources}
+    skipped = [source for source in sources if not cut.holds(sizes[source])]
+    if skipped and (small == "error" or len(skipped) == len(sources)):
+        height, width = sizes[skipped[0]]
+        raise ValueError(
+            f"image {skipped[0]} is {width} x {height} pixels, smaller than "
+            f"{cut.crop_size or max(cut.scales)} ({len(skipped)} of {len(sources)} are); "
+            "use a smaller crop_size or leave it out"
+        )
+    return [source for source in sources if source not in set(skipped)], skipped
