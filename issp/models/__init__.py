@@ -1,0 +1,118 @@
+"""Super-resolution networks, with the argument names and checkpoint layout of BasicSR and CAT."""
+
+import inspect
+
+from .base import SuperResolver, did_you_mean
+from .cat import CAT
+from .edsr import EDSR
+from .inference import pad, upscale
+from .swinir import SwinIR
+
+__all__ = [
+    "CAT",
+    "EDSR",
+    "SuperResolver",
+    "SwinIR",
+    "build",
+    "from_config",
+    "names",
+    "pad",
+    "upscale",
+]
+
+SCALES = (2, 3, 4)
+
+_CLASSES = {cls.__name__: cls for cls in (EDSR, SwinIR, CAT)}
+
+# The networks of the paper's tables (method notes, section 5), the usual small EDSR, and one that
+# trains in minutes on a CPU.
+_PRESETS = {
+    "edsr-tiny": (EDSR, {"num_feat": 32, "num_block": 8}),
+    "edsr-baseline": (EDSR, {"num_feat": 64, "num_block": 16}),
+    "edsr-l": (EDSR, {"num_feat": 256, "num_block": 32, "res_scale": 0.1}),
+    "swinir-light": (
+        SwinIR,
+        {
+            "img_size": 64,
+            "window_size": 8,
+            "depths": [6, 6, 6, 6],
+            "embed_dim": 60,
+            "num_heads": [6, 6, 6, 6],
+            "mlp_ratio": 2,
+            "upsampler": "pixelshuffledirect",
+        },
+    ),
+    "cat-r": (
+        CAT,
+        {
+            "img_size": 64,
+            "depth": [6, 6, 6, 6, 6, 6],
+            "embed_dim": 180,
+            "num_heads": [6, 6, 6, 6, 6, 6],
+            "split_size_0": [4, 4, 4, 4, 4, 4],
+            "split_size_1": [16, 16, 16, 16, 16, 16],
+            "mlp_ratio": 4,
+            "upsampler": "pixelshuffle",
+            "block_name": "CATB_regular",
+        },
+    ),
+}
+
+
+def names() -> list[str]:
+    """Names that `build` knows."""
+    return list(_PRESETS)
+
+
+def build(name: str, scale: int, **overrides) -> SuperResolver:
+    """Build a network by name, randomly initialised.
+
+    Args:
+        name: one of `names()`:
+            edsr-tiny (32 channels, 8 blocks: minutes on a CPU), edsr-baseline (64, 16),
+            edsr-l (256, 32, res_scale 0.1), swinir-light, cat-r.
+        scale: 2, 3 or 4.
+        **overrides: keyword arguments of the class that differ from the preset.
+
+    Returns:
+        The network, with `.scale`, `.arch` (the name) and `.config` (for `from_config`).
+
+    Raises:
+        ValueError: unknown name (the nearest is suggested) or scale.
+        TypeError: a keyword that the class does not have.
+    """
+    if name not in _PRESETS:
+        raise ValueError(f"unknown model {name!r}: {did_you_mean(name, _PRESETS)}")
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r} for {name}: it must be 2, 3 or 4")
+    if "upscale" in overrides:
+        raise TypeError(f"give the scale of {name} as scale={overrides['upscale']}, not upscale")
+    cls, preset = _PRESETS[name]
+    model = cls(**{**preset, "upscale": scale, **overrides})
+    model.arch = name
+    return model
+
+
+def from_config(config: dict) -> SuperResolver:
+    """Build a network from its configuration: `model.config`, or BasicSR's `network_g`.
+
+    Args:
+        config: `{"type": "EDSR" | "SwinIR" | "CAT", keyword: value, ...}`; it is not changed.
+
+    Raises:
+        TypeError: not a dict.
+        ValueError: no type, or an unknown type or keyword (the nearest is suggested).
+    """
+    if not isinstance(config, dict):
+        raise TypeError(f"a model configuration must be a dict, got {type(config).__name__}")
+    arguments = dict(config)
+    kind = arguments.pop("type", None)
+    if kind is None:
+        raise ValueError(f"the model configuration has no 'type': give one of {list(_CLASSES)}")
+    if kind not in _CLASSES:
+        raise ValueError(f"unknown model type {kind!r}: {did_you_mean(kind, _CLASSES)}")
+    known = [p for p in inspect.signature(_CLASSES[kind].__init__).parameters if p != "self"]
+    for name in arguments:
+        if name not in known:
+            raise ValueError(f"{kind} has no argument {name!r}: {did_you_mean(name, known)}")
+    return _CLASSES[kind](**arguments)

@@ -1,0 +1,122 @@
+"""What the super-resolution networks share: image range, mean, padding needs and configuration."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
+
+# Classes, not values: they cannot stand in a JSON configuration.
+_NOT_IN_CONFIG = ("norm_layer", "act_layer")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error sentence: the nearest known name, and all of them."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}known: {', '.join(known)}"
+
+
+def configured(init):
+    """Make a constructor record its arguments in `self.config` and explain an unknown keyword.
+
+    `config` is a JSON-able dict in BasicSR's `network_g` form, `{"type": class, keyword: value}`.
+
+    Raises:
+        TypeError: a keyword is unknown; the nearest one is named.
+    """
+    signature = inspect.signature(init)
+    known = [name for name in signature.parameters if name != "self"]
+
+    @functools.wraps(init)
+    def wrapper(self, *args, **kwargs):
+        kind = type(self).__name__
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(f"{kind} has no argument {name!r}: {did_you_mean(name, known)}")
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        init(self, *args, **kwargs)
+        arguments = {name: _jsonable(bound.arguments[name]) for name in known}
+        for name in _NOT_IN_CONFIG:
+            arguments.pop(name, None)
+        self.config = {"type": kind, **arguments}
+
+    return wrapper
+
+
+def _jsonable(value):
+    return [_jsonable(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+class SuperResolver(nn.Module):
+    """Base of the networks: subtracts the mean, scales to the image range, and undoes both.
+
+    Attributes:
+        scale: output size over input size.
+        config: JSON-able dict from which `issp.models.from_config` rebuilds the network.
+        arch: the name it was built under, or the class name.
+        pad_multiple: height and width must be multiples of it (`issp.models.upscale` pads).
+        pad_mode: "reflect" (edge not repeated), "symmetric" (edge repeated) or None.
+    """
+
+    pad_multiple = 1
+    pad_mode = None
+
+    def __init__(self, channels: int, scale: int, img_range: float, mean):
+        super().__init__()
+        if len(mean) != channels:
+            raise ValueError(
+                f"{type(self).__name__} needs one mean per input channel: got {len(mean)} for "
+                f"{channels} channels"
+            )
+        self.channels = channels
+        self.scale = scale
+        self.img_range = img_range
+        self.mean = tuple(float(m) for m in mean)
+        self.arch = type(self).__name__
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Super-resolve a batch of images.
+
+        Args:
+            x: [N, C, H, W] float images in 0..1, H and W multiples of `pad_multiple`.
+
+        Returns:
+            [N, C, H * scale, W * scale], not clamped.
+
+        Raises:
+            ValueError: wrong number of dimensions, channels, or a size that needs padding.
+        """
+        self._check_input(x)
+        mean = self._mean_like(x)
+        y = self.restore((x - mean) * self.img_range)
+        return y / self.img_range + mean
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The network proper, between mean subtraction and its undoing."""
+        raise NotImplementedError
+
+    def _check_input(self, x: Tensor) -> None:
+        kind, multiple = type(self).__name__, self.pad_multiple
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"{kind} takes images [N, {self.channels}, H, W], got shape {tuple(x.shape)}"
+            )
+        height, width = x.shape[-2:]
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"{kind} needs height and width to be multiples of {multiple}, got "
+                f"{height}x{width}: use issp.models.upscale, which pads and crops"
+            )
+
+    def _mean_like(self, x: Tensor) -> Tensor:
+        # Filled on the device: no entry in the state_dict, no copy from the host (which CUDA graphs
+        # refuse), nothing for to_empty() or a meta-device build to lose.
+        planes = [torch.full((1, 1, 1, 1), m, dtype=x.dtype, device=x.device) for m in self.mean]
+        return torch.cat(planes, dim=1)

@@ -1,0 +1,68 @@
+"""EDSR: residual convolutional network (Lim et al. 2017), with BasicSR's names."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import DIV2K_MEAN, SuperResolver, configured
+from .layers import Upsample, conv3x3
+
+
+class ResidualBlock(nn.Module):
+    """conv - ReLU - conv without normalisation, scaled and added to its input."""
+
+    def __init__(self, num_feat: int, res_scale: float):
+        super().__init__()
+        self.res_scale = res_scale
+        self.conv1 = conv3x3(num_feat, num_feat)
+        self.conv2 = conv3x3(num_feat, num_feat)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.conv2(F.relu(self.conv1(x), inplace=True))
+        return x + branch * self.res_scale
+
+
+class EDSR(SuperResolver):
+    """EDSR with PyTorch's default initialisation (method notes, section 5.2).
+
+    Args:
+        num_in_ch, num_out_ch: image channels; must be equal.
+        num_feat: channels of the body.
+        num_block: residual blocks.
+        upscale: a power of two, or 3.
+        res_scale: factor on each residual branch.
+        img_range: the images in 0..1 are multiplied by it inside.
+        rgb_mean: mean subtracted from the images, one value per channel, in 0..1.
+
+    Raises:
+        ValueError: unequal channels, a wrong number of means, an unsupported scale.
+        TypeError: an unknown keyword.
+    """
+
+    @configured
+    def __init__(
+        self,
+        num_in_ch: int = 3,
+        num_out_ch: int = 3,
+        num_feat: int = 64,
+        num_block: int = 16,
+        upscale: int = 4,
+        res_scale: float = 1,
+        img_range: float = 255.0,
+        rgb_mean=DIV2K_MEAN,
+    ):
+        if num_in_ch != num_out_ch:
+            raise ValueError(
+                f"EDSR adds the input's mean to its output, so num_out_ch must equal num_in_ch: "
+                f"got {num_in_ch} and {num_out_ch}"
+            )
+        super().__init__(num_in_ch, upscale, img_range, rgb_mean)
+        self.conv_first = conv3x3(num_in_ch, num_feat)
+        self.body = nn.Sequential(*(ResidualBlock(num_feat, res_scale) for _ in range(num_block)))
+        self.conv_after_body = conv3x3(num_feat, num_feat)
+        self.upsample = Upsample(upscale, num_feat)
+        self.conv_last = conv3x3(num_feat, num_out_ch)
+
+    def restore(self, x: Tensor) -> Tensor:
+        x = self.conv_first(x)
+        x = x + self.conv_after_body(self.body(x))
+        return self.conv_last(self.upsample(x))

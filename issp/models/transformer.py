@@ -1,0 +1,147 @@
+"""The frame that SwinIR and CAT share: shallow conv, groups of window blocks, reconstruction."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .base import DIV2K_MEAN, SuperResolver, did_you_mean
+from .layers import Size, Upsample, conv3x3, conv_tokens, residual_conv
+
+# Channels between the last features and the image, fixed in both published networks.
+NUM_FEAT = 64
+
+
+class WindowBlock(nn.Module):
+    """A transformer block over windows, which may be shifted.
+
+    Attributes:
+        resolution: (H, W) for which the mask buffers were made.
+        shifted: whether the block needs masks at all.
+    """
+
+    resolution: Size
+    shifted: bool
+
+    def stored_masks(self) -> tuple[Tensor, ...]:
+        """The mask buffers, made for `resolution`."""
+        raise NotImplementedError
+
+    def make_masks(self, size: Size, device=None, dtype=None) -> tuple[Tensor, ...]:
+        """Masks for another image size."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, masks: tuple[Tensor, ...] | None) -> Tensor:
+        raise NotImplementedError
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointed: bool) -> Tensor:
+    """Run the blocks of one group over tokens [B, H, W, C].
+
+    All shifted blocks of a group have the same windows, so the masks of a foreign size are made
+    once per group and call. They are not kept between calls: making them takes about a hundredth
+    of the blocks' time, and a cache would hold images' worth of memory.
+    """
+    size = (x.shape[1], x.shape[2])
+    foreign = None
+    for block in blocks:
+        masks = None
+        if block.shifted and size == block.resolution:
+            masks = block.stored_masks()
+        elif block.shifted:
+            foreign = foreign or block.make_masks(size, x.device, x.dtype)
+            masks = foreign
+        if checkpointed and torch.is_grad_enabled():
+            x = checkpoint(block, x, masks, use_reentrant=False)
+        else:
+            x = block(x, masks)
+    return x
+
+
+class WindowTransformer(SuperResolver):
+    """Shallow conv -> groups of window blocks -> residual conv -> one of four reconstructions.
+
+    A subclass makes `conv_first`, its embedding norm, `layers` and `norm`, in the order in which
+    the published checkpoints name them, then calls `_end_body` and `_add_reconstruction`.
+    """
+
+    def __init__(self, in_chans: int, upscale: int, img_range: float, upsampler: str | None):
+        mean = DIV2K_MEAN if in_chans == 3 else (0.0,) * in_chans
+        super().__init__(in_chans, upscale if upsampler else 1, img_range, mean)
+        self.upsampler = upsampler or ""
+
+    def _end_body(self, embed_dim: int, resi_connection: str) -> None:
+        self.norm = nn.LayerNorm(embed_dim)
+        self.conv_after_body = residual_conv(embed_dim, resi_connection)
+
+    def _add_reconstruction(self, embed_dim: int, kinds: list[str]) -> None:
+        kind, scale, channels = self.upsampler, self.scale, self.channels
+        if kind not in kinds:
+            raise ValueError(f"unknown upsampler {kind!r}: {did_you_mean(kind, map(repr, kinds))}")
+        if kind == "pixelshuffledirect":
+            conv = conv3x3(embed_dim, scale**2 * channels)
+            self.upsample = nn.Sequential(conv, nn.PixelShuffle(scale))
+            return
+        if kind == "":
+            self.conv_last = conv3x3(embed_dim, channels)
+            return
+        self.conv_before_upsample = nn.Sequential(
+            conv3x3(embed_dim, NUM_FEAT), nn.LeakyReLU(inplace=True)
+        )
+        if kind == "pixelshuffle":
+            self.upsample = Upsample(scale, NUM_FEAT)
+        else:
+            if scale != 4:
+                raise ValueError(f"upsampler 'nearest+conv' exists for upscale 4 only, got {scale}")
+            self.conv_up1 = conv3x3(NUM_FEAT, NUM_FEAT)
+            self.conv_up2 = conv3x3(NUM_FEAT, NUM_FEAT)
+            self.conv_hr = conv3x3(NUM_FEAT, NUM_FEAT)
+        self.conv_last = conv3x3(NUM_FEAT, channels)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """What is done to the tokens [B, H, W, C] before the first group."""
+        raise NotImplementedError
+
+    def restore(self, x: Tensor) -> Tensor:
+        shallow = self.conv_first(x)
+        tokens = self.embed(shallow.permute(0, 2, 3, 1))
+        for layer in self.layers:
+            tokens = layer(tokens)
+        deep = conv_tokens(self.conv_after_body, self.norm(tokens)).permute(0, 3, 1, 2)
+        return self._reconstruct(x, deep + shallow)
+
+    def _reconstruct(self, x: Tensor, features: Tensor) -> Tensor:
+        if self.upsampler == "":
+            return x + self.conv_last(features)
+        if self.upsampler == "pixelshuffledirect":
+            return self.upsample(features)
+        features = self.conv_before_upsample(features)
+        if self.upsampler == "pixelshuffle":
+            return self.conv_last(self.upsample(features))
+        for conv in (self.conv_up1, self.conv_up2):
+            features = F.interpolate(features, scale_factor=2, mode="nearest")
+            features = F.leaky_relu(conv(features), 0.2)
+        return self.conv_last(F.leaky_relu(self.conv_hr(features), 0.2))
+
+
+def drop_path_rates(rate: float, depths) -> list[list[float]]:
+    """Stochastic depth growing linearly from 0 to `rate` over all blocks, split by group."""
+    rates = torch.linspace(0, rate, sum(depths), device="cpu").tolist()
+    return [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
+
+
+def check_per_group(kind: str, **lists) -> None:
+    """All the given lists must have one entry per group."""
+    lengths = {name: len(values) for name, values in lists.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+        raise ValueError(f"{kind} needs one entry per group in each list: {told}")
+
+
+def check_default_class(name: str, given, default) -> None:
+    """Refuse a layer class that a saved configuration could not name."""
+    if given is not default:
+        raise ValueError(
+            f"{name} must be torch.nn.{default.__name__}: a model with another class could not be "
+            f"rebuilt from its saved configuration"
+        )
