@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -87,7 +88,7 @@ class PairedFolder:
         scale: int,
         lq_root: str | os.PathLike | None = None,
         filename_tmpl: str | None = None,
-        cache_dir: str | os.PathLike | bool | None = None,
+        cache_dir: str | os.PathLike | Literal[False] | None = None,
     ):
         self.scale = check_scale(scale)
         hr_dir, lr_dir = find_folders(root, scale, lq_root)
@@ -95,8 +96,7 @@ class PairedFolder:
         check_names(self.hr_files)
         self.lr_files = match_lr(self.hr_files, lr_dir, scale, filename_tmpl) if lr_dir else None
         self.names = [f.stem for f in self.hr_files]
-        self._cache = LRCache(None if cache_dir is True else cache_dir)
-        self._use_cache = cache_dir is not False
+        self._cache = None if cache_dir is False else LRCache(cache_dir)
         self._sizes: list[tuple[int, int]] | None = None
 
     def __len__(self) -> int:
@@ -139,7 +139,7 @@ class PairedFolder:
         hr = decode_image(data, file)
         self._check_sizes(i, None, hr.shape[:2])
         hr = mod_crop(hr, self.scale)
-        if not self._use_cache:
+        if self._cache is None:
             return imresize(hr, 1 / self.scale), hr
         return self._cache.get(data, hr, self.scale), hr
 
