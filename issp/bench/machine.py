@@ -1,0 +1,66 @@
+"""The machine line that stands above every table: a number without it is hearsay."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+from issp import backends
+
+
+def machine_line(device: str) -> str:
+    """Processor, threads, versions, git revision and back end, in one line.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    parts = [_gpu()] if device == "cuda" else []
+    parts += [
+        f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown",
+        f"torch {torch.__version__}",
+        f"Python {platform.python_version()}",
+        f"issp {git_revision()}",
+        f"back end {backends.active(device)}",
+    ]
+    return "; ".join(parts)
+
+
+def git_revision() -> str:
+    """Short hash of the checkout, "+" when files differ from it; ISSP_REVISION where git cannot."""
+    root = Path(__file__).resolve().parents[2]
+    revision = _output("git", "-C", str(root), "rev-parse", "--short", "HEAD")
+    if not revision:
+        return os.environ.get("ISSP_REVISION", "unknown")
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return revision + ("+" if changed else "")
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _gpu() -> str:
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    properties = torch.cuda.get_device_properties()
+    return (
+        f"{properties.name}, {properties.multi_processor_count} SMs, "
+        f"driver {(driver or 'unknown').splitlines()[0]}, CUDA {torch.version.cuda}"
+    )
+
+
+def _output(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""

@@ -1,0 +1,106 @@
+"""The rows of the step's table: our ops, the floors they are measured against, their peers."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from issp import ops
+from issp.bench.registry import Row
+from issp.bench.workload import Workload
+
+
+def _step(bracket: bool):
+    return lambda work: lambda: work.step(bracket)
+
+
+def _threshold(work: Workload):
+    return lambda: ops.magnitude_threshold(work.weights, work.k)
+
+
+def _foreach_mul(work: Workload):
+    return lambda: torch._foreach_mul_(work.copies, work.shrink)
+
+
+def _flat_mul(work: Workload):
+    return lambda: work.flat.mul_(work.shrink)
+
+
+def _flat_copy(work: Workload):
+    return lambda: work.flat.copy_(work.source)
+
+
+def _each(work: Workload, select):
+    """`select(|w| flattened, k)` for one weight after the other."""
+
+    def run() -> None:
+        for w, k in zip(work.weights, work.k, strict=True):
+            if k:
+                select(w.abs().flatten(), k)
+
+    return run
+
+
+def _topk(work: Workload):
+    return _each(work, lambda x, k: x.topk(k, largest=False, sorted=False))
+
+
+def _kthvalue(work: Workload):
+    return _each(work, lambda x, k: x.kthvalue(k))
+
+
+def _sort(work: Workload):
+    return _each(work, lambda x, k: x.sort(stable=True))
+
+
+def _authors(work: Workload):
+    # As in the authors' code: scores to the CPU, all of them sorted, the indices to a list, then
+    # an indexed multiplication.
+    def run() -> None:
+        for w, k in zip(work.copies, work.k, strict=True):
+            scores = w.abs().flatten().cpu()
+            if scores.dtype == torch.bfloat16:
+                scores = scores.float()  # numpy has no bfloat16
+            pruned = np.argsort(scores.numpy())[:k].tolist()
+            w.view(-1)[pruned] *= work.shrink
+
+    return run
+
+
+def _read_write(numel: int, size: int) -> float:
+    return 2.0 * numel * size
+
+
+def _read(numel: int, size: int) -> float:
+    return 1.0 * numel * size
+
+
+def _read_write_mask(numel: int, size: int) -> float:
+    return 2.0 * numel * size + numel / 8
+
+
+# Only the fused step drifts the weights: drift without a step in between would be no training.
+_COPY = {"traffic": _read_write, "counted": "read w, write w", "prepare": Workload.restore}
+_SELECT = {"traffic": _read, "counted": "read w", "prepare": Workload.restore}
+_FUSED = {
+    "traffic": _read_write_mask,
+    "counted": "read w, write w, read the mask",
+    "prepare": Workload.drift,
+    "ours": True,
+}
+
+STEP = "issp step"
+BASE = "torch._foreach_mul_"
+FLOORS = ("flat mul_", "flat copy_")
+ROWS = (
+    Row(STEP, make=_step(True), **_FUSED),
+    Row("issp step, cold start", make=_step(False), **_FUSED),
+    Row("issp magnitude_threshold", make=_threshold, ours=True, **_SELECT),
+    Row(BASE, make=_foreach_mul, **_COPY),
+    Row(FLOORS[0], make=_flat_mul, **_COPY),
+    Row(FLOORS[1], make=_flat_copy, **_COPY),
+    Row("torch.topk", make=_topk, per_layer=True, **_SELECT),
+    Row("torch.kthvalue", make=_kthvalue, per_layer=True, **_SELECT),
+    Row("torch.sort(stable)", make=_sort, per_layer=True, **_SELECT),
+    Row("authors' numpy argsort", make=_authors, per_layer=True, capturable=False, **_COPY),
+)

@@ -1,0 +1,98 @@
+"""The weights that a benchmark works on: a training run's, but for the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from issp import ops
+
+LEARNING_RATE = 2e-4
+_POOL_SLACK = 1 << 16
+
+
+class Workload:
+    """Weights in the steady state of ISS-P, drifting as under Adam, and a copy for the peers.
+
+    Args:
+        shapes: one per weight.
+        sparsity: share of each weight that is selected, see `issp.num_pruned`.
+        dtype: of the weights.
+        device: where they live.
+        seed: of the initial values and the drift.
+
+    Attributes:
+        weights: initialised as `kaiming_uniform_(a=sqrt(5))` does, PyTorch's default.
+        state: their `issp.ops.ShrinkState`.
+        k: its counts, as ints.
+        flat, source: two buffers of the size of all weights.
+        copies: the weights' shapes over `flat`, for peers that write.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        sparsity: float,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        shrink: float = 0.95,
+        seed: int = 0,
+    ) -> None:
+        self.shrink = shrink
+        self._random = torch.Generator(device).manual_seed(seed)
+        numels = [math.prod(shape) for shape in shapes]
+        self.k = [ops.num_pruned(n, sparsity) for n in numels]
+        self.weights = [self._kaiming(shape, dtype, device) for shape in shapes]
+        self.state = ops.ShrinkState(self.weights, self.k)
+        # Drawing 43 M normal numbers takes longer than the step: every tensor of every step gets
+        # a piece of one pool, from a random place.
+        self._pool = torch.empty(max(numels) + _POOL_SLACK, dtype=dtype, device=device)
+        self._pool.normal_(generator=self._random)
+        self._places = torch.Generator().manual_seed(seed)
+        self.flat = torch.empty(sum(numels), dtype=dtype, device=device)
+        self.source = torch.empty_like(self.flat)
+        pieces = self.flat.split(numels)
+        self.copies = [x.view(shape) for x, shape in zip(pieces, shapes, strict=True)]
+
+    def _kaiming(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
+        bound = 1.0 / math.sqrt(math.prod(shape[1:]))
+        weight = torch.empty(shape, dtype=dtype, device=device)
+        return weight.uniform_(-bound, bound, generator=self._random)
+
+    @property
+    def numel(self) -> int:
+        """Weights in all."""
+        return self.flat.numel()
+
+    @torch.no_grad()
+    def drift(self) -> None:
+        """What an optimizer step does to the weights: each moves by about the learning rate."""
+        starts = torch.randint(_POOL_SLACK, (len(self.weights),), generator=self._places).tolist()
+        noise = [
+            self._pool[start : start + w.numel()].view(w.shape)
+            for w, start in zip(self.weights, starts, strict=True)
+        ]
+        torch._foreach_add_(self.weights, noise, alpha=LEARNING_RATE)
+
+    def step(self, bracket: bool = True) -> None:
+        """The fused step, on the weights."""
+        ops.soft_shrink_(self.weights, self.state, self.shrink, bracket=bracket)
+
+    def settle(self, steps: int) -> None:
+        """Drifts and steps, so that magnitudes are distributed as they are late in training."""
+        for _ in range(steps):
+            self.drift()
+            self.step()
+
+    def restore(self) -> None:
+        """Gives the copies and the source the weights' present values."""
+        torch._foreach_copy_(self.copies, self.weights)
+        self.source.copy_(self.flat)
+
+    def missed(self, steps: int) -> int:
+        """How many searches of `steps` further steps missed the bracket, as the op counts them."""
+        before = int(self.state.scratch[0])
+        self.settle(steps)
+        return int(self.state.scratch[0]) - before
