@@ -40,16 +40,21 @@ template <> constexpr uint16_t kInfinity<Float16> = 0x7c00u;
 template <> constexpr uint16_t kInfinity<BFloat16> = 0x7f80u;
 template <> constexpr uint64_t kInfinity<Float64> = 0x7ff0000000000000ull;
 
+// Keys of the 16-bit types are handled as 32-bit integers.
+template <typename Bits> struct KeyOf { using Key = uint32_t; };
+template <> struct KeyOf<uint64_t> { using Key = uint64_t; };
+template <typename T> using Key = typename KeyOf<typename T::Bits>::Key;
+
 // key: the order of magnitudes as integers; +0 == -0, denormals ordered, NaN above infinity.
 template <typename T>
-ISSP_RULE typename T::Bits key(typename T::Bits bits) {
-  return typename T::Bits(bits & Limits<T>::magnitude);
+ISSP_RULE Key<T> key(typename T::Bits bits) {
+  return bits & Limits<T>::magnitude;
 }
 
 // selected: of the k smallest keys. tau is the k-th smallest key; `ties` of the elements that equal
 // it, those of lowest flat index, are taken; `rank` counts the equal ones before this element.
-template <typename Bits>
-ISSP_RULE bool selected(Bits key, Bits tau, int64_t rank, int64_t ties) {
+template <typename Key>
+ISSP_RULE bool selected(Key key, Key tau, int64_t rank, int64_t ties) {
   return key < tau || (key == tau && rank < ties);
 }
 

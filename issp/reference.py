@@ -141,7 +141,7 @@ def nm_prune(
     chosen.scatter_(-1, order[..., : m - n], True)
     if layout == "channels":
         chosen = chosen[..., None].expand(groups.shape).permute(0, 4, 1, 3, 2)
-    chosen = chosen.reshape(weight.shape)
+    chosen = chosen.reshape(weight.shape).contiguous()
     return torch.where(chosen, shrunk(weight, shrink), weight), pack(~chosen.flatten())
 
 

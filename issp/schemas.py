@@ -47,6 +47,8 @@ library.define("apply_masks_(Tensor(a!)[] tensors, Tensor masks) -> ()")
 library.define(
     "nm_prune(Tensor weight, int n, int m, int v, str layout, float shrink=0.0) -> (Tensor, Tensor)"
 )
+# Instruction set of the CPU ops: avx512, avx2 or scalar; `want` chooses a lower one, for tests.
+library.define('_cpu_capability(str want="") -> str')
 
 
 def mask_words(numel: int) -> int:

@@ -1,0 +1,125 @@
+// The passes over a tensor's memory, for one instruction set. Included once per set by passes.cpp,
+// with ISSP_ISA (a namespace holding Lanes<T>) and ISSP_TARGET (its function attribute) defined.
+//
+// All work in groups of 64 elements, one 64-bit word of the packed mask. A last, partial group is
+// copied to a padded buffer, so that every loop has one body. The pads' keys are the largest of
+// all: they are counted nowhere, and selected at most in bits that `valid` removes.
+
+namespace issp::ISSP_ISA {
+
+template <typename T>
+struct Group {
+  using Bits = typename T::Bits;
+  alignas(64) Bits padded[64];
+  Bits* data;
+  int64_t valid;
+
+  Group(Bits* w, int64_t index, int64_t numel) : data(w + 64 * index), valid(numel - 64 * index) {
+    if (valid >= 64) {
+      valid = 64;
+      return;
+    }
+    for (int64_t i = 0; i < 64; ++i) padded[i] = i < valid ? data[i] : Limits<T>::magnitude;
+    data = padded;
+  }
+  uint64_t bits() const { return valid == 64 ? ~uint64_t(0) : (uint64_t(1) << valid) - 1; }
+  void store(Bits* w, int64_t index) const {
+    if (data == padded) memcpy(w + 64 * index, padded, size_t(valid) * sizeof(Bits));
+  }
+};
+
+// Counts the keys below lo and those in lo..hi, and keeps copies of the latter while they fit.
+template <typename T>
+ISSP_TARGET Census<T> census(const typename T::Bits* w, int64_t numel, Range groups, Key<T> lo,
+                             Key<T> hi, Key<T>* out, int64_t capacity) {
+  using L = Lanes<T>;
+  constexpr uint32_t all = uint32_t((uint64_t(1) << L::width) - 1);
+  Census<T> seen{};
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    const Group<T> group(const_cast<typename T::Bits*>(w), g, numel);
+    uint64_t below = 0, outside = 0;
+    const bool keep = lo != hi && seen.stored + 64 <= capacity;
+    for (int i = 0; i < 64; i += L::width) {
+      const auto bits = L::load(group.data + i);
+      const uint32_t less = L::less(bits, lo);
+      const uint32_t out_of_range = less | L::above(bits, hi);
+      below |= uint64_t(less) << i;
+      outside |= uint64_t(out_of_range) << i;
+      if (keep) {
+        L::compress(out + seen.stored, bits, ~out_of_range & all);
+        seen.stored += __builtin_popcount(~out_of_range & all);
+      }
+    }
+    seen.below += __builtin_popcountll(below);
+    seen.inside += __builtin_popcountll(~outside & group.bits());
+  }
+  return seen;
+}
+
+// Histogram of (key - lo) >> shift over the keys in lo..hi. Two tables, so that runs of equal bins
+// do not wait for one another's store.
+template <typename T>
+ISSP_TARGET void histogram(const typename T::Bits* w, int64_t numel, Key<T> lo, Key<T> hi,
+                           int shift, int64_t* bins) {
+  int64_t odd[kBins] = {};
+  for (int64_t i = 0; i < numel; ++i) {
+    const Key<T> k = key<T>(w[i]);
+    if (k >= lo && k <= hi) ++(i & 1 ? odd : bins)[(k - lo) >> shift];
+  }
+  for (int b = 0; b < kBins; ++b) bins[b] += odd[b];
+}
+
+// Shrinks the keys below `bound`; of those equal to `partial`, only the first `ties`. Refreshes the
+// mask words, writing only those that change, and returns how many bits changed.
+template <typename T>
+ISSP_TARGET int64_t apply(typename T::Bits* w, int64_t numel, Range groups, uint64_t* mask,
+                          const Selection<T>& chosen, typename T::Wide shrink) {
+  using L = Lanes<T>;
+  int64_t flips = 0, ties = chosen.ties;
+  const bool partial = chosen.partial;
+  for (int64_t step = 0; step < groups.end - groups.begin; ++step) {
+    // Backwards, the end of the range is still in the cache from the census; ties need order.
+    const int64_t g = partial ? groups.begin + step : groups.end - 1 - step;
+    Group<T> group(w, g, numel);
+    uint64_t take = 0, equal = 0;
+    for (int i = 0; i < 64; i += L::width) {
+      const auto bits = L::load(group.data + i);
+      take |= uint64_t(L::less(bits, chosen.bound)) << i;
+      if (partial) equal |= uint64_t(L::equal(bits, chosen.bound)) << i;
+    }
+    if (equal & group.bits()) {
+      const uint64_t first = lowest(equal & group.bits(), ties);
+      ties -= __builtin_popcountll(first);
+      take |= first;
+    }
+    take &= group.bits();
+    for (int i = 0; i < 64; i += L::width) {
+      const uint32_t lanes = uint32_t((take >> i) & ((uint64_t(1) << L::width) - 1));
+      L::store_shrunk(group.data + i, L::load(group.data + i), lanes, shrink);
+    }
+    group.store(w, g);
+    const uint64_t kept = ~take & group.bits(), old = mask[g];
+    if (old != kept) {
+      flips += __builtin_popcountll(old ^ kept);
+      mask[g] = kept;
+    }
+  }
+  return flips;
+}
+
+// Writes +0 where the mask has a 0 bit; full groups that are kept whole are not touched.
+template <typename T>
+ISSP_TARGET void clear(typename T::Bits* w, int64_t numel, Range groups, const uint64_t* mask) {
+  using L = Lanes<T>;
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    Group<T> group(w, g, numel);
+    const uint64_t drop = ~mask[g] & group.bits();
+    if (!drop) continue;
+    for (int i = 0; i < 64; i += L::width) {
+      L::clear(group.data + i, uint32_t((drop >> i) & ((uint64_t(1) << L::width) - 1)));
+    }
+    group.store(w, g);
+  }
+}
+
+}  // namespace issp::ISSP_ISA
