@@ -1,0 +1,27 @@
+"""The ops of issp in Triton: multi-tensor, deterministic, one file per op.
+
+Arguments have been checked by the caller; nothing here imports issp. Results equal the
+reference's bit by bit. semantics.py holds the rules, tables.py the launch over a whole model,
+select.py the exact search; compile.py compiles every kernel without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .apply_masks import apply_masks_
+from .magnitude_threshold import magnitude_threshold
+from .nm_prune import nm_prune
+from .soft_shrink import soft_shrink_
+
+__all__ = ["apply_masks_", "implementations", "magnitude_threshold", "nm_prune", "soft_shrink_"]
+
+
+def implementations() -> dict[str, Callable]:
+    """The callables by op name, with the signatures of the schemas."""
+    return {
+        "soft_shrink_": soft_shrink_,
+        "magnitude_threshold": magnitude_threshold,
+        "apply_masks_": apply_masks_,
+        "nm_prune": nm_prune,
+    }
