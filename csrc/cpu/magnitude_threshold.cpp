@@ -16,9 +16,9 @@ Tensor magnitude_threshold(const std::vector<Tensor>& weights, const std::vector
     auto* const taus = static_cast<typename T::Bits*>(found.mutable_data_ptr());
     for_each_item(items, sizeof(typename T::Bits), [&](size_t i, int64_t, Team team) {
       // a tenth of the weights, as in the fused step: half a byte each, and some for a small tensor
-      std::vector<Key<T>> room(size_t(items[i].numel / 10 + 256 * team.size));
+      std::vector<Key<T>> keys(size_t(items[i].numel / 10 + 256 * team.size));
       const auto* w = static_cast<const typename T::Bits*>(items[i].data);
-      Searcher<T> searcher(w, items[i].numel, team, room.data(), int64_t(room.size()));
+      Searcher<T> searcher(w, items[i].numel, team, {keys.data(), int64_t(keys.size())});
       taus[i] = typename T::Bits(searcher.find(k[i], nullptr).tau);
     });
   });

@@ -17,6 +17,7 @@ template <typename T>
 struct Found {
   Key<T> tau;
   bool missed;                         // the hint did not serve
+  int64_t inside;                      // keys in the range that served
   std::vector<Selection<T>> per_part;  // one per member of the team
 };
 
@@ -26,18 +27,29 @@ struct KeyRange {
   Key<T> hi;
 };
 
+// Space for candidate keys.
+template <typename T>
+struct Room {
+  Key<T>* keys;
+  int64_t capacity;
+
+  Room share(int64_t member, int64_t members) const {
+    return {keys + capacity / members * member, capacity / members};
+  }
+};
+
 template <typename T>
 class Searcher {
   using Bits = typename T::Bits;
 
  public:
-  // room: space for `capacity` candidate keys, shared evenly by the team.
-  Searcher(const Bits* w, int64_t numel, Team team, Key<T>* room, int64_t capacity)
-      : w_(w), numel_(numel), team_(team), room_(room), share_(capacity / team.size),
-        seen_(size_t(team.size)), pass_(passes<T>()) {}
+  // room: shared evenly by the team.
+  Searcher(const Bits* w, int64_t numel, Team team, Room<T> room)
+      : w_(w), numel_(numel), team_(team), room_(room), seen_(size_t(team.size)),
+        pass_(passes<T>()) {}
 
   Found<T> find(int64_t k, const KeyRange<T>* hint) {
-    if (k == 0) return {0, false, std::vector<Selection<T>>(seen_.size(), {0, false, 0})};
+    if (k == 0) return {0, false, 0, std::vector<Selection<T>>(seen_.size(), {0, false, 0})};
     KeyRange<T> range{0, Limits<T>::magnitude};
     int64_t below = 0;  // keys below range.lo
     bool missed = hint != nullptr;
@@ -55,7 +67,7 @@ class Searcher {
         below = under;
       }
     }
-    while (narrow(range, k, below) > share_ / 2 && range.lo < range.hi) {}
+    while (narrow(range, k, below) > room_.capacity / team_.size / 2 && range.lo < range.hi) {}
     take_census(range);
     while (!complete(range)) {  // the candidates lie unevenly over the team's shares
       narrow(range, k, below);
@@ -73,8 +85,9 @@ class Searcher {
 
   void take_census(KeyRange<T> range) {
     team_.each([&](int64_t p) {
+      const Room<T> mine = room_.share(p, team_.size);
       seen_[size_t(p)] = pass_.census(w_, numel_, team_.share(p, numel_), range.lo, range.hi,
-                                      room_ + p * share_, share_);
+                                      mine.keys, mine.capacity);
     });
   }
 
@@ -130,7 +143,7 @@ class Searcher {
   template <typename F>
   void for_candidates(const F& visit) const {
     for (size_t p = 0; p < seen_.size(); ++p) {
-      const Key<T>* keys = room_ + int64_t(p) * share_;
+      const Key<T>* keys = room_.share(int64_t(p), team_.size).keys;
       for (int64_t i = 0; i < seen_[p].stored; ++i) visit(keys[i], p);
     }
   }
@@ -149,7 +162,7 @@ class Searcher {
     }
     int64_t ties = k - below, all = 0;
     for (const int64_t count : equal) all += count;
-    Found<T> found{tau, missed, {}};
+    Found<T> found{tau, missed, sum(&Census<T>::inside), {}};
     for (const int64_t count : equal) {
       const int64_t here = std::min(ties, count);
       ties -= here;
@@ -165,8 +178,7 @@ class Searcher {
   const Bits* w_;
   int64_t numel_;
   Team team_;
-  Key<T>* room_;
-  int64_t share_;
+  Room<T> room_;
   std::vector<Census<T>> seen_;
   const Passes<T>& pass_;
 };

@@ -13,39 +13,56 @@ namespace {
 
 // The keys around the previous threshold among which the k-th is looked for first. Right after a
 // shrink the k-th magnitude is exactly shrink * tau, hence the lower end; weights that come down
-// meet the old tau, hence the upper. Hard thresholding leaves no such anchor: a wider range.
+// meet the old tau, hence the upper. Hard thresholding leaves no such anchor: tau alone serves.
 template <typename T>
-bool hint_from(typename T::Bits previous, double shrink, KeyRange<T>& hint) {
+bool hint_from(typename T::Bits previous, double shrink, double margin, KeyRange<T>& hint) {
   const Key<T> tau = key<T>(previous);
   if (tau >= kInfinity<T>) return false;
   using Wide = typename T::Wide;
-  const Wide value = widen(T{}, typename T::Bits(tau));
-  const double low = shrink > 0.5 ? 0.97 * shrink : 0.7, high = shrink > 0.5 ? 1.03 : 1.4;
-  hint.lo = key<T>(narrow(T{}, Wide(low * value)));
-  hint.hi = key<T>(narrow(T{}, Wide(high * value)));
+  const double value = widen(T{}, typename T::Bits(tau));
+  const double anchor = shrink > 0.5 ? shrink : 1.0;
+  hint.lo = key<T>(narrow(T{}, Wide(anchor * value / (1 + margin))));
+  hint.hi = key<T>(narrow(T{}, Wide(value * (1 + margin))));
   return true;
 }
 
+// How far beyond the anchors to look: wide enough to hit, narrow enough to keep few candidates.
+// A miss costs two more passes, a candidate a few cycles, so 1/256 to 1/32 of the weights is right.
+float adapted(float margin, bool missed, int64_t inside, int64_t numel) {
+  if (missed) return std::min(2 * margin, 3.0f);
+  if (inside > numel / 32) return std::max(margin / 1.5f, 1e-3f);
+  if (inside < numel / 256) return std::min(1.25f * margin, 3.0f);
+  return margin;
+}
+
+// Everything of one call that does not change from tensor to tensor.
+struct Call {
+  double shrink;
+  bool bracket;
+  int32_t* masks;
+  std::atomic<int32_t> misses{0};
+};
+
 template <typename T>
-void shrink_item(const Item& item, int64_t k, double shrink, typename T::Bits& threshold,
-                 int32_t* masks, int64_t& flips, std::atomic<int32_t>& misses, bool bracket,
-                 Team team, Key<T>* room, int64_t capacity) {
+void shrink_item(const Item& item, int64_t k, typename T::Bits& threshold, int64_t& flips,
+                 float& margin, Call& call, Team team, Room<T> room) {
   auto* w = static_cast<typename T::Bits*>(item.data);
   KeyRange<T> hint{};
-  const bool hinted = bracket && hint_from<T>(threshold, shrink, hint);
-  Searcher<T> searcher(w, item.numel, team, room, capacity);
-  const Found<T> found = searcher.find(k, hinted ? &hint : nullptr);
+  if (margin == 0) margin = 0.03f;
+  const bool hinted = call.bracket && hint_from<T>(threshold, call.shrink, margin, hint);
+  const Found<T> found = Searcher<T>(w, item.numel, team, room).find(k, hinted ? &hint : nullptr);
+  if (hinted) margin = adapted(margin, found.missed, found.inside, item.numel);
   const Passes<T>& pass = passes<T>(found.tau >= kInfinity<T>);
-  auto* mask = reinterpret_cast<uint64_t*>(masks + item.mask_start);
+  auto* mask = reinterpret_cast<uint64_t*>(call.masks + item.mask_start);
   std::vector<int64_t> changed(size_t(team.size));
   team.each([&](int64_t p) {
     changed[size_t(p)] = pass.apply(w, item.numel, team.share(p, item.numel), mask,
-                                    found.per_part[size_t(p)], typename T::Wide(shrink));
+                                    found.per_part[size_t(p)], typename T::Wide(call.shrink));
   });
   flips = 0;
   for (const int64_t count : changed) flips += count;
   threshold = typename T::Bits(found.tau);
-  if (found.missed) misses.fetch_add(1, std::memory_order_relaxed);
+  if (found.missed) call.misses.fetch_add(1, std::memory_order_relaxed);
 }
 
 void soft_shrink_(const std::vector<Tensor>& weights, const Tensor& k, double shrink,
@@ -57,24 +74,24 @@ void soft_shrink_(const std::vector<Tensor>& weights, const Tensor& k, double sh
   for (size_t i = 0; i < items.size(); ++i) check_rank(counts[i], items[i], i);
   if (found_inf && *static_cast<const float*>(found_inf->const_data_ptr()) != 0.0f) return;
 
+  // Scratch: a header whose first word counts misses, a margin per tensor, and room for candidates,
+  // of which every thread has an equal share and uses the beginning again and again.
   auto* const words = static_cast<int32_t*>(scratch.mutable_data_ptr());
-  auto* const mask_words = static_cast<int32_t*>(masks.mutable_data_ptr());
+  auto* const margins = reinterpret_cast<float*>(words + kScratchHeader);
+  const int64_t used = kScratchHeader + (int64_t(items.size()) + 1) / 2 * 2;
   auto* const flip_counts = static_cast<int64_t*>(flips.mutable_data_ptr());
-  std::atomic<int32_t> misses{0};
+  Call call{shrink, bracket, static_cast<int32_t*>(masks.mutable_data_ptr())};
   for_dtype(weights[0].scalar_type(), [&](auto type) {
     using T = decltype(type);
     auto* const taus = static_cast<typename T::Bits*>(thresholds.mutable_data_ptr());
-    // Every thread has an equal share of the scratch and uses its beginning again and again.
-    auto* const room = reinterpret_cast<Key<T>*>(words + kScratchHeader);
-    const int64_t capacity =
-        (scratch.numel() - kScratchHeader) * int64_t(sizeof(int32_t)) / int64_t(sizeof(Key<T>));
-    const int64_t share = capacity / whole_team().size;
+    const int64_t bytes = (scratch.numel() - used) * int64_t(sizeof(int32_t));
+    const Room<T> all{reinterpret_cast<Key<T>*>(words + used), bytes / int64_t(sizeof(Key<T>))};
     for_each_item(items, sizeof(typename T::Bits), [&](size_t i, int64_t member, Team team) {
-      shrink_item<T>(items[i], counts[i], shrink, taus[i], mask_words, flip_counts[i], misses,
-                     bracket, team, room + member * share, team.size == 1 ? share : capacity);
+      const Room<T> room = team.size == 1 ? all.share(member, whole_team().size) : all;
+      shrink_item<T>(items[i], counts[i], taus[i], flip_counts[i], margins[i], call, team, room);
     });
   });
-  words[0] += misses;
+  words[0] += call.misses;
 }
 
 }  // namespace
