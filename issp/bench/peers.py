@@ -91,14 +91,14 @@ _FUSED = {
 
 STEP = "issp step"
 BASE = "torch._foreach_mul_"
-FLOORS = ("flat mul_", "flat copy_")
+FLOORS = (BASE, "flat mul_", "flat copy_")
 ROWS = (
     Row(STEP, make=_step(True), **_FUSED),
     Row("issp step, cold start", make=_step(False), **_FUSED),
     Row("issp magnitude_threshold", make=_threshold, ours=True, **_SELECT),
     Row(BASE, make=_foreach_mul, **_COPY),
-    Row(FLOORS[0], make=_flat_mul, **_COPY),
-    Row(FLOORS[1], make=_flat_copy, **_COPY),
+    Row(FLOORS[1], make=_flat_mul, **_COPY),
+    Row(FLOORS[2], make=_flat_copy, **_COPY),
     Row("torch.topk", make=_topk, per_layer=True, **_SELECT),
     Row("torch.kthvalue", make=_kthvalue, per_layer=True, **_SELECT),
     Row("torch.sort(stable)", make=_sort, per_layer=True, **_SELECT),

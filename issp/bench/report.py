@@ -18,6 +18,7 @@ class Line:
         name: what was timed.
         seconds: mode name -> median, None where it could not be timed.
         repetitions: calls per mode, of the mode with the most.
+        best: seconds of the shortest call, in the table's basis mode.
         spread: quartile distance over the median, in the table's basis mode.
         traffic: bytes that any implementation must move.
         extra: bytes of memory needed beyond weights and results, per weight.
@@ -26,6 +27,7 @@ class Line:
     name: str
     seconds: dict[str, float | None]
     repetitions: int
+    best: float | None
     spread: float | None
     traffic: float
     extra: float
@@ -87,7 +89,8 @@ class Table:
         head = ["what"]
         for mode in modes:
             head += [f"{mode} {self.unit}", "ratio"]
-        head += ["GB/s", "of roofline", "spread", "extra B/weight", "runs"]
+        head += ["GB/s", "of roofline", "spread", f"best {self.unit}"]
+        head += ["extra B/weight", "runs"]
         rule = ["---"] + ["---:"] * (len(head) - 1)
         rows = [head, rule, *map(self._cells, self.lines)]
         text = [f"### {self.title}", "", self.machine, ""]
@@ -98,13 +101,15 @@ class Table:
     def _cells(self, line: Line) -> list[str]:
         cells = [line.name]
         for mode in self.modes():
-            seconds = line.seconds[mode]
-            cells.append(number(None if seconds is None else seconds * _UNITS[self.unit]))
+            cells.append(self._time(line.seconds[mode]))
             cells.append(number(self.ratio(line, mode)))
         cells.append(number(self.rate(line) / 1e9))
         cells.append(f"{100 * self.rate(line) / self.roofline():.0f} %")
         cells.append("-" if line.spread is None else f"{100 * line.spread:.0f} %")
-        return [*cells, number(line.extra), str(line.repetitions)]
+        return [*cells, self._time(line.best), number(line.extra), str(line.repetitions)]
+
+    def _time(self, seconds: float | None) -> str:
+        return number(None if seconds is None else seconds * _UNITS[self.unit])
 
 
 def number(value: float | None) -> str:

@@ -39,7 +39,8 @@ class Settings:
         device: "cpu" or "cuda".
         rounds: calls of each row in each mode.
         seconds: limit per row and mode; slow rows get fewer calls, at least one.
-        settle: steps before the first timed one.
+        settle: steps before the first timed one. For some 60 steps the thresholds fall by the
+            factor alpha each, then drift and shrinkage balance: training is in that second state.
         whole: the parity check includes the largest tensor whole.
         flush_bytes: read between calls to empty the caches; None: the clock's choice.
     """
@@ -50,7 +51,7 @@ class Settings:
     device: str = "cpu"
     rounds: int = 30
     seconds: float = 6.0
-    settle: int = 100
+    settle: int = 200
     whole: bool = True
     flush_bytes: int | None = None
 
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    parser.add_argument("--settle", type=int, help="untimed steps first, default 100 (quick: 30)")
+    parser.add_argument("--settle", type=int, help="untimed steps first, default 200 (quick: 100)")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--out", type=Path, help="also write the tables to this .md file")
     parser.add_argument("--plot", type=Path, help="also draw the times into this .png file")
@@ -108,7 +109,7 @@ def _settings(args: argparse.Namespace) -> Settings:
     if not 0.0 <= args.shrink <= 1.0:
         raise ValueError(f"--shrink is {args.shrink}: it must lie in 0..1")
     ops.num_pruned(1, args.sparsity)
-    pace = {"rounds": 7, "seconds": 1.0, "settle": 30, "whole": False} if args.quick else {}
+    pace = {"rounds": 7, "seconds": 1.0, "settle": 100, "whole": False} if args.quick else {}
     if args.settle is not None:
         if args.settle < 1:
             raise ValueError(f"--settle is {args.settle}: use at least 1")
@@ -194,6 +195,7 @@ def measure(
                 name=row.name,
                 seconds={mode.name: task.median(mode.name) for mode in clock.modes},
                 repetitions=max(map(len, task.samples.values()), default=0),
+                best=task.best(clock.basis),
                 spread=task.spread(clock.basis),
                 traffic=row.traffic(work.numel, work.flat.element_size()),
                 extra=_extra_bytes(row, work, settings) / work.numel,
@@ -232,9 +234,9 @@ def _notes(rows, tasks, work, clock, settings) -> list[str]:
         counted.setdefault(row.counted, []).append(row.name)
     notes = [
         "Medians, all rows in turn in one run; ratio: time over that of "
-        f"`{peers.BASE}` in the same column. GB/s, roofline share and spread (quartile distance "
-        f"over median): column {clock.basis}. Roofline: the faster of "
-        f"{' and '.join(peers.FLOORS)}.",
+        f"`{peers.BASE}` in the same column. GB/s, roofline share, spread (quartile distance "
+        f"over median) and best (shortest call): column {clock.basis}. Roofline: the fastest of "
+        f"{', '.join(peers.FLOORS)}.",
         "Bytes counted: "
         + "; ".join(f"{what} ({', '.join(names)})" for what, names in counted.items())
         + ". torch.topk, kthvalue and sort select only: no shrink, mask or flips.",

@@ -164,6 +164,10 @@ class Task:
         """Seconds, or None where the task could not be timed."""
         return statistics.median(self.samples[mode]) if self.samples.get(mode) else None
 
+    def best(self, mode: str) -> float | None:
+        """Seconds of the shortest call: the least disturbed on a shared machine."""
+        return min(self.samples.get(mode, ()), default=None)
+
     def spread(self, mode: str) -> float | None:
         """Distance of the quartiles, as a share of the median; None below four samples."""
         seconds = self.samples.get(mode, ())
