@@ -26,8 +26,8 @@ _CLASSES = {cls.__name__: cls for cls in (EDSR, SwinIR, CAT)}
 
 # The networks of the paper's tables (method notes, section 5), the usual small EDSR, and one for a
 # CPU: at x2 and 90 % sparsity (shrink 0.95, Adam 1e-3, 16 patches of 24x24 LR pixels, frozen
-# half-way) edsr-tiny passes bicubic by 1.2 dB on Set5 (Y, 34.89 against 33.67) in 1 152 steps, 150 s
-# on one core.
+# half-way) edsr-tiny passes bicubic by 1.2 dB on Set5 (Y, 34.89 against 33.67) in 1 152 steps,
+# 150 s on one core.
 _PRESETS = {
     "edsr-tiny": (EDSR, {"num_feat": 32, "num_block": 8}),
     "edsr-baseline": (EDSR, {"num_feat": 64, "num_block": 16}),
