@@ -1,0 +1,246 @@
+"""Models and training states on disk: complete or absent, readable without unpickling code.
+
+A model is a safetensors file whose metadata holds, as JSON, what rebuilds the network: its
+configuration, scale and sparsity. A training state is a torch file of tensors and plain values only,
+read with weights_only=True. BasicSR's .pth files (params, params_ema) are read the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import random
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+_METADATA = "issp"
+
+
+def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
+    """Writes a file beside its place and moves it there when it is complete and on disk.
+
+    Raises:
+        OSError: it cannot be written (full disk, no permission); what was there before is intact.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"cannot write {path}: {error.strerror}; free space or choose a folder"
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
+    """Writes a model as safetensors, with what `load` needs to rebuild it.
+
+    Args:
+        model: a network of `issp.models` (it has `.config` and `.scale`).
+        path: file to write.
+        **extra: more plain values for the metadata, such as iteration=1000.
+
+    Raises:
+        TypeError: the model has no configuration.
+        OSError: the file cannot be written; an older file is left as it was.
+    """
+    safetensors = _safetensors()
+    if not isinstance(getattr(model, "config", None), dict):
+        raise TypeError(
+            f"cannot save {type(model).__name__} with its architecture: it has no .config; "
+            "use torch.save(model.state_dict(), path)"
+        )
+    # Copies: safetensors refuses tensors that share memory, and tied weights load back equal.
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    about = {"config": model.config, "arch": model.arch, "scale": model.scale}
+    about |= {"sparsity": sparsity(model), **extra}
+    data = safetensors.torch.save(tensors, {"format": "pt", _METADATA: json.dumps(about)})
+    atomic_write(path, lambda file: file.write(data))
+
+
+def load(path: str | os.PathLike, arch: str | None = None, scale: int | None = None) -> nn.Module:
+    """Rebuilds the model in a file.
+
+    Args:
+        path: a file of `save`, or BasicSR's .pth (params_ema is preferred to params).
+        arch: name for `issp.models.build`; needed for files that do not know their architecture.
+        scale: as above.
+
+    Returns:
+        The model on the CPU, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged or cut short, or of another architecture.
+    """
+    from issp import models
+
+    tensors, about = read_tensors(path)
+    if arch is not None:
+        model = models.build(arch, scale or about.get("scale") or 4)
+    elif "config" in about:
+        model = models.from_config(about["config"])
+        model.arch = about.get("arch", model.arch)
+    else:
+        raise ValueError(f"{path} does not say its architecture: give its name and scale")
+    load_weights(model, tensors, path)
+    return model.eval()
+
+
+def read_tensors(
+    path: str | os.PathLike, key: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a model file by name, and the metadata that `save` wrote (or {}).
+
+    Args:
+        path: a safetensors file, or a .pth of weights.
+        key: which entry of a .pth holds the weights; None: params_ema, params, or the file itself.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load`.
+    """
+    if Path(path).suffix.lower() == ".safetensors":
+        return _read_safetensors(path)
+    content = read_state(path)
+    keys = (key,) if key else ("params_ema", "params", "state_dict")
+    found = next((k for k in keys if isinstance(content.get(k), dict)), None)
+    tensors = content[found] if found else content
+    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ValueError(f"{path} holds no weights: looked for {', '.join(keys)}")
+    # DataParallel's prefix belongs to a wrapper, not to the network.
+    return {name.removeprefix("module."): value for name, value in tensors.items()}, {}
+
+
+def load_weights(
+    model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike, strict: bool = True
+) -> None:
+    """`model.load_state_dict` whose error is one sentence.
+
+    Raises:
+        ValueError: names or shapes do not fit the model, the first misfit is named.
+    """
+    mine = model.state_dict()
+    missing = [name for name in mine if name not in tensors]
+    foreign = [name for name in tensors if name not in mine]
+    shapes = [n for n in mine if n in tensors and mine[n].shape != tensors[n].shape]
+    problem = None
+    if shapes:
+        was, now = tuple(tensors[shapes[0]].shape), tuple(mine[shapes[0]].shape)
+        problem = f"{shapes[0]} is {was} there and {now} in the model"
+    elif strict and (missing or foreign):
+        lost = f"{missing[0]} is missing there" if missing else f"{foreign[0]} is unknown here"
+        problem = f"{lost} ({len(missing)} missing, {len(foreign)} unknown)"
+    if problem:
+        arch = getattr(model, "arch", type(model).__name__)
+        raise ValueError(f"{path} does not fit {arch}: {problem}; check the model and its scale")
+    model.load_state_dict(tensors, strict=strict)
+
+
+def sparsity(model: nn.Module) -> dict[str, Any]:
+    """Exact zeros among the weights of convolutions and linear layers.
+
+    Returns:
+        weights, zeros (numbers) and ratio (zeros / weights).
+    """
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    total = sum(w.numel() for w in weights)
+    zeros = total - sum(int(torch.count_nonzero(w)) for w in weights)
+    return {"weights": total, "zeros": zeros, "ratio": zeros / total if total else 0.0}
+
+
+def write_state(state: dict[str, Any], path: str | os.PathLike) -> None:
+    """Writes a training state: tensors and plain values in dicts and lists."""
+    atomic_write(path, lambda file: torch.save(state, file))
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a torch file of tensors and plain values onto the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, cut short, or wants to run code on loading.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() and "unsupported" in str(error).lower():
+            raise ValueError(
+                f"{path} holds more than tensors and plain values, which could run code on "
+                "loading: it is refused; save its weights as safetensors"
+            ) from None
+        raise _damaged(path) from None
+    except Exception:  # damaged bytes surface as any kind of error in the unpickler
+        raise _damaged(path) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator of the process."""
+    kind, keys, *rest = np.random.get_state()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": list(random.getstate()[1]),
+        "gauss": random.getstate()[2],
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Restores what `random_state` gave; generators of absent devices are passed over."""
+    torch.set_rng_state(state["torch"])
+    random.setstate((3, tuple(state["python"]), state["gauss"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _damaged(path: str | os.PathLike) -> ValueError:
+    return ValueError(
+        f"checkpoint {path} is damaged or cut short; remove it and use an older one of its folder"
+    )
+
+
+def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    safetensors = _safetensors()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, json.loads(metadata.get(_METADATA, "{}"))
+    except (safetensors.SafetensorError, OSError, ValueError):
+        raise _damaged(path) from None
+
+
+def _safetensors():
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError:
+        raise ImportError('model files need safetensors: pip install "issp[train]"') from None
+    return safetensors

@@ -1,0 +1,51 @@
+"""`issp info`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+HELP = "versions, back ends built and active (and why others are not), processor, GPU"
+EXAMPLE = "issp info --json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints what `issp.info()` returns."""
+    from issp.info import info
+
+    facts = info()
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    cpu, gpu, found = facts["cpu"], facts["gpu"], facts["backends"]
+    packages = [f"{n} {v or '(absent)'}" for n, v in facts["packages"].items()]
+    active = ", ".join(f"{device}: {name}" for device, name in found["active"].items())
+    lines = [
+        ("issp", facts["issp"]),
+        ("python", f"{facts['python']} on {facts['system']}"),
+        ("torch", facts["torch"]),
+        ("packages", ", ".join(packages)),
+        ("active", active + (f" (ISSP_BACKEND={found['forced']})" if found["forced"] else "")),
+        *(("not in use", f"{name}: {why}") for name, why in found["unused"].items()),
+        ("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use"),
+        ("features", f"{' '.join(cpu['features'] or ['unknown'])}; torch uses {cpu['torch']}"),
+        ("denormals", f"{cpu['denormals']} (`issp train` flushes them to zero)"),
+        ("gpu", _gpu_line(gpu)),
+    ]
+    for key, text in lines:
+        print(f"{key:11s} {text}")
+    return 0
+
+
+def _gpu_line(gpu: dict | None) -> str:
+    if gpu is None:
+        return "none that torch sees"
+    return (
+        f"{gpu['count']} x {gpu['name']}, compute capability {gpu['capability']}, "
+        f"{gpu['memory_gib']} GiB, CUDA {gpu['cuda']}"
+    )

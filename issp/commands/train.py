@@ -1,0 +1,149 @@
+"""`issp train`: a YAML file with BasicSR's keys, flags, or a file changed by flags."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from issp import config
+
+HELP = "train a network and prune it on the way, from a YAML file or flags"
+EXAMPLE = (
+    "issp train --model edsr-tiny --scale 2 --hr photos/ --val Set5=benchmarks/Set5\n"
+    "             --sparsity 0.9 --iters 2000 --freeze-at 1000 --batch 16 --patch 96 --name tiny\n"
+    "  issp train configs/train_issp_swinir_light_x4.yml --set train.optim_g.lr=1e-4\n"
+    "  issp train experiments/tiny/config.yml --resume"
+)
+
+# The paper's fine-tuning milestones as shares of the fine-tuning stage: 250k, 400k, ... of 500k.
+_MILESTONES = (0.5, 0.8, 0.9, 0.95)
+
+# flag: (key, type, help)
+_FLAGS: dict[str, tuple[str, Any, str]] = {
+    "--name": ("name", str, "results go to experiments/NAME"),
+    "--model": ("network_g.type", str, "edsr-tiny, edsr-baseline, edsr-l, swinir-light, cat-r"),
+    "--scale": ("scale", int, "2, 3 or 4"),
+    "--seed": ("manual_seed", int, "seed of every random number (default: 0)"),
+    "--device": ("device", str, "auto, cpu or cuda (default: auto)"),
+    "--hr": (
+        "datasets.train.dataroot_gt",
+        str,
+        "folder of training images (default: a few sample photographs)",
+    ),
+    "--lr-images": ("datasets.train.dataroot_lq", str, "their low-resolution files, if at hand"),
+    "--batch": ("datasets.train.batch_size_per_gpu", int, "crops per iteration (default: 16)"),
+    "--patch": ("datasets.train.gt_size", int, "side of the high-resolution crop (64 x scale)"),
+    "--workers": ("datasets.train.num_worker_per_gpu", int, "data processes (default: 0)"),
+    "--iters": ("train.total_iter", int, "all iterations, the pruning stage included"),
+    "--lr": ("train.optim_g.lr", float, "learning rate (default: 2e-4)"),
+    "--optimizer": ("train.optim_g.type", str, "Adam, AdamW or SGD (default: Adam)"),
+    "--warmup": ("train.warmup_iter", int, "iterations of linear warm-up"),
+    "--ema": ("train.ema_decay", float, "decay of the averaged model (default: 0, none)"),
+    "--sparsity": ("sparsity.ratio", float, "share of each layer to prune; absent: dense training"),
+    "--method": ("sparsity.method", str, "iss-p or iht (default: iss-p)"),
+    "--shrink": ("sparsity.shrink", float, "factor on unimportant weights (default: 0.95)"),
+    "--freeze-at": ("sparsity.freeze_iter", int, "iteration that fixes the mask (default: half)"),
+    "--val-freq": ("val.val_freq", int, "iterations between validations"),
+    "--print-freq": ("logger.print_freq", int, "iterations between log lines"),
+    "--save-freq": ("logger.save_checkpoint_freq", int, "iterations between checkpoints"),
+    "--pretrained": ("path.pretrain_network_g", str, "weights to start from"),
+    "--root": ("path.experiments_root", str, "folder of all runs (default: experiments)"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the command."""
+    parser.add_argument("config", nargs="?", metavar="CONFIG.yml", help="BasicSR's keys; see configs/")
+    for flag, (key, kind, text) in _FLAGS.items():
+        metavar = "N" if kind is int else "X" if kind is float else "TEXT"
+        parser.add_argument(flag, dest=key, type=kind, metavar=metavar, help=text)
+    parser.add_argument("--val", nargs="+", metavar="[NAME=]DIR", help="validation folders")
+    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="layers to leave dense")
+    parser.add_argument("--milestones", nargs="+", type=int, metavar="N", help="fine-tuning iterations")
+    parser.add_argument("--save-images", action="store_true", help="keep validation images")
+    parser.add_argument("--no-tensorboard", action="store_true", help="write CSV logs only")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any key of the file")
+    parser.add_argument("--resume", action="store_true", help="continue from the latest state")
+    parser.add_argument("--quiet", action="store_true", help="print nothing")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains; the final model is experiments/NAME/models/net_g_latest.safetensors."""
+    tree = config.load_yaml(args.config) if args.config else _defaults(args)
+    _apply_flags(tree, args)
+    settings = config.parse(tree)
+
+    from issp.train import train
+
+    train(settings, resume=args.resume, quiet=args.quiet)
+    return 0
+
+
+def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
+    for key, _, _ in _FLAGS.values():
+        if getattr(args, key) is not None:
+            config.set_key(tree, key, getattr(args, key))
+    if args.val:
+        datasets = tree.setdefault("datasets", {})
+        for key in [key for key in datasets if key.startswith(("val", "test"))]:
+            del datasets[key]
+        for i, entry in enumerate(args.val):
+            name, found, folder = entry.partition("=")
+            folder = folder if found else name
+            datasets[f"val_{i + 1}"] = {"name": Path(name).name, "dataroot_gt": folder}
+    if args.exclude:
+        config.set_key(tree, "sparsity.exclude", args.exclude)
+    if args.milestones:
+        config.set_key(tree, "train.scheduler.milestones", args.milestones)
+    if args.save_images:
+        config.set_key(tree, "val.save_img", True)
+    if args.no_tensorboard:
+        config.set_key(tree, "logger.use_tb_logger", False)
+    for entry in args.set:
+        key, found, text = entry.partition("=")
+        if not found:
+            raise ValueError(f"--set {entry}: write KEY=VALUE, such as train.optim_g.lr=1e-4")
+        config.set_key(tree, key, _value(text))
+
+
+def _value(text: str) -> Any:
+    import yaml
+
+    with contextlib.suppress(yaml.YAMLError):
+        return yaml.safe_load(text)
+    return text
+
+
+def _defaults(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run without a file has, in proportion to its length."""
+    if args.resume:
+        raise ValueError("--resume needs the run's configuration: experiments/NAME/config.yml")
+    given = {flag: getattr(args, key) for flag, (key, _, _) in _FLAGS.items()}
+    missing = [flag for flag in ("--model", "--scale", "--iters") if given[flag] is None]
+    if missing:
+        raise ValueError(f"give a CONFIG.yml, or {', '.join(missing)} (see issp train --help)")
+    iters, scale = given["--iters"], given["--scale"]
+    tree: dict[str, Any] = {"name": f"{given['--model']}_x{scale}", "datasets": {"train": {}}}
+    if given["--hr"] is None:
+        tree["datasets"]["train"]["type"] = "SamplePhotographs"
+        if not args.val:
+            tree["datasets"]["val"] = {"name": "samples", "type": "SamplePhotographs"}
+    fine_tuning = iters
+    if given["--sparsity"] is not None:
+        freeze = max(1, iters // 2)
+        tree["sparsity"] = {"freeze_iter": freeze}
+        fine_tuning = iters - (given["--freeze-at"] or freeze)
+    milestones = [round(share * fine_tuning) for share in _MILESTONES]
+    tree["train"] = {"scheduler": {"milestones": milestones}}
+    tree["val"] = {
+        "val_freq": max(1, min(5000, iters // 10)),
+        "metrics": {
+            "psnr": {"type": "calculate_psnr", "test_y_channel": True},
+            "ssim": {"type": "calculate_ssim", "test_y_channel": True},
+        },
+    }
+    often = max(1, min(100, iters // 20))
+    tree["logger"] = {"print_freq": often, "save_checkpoint_freq": max(1, min(5000, iters // 4))}
+    return tree

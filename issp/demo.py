@@ -1,0 +1,193 @@
+"""The demo: sparse from the first iteration, on a CPU, in minutes, on real photographs.
+
+edsr-tiny x2 is trained from random initialisation by ISS-P on the sample photographs of the train
+split and compared with bicubic interpolation on photographs it has never seen.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from issp import builders, checkpoint, config, data, evaluate, floats, logs, plots
+from issp.commands.common import table
+from issp.train import train
+
+SCALE, MODEL, BATCH, PATCH, LEARNING_RATE = 2, "edsr-tiny", 8, 64, 1e-3
+ITERATIONS = 2000  # about four minutes on two cores
+_CROP = 96
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `issp demo` can be told.
+
+    Args:
+        out: folder of the results.
+        iterations: of training; None: `ITERATIONS`, or what fits into `minutes`.
+        minutes: time for each training.
+        dense: train the dense twin as well.
+        sparsity: share of each layer's weights to prune.
+        seed: of all random numbers.
+    """
+
+    out: Path
+    iterations: int | None = None
+    minutes: float | None = None
+    dense: bool = False
+    sparsity: float = 0.9
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the demo's table."""
+
+    name: str
+    scores: list[evaluate.Score]
+    kept: str = ""
+    step_share: str = ""
+
+    def cells(self) -> list[str]:
+        """As text."""
+        mean = evaluate.mean(self.scores)
+        return [self.name, f"{mean.psnr:.2f}", f"{mean.ssim:.4f}", self.kept, self.step_share]
+
+
+def run(options: Options) -> list[Row]:
+    """Trains, prints one table, writes model.safetensors, curves.png and comparison.png.
+
+    Returns:
+        The rows of the table: bicubic, ISS-P and, if asked for, the dense twin.
+    """
+    started = time.perf_counter()
+    floats.flush_denormals()
+    iterations = options.iterations or ITERATIONS
+    if options.minutes is not None:
+        iterations = fitting_iterations(options)
+    held_out = data.EvalDataset(
+        data.PairedArrays(data.sample_photographs("test"), SCALE), in_memory=True
+    )
+    cubic = evaluate.evaluate(evaluate.bicubic(SCALE), held_out)
+    rows = [Row("bicubic", cubic)]
+    sparse, row = _train(settings(options, "iss-p", iterations, options.sparsity), held_out)
+    rows.append(row)
+    if options.dense:
+        rows.append(_train(settings(options, "dense", iterations, None), held_out)[1])
+
+    checkpoint.save(sparse, options.out / "model.safetensors", iteration=iterations)
+    log = logs.read_csv(options.out / "iss-p" / "log" / "train.csv")
+    title = f"{MODEL} x{SCALE}, ISS-P at {100 * options.sparsity:g} % sparsity"
+    plots.curves(log, options.out / "curves.png", title, evaluate.mean(cubic).psnr)
+    plots.comparison(_sheets(sparse, held_out), options.out / "comparison.png")
+
+    names = ", ".join(held_out.pairs.names)
+    print(f"\nx{SCALE} on photographs not trained on ({names}), Y channel:\n")
+    header = ["", "PSNR", "SSIM", "kept weights", "share of iteration in the fused step"]
+    print(table(header, [row.cells() for row in rows]))
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\n{minutes:.1f} minutes; model.safetensors, curves.png, comparison.png are in {options.out}")
+    return rows
+
+
+def settings(options: Options, name: str, iterations: int, sparsity: float | None) -> config.Config:
+    """The configuration of one of the demo's trainings; the same keys as a YAML file."""
+    freeze = max(1, iterations * 2 // 5)
+    tree: dict[str, Any] = {
+        "name": name,
+        "scale": SCALE,
+        "manual_seed": options.seed,
+        "device": "cpu",
+        "network_g": {"type": MODEL},
+        "path": {"experiments_root": str(options.out)},
+        "datasets": {
+            "train": {
+                "type": "SamplePhotographs",
+                "gt_size": PATCH,
+                "batch_size_per_gpu": BATCH,
+            },
+            "val": {"name": "held-out", "type": "SamplePhotographs"},
+        },
+        "train": {
+            "total_iter": iterations,
+            "warmup_iter": min(50, iterations // 10),
+            "optim_g": {"lr": LEARNING_RATE},
+            "scheduler": {
+                "type": "CosineAnnealingRestartLR",
+                "periods": [iterations - (freeze if sparsity else 0) or 1],
+                "eta_min": LEARNING_RATE / 100,
+            },
+        },
+        "val": {"val_freq": max(1, iterations // 20)},
+        "logger": {
+            "print_freq": max(1, iterations // 100),
+            "save_checkpoint_freq": iterations,
+            "use_tb_logger": False,
+        },
+    }
+    if sparsity:
+        tree["sparsity"] = {"method": "iss-p", "ratio": sparsity, "freeze_iter": freeze}
+    return config.parse(tree)
+
+
+def fitting_iterations(options: Options, probe: int = 12) -> int:
+    """How many iterations fit into `options.minutes`, from a few timed ones.
+
+    Args:
+        probe: iterations to time, after three that warm up.
+    """
+    trial = settings(options, "probe", 1000, options.sparsity)
+    model = builders.network(trial).to(memory_format=torch.channels_last)
+    optimizer = builders.optimizer(trial, model)
+    builders.pruner(trial, model, optimizer, None)
+    batches, loss = builders.loader(trial, pin_memory=False), builders.loss(trial)
+    start = 0.0
+    for iteration in range(3 + probe):
+        if iteration == 3:
+            start = time.perf_counter()
+        batch = next(batches)
+        optimizer.zero_grad()
+        loss(model(batch["lq"].contiguous(memory_format=torch.channels_last)), batch["gt"]).backward()
+        optimizer.step()
+    each = (time.perf_counter() - start) / probe
+    # A tenth of the time goes to validation.
+    return max(20, int(0.9 * 60 * options.minutes / each))
+
+
+def _train(settings: config.Config, held_out: data.EvalDataset) -> tuple[nn.Module, Row]:
+    # A repeated demo replaces its own earlier run.
+    shutil.rmtree(settings.folder, ignore_errors=True)
+    model = train(settings)
+    scores = evaluate.evaluate(evaluate.of_model(model), held_out)
+    about = checkpoint.sparsity(model)
+    kept = about["weights"] - about["zeros"]
+    rows = logs.read_csv(settings.folder / "log" / "train.csv")
+    shares = [r["step_share"] for r in rows if r["step_share"] is not None]
+    share = f"{100 * float(np.mean(shares)):.2f} %" if shares else ""
+    name = f"ISS-P, {100 * settings.sparsity.ratio:g} %" if settings.sparsity else "dense twin"
+    return model, Row(name, scores, f"{kept:,} of {about['weights']:,}", share)
+
+
+def _sheets(model: nn.Module, held_out: data.EvalDataset) -> list[list[plots.Panel]]:
+    """For every photograph the window with the most detail; the notes are of the whole image."""
+    sheets = []
+    ours, cubic = evaluate.of_model(model), evaluate.bicubic(SCALE)
+    for i, name in enumerate(held_out.pairs.names):
+        lr, hr = held_out.load(i)
+        top, left = plots.busiest(hr, _CROP, SCALE, border=8)
+        window = np.s_[top : top + _CROP, left : left + _CROP]
+        small = np.s_[top // SCALE : (top + _CROP) // SCALE, left // SCALE : (left + _CROP) // SCALE]
+        panels = [plots.Panel("low resolution", lr[small], name)]
+        for title, upscaler in (("bicubic", cubic), ("ISS-P", ours)):
+            sr = upscaler(lr)
+            psnr = evaluate.score(name, sr, hr, SCALE, with_ssim=False).psnr
+            panels.append(plots.Panel(title, sr[window], f"{psnr:.2f} dB (whole image)"))
+        sheets.append([*panels, plots.Panel("original", hr[window], "")])
+    return sheets

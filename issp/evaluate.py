@@ -1,0 +1,103 @@
+"""Scores on whole images, by the protocol of the papers (method notes, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from issp import data, metrics, models
+
+
+@dataclass(frozen=True)
+class Score:
+    """PSNR in dB and SSIM of one image or, as a mean, of a set."""
+
+    name: str
+    psnr: float
+    ssim: float | None
+
+
+def super_resolve(
+    model: nn.Module, lr: np.ndarray, tile: int | None = None, tile_overlap: int | None = None
+) -> np.ndarray:
+    """One image through a network.
+
+    Args:
+        model: its device is used.
+        lr: [h, w, 3] uint8 RGB.
+        tile, tile_overlap: see `issp.models.upscale`.
+
+    Returns:
+        [h * scale, w * scale, 3] uint8, clamped and rounded half to even.
+    """
+    where = next(model.parameters())
+    x = data.to_tensor(lr)[None].to(where.device, where.dtype)
+    return data.to_image(models.upscale(model, x, tile, tile_overlap))
+
+
+def score(
+    name: str,
+    sr: np.ndarray,
+    hr: np.ndarray,
+    crop_border: int,
+    y_channel: bool = True,
+    with_ssim: bool = True,
+) -> Score:
+    """PSNR and SSIM of one image."""
+    similarity = metrics.ssim(sr, hr, crop_border, y_channel) if with_ssim else None
+    return Score(name, metrics.psnr(sr, hr, crop_border, y_channel), similarity)
+
+
+def evaluate(
+    upscaler: Callable[[np.ndarray], np.ndarray],
+    dataset: data.EvalDataset,
+    crop_border: int | None = None,
+    y_channel: bool = True,
+    with_ssim: bool = True,
+    on_image: Callable[[str, np.ndarray, Score], None] | None = None,
+) -> list[Score]:
+    """Scores of every image of a data set.
+
+    Args:
+        upscaler: [h, w, 3] uint8 to [h * scale, w * scale, 3] uint8.
+        dataset: images with their truth.
+        crop_border: pixels cut from each side; None: the scale.
+        y_channel: on luma, otherwise on RGB.
+        with_ssim: SSIM costs several times what PSNR costs.
+        on_image: called as (name, result, score), to save images or show progress.
+    """
+    border = dataset.scale if crop_border is None else crop_border
+    scores = []
+    for i in range(len(dataset)):
+        lr, hr = dataset.load(i)
+        sr, name = upscaler(lr), dataset.pairs.names[i]
+        scores.append(score(name, sr, hr, border, y_channel, with_ssim))
+        if on_image:
+            on_image(name, sr, scores[-1])
+    return scores
+
+
+def mean(scores: Sequence[Score], name: str = "mean") -> Score:
+    """Mean of the per-image values, as tables report it."""
+    similarities = [s.ssim for s in scores if s.ssim is not None]
+    average = float(np.mean(similarities)) if similarities else None
+    return Score(name, float(np.mean([s.psnr for s in scores])), average)
+
+
+def bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
+    """The baseline as an upscaler."""
+    return lambda lr: data.imresize(lr, scale)
+
+
+def of_model(model: nn.Module, tile: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """A network as an upscaler; gradients and training mode are taken care of."""
+
+    @torch.no_grad()
+    def upscaler(lr: np.ndarray) -> np.ndarray:
+        return super_resolve(model, lr, tile)
+
+    return upscaler

@@ -1,0 +1,98 @@
+"""experiments/<name>: what is where, which state is the latest, and under what it was made."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from issp import checkpoint
+from issp.config import Config, dump
+
+
+class RunFolder:
+    """The folder of one run, laid out as BasicSR does.
+
+    Args:
+        path: experiments/<name>.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.models = path / "models"
+        self.states = path / "training_states"
+        self.images = path / "visualization"
+        self.log = path / "log"
+
+    def create(self, config: Config) -> Path | None:
+        """Makes the folders and writes configuration and environment.
+
+        Returns:
+            Where an earlier run of this name was moved to, or None: nothing is ever overwritten.
+        """
+        archived = None
+        if self.path.exists() and any(self.path.iterdir()):
+            stamp = time.strftime("%Y%m%d_%H%M%S")
+            archived = self.path.with_name(f"{self.path.name}_archived_{stamp}")
+            while archived.exists():
+                archived = archived.with_name(f"{archived.name}_")
+            self.path.rename(archived)
+        self.reopen(config)
+        return archived
+
+    def reopen(self, config: Config) -> None:
+        """Makes missing folders; writes the configuration and environment of this start."""
+        for folder in (self.models, self.states, self.images, self.log):
+            folder.mkdir(parents=True, exist_ok=True)
+        _write_text(self.path / "config.yml", dump(config))
+        _write_text(self.log / "environment.json", json.dumps(environment(), indent=2) + "\n")
+
+    def latest_state(self) -> Path:
+        """The training state of the highest iteration.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        found = sorted(self._numbered())
+        if not found:
+            raise FileNotFoundError(
+                f"there is no training state in {self.states}: start without --resume"
+            )
+        return found[-1][1]
+
+    def save_state(self, state: dict[str, Any], keep: int) -> Path:
+        """Writes <iteration>.state, then removes all but the latest `keep` up to it."""
+        path = self.states / f"{state['iteration']}.state"
+        checkpoint.write_state(state, path)
+        for _, old in sorted(self._numbered())[:-keep]:
+            if old != path:
+                old.unlink(missing_ok=True)
+        return path
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        files = self.states.glob("*.state") if self.states.is_dir() else []
+        return [(int(f.stem), f) for f in files if f.stem.isdigit()]
+
+
+def environment() -> dict[str, Any]:
+    """What `issp info` tells, the command line, and the git revision of the working folder."""
+    from issp.info import info
+
+    return {"command": sys.argv, "git": git_revision(), **info()}
+
+
+def git_revision() -> str | None:
+    """Revision of this package's checkout, with "-dirty" when files differ; None outside of one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--tags"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _write_text(path: Path, text: str) -> None:
+    checkpoint.atomic_write(path, lambda file: file.write(text.encode()))

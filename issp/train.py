@@ -1,0 +1,315 @@
+"""The training loop, on one page.
+
+Two stages, as in the paper: up to iteration K_p (`sparsity.freeze_iter`) the pruner re-selects and
+shrinks after every optimizer step, at a constant learning rate; then the mask is fixed and the
+sparse network is fine-tuned with a decaying one. Without a `sparsity` section it is plain training.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from issp import builders, checkpoint, evaluate, floats, logs
+from issp.config import Config
+from issp.data import write_image
+from issp.interrupt import Interrupted, StopRequest
+from issp.rundir import RunFolder
+
+VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim")
+LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", "threshold")
+
+
+@dataclass
+class Best:
+    """The best validated model that is what it claims to be: dense, or sparse by its frozen mask."""
+
+    psnr: float = float("-inf")
+    iteration: int = 0
+
+
+def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Module:
+    """Trains, prunes and fine-tunes what a configuration says.
+
+    Args:
+        config: see `issp.config`.
+        resume: continue from `path.resume_state`, or else from the latest state of the run's
+            folder. On a CPU the result is bitwise that of a run without a break.
+        quiet: print nothing.
+
+    Returns:
+        The final model (the averaged one with `train.ema_decay`), on its device, finalized: pruned
+        weights are hard zeros, hooks are gone.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM came; the state has been saved.
+        ValueError, RuntimeError, OSError: bad input, a loss that is not finite, a full disk.
+    """
+    # Before the first parallel operation: the worker threads inherit it.
+    flushed = floats.flush_denormals()
+    builders.seed_everything(config.manual_seed)
+    device = builders.device(config.device)
+    model = builders.network(config).to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model) if config.train.ema_decay > 0 else None
+    batches = builders.loader(config, pin_memory=device.type == "cuda")
+    validation = builders.validation_sets(config)
+    loss_function = builders.loss(config)
+    optimizer = builders.optimizer(config, model)
+    meter = logs.Meter(device)
+    optimizer.register_step_post_hook(meter.timer.start_hook)
+    pruner = builders.pruner(config, model, optimizer, ema)
+    optimizer.register_step_post_hook(meter.timer.stop_hook)
+
+    run = Run(config, model, ema, optimizer, pruner, batches, meter, validation)
+    start = run.resume() if resume else run.start()
+    screen = run.open_logs(start, quiet)
+    if not flushed and device.type == "cpu":
+        screen.say("denormal numbers are not flushed to zero in all threads: steps may be slower")
+
+    total = config.train.total_iter
+    with StopRequest() as stop:
+        for iteration in range(start + 1, total + 1):
+            for group in optimizer.param_groups:
+                group["lr"] = builders.learning_rate(config, iteration)
+
+            batch = next(batches)
+            lq = batch["lq"].to(device, non_blocking=True, memory_format=torch.channels_last)
+            gt = batch["gt"].to(device, non_blocking=True)
+            loss = loss_function(model(lq), gt)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()  # the pruner acts here: shrink up to freeze_iter, mask afterwards
+            update_ema(ema, model, config.train.ema_decay)
+            meter.add(loss)
+            screen.advance(iteration)
+
+            run.after(iteration, stopping=stop.signal != 0)
+            if stop.signal and iteration < total:
+                run.close()
+                raise Interrupted(iteration, run.resume_command, 128 + stop.signal)
+    return run.finish()
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module | None, model: nn.Module, decay: float) -> None:
+    """ema = decay * ema + (1 - decay) * model; after the pruner's hook, so it averages its result.
+
+    A weight pruned by the frozen mask is zero in both and stays so.
+    """
+    if ema is None:
+        return
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for average, value in zip(ema.buffers(), model.buffers(), strict=True):
+        average.copy_(value)
+
+
+class Run:
+    """Everything around the loop: what is logged, validated, saved, and how a run goes on.
+
+    Args:
+        config, model, ema, optimizer, pruner, batches, meter: the parts whose states make up a
+            training state; ema and pruner may be None.
+        validation: name to images.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        ema: nn.Module | None,
+        optimizer: torch.optim.Optimizer,
+        pruner: Any,
+        batches: Any,
+        meter: logs.Meter,
+        validation: dict[str, Any],
+    ):
+        self.config, self.model, self.ema, self.pruner = config, model, ema, pruner
+        self.optimizer, self.batches, self.meter = optimizer, batches, meter
+        self.validation = validation
+        self.best = Best()
+        self.folder = RunFolder(config.folder)
+        self.resume_command = f"issp train {config.folder / 'config.yml'} --resume"
+        self._archived: Path | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is validated and saved."""
+        return self.model if self.ema is None else self.ema
+
+    def stage(self, iteration: int) -> str:
+        """Stage of an iteration; the one that freezes the mask belongs to the pruning stage."""
+        if self.pruner is None:
+            return "dense"
+        return "pruning" if iteration <= self.config.freeze_iter else "fine-tuning"
+
+    def start(self) -> int:
+        """Begins a new run in an empty folder."""
+        self._archived = self.folder.create(self.config)
+        return 0
+
+    def resume(self) -> int:
+        """Restores the state to resume from; returns its iteration."""
+        explicit = self.config.path.resume_state
+        path = Path(explicit) if explicit else self.folder.latest_state()
+        state = checkpoint.read_state(path)
+        parts = {"optimizer": self.optimizer, "pruner": self.pruner, "batches": self.batches}
+        try:
+            checkpoint.load_weights(self.model, state["model"], path)
+            if self.ema is not None:
+                checkpoint.load_weights(self.ema, state["ema"], path)
+            for name, part in parts.items():
+                if (state[name] is None) != (part is None):
+                    raise ValueError(f"it was saved with another `{name}` setting")
+                if part is not None:
+                    part.load_state_dict(state[name])
+            self.meter.load_state_dict(state["meter"])
+            self.best = Best(**state["best"])
+            checkpoint.set_random_state(state["random"])
+            iteration = int(state["iteration"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a training state of this version: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"cannot resume from {path}: {error}") from None
+        self.folder.reopen(self.config)
+        return iteration
+
+    def open_logs(self, start: int, quiet: bool) -> logs.Progress:
+        """Opens the logs, cut back to the iteration `start`."""
+        log, total = self.folder.log, self.config.train.total_iter
+        self.csv = logs.CsvLog(log / "train.csv", logs.COLUMNS, upto=start)
+        self.scores = logs.CsvLog(log / "validation.csv", VALIDATION_COLUMNS, upto=start)
+        self.layers = logs.CsvLog(log / "layers.csv", LAYER_COLUMNS, upto=start)
+        wanted = self.config.logger.use_tb_logger
+        self.board = logs.TensorBoard(log / "tensorboard", start + 1, wanted)
+        self.screen = logs.Progress(total, start, quiet)
+        model = self.evaluated
+        parameters = sum(p.numel() for p in model.parameters())
+        self.screen.say(
+            f"{self.folder.path}: {model.arch} x{model.scale}, {parameters:,} parameters, "
+            f"iterations {start + 1} to {total}"
+        )
+        for line in (self._archived and f"the earlier run is in {self._archived}", self.board.problem):
+            if line:
+                self.screen.say(str(line))
+        return self.screen
+
+    def after(self, iteration: int, stopping: bool) -> None:
+        """Logs, validates and saves what is due after an iteration."""
+        config, total = self.config, self.config.train.total_iter
+        last = iteration == total
+        validates = bool(self.validation) and (iteration % config.val.val_freq == 0 or last)
+        if iteration % config.logger.print_freq == 0 or validates or last:
+            row = self.row(iteration)
+            if validates:
+                with self.meter.paused():
+                    row["psnr"] = self.validate(iteration)
+            self.csv.add(row)
+            self.board.add(row)
+            self.screen.report(row)
+        if iteration % config.logger.save_checkpoint_freq == 0 or last or stopping:
+            with self.meter.paused():
+                self.save(iteration)
+
+    def row(self, iteration: int) -> dict[str, Any]:
+        """A row of the training log."""
+        row: dict[str, Any] = {"iteration": iteration, "stage": self.stage(iteration)}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], **self.meter.take()}
+        if self.pruner is not None:
+            summary = self.pruner.summary()
+            thresholds = [r.threshold for r in summary.rows]
+            row |= {
+                "flips": sum(r.flips for r in summary.rows),
+                "threshold": sum(thresholds) / len(thresholds),
+                "selected": summary.selected / summary.numel,
+                "zeros": summary.zeros / summary.numel,
+            }
+        else:
+            row["step_share"] = None
+        return row
+
+    def validate(self, iteration: int) -> float:
+        """Scores every validation set; returns the PSNR of the first.
+
+        While pruning, the scored model is the soft one, whose unimportant weights are not yet zero:
+        it competes for nothing. The best model is tracked among honest ones only.
+        """
+        means = []
+        for name, dataset in self.validation.items():
+            result = self._score(name, dataset, iteration)
+            means.append(result.psnr)
+            row = {"iteration": iteration, "stage": self.stage(iteration), "set": name}
+            self.scores.add(row | {"psnr": result.psnr, "ssim": result.ssim})
+            scalars = {"iteration": iteration, "psnr": result.psnr, "ssim": result.ssim}
+            self.board.add(scalars, prefix=f"{name}/")
+        if self.stage(iteration) != "pruning" and means[0] > self.best.psnr:
+            self.best = Best(means[0], iteration)
+            self._save_model("best", iteration, psnr=means[0])
+        return means[0]
+
+    def _score(self, name: str, dataset: Any, iteration: int) -> evaluate.Score:
+        metrics = self.config.val.metrics.values()
+        main = next((m for m in metrics if m.type == "calculate_psnr"), None)
+        scores = evaluate.evaluate(
+            evaluate.of_model(self.evaluated),
+            dataset,
+            crop_border=main.crop_border if main else None,
+            y_channel=main.test_y_channel if main else True,
+            with_ssim=any(m.type == "calculate_ssim" for m in metrics),
+            on_image=self._image_saver(name, iteration) if self.config.val.save_img else None,
+        )
+        return evaluate.mean(scores, name)
+
+    def _image_saver(self, set_name: str, iteration: int) -> Any:
+        folder = self.folder.images / set_name
+        return lambda name, sr, _: write_image(folder / name / f"{name}_{iteration}.png", sr)
+
+    def save(self, iteration: int) -> None:
+        """Writes the model of this iteration and the state to resume from."""
+        self._save_model(str(iteration), iteration)
+        if self.pruner is not None:
+            for r in self.pruner.summary().rows:
+                counts = {"weights": r.numel, "selected": r.selected, "zeros": r.zeros}
+                place = {"iteration": iteration, "layer": r.name}
+                self.layers.add(place | counts | {"flips": r.flips, "threshold": r.threshold})
+        state = {
+            "iteration": iteration,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "pruner": self.pruner.state_dict() if self.pruner is not None else None,
+            "batches": self.batches.state_dict(),
+            "meter": self.meter.state_dict(),
+            "best": vars(self.best),
+            "random": checkpoint.random_state(),
+        }
+        self.folder.save_state(state, keep=self.config.logger.keep_training_states)
+
+    def _save_model(self, label: str, iteration: int, **extra: Any) -> None:
+        path = self.folder.models / f"net_g_{label}.safetensors"
+        stage = self.stage(iteration)
+        checkpoint.save(self.evaluated, path, iteration=iteration, stage=stage, **extra)
+
+    def finish(self) -> nn.Module:
+        """Finalizes the pruner, writes net_g_latest and closes the logs."""
+        if self.pruner is not None:
+            self.pruner.finalize()
+        self._save_model("latest", self.config.train.total_iter)
+        path = self.folder.models / "net_g_latest.safetensors"
+        ratio = checkpoint.sparsity(self.evaluated)["ratio"]
+        self.screen.say(f"done: {path} ({100 * ratio:.2f} % of the weights are zero)")
+        if self.best.iteration:
+            best = f"{self.best.psnr:.2f} dB at iteration {self.best.iteration}"
+            self.screen.say(f"best: net_g_best.safetensors, {best}")
+        self.close()
+        return self.evaluated
+
+    def close(self) -> None:
+        """Closes logs and data workers."""
+        self.batches.close()
+        self.board.close()
+        self.screen.close()
