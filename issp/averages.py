@@ -1,0 +1,51 @@
+"""The moving average of a model: where its tensor for a pruned layer is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+
+from issp.layers import Layer
+
+
+class Average:
+    """Finds the averaged weights by name, anew each time: updates may replace the tensors.
+
+    Args:
+        source: a module with the model's names (also inside `.module`, as torch's AveragedModel has
+            it), or a dict from parameter name to tensor.
+        layers: the pruned layers; all must be there.
+
+    Raises:
+        TypeError: another kind of source.
+        ValueError: a layer is missing or has another shape.
+    """
+
+    def __init__(self, source: nn.Module | Mapping[str, Tensor], layers: Sequence[Layer]) -> None:
+        if not isinstance(source, nn.Module | Mapping):
+            raise TypeError(
+                "ema must be a module, torch's AveragedModel or a dict from parameter name to "
+                f"tensor, not {type(source).__name__}"
+            )
+        self._source = source
+        self.tensors(layers)
+
+    def tensors(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """The averaged weight of every layer, in their order."""
+        source = self._source
+        if isinstance(source, nn.Module):
+            while isinstance(getattr(source, "module", None), nn.Module):
+                source = source.module
+            source = dict(source.named_parameters(remove_duplicate=False))
+        found = []
+        for layer in layers:
+            name = f"{layer.name}.weight" if layer.name else "weight"
+            tensor = source.get(name, source.get(f"module.{name}"))
+            if tensor is None or tensor.shape != layer.weight.shape:
+                raise ValueError(
+                    f"ema has no {name} of shape {tuple(layer.weight.shape)}: it must average the "
+                    "model given to attach"
+                )
+            found.append(tensor.data)
+        return found

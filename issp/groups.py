@@ -1,0 +1,342 @@
+"""The weights of one optimizer, device and dtype: one `ShrinkState`, one op call per step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from issp import checks, ops, reference
+from issp.keep import Keep
+from issp.layers import Layer
+from issp.ops import ShrinkState
+from issp.schemas import mask_layout, mask_words
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of one layer, free of its group: to regroup, to save, to load.
+
+    Args:
+        shape: of the weight.
+        k: how many weights are selected.
+        threshold: 0-dim tensor in the weight's dtype; NaN before the first selection.
+        flips: mask bits that the latest step changed.
+        packed: int32 words of the mask in the order of the weight's indices, whatever its memory
+            order, as in `issp.schemas`.
+    """
+
+    shape: tuple[int, ...]
+    k: int
+    threshold: Tensor
+    flips: int
+    packed: Tensor
+
+
+class Group:
+    """Weights that share an optimizer, a device and a dtype, and are all ratios or all N:M.
+
+    Args:
+        layers: their order is the order of the state.
+        index: number of the optimizer whose steps drive them.
+
+    Raises:
+        ValueError: a weight that no permutation of its dimensions makes contiguous.
+    """
+
+    def __init__(self, layers: Sequence[Layer], index: int) -> None:
+        self.layers = list(layers)
+        self.index = index
+        self.patterned = isinstance(layers[0].target, Keep)
+        self._stores = [layer.module._parameters for layer in layers]
+        self._orders = [_memory_order(layer) for layer in layers]
+        if self.patterned:
+            for layer in layers:
+                _check_pattern(layer)
+        self._plain = not any(self._orders)
+        weights = self.parameters()
+        self._pointers = _pointers(weights)
+        self.k = [0] * len(weights)
+        self.state = ShrinkState(self.views(weights), k=self.k)
+        starts, _ = mask_layout(self.state.numels)
+        self._spans = [
+            (s, s + mask_words(n)) for s, n in zip(starts, self.state.numels, strict=True)
+        ]
+        self._moments = _Moments()
+
+    def parameters(self) -> list[Tensor]:
+        """The weights as they are now; never cached, since loading and `to` replace them."""
+        return [store["weight"] for store in self._stores]
+
+    def _words(self, t: int) -> Tensor:
+        begin, end = self._spans[t]
+        return self.state.packed[begin:end]
+
+    def views(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors as the ops want them: contiguous (channels_last is permuted, not copied)."""
+        if self._plain:
+            return tensors
+        with torch.no_grad():
+            return [
+                t if order is None else t.permute(order)
+                for t, order in zip(tensors, self._orders, strict=True)
+            ]
+
+    def moved(self) -> bool:
+        """Whether a weight has other memory than at the last call."""
+        return _pointers(self.parameters()) != self._pointers
+
+    def fits(self) -> bool:
+        """Whether the state still suits the weights; if so, their new memory is accepted."""
+        weights = self.parameters()
+        first, home = weights[0].dtype, self.state.k.device
+        if any(w.device != home or w.dtype != first for w in weights):
+            return False
+        views = self.views(weights)
+        if first != self.state.thresholds.dtype or [v.shape for v in views] != self.state.shapes:
+            return False
+        if not all(v.is_contiguous() for v in views):
+            return False
+        self._pointers = _pointers(weights)
+        return True
+
+    def set_ratio(self, ratio: float, final: float) -> None:
+        """Sets how many weights are selected; the device is written only when a number changes.
+
+        Args:
+            ratio: what the schedule says now.
+            final: what it says at the end; a layer's own target is scaled by ratio / final.
+        """
+        if self.patterned:
+            # A pattern has no stages in between: it holds as soon as anything is pruned.
+            k = [pattern_count(layer) if ratio > 0 else 0 for layer in self.layers]
+        else:
+            k = [
+                ops.num_pruned(
+                    numel, layer.target if ratio == final else layer.target * (ratio / final)
+                )
+                for layer, numel in zip(self.layers, self.state.numels, strict=True)
+            ]
+        if k != self.k:
+            self.state.set_k(k)
+            self.k = k
+
+    def shrink(self, factor: float, found_inf: Tensor | None = None) -> None:
+        """Selects anew and shrinks; the device skips it where `found_inf` is not 0."""
+        home = self.state.k.device
+        if found_inf is not None and found_inf.device != home:
+            found_inf = found_inf.to(home, non_blocking=True)
+        weights = self.views(self.parameters())
+        if self.patterned:
+            self._shrink_patterned(factor, found_inf)
+        else:
+            ops.soft_shrink_(weights, self.state, factor, found_inf)
+
+    @torch.no_grad()
+    def _shrink_patterned(self, factor: float, found_inf: Tensor | None) -> None:
+        for t, layer in enumerate(self.layers):
+            if not self.k[t]:
+                continue
+            weight = layer.weight
+            shrunk, kept = ops.nm_prune_with_mask(weight.contiguous(), layer.target, factor)
+            largest = weight.abs().masked_fill_(kept, 0).max()
+            if self._orders[t] is not None:
+                kept = kept.permute(self._orders[t])
+            packed = reference.pack(kept.flatten())
+            changed = reference.unpack(self._words(t) ^ packed, weight.numel()).sum()
+            for old, new in (
+                (weight, shrunk),
+                (self._words(t), packed),
+                (self.state.flips[t], changed),
+                (self.state.thresholds[t], largest),
+            ):
+                # A choice on the device instead of a branch, which would wait for it.
+                old.copy_(
+                    new if found_inf is None else torch.where(found_inf.view(()) != 0, old, new)
+                )
+
+    def mask_weights(self) -> None:
+        """Writes zeros where the mask says pruned."""
+        ops.apply_masks_(self.views(self.parameters()), self.state)
+
+    def mask_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """The same for every optimizer state tensor of a weight's shape."""
+        parameters = self.parameters()
+        self._moments.refresh(optimizer, parameters, self.state.k.device, self._orders)
+        for tensors in self._moments.complete():
+            ops.apply_masks_(self.views(tensors), self.state)
+        if self._moments.odd:
+            self.mask_each(self._moments.odd)
+
+    def mask_tensors(self, tensors: list[Tensor]) -> None:
+        """The same for one tensor per weight: a moving average."""
+        home = self.state.k.device
+        if all(
+            t.device == home and v.is_contiguous()
+            for t, v in zip(tensors, self.views(tensors), strict=True)
+        ):
+            ops.apply_masks_(self.views(tensors), self.state)
+        else:
+            self.mask_each(list(enumerate(tensors)))
+
+    @torch.no_grad()
+    def mask_each(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
+        """Masks single tensors of any device and memory order: (number of the layer, tensor)."""
+        kept = self.masks()
+        for t, tensor in tensors:
+            tensor.masked_fill_(~kept[t].to(tensor.device), 0)
+
+    def masks(self) -> list[Tensor]:
+        """Bool masks in the weights' shapes, True = kept."""
+        return [
+            mask if order is None else mask.permute(_inverse(order))
+            for mask, order in zip(self.state.masks(), self._orders, strict=True)
+        ]
+
+    def chosen(self) -> list[bool]:
+        """Per layer, whether a selection has ever been made."""
+        return (~self.state.thresholds.isnan()).tolist()
+
+    def set_masks(self, masks: Sequence[Tensor]) -> None:
+        """Fixes given masks as if a step had selected them: bool in the weights' shapes."""
+        self.state.set_masks(self.views(list(masks)))
+        self.state.thresholds.zero_()
+        self.k = [int((~mask).sum()) for mask in masks]
+        self.state.set_k(self.k)
+
+    def records(self) -> dict[str, Record]:
+        """Copies of everything, by layer name."""
+        flips, thresholds = self.state.flips.tolist(), self.state.thresholds.clone()
+        records = {}
+        for t, layer in enumerate(self.layers):
+            packed = self._words(t).clone()
+            if self._orders[t] is not None:
+                kept = reference.unpack(packed, self.state.numels[t]).view(self.state.shapes[t])
+                packed = reference.pack(kept.permute(_inverse(self._orders[t])).flatten())
+            shape = tuple(layer.weight.shape)
+            records[layer.name] = Record(shape, self.k[t], thresholds[t], flips[t], packed)
+        return records
+
+    def restore(self, records: Mapping[str, Record]) -> None:
+        """Takes over the records of its layers; a layer without one stays as it is.
+
+        Raises:
+            ValueError: a weight has another shape than its record.
+        """
+        mine = [(t, layer, records.get(layer.name)) for t, layer in enumerate(self.layers)]
+        for _, layer, record in mine:
+            if record is not None and tuple(layer.weight.shape) != record.shape:
+                raise ValueError(
+                    f"{layer.name}: the mask has shape {record.shape} but the weight "
+                    f"{tuple(layer.weight.shape)}: attach anew"
+                )
+        for t, layer, record in mine:
+            if record is None:
+                continue
+            packed = record.packed.to(self.state.k.device)
+            if self._orders[t] is not None:
+                kept = reference.unpack(packed, self.state.numels[t]).view(layer.weight.shape)
+                packed = reference.pack(kept.permute(self._orders[t]).flatten())
+            self._words(t).copy_(packed)
+            self.state.thresholds[t] = record.threshold
+            self.state.flips[t] = record.flips
+            self.k[t] = record.k
+        self.state.set_k(self.k)
+
+
+class _Moments:
+    """The optimizer's tensors per weight, found again only when its state was replaced or grew."""
+
+    def __init__(self) -> None:
+        self._source: object = None
+        self._signature: tuple[int, int] = (-1, -1)
+        self._dicts: list[dict] = []
+        self._keys: list[str] = []
+        self.odd: list[tuple[int, Tensor]] = []
+
+    def __getstate__(self) -> dict:
+        return {"odd": []}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__init__()
+
+    def refresh(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: list[Tensor],
+        home: torch.device,
+        orders: list[list[int] | None],
+    ) -> None:
+        state = optimizer.state
+        if self._source is state and self._signature == (len(state), self._entries()):
+            return
+        # `state` is a defaultdict: asking with [] would create entries and change its state_dict.
+        self._dicts = [state.get(p, {}) for p in parameters]
+        found: dict[str, list[tuple[int, Tensor]]] = {}
+        unset = False
+        for t, (parameter, values) in enumerate(zip(parameters, self._dicts, strict=True)):
+            for key, value in values.items():
+                unset |= value is None
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.is_floating_point()
+                    and value.dim() > 0
+                ):
+                    found.setdefault(key, []).append((t, value))
+        self._keys, self.odd = [], []
+        for key, values in found.items():
+            if len(values) == len(parameters) and all(
+                v.device == home
+                and (v if orders[t] is None else v.permute(orders[t])).is_contiguous()
+                for t, v in values
+            ):
+                self._keys.append(key)
+            else:
+                self.odd += values
+        # An entry that is still None becomes a tensor without changing any length.
+        self._source = None if unset or self.odd else state
+        self._signature = (len(state), self._entries())
+
+    def _entries(self) -> int:
+        return sum(map(len, self._dicts))
+
+    def complete(self) -> list[list[Tensor]]:
+        """One list per kind of moment, in the order of the weights."""
+        return [[values[key] for values in self._dicts] for key in self._keys]
+
+
+def pattern_count(layer: Layer) -> int:
+    """How many weights of a layer its N:M pattern prunes."""
+    return layer.weight.numel() // layer.target.of * (layer.target.of - layer.target.n)
+
+
+def _check_pattern(layer: Layer) -> None:
+    keep = layer.target
+    try:
+        checks.nm_prune(layer.weight.contiguous(), keep.n, keep.of, keep.v, keep.layout)
+    except ValueError as error:
+        raise ValueError(f"{layer.name}: {error}") from None
+
+
+def _pointers(tensors: list[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _memory_order(layer: Layer) -> list[int] | None:
+    weight = layer.weight
+    if weight.is_contiguous():
+        return None
+    order = sorted(range(weight.dim()), key=lambda d: -weight.stride(d))
+    if not weight.permute(order).is_contiguous():
+        raise ValueError(
+            f"{layer.name}: its weight is a view with gaps or overlaps in memory: replace it by "
+            "weight.contiguous() or exclude the layer"
+        )
+    return order
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)

@@ -1,0 +1,413 @@
+"""`attach`: pruning that fires inside `optimizer.step()`; the stages from there to hard zeros."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from issp import methods, pruner_state, report
+from issp.averages import Average
+from issp.hooks import Hooks, optimizers
+from issp.keep import Keep
+from issp.layers import Layer, select, unwrap
+from issp.roster import Roster
+from issp.schedules import Schedule
+
+
+def attach(
+    model: nn.Module,
+    opt: Optimizer | Sequence[Optimizer] | None = None,
+    sparsity: float | None = None,
+    shrink: float = 0.95,
+    *,
+    method: str = "iss-p",
+    types: type | tuple[type, ...] = (nn.Conv2d, nn.Linear),
+    exclude: str | Iterable[str] = (),
+    overrides: Mapping[str, float | Keep] | None = None,
+    schedule: Schedule | None = None,
+    freeze_at: int | None = None,
+    ema: nn.Module | Mapping[str, Tensor] | None = None,
+    from_zeros: bool = False,
+    hook: bool = True,
+) -> Pruner:
+    """Prunes `model` while it trains: after every `opt.step()` the smallest weights are shrunk.
+
+    A layer is pruned from the moment its weight is trained: it requires gradients and the optimizer
+    has it (`add_param_group` may bring it later). Parameter names of the model do not change.
+
+    Args:
+        model: as it is trained, DistributedDataParallel and torch.compile wrappers included.
+        opt: its optimizer, or a list: then a weight is shrunk after its own optimizer's step, and
+            the first one counts the steps. None: call `pruner.step()` yourself.
+        sparsity: share of each layer's weights to prune, 0..1; without it 0.95, or where the
+            schedule ends. Counts follow `issp.num_pruned`.
+        shrink: factor alpha of ISS-P in 0..1.
+        method: "iss-p" or "iht".
+        types: module classes whose `weight` is pruned.
+        exclude: globs, or "re:" and a regular expression, for whole module names; a container
+            stands for everything inside it.
+        overrides: patterns -> sparsity in 0..1 or `issp.Keep`; the last match wins. A schedule
+            scales these ratios too; an N:M pattern holds as soon as the schedule is above 0.
+        schedule: `issp.Cubic`, `issp.Linear`, `issp.Constant`, in optimizer steps.
+        freeze_at: optimizer step after which the masks are fixed, as `Pruner.freeze` does.
+        ema: moving average of the model (a module with the same names, torch's AveragedModel, or a
+            dict from parameter name to tensor) that gets the masks as well when they are fixed.
+        from_zeros: the model is sparse already: its zeros become the masks, fixed from the start,
+            and `sparsity` has no meaning.
+        hook: False leaves the optimizer alone; call `pruner.step()` after each of its steps.
+
+    Raises:
+        ValueError: a pattern that matches nothing, no layer to prune, an impossible ratio or
+            schedule, an optimizer without any of the weights.
+        TypeError: opt or ema of a wrong kind.
+
+    Source: ISS-P, figure 1.
+    """
+    if schedule is not None and sparsity is not None and sparsity != schedule.final:
+        raise ValueError(
+            f"sparsity is {sparsity} but the schedule ends at {schedule.final}: give one of them"
+        )
+    if sparsity is None:
+        sparsity = 0.95 if schedule is None else schedule.final
+    end = 1 if schedule is None else max(1, schedule.end)
+    if freeze_at is not None and freeze_at < end:
+        raise ValueError(f"freeze_at is {freeze_at}: the schedule needs at least step {end}")
+    if from_zeros and (schedule is not None or freeze_at is not None):
+        raise ValueError("from_zeros fixes the masks at once: drop schedule and freeze_at")
+    layers = select(unwrap(model), types, exclude, overrides or {}, sparsity)
+    pruner = Pruner(
+        model,
+        optimizers(opt),
+        layers,
+        methods.create(method, shrink),
+        schedule,
+        freeze_at,
+        None if ema is None else Average(ema, layers),
+        hook,
+    )
+    if from_zeros:
+        pruner.freeze_zeros()
+    return pruner
+
+
+class Pruner:
+    """What `attach` returns; build it with `attach`.
+
+    Attributes:
+        method: name and factor of the method.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        opts: list[Optimizer],
+        layers: list[Layer],
+        method: methods.Shrinkage,
+        schedule: Schedule | None,
+        freeze_at: int | None,
+        ema: Average | None,
+        hook: bool,
+    ) -> None:
+        self.method = method
+        self._model, self._roster = model, Roster(layers, opts)
+        self._schedule, self._freeze_at, self._ema, self._hook = schedule, freeze_at, ema, hook
+        self._stage = "pruning"  # then "frozen", then "final"
+        self._count = 0
+        self._ratio: float | None = None
+        self._hooks = Hooks()
+        self._callbacks: list[Callable[[Pruner], None]] = []
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._warn_missing()
+        self._attach_hooks()
+
+    # Properties
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps taken; a step that AMP skipped does not count."""
+        self._settle()
+        return self._count
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the masks are fixed."""
+        return self._stage != "pruning"
+
+    @property
+    def attached(self) -> bool:
+        """Whether every optimizer has the pruner's hook."""
+        return bool(self._roster.optimizers) and self._hooks.present(self._roster.optimizers)
+
+    # The step
+
+    def step(self, found_inf: Tensor | None = None) -> None:
+        """One step by hand, for loops without the hook; call it after the optimizer's step.
+
+        Args:
+            found_inf: float32 tensor of one element; when it is not 0 the step does not count.
+        """
+        for index in range(max(1, len(self._roster.optimizers))):
+            self._advance(index, found_inf)
+
+    def on_step(self, callback: Callable[[Pruner], None]) -> Callable[[], None]:
+        """Calls `callback(pruner)` after every step; returns a function that ends it."""
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    def _advance(self, index: int, found_inf: Tensor | None) -> None:
+        self._check_open()
+        if found_inf is not None and found_inf.device.type != "cuda":
+            if found_inf.item() != 0:
+                return
+            found_inf = None
+        if index == 0:
+            self._settle()
+        self._follow()
+        mine = [group for group in self._roster.groups if group.index == index]
+        if self.frozen:
+            self._roster.mask(mine)
+            for group in mine:
+                group.state.flips.zero_()
+        else:
+            self._set_ratio(self._count + 1 if index == 0 else max(1, self._count))
+            for group in mine:
+                group.shrink(self.method.factor, found_inf)
+        if index == 0:
+            self._tally(found_inf)
+            for callback in self._callbacks:
+                callback(self)
+
+    def _follow(self) -> None:
+        if self._roster.follow():
+            self._regrouped()
+
+    def _regrouped(self) -> None:
+        self._ratio = None
+        if self.frozen:
+            self._mask_all()
+
+    def _warn_missing(self) -> None:
+        missing = [n for n, note in self._roster.notes().items() if note == "not in the optimizer"]
+        if missing:
+            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            warnings.warn(
+                f"{len(missing)} weights to prune are not in the optimizer and stay dense until "
+                f"add_param_group brings them: {names}; exclude them to silence this",
+                stacklevel=4,
+            )
+
+    def _check_open(self) -> None:
+        if self._stage == "final":
+            raise RuntimeError("the pruner is finalized: attach a new one to prune further")
+
+    def _tally(self, found_inf: Tensor | None) -> None:
+        if found_inf is None:
+            self._count += 1
+        else:
+            # Whether the step happened is known to the device alone. It is read when the next step
+            # needs the count: nobody waits for work younger than one iteration.
+            flag = torch.empty(1, pin_memory=True)
+            flag.copy_(found_inf.view(1), non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(found_inf.device))
+            self._pending = (flag, done)
+        due = self._count + (self._pending is not None)
+        if not self.frozen and self._freeze_at is not None and due >= self._freeze_at:
+            self._settle()
+            if self._count >= self._freeze_at:
+                self.freeze()
+
+    def _settle(self) -> None:
+        if self._pending is not None:
+            flag, done = self._pending
+            self._pending = None
+            done.synchronize()
+            self._count += int(flag.item() == 0)
+
+    def _set_ratio(self, step: int) -> None:
+        schedule = self._schedule
+        ratio = 1.0 if schedule is None else schedule(step)
+        if ratio != self._ratio:
+            for group in self._roster.groups:
+                group.set_ratio(ratio, 1.0 if schedule is None else schedule.final)
+            self._ratio = ratio
+
+    # Freezing
+
+    def freeze(self) -> None:
+        """Fixes the masks of the last selection; weights, moments and EMA are masked from now on.
+
+        Before the first step a selection with the full sparsity is made. A second call has no
+        effect.
+        """
+        if self.frozen:
+            return
+        self._settle()
+        self._warn_unhooked()
+        if self._count and self._schedule is not None and self._count < self._schedule.end:
+            warnings.warn(
+                f"frozen at step {self._count}, before the schedule ends at step "
+                f"{self._schedule.end}: the sparsity stays at {self._schedule(self._count):.4g}",
+                stacklevel=2,
+            )
+        self._follow()
+        self._stage = "frozen"
+        self._mask_all()
+
+    def freeze_zeros(self) -> None:
+        """Fixes the masks to the present zeros: training goes on from a sparse model.
+
+        Raises:
+            ValueError: no weight of the pruned layers is zero.
+        """
+        kept = {layer.name: layer.weight.detach() != 0 for layer in self._roster.layers}
+        if all(bool(mask.all()) for mask in kept.values()):
+            raise ValueError(
+                "from_zeros: no weight to prune is zero; load the sparse weights before attaching"
+            )
+        for group in self._roster.groups:
+            group.set_masks([kept[layer.name] for layer in group.layers])
+        self._stage = "frozen"
+        self._mask_all()
+
+    def _mask_all(self) -> None:
+        self._roster.select_missing()
+        self._roster.mask(self._roster.groups)
+        if self._ema is not None:
+            for group in self._roster.groups:
+                group.mask_tensors(self._ema.tensors(group.layers))
+
+    def finalize(self) -> nn.Module:
+        """Freezes if that has not happened, writes hard zeros, removes the hooks.
+
+        Returns:
+            The model given to `attach`.
+        """
+        if self._stage != "final":
+            self.freeze()
+            self._follow()
+            self._mask_all()
+            self.detach()
+            self._stage = "final"
+        return self._model
+
+    # Hooks
+
+    def detach(self) -> None:
+        """Removes the hooks; masks and counters stay, `reattach` goes on."""
+        self._hooks.detach()
+
+    def reattach(
+        self,
+        opt: Optimizer | Sequence[Optimizer] | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        """Goes on with a rebuilt, copied or unpickled optimizer, and model if that is a copy too.
+
+        Args:
+            opt: the optimizer(s) that train the weights from now on; None: those known already.
+            model: a copy of the model with the same layers; None: the model known already.
+
+        Raises:
+            ValueError: the model lacks a layer, or the optimizer has none of the weights.
+            RuntimeError: the pruner is finalized.
+        """
+        self._check_open()
+        self._settle()
+        self._roster.move_to(model, self._roster.optimizers if opt is None else optimizers(opt))
+        self._regrouped()
+        self._model = self._model if model is None else model
+        self._hooks.detach()
+        self._attach_hooks()
+
+    def _attach_hooks(self) -> None:
+        if self._hook and self._roster.optimizers:
+            self._hooks.attach(self._roster.optimizers, self._advance, self._roster.trained_by)
+
+    def _warn_unhooked(self) -> None:
+        if self._hook and self._roster.optimizers and not (self.attached or self._hooks.removed):
+            warnings.warn(
+                "the optimizer does not have the pruner's hook (copying and pickling drop it): "
+                "call pruner.reattach(optimizer)",
+                stacklevel=3,
+            )
+
+    # Reports
+
+    def masks(self) -> dict[str, Tensor]:
+        """Layer name -> bool tensor in the weight's shape, True = kept; at first all are."""
+        found = {}
+        for group in self._roster.groups:
+            found |= {x.name: m for x, m in zip(group.layers, group.masks(), strict=True)}
+        return report.by_name(
+            self._roster.layers,
+            found,
+            lambda layer: torch.ones_like(layer.weight, dtype=torch.bool),
+        )
+
+    def thresholds(self) -> dict[str, float]:
+        """Layer name -> magnitude of the last selected weight; NaN before the first selection."""
+        found = report.column(self._roster.groups, "thresholds")
+        return report.by_name(self._roster.layers, found, lambda layer: float("nan"))
+
+    def flips(self) -> dict[str, int]:
+        """Layer name -> mask bits that the latest step changed."""
+        return report.by_name(
+            self._roster.layers, report.column(self._roster.groups, "flips"), lambda layer: 0
+        )
+
+    def summary(self) -> report.Summary:
+        """Counts per layer, taken from the masks and weights as they are now; `print` it."""
+        self._warn_unhooked()
+        title = f"{self.method.name}, step {self.step_count}, {self._stage}"
+        return report.summary(title, self._roster.layers, self._roster.groups, self._roster.notes())
+
+    # Saving
+
+    def state_dict(self) -> dict:
+        """All that a bit-exact resume needs besides model and optimizer; loads weights_only."""
+        self._settle()
+        return {
+            **self._configuration(),
+            "stage": self._stage,
+            "step_count": self._count,
+            "layers": pruner_state.pack(self._roster.records()),
+        }
+
+    def load_state_dict(self, state: Mapping, strict: bool = True) -> None:
+        """Restores what `state_dict` gave, into a pruner attached with the same arguments.
+
+        Args:
+            state: from `state_dict`.
+            strict: False allows another method, shrink, sparsity, schedule or freeze_at.
+
+        Raises:
+            ValueError: the state belongs to other layers or settings; nothing has been changed.
+        """
+        self._check_open()
+        configuration = self._configuration() if strict else {}
+        records = pruner_state.unpack(state, self._roster.layers, configuration)
+        self._settle()
+        self._roster.joined = set(records)
+        self._roster.regroup(records)
+        self._stage = "pruning" if state["stage"] == "pruning" else "frozen"
+        self._count = state["step_count"]
+        self._regrouped()
+
+    def _configuration(self) -> dict[str, object]:
+        return {
+            "version": 1,
+            "method": self.method.name,
+            "shrink": self.method.factor,
+            "schedule": repr(self._schedule),
+            "freeze_at": self._freeze_at,
+            "targets": {layer.name: repr(layer.target) for layer in self._roster.layers},
+        }
+
+    def __getstate__(self) -> dict:
+        self._settle()
+        return {**self.__dict__, "_callbacks": []}

@@ -1,0 +1,115 @@
+"""How the sparsity grows: schedules, counted in optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The full sparsity from step `begin` on, 0 before: the paper's schedule with begin = 0.
+
+    Args:
+        sparsity: ratio in (0, 1].
+        begin: first optimizer step that prunes; 0 and 1 both mean the very first.
+
+    Raises:
+        ValueError: a ratio outside (0, 1] or a negative step.
+    """
+
+    sparsity: float
+    begin: int = 0
+
+    def __post_init__(self) -> None:
+        _check(0.0, self.sparsity, self.begin, self.begin + 1)
+
+    @property
+    def final(self) -> float:
+        """Sparsity at the end."""
+        return self.sparsity
+
+    @property
+    def end(self) -> int:
+        """First step with the final sparsity."""
+        return self.begin
+
+    def __call__(self, step: int) -> float:
+        """Sparsity selected after optimizer step `step` (the first step is 1)."""
+        return self.sparsity if step >= self.begin else 0.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `initial` to `final` sparsity at constant speed.
+
+    Args:
+        initial: ratio in 0..1 up to step `begin`.
+        final: ratio in (0, 1] from step `end` on.
+        begin, end: optimizer steps, 0 <= begin < end.
+
+    Raises:
+        ValueError: ratios or steps outside these ranges.
+    """
+
+    initial: float
+    final: float
+    begin: int
+    end: int
+
+    def __post_init__(self) -> None:
+        _check(self.initial, self.final, self.begin, self.end)
+
+    def __call__(self, step: int) -> float:
+        """Sparsity selected after optimizer step `step` (the first step is 1)."""
+        return _between(self, step, power=1)
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """From `initial` to `final` sparsity, fast at first and slower towards the end.
+
+    Args:
+        initial: ratio in 0..1 up to step `begin`.
+        final: ratio in (0, 1] from step `end` on.
+        begin, end: optimizer steps, 0 <= begin < end.
+
+    Raises:
+        ValueError: ratios or steps outside these ranges.
+
+    Source: Zhu & Gupta, "To prune, or not to prune" (2017), equation 1.
+    """
+
+    initial: float
+    final: float
+    begin: int
+    end: int
+
+    def __post_init__(self) -> None:
+        _check(self.initial, self.final, self.begin, self.end)
+
+    def __call__(self, step: int) -> float:
+        """Sparsity selected after optimizer step `step` (the first step is 1)."""
+        return _between(self, step, power=3)
+
+
+Schedule = Constant | Linear | Cubic
+
+
+def _between(schedule: Linear | Cubic, step: int, power: int) -> float:
+    # The ends are returned as given: interpolation could miss them by a rounding error, and then
+    # the count of pruned weights by one.
+    if step <= schedule.begin:
+        return schedule.initial
+    if step >= schedule.end:
+        return schedule.final
+    left = (schedule.end - step) / (schedule.end - schedule.begin)
+    return schedule.final + (schedule.initial - schedule.final) * left**power
+
+
+def _check(initial: float, final: float, begin: int, end: int) -> None:
+    if not 0.0 <= initial <= 1.0:
+        raise ValueError(f"schedule starts at sparsity {initial}: it must lie in 0..1")
+    if not 0.0 < final <= 1.0:
+        raise ValueError(f"schedule ends at sparsity {final}: it must lie above 0 and up to 1")
+    if not 0 <= begin < end:
+        raise ValueError(f"schedule runs from step {begin} to {end}: use 0 <= begin < end")
