@@ -130,7 +130,7 @@ class _Cut:
 
     def holds(self, size: tuple[int, int]) -> bool:
         """Whether an image of this height and width gives at least one output."""
-        return min(size) // self.unit * self.unit >= (self.crop_size or max(self.scales))
+        return min(size) >= (self.crop_size or max(self.scales))
 
     def corners(self, side: int) -> list[int]:
         """Where the crops begin along a side of this length."""
