@@ -86,6 +86,13 @@ def test_ssim_equals_scikit_image(channels, y_channel, border):
     assert ssim(sr, hr, border, y_channel) == pytest.approx(want, abs=1e-9)
 
 
+def test_ssim_of_an_image_of_several_strips():
+    sr, hr = noisy_pair(150, 700, 1)
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    want = structural_similarity(sr[:, :, 0], hr[:, :, 0], data_range=255, **options)
+    assert ssim(sr, hr, 0, y_channel=False) == pytest.approx(want, abs=1e-9)
+
+
 def test_ssim_of_the_smallest_image_and_of_equal_ones():
     sr, hr = noisy_pair(11, 11)
     assert 0 < ssim(sr, hr, 0) < 1
