@@ -2,7 +2,9 @@
 
 One launch for each element size among the tensors (one for a model of one dtype, float16 and
 bfloat16 together). Traffic: 1/8 byte read per element and a write of the pruned ones; the tensors
-are not read. The tile is [TILE / 32, 32]: a row is a mask word.
+are not read. The tile is [TILE / 32, 32]: a row is a mask word, and a warp writes 32 neighbours
+with one instruction (no alignment is told: wider stores would fall apart into strided ones, since
+each lane has its own predicate).
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import TILE, WARPS, left, locate, mask_start, name_of, pointer, tables
+from .tables import LAUNCH, TILE, left, locate, mask_start, name_of, pointer, tables
 
 
 @triton.jit
-def apply_masks(rows, tiles, masks, DTYPE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr):
+def apply_masks(rows, tiles, masks, DTYPE: tl.constexpr, TILE: tl.constexpr):
     t, address, n, index, _ = locate(rows, tiles, tl.program_id(0))
     word = tl.arange(0, TILE // 32)
     bit = tl.arange(0, 32)[None, :]
@@ -26,7 +28,7 @@ def apply_masks(rows, tiles, masks, DTYPE: tl.constexpr, TILE: tl.constexpr, ALI
     first = index * (TILE // 32)
     owned = word < ((n + 511) // 512) * 16 - first
     packed = tl.load(masks + mask_start(rows, t) + first + word, mask=owned, other=0)
-    target = pointer(address, DTYPE, ALIGNED) + start + local
+    target = pointer(address, DTYPE, False) + start + local
     pruned = ((packed[:, None] >> bit) & 1) == 0
     tl.store(target, tl.zeros([TILE // 32, 32], target.dtype.element_ty), mask=valid & pruned)
 
@@ -41,5 +43,5 @@ def apply_masks_(tensors: list[Tensor], masks: Tensor, *, tile: int = TILE) -> N
             found = tables(tensors, tile, same)
             apply_masks[(found.tiles.numel(),)](
                 found.rows, found.tiles, masks, DTYPE=name_of(tensors[same[0]].dtype), TILE=tile,
-                ALIGNED=found.aligned, num_warps=WARPS,
+                **LAUNCH,
             )  # fmt: skip

@@ -18,7 +18,7 @@ from .tables import INTEGER, halves, load_tile, mask_words, name_of, store_tile
 
 # Small, since every element holds its own rank, group and position in registers.
 TILE = 1024
-WARPS = 4
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -95,11 +95,11 @@ def nm_prune(
             wide = torch.int64 if weight.dtype == torch.float64 else torch.int32
             scores = torch.empty(total, dtype=wide, device=weight.device)
             sum_rows[(-(-total // tile),)](
-                bits, scores, columns, v, total, DTYPE=dtype, TILE=tile, num_warps=WARPS
+                bits, scores, columns, v, total, DTYPE=dtype, TILE=tile, **LAUNCH
             )
         rank_groups[(-(-numel // tile),)](
             bits, scores, out.view(bits.dtype), masks, numel, columns, inner, n, m, v,
             *halves(shrink), DTYPE=dtype, INDEX=tl.int64 if numel >= 2**31 else tl.int32,
-            TILE=tile, num_warps=WARPS,
+            TILE=tile, **LAUNCH,
         )  # fmt: skip
     return out, masks

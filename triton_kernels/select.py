@@ -20,7 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .semantics import key
-from .tables import INTEGER, WARPS, Tables, left, load_tile, locate, name_of, pointer, region
+from .tables import (
+    INTEGER,
+    LAUNCH,
+    Tables,
+    left,
+    load_tile,
+    locate,
+    name_of,
+    overflowed,
+    pointer,
+    region,
+)
 
 WORK = 256 + 8  # int64 words of a tensor in radix_pass: bins, arrivals, prefix, rank
 
@@ -134,9 +145,8 @@ def radix_pass(
     Behind the last digit (shift 0) it writes the threshold and, if scratch is given, what
     soft_shrink's `apply` needs. Traffic: one read of the weights, 256 atomics at most per tile.
     """
-    if found_inf is not None:
-        if tl.load(found_inf) != 0:
-            return
+    if overflowed(found_inf):
+        return
     t, address, n, index, programs = locate(rows, tiles, tl.program_id(0))
     count = tl.load(k + t)
     if (count < 0) | (count > n):
@@ -203,5 +213,5 @@ def radix_search(
     for shift in range(8 * (thresholds.element_size() - 1), -1, -8):
         radix_pass[(found.tiles.numel(),)](
             found.rows, found.tiles, k, work, bits, flips, scratch, found_inf, shift,
-            DTYPE=name_of(thresholds.dtype), TILE=tile, ALIGNED=found.aligned, num_warps=WARPS,
+            DTYPE=name_of(thresholds.dtype), TILE=tile, ALIGNED=found.aligned, **LAUNCH,
         )  # fmt: skip

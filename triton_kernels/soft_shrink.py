@@ -42,19 +42,25 @@ from .select import (
 from .semantics import factor, infinity, key, narrow, selected, shrunk, widen
 from .tables import (
     INTEGER,
+    LAUNCH,
     TILE,
-    WARPS,
     halves,
     left,
     load_tile,
     locate,
     mask_start,
     name_of,
+    overflowed,
     pointer,
     region,
     store_tile,
     tables,
 )
+
+# Three programs of `count` and four of `apply` share an SM, 48 and 64 KB of loads in flight; left
+# alone, the compiler takes 92 and 82 registers, most of them for what is rare, and two fit.
+COUNT_REGISTERS = 80
+APPLY_REGISTERS = 64
 
 
 @triton.jit
@@ -111,12 +117,11 @@ def among_candidates(source, n, words, inside, rank, low, high, tiles, TILE: tl.
 @triton.jit(do_not_specialize=["shrink_high", "shrink_low"])
 def count(
     rows, tiles, k, thresholds, flips, scratch, found_inf, shrink_high, shrink_low,
-    DTYPE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Launch 1: counts, candidates, and in the last program of a tensor its threshold."""
-    if found_inf is not None:
-        if tl.load(found_inf) != 0:
-            return
+    if overflowed(found_inf):
+        return
     t, address, n, index, programs = locate(rows, tiles, tl.program_id(0))
     wanted = tl.load(k + t)
     if (wanted < 0) | (wanted > n):
@@ -124,25 +129,33 @@ def count(
     words, capacity = region(rows, t, scratch)
     counters = words.to(tl.pointer_type(tl.int64))  # arrivals, below, inside, tau, cutoff
     words += 16
-    source = pointer(address, DTYPE, ALIGNED)
+    source = pointer(address, DTYPE, False)
     low, high = bracket(tl.load(thresholds + t), factor(shrink_high, shrink_low, DTYPE), DTYPE)
     if (low <= high) & (wanted > 0):
-        local = tl.arange(0, TILE)
+        # [TILE / 256, 256]: a thread owns a column, so that its counts run down its own registers
+        # and only the 256 totals are scanned across threads. Four-byte loads (no alignment told)
+        # keep the layout that the scattered stores need; 16-byte loads would cost three
+        # conversions through shared memory, six times the tile itself.
+        lane = tl.arange(0, 256)
+        local = tl.arange(0, TILE // 256)[:, None] * 256 + lane[None, :]
         start = index * TILE
         keys = key(load_tile(source + start, local, left(n, start, TILE), TILE))
         inside = (keys >= low) & (keys <= high)
-        below = tl.sum((keys < low).to(tl.int32), 0)
+        below = tl.sum(tl.sum((keys < low).to(tl.int32), 0), 0)
         tl.atomic_add(counters + 1, below.to(tl.int64), sem="relaxed")
         upto = tl.cumsum(inside.to(tl.int32), 0)
-        first = tl.atomic_add(counters + 2, tl.max(upto, 0).to(tl.int64), sem="relaxed")
+        mine = tl.sum(inside.to(tl.int32), 0)
+        first = tl.atomic_add(counters + 2, tl.sum(mine, 0).to(tl.int64), sem="relaxed")
+        slot = upto + (tl.cumsum(mine, 0) - mine - 1)[None, :]
+        space = tl.where(low < high, capacity, 0) - first
+        space = tl.maximum(tl.minimum(space, TILE), 0).to(tl.int32)
         room, drop, _ = packing(low, high, programs)
         word = ((keys - low) << room) | (index >> drop).to(tl.int32)
-        slot = first + upto - 1
-        stored = tl.where(low < high, capacity, 0)
-        tl.store(words + slot, word, mask=inside & (slot < stored))
+        tl.store(words + first + slot, word, mask=inside & (slot < space))
     if last_to_arrive(counters, programs):
         below = tl.load(counters + 1, cache_modifier=".cg")
         inside = tl.load(counters + 2, cache_modifier=".cg")
+        tl.debug_barrier()  # every warp has read them before one thread clears them
         tl.store(counters + 1, 0)
         tl.store(counters + 2, 0)
         rank = wanted - below
@@ -169,9 +182,8 @@ def apply(
 
     The tile is [TILE / 32, 32]: a row is a mask word, its sum of bits stays within a few lanes.
     """
-    if found_inf is not None:
-        if tl.load(found_inf) != 0:
-            return
+    if overflowed(found_inf):
+        return
     t, address, n, index, _ = locate(rows, tiles, tl.num_programs(0) - 1 - tl.program_id(0))
     wanted = tl.load(k + t)
     if (wanted < 0) | (wanted > n):
@@ -224,16 +236,17 @@ def soft_shrink_(
     dtype = weights[0].dtype
     found = tables(weights, tile)
     grid = (found.tiles.numel(),)
-    options = {"DTYPE": name_of(dtype), "TILE": tile, "ALIGNED": found.aligned, "num_warps": WARPS}
+    options = {"DTYPE": name_of(dtype), "TILE": tile, **LAUNCH}
     factors = halves(shrink)
     with torch.cuda.device_of(k):
         if bracket and dtype != torch.float64:
             count[grid](
                 found.rows, found.tiles, k, thresholds.view(INTEGER[dtype]), flips, scratch,
-                found_inf, *factors, **options,
+                found_inf, *factors, maxnreg=COUNT_REGISTERS, **options,
             )  # fmt: skip
         else:
             radix_search(found, k, thresholds, tile, flips, scratch, found_inf)
         apply[grid](
-            found.rows, found.tiles, k, masks, flips, scratch, found_inf, *factors, **options
-        )
+            found.rows, found.tiles, k, masks, flips, scratch, found_inf, *factors,
+            ALIGNED=found.aligned, maxnreg=APPLY_REGISTERS, **options,
+        )  # fmt: skip

@@ -25,6 +25,9 @@ SCRATCH_HEADER = 64  # words; word 0 counts the searches that the bracket missed
 TILE = 4096
 WARPS = 8
 
+# No contraction: a product and a comparison of it must see the same, once rounded, value.
+LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
+
 INTEGER = {
     torch.float32: torch.int32,
     torch.float16: torch.int16,
@@ -126,6 +129,15 @@ def name_of(dtype: torch.dtype) -> str:
 def halves(shrink: float) -> tuple[int, int]:
     """The float64 bits of the shrink factor as two int32; `factor` in semantics.py joins them."""
     return struct.unpack("<ii", struct.pack("<d", shrink))[::-1]
+
+
+@triton.jit
+def overflowed(found_inf):
+    """True when the gradient scaler met an infinity: nothing may be modified."""
+    if found_inf is None:
+        return False
+    else:
+        return tl.load(found_inf) != 0
 
 
 @triton.jit

@@ -1,0 +1,135 @@
+"""Compiles every kernel for NVIDIA targets, without a GPU: registers, shared memory, spills.
+
+    python -m triton_kernels.compile [--targets 80 90 100] [--dtypes float32 ...]
+
+prints one row per kernel, dtype and target as JSON lines. It needs a process without
+TRITON_INTERPRET, since the interpreter replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .apply_masks import apply_masks
+from .nm_prune import LAUNCH as SMALL_LAUNCH
+from .nm_prune import TILE as SMALL_TILE
+from .nm_prune import rank_groups, sum_rows
+from .select import radix_pass
+from .soft_shrink import APPLY_REGISTERS, COUNT_REGISTERS, apply, count
+from .tables import LAUNCH, TILE
+
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+_BITS = {"float32": "*i32", "float16": "*i16", "bfloat16": "*i16", "float64": "*i64"}
+
+# Types of the arguments by name; `bits` stands for a pointer to the weights' bits.
+_ARGUMENTS = {
+    "rows": "*i64", "tiles": "*i32", "k": "*i64", "work": "*i64", "flips": "*i64",
+    "thresholds": "bits", "weight": "bits", "out": "bits", "scores": "bits",
+    "masks": "*i32", "scratch": "*i32", "found_inf": "*fp32",
+}  # fmt: skip
+
+
+def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
+    """Kernel, constants and options of what the ops launch for this dtype."""
+    tiled = {"DTYPE": dtype, "TILE": TILE}
+    if dtype != "float64":
+        yield count, tiled, LAUNCH | {"maxnreg": COUNT_REGISTERS}
+    yield apply, tiled | {"ALIGNED": True}, LAUNCH | {"maxnreg": APPLY_REGISTERS}
+    yield radix_pass, tiled | {"ALIGNED": True}, LAUNCH
+    yield apply_masks, tiled, LAUNCH
+    small = {"DTYPE": dtype, "TILE": SMALL_TILE}
+    yield sum_rows, small, SMALL_LAUNCH
+    yield rank_groups, small | {"INDEX": tl.int32}, SMALL_LAUNCH
+
+
+def _source(kernel, constants: dict, dtype: str) -> ASTSource:
+    types = {}
+    for name in kernel.arg_names:
+        kind = "constexpr" if name in constants else _ARGUMENTS.get(name, "i32")
+        types[name] = _BITS[dtype] if kind == "bits" else kind
+    if kernel is sum_rows:
+        types["scores"] = "*i64" if dtype == "float64" else "*i32"
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if types[name].startswith("*")
+    }
+    return ASTSource(kernel, types, constexprs=constants, attrs=aligned)
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers and local memory (stack and spills) per thread, from the cubin itself."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = subprocess.run(
+            [cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True
+        ).stdout
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return {"registers": found["REG"], "local_bytes": found["STACK"] + found["LOCAL"]}
+
+
+def compile_all(targets: Sequence[int] = (80, 90, 100), dtypes: Sequence[str] = DTYPES) -> list:
+    """Compiles every kernel for every target and dtype.
+
+    Args:
+        targets: compute capabilities, 90 for sm_90.
+        dtypes: names of the weights' dtypes.
+
+    Returns:
+        One dictionary per compiled kernel: kernel, dtype, target, registers, local_bytes (0 when
+        nothing spills), shared_bytes, wide_loads (16-byte loads in the PTX), ftz and fma (float
+        instructions that would break bitwise equality; 0).
+
+    Raises:
+        RuntimeError: TRITON_INTERPRET is set, so there is no compiler.
+    """
+    if not isinstance(count, triton.JITFunction):
+        raise RuntimeError("TRITON_INTERPRET is set: compile in a process without it")
+    rows = []
+    for dtype in dtypes:
+        for kernel, constants, options in _variants(dtype):
+            for target in targets:
+                source = _source(kernel, constants, dtype)
+                built = triton.compile(
+                    source, target=GPUTarget("cuda", target, 32), options=options
+                )
+                ptx = built.asm["ptx"]
+                rows.append(
+                    {
+                        "kernel": kernel.__name__,
+                        "dtype": dtype,
+                        "target": target,
+                        **_resources(built.asm["cubin"]),
+                        "shared_bytes": built.metadata.shared,
+                        "wide_loads": len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
+                        "ftz": ptx.count(".ftz"),
+                        "fma": len(re.findall(r"\bfma\.\S*f(?:32|64)", ptx)),
+                    }
+                )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="compile every kernel without a GPU")
+    parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    arguments = parser.parse_args()
+    for row in compile_all(arguments.targets, arguments.dtypes):
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
