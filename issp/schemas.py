@@ -75,19 +75,26 @@ def scratch_region(numel: int) -> int:
     return (numel // 10 // LINE_WORDS + 2) * LINE_WORDS
 
 
+def _one_device(tensors: Sequence[Tensor]) -> None:
+    # A tensor without data (device "meta") among others sends the whole call to the fake.
+    if len({x.device for x in tensors}) > 1:
+        raise RuntimeError("the tensors are on several devices: group by device")
+
+
 @torch.library.register_fake("issp::soft_shrink_", lib=library)
 def _(weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True) -> None:
-    return None
+    _one_device(weights)
 
 
 @torch.library.register_fake("issp::magnitude_threshold", lib=library)
 def _(weights: list[Tensor], k: list[int]) -> Tensor:
+    _one_device(weights)
     return weights[0].new_empty(len(weights))
 
 
 @torch.library.register_fake("issp::apply_masks_", lib=library)
 def _(tensors: list[Tensor], masks: Tensor) -> None:
-    return None
+    _one_device([*tensors, masks])
 
 
 @torch.library.register_fake("issp::nm_prune", lib=library)

@@ -1,0 +1,136 @@
+"""The only input factory of the kernel tests: named weights, counts and shrink factors."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+import issp
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Weights of one call; `build` makes fresh ones, so that no test sees another's changes."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    k: tuple[int, ...]
+    fill: str = "normal"
+    shrink: float = 0.95
+
+    def build(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        source = torch.Generator().manual_seed(len(self.name) + 1000 * len(self.shapes))
+        return [FILLS[self.fill](s, source).to(dtype).to(device) for s in self.shapes]
+
+    @property
+    def numel(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def _normal(shape, source):
+    return torch.randn(shape, generator=source) * 0.05
+
+
+def _few_values(shape, source):
+    return torch.randint(-2, 3, shape, generator=source) / 4
+
+
+def _special(shape, source):
+    """Every kind of float side by side: zeros of both signs, denormals, infinities, NaNs."""
+    kinds = torch.tensor(
+        [0.0, -0.0, 1e-45, -1e-45, 1e-39, -1.1754942e-38, 1.1754944e-38, 1.2e-38, -1.25e-38]
+        + [6e-8, -6e-8, 6.1e-5, -6.2e-5, 1e-3, -2.0, float("inf"), -float("inf"), float("nan")]
+    )
+    return kinds[torch.randint(len(kinds), shape, generator=source)]
+
+
+def _magnitudes(shape, source):
+    """From the denormals to the largest floats, evenly over the exponents."""
+    sign = torch.randint(0, 2, shape, generator=source) * 2.0 - 1
+    exponent = torch.rand(shape, generator=source, dtype=torch.float64) * 270 - 145
+    return (sign * torch.exp2(exponent)).float()
+
+
+FILLS = {
+    "normal": _normal,
+    "few": _few_values,
+    "special": _special,
+    "magnitudes": _magnitudes,
+    "zero": lambda shape, source: torch.zeros(shape),
+    "equal": lambda shape, source: torch.full(shape, -0.25),
+    "rising": lambda shape, source: torch.linspace(1e-3, 1, torch.Size(shape).numel()).view(shape),
+}
+
+NAMED = (
+    Case("all ties", ((300,),), (100,), "equal"),
+    Case("all zero", ((70,), (513,)), (35, 512), "zero"),
+    Case("few values, many ties", ((37, 20), (64,)), (400, 31), "few"),
+    Case("one element, selected", ((1,),), (1,)),
+    Case("one element, kept", ((1,),), (0,)),
+    Case("below a tile", ((5,), (31,), (63,), (65,)), (3, 30, 32, 1)),
+    Case("nothing selected", ((200,), (3, 3)), (0, 0)),
+    Case("all selected", ((200,), (3, 3)), (200, 9)),
+    Case("special values", ((600,),), (300,), "special"),
+    Case("special values, all selected", ((600,),), (600,), "special"),
+    Case("special values, hard", ((600,),), (560,), "special", 0.0),
+    Case("threshold at infinity", ((600,),), (530,), "special"),
+    Case("huge and tiny", ((900,),), (450,), "magnitudes"),
+    Case("huge and tiny, hard", ((900,),), (899,), "magnitudes", 0.0),
+    Case("hard", ((16, 60, 3, 3),), (8208,), "normal", 0.0),
+    Case("no shrink", ((500,),), (250,), "magnitudes", 1.0),
+    Case("already sorted", ((1000,),), (950,), "rising"),
+    Case("a conv and two linears", ((60, 3, 3, 3), (180, 20), (20, 60)), (1539, 3420, 1140)),
+)
+
+LARGE = (
+    Case("shared by threads", ((1024, 700), (40, 40)), (680_000, 800)),
+    Case("shared by threads, ties", ((1 << 20,),), (700_001,), "few"),
+    Case("shared by threads, special", ((700_001,),), (350_000,), "special"),
+)
+
+
+@cache
+def random_shapes(count: int, largest: int, per_call: int = 10) -> tuple[Case, ...]:
+    """`count` random shapes, several to a call, with random counts, fills and shrink factors."""
+    draw = random.Random(count * largest)
+    cases = []
+    for call in range(count // per_call):
+        shapes, k = [], []
+        for _ in range(per_call):
+            numel = int(largest ** draw.uniform(0, 1))
+            rows = draw.choice([r for r in (1, 2, 3, 5, 8) if r <= numel])
+            shapes.append((rows, numel // rows))
+            k.append(draw.randint(0, rows * (numel // rows)))
+        fill = draw.choice(["normal", "normal", "few", "magnitudes", "special"])
+        shrink = draw.choice([0.95, 0.95, 0.99, 0.5, 0.0])
+        cases.append(Case(f"random {call}", tuple(shapes), tuple(k), fill, shrink))
+    return tuple(cases)
+
+
+def drifting(steps: int, seed: int = 0):
+    """A life of a layer pair: (update, k, shrink) per step, with jumps in learning rate and k.
+
+    Updates are Adam-like, of unit scale times a rate that decays, jumps by 100 and falls back, so
+    that thresholds wander, jump up and jump down.
+    """
+    source = torch.Generator().manual_seed(seed)
+    shapes = ((24, 16, 3, 3), (130,))
+    for step in range(steps):
+        rate = 2e-4 * (100 if step % 211 == 210 else 1) * 0.999**step
+        ratio = (0.9, 0.95, 0.99)[step // 150 % 3]
+        k = [issp.num_pruned(torch.Size(s).numel(), ratio) for s in shapes]
+        yield [torch.randn(s, generator=source) * rate for s in shapes], k, 0.95
+
+
+def start_of_drift() -> list[Tensor]:
+    source = torch.Generator().manual_seed(99)
+    return [
+        torch.randn((24, 16, 3, 3), generator=source) * 0.05,
+        torch.randn(130, generator=source),
+    ]

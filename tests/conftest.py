@@ -1,0 +1,40 @@
+"""Shared fixtures; chooses Triton's interpreter where there is no GPU, before Triton is imported."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed_and_poisoned_memory():
+    """Every test starts from one seed, and torch.empty returns NaN: an unwritten output shows."""
+    torch.manual_seed(0)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of intra-op threads for one test: `threads(2)`."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder with golden vectors and photographs beside the checkout."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("../shared (golden vectors, photographs) is not beside this checkout")
+    return folder

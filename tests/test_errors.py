@@ -1,0 +1,220 @@
+"""Bad input: one clear sentence of the right kind, and nothing modified."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import issp
+from issp import backends
+from issp.ops import ShrinkState
+from tests.asserts import assert_bitwise_equal
+from tests.under_test import BACK_ENDS
+
+BIG = torch.arange(1.0, 301.0)
+
+
+def good():
+    weights = [BIG[:100].clone(), BIG[:60].clone().view(6, 10)]
+    return weights, ShrinkState(weights, [50, 30])
+
+
+def replace(i, value):
+    def change(weights, state):
+        weights[i] = value
+
+    return change
+
+
+def set_state(**values):
+    def change(weights, state):
+        for name, value in values.items():
+            setattr(state, name, value)
+
+    return change
+
+
+BAD = {
+    "integer weights": (replace(0, torch.arange(100)), TypeError, "float32"),
+    "mixed dtypes": (replace(0, BIG[:100].double()), TypeError, "group by dtype"),
+    "another device": (replace(0, torch.empty(100, device="meta")), ValueError, "group by device"),
+    "not contiguous": (replace(1, BIG[:60].view(10, 6).T), ValueError, "contiguous"),
+    "an empty tensor": (replace(0, torch.empty(0)), ValueError, "leave it out"),
+    "another size": (replace(0, BIG[:999].clone()), ValueError, "masks|ShrinkState|elements"),
+    "overlapping weights": (
+        lambda weights, state: weights.__setitem__(
+            slice(None), [BIG[:100], BIG[50:110].view(6, 10)]
+        ),
+        ValueError,
+        "overlap",
+    ),
+    "an empty list": (lambda weights, state: weights.clear(), ValueError, "empty list"),
+    "not a tensor": (replace(0, "weights"), TypeError, "tensor"),
+    "k too large": (set_state(k=torch.tensor([101, 30])), ValueError, "0..100"),
+    "k negative": (set_state(k=torch.tensor([50, -1])), ValueError, "0..60"),
+    "k as floats": (set_state(k=torch.tensor([50.0, 30.0])), TypeError, "int64"),
+    "k too short": (set_state(k=torch.tensor([50])), ValueError, "2 elements"),
+    "masks of another dtype": (set_state(packed=torch.zeros(32)), TypeError, "int32"),
+    "masks too short": (set_state(packed=torch.zeros(16, dtype=torch.int32)), ValueError, "32"),
+    "scratch too short": (
+        set_state(scratch=torch.zeros(9, dtype=torch.int32)),
+        ValueError,
+        "scratch",
+    ),
+    "thresholds of another dtype": (
+        set_state(thresholds=torch.zeros(2).half()),
+        TypeError,
+        "float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_soft_shrink_refuses(name):
+    change, kind, words = BAD[name]
+    weights, state = good()
+    issp.ops.soft_shrink_(weights, state)
+    change(weights, state)
+    watched = [x for x in (*weights, state.thresholds, state.packed, state.flips)]
+    watched = [x for x in watched if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+    before = [x.clone() for x in watched]
+    with pytest.raises(kind, match=words) as caught:
+        issp.ops.soft_shrink_(weights, state)
+    assert "\n" not in str(caught.value).strip()
+    for x, y in zip(watched, before, strict=True):
+        assert_bitwise_equal(x, y, name)
+
+
+@pytest.mark.parametrize("shrink", [-0.1, 1.5, float("nan")])
+def test_shrink_out_of_range(shrink):
+    weights, state = good()
+    with pytest.raises(ValueError, match="0..1"):
+        issp.ops.soft_shrink_(weights, state, shrink=shrink)
+    assert_bitwise_equal(weights[0], BIG[:100], "weights")
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("back_end", [b for b in BACK_ENDS if b.device == "cpu"], ids=str)
+def test_every_back_end_refuses_by_itself(back_end, name):
+    """Outside scripts may call torch.ops.issp directly: the native checks stand on their own."""
+    change, _, _ = BAD[name]
+    weights, state = good()
+    change(weights, state)
+    before = [w.clone() for w in weights if isinstance(w, torch.Tensor)]
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        back_end["soft_shrink_"](
+            *(weights, state.k, 0.95, state.thresholds, state.packed, state.flips, state.scratch)
+        )
+    for w, y in zip([w for w in weights if isinstance(w, torch.Tensor)], before, strict=True):
+        assert w.device.type != "cpu" or torch.equal(w, y)
+
+
+@pytest.mark.parametrize(
+    ("k", "words"), [([5], "2 tensors"), ([5, 61], "0..60"), ([-1, 5], "0..100")]
+)
+def test_magnitude_threshold_refuses(k, words):
+    weights, _ = good()
+    with pytest.raises(ValueError, match=words):
+        issp.ops.magnitude_threshold(weights, k)
+
+
+def test_apply_masks_refuses_other_sizes_and_overlaps():
+    weights, state = good()
+    with pytest.raises(ValueError, match="sizes"):
+        issp.ops.apply_masks_(weights[:1], state)
+    with pytest.raises(ValueError, match="overlap"):
+        issp.ops.apply_masks_([BIG[:100], BIG[90:150]], state)
+    assert BIG.tolist() == list(range(1, 301))
+
+
+@pytest.mark.parametrize(
+    ("shape", "keep", "words"),
+    [
+        ((8, 60), issp.Keep(2, of=32), "leave the layer dense"),
+        ((6, 64), issp.Keep(2, of=32, v=4), "leave the layer dense"),
+        ((7,), issp.Keep(1, of=2, layout="flat"), "does not divide"),
+        ((64,), issp.Keep(2, of=32), "flat"),
+    ],
+)
+def test_nm_prune_refuses_a_pattern_that_does_not_fit(shape, keep, words):
+    with pytest.raises(ValueError, match=words):
+        issp.ops.nm_prune(torch.randn(shape), keep)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"n": 0, "of": 4}, "1..of"), ({"n": 5, "of": 4}, "1..of"), ({"n": 1, "of": 4, "v": 0}, "v")]
+    + [
+        ({"n": 1, "of": 4, "layout": "rows"}, "layout"),
+        ({"n": 1, "of": 4, "v": 2, "layout": "flat"}, "v=1"),
+    ],
+)
+def test_keep_refuses(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        issp.Keep(**arguments)
+
+
+def test_state_refuses_what_belongs_to_other_weights():
+    weights, state = good()
+    saved = state.state_dict()
+    other = ShrinkState([BIG[:99].clone()], [5])
+    with pytest.raises(ValueError, match="does not belong"):
+        other.load_state_dict(saved)
+    assert other.k.tolist() == [5]
+    with pytest.raises(ValueError, match="shapes"):
+        state.set_masks([torch.ones(3, dtype=torch.bool)])
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+    )
+
+
+def test_an_unknown_back_end_is_refused():
+    result = run_python("import issp", ISSP_BACKEND="fast")
+    assert result.returncode != 0
+    assert "ISSP_BACKEND=fast: use one of" in result.stderr
+
+
+def test_the_reference_can_be_forced_without_a_warning():
+    code = "import issp; print(issp.backends.active('cpu'))"
+    result = run_python(code, ISSP_BACKEND="reference", PYTHONWARNINGS="error")
+    assert result.stdout.strip() == "reference", result.stderr
+
+
+def test_strict_refuses_to_fall_back(tmp_path):
+    code = (
+        "from issp import backends\n"
+        "backends._load_library = lambda name: 'was not built'\n"
+        "backends._choose('cpu', ('cpp',), None)"
+    )
+    result = run_python(code, ISSP_STRICT="1", ISSP_BACKEND="reference")
+    assert result.returncode != 0
+    assert "RuntimeError: issp runs its slow reference on cpu: was not built" in result.stderr
+    relaxed = run_python(code, ISSP_BACKEND="reference")
+    assert relaxed.returncode == 0
+    assert relaxed.stderr.count("RuntimeWarning: issp runs its slow reference") == 1
+
+
+def test_import_needs_torch_and_numpy_alone():
+    code = (
+        "import sys; import issp, torch, numpy\n"
+        "heavy = {'PIL', 'yaml', 'rich', 'matplotlib', 'tensorboard', 'skimage', 'safetensors'}\n"
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    assert run_python(code).stdout.strip() == "[]"
+
+
+def test_problems_are_named():
+    assert backends.active("cpu") in ("cpp", "reference")
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in backends.problems()["cuda"]

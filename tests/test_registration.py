@@ -1,0 +1,123 @@
+"""The ops as torch sees them: schemas, fakes, functionalisation, compilation, versions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import issp
+from issp.ops import ShrinkState
+from tests.asserts import assert_bitwise_equal
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def weights_on(device):
+    source = torch.Generator().manual_seed(1)
+    return [torch.randn(s, generator=source).to(device) for s in ((12, 20), (7,), (4, 3, 3, 3))]
+
+
+K = (200, 3, 60)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_soft_shrink(device):
+    weights = weights_on(device)
+    state = ShrinkState(weights, K)
+    state_args = (state.thresholds, state.packed, state.flips, state.scratch)
+    opcheck(torch.ops.issp.soft_shrink_.default, (weights, state.k, 0.95, *state_args))
+    found_inf = torch.zeros(1, device=device)
+    opcheck(
+        torch.ops.issp.soft_shrink_.default,
+        (weights, state.k, 0.0, *state_args, found_inf, False),
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_magnitude_threshold(device):
+    opcheck(torch.ops.issp.magnitude_threshold.default, (weights_on(device), list(K)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_apply_masks(device):
+    weights = weights_on(device)
+    opcheck(torch.ops.issp.apply_masks_.default, (weights, ShrinkState(weights, K).packed))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_nm_prune(device):
+    weight = torch.randn(8, 20, 3, 3, device=device)
+    opcheck(torch.ops.issp.nm_prune.default, (weight, 1, 10, 2, "channels", 0.95))
+    opcheck(torch.ops.issp.nm_prune.default, (weight, 2, 20, 1, "flat"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_training_step_with_the_op_compiles_to_one_graph(device):
+    """forward, loss, update and fused step: fullgraph, and the same bits as eager."""
+
+    def train_step(weights, x, state):
+        y = torch.relu(x @ weights[0].T)
+        loss = y.square().mean()
+        update = torch.ones_like(weights[0]) * loss.detach() * 1e-3
+        weights[0].sub_(update)
+        issp.ops.soft_shrink_(weights, state, shrink=0.95)
+        issp.ops.apply_masks_([w * 1.0 for w in weights], state)
+        return loss, issp.ops.magnitude_threshold(weights, list(K))
+
+    x = torch.randn(5, 20, device=device)
+    eager, compiled = weights_on(device), weights_on(device)
+    eager_state, compiled_state = ShrinkState(eager, K), ShrinkState(compiled, K)
+    step = torch.compile(train_step, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for _ in range(3):
+            expected = train_step(eager, x, eager_state)
+            actual = step(compiled, x, compiled_state)
+            assert_bitwise_equal(actual[1], expected[1], "thresholds under compile")
+    for a, b in zip(compiled, eager, strict=True):
+        assert_bitwise_equal(a, b, "weights under compile")
+    assert_bitwise_equal(compiled_state.packed, eager_state.packed, "masks under compile")
+    assert compiled_state.masks()[0].sum() == 240 - 200
+
+
+def test_inductor_compiles_the_op():
+    weights = weights_on("cpu")
+    state = ShrinkState(weights, K)
+    expected = [w.clone() for w in weights]
+    expected_state = ShrinkState(expected, K)
+    torch.compile(lambda: issp.ops.soft_shrink_(weights, state), fullgraph=True)()
+    issp.ops.soft_shrink_(expected, expected_state)
+    for a, b in zip(weights, expected, strict=True):
+        assert_bitwise_equal(a, b, "weights under inductor")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU; none here")
+def test_cuda_graph_capture():
+    weights, expected = weights_on("cuda"), weights_on("cuda")
+    state, expected_state = ShrinkState(weights, K), ShrinkState(expected, K)
+    for s, w in ((state, weights), (expected_state, expected)):
+        issp.ops.soft_shrink_(w, s)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        issp.ops.soft_shrink_(weights, state)
+    for _ in range(5):
+        graph.replay()
+        issp.ops.soft_shrink_(expected, expected_state)
+    for a, b in zip(weights, expected, strict=True):
+        assert_bitwise_equal(a, b, "weights after five replays")
+
+
+def test_autograd_notices_a_shrink_between_forward_and_backward():
+    w = torch.randn(4, 4, requires_grad=True)
+    loss = (w * w).sum()
+    issp.ops.soft_shrink_([w], ShrinkState([w], [8]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_parameters_that_require_grad_are_shrunk_without_a_graph():
+    w = torch.nn.Parameter(torch.randn(10, 10))
+    before = w.detach().clone()
+    issp.ops.soft_shrink_([w], ShrinkState([w], [90]))
+    assert w.grad_fn is None and w.requires_grad
+    assert (w != before).sum() == 90

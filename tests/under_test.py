@@ -1,0 +1,67 @@
+"""The back ends that can run on this machine, as the tests see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from issp import backends
+
+
+@dataclass(frozen=True)
+class BackEnd:
+    """A table of ops and where its tensors live; slow ones get the small cases only."""
+
+    name: str
+    device: str
+    load: Callable[[], dict[str, Callable]]
+    slow: bool = False
+
+    def __getitem__(self, op: str) -> Callable:
+        return self.load()[op]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _cpp(capability: str) -> Callable[[], dict[str, Callable]]:
+    def load():
+        torch.ops.issp._cpu_capability(capability)
+        return backends.implementations("cpp")
+
+    return load
+
+
+def _emulator() -> dict[str, Callable]:
+    from tests import cuda_emulator
+
+    return cuda_emulator.implementations()
+
+
+def back_ends() -> list[BackEnd]:
+    """Reference excluded: it is what the others are compared with."""
+    found = []
+    if backends.active("cpu") == "cpp":
+        best = torch.ops.issp._cpu_capability()
+        known = ["scalar", "avx2", "avx512"]
+        usable = known[: known.index(best) + 1]
+        found += [BackEnd(f"cpp-{name}", "cpu", _cpp(name)) for name in usable]
+    if torch.cuda.is_available():
+        found.append(BackEnd("triton", "cuda", lambda: backends.implementations("triton")))
+        if backends.active("cuda") == "cuda":
+            found.append(BackEnd("cuda", "cuda", lambda: backends.implementations("cuda")))
+        found.append(
+            BackEnd("reference-on-cuda", "cuda", lambda: backends.implementations("reference"))
+        )
+    else:
+        found.append(
+            BackEnd("triton-interpreted", "cpu", lambda: backends.implementations("triton"), True)
+        )
+    found.append(BackEnd("cuda-emulated", "cpu", _emulator, True))
+    return found
+
+
+BACK_ENDS = back_ends()
+FAST = [b for b in BACK_ENDS if not b.slow]
