@@ -1,0 +1,108 @@
+// The writing half of soft_shrink_: a tile whose threshold is known.
+// Per weight 1 write (rows without a selected weight are not written), 1/8 byte of mask read, mask
+// words written only where they change.
+#pragma once
+
+#include "select.cuh"
+
+namespace issp {
+
+// What the search found for a tensor.
+template <typename K>
+struct Verdict {
+  K tau;
+  uint32_t ties;   // how many of the elements equal to tau are selected: those of lowest index
+  uint32_t split;  // not 0: some equal elements are not selected, so ranks among them matter
+};
+
+// Equal elements in this thread's warp's part of the tile, the same number in every lane.
+template <typename T>
+ISSP_DEVICE uint32_t count_equal_warp(const typename T::Bits (&bits)[kRows], Key<T> tau) {
+  uint32_t mine = 0;
+#pragma unroll
+  for (uint32_t row = 0; row < kRows; ++row) mine += popcount(ballot(key<T>(bits[row]) == tau));
+  return mine;
+}
+
+// Sum over the block of a value that is the same in every lane of a warp.
+ISSP_DEVICE Scan scan_warps(uint32_t value, Shared shared) {
+  if (lane() == 0) shared.set(kScanArea + warp(), value);
+  barrier();
+  Scan scan = {0, 0};
+#pragma unroll
+  for (uint32_t w = 0; w < kWarps; ++w) {
+    const uint32_t other = shared.get(kScanArea + w);
+    if (w < warp()) scan.before += other;
+    scan.total += other;
+  }
+  barrier();
+  return scan;
+}
+
+// Where a tile is written to.
+template <typename T>
+struct Target {
+  typename T::Bits* data;
+  uint32_t* mask;
+  uint32_t numel;
+  uint32_t tile;
+  typename T::Wide shrink;
+};
+
+// Shrinks the selected weights of the tile in `bits`; returns the word of the packed mask that this
+// lane answers for: lane r of a warp has the word of row r. `rank`: equal elements before the warp.
+template <typename T>
+ISSP_DEVICE uint32_t shrink_rows(const typename T::Bits (&bits)[kRows], const Target<T>& to,
+                                 const Verdict<Key<T>>& verdict, uint32_t rank) {
+  const uint32_t start = column(to.tile);
+  const uint32_t lanes_before = (1u << lane()) - 1u;
+  uint32_t mine = 0;
+#pragma unroll
+  for (uint32_t row = 0; row < kRows; ++row) {
+    const Key<T> magnitude = key<T>(bits[row]);
+    uint32_t before = 0;
+    if (verdict.split) {
+      const uint32_t equals = ballot(magnitude == verdict.tau);
+      before = rank + popcount(equals & lanes_before);
+      rank += popcount(equals);
+    }
+    const bool inside = start + 32 * row < to.numel;
+    const bool chosen = inside && selected(magnitude, verdict.tau, before, verdict.ties);
+    const uint32_t kept = ballot(inside && !chosen);
+    if (kept != ballot(inside) && inside) {
+      store(to.data + start + 32 * row, chosen ? shrunk<T>(bits[row], to.shrink) : bits[row]);
+    }
+    if (lane() == row) mine = kept;
+  }
+  return mine;
+}
+
+// Writes this lane's mask word and returns how many of its valid bits changed.
+template <typename T>
+ISSP_DEVICE uint32_t refresh_mask(const Target<T>& to, uint32_t kept) {
+  const uint32_t first = to.tile * kTile + warp() * kWarpTile + 32 * lane();
+  const uint32_t end = (to.numel + 511u) / 512u * 512u;  // of the last line, padding included
+  if (lane() >= kRows || first >= end) return 0;
+  uint32_t* word = to.mask + first / 32;
+  const uint32_t old = load(word);
+  if (old == kept) return 0;
+  store(word, kept);
+  return popcount((old ^ kept) & valid_bits(first, to.numel));
+}
+
+// Returns the flips of the whole tile in thread 0. `rank`: equal elements before the tile.
+template <typename T>
+ISSP_DEVICE uint32_t apply_tile(const typename T::Bits (&bits)[kRows], const Target<T>& to,
+                                const Verdict<Key<T>>& verdict, uint32_t rank, Shared shared) {
+  if (thread() == 0) shared.set(kNoteArea, 0);
+  if (verdict.split) {
+    rank += scan_warps(count_equal_warp<T>(bits, verdict.tau), shared).before;
+  }
+  const uint32_t flips = refresh_mask(to, shrink_rows<T>(bits, to, verdict, rank));
+  barrier();
+  if (flips) shared.add(kNoteArea, flips);
+  barrier();
+  return thread() == 0 ? shared.get(kNoteArea) : 0;
+}
+
+}  // namespace issp

@@ -1,0 +1,137 @@
+// One tensor of a soft_shrink_ call as a block sees it, and what its blocks tell each other.
+#pragma once
+
+#include "apply.cuh"
+#include "table.cuh"
+
+namespace issp {
+
+template <typename T>
+struct Call {
+  const int64_t* k;
+  typename T::Bits* thresholds;
+  uint32_t* masks;
+  int64_t* flips;
+  uint32_t* scratch;
+  const float* found_inf;  // may be null
+  typename T::Wide shrink;
+  uint32_t bracket;
+};
+
+// The first words of the scratch buffer.
+constexpr uint32_t kFallbacks = 0;  // searches that the bracket missed, ever
+constexpr uint32_t kMissed = 1;     // tensors of this call that the second launch must search
+constexpr uint32_t kTicket = 2;     // the second launch's work counter
+
+// The first words of a tensor's region. Zero between calls: below, inside, arrived.
+constexpr uint32_t kBelow = 0, kInside = 1, kArrived = 2, kState = 3, kTau = 4, kTies = 6,
+                   kSplit = 7, kPhase = 8, kRank = 9, kBase = 10, kBitsLeft = 12, kHeader = 16;
+constexpr uint32_t kSettled = 1, kSearching = 2;  // kState
+
+// One block selects among the candidates while the rest of the GPU goes on counting; beyond this
+// many (1 MB of float32 keys) the search by all blocks is faster.
+constexpr uint32_t kCandidateLimit = 1u << 18;
+
+ISSP_DEVICE void store_pair(uint32_t* words, uint64_t value) {
+  store(words, uint32_t(value));
+  store(words + 1, uint32_t(value >> 32));
+}
+ISSP_DEVICE uint64_t load_pair(const uint32_t* words) {
+  return load_fresh(words) | uint64_t(load_fresh(words + 1)) << 32;
+}
+
+template <typename T>
+struct Job {
+  typename T::Bits* data;
+  uint32_t* mask;
+  uint32_t* header;
+  uint32_t numel, tiles, tile, tensor, spare;  // spare: words of scratch behind the records
+
+  template <typename Table>
+  ISSP_DEVICE Job(const Table& table, const Call<T>& call, uint32_t tile_of_model) {
+    const uint32_t t = locate(table, tile_of_model);
+    const Entry& entry = table.entries[t];
+    data = static_cast<typename T::Bits*>(entry.data);
+    mask = call.masks + uint64_t(entry.mask_line) * kLineWords;
+    header = call.scratch + uint64_t(entry.scratch_line) * kLineWords;
+    numel = entry.numel;
+    tiles = (numel + (kTile - 1)) / kTile;
+    tile = tile_of_model - entry.first_tile;
+    tensor = table.first_tensor + t;
+    spare = entry.scratch_words - kHeader - 2 * tiles;
+  }
+
+  // Two words per tile: base and number of its candidates, later the equal elements before it.
+  ISSP_DEVICE uint32_t* record(uint32_t i) const { return header + kHeader + 2 * uint64_t(i); }
+  // The candidates of the bracket, or the bins of the full search.
+  ISSP_DEVICE uint32_t* candidates() const { return record(tiles); }
+  ISSP_DEVICE uint32_t capacity() const {
+    const uint32_t room = spare / (sizeof(Key<T>) / 4);
+    return room < kCandidateLimit ? room : kCandidateLimit;
+  }
+  ISSP_DEVICE bool has_bins() const { return spare >= kBins; }
+  ISSP_DEVICE Target<T> target(const Call<T>& call) const {
+    return {data, mask, numel, tile, call.shrink};
+  }
+};
+
+// found_inf is the gradient scaler's: an optimizer step that is skipped shrinks nothing (NaN: same).
+template <typename T>
+ISSP_DEVICE bool stopped(const Call<T>& call) {
+  return call.found_inf != nullptr && !(load(call.found_inf) == 0.0f);
+}
+
+ISSP_DEVICE bool in_range(int64_t k, uint32_t numel) { return k >= 0 && k <= int64_t(numel); }
+
+// True in the one block that arrives after all others; it sees what they wrote before arriving.
+ISSP_DEVICE bool last_to_arrive(uint32_t* counter, uint32_t expected, Shared shared) {
+  fence();
+  barrier();
+  const uint32_t arrived = thread() == 0 ? add(counter, 1) + 1 : 0;
+  const bool last = broadcast_block(arrived, shared) == expected;
+  fence();
+  return last;
+}
+
+// The outcome of a tensor's search, for the blocks that will apply it. One thread calls this, before
+// any of those blocks adds its flips.
+template <typename T>
+ISSP_DEVICE void publish(const Job<T>& job, const Call<T>& call, const Verdict<Key<T>>& verdict) {
+  store_pair(job.header + kTau, verdict.tau);
+  store(job.header + kTies, verdict.ties);
+  store(job.header + kSplit, verdict.split);
+  store(call.thresholds + job.tensor, typename T::Bits(verdict.tau));
+  store(call.flips + job.tensor, int64_t(0));
+}
+
+// Turns the tiles' counts of equal elements into the number of equal elements before each tile.
+template <typename T>
+ISSP_DEVICE void accumulate_records(const Job<T>& job, Shared shared) {
+  uint32_t before = 0;
+  barrier();
+  for (uint32_t start = 0; start < job.tiles; start += kThreads) {
+    const uint32_t i = start + thread();
+    const uint32_t equal = i < job.tiles ? load_fresh(job.record(i)) : 0;
+    const Scan scan = scan_block(equal, shared);
+    if (i < job.tiles) store(job.record(i), before + scan.before);
+    before += scan.total;
+  }
+  barrier();
+}
+
+template <typename T>
+ISSP_DEVICE Verdict<Key<T>> load_verdict(const Job<T>& job) {
+  return {Key<T>(load_pair(job.header + kTau)), load_fresh(job.header + kTies),
+          load_fresh(job.header + kSplit)};
+}
+
+// Applies the published verdict to this block's tile.
+template <typename T>
+ISSP_DEVICE void apply_job(const Job<T>& job, const Call<T>& call, const Verdict<Key<T>>& verdict,
+                           const typename T::Bits (&bits)[kRows], Shared shared) {
+  const uint32_t rank = verdict.split ? load_fresh(job.record(job.tile)) : 0;
+  const uint32_t flips = apply_tile<T>(bits, job.target(call), verdict, rank, shared);
+  if (thread() == 0 && flips) add(call.flips + job.tensor, int64_t(flips));
+}
+
+}  // namespace issp

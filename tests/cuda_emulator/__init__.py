@@ -1,0 +1,195 @@
+"""The CUDA kernels on CPU tensors: every CUDA thread a fiber, in a seeded random order.
+
+`implementations()` has the signatures of `torch.ops.issp`. Built by g++ on first use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from issp import checks
+from issp.schemas import mask_words
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+_options = {"seed": 0, "resident": 0, "removed_barrier": -1, "small": False}
+
+
+def compiler() -> str | None:
+    """The C++ compiler, or None when this machine has none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def seed(number: int, resident: int = 0, removed_barrier: int = -1, small: bool = False) -> None:
+    """Chooses the schedule of the following calls.
+
+    Args:
+        number: seed of the order in which threads run.
+        resident: blocks that run at a time; 0 draws it from the seed.
+        removed_barrier: number of a barrier to leave out, -1 for none.
+        small: the kernels built with small tiles, few bins and short tables.
+    """
+    _options.update(seed=number, resident=resident, removed_barrier=removed_barrier, small=small)
+
+
+@functools.cache
+def library(small: bool = False) -> ctypes.CDLL:
+    """The kernels as a shared library, built once per state of their sources."""
+    sources = [HERE / "emulator.cpp", HERE / "kernels.cpp", HERE / "planted.cpp"]
+    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"]
+    flags += ["-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DISSP_EMULATOR"]
+    flags += ["-DISSP_SMALL_SHAPES"] if small else []
+    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}", f"-I{HERE}"]
+    read = [*sources, *HERE.glob("*.h"), *(ROOT / "csrc").glob("*.h")]
+    read += (ROOT / "csrc" / "cuda").glob("*.cuh")
+    digest = hashlib.sha256(repr(flags).encode())
+    for path in sorted(read):
+        digest.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda_emulator"
+    built = folder / f"{digest.hexdigest()[:20]}.so"
+    if not built.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _compile([*flags, *map(str, sources)], built)
+    loaded = ctypes.CDLL(str(built))
+    for name in ("soft_shrink", "magnitude_threshold", "apply_masks", "nm_prune"):
+        getattr(loaded, f"emulated_{name}").restype = ctypes.c_char_p
+    for name in ("emulator_barrier_name", "planted_name", "run_planted"):
+        getattr(loaded, name).restype = ctypes.c_char_p
+    loaded.emulator_switches.restype = ctypes.c_uint64
+    return loaded
+
+
+def _compile(arguments: list[str], target: Path) -> None:
+    command = compiler()
+    if command is None:
+        raise RuntimeError("no C++ compiler found: install g++ or set CXX")
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        output = Path(folder) / "emulator.so"
+        done = subprocess.run(
+            [command, *arguments, "-o", str(output)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise RuntimeError(f"the emulator does not compile:\n{done.stderr}")
+        os.replace(output, target)
+
+
+def shapes(small: bool = False) -> tuple[int, int, int]:
+    """Elements per tile, bins of a radix pass, tensors per table."""
+    values = [ctypes.c_uint32() for _ in range(3)]
+    library(small).emulator_shapes(*map(ctypes.byref, values))
+    return tuple(value.value for value in values)
+
+
+def _call(name: str, *arguments) -> None:
+    loaded = library(_options["small"])
+    loaded.emulator_options(
+        ctypes.c_uint64(_options["seed"]),
+        ctypes.c_uint32(_options["resident"]),
+        ctypes.c_int(_options["removed_barrier"]),
+    )
+    message = getattr(loaded, f"emulated_{name}")(*arguments)
+    if message is not None:
+        raise RuntimeError(message.decode())
+
+
+def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+def _list(tensors: list[Tensor]) -> tuple:
+    pointers = (ctypes.c_void_p * len(tensors))(*[x.data_ptr() for x in tensors])
+    numels = (ctypes.c_int64 * len(tensors))(*[x.numel() for x in tensors])
+    return len(tensors), pointers, numels
+
+
+def soft_shrink_(
+    weights: list[Tensor],
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    found_inf: Tensor | None = None,
+    bracket: bool = True,
+) -> None:
+    """See schemas.py."""
+    checks.soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf)
+    unchecked_soft_shrink_(
+        weights, k, shrink, thresholds, masks, flips, scratch, found_inf, bracket
+    )
+
+
+def unchecked_soft_shrink_(
+    weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True
+) -> None:
+    """As on a GPU, where k is not checked on the host."""
+    _call(
+        "soft_shrink",
+        _DTYPES[weights[0].dtype],
+        *_list(weights),
+        _pointer(k),
+        ctypes.c_double(shrink),
+        *map(_pointer, (thresholds, masks, flips, scratch, found_inf)),
+        int(bracket),
+    )
+
+
+def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
+    """See schemas.py."""
+    checks.magnitude_threshold(weights, k)
+    found = torch.empty(len(weights), dtype=weights[0].dtype)
+    ranks = (ctypes.c_int64 * len(k))(*k)
+    arguments = (*_list(weights), ranks, _pointer(found))
+    _call("magnitude_threshold", _DTYPES[weights[0].dtype], *arguments)
+    return found
+
+
+def apply_masks_(tensors: list[Tensor], masks: Tensor) -> None:
+    """See schemas.py."""
+    checks.apply_masks(tensors, masks)
+    dtypes = (ctypes.c_int * len(tensors))(*[_DTYPES[x.dtype] for x in tensors])
+    _call("apply_masks", dtypes, *_list(tensors), _pointer(masks))
+
+
+def nm_prune(
+    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """See schemas.py."""
+    checks.nm_prune(weight, n, m, v, layout, shrink)
+    numel = weight.numel()
+    rows, channels = (1, numel) if layout == "flat" else weight.shape[:2]
+    pruned, mask = torch.empty_like(weight), torch.empty(mask_words(numel), dtype=torch.int32)
+    sizes = (numel, channels, numel // rows // channels, n, m, v)
+    _call(
+        "nm_prune",
+        _DTYPES[weight.dtype],
+        _pointer(weight),
+        *map(ctypes.c_int64, sizes),
+        ctypes.c_double(shrink),
+        _pointer(pruned),
+        _pointer(mask),
+    )
+    return pruned, mask
+
+
+def implementations() -> dict[str, Callable]:
+    """The ops by name, with the arguments of their schemas."""
+    return {
+        "soft_shrink_": soft_shrink_,
+        "magnitude_threshold": magnitude_threshold,
+        "apply_masks_": apply_masks_,
+        "nm_prune": nm_prune,
+    }

@@ -1,0 +1,343 @@
+// The scheduler of emulator.h.
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "fiber.h"
+
+namespace issp::emulator {
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+constexpr uint64_t kPatience = 200000;  // switches in a row in which every fiber only waited
+constexpr uint32_t kNobody = ~0u, kSeveral = ~1u;
+
+// The last accesses to a shared word. `era` counts the barriers that the thread had passed.
+struct Touch {
+  uint32_t thread = kNobody;
+  uint32_t era = 0;
+  bool atomic = false;
+};
+struct Shadow {
+  bool written = false;
+  Touch writer, reader, other_reader;
+};
+
+struct Fiber;
+struct Block {
+  uint32_t number = 0;
+  uint32_t running = 0;  // threads that have not returned
+  uint32_t arrived = 0;
+  int site = -1;
+  uint32_t era = 0;
+  std::vector<uint32_t> shared;
+  std::vector<Shadow> shadow;
+  std::vector<Fiber*> waiting;
+  struct Warp {
+    uint32_t arrived = 0, left = 0;
+    int kind = -1;
+    std::array<uint32_t, 32> values, results;
+    std::vector<Fiber*> waiting;
+  };
+  std::vector<Warp> warps;
+};
+
+struct Fiber {
+  FiberContext context;
+  Block* block = nullptr;
+  uint32_t thread = 0;
+};
+
+struct Machine {
+  Options options;
+  uint64_t random = 1;
+  uint64_t switches = 0, idle = 0;
+  uint32_t blocks = 0, threads = 0;
+  uint32_t yield_odds = 16;
+  const std::function<void()>* kernel = nullptr;
+  FiberContext scheduler;
+  Fiber* current = nullptr;
+  std::vector<Fiber*> ready;
+  std::vector<char*> stacks;
+  std::string error;
+  std::vector<std::pair<uintptr_t, uintptr_t>> buffers;
+  std::pair<uintptr_t, uintptr_t> last_buffer{0, 0};
+  bool sorted = false;
+  std::vector<std::pair<std::string, int>> sites;
+};
+Machine machine;
+
+uint64_t draw() {  // xorshift64*
+  machine.random ^= machine.random >> 12;
+  machine.random ^= machine.random << 25;
+  machine.random ^= machine.random >> 27;
+  return (machine.random * 2685821657736338717ull) >> 32;
+}
+
+void leave() {
+  ++machine.switches;
+  switch_fiber(machine.current->context, machine.scheduler);
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  if (!machine.current) throw std::runtime_error(what);
+  const Fiber& fiber = *machine.current;
+  machine.error = "block " + std::to_string(fiber.block->number) + ", thread " +
+                  std::to_string(fiber.thread) + ": " + what;
+  leave();  // for good: the scheduler abandons every fiber
+  std::abort();
+}
+
+void wake(std::vector<Fiber*>& fibers) {
+  machine.ready.insert(machine.ready.end(), fibers.begin(), fibers.end());
+  fibers.clear();
+}
+
+void entry() {
+  (*machine.kernel)();
+  Fiber& fiber = *machine.current;
+  Block& block = *fiber.block;
+  if (block.warps[fiber.thread / 32].arrived) fail("a lane returned while its warp exchanges");
+  if (block.arrived) fail("a thread returned while its block waits at a barrier");
+  ++block.warps[fiber.thread / 32].left;
+  --block.running;
+  leave();
+}
+
+char* new_stack(size_t i) {
+  while (machine.stacks.size() <= i) {
+    void* memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("no memory for the fibers' stacks");
+    machine.stacks.push_back(static_cast<char*>(memory));
+  }
+  return machine.stacks[i];
+}
+
+std::unique_ptr<Block> new_block(uint32_t number, uint32_t words, std::vector<Fiber>& fibers,
+                                 size_t first_stack) {
+  auto block = std::make_unique<Block>();
+  block->number = number;
+  block->running = machine.threads;
+  block->shared.assign(words, 0xdeadbeefu);
+  block->shadow.assign(words, {});
+  block->warps.resize((machine.threads + 31) / 32);
+  fibers.resize(machine.threads);
+  for (uint32_t t = 0; t < machine.threads; ++t) {
+    Fiber& fiber = fibers[t];
+    fiber.block = block.get();
+    fiber.thread = t;
+    start_fiber(fiber.context, new_stack(first_stack + t), kStackBytes, entry);
+    machine.ready.push_back(&fiber);
+  }
+  return block;
+}
+
+void run_one() {
+  if (machine.ready.empty()) throw std::runtime_error("deadlock: every thread waits");
+  if (machine.idle > kPatience) throw std::runtime_error("deadlock: threads spin for ever");
+  const size_t i = draw() % machine.ready.size();
+  std::swap(machine.ready[i], machine.ready.back());
+  machine.current = machine.ready.back();
+  machine.ready.pop_back();
+  ++machine.idle;
+  switch_fiber(machine.scheduler, machine.current->context);
+  machine.current = nullptr;
+  if (!machine.error.empty()) throw std::runtime_error(machine.error);
+}
+
+struct Slot {
+  std::unique_ptr<Block> block;
+  std::vector<Fiber> fibers;
+};
+
+void schedule(uint32_t shared_words) {
+  const uint32_t drawn = machine.options.resident ? machine.options.resident : 1 + draw() % 6;
+  std::vector<uint32_t> order(machine.blocks);  // blocks start in no particular order
+  for (uint32_t i = 0; i < machine.blocks; ++i) order[i] = i;
+  for (uint32_t i = machine.blocks; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
+  std::vector<Slot> slots(std::min(drawn, machine.blocks));
+  size_t next = 0, finished = 0;
+  while (finished < machine.blocks) {
+    for (size_t s = 0; s < slots.size(); ++s) {
+      Slot& slot = slots[s];
+      if (slot.block && slot.block->running == 0) {
+        slot.block.reset();
+        ++finished;
+      }
+      if (!slot.block && next < order.size()) {
+        slot.block =
+            new_block(order[next++], shared_words, slot.fibers, s * machine.threads);
+      }
+    }
+    // Blocks seldom end: look for one only after a stretch of switches, or when nothing else runs.
+    for (int i = 0; i < 64 && !machine.ready.empty(); ++i) run_one();
+    const bool ended = std::any_of(slots.begin(), slots.end(), [](const Slot& slot) {
+      return slot.block && slot.block->running == 0;
+    });
+    if (machine.ready.empty() && !ended && finished < machine.blocks) run_one();
+  }
+}
+
+bool ordered(const Touch& touch, uint32_t thread, uint32_t era) {
+  return touch.thread == kNobody || touch.thread == thread || touch.era != era;
+}
+
+void check_race(const Touch& touch, const Fiber& fiber, uint32_t i, const char* what) {
+  if (!ordered(touch, fiber.thread, fiber.block->era)) {
+    fail("race on shared word " + std::to_string(i) + ": " + what + " thread " +
+         (touch.thread == kSeveral ? "several" : std::to_string(touch.thread)) +
+         " with no barrier between");
+  }
+}
+
+}  // namespace
+
+Options& options() { return machine.options; }
+uint64_t switch_count() { return machine.switches; }
+int barrier_count() { return int(machine.sites.size()); }
+std::string barrier_name(int number) {
+  const auto& [file, line] = machine.sites.at(size_t(number));
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(line);
+}
+
+void allow(const void* begin, uint64_t bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  machine.buffers.emplace_back(address, address + bytes);
+  machine.sorted = false;
+}
+void forget_buffers() {
+  machine.buffers.clear();
+  machine.last_buffer = {0, 0};
+}
+
+void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
+         const std::function<void()>& kernel) {
+  if (blocks == 0 || threads == 0 || threads > 1024 || threads % 32) {
+    throw std::runtime_error("invalid launch");
+  }
+  machine.random = machine.options.seed * 0x9e3779b97f4a7c15ull + 0x1234567ull;
+  for (int i = 0; i < 4; ++i) draw();
+  ++machine.options.seed;  // the next launch runs in another order
+  machine.yield_odds = 4u << draw() % 6;
+  machine.blocks = blocks;
+  machine.threads = threads;
+  machine.kernel = &kernel;
+  machine.idle = 0;
+  machine.error.clear();
+  machine.ready.clear();
+  machine.current = nullptr;
+  if (!machine.sorted) std::sort(machine.buffers.begin(), machine.buffers.end());
+  machine.sorted = true;
+  schedule((shared_bytes + 3) / 4);
+}
+
+uint32_t thread_number() { return machine.current->thread; }
+uint32_t block_number() { return machine.current->block->number; }
+uint32_t block_total() { return machine.blocks; }
+
+void wait_in_turn() {
+  machine.ready.push_back(machine.current);
+  leave();
+}
+
+void note_progress() { machine.idle = 0; }
+
+void perhaps_yield() {
+  if (draw() % machine.yield_odds == 0) wait_in_turn();
+}
+
+void wait_at_barrier(const char* file, int line) {
+  size_t site = 0;
+  while (site < machine.sites.size() &&
+         (machine.sites[site].second != line || machine.sites[site].first != file)) {
+    ++site;
+  }
+  if (site == machine.sites.size()) machine.sites.emplace_back(file, line);
+  if (int(site) == machine.options.removed_barrier) return;
+  machine.idle = 0;
+  Block& block = *machine.current->block;
+  if (block.running < machine.threads) fail("a barrier after some threads have returned");
+  if (block.arrived && block.site != int(site)) {
+    fail("threads of a block wait at different barriers: " + barrier_name(int(site)) + " and " +
+         barrier_name(block.site));
+  }
+  block.site = int(site);
+  if (++block.arrived < block.running) {
+    block.waiting.push_back(machine.current);
+    leave();
+    return;
+  }
+  block.arrived = 0;
+  ++block.era;
+  wake(block.waiting);
+  wait_in_turn();
+}
+
+const std::array<uint32_t, 32>& exchange(uint32_t value, int kind) {
+  machine.idle = 0;
+  Block::Warp& warp = machine.current->block->warps[machine.current->thread / 32];
+  if (warp.left) fail("a warp operation after some lanes have returned");
+  if (warp.arrived && warp.kind != kind) fail("lanes of a warp are at different operations");
+  warp.kind = kind;
+  warp.values[machine.current->thread % 32] = value;
+  if (++warp.arrived < 32) {
+    warp.waiting.push_back(machine.current);
+    leave();
+  } else {
+    warp.arrived = 0;
+    warp.results = warp.values;
+    wake(warp.waiting);
+  }
+  return warp.results;
+}
+
+void check_global(const void* p, uint64_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
+  auto& last = machine.last_buffer;
+  if (begin >= last.first && end <= last.second) return;
+  auto after = std::upper_bound(machine.buffers.begin(), machine.buffers.end(),
+                                std::make_pair(begin, ~uintptr_t(0)));
+  if (after == machine.buffers.begin() || end > (after - 1)->second) {
+    fail("global access of " + std::to_string(bytes) + " bytes out of bounds");
+  }
+  if (begin % bytes) fail("misaligned global access");
+  last = *(after - 1);
+}
+
+uint32_t* shared_word(uint32_t i, Access access) {
+  Fiber& fiber = *machine.current;
+  Block& block = *fiber.block;
+  if (i >= block.shared.size()) fail("shared word " + std::to_string(i) + " is out of bounds");
+  perhaps_yield();
+  machine.idle = 0;
+  Shadow& shadow = block.shadow[i];
+  const Touch touch = {fiber.thread, block.era, access == Access::atomic};
+  if (!(touch.atomic && shadow.writer.atomic)) {
+    check_race(shadow.writer, fiber, i, access == Access::read ? "read after a write by"
+                                                               : "written after a write by");
+  }
+  if (access == Access::read) {
+    if (!shadow.written) fail("shared word " + std::to_string(i) + " is read before it is written");
+    if (shadow.reader.era != block.era || shadow.reader.thread == kNobody) {
+      shadow.reader = touch;
+      shadow.other_reader = {};
+    } else if (shadow.reader.thread != fiber.thread) {
+      shadow.other_reader = touch;
+    }
+  } else {
+    check_race(shadow.reader, fiber, i, "written after a read by");
+    check_race(shadow.other_reader, fiber, i, "written after a read by");
+    if (access == Access::atomic && !shadow.written) fail("an atomic on an unwritten shared word");
+    const bool another = !ordered(shadow.writer, fiber.thread, block.era);
+    shadow.writer = touch;
+    if (another) shadow.writer.thread = kSeveral;  // atomics of several threads
+    shadow.written = true;
+  }
+  return &block.shared[i];
+}
+
+}  // namespace issp::emulator

@@ -1,0 +1,151 @@
+// Runs CUDA kernels on a CPU: what csrc/cuda/device.cuh and launch.cuh offer, for a C++ compiler.
+//
+// Every CUDA thread is a fiber on one OS thread. A fiber gives way at barriers, warp operations,
+// spin waits, and at random at atomics and shared accesses; which fiber runs next, how many blocks
+// are resident and in which order they start is drawn from a seed. Reported as errors:
+//   - global accesses outside the buffers the test has registered, shared ones outside the block's;
+//   - shared words read before they are written;
+//   - two threads touching a shared word, one of them writing, with nothing ordering them (a shadow
+//     of every word remembers who, after which barrier, how);
+//   - threads of a block at different barriers, lanes of a warp at different operations;
+//   - deadlock, and waiting that never ends.
+// Any barrier can be taken out by its number, to show that the tests would notice.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define ISSP_DEVICE inline
+#define ISSP_PARAM
+#define ISSP_KERNEL(threads, blocks_per_sm) void
+
+namespace issp {
+namespace emulator {
+
+struct Options {
+  uint64_t seed = 0;
+  uint32_t resident = 0;  // blocks at a time; 0: drawn from the seed
+  int removed_barrier = -1;
+};
+Options& options();
+
+// Buffers that kernels may touch; everything else is out of bounds.
+void allow(const void* begin, uint64_t bytes);
+void forget_buffers();
+
+// Barriers are numbered by where they stand in the source, in the order they are first met.
+int barrier_count();
+std::string barrier_name(int number);
+uint64_t switch_count();
+
+void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
+         const std::function<void()>& kernel);
+
+uint32_t thread_number();
+uint32_t block_number();
+uint32_t block_total();
+void wait_at_barrier(const char* file, int line);
+void wait_in_turn();   // gives way now
+void perhaps_yield();  // gives way at random
+void note_progress();  // this thread does more than wait
+void check_global(const void* p, uint64_t bytes);
+// Every lane of the warp hands in a value and gets all 32.
+const std::array<uint32_t, 32>& exchange(uint32_t value, int kind);
+
+enum class Access { read, write, atomic };
+uint32_t* shared_word(uint32_t i, Access access);
+
+}  // namespace emulator
+
+inline uint32_t thread() { return emulator::thread_number(); }
+inline uint32_t lane() { return thread() & 31u; }
+inline uint32_t warp() { return thread() >> 5; }
+inline uint32_t block() { return emulator::block_number(); }
+inline uint32_t blocks() { return emulator::block_total(); }
+
+inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::wait_at_barrier(file, line);
+}
+inline void fence() { emulator::perhaps_yield(); }
+inline uint32_t ballot(bool vote) {
+  const auto& votes = emulator::exchange(vote, 0);
+  uint32_t word = 0;
+  for (uint32_t i = 0; i < 32; ++i) word |= votes[i] << i;
+  return word;
+}
+inline uint32_t shuffle_up(uint32_t value, uint32_t delta) {
+  const auto& values = emulator::exchange(value, 1);
+  return lane() >= delta ? values[lane() - delta] : value;
+}
+inline uint32_t shuffle(uint32_t value, uint32_t from) {
+  return emulator::exchange(value, 2)[from & 31u];
+}
+
+inline uint32_t popcount(uint32_t x) { return uint32_t(__builtin_popcount(x)); }
+inline int bit_length(uint32_t x) { return x ? 32 - __builtin_clz(x) : 0; }
+inline int bit_length(uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
+
+inline void relax() { emulator::wait_in_turn(); }
+
+template <typename T>
+T load(const T* p) {
+  emulator::check_global(p, sizeof(T));
+  return *p;
+}
+template <typename T>
+void store(T* p, T value) {
+  emulator::check_global(p, sizeof(T));
+  *p = value;
+}
+inline uint32_t load_fresh(const uint32_t* p) {
+  emulator::perhaps_yield();
+  return load(p);
+}
+inline uint32_t load_acquire(const uint32_t* p) { return load_fresh(p); }
+inline void store_release(uint32_t* p, uint32_t value) {
+  emulator::perhaps_yield();
+  emulator::note_progress();
+  store(p, value);
+}
+inline uint32_t add(uint32_t* p, uint32_t value) {
+  emulator::perhaps_yield();
+  emulator::note_progress();
+  const uint32_t old = load(p);
+  *p = old + value;
+  return old;
+}
+inline void add(int64_t* p, int64_t value) {
+  emulator::perhaps_yield();
+  *p = load(p) + value;
+}
+
+struct Shared {
+  uint32_t first = 0;
+  uint32_t get(uint32_t i) const {
+    return *emulator::shared_word(first + i, emulator::Access::read);
+  }
+  void set(uint32_t i, uint32_t value) const {
+    *emulator::shared_word(first + i, emulator::Access::write) = value;
+  }
+  void add(uint32_t i, uint32_t value) const {
+    *emulator::shared_word(first + i, emulator::Access::atomic) += value;
+  }
+  Shared from(uint32_t i) const { return {first + i}; }
+};
+inline Shared shared_memory() { return {}; }
+
+using Stream = void*;
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
+            Stream, const Args&... args) {
+  // A real launch copies its parameters; kernels may not change them.
+  emulator::run(blocks, threads, shared_bytes, [&] { kernel(Params(args)...); });
+}
+
+}  // namespace issp

@@ -1,0 +1,142 @@
+// The kernels of csrc/cuda behind a C interface. Every function returns null or what went wrong.
+#include <string>
+
+#include "apply_masks.cuh"
+#include "emulator.h"
+#include "magnitude_threshold.cuh"
+#include "nm_prune.cuh"
+#include "soft_shrink.cuh"
+
+namespace {
+
+using namespace issp;
+
+template <typename Body>
+const char* guarded(const Body& body) {
+  static std::string message;
+  try {
+    body();
+    message.clear();
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  emulator::forget_buffers();
+  return message.empty() ? nullptr : message.c_str();
+}
+
+// dtype: 0 float32, 1 float16, 2 bfloat16, 3 float64.
+template <typename Body>
+void with_dtype(int dtype, const Body& body) {
+  switch (dtype) {
+    case 0: return body(Float32{});
+    case 1: return body(Float16{});
+    case 2: return body(BFloat16{});
+    default: return body(Float64{});
+  }
+}
+
+uint64_t bytes_of(int dtype) { return dtype == 0 ? 4 : dtype == 3 ? 8 : 2; }
+
+std::vector<Item> items_of(void** data, const int64_t* numels, int count) {
+  std::vector<Item> items;
+  for (int i = 0; i < count; ++i) append(items, data[i], numels[i]);
+  return items;
+}
+
+template <typename T>
+T* allowed(void* data, uint64_t count) {
+  emulator::allow(data, count * sizeof(T));
+  return static_cast<T*>(data);
+}
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void emulator_options(uint64_t seed, uint32_t resident, int removed_barrier) {
+  emulator::options() = {seed, resident, removed_barrier};
+}
+int emulator_barriers() { return emulator::barrier_count(); }
+const char* emulator_barrier_name(int number) {
+  static std::string name;
+  name = emulator::barrier_name(number);
+  return name.c_str();
+}
+uint64_t emulator_switches() { return emulator::switch_count(); }
+
+// The shapes the kernels were built with.
+void emulator_shapes(uint32_t* tile, uint32_t* bins, uint32_t* tables) {
+  *tile = kTile;
+  *bins = kBins;
+  *tables = kLargeTable;
+}
+
+const char* emulated_soft_shrink(int dtype, int count, void** data, const int64_t* numels, void* k,
+                                 double shrink, void* thresholds, void* masks, void* flips,
+                                 void* scratch, void* found_inf, int bracket) {
+  return guarded([&] {
+    const std::vector<Item> items = items_of(data, numels, count);
+    for (const Item& item : items) emulator::allow(item.data, item.numel * bytes_of(dtype));
+    with_dtype(dtype, [&](auto type) {
+      using T = decltype(type);
+      const Call<T> call = {
+          allowed<const int64_t>(k, count),
+          allowed<typename T::Bits>(thresholds, count),
+          allowed<uint32_t>(masks, mask_total(items)),
+          allowed<int64_t>(flips, count),
+          allowed<uint32_t>(scratch, scratch_total(items)),
+          found_inf ? allowed<const float>(found_inf, 1) : nullptr,
+          typename T::Wide(shrink),
+          uint32_t(bracket)};
+      soft_shrink<T>(items, call, nullptr);
+    });
+  });
+}
+
+const char* emulated_magnitude_threshold(int dtype, int count, void** data, const int64_t* numels,
+                                         const int64_t* k, void* found) {
+  return guarded([&] {
+    const std::vector<Item> items = items_of(data, numels, count);
+    for (const Item& item : items) emulator::allow(item.data, item.numel * bytes_of(dtype));
+    const std::vector<uint32_t> ranks(k, k + count);
+    with_dtype(dtype, [&](auto type) {
+      using T = decltype(type);
+      magnitude_threshold<T>(items, ranks, allowed<typename T::Bits>(found, count), nullptr);
+    });
+  });
+}
+
+const char* emulated_apply_masks(const int* dtypes, int count, void** data, const int64_t* numels,
+                                 void* masks) {
+  return guarded([&] {
+    const std::vector<Item> items = items_of(data, numels, count);
+    std::vector<uint32_t> bytes;
+    for (int i = 0; i < count; ++i) {
+      bytes.push_back(uint32_t(bytes_of(dtypes[i])));
+      emulator::allow(data[i], numels[i] * bytes.back());
+    }
+    apply_masks(items, bytes, allowed<const uint32_t>(masks, mask_total(items)), nullptr);
+  });
+}
+
+const char* emulated_nm_prune(int dtype, void* weight, int64_t numel, int64_t channels,
+                              int64_t positions, int64_t n, int64_t m, int64_t v, double shrink,
+                              void* pruned, void* mask) {
+  return guarded([&] {
+    const Groups groups = {uint32_t(channels), uint32_t(positions), uint32_t(m),
+                           uint32_t(v),        uint32_t(m - n),     uint32_t(numel)};
+    std::vector<uint32_t> cuts;
+    if (needs_cuts(groups)) cuts.resize(size_t(group_count(groups)) * kCutWords, 0xdeadbeefu);
+    with_dtype(dtype, [&](auto type) {
+      using T = decltype(type);
+      nm_prune<T>(allowed<const typename T::Bits>(weight, numel), groups, shrink,
+                  allowed<typename T::Bits>(pruned, numel),
+                  allowed<uint32_t>(mask, mask_words(numel)),
+                  cuts.empty() ? nullptr : allowed<uint32_t>(cuts.data(), cuts.size()), nullptr);
+    });
+  });
+}
+
+}  // extern "C"
+#pragma GCC visibility pop

@@ -1,0 +1,135 @@
+// Kernels with a fault each: the emulator must find every one.
+#include <string>
+
+#include "device.cuh"
+#include "launch.cuh"
+
+namespace {
+
+using namespace issp;
+
+// Each thread passes a value to the next; `good` has the barrier that this needs.
+void neighbour(uint32_t* out, uint32_t good) {
+  const Shared shared = shared_memory();
+  shared.set(thread(), thread() * thread());
+  if (good) barrier();
+  store(out + thread(), shared.get((thread() + 1) % 64));
+}
+
+// Both barriers are there, but all threads write one word.
+void same_word(uint32_t* out, uint32_t good) {
+  const Shared shared = shared_memory();
+  if (thread() == 0 || !good) shared.set(0, thread());
+  barrier();
+  store(out + thread(), shared.get(0));
+}
+
+void read_then_write(uint32_t* out, uint32_t good) {
+  const Shared shared = shared_memory();
+  shared.set(thread(), thread());
+  barrier();
+  const uint32_t value = shared.get(63 - thread());
+  if (good) barrier();
+  shared.set(thread(), value + 1);
+  barrier();
+  store(out + thread(), shared.get(thread()));
+}
+
+void counter_without_atomics(uint32_t* out, uint32_t good) {
+  const Shared shared = shared_memory();
+  if (thread() == 0) shared.set(0, 0);
+  barrier();
+  if (good) {
+    shared.add(0, 1);
+  } else {
+    shared.set(0, shared.get(0) + 1);
+  }
+  barrier();
+  store(out + thread(), shared.get(0));
+}
+
+void past_the_end(uint32_t* out, uint32_t good) { store(out + thread() + (good ? 0 : 1), 7u); }
+
+void past_shared(uint32_t* out, uint32_t good) {
+  shared_memory().set(thread() + (good ? 0 : 193), 1);
+  store(out + thread(), 0u);
+}
+
+void unwritten(uint32_t* out, uint32_t good) {
+  const Shared shared = shared_memory();
+  if (good) shared.set(thread(), 1);
+  store(out + thread(), shared.get(thread()));
+}
+
+void split_barrier(uint32_t* out, uint32_t good) {
+  if (good || thread() < 32) {
+    barrier();
+  } else {
+    barrier();
+  }
+  store(out + thread(), 1u);
+}
+
+void early_return(uint32_t* out, uint32_t good) {
+  store(out + thread(), 1u);
+  if (!good && thread() == 5) return;
+  barrier();
+}
+
+void half_a_warp(uint32_t* out, uint32_t good) {
+  uint32_t word = 0;
+  if (good || lane() < 16) word = ballot(true);
+  store(out + thread(), word);
+}
+
+void endless_wait(uint32_t* out, uint32_t good) {
+  if (thread() == 0 && good) store_release(out, 1u);
+  if (thread() == 1) {
+    while (load_acquire(out) != 1u) relax();
+  }
+}
+
+using Kernel = void (*)(uint32_t*, uint32_t);
+const struct {
+  const char* name;
+  Kernel kernel;
+} kPlanted[] = {
+    {"missing barrier", neighbour},
+    {"write race", same_word},
+    {"missing barrier before reuse", read_then_write},
+    {"counter without atomics", counter_without_atomics},
+    {"global out of bounds", past_the_end},
+    {"shared out of bounds", past_shared},
+    {"unwritten shared word", unwritten},
+    {"different barriers", split_barrier},
+    {"early return", early_return},
+    {"half a warp", half_a_warp},
+    {"endless wait", endless_wait},
+};
+
+}  // namespace
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+const char* planted_name(uint32_t i) {
+  return i < sizeof(kPlanted) / sizeof(kPlanted[0]) ? kPlanted[i].name : nullptr;
+}
+
+const char* run_planted(uint32_t i, uint32_t good, uint64_t seed) {
+  static std::string message;
+  message.clear();
+  uint32_t out[65] = {};
+  emulator::options() = {seed, 1, -1};
+  emulator::allow(out, 64 * sizeof(uint32_t));
+  try {
+    launch(kPlanted[i].kernel, 1, 64, 256 * 4, nullptr, out, good);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  emulator::forget_buffers();
+  return message.empty() ? nullptr : message.c_str();
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
