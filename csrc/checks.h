@@ -120,7 +120,8 @@ inline std::vector<Item> check_soft_shrink(const std::vector<Tensor>& weights, c
 inline std::vector<Item> check_magnitude_threshold(const std::vector<Tensor>& weights,
                                                    const std::vector<int64_t>& k) {
   const std::vector<Item> items = check_tensors(weights, true);
-  if (k.size() != items.size()) refuse("k has ", k.size(), " entries for ", items.size(), " tensors");
+  if (k.size() != items.size())
+    refuse("k has ", k.size(), " entries for ", items.size(), " tensors");
   for (size_t i = 0; i < items.size(); ++i) check_rank(k[i], items[i], i);
   return items;
 }

@@ -13,7 +13,9 @@ constexpr int64_t mask_words(int64_t numel) {
   return (numel + 32 * kLineWords - 1) / (32 * kLineWords) * kLineWords;
 }
 
-constexpr int64_t scratch_region(int64_t numel) { return (numel / 10 / kLineWords + 2) * kLineWords; }
+constexpr int64_t scratch_region(int64_t numel) {
+  return (numel / 10 / kLineWords + 2) * kLineWords;
+}
 
 // One tensor of a multi-tensor call, with the first word of its mask and of its scratch.
 struct Item {
@@ -33,8 +35,8 @@ inline int64_t scratch_total(const std::vector<Item>& items) {
 
 inline void append(std::vector<Item>& items, void* data, int64_t numel) {
   const bool first = items.empty();
-  items.push_back({data, numel, first ? 0 : mask_total(items),
-                   first ? kScratchHeader : scratch_total(items)});
+  items.push_back(
+      {data, numel, first ? 0 : mask_total(items), first ? kScratchHeader : scratch_total(items)});
 }
 
 }  // namespace issp

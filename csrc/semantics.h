@@ -22,10 +22,22 @@ ISSP_RULE To bit_as(From from) {
 }
 
 // Storage types: the kernels see every weight as its bits.
-struct Float32 { using Bits = uint32_t; using Wide = float; };
-struct Float16 { using Bits = uint16_t; using Wide = float; };
-struct BFloat16 { using Bits = uint16_t; using Wide = float; };
-struct Float64 { using Bits = uint64_t; using Wide = double; };
+struct Float32 {
+  using Bits = uint32_t;
+  using Wide = float;
+};
+struct Float16 {
+  using Bits = uint16_t;
+  using Wide = float;
+};
+struct BFloat16 {
+  using Bits = uint16_t;
+  using Wide = float;
+};
+struct Float64 {
+  using Bits = uint64_t;
+  using Wide = double;
+};
 
 template <typename T>
 struct Limits {
@@ -34,16 +46,28 @@ struct Limits {
   static constexpr Bits magnitude = Bits(~sign);
 };
 
-template <typename T> constexpr typename T::Bits kInfinity = 0;
-template <> constexpr uint32_t kInfinity<Float32> = 0x7f800000u;
-template <> constexpr uint16_t kInfinity<Float16> = 0x7c00u;
-template <> constexpr uint16_t kInfinity<BFloat16> = 0x7f80u;
-template <> constexpr uint64_t kInfinity<Float64> = 0x7ff0000000000000ull;
+template <typename T>
+constexpr typename T::Bits kInfinity = 0;
+template <>
+constexpr uint32_t kInfinity<Float32> = 0x7f800000u;
+template <>
+constexpr uint16_t kInfinity<Float16> = 0x7c00u;
+template <>
+constexpr uint16_t kInfinity<BFloat16> = 0x7f80u;
+template <>
+constexpr uint64_t kInfinity<Float64> = 0x7ff0000000000000ull;
 
 // Keys of the 16-bit types are handled as 32-bit integers.
-template <typename Bits> struct KeyOf { using Key = uint32_t; };
-template <> struct KeyOf<uint64_t> { using Key = uint64_t; };
-template <typename T> using Key = typename KeyOf<typename T::Bits>::Key;
+template <typename Bits>
+struct KeyOf {
+  using Key = uint32_t;
+};
+template <>
+struct KeyOf<uint64_t> {
+  using Key = uint64_t;
+};
+template <typename T>
+using Key = typename KeyOf<typename T::Bits>::Key;
 
 // key: the order of magnitudes as integers; +0 == -0, denormals ordered, NaN above infinity.
 template <typename T>
@@ -58,9 +82,15 @@ ISSP_RULE bool selected(Key key, Key tau, int64_t rank, int64_t ties) {
   return key < tau || (key == tau && rank < ties);
 }
 
-ISSP_RULE float widen(Float32, uint32_t bits) { return bit_as<float>(bits); }
-ISSP_RULE double widen(Float64, uint64_t bits) { return bit_as<double>(bits); }
-ISSP_RULE float widen(BFloat16, uint16_t bits) { return bit_as<float>(uint32_t(bits) << 16); }
+ISSP_RULE float widen(Float32, uint32_t bits) {
+  return bit_as<float>(bits);
+}
+ISSP_RULE double widen(Float64, uint64_t bits) {
+  return bit_as<double>(bits);
+}
+ISSP_RULE float widen(BFloat16, uint16_t bits) {
+  return bit_as<float>(uint32_t(bits) << 16);
+}
 ISSP_RULE float widen(Float16, uint16_t bits) {
   const uint32_t sign = uint32_t(bits & 0x8000u) << 16;
   const uint32_t magnitude = bits & 0x7fffu;
@@ -71,8 +101,12 @@ ISSP_RULE float widen(Float16, uint16_t bits) {
   return bit_as<float>(sign | ((magnitude << 13) + bias));
 }
 
-ISSP_RULE uint32_t narrow(Float32, float value) { return bit_as<uint32_t>(value); }
-ISSP_RULE uint64_t narrow(Float64, double value) { return bit_as<uint64_t>(value); }
+ISSP_RULE uint32_t narrow(Float32, float value) {
+  return bit_as<uint32_t>(value);
+}
+ISSP_RULE uint64_t narrow(Float64, double value) {
+  return bit_as<uint64_t>(value);
+}
 ISSP_RULE uint16_t narrow(BFloat16, float value) {  // to nearest even; value is not NaN
   const uint32_t bits = bit_as<uint32_t>(value);
   return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);

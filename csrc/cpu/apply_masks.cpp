@@ -27,6 +27,8 @@ void apply_masks_(const std::vector<Tensor>& tensors, const Tensor& masks) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) { m.impl("apply_masks_", TORCH_BOX(&apply_masks_)); }
+STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) {
+  m.impl("apply_masks_", TORCH_BOX(&apply_masks_));
+}
 
 }  // namespace issp

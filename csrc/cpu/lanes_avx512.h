@@ -98,8 +98,7 @@ struct Lanes<Float16> : Lanes16 {
   ISSP_AVX512 static void store_shrunk(Bits* p, Vector bits, uint32_t mask, float shrink) {
     const __m512 wide = _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
     const __m512 product = _mm512_mul_ps(wide, _mm512_set1_ps(shrink));
-    const __m256i even =
-        _mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i even = _mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_mask_storeu_epi16(p, __mmask16(mask), even);
   }
 };

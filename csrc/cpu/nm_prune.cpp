@@ -50,8 +50,7 @@ Key<T> score(const typename T::Bits* w, const Grouping& by, int64_t o, int64_t g
 
 template <typename T>
 void prune_outer(const typename T::Bits* w, typename T::Bits* out, uint8_t* kept,
-                 const Grouping& by, int64_t n, int64_t o, int64_t group,
-                 typename T::Wide shrink) {
+                 const Grouping& by, int64_t n, int64_t o, int64_t group, typename T::Wide shrink) {
   std::vector<std::pair<Key<T>, int64_t>> order(size_t(by.m));
   for (int64_t kernel = 0; kernel < by.inner; ++kernel) {
     for (int64_t member = 0; member < by.m; ++member) {
@@ -74,8 +73,7 @@ std::tuple<Tensor, Tensor> nm_prune(const Tensor& weight, int64_t n, int64_t m, 
   const Item item = check_nm_prune(weight, n, m, v, layout, shrink);
   const Grouping by = grouping(weight, m, v, layout);
   Tensor out = torch::stable::empty_like(weight);
-  const Tensor mask =
-      torch::stable::new_zeros(weight, {mask_words(item.numel)}, ScalarType::Int);
+  const Tensor mask = torch::stable::new_zeros(weight, {mask_words(item.numel)}, ScalarType::Int);
   std::vector<uint8_t> kept(size_t(item.numel));
   const Team team = item.numel < 16384 ? Team{1} : whole_team();
   for_dtype(weight.scalar_type(), [&](auto type) {
@@ -96,6 +94,8 @@ std::tuple<Tensor, Tensor> nm_prune(const Tensor& weight, int64_t n, int64_t m, 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) { m.impl("nm_prune", TORCH_BOX(&nm_prune)); }
+STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) {
+  m.impl("nm_prune", TORCH_BOX(&nm_prune));
+}
 
 }  // namespace issp

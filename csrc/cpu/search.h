@@ -45,7 +45,11 @@ class Searcher {
  public:
   // room: shared evenly by the team.
   Searcher(const Bits* w, int64_t numel, Team team, Room<T> room)
-      : w_(w), numel_(numel), team_(team), room_(room), seen_(size_t(team.size)),
+      : w_(w),
+        numel_(numel),
+        team_(team),
+        room_(room),
+        seen_(size_t(team.size)),
         pass_(passes<T>()) {}
 
   Found<T> find(int64_t k, const KeyRange<T>* hint) {
@@ -67,7 +71,8 @@ class Searcher {
         below = under;
       }
     }
-    while (narrow(range, k, below) > room_.capacity / team_.size / 2 && range.lo < range.hi) {}
+    while (narrow(range, k, below) > room_.capacity / team_.size / 2 && range.lo < range.hi) {
+    }
     take_census(range);
     while (!complete(range)) {  // the candidates lie unevenly over the team's shares
       narrow(range, k, below);
@@ -77,7 +82,7 @@ class Searcher {
   }
 
  private:
-  int64_t sum(int64_t Census<T>::*field) const {
+  int64_t sum(int64_t Census<T>::* field) const {
     int64_t total = 0;
     for (const Census<T>& part : seen_) total += part.*field;
     return total;

@@ -60,7 +60,9 @@ struct Team {
   }
 };
 
-inline Team whole_team() { return {int64_t(torch::stable::get_num_threads())}; }
+inline Team whole_team() {
+  return {int64_t(torch::stable::get_num_threads())};
+}
 
 // Tensors above this many bytes are shared by the team, so that each member's part, read by the
 // census, is still in its own L2 cache when the second pass writes it.

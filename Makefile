@@ -1,0 +1,55 @@
+# Two commands for a new user: `make demo` and `make test`. Each makes .venv, installs, builds, runs.
+# `make test VENV=` uses the current interpreter and downloads nothing.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(if $(VENV),$(VENV)/bin/)
+RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Compiling the CUDA library takes minutes: by default only where there is a GPU to run it on.
+export ISSP_CUDA ?= $(if $(wildcard /dev/nvidia0),1,0)
+
+NATIVE := $(wildcard csrc/*.h csrc/*/*) setup.py
+TESTS ?= tests
+
+.PHONY: demo test lint format wheel bench clean
+
+demo: .build-stamp
+	$(RUN) -m issp demo
+
+test: .build-stamp $(if $(VENV),lint)
+	$(RUN) -m pytest $(TESTS)
+
+lint: .install-stamp
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	git ls-files csrc tests/cuda_emulator | grep -E '\.(h|cuh|cpp|cu)$$' | xargs $(BIN)clang-format --dry-run --Werror
+
+format: .install-stamp
+	$(RUN) -m ruff format .
+	git ls-files csrc tests/cuda_emulator | grep -E '\.(h|cuh|cpp|cu)$$' | xargs $(BIN)clang-format -i
+
+bench: .build-stamp
+	$(RUN) -m issp bench step
+
+# One abi3 wheel: the CPU library, the CUDA library where nvcc exists, any Python from 3.10.
+wheel: .install-stamp
+	ISSP_CUDA=$(if $(shell command -v nvcc),1,0) $(RUN) -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+
+.build-stamp: .install-stamp $(NATIVE)
+	$(RUN) setup.py --quiet build_ext --inplace
+	@touch $@
+
+ifeq ($(VENV),)
+.install-stamp:
+	@touch $@
+else
+.install-stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch numpy ninja setuptools wheel
+	$(PIP) --no-build-isolation --editable ".[train,test]"
+	@touch $@
+endif
+
+clean:
+	rm -rf build dist .build-stamp .install-stamp issp/*.so *.egg-info
