@@ -57,6 +57,7 @@ class Group:
                 _check_pattern(layer)
         self._plain = not any(self._orders)
         weights = self.parameters()
+        self._shapes = [tuple(w.shape) for w in weights]
         self._pointers = _pointers(weights)
         self.k = [0] * len(weights)
         self.state = ShrinkState(self.views(weights), k=self.k)
@@ -136,10 +137,9 @@ class Group:
 
     @torch.no_grad()
     def _shrink_patterned(self, factor: float, found_inf: Tensor | None) -> None:
-        for t, layer in enumerate(self.layers):
+        for t, (layer, weight) in enumerate(zip(self.layers, self.parameters(), strict=True)):
             if not self.k[t]:
                 continue
-            weight = layer.weight
             shrunk, kept = ops.nm_prune_with_mask(weight.contiguous(), layer.target, factor)
             largest = weight.abs().masked_fill_(kept, 0).max()
             if self._orders[t] is not None:
@@ -215,8 +215,9 @@ class Group:
             if self._orders[t] is not None:
                 kept = reference.unpack(packed, self.state.numels[t]).view(self.state.shapes[t])
                 packed = reference.pack(kept.permute(_inverse(self._orders[t])).flatten())
-            shape = tuple(layer.weight.shape)
-            records[layer.name] = Record(shape, self.k[t], thresholds[t], flips[t], packed)
+            records[layer.name] = Record(
+                self._shapes[t], self.k[t], thresholds[t], flips[t], packed
+            )
         return records
 
     def restore(self, records: Mapping[str, Record]) -> None:
@@ -226,18 +227,18 @@ class Group:
             ValueError: a weight has another shape than its record.
         """
         mine = [(t, layer, records.get(layer.name)) for t, layer in enumerate(self.layers)]
-        for _, layer, record in mine:
-            if record is not None and tuple(layer.weight.shape) != record.shape:
+        for t, layer, record in mine:
+            if record is not None and self._shapes[t] != record.shape:
                 raise ValueError(
                     f"{layer.name}: the mask has shape {record.shape} but the weight "
-                    f"{tuple(layer.weight.shape)}: attach anew"
+                    f"{self._shapes[t]}: attach anew"
                 )
-        for t, layer, record in mine:
+        for t, _, record in mine:
             if record is None:
                 continue
             packed = record.packed.to(self.state.k.device)
             if self._orders[t] is not None:
-                kept = reference.unpack(packed, self.state.numels[t]).view(layer.weight.shape)
+                kept = reference.unpack(packed, self.state.numels[t]).view(self._shapes[t])
                 packed = reference.pack(kept.permute(self._orders[t]).flatten())
             self._words(t).copy_(packed)
             self.state.thresholds[t] = record.threshold

@@ -10,13 +10,33 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+_watchers: weakref.WeakSet[Hooks] = weakref.WeakSet()
+
+
+def _watch(hooks: Hooks) -> None:
+    # One hook for the process, never removed: a removal by the garbage collector could come while
+    # torch goes through its table of hooks.
+    if not _watching:
+        _watching.append(register_optimizer_step_post_hook(_look))
+    _watchers.add(hooks)
+
+
+def _look(opt: Optimizer, *_) -> None:
+    for hooks in list(_watchers):
+        hooks.look(opt)
+
+
+_watching: list = []
+
 
 class Hooks:
     """Post-step hooks; copies and pickles come without, as those of torch's optimizers do."""
 
     def __init__(self) -> None:
         self._handles: list = []
-        self._watch = None
+        self._firing = False
+        self._trains: Callable[[Optimizer], bool] | None = None
+        self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.removed = False  # on purpose, by `detach`
 
     def __getstate__(self) -> dict:
@@ -35,41 +55,48 @@ class Hooks:
 
         Args:
             optimizers: each calls `fire` with its number and AMP's overflow flag after its steps.
-            fire: a bound method.
-            trains: bound method; whether an optimizer has a weight to prune.
+            fire: a step of the pruner.
+            trains: whether an optimizer has a weight to prune.
         """
+        handles: list = []
 
         def hook(index: int) -> Callable:
-            # GradScaler hands fused optimizers their overflow flag as an attribute.
-            return lambda opt, *_: fire(index, getattr(opt, "found_inf", None))
+            def fired(opt: Optimizer, *_) -> None:
+                if handles is not self._handles:
+                    return
+                self._firing = True
+                try:
+                    # GradScaler hands fused optimizers their overflow flag as an attribute.
+                    fire(index, getattr(opt, "found_inf", None))
+                finally:
+                    self._firing = False
 
-        self._handles = [opt.register_step_post_hook(hook(i)) for i, opt in enumerate(optimizers)]
-        self.removed = False
-        strangers, known = weakref.WeakSet(), weakref.WeakSet(optimizers)
-        # Weak: torch's list of global hooks must not keep a model alive.
-        ask = weakref.WeakMethod(trains)
+            return fired
 
-        def look(opt: Optimizer, *_) -> None:
-            if opt in known or opt in strangers:
-                return
-            strangers.add(opt)
-            question = ask()
-            if question is not None and question(opt):
-                warnings.warn(
-                    "an optimizer without the pruner's hook trains weights to prune: if it "
-                    "replaces the one given to attach, call pruner.reattach(optimizer)",
-                    stacklevel=4,
-                )
-
-        self._watch = register_optimizer_step_post_hook(look)
-        weakref.finalize(trains.__self__, self._watch.remove)
+        handles += [opt.register_step_post_hook(hook(i)) for i, opt in enumerate(optimizers)]
+        self._handles, self._trains, self.removed = handles, trains, False
+        self._seen = weakref.WeakSet(optimizers)
+        _watch(self)
 
     def detach(self) -> None:
-        """Removes all hooks."""
-        for handle in (*self._handles, self._watch):
-            if handle is not None:
+        """Removes all hooks; called from within a step, it leaves them behind without effect."""
+        if not self._firing:
+            # Not from within: torch is going through its table of hooks just then.
+            for handle in self._handles:
                 handle.remove()
-        self._handles, self._watch, self.removed = [], None, True
+        self._handles, self._trains, self.removed = [], None, True
+
+    def look(self, opt: Optimizer) -> None:
+        """Warns once when an optimizer without the hook trains weights to prune."""
+        if self._trains is None or opt in self._seen:
+            return
+        self._seen.add(opt)
+        if self._trains(opt):
+            warnings.warn(
+                "an optimizer without the pruner's hook trains weights to prune: if it replaces "
+                "the one given to attach, call pruner.reattach(optimizer)",
+                stacklevel=5,
+            )
 
     def present(self, optimizers: Sequence[Optimizer]) -> bool:
         """Whether every optimizer still has its hook."""
