@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -121,11 +122,11 @@ def number(value: float | None) -> str:
     return f"{value:.0f}"
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Writes a text file whole: a full disk or an interruption leaves the old one."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole: a full disk or an interruption leaves the old one."""
     partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(content, encoding="utf-8")
+        partial.write_bytes(content)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -161,9 +162,6 @@ def plot(tables: Sequence[Table], path: Path) -> None:
         panel.set_title(table.title, fontsize="medium")
         panel.invert_yaxis()
         panel.margins(x=0.15)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=120)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    write_atomically(path, image.getvalue())

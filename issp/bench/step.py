@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--settle", type=int, help="untimed steps first, default 200 (quick: 100)")
+    parser.add_argument(
+        "--seconds", type=float, help="limit per row and mode, default 6 (quick: 1)"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--out", type=Path, help="also write the tables to this .md file")
     parser.add_argument("--plot", type=Path, help="also draw the times into this .png file")
@@ -97,7 +100,7 @@ def run(args: argparse.Namespace) -> list[Table]:
         tables.append(measure(name, model_shapes, settings))
         print(tables[-1].markdown(), flush=True)
     if args.out:
-        write_atomically(args.out, "\n".join(table.markdown() for table in tables))
+        write_atomically(args.out, "\n".join(table.markdown() for table in tables).encode())
     if args.plot:
         plot(tables, args.plot)
     return tables
@@ -114,6 +117,10 @@ def _settings(args: argparse.Namespace) -> Settings:
         if args.settle < 1:
             raise ValueError(f"--settle is {args.settle}: use at least 1")
         pace["settle"] = args.settle
+    if args.seconds is not None:
+        if args.seconds <= 0:
+            raise ValueError(f"--seconds is {args.seconds}: it must be above 0")
+        pace["seconds"] = args.seconds
     return Settings(args.sparsity, args.shrink, args.dtype, args.device, **pace)
 
 

@@ -1,0 +1,34 @@
+"""The fused step and its peers under pytest-benchmark: pytest bench --benchmark-only -k swinir.
+
+The same rows, workload and preparation as `issp bench step`; pytest-benchmark adds its statistics,
+its files (--benchmark-autosave) and its comparisons between two revisions (--benchmark-compare).
+"""
+
+import pytest
+
+from issp import shapes
+from issp.bench import peers, step
+from issp.bench.workload import Workload
+
+SETTINGS = step.Settings(whole=False)
+SETTLE = 100
+SLOW = {"torch.sort(stable)": 2, "authors' numpy argsort": 1, "torch.topk": 3, "torch.kthvalue": 3}
+
+
+@pytest.fixture(scope="module", params=["swinir-light", "edsr-l", "cat-r"])
+def work(request):
+    """One model in its steady state, after the step was found equal to the reference."""
+    model_shapes = shapes.prunable_shapes(request.param)
+    step.check_parity(model_shapes, SETTINGS)
+    work = Workload(model_shapes, SETTINGS.sparsity)
+    work.settle(SETTLE)
+    return work
+
+
+@pytest.mark.parametrize("row", peers.ROWS, ids=lambda row: row.name)
+def bench_step(benchmark, work, row):
+    benchmark.extra_info["bytes"] = row.traffic(work.numel, work.flat.element_size())
+    benchmark.group = f"step, {work.numel} weights"
+    benchmark.pedantic(
+        row.make(work), setup=lambda: row.prepare(work) and None, rounds=SLOW.get(row.name, 10)
+    )
