@@ -143,6 +143,19 @@ class TestTable:
         assert cells(table.markdown())[-1][1] == "-"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_cuda_table_times_launches_and_graphs():
+    settings = step.Settings(rounds=3, seconds=0.05, settle=2, whole=False, device="cuda")
+    step.check_parity(TINY, settings)
+    table = step.measure("tiny", TINY, settings)
+    assert table.modes() == ["eager", "graph", "graph, warm"]
+    fused = table.line(peers.STEP).seconds
+    assert all(fused[mode] > 0 for mode in table.modes())
+    # numpy cannot be captured: only the column of launches has its time.
+    authors = table.line("authors' numpy argsort").seconds
+    assert authors["eager"] > 0 and authors["graph"] is None
+
+
 class TestParity:
     def test_wrong_bits_are_refused_before_timing(self, monkeypatch, tiny_model, capsys, tmp_path):
         right = ops.soft_shrink_

@@ -114,11 +114,11 @@ class Table:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, no exponent; "-" for None."""
+    """Three significant digits, or three decimals below 0.001; no exponent; "-" for None."""
     if value is None:
         return "-"
     if value != 0 and abs(value) < 100:
-        return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.5f}"
+        return f"{value:.3g}" if abs(value) >= 0.001 else f"{value:.3f}"
     return f"{value:.0f}"
 
 

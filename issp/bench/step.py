@@ -247,6 +247,8 @@ def _notes(rows, tasks, work, clock, settings) -> list[str]:
         "Bytes counted: "
         + "; ".join(f"{what} ({', '.join(names)})" for what, names in counted.items())
         + ". torch.topk, kthvalue and sort select only: no shrink, mask or flips.",
+        "Extra: memory at once beyond weights and results, from torch's and Python's allocators, "
+        "and the state's scratch for the step; bookkeeping inside the native code is not seen.",
         f"Cold: {clock.flush_bytes / 1e6:.0f} MB were read before each call. {settings.settle} "
         "steps came before the first timed one.",
     ]
