@@ -9,6 +9,9 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.
 # Compiling the CUDA library takes minutes: by default only where there is a GPU to run it on.
 export ISSP_CUDA ?= $(if $(wildcard /dev/nvidia0),1,0)
 
+# A compiler that is there must succeed; without one the package runs on its slow reference.
+export ISSP_REQUIRE_NATIVE ?= $(if $(shell command -v g++),1,0)
+
 NATIVE := $(wildcard csrc/*.h csrc/*/*) setup.py
 TESTS ?= tests
 

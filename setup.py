@@ -39,8 +39,8 @@ def ninja_rules(objects, library, command, flags, link) -> str:
     """A ninja file: every source to its object, all objects to one library."""
     lines = [
         f"rule compile\n  command = {command} -MD -MF $out.d {flags} -c $in -o $out",
-        "  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {link}",
+        "  depfile = $out.d\n  deps = gcc\n  description = compile $in",
+        f"rule link\n  command = {link}\n  description = link $out",
         *(f"build {target}: compile {source}" for source, target in objects.items()),
         f"build {library}: link {' '.join(objects.values())}",
         f"default {library}",
