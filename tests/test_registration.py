@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -121,3 +124,16 @@ def test_parameters_that_require_grad_are_shrunk_without_a_graph():
     issp.ops.soft_shrink_([w], ShrinkState([w], [90]))
     assert w.grad_fn is None and w.requires_grad
     assert (w != before).sum() == 90
+
+
+def test_default_thread_count_in_a_fresh_process():
+    """Before anybody has set the number of threads, workers and caller disagree about it."""
+    code = (
+        "import torch, issp\n"
+        "w = [torch.randn(n) for n in [40_000] * 20]\n"
+        "s = issp.ops.ShrinkState(w, [36_000] * 20)\n"
+        "for _ in range(20): issp.ops.soft_shrink_(w, s)\n"
+        "print([int(m.sum()) for m in s.masks()] == [4_000] * 20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stderr

@@ -81,13 +81,14 @@ void soft_shrink_(const std::vector<Tensor>& weights, const Tensor& k, double sh
   const int64_t used = kScratchHeader + (int64_t(items.size()) + 1) / 2 * 2;
   auto* const flip_counts = static_cast<int64_t*>(flips.mutable_data_ptr());
   Call call{shrink, bracket, static_cast<int32_t*>(masks.mutable_data_ptr())};
+  const int64_t members = whole_team().size;  // asked here: a worker would be told 1
   for_dtype(weights[0].scalar_type(), [&](auto type) {
     using T = decltype(type);
     auto* const taus = static_cast<typename T::Bits*>(thresholds.mutable_data_ptr());
     const int64_t bytes = (scratch.numel() - used) * int64_t(sizeof(int32_t));
     const Room<T> all{reinterpret_cast<Key<T>*>(words + used), bytes / int64_t(sizeof(Key<T>))};
     for_each_item(items, sizeof(typename T::Bits), [&](size_t i, int64_t member, Team team) {
-      const Room<T> room = team.size == 1 ? all.share(member, whole_team().size) : all;
+      const Room<T> room = team.size == 1 ? all.share(member, members) : all;
       shrink_item<T>(items[i], counts[i], taus[i], flip_counts[i], margins[i], call, team, room);
     });
   });
