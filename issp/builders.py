@@ -34,7 +34,9 @@ def device(name: str) -> torch.device:
     if chosen.type not in ("cpu", "cuda"):
         raise ValueError(f"device {name!r} is not supported: use auto, cpu or cuda")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {name!r} is not here: torch sees {torch.cuda.device_count()} GPUs")
+        raise ValueError(
+            f"device {name!r} is not here: torch sees {torch.cuda.device_count()} GPUs"
+        )
     return chosen
 
 
@@ -140,7 +142,9 @@ def _target(value: Any) -> Any:
     try:
         return _keep(Keep(**value))
     except TypeError:
-        raise ValueError(f"sparsity.overrides: {value} must have n, of and maybe v, layout") from None
+        raise ValueError(
+            f"sparsity.overrides: {value} must have n, of and maybe v, layout"
+        ) from None
 
 
 def _keep(entry: Keep) -> Any:

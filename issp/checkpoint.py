@@ -1,7 +1,7 @@
 """Models and training states on disk: complete or absent, readable without unpickling code.
 
 A model is a safetensors file whose metadata holds, as JSON, what rebuilds the network: its
-configuration, scale and sparsity. A training state is a torch file of tensors and plain values only,
+configuration, scale and sparsity. A training state is a torch file of tensors and plain values,
 read with weights_only=True. BasicSR's .pth files (params, params_ema) are read the same way.
 """
 

@@ -1,10 +1,10 @@
 """The training configuration: BasicSR's YAML keys as dataclasses, checked before anything starts.
 
 The dataclasses below are the list of keys, their types and defaults. Keys of BasicSR that mean
-nothing to a single-process driver are accepted by name (`HARMLESS`) so that its files run unchanged;
-any other unknown key is an error that names the nearest one. `train.total_iter` counts all
-iterations, those of the pruning stage (`sparsity.freeze_iter`) included; the scheduler's milestones
-count fine-tuning iterations only (method notes, section 1.3).
+nothing to a single-process driver are accepted by name (`HARMLESS`): its files run unchanged. Any
+other unknown key is an error that names the nearest one. `train.total_iter` counts all iterations,
+those of the pruning stage (`sparsity.freeze_iter`) included; the scheduler's milestones count
+fine-tuning iterations only (method notes, section 1.3).
 """
 
 from __future__ import annotations
@@ -188,12 +188,10 @@ class Config:
 HARMLESS = {
     "": ("model_type", "num_gpu", "dist_params", "find_unused_parameters", "is_train", "dist"),
     "datasets.*": (
-        "phase scale io_backend meta_info_file use_shuffle prefetch_mode num_prefetch_queue "
-        "pin_memory mean std color task"
-    ).split(),
-    "path": (
-        "ignore_resume_networks root models training_states log visualization strict_load"
-    ).split(),
+        *("phase", "scale", "io_backend", "meta_info_file", "use_shuffle"),
+        *("prefetch_mode", "num_prefetch_queue", "pin_memory"),
+    ),
+    "path": ("ignore_resume_networks", "root", "models", "training_states", "log", "visualization"),
     "train.scheduler": ("last_epoch",),
     "train.optim_g": ("amsgrad",),
     "train": ("manual_seed",),
@@ -277,10 +275,13 @@ def parse(tree: dict[str, Any]) -> Config:
     config = _build(Config, tree, "")
     for key, value in datasets.items():
         where = f"datasets.{key}"
+        backend = (_section(value, where).get("io_backend") or {}).get("type", "disk")
+        if backend != "disk":
+            raise ValueError(f"{where}.io_backend {backend!r}: only image files on disk are read")
         if key == "train":
-            config.train_data = _build(TrainData, _section(value, where), where)
-        elif key.startswith(("val", "test")):
-            data = _build(EvalData, _section(value, where), where)
+            config.train_data = _build(TrainData, value, where)
+        elif str(key).split("_")[0] in ("val", "test"):  # BasicSR's rule
+            data = _build(EvalData, value, where)
             data.name = data.name or key
             config.val_data.append(data)
         else:

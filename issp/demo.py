@@ -93,7 +93,9 @@ def run(options: Options) -> list[Row]:
     header = ["", "PSNR", "SSIM", "kept weights", "share of iteration in the fused step"]
     print(table(header, [row.cells() for row in rows]))
     minutes = (time.perf_counter() - started) / 60
-    print(f"\n{minutes:.1f} minutes; model.safetensors, curves.png, comparison.png are in {options.out}")
+    print(
+        f"\n{minutes:.1f} minutes; see {options.out}: model.safetensors, curves.png, comparison.png"
+    )
     return rows
 
 
@@ -154,7 +156,9 @@ def fitting_iterations(options: Options, probe: int = 12) -> int:
             start = time.perf_counter()
         batch = next(batches)
         optimizer.zero_grad()
-        loss(model(batch["lq"].contiguous(memory_format=torch.channels_last)), batch["gt"]).backward()
+        loss(
+            model(batch["lq"].contiguous(memory_format=torch.channels_last)), batch["gt"]
+        ).backward()
         optimizer.step()
     each = (time.perf_counter() - start) / probe
     # A tenth of the time goes to validation.
@@ -183,7 +187,9 @@ def _sheets(model: nn.Module, held_out: data.EvalDataset) -> list[list[plots.Pan
         lr, hr = held_out.load(i)
         top, left = plots.busiest(hr, _CROP, SCALE, border=8)
         window = np.s_[top : top + _CROP, left : left + _CROP]
-        small = np.s_[top // SCALE : (top + _CROP) // SCALE, left // SCALE : (left + _CROP) // SCALE]
+        small = np.s_[
+            top // SCALE : (top + _CROP) // SCALE, left // SCALE : (left + _CROP) // SCALE
+        ]
         panels = [plots.Panel("low resolution", lr[small], name)]
         for title, upscaler in (("bicubic", cubic), ("ISS-P", ours)):
             sr = upscaler(lr)

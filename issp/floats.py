@@ -1,4 +1,4 @@
-"""Denormal numbers: slow on CPUs, and soft shrinkage makes many, since it multiplies again and again.
+"""Denormal numbers are slow on CPUs, and soft shrinkage, multiplying again and again, makes many.
 
 The control register that flushes them to zero belongs to a thread and is inherited when a thread is
 created. PyTorch's worker threads are created by the first parallel operation, so the register must

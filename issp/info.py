@@ -30,7 +30,9 @@ def info() -> dict[str, Any]:
         "packages": {name: _version(name) for name in (*_PACKAGES, "tensorboard", "scikit-image")},
         "system": f"{platform.system()} {platform.machine()}",
         "backends": {
-            "active": {device: backends.active(device) for device in ("cpu", "cuda")[: 1 + bool(gpu)]},
+            "active": {
+                device: backends.active(device) for device in ("cpu", "cuda")[: 1 + bool(gpu)]
+            },
             "unused": backends.problems(),
             "forced": os.environ.get("ISSP_BACKEND"),
         },

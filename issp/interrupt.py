@@ -1,4 +1,4 @@
-"""Stopping between two iterations: a first Ctrl-C or SIGTERM is remembered, a second acts at once."""
+"""Stopping between iterations: a first Ctrl-C or SIGTERM is remembered, a second acts at once."""
 
 from __future__ import annotations
 

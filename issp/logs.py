@@ -74,8 +74,11 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
     if not lines or lines[0][0] != "iteration":
         raise ValueError(f"{path} is not a log of `issp train`: its first column is no iteration")
     header = lines[0]
-    rows = [dict(zip(header, map(_value, line), strict=True)) for line in lines[1:] if
-            len(line) == len(header)]
+    rows = [
+        dict(zip(header, map(_value, line), strict=True))
+        for line in lines[1:]
+        if len(line) == len(header)
+    ]
     return [row for row in rows if isinstance(row["iteration"], int)]
 
 

@@ -27,7 +27,7 @@ LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", 
 
 @dataclass
 class Best:
-    """The best validated model that is what it claims to be: dense, or sparse by its frozen mask."""
+    """The best validated model that is what it claims: dense, or sparse by its frozen mask."""
 
     psnr: float = float("-inf")
     iteration: int = 0
@@ -193,7 +193,10 @@ class Run:
             f"{self.folder.path}: {model.arch} x{model.scale}, {parameters:,} parameters, "
             f"iterations {start + 1} to {total}"
         )
-        for line in (self._archived and f"the earlier run is in {self._archived}", self.board.problem):
+        for line in (
+            self._archived and f"the earlier run is in {self._archived}",
+            self.board.problem,
+        ):
             if line:
                 self.screen.say(str(line))
         return self.screen

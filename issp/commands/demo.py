@@ -11,7 +11,9 @@ EXAMPLE = "issp demo --minutes 2 --dense --out runs/demo"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("--out", "-o", default="runs/demo", metavar="DIR", help="default: runs/demo")
+    parser.add_argument(
+        "--out", "-o", default="runs/demo", metavar="DIR", help="default: runs/demo"
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--iters", type=int, metavar="N", help="iterations (default: fixed)")
     length.add_argument(

@@ -61,9 +61,13 @@ def main(args: argparse.Namespace) -> int:
         rows.append([name, str(len(dataset)), *_cells(evaluate.mean(results)), *_cells(cubic)])
     about = checkpoint.sparsity(model)
     kept = about["weights"] - about["zeros"]
-    print(f"{args.model}: {model.arch} x{model.scale}, {kept:,} of {about['weights']:,} weights kept")
-    print(f"{args.channels.upper()} channel{'s' * (args.channels == 'rgb')}, crop border "
-          f"{model.scale if args.crop_border is None else args.crop_border}\n")
+    print(
+        f"{args.model}: {model.arch} x{model.scale}, {kept:,} of {about['weights']:,} weights kept"
+    )
+    print(
+        f"{args.channels.upper()} channel{'s' * (args.channels == 'rgb')}, crop border "
+        f"{model.scale if args.crop_border is None else args.crop_border}\n"
+    )
     header = ["set", "images", "PSNR", "SSIM", "bicubic PSNR", "SSIM"]
     width = 4 if args.no_bicubic else 6
     print(table(header[:width], [row[:width] for row in rows]))

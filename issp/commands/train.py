@@ -55,16 +55,22 @@ _FLAGS: dict[str, tuple[str, Any, str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument("config", nargs="?", metavar="CONFIG.yml", help="BasicSR's keys; see configs/")
+    parser.add_argument(
+        "config", nargs="?", metavar="CONFIG.yml", help="BasicSR's keys; see configs/"
+    )
     for flag, (key, kind, text) in _FLAGS.items():
         metavar = "N" if kind is int else "X" if kind is float else "TEXT"
         parser.add_argument(flag, dest=key, type=kind, metavar=metavar, help=text)
     parser.add_argument("--val", nargs="+", metavar="[NAME=]DIR", help="validation folders")
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="layers to leave dense")
-    parser.add_argument("--milestones", nargs="+", type=int, metavar="N", help="fine-tuning iterations")
+    parser.add_argument(
+        "--milestones", nargs="+", type=int, metavar="N", help="fine-tuning iterations"
+    )
     parser.add_argument("--save-images", action="store_true", help="keep validation images")
     parser.add_argument("--no-tensorboard", action="store_true", help="write CSV logs only")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="any key of the file")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="any key of the file"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the latest state")
     parser.add_argument("--quiet", action="store_true", help="print nothing")
 
