@@ -47,6 +47,12 @@ template <typename T>
 ISSP_DEVICE void store(T* p, T value) {
   *p = value;
 }
+// Before it is known whether the value means anything: another block may be writing it. The caller
+// must have a reason to use it later.
+template <typename T>
+ISSP_DEVICE T load_early(const T* p) {
+  return *p;
+}
 // For words that another block of the same launch has written: the L1 cache is not coherent.
 ISSP_DEVICE uint32_t load_fresh(const uint32_t* p) { return __ldcg(p); }
 ISSP_DEVICE uint32_t load_acquire(const uint32_t* p) {

@@ -84,13 +84,16 @@ ISSP_DEVICE bool stopped(const Call<T>& call) {
 ISSP_DEVICE bool in_range(int64_t k, uint32_t numel) { return k >= 0 && k <= int64_t(numel); }
 
 // True in the one block that arrives after all others; it sees what they wrote before arriving.
+// One thread's fences serve the block: they are cumulative over what its barriers have ordered.
 ISSP_DEVICE bool last_to_arrive(uint32_t* counter, uint32_t expected, Shared shared) {
-  fence();
   barrier();
-  const uint32_t arrived = thread() == 0 ? add(counter, 1) + 1 : 0;
-  const bool last = broadcast_block(arrived, shared) == expected;
-  fence();
-  return last;
+  uint32_t arrived = 0;
+  if (thread() == 0) {
+    fence();
+    arrived = add(counter, 1u) + 1;
+    fence();
+  }
+  return broadcast_block(arrived, shared) == expected;
 }
 
 // The outcome of a tensor's search, for the blocks that will apply it. One thread calls this, before
@@ -119,10 +122,13 @@ ISSP_DEVICE void accumulate_records(const Job<T>& job, Shared shared) {
   barrier();
 }
 
-template <typename T>
+template <bool kEarly = false, typename T>
 ISSP_DEVICE Verdict<Key<T>> load_verdict(const Job<T>& job) {
-  return {Key<T>(load_pair(job.header + kTau)), load_fresh(job.header + kTies),
-          load_fresh(job.header + kSplit)};
+  const auto word = [&](uint32_t i) {
+    return kEarly ? load_early(job.header + i) : load_fresh(job.header + i);
+  };
+  const Key<T> tau = Key<T>(word(kTau) | uint64_t(word(kTau + 1)) << 32);
+  return {tau, word(kTies), word(kSplit)};
 }
 
 // Applies the published verdict to this block's tile.

@@ -42,7 +42,6 @@ ISSP_DEVICE Search<Key<T>> load_search(const Job<T>& job) {
 template <typename T>
 ISSP_DEVICE void enter_phase(const Job<T>& job, uint32_t phase) {
   store(job.header + kArrived, 0u);
-  fence();
   store_release(job.header + kPhase, phase);
 }
 
@@ -72,8 +71,6 @@ ISSP_DEVICE void search_alone(const Job<T>& job, const Call<T>& call, Shared sha
     if (thread() == 0) store(job.record(tile), scan.total);
   }
   if (split) accumulate_records(job, shared);
-  fence();
-  barrier();
   if (thread() == 0) {
     publish(job, call, {search.base, search.rank, split});
     enter_phase(job, kPasses<T> + 1);
@@ -88,7 +85,6 @@ ISSP_DEVICE void end_pass(const Job<T>& job, const Call<T>& call, Search<Key<T>>
     shared.set(i, load_fresh(job.candidates() + i));
     store(job.candidates() + i, 0u);
   }
-  fence();
   barrier();
   search.narrow(pick_digit(search.rank, shared));
   if (thread() != 0) return;
@@ -128,8 +124,6 @@ ISSP_DEVICE void tie_pass(const Job<T>& job, const typename T::Bits (&bits)[kRow
   if (thread() == 0) store(job.record(job.tile), scan.total);
   if (last_to_arrive(job.header + kArrived, job.tiles, shared)) {
     accumulate_records(job, shared);
-    fence();
-    barrier();
     if (thread() == 0) enter_phase(job, kPasses<T> + 1);
   }
 }
@@ -164,10 +158,12 @@ ISSP_DEVICE void search_and_apply(const Table& table, const Call<T>& call, Share
   const uint32_t tickets = table.tiles * (kPasses<T> + 2);
   uint32_t* counter = call.scratch + kTicket;
   barrier();  // no claim before the whole block has read kMissed, which the last claim resets
+  if (thread() == 0) fence();
   while (true) {
     const uint32_t ticket = broadcast_block(thread() == 0 ? add(counter, 1u) : 0, shared);
     if (ticket >= tickets) {
       if (ticket == tickets + blocks() - 1 && thread() == 0) {  // nobody will claim after this
+        fence();
         store(counter, 0u);
         store(call.scratch + kMissed, 0u);
       }

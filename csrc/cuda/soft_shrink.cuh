@@ -97,7 +97,10 @@ ISSP_DEVICE void shrink_tile(const Job<T>& job, const Call<T>& call,
 template <typename T>
 ISSP_DEVICE void count_equal_candidates(const Job<T>& job, Key<T> tau) {
   for (uint32_t tile = warp(); tile < job.tiles; tile += kWarps) {
-    const uint32_t base = load_fresh(job.record(tile)), count = load_fresh(job.record(tile) + 1);
+    // One lane reads what it will overwrite.
+    const uint32_t own_base = lane() == 0 ? load_fresh(job.record(tile)) : 0;
+    const uint32_t own_count = lane() == 0 ? load_fresh(job.record(tile) + 1) : 0;
+    const uint32_t base = shuffle(own_base, 0), count = shuffle(own_count, 0);
     uint32_t equal = 0;
     for (uint32_t start = 0; start < count; start += 32) {
       const uint32_t i = start + lane();
@@ -167,16 +170,14 @@ ISSP_DEVICE void compact_tile(const Job<T>& job, const Call<T>& call,
   }
 }
 
-// Tensors of several tiles that need no count: the block of the first tile speaks for them.
+// A tensor of several tiles that keeps everything. Its threshold is written by the last block to
+// arrive, since all of them read it on entry.
 template <typename T>
-ISSP_DEVICE void skip_count(const Job<T>& job, const Call<T>& call, uint32_t k) {
-  if (job.tile != 0) return;
-  if (k > 0) {
-    begin_search(job, call, k);
-  } else if (thread() == 0) {
-    store(job.header + kState, kSettled);
-    publish(job, call, {0, 0, 0});
-  }
+ISSP_DEVICE void select_nothing(const Job<T>& job, const Call<T>& call, Shared shared) {
+  if (!last_to_arrive(job.header + kArrived, job.tiles, shared) || thread() != 0) return;
+  store(job.header + kArrived, 0u);
+  store(job.header + kState, kSettled);
+  publish(job, call, {0, 0, 0});
 }
 
 template <typename T, int Capacity>
@@ -193,8 +194,10 @@ count_kernel(const ISSP_PARAM Table<Capacity> table, const ISSP_PARAM Call<T> ca
   const Bracket<Key<T>> bracket = bracket_around(previous, call);
   if (job.tiles == 1) {
     shrink_tile(job, call, bits, uint32_t(k), bracket, shared);
-  } else if (k == 0 || !bracket.usable) {
-    skip_count(job, call, uint32_t(k));
+  } else if (k == 0) {
+    select_nothing(job, call, shared);
+  } else if (!bracket.usable) {
+    if (job.tile == 0) begin_search(job, call, uint32_t(k));
   } else {
     compact_tile(job, call, bits, uint32_t(k), bracket, shared);
   }
@@ -206,12 +209,12 @@ apply_kernel(const ISSP_PARAM Table<Capacity> table, const ISSP_PARAM Call<T> ca
   const Shared shared = shared_memory();
   const Job<T> job(table, call, table.tiles - 1 - block());
   typename T::Bits bits[kRows];
-  load_tile<T>(bits, job.data, job.tile, job.numel);
-  const Verdict<Key<T>> verdict = load_verdict(job);  // of no meaning before the checks below
+  load_tile<T, true>(bits, job.data, job.tile, job.numel);
+  const Verdict<Key<T>> verdict = load_verdict<true>(job);
   const int64_t k = load(call.k + job.tensor);
   const bool missed = load(call.scratch + kMissed) != 0;
   if (stopped(call)) return;
-  if (missed) {
+  if (missed) {  // then other blocks write both while this one starts: neither is used
     search_and_apply<T>(table, call, shared);
   } else if (job.tiles > 1 && in_range(k, job.numel)) {
     apply_job(job, call, verdict, bits, shared);

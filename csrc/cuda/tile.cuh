@@ -17,7 +17,7 @@
 namespace issp {
 
 #if defined(ISSP_SMALL_SHAPES)  // the emulator's second build: many tiles from few weights
-constexpr uint32_t kWarps = 2, kRows = 8, kRadixBits = 6;
+constexpr uint32_t kWarps = 2, kRows = 8, kRadixBits = 7;
 #else
 constexpr uint32_t kWarps = 16, kRows = 16, kRadixBits = 11;
 #endif
@@ -38,14 +38,19 @@ ISSP_DEVICE uint32_t column(uint32_t tile) { return tile * kTile + warp() * kWar
 
 // Elements behind the end read as the largest key; being last in index order too, they are never
 // among the k <= numel selected, so the counts need no bounds.
-template <typename T>
+// kEarly: see load_early.
+template <typename T, bool kEarly = false>
 ISSP_DEVICE void load_tile(typename T::Bits (&bits)[kRows], const typename T::Bits* data,
                            uint32_t tile, uint32_t numel) {
   const uint32_t start = column(tile);
   const typename T::Bits* mine = data + start;
 #pragma unroll
   for (uint32_t row = 0; row < kRows; ++row) {
-    bits[row] = start + 32 * row < numel ? load(mine + 32 * row) : Limits<T>::magnitude;
+    if (start + 32 * row >= numel) {
+      bits[row] = Limits<T>::magnitude;
+    } else {
+      bits[row] = kEarly ? load_early(mine + 32 * row) : load(mine + 32 * row);
+    }
   }
 }
 

@@ -24,7 +24,7 @@ from issp.schemas import mask_words
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-_options = {"seed": 0, "resident": 0, "removed_barrier": -1, "small": False}
+_options = {"seed": 0, "resident": 0, "removed": -1, "small": False}
 
 
 def compiler() -> str | None:
@@ -32,22 +32,22 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def seed(number: int, resident: int = 0, removed_barrier: int = -1, small: bool = False) -> None:
+def seed(number: int, resident: int = 0, removed: int = -1, small: bool = False) -> None:
     """Chooses the schedule of the following calls.
 
     Args:
         number: seed of the order in which threads run.
         resident: blocks that run at a time; 0 draws it from the seed.
-        removed_barrier: number of a barrier to leave out, -1 for none.
+        removed: number of a barrier or fence to leave out, -1 for none.
         small: the kernels built with small tiles, few bins and short tables.
     """
-    _options.update(seed=number, resident=resident, removed_barrier=removed_barrier, small=small)
+    _options.update(seed=number, resident=resident, removed=removed, small=small)
 
 
 @functools.cache
 def library(small: bool = False) -> ctypes.CDLL:
     """The kernels as a shared library, built once per state of their sources."""
-    sources = [HERE / "emulator.cpp", HERE / "kernels.cpp", HERE / "planted.cpp"]
+    sources = [HERE / f"{part}.cpp" for part in ("emulator", "order", "kernels", "planted")]
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DISSP_EMULATOR"]
     flags += ["-DISSP_SMALL_SHAPES"] if small else []
@@ -65,7 +65,7 @@ def library(small: bool = False) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(built))
     for name in ("soft_shrink", "magnitude_threshold", "apply_masks", "nm_prune"):
         getattr(loaded, f"emulated_{name}").restype = ctypes.c_char_p
-    for name in ("emulator_barrier_name", "planted_name", "run_planted"):
+    for name in ("emulator_site_name", "planted_name", "run_planted"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.emulator_switches.restype = ctypes.c_uint64
     return loaded
@@ -97,7 +97,7 @@ def _call(name: str, *arguments) -> None:
     loaded.emulator_options(
         ctypes.c_uint64(_options["seed"]),
         ctypes.c_uint32(_options["resident"]),
-        ctypes.c_int(_options["removed_barrier"]),
+        ctypes.c_int(_options["removed"]),
     )
     message = getattr(loaded, f"emulated_{name}")(*arguments)
     if message is not None:

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "fiber.h"
+#include "order.h"
 
 namespace issp::emulator {
 namespace {
@@ -36,6 +37,7 @@ struct Block {
   std::vector<uint32_t> shared;
   std::vector<Shadow> shadow;
   std::vector<Fiber*> waiting;
+  std::vector<Fiber>* fibers = nullptr;
   struct Warp {
     uint32_t arrived = 0, left = 0;
     int kind = -1;
@@ -49,6 +51,7 @@ struct Fiber {
   FiberContext context;
   Block* block = nullptr;
   uint32_t thread = 0;
+  Witness witness;
 };
 
 struct Machine {
@@ -66,7 +69,8 @@ struct Machine {
   std::vector<std::pair<uintptr_t, uintptr_t>> buffers;
   std::pair<uintptr_t, uintptr_t> last_buffer{0, 0};
   bool sorted = false;
-  std::vector<std::pair<std::string, int>> sites;
+  std::vector<std::pair<std::string, int>> sites;  // barriers and fences
+  GlobalOrder order;
 };
 Machine machine;
 
@@ -125,11 +129,14 @@ std::unique_ptr<Block> new_block(uint32_t number, uint32_t words, std::vector<Fi
   block->shared.assign(words, 0xdeadbeefu);
   block->shadow.assign(words, {});
   block->warps.resize((machine.threads + 31) / 32);
-  fibers.resize(machine.threads);
+  fibers.assign(machine.threads, {});
+  block->fibers = &fibers;
   for (uint32_t t = 0; t < machine.threads; ++t) {
     Fiber& fiber = fibers[t];
     fiber.block = block.get();
     fiber.thread = t;
+    fiber.witness.block = number;
+    fiber.witness.thread = t;
     start_fiber(fiber.context, new_stack(first_stack + t), kStackBytes, entry);
     machine.ready.push_back(&fiber);
   }
@@ -194,12 +201,46 @@ void check_race(const Touch& touch, const Fiber& fiber, uint32_t i, const char* 
   }
 }
 
+void check_bounds(const void* p, uint64_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
+  auto& last = machine.last_buffer;
+  if (begin < last.first || end > last.second) {
+    auto after = std::upper_bound(machine.buffers.begin(), machine.buffers.end(),
+                                  std::make_pair(begin, ~uintptr_t(0)));
+    if (after == machine.buffers.begin() || end > (after - 1)->second) {
+      fail("global access of " + std::to_string(bytes) + " bytes out of bounds");
+    }
+    last = *(after - 1);
+  }
+  if (begin % bytes) fail("misaligned global access");
+}
+
+size_t site_of(const char* file, int line) {
+  size_t site = 0;
+  while (site < machine.sites.size() &&
+         (machine.sites[site].second != line || machine.sites[site].first != file)) {
+    ++site;
+  }
+  if (site == machine.sites.size()) machine.sites.emplace_back(file, line);
+  return site;
+}
+
+// After a barrier every thread knows what any of them knew.
+void share_knowledge(Block& block) {
+  SharedClock all;
+  for (const Fiber& fiber : *block.fibers) all = join(all, fiber.witness.knows);
+  for (Fiber& fiber : *block.fibers) {
+    fiber.witness.knows = all;
+    fiber.witness.era = block.era;
+  }
+}
+
 }  // namespace
 
 Options& options() { return machine.options; }
 uint64_t switch_count() { return machine.switches; }
-int barrier_count() { return int(machine.sites.size()); }
-std::string barrier_name(int number) {
+int site_count() { return int(machine.sites.size()); }
+std::string site_name(int number) {
   const auto& [file, line] = machine.sites.at(size_t(number));
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(line);
 }
@@ -230,6 +271,7 @@ void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
   machine.error.clear();
   machine.ready.clear();
   machine.current = nullptr;
+  machine.order.clear();
   if (!machine.sorted) std::sort(machine.buffers.begin(), machine.buffers.end());
   machine.sorted = true;
   schedule((shared_bytes + 3) / 4);
@@ -244,26 +286,25 @@ void wait_in_turn() {
   leave();
 }
 
-void note_progress() { machine.idle = 0; }
-
 void perhaps_yield() {
   if (draw() % machine.yield_odds == 0) wait_in_turn();
 }
 
+void pass_fence(const char* file, int line) {
+  const size_t site = site_of(file, line);
+  if (int(site) != machine.options.removed) machine.order.fence(machine.current->witness);
+  perhaps_yield();
+}
+
 void wait_at_barrier(const char* file, int line) {
-  size_t site = 0;
-  while (site < machine.sites.size() &&
-         (machine.sites[site].second != line || machine.sites[site].first != file)) {
-    ++site;
-  }
-  if (site == machine.sites.size()) machine.sites.emplace_back(file, line);
-  if (int(site) == machine.options.removed_barrier) return;
+  const size_t site = site_of(file, line);
+  if (int(site) == machine.options.removed) return;
   machine.idle = 0;
   Block& block = *machine.current->block;
   if (block.running < machine.threads) fail("a barrier after some threads have returned");
   if (block.arrived && block.site != int(site)) {
-    fail("threads of a block wait at different barriers: " + barrier_name(int(site)) + " and " +
-         barrier_name(block.site));
+    fail("threads of a block wait at different barriers: " + site_name(int(site)) + " and " +
+         site_name(block.site));
   }
   block.site = int(site);
   if (++block.arrived < block.running) {
@@ -273,6 +314,7 @@ void wait_at_barrier(const char* file, int line) {
   }
   block.arrived = 0;
   ++block.era;
+  share_knowledge(block);
   wake(block.waiting);
   wait_in_turn();
 }
@@ -295,17 +337,27 @@ const std::array<uint32_t, 32>& exchange(uint32_t value, int kind) {
   return warp.results;
 }
 
-void check_global(const void* p, uint64_t bytes) {
-  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
-  auto& last = machine.last_buffer;
-  if (begin >= last.first && end <= last.second) return;
-  auto after = std::upper_bound(machine.buffers.begin(), machine.buffers.end(),
-                                std::make_pair(begin, ~uintptr_t(0)));
-  if (after == machine.buffers.begin() || end > (after - 1)->second) {
-    fail("global access of " + std::to_string(bytes) + " bytes out of bounds");
+void touch_global(const void* p, uint64_t bytes, Global how) {
+  check_bounds(p, bytes);
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  Witness& witness = machine.current->witness;
+  std::string race;
+  const bool strong = how != Global::load && how != Global::store;
+  if (how == Global::load || how == Global::load_acquire) {
+    race = machine.order.read(witness, address, strong);
+  } else {
+    race = machine.order.write(witness, address, strong);
+    machine.idle = 0;
   }
-  if (begin % bytes) fail("misaligned global access");
-  last = *(after - 1);
+  if (!race.empty()) fail("race on global memory: " + race + ", with nothing to order them");
+  if (how == Global::load_acquire) machine.order.acquire(witness, address);
+  if (how == Global::store_release) machine.order.release(witness, address);
+  if (how == Global::atomic) machine.order.atomic(witness, address);
+}
+
+bool is_ordered(const void* p, uint64_t bytes) {
+  check_bounds(p, bytes);
+  return machine.order.is_ordered(machine.current->witness, reinterpret_cast<uintptr_t>(p));
 }
 
 uint32_t* shared_word(uint32_t i, Access access) {

@@ -6,10 +6,11 @@
 //   - global accesses outside the buffers the test has registered, shared ones outside the block's;
 //   - shared words read before they are written;
 //   - two threads touching a shared word, one of them writing, with nothing ordering them (a shadow
-//     of every word remembers who, after which barrier, how);
+//     of every word remembers who, after which barrier, how), and the same for global memory, where
+//     blocks are ordered by fences, atomics, acquire and release alone (order.h);
 //   - threads of a block at different barriers, lanes of a warp at different operations;
 //   - deadlock, and waiting that never ends.
-// Any barrier can be taken out by its number, to show that the tests would notice.
+// Any barrier or fence can be taken out by its number, to show that the tests would notice.
 #pragma once
 
 #include <array>
@@ -30,7 +31,7 @@ namespace emulator {
 struct Options {
   uint64_t seed = 0;
   uint32_t resident = 0;  // blocks at a time; 0: drawn from the seed
-  int removed_barrier = -1;
+  int removed = -1;  // a barrier or a fence, by its number
 };
 Options& options();
 
@@ -38,9 +39,9 @@ Options& options();
 void allow(const void* begin, uint64_t bytes);
 void forget_buffers();
 
-// Barriers are numbered by where they stand in the source, in the order they are first met.
-int barrier_count();
-std::string barrier_name(int number);
+// Barriers and fences are numbered in the order they are first met; names are file:line.
+int site_count();
+std::string site_name(int number);
 uint64_t switch_count();
 
 void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
@@ -52,8 +53,11 @@ uint32_t block_total();
 void wait_at_barrier(const char* file, int line);
 void wait_in_turn();   // gives way now
 void perhaps_yield();  // gives way at random
-void note_progress();  // this thread does more than wait
-void check_global(const void* p, uint64_t bytes);
+// What an access to global memory is, for order.h.
+enum class Global { load, store, load_acquire, store_release, atomic };
+void touch_global(const void* p, uint64_t bytes, Global how);
+bool is_ordered(const void* p, uint64_t bytes);
+void pass_fence(const char* file, int line);
 // Every lane of the warp hands in a value and gets all 32.
 const std::array<uint32_t, 32>& exchange(uint32_t value, int kind);
 
@@ -71,7 +75,9 @@ inline uint32_t blocks() { return emulator::block_total(); }
 inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::wait_at_barrier(file, line);
 }
-inline void fence() { emulator::perhaps_yield(); }
+inline void fence(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::pass_fence(file, line);
+}
 inline uint32_t ballot(bool vote) {
   const auto& votes = emulator::exchange(vote, 0);
   uint32_t word = 0;
@@ -94,35 +100,43 @@ inline void relax() { emulator::wait_in_turn(); }
 
 template <typename T>
 T load(const T* p) {
-  emulator::check_global(p, sizeof(T));
+  emulator::touch_global(p, sizeof(T), emulator::Global::load);
   return *p;
 }
 template <typename T>
 void store(T* p, T value) {
-  emulator::check_global(p, sizeof(T));
+  emulator::touch_global(p, sizeof(T), emulator::Global::store);
   *p = value;
+}
+// A value that nothing orders is replaced by noise, so that its use shows.
+template <typename T>
+T load_early(const T* p) {
+  return emulator::is_ordered(p, sizeof(T)) ? *p : T(0x5a5a5a5a5a5a5a5aull);
 }
 inline uint32_t load_fresh(const uint32_t* p) {
   emulator::perhaps_yield();
   return load(p);
 }
-inline uint32_t load_acquire(const uint32_t* p) { return load_fresh(p); }
+inline uint32_t load_acquire(const uint32_t* p) {
+  emulator::perhaps_yield();
+  emulator::touch_global(p, sizeof(*p), emulator::Global::load_acquire);
+  return *p;
+}
 inline void store_release(uint32_t* p, uint32_t value) {
   emulator::perhaps_yield();
-  emulator::note_progress();
-  store(p, value);
+  emulator::touch_global(p, sizeof(*p), emulator::Global::store_release);
+  *p = value;
 }
-inline uint32_t add(uint32_t* p, uint32_t value) {
+template <typename T>
+T atomic_add(T* p, T value) {
   emulator::perhaps_yield();
-  emulator::note_progress();
-  const uint32_t old = load(p);
+  emulator::touch_global(p, sizeof(T), emulator::Global::atomic);
+  const T old = *p;
   *p = old + value;
   return old;
 }
-inline void add(int64_t* p, int64_t value) {
-  emulator::perhaps_yield();
-  *p = load(p) + value;
-}
+inline uint32_t add(uint32_t* p, uint32_t value) { return atomic_add(p, value); }
+inline void add(int64_t* p, int64_t value) { atomic_add(p, value); }
 
 struct Shared {
   uint32_t first = 0;

@@ -54,13 +54,13 @@ T* allowed(void* data, uint64_t count) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-void emulator_options(uint64_t seed, uint32_t resident, int removed_barrier) {
-  emulator::options() = {seed, resident, removed_barrier};
+void emulator_options(uint64_t seed, uint32_t resident, int removed) {
+  emulator::options() = {seed, resident, removed};
 }
-int emulator_barriers() { return emulator::barrier_count(); }
-const char* emulator_barrier_name(int number) {
+int emulator_sites() { return emulator::site_count(); }
+const char* emulator_site_name(int number) {
   static std::string name;
-  name = emulator::barrier_name(number);
+  name = emulator::site_name(number);
   return name.c_str();
 }
 uint64_t emulator_switches() { return emulator::switch_count(); }

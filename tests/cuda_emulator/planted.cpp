@@ -82,6 +82,50 @@ void half_a_warp(uint32_t* out, uint32_t good) {
   store(out + thread(), word);
 }
 
+// Block 0 hands a word to block 1 through a flag.
+void hand_over(uint32_t* out, uint32_t good) {
+  if (thread() != 0) return;
+  if (block() == 0) {
+    store(out, 5u);
+    if (good) fence();
+    add(out + 1, 1u);
+    return;
+  }
+  while (load_acquire(out + 1) == 0u) relax();
+  store(out + 2, load(out));
+}
+
+// The whole block writes, one thread tells: without the barrier it speaks for itself alone.
+void hand_over_block(uint32_t* out, uint32_t good) {
+  if (block() == 0) {
+    if (thread() < 32) store(out + thread(), 5u);
+    if (good) barrier();
+    if (thread() == 0) store_release(out + 63, 1u);
+    return;
+  }
+  if (thread() != 0) return;
+  while (load_acquire(out + 63) == 0u) relax();
+  store(out + 62, load(out + 31));
+}
+
+// The last block to arrive adds up; it must fence after the count as well as before it.
+void last_block(uint32_t* out, uint32_t good) {
+  if (thread() != 0) return;
+  store(out + block(), block() + 1);
+  fence();
+  if (add(out + 2, 1u) == 1) {
+    if (good) fence();
+    store(out + 3, load(out) + load(out + 1));
+  }
+}
+
+void within_a_block(uint32_t* out, uint32_t good) {
+  if (block() != 0) return;
+  store(out + thread(), 5u);
+  if (good) barrier();
+  if (thread() == 0) store(out, load(out + 40));
+}
+
 void endless_wait(uint32_t* out, uint32_t good) {
   if (thread() == 0 && good) store_release(out, 1u);
   if (thread() == 1) {
@@ -104,6 +148,10 @@ const struct {
     {"different barriers", split_barrier},
     {"early return", early_return},
     {"half a warp", half_a_warp},
+    {"hand-over without a fence", hand_over},
+    {"hand-over without a barrier", hand_over_block},
+    {"last block without a fence", last_block},
+    {"global race within a block", within_a_block},
     {"endless wait", endless_wait},
 };
 
@@ -120,10 +168,14 @@ const char* run_planted(uint32_t i, uint32_t good, uint64_t seed) {
   static std::string message;
   message.clear();
   uint32_t out[65] = {};
-  emulator::options() = {seed, 1, -1};
+  emulator::options() = {seed, 2, -1};
   emulator::allow(out, 64 * sizeof(uint32_t));
   try {
-    launch(kPlanted[i].kernel, 1, 64, 256 * 4, nullptr, out, good);
+    const uint32_t blocks = std::string(kPlanted[i].name).find("hand-over") == 0 ||
+                                    std::string(kPlanted[i].name).find("last block") == 0
+                                ? 2
+                                : 1;
+    launch(kPlanted[i].kernel, blocks, 64, 256 * 4, nullptr, out, good);
   } catch (const std::exception& error) {
     message = error.what();
   }

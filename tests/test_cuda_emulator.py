@@ -1,0 +1,400 @@
+"""The CUDA kernels, run thread by thread on the CPU, are bitwise the reference in any schedule.
+
+tests/test_parity.py runs the common cases; here are those that know how the kernels are built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from issp import reference
+from issp.schemas import SCRATCH_HEADER, mask_layout, scratch_region, scratch_words
+from tests import cuda_emulator
+from tests.asserts import assert_bitwise_equal
+from tests.cases import DTYPES
+
+pytestmark = pytest.mark.skipif(
+    cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
+)
+NAN = float("nan")
+HEADER, RECORD = 16, 2  # words of scratch per tensor and per tile, see csrc/cuda/job.cuh
+
+
+@dataclass
+class Model:
+    """Weights with their state, twice: for the reference and for the kernels."""
+
+    weights: list[Tensor]
+    k: list[int]
+    previous: float = NAN
+    shrink: float = 0.95
+    sides: list[dict] = field(init=False)
+
+    def __post_init__(self):
+        self.sides = [self._side() for _ in range(2)]
+
+    def _side(self) -> dict:
+        numels, count = [w.numel() for w in self.weights], len(self.weights)
+        source = torch.Generator().manual_seed(1)
+        return {
+            "weights": [w.clone() for w in self.weights],
+            "k": torch.tensor(self.k),
+            "thresholds": torch.full((count,), self.previous, dtype=self.weights[0].dtype),
+            "masks": torch.randint(  # garbage in the padding as well
+                -(2**31), 2**31, (mask_layout(numels)[1],), generator=source
+            ).to(torch.int32),
+            "flips": torch.full((count,), -7),
+            "scratch": torch.zeros(scratch_words(numels), dtype=torch.int32),
+        }
+
+    def step(self, found_inf: float | None = None, bracket: bool = True) -> None:
+        """One call on both sides, which must then agree; scratch is left clean."""
+        finite = None if found_inf is None else torch.tensor([found_inf])
+        calls = (_reference, cuda_emulator.unchecked_soft_shrink_)
+        for call, side in zip(calls, self.sides, strict=True):
+            arguments = [side[name] for name in ("thresholds", "masks", "flips", "scratch")]
+            call(side["weights"], side["k"], self.shrink, *arguments, finite, bracket)
+        expected, actual = self.sides
+        for i, pair in enumerate(zip(actual["weights"], expected["weights"], strict=True)):
+            assert_bitwise_equal(*pair, f"weights[{i}] of {pair[0].numel()}")
+        for name in ("thresholds", "masks", "flips"):
+            assert_bitwise_equal(actual[name], expected[name], name)
+        assert self._leftovers() == [], "the scratch buffer is not clean for the next call"
+
+    def _leftovers(self) -> list[str]:
+        scratch, start = self.sides[1]["scratch"], SCRATCH_HEADER
+        dirty = [f"word {i}" for i in range(1, SCRATCH_HEADER) if scratch[i]]
+        for i, w in enumerate(self.weights):
+            if scratch[start : start + 3].any():  # below, inside, arrived
+                dirty.append(f"counters of tensor {i}")
+            start += scratch_region(w.numel())
+        return dirty
+
+    def drift(self, scale: float, seed: int) -> None:
+        """The same update on both sides."""
+        for side in self.sides:
+            source = torch.Generator().manual_seed(seed)
+            for w in side["weights"]:
+                w += (torch.randn(w.shape, generator=source) * scale).to(w.dtype)
+
+    @property
+    def fallbacks(self) -> int:
+        return int(self.sides[1]["scratch"][0])
+
+
+def _reference(weights, k, shrink, thresholds, masks, flips, scratch, found_inf, bracket):
+    """The oracle checks k as on a CPU; a GPU leaves the tensor of a bad k unmodified."""
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    starts, total = mask_layout([w.numel() for w in weights])
+    for t, (w, start, end) in enumerate(zip(weights, starts, [*starts[1:], total], strict=True)):
+        if 0 <= int(k[t]) <= w.numel():
+            own = scratch_words([w.numel()])
+            reference.soft_shrink_(
+                *([w], k[t : t + 1], shrink, thresholds[t : t + 1], masks[start:end]),
+                *(flips[t : t + 1], torch.zeros(own, dtype=torch.int32)),
+            )
+
+
+def normal(*numels: int, dtype=torch.float32, seed=0) -> list[Tensor]:
+    source = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, generator=source).to(dtype) for n in numels]
+
+
+def share(weights: list[Tensor], ratio: float) -> list[int]:
+    return [int(ratio * w.numel()) for w in weights]
+
+
+SMALL_SIZES = (1, 31, 33, 511, 512, 513, 640, 700, 5000, 12345)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_training_steps(dtype, seed):
+    """Cold start, then brackets that hold, in tensors of one tile, a few and many."""
+    cuda_emulator.seed(seed, small=True)
+    model = Model(normal(*SMALL_SIZES, dtype=dtype), share(normal(*SMALL_SIZES), 0.9))
+    for step in range(4):
+        model.step()
+        model.drift(1e-3, step)
+    assert model.fallbacks <= 2  # of 30 brackets; the tiniest tensors may jump
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_steps_in_real_shapes(dtype):
+    tile = cuda_emulator.shapes()[0]
+    sizes = (100, tile, tile + 1, 30_000)
+    cuda_emulator.seed(5)
+    model = Model(normal(*sizes, dtype=dtype), share(normal(*sizes), 0.95))
+    for step in range(2):
+        model.step()
+        model.drift(1e-3, step)
+    model.step(bracket=False)
+    assert model.fallbacks == 0
+
+
+@pytest.mark.parametrize("resident", [1, 2, 5, 40])
+@pytest.mark.parametrize("wrong", [0.0, 0.3, 5.0, float("inf")])
+def test_the_bracket_misses(resident, wrong):
+    """The search inside the second launch, whatever number of blocks is resident."""
+    for seed in range(3):
+        cuda_emulator.seed(seed, resident=resident, small=True)
+        weights = normal(200, 600, 2000, 9000, seed=seed)
+        model = Model(weights, share(weights, 0.9), previous=wrong)
+        model.step()
+        assert model.fallbacks == 4
+
+
+def test_one_tensor_misses_and_others_do_not():
+    for seed in range(6):
+        cuda_emulator.seed(seed, small=True)
+        model = Model(normal(3000, 4000, 100, 2500, seed=seed), [2700, 3600, 90, 2250])
+        model.step()
+        for side in model.sides:
+            side["weights"][1] *= 3
+        model.step()
+        assert model.fallbacks == 1
+        model.step(bracket=False)
+        assert model.fallbacks == 1
+
+
+def _with_candidates(numel: int, inside: int) -> tuple[list[Tensor], int]:
+    """`inside` distinct weights around 1, a third of the rest below, the others above."""
+    weights = torch.full((numel,), 2.0)
+    weights[: (numel - inside) // 3] = 0.1
+    weights[-inside:] = torch.linspace(0.93, 1.02, inside)
+    order = torch.randperm(numel, generator=torch.Generator().manual_seed(inside))
+    return [weights[order]], (numel - inside) // 3 + inside // 2
+
+
+@pytest.mark.parametrize("numel", [513, 800, 5000, 20_000])
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 50])
+def test_candidates_at_capacity(numel, beyond):
+    """One candidate too many costs a search, nothing else."""
+    tiles = -(-numel // cuda_emulator.shapes(small=True)[0])
+    capacity = scratch_region(numel) - HEADER - RECORD * tiles
+    cuda_emulator.seed(numel + beyond, small=True)
+    weights, k = _with_candidates(numel, capacity + beyond)
+    model = Model(weights, [k], previous=1.0)
+    model.step()
+    assert model.fallbacks == (beyond > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bracket", [True, False], ids=["bracket", "search"])
+def test_ties_are_split_at_the_lowest_index(dtype, bracket):
+    """Equal magnitudes spread over the tiles, few enough for the candidates; every cut is tried."""
+    numel, equal = 6000, 150
+    source = torch.Generator().manual_seed(3)
+    weights = torch.rand(numel, generator=source) * 0.5 + 2
+    weights[:3000] = torch.rand(3000, generator=source) * 0.5
+    weights[3000 : 3000 + equal] = 1.0
+    weights = weights[torch.randperm(numel, generator=source)].to(dtype)
+    weights *= (torch.randint(0, 2, (numel,), generator=source) * 2 - 1).to(dtype)
+    for seed, rank in enumerate((1, 2, 77, 149, 150)):
+        cuda_emulator.seed(seed, small=True)
+        model = Model([weights, weights[:1000], weights[:400]], [3000 + rank, 600, 250], 1.0)
+        model.step(bracket=bracket)
+
+
+@pytest.mark.parametrize("k", [0, 1, 1024, 2999, 3000])
+def test_all_equal(k):
+    for seed, value in enumerate((0.0, -0.25, NAN)):
+        cuda_emulator.seed(seed, small=True)
+        model = Model([torch.full((3000,), value), torch.full((500,), value)], [k, min(k, 500)])
+        for _ in range(3):
+            model.step()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shrink", [0.95, 0.3, 0.0, 1.0])
+def test_special_values(dtype, shrink):
+    """Zeros of both signs, denormals, infinities and NaNs of several payloads."""
+    tiny = torch.finfo(dtype).tiny
+    kinds = [0.0, -0.0, tiny, -tiny, tiny / 4, -tiny / 2, tiny * 1.03, 1.0, -2.0, torch.inf, NAN]
+    kinds = torch.tensor([*kinds, -torch.inf, -NAN], dtype=torch.float64).to(dtype)
+    source = torch.Generator().manual_seed(4)
+    weights = kinds[torch.randint(len(kinds), (3333,), generator=source)]
+    payloads = weights[:40].view(reference._INTEGER[dtype])
+    payloads |= kinds[10].view(reference._INTEGER[dtype]) | 5
+    for seed, ratio in enumerate((0.0, 0.4, 0.8, 0.95, 1.0)):
+        cuda_emulator.seed(seed, small=True)
+        model = Model([weights, weights[:300]], share([weights, weights[:300]], ratio))
+        model.shrink = shrink
+        for _ in range(2):
+            model.step()
+
+
+def test_counts_at_the_ends():
+    weights = normal(2000, 2000, 2000, 50, 50, 1, 1)
+    cuda_emulator.seed(8, small=True)
+    model = Model(weights, [0, 2000, 1, 0, 50, 0, 1])
+    for step in range(3):
+        model.step()
+        model.drift(1e-3, step)
+
+
+def test_a_bad_k_leaves_its_tensor_alone():
+    for bad in (-1, 2**40, -(2**63), 2001):
+        cuda_emulator.seed(9, small=True)
+        model = Model(normal(2000, 2000, 50), [1800, bad, 51])
+        model.step()
+        assert model.sides[1]["flips"].tolist()[1:] == [-7, -7]
+        model.step()
+
+
+@pytest.mark.parametrize("found_inf", [1.0, float("inf"), NAN])
+def test_found_inf_stops_everything(found_inf):
+    cuda_emulator.seed(10, small=True)
+    model = Model(normal(2000, 50), [1800, 45])
+    model.step(found_inf)
+    assert model.sides[1]["flips"].tolist() == [-7, -7]
+    model.step(0.0)
+    model.step(found_inf)
+    assert model.sides[1]["flips"].tolist() != [-7, -7]
+
+
+def test_more_tensors_than_a_table_holds():
+    table = cuda_emulator.shapes(small=True)[2]
+    weights = normal(*([5, 700, 40, 1500, 64] * table)[: 3 * table + 2])
+    cuda_emulator.seed(11, small=True)
+    model = Model(weights, share(weights, 0.8))
+    for step in range(3):
+        model.step()
+        model.drift(1e-3, step)
+    model.step(bracket=False)
+
+
+def test_weights_need_no_alignment():
+    base = normal(3001)[0].half()
+    for offset in (1, 3):
+        cuda_emulator.seed(offset, small=True)
+        numel = 3001 - offset
+        masks = torch.zeros(mask_layout([numel])[1], dtype=torch.int32)
+        state = [torch.full((1,), NAN).half(), masks, torch.zeros(1, dtype=torch.int64)]
+        state.append(torch.zeros(scratch_words([numel]), dtype=torch.int32))
+        results = []
+        for call in (reference.soft_shrink_, cuda_emulator.soft_shrink_):
+            whole = base.clone()
+            call([whole[offset:]], torch.tensor([2500]), 0.95, *[x.clone() for x in state])
+            results.append(whole)
+        assert_bitwise_equal(results[1], results[0], f"weights at offset {offset}")
+
+
+def test_thresholds_of_many_tensors():
+    sizes = (1, 2, 511, 513, 3000, 100, 7, 9, 11, 13, 800, 900)
+    for seed, dtype in enumerate(DTYPES):
+        cuda_emulator.seed(seed, small=True)
+        weights = normal(*sizes, dtype=dtype, seed=seed)
+        for ratio in (0.0, 0.5, 1.0):
+            k = share(weights, ratio)
+            found = cuda_emulator.magnitude_threshold(weights, k)
+            assert_bitwise_equal(found, reference.magnitude_threshold(weights, k), str(dtype))
+
+
+def test_masks_of_mixed_dtypes():
+    sizes = (1, 2, 511, 513, 3000, 100, 7, 9, 11, 13, 800, 900)
+    tensors = [x.to(DTYPES[i % 4]) for i, x in enumerate(normal(*sizes))]
+    source = torch.Generator().manual_seed(2)
+    words = mask_layout(sizes)[1]
+    masks = torch.randint(-(2**31), 2**31, (words,), generator=source).to(torch.int32)
+    for small in (True, False):
+        cuda_emulator.seed(3, small=small)
+        expected, actual = [[x.clone() for x in tensors] for _ in range(2)]
+        reference.apply_masks_(expected, masks)
+        cuda_emulator.apply_masks_(actual, masks)
+        for i, pair in enumerate(zip(actual, expected, strict=True)):
+            assert_bitwise_equal(*pair, f"tensors[{i}]")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_n_of_m(dtype):
+    """Groups ranked by their elements' threads and groups selected by a block each."""
+    source = torch.Generator().manual_seed(5)
+    patterns = [((8, 12, 3, 3), 1, 4, 1), ((8, 12, 3, 3), 2, 12, 4), ((6, 40), 5, 40, 3)]
+    patterns += [((4, 6, 2), 6, 6, 2), ((2, 200), 7, 100, 1), ((2, 200), 1, 100, 2)]
+    for seed, (shape, n, m, v) in enumerate(patterns):
+        cuda_emulator.seed(seed, small=True)
+        for few in (False, True):
+            weight = torch.randn(shape, generator=source)
+            weight = ((weight * 2).round() / 2 if few else weight).to(dtype)
+            weight.view(-1)[:3] = torch.tensor([NAN, torch.inf, -0.0], dtype=dtype)
+            calls = [(n, m, v, "channels", 0.95)]
+            calls += [(n, m, 1, "flat", 0.0)] if weight.numel() % m == 0 else []
+            for call in calls:
+                expected = reference.nm_prune(weight, *call)
+                actual = cuda_emulator.nm_prune(weight, *call)
+                for i, name in enumerate(("weight", "mask")):
+                    what = f"{name} of {shape} at {call}"
+                    assert_bitwise_equal(actual[i], expected[i], what)
+
+
+def _planted() -> list[str]:
+    if cuda_emulator.compiler() is None:
+        return []
+    names, library = [], cuda_emulator.library(small=True)
+    while (name := library.planted_name(len(names))) is not None:
+        names.append(name.decode())
+    return names
+
+
+def test_planted_faults_are_found():
+    library, names = cuda_emulator.library(small=True), _planted()
+    assert len(names) >= 10
+    for number, name in enumerate(names):
+        for seed in range(5):
+            assert library.run_planted(number, 1, seed) is None, name
+            found = library.run_planted(number, 0, seed)
+            assert found is not None, f"{name} was not found under seed {seed}"
+            if "race" in name or "out of bounds" in name:
+                assert name.split()[-1] in found.decode() or "race" in found.decode(), found
+
+
+def _work(seed: int, removed: int) -> None:
+    """Every path of the kernels once, with a barrier left out."""
+    ties = [
+        torch.randint(-40, 41, (n,), generator=torch.Generator().manual_seed(n)) / 32
+        for n in (400, 600, 3000)
+    ]
+    cuda_emulator.seed(seed, removed=removed, small=True)
+    model = Model(ties, share(ties, 0.7))
+    model.step()  # searched
+    model.step()  # by the bracket
+    large = normal(450, 620, 3500, seed=seed)
+    model = Model(large, share(large, 0.9))
+    model.step()
+    model.drift(1e-3, seed)
+    model.step()
+    model.step(bracket=False)
+    few = (normal(3000, seed=seed)[0] * 40).round() / 40
+    few[::31] = 3.0
+    model = Model([few], [int((few.abs() < 3).sum()) + 40], previous=3.0)
+    model.step()  # ties among the candidates
+    assert_bitwise_equal(
+        cuda_emulator.nm_prune(large[0], 3, 450, 1, "flat")[0],
+        reference.nm_prune(large[0], 3, 450, 1, "flat")[0],
+        "n of m",
+    )
+
+
+def test_every_barrier_and_fence_is_needed():
+    """Leaves out one after the other; some schedule must notice each."""
+    _work(0, -1)
+    library = cuda_emulator.library(small=True)
+    names = [library.emulator_site_name(i).decode() for i in range(library.emulator_sites())]
+    own = [i for i, name in enumerate(names) if not name.startswith("planted")]
+    assert len(own) >= 15, names
+    unnoticed = []
+    for barrier in own:
+        for seed in range(12):
+            try:
+                _work(seed, barrier)
+            except (RuntimeError, AssertionError):
+                break
+        else:
+            unnoticed.append(names[barrier])
+    assert not unnoticed
