@@ -114,16 +114,17 @@ def random_shapes(count: int, largest: int, per_call: int = 10) -> tuple[Case, .
 
 
 def drifting(steps: int, seed: int = 0):
-    """A life of a layer pair: (update, k, shrink) per step, with jumps in learning rate and k.
+    """A life of two layers: (updates, k, shrink) per step, with jumps in learning rate and k.
 
-    Updates are Adam-like, of unit scale times a rate that decays, jumps by 100 and falls back, so
-    that thresholds wander, jump up and jump down.
+    Updates are Adam-like, of unit scale times a rate that decays, jumps by 100 and falls back five
+    times, so that thresholds wander, jump up and jump down; the ratio changes seven times.
     """
     source = torch.Generator().manual_seed(seed)
     shapes = ((24, 16, 3, 3), (130,))
     for step in range(steps):
-        rate = 2e-4 * (100 if step % 211 == 210 else 1) * 0.999**step
-        ratio = (0.9, 0.95, 0.99)[step // 150 % 3]
+        jump = step % (steps // 5) == steps // 5 - 1
+        rate = 2e-4 * (100 if jump else 1) * 0.999**step
+        ratio = (0.9, 0.95, 0.99)[7 * step // steps % 3]
         k = [issp.num_pruned(torch.Size(s).numel(), ratio) for s in shapes]
         yield [torch.randn(s, generator=source) * rate for s in shapes], k, 0.95
 
