@@ -59,6 +59,7 @@ class Group:
         weights = self.parameters()
         self._shapes = [tuple(w.shape) for w in weights]
         self._pointers = _pointers(weights)
+        self._sizes = [(layer.target, w.numel()) for layer, w in zip(layers, weights, strict=True)]
         self.k = [0] * len(weights)
         self.state = ShrinkState(self.views(weights), k=self.k)
         starts, _ = mask_layout(self.state.numels)
@@ -110,16 +111,8 @@ class Group:
             ratio: what the schedule says now.
             final: what it says at the end; a layer's own target is scaled by ratio / final.
         """
-        if self.patterned:
-            # A pattern has no stages in between: it holds as soon as anything is pruned.
-            k = [pattern_count(layer) if ratio > 0 else 0 for layer in self.layers]
-        else:
-            k = [
-                ops.num_pruned(
-                    numel, layer.target if ratio == final else layer.target * (ratio / final)
-                )
-                for layer, numel in zip(self.layers, self.state.numels, strict=True)
-            ]
+        counts = {size: _count(*size, ratio, final) for size in set(self._sizes)}
+        k = [counts[size] for size in self._sizes]
         if k != self.k:
             self.state.set_k(k)
             self.k = k
@@ -309,9 +302,12 @@ class _Moments:
         return [[values[key] for values in self._dicts] for key in self._keys]
 
 
-def pattern_count(layer: Layer) -> int:
-    """How many weights of a layer its N:M pattern prunes."""
-    return layer.weight.numel() // layer.target.of * (layer.target.of - layer.target.n)
+def _count(target: float | Keep, numel: int, ratio: float, final: float) -> int:
+    if isinstance(target, Keep):
+        # A pattern has no stages in between: it holds as soon as anything is pruned.
+        return numel // target.of * (target.of - target.n) if ratio > 0 else 0
+    # Not target * (ratio / final) throughout: its rounding error could cost or add one weight.
+    return ops.num_pruned(numel, ratio if target == final else target * (ratio / final))
 
 
 def _check_pattern(layer: Layer) -> None:
