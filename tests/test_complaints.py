@@ -74,17 +74,26 @@ def unchanged(a, b):
 # 1. Fused-AdamW overflow looks like a step (accelerate#4242)
 
 
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("frozen", [False, True])
-def test_01_overflow_with_fused_adamw_is_no_step(frozen):
-    model = net()
+def test_01_overflow_with_fused_adamw_is_no_step(frozen, device):
+    model = net().to(device)
     opt = torch.optim.AdamW(model.parameters(), 1e-2, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0)
     pruner = attach(model, opt, sparsity=0.9)
 
     def step(seed, overflow):
         opt.zero_grad()
         x = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
-        scaler.scale(model(x).square().mean()).backward()
+        scaler.scale(model(x.to(device)).square().mean()).backward()
         if overflow:
             model[3].weight.grad[0, 0] = math.inf
         scaler.step(opt)
@@ -103,17 +112,19 @@ def test_01_overflow_with_fused_adamw_is_no_step(frozen):
     assert pruner.step_count == 2 and not equal(bits(model.state_dict()), before[0])
 
 
-def test_01_overflow_does_not_bring_freeze_or_schedule_nearer():
-    model = net()
+@pytest.mark.parametrize("device", DEVICES)
+def test_01_overflow_does_not_bring_freeze_or_schedule_nearer(device):
+    model = net().to(device)
+    skipped, taken = torch.ones((), device=device), torch.zeros((), device=device)
     pruner = attach(model, schedule=Cubic(0.0, 0.9, 0, 4), freeze_at=4)
     for t in range(1, 4):
-        pruner.step(found_inf=torch.ones(()))
-        pruner.step(found_inf=torch.zeros(()))
+        pruner.step(found_inf=skipped)
+        pruner.step(found_inf=taken)
         assert pruner.step_count == t and not pruner.frozen
         assert pruner.summary().rows[1].selected == num_pruned(12 * 128, Cubic(0.0, 0.9, 0, 4)(t))
-    pruner.step(found_inf=torch.ones(()))
+    pruner.step(found_inf=skipped)
     assert not pruner.frozen
-    pruner.step(found_inf=torch.zeros(()))
+    pruner.step(found_inf=taken)
     assert pruner.frozen and pruner.step_count == 4
 
 
