@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tables import LAUNCH, TILE, left, locate, mask_start, name_of, pointer, tables
+from .tables import TILE, launch, left, locate, mask_start, name_of, pointer, tables
 
 
 @triton.jit
@@ -41,7 +41,8 @@ def apply_masks_(tensors: list[Tensor], masks: Tensor, *, tile: int = TILE) -> N
     with torch.cuda.device_of(masks):
         for same in by_size.values():
             found = tables(tensors, tile, same)
+            dtype = name_of(tensors[same[0]].dtype)
             apply_masks[(found.tiles.numel(),)](
-                found.rows, found.tiles, masks, DTYPE=name_of(tensors[same[0]].dtype), TILE=tile,
-                **LAUNCH,
+                found.rows, found.tiles, masks, DTYPE=dtype, TILE=tile,
+                **launch(dtype),
             )  # fmt: skip

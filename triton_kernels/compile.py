@@ -26,8 +26,8 @@ from .nm_prune import LAUNCH as SMALL_LAUNCH
 from .nm_prune import TILE as SMALL_TILE
 from .nm_prune import rank_groups, sum_rows
 from .select import radix_pass
-from .soft_shrink import APPLY_REGISTERS, COUNT_REGISTERS, apply, count
-from .tables import LAUNCH, TILE
+from .soft_shrink import AXIS, apply, count
+from .tables import TILE, launch
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _BITS = {"float32": "*i32", "float16": "*i16", "bfloat16": "*i16", "float64": "*i64"}
@@ -43,11 +43,12 @@ _ARGUMENTS = {
 def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     """Kernel, constants and options of what the ops launch for this dtype."""
     tiled = {"DTYPE": dtype, "TILE": TILE}
+    spanned = tiled | {"SPAN": 8}
     if dtype != "float64":
-        yield count, tiled, LAUNCH | {"maxnreg": COUNT_REGISTERS}
-    yield apply, tiled | {"ALIGNED": True}, LAUNCH | {"maxnreg": APPLY_REGISTERS}
-    yield radix_pass, tiled | {"ALIGNED": True}, LAUNCH
-    yield apply_masks, tiled, LAUNCH
+        yield count, spanned | {"AXIS": AXIS}, launch(dtype)
+    yield apply, spanned | {"ALIGNED": True}, launch(dtype)
+    yield radix_pass, spanned | {"ALIGNED": True}, launch(dtype)
+    yield apply_masks, tiled, launch(dtype)
     small = {"DTYPE": dtype, "TILE": SMALL_TILE}
     yield sum_rows, small, SMALL_LAUNCH
     yield rank_groups, small | {"INDEX": tl.int32}, SMALL_LAUNCH

@@ -22,8 +22,8 @@ from torch import Tensor
 from .semantics import key
 from .tables import (
     INTEGER,
-    LAUNCH,
     Tables,
+    launch,
     left,
     load_tile,
     locate,
@@ -135,10 +135,10 @@ def last_to_arrive(counter, programs):
     return last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shift"])
 def radix_pass(
     rows, tiles, k, work, thresholds, flips, scratch, found_inf, shift,
-    DTYPE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One digit of the search, a program per tile; the last program of a tensor picks the digit.
 
@@ -152,26 +152,27 @@ def radix_pass(
     if (count < 0) | (count > n):
         return
     mine = work + t.to(tl.int64) * 264
-    bin = tl.arange(0, 256)
+    each = mine + tl.arange(0, 256)
     local = tl.arange(0, TILE)
     source = pointer(address, DTYPE, ALIGNED)
-    start = index * TILE
-    keys = key(load_tile(source + start, local, left(n, start, TILE), TILE))
+    start = index * (SPAN * TILE)
     prefix = tl.load(mine + 257)
-    high = keys >> shift
-    found = tl.histogram((high & 255).to(tl.int32), 256, mask=(high >> 8) == prefix)
-    tl.atomic_add(mine + bin, found.to(tl.int64), mask=found > 0, sem="relaxed")
+    bins = tl.zeros([256], tl.int32)
+    for at in range(start, tl.minimum(n, start + SPAN * TILE), TILE):
+        high = key(load_tile(source + at, local, left(n, at, TILE), TILE)) >> shift
+        bins += tl.histogram((high & 255).to(tl.int32), 256, mask=(high >> 8) == prefix)
+    tl.atomic_add(each, bins.to(tl.int64), mask=bins > 0, sem="relaxed")
     if last_to_arrive(mine + 256, programs):
         # The first pass finds 0 and starts from k; later passes go on from the rank in the bin.
         left_over = tl.load(mine + 258)
         rank = tl.where(left_over == 0, count, left_over)
-        digit, nth, equal = pick(tl.load(mine + bin, cache_modifier=".cg"), rank)
+        digit, nth, equal = pick(tl.load(each, cache_modifier=".cg"), rank)
         prefix = (prefix << 8) | digit
-        tl.store(mine + bin, tl.zeros([256], tl.int64))
+        tl.store(each, tl.zeros([256], tl.int64))
         tl.store(mine + 257, prefix)
         tl.store(mine + 258, nth)
         if shift == 0:
-            tau = tl.where(count == 0, 0, prefix).to(keys.dtype)
+            tau = tl.where(count == 0, 0, prefix).to(key(tl.load(source)).dtype)
             tl.store(thresholds + t, tau.to(thresholds.dtype.element_ty))
             if scratch is not None:
                 cutoff = n
@@ -194,6 +195,7 @@ def radix_search(
     found: Tables,
     k: Tensor,
     thresholds: Tensor,
+    span: int,
     tile: int,
     flips: Tensor | None = None,
     scratch: Tensor | None = None,
@@ -205,13 +207,14 @@ def radix_search(
         found: the tables of the weights.
         k: [T] int64 on the device.
         thresholds: [T] in the weights' dtype, written.
-        tile: elements per tile of the tables.
+        span, tile: the tables give every program span tiles.
         flips, scratch, found_inf: as in soft_shrink_, whose `apply` follows; else None.
     """
     work = torch.zeros(k.numel() * WORK, dtype=torch.int64, device=k.device)
     bits = thresholds.view(INTEGER[thresholds.dtype])
+    dtype = name_of(thresholds.dtype)
     for shift in range(8 * (thresholds.element_size() - 1), -1, -8):
         radix_pass[(found.tiles.numel(),)](
             found.rows, found.tiles, k, work, bits, flips, scratch, found_inf, shift,
-            DTYPE=name_of(thresholds.dtype), TILE=tile, ALIGNED=found.aligned, **LAUNCH,
+            DTYPE=dtype, SPAN=span, TILE=tile, ALIGNED=found.aligned, **launch(dtype),
         )  # fmt: skip

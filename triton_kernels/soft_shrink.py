@@ -42,9 +42,10 @@ from .select import (
 from .semantics import factor, infinity, key, narrow, selected, shrunk, widen
 from .tables import (
     INTEGER,
-    LAUNCH,
+    RECENT,
     TILE,
     halves,
+    launch,
     left,
     load_tile,
     locate,
@@ -53,14 +54,14 @@ from .tables import (
     overflowed,
     pointer,
     region,
+    spans,
     store_tile,
     tables,
 )
 
-# Three programs of `count` and four of `apply` share an SM, 48 and 64 KB of loads in flight; left
-# alone, the compiler takes 92 and 82 registers, most of them for what is rare, and two fit.
-COUNT_REGISTERS = 80
-APPLY_REGISTERS = 64
+# Along which axis of count's tile a thread counts: the one that Triton gives scattered stores. The
+# other is as correct but passes the tile through shared memory.
+AXIS = 0 if RECENT else 1
 
 
 @triton.jit
@@ -91,9 +92,11 @@ def packing(low, high, tiles):
 
 
 @triton.jit
-def among_candidates(source, n, words, inside, rank, low, high, tiles, TILE: tl.constexpr):
+def among_candidates(
+    source, n, words, inside, rank, low, high, spans, SPAN: tl.constexpr, TILE: tl.constexpr
+):
     """tau and cutoff of the rank-th smallest of the `inside` candidates."""
-    room, drop, width = packing(low, high, tiles)
+    room, drop, width = packing(low, high, spans)
     # Keys that all equal `low` need not be stored: their number alone is what a word would tell.
     value = tl.cast(0, tl.int32)
     nth = rank
@@ -106,8 +109,8 @@ def among_candidates(source, n, words, inside, rank, low, high, tiles, TILE: tl.
         start = tl.cast(0, tl.int64)
         end = n
     else:
-        start = (group << drop) * TILE
-        end = ((group + 1) << drop) * TILE
+        start = (group << drop) * (SPAN * TILE)
+        end = ((group + 1) << drop) * (SPAN * TILE)
     cutoff = end - 1
     if nth < equal:
         cutoff = nth_equal(source, n, start, tau, nth, TILE)
@@ -117,7 +120,7 @@ def among_candidates(source, n, words, inside, rank, low, high, tiles, TILE: tl.
 @triton.jit(do_not_specialize=["shrink_high", "shrink_low"])
 def count(
     rows, tiles, k, thresholds, flips, scratch, found_inf, shrink_high, shrink_low,
-    DTYPE: tl.constexpr, TILE: tl.constexpr,
+    DTYPE: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Launch 1: counts, candidates, and in the last program of a tensor its threshold."""
     if overflowed(found_inf):
@@ -132,26 +135,35 @@ def count(
     source = pointer(address, DTYPE, False)
     low, high = bracket(tl.load(thresholds + t), factor(shrink_high, shrink_low, DTYPE), DTYPE)
     if (low <= high) & (wanted > 0):
-        # [TILE / 256, 256]: a thread owns a column, so that its counts run down its own registers
-        # and only the 256 totals are scanned across threads. Four-byte loads (no alignment told)
-        # keep the layout that the scattered stores need; 16-byte loads would cost three
-        # conversions through shared memory, six times the tile itself.
+        # [TILE / 256, 256], or its transpose: a thread owns a column, so that its counts run down
+        # its own registers and only the 256 totals are scanned across threads. Four-byte loads (no
+        # alignment told) keep the layout that the scattered stores need; 16-byte loads would cost
+        # three conversions through shared memory, six times the tile itself.
         lane = tl.arange(0, 256)
-        local = tl.arange(0, TILE // 256)[:, None] * 256 + lane[None, :]
-        start = index * TILE
-        keys = key(load_tile(source + start, local, left(n, start, TILE), TILE))
-        inside = (keys >= low) & (keys <= high)
-        below = tl.sum(tl.sum((keys < low).to(tl.int32), 0), 0)
-        tl.atomic_add(counters + 1, below.to(tl.int64), sem="relaxed")
-        upto = tl.cumsum(inside.to(tl.int32), 0)
-        mine = tl.sum(inside.to(tl.int32), 0)
-        first = tl.atomic_add(counters + 2, tl.sum(mine, 0).to(tl.int64), sem="relaxed")
-        slot = upto + (tl.cumsum(mine, 0) - mine - 1)[None, :]
-        space = tl.where(low < high, capacity, 0) - first
-        space = tl.maximum(tl.minimum(space, TILE), 0).to(tl.int32)
+        row = tl.arange(0, TILE // 256)
+        local = tl.expand_dims(row * 256, 1 - AXIS) + tl.expand_dims(lane, AXIS)
         room, drop, _ = packing(low, high, programs)
-        word = ((keys - low) << room) | (index >> drop).to(tl.int32)
-        tl.store(words + first + slot, word, mask=inside & (slot < space))
+        number = (index >> drop).to(tl.int32)
+        space = tl.where(low < high, capacity, 0)
+        start = index * (SPAN * TILE)
+        end = tl.minimum(n, start + SPAN * TILE)
+        below = tl.zeros([256], tl.int32)
+        ahead = load_tile(source + start, local, left(end, start, TILE), TILE)
+        for at in range(start, end, TILE):
+            # The next tile is on its way while this one waits for its place in the region.
+            keys = key(ahead)
+            ahead = load_tile(source + at + TILE, local, left(end, at + TILE, TILE), TILE)
+            inside = (keys >= low) & (keys <= high)
+            tally = tl.sum(tl.where(keys < low, 1 << 16, inside.to(tl.int32)), AXIS)
+            below += tally >> 16
+            mine = tally & 0xFFFF
+            upto = tl.cumsum(mine, 0)
+            first = tl.atomic_add(counters + 2, tl.max(upto, 0).to(tl.int64), sem="relaxed")
+            slot = tl.cumsum(inside.to(tl.int32), AXIS) + tl.expand_dims(upto - mine - 1, AXIS)
+            limit = tl.maximum(tl.minimum(space - first, TILE), 0).to(tl.int32)
+            word = ((keys - low) << room) | number
+            tl.store(words + first + slot, word, mask=inside & (slot < limit))
+        tl.atomic_add(counters + 1, tl.sum(below, 0).to(tl.int64), sem="relaxed")
     if last_to_arrive(counters, programs):
         below = tl.load(counters + 1, cache_modifier=".cg")
         inside = tl.load(counters + 2, cache_modifier=".cg")
@@ -164,7 +176,7 @@ def count(
         cutoff = n
         if (rank > 0) & (rank <= inside) & fits:
             tau, cutoff = among_candidates(
-                source, n, words, inside, rank, low, high, programs, TILE
+                source, n, words, inside, rank, low, high, programs, SPAN, TILE
             )
         elif wanted > 0:
             tl.atomic_add(scratch, 1, sem="relaxed")
@@ -173,10 +185,22 @@ def count(
         conclude(rows, t, scratch, flips, tau, cutoff)
 
 
+@triton.jit
+def bit_count(words):
+    """Number of 1 bits of every int32: sums of 2, 4, 8 neighbours, then of the four bytes."""
+    x = words.to(tl.uint32, bitcast=True)
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x += x >> 8
+    x += x >> 16
+    return (x & 0x3F).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["shrink_high", "shrink_low"])
 def apply(
     rows, tiles, k, masks, flips, scratch, found_inf, shrink_high, shrink_low,
-    DTYPE: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Launch 2: shrinks what is selected, writes the mask words that change, counts the flips.
 
@@ -190,30 +214,35 @@ def apply(
         return
     words, _ = region(rows, t, scratch)
     verdict = words.to(tl.pointer_type(tl.int64))
+    tau = tl.load(verdict + 3)
+    tau = tl.where(wanted > 0, tau, -1)
+    last = tl.load(verdict + 4)
+    shrink = factor(shrink_high, shrink_low, DTYPE)
+    source = pointer(address, DTYPE, ALIGNED)
     word = tl.arange(0, TILE // 32)
     bit = tl.arange(0, 32)[None, :]
     local = word[:, None] * 32 + bit
-    start = index * TILE
-    size = left(n, start, TILE)
-    source = pointer(address, DTYPE, ALIGNED) + start
-    bits = load_tile(source, local, size, TILE)
-    keys = key(bits)
-    tau = tl.where(wanted > 0, tl.load(verdict + 3), -1).to(keys.dtype)
-    # Indices are compared within the tile: 32 bits are enough there.
-    cutoff = tl.maximum(tl.minimum(tl.load(verdict + 4) - start, TILE), -1).to(tl.int32)
-    chosen = selected(keys, tau, local, cutoff)
-    new = shrunk(bits, factor(shrink_high, shrink_low, DTYPE), DTYPE)
-    store_tile(source, local, size, tl.where(chosen, new, bits), TILE)
-
-    valid = local < size
-    packed = tl.sum(tl.where(valid & (chosen == 0), 1 << bit, 0), 1)
-    first = index * (TILE // 32)
-    line = masks + mask_start(rows, t) + first + word
-    owned = word < ((n + 511) // 512) * 16 - first  # padding words of the tensor's last line too
-    old = tl.load(line, mask=owned, other=0)
-    was_kept = ((old[:, None] >> bit) & 1) != 0
-    flipped = tl.sum((valid & (was_kept == chosen)).to(tl.int32), 1)
-    tl.store(line, packed, mask=owned & (packed != old))
+    lines = masks + mask_start(rows, t) + word
+    mask_words = (n + 511) // 512 * 16  # with the padding words of the tensor's last line
+    start = index * (SPAN * TILE)
+    flipped = tl.zeros([TILE // 32], tl.int32)
+    for at in range(start, tl.minimum(n, start + SPAN * TILE), TILE):
+        size = left(n, at, TILE)
+        bits = load_tile(source + at, local, size, TILE)
+        owned = word < left(mask_words, at // 32, TILE // 32)
+        old = tl.load(lines + at // 32, mask=owned, other=0)
+        keys = key(bits)
+        # Indices are compared within the tile: 32 bits are enough there.
+        cutoff = tl.maximum(tl.minimum(last - at, TILE), -1).to(tl.int32)
+        chosen = selected(keys, tau.to(keys.dtype), local, cutoff)
+        new = tl.where(chosen, shrunk(bits, shrink, DTYPE), bits)
+        store_tile(source + at, local, size, new, TILE)
+        packed = tl.sum(tl.where((local < size) & (chosen == 0), 1 << bit, 0), 1)
+        # A shift by 32 is undefined, hence the bound 31; a full word is judged by itself.
+        rest = tl.maximum(size - word * 32, 0)
+        within = tl.where(rest >= 32, -1, (1 << tl.minimum(rest, 31)) - 1)
+        flipped += bit_count((packed ^ old) & within)
+        tl.store(lines + at // 32, packed, mask=owned & (packed != old))
     tl.atomic_add(flips + t, tl.sum(flipped, 0).to(tl.int64), sem="relaxed")
 
 
@@ -229,24 +258,27 @@ def soft_shrink_(
     bracket: bool = True,
     *,
     tile: int = TILE,
+    span: int | None = None,
 ) -> None:
     """See `soft_shrink_` in the schemas. The first call of a run is quicker with bracket=False."""
     if scratch.data_ptr() % 8:
         raise ValueError("scratch does not start on 8 bytes: allocate it as a tensor of its own")
     dtype = weights[0].dtype
-    found = tables(weights, tile)
+    span = span or spans(weights, tile)
+    found = tables(weights, tile * span)
     grid = (found.tiles.numel(),)
-    options = {"DTYPE": name_of(dtype), "TILE": tile, **LAUNCH}
+    name = name_of(dtype)
+    options = {"DTYPE": name, "SPAN": span, "TILE": tile, **launch(name)}
     factors = halves(shrink)
     with torch.cuda.device_of(k):
         if bracket and dtype != torch.float64:
             count[grid](
                 found.rows, found.tiles, k, thresholds.view(INTEGER[dtype]), flips, scratch,
-                found_inf, *factors, maxnreg=COUNT_REGISTERS, **options,
+                found_inf, *factors, AXIS=AXIS, **options,
             )  # fmt: skip
         else:
-            radix_search(found, k, thresholds, tile, flips, scratch, found_inf)
+            radix_search(found, k, thresholds, span, tile, flips, scratch, found_inf)
         apply[grid](
             found.rows, found.tiles, k, masks, flips, scratch, found_inf, *factors,
-            ALIGNED=found.aligned, maxnreg=APPLY_REGISTERS, **options,
+            ALIGNED=found.aligned, **options,
         )  # fmt: skip

@@ -20,13 +20,13 @@ from torch import Tensor
 LINE = 16  # words: a tensor's mask and its scratch region start on 64-byte lines
 SCRATCH_HEADER = 64  # words; word 0 counts the searches that the bracket missed
 
-# 4096 weights by 8 warps: 16 weights (two or four 16-byte loads) per thread keep 16 KB in flight a
-# program, four programs fit an SM's registers, and a 60 x 60 layer still fills one tile.
-TILE = 4096
-WARPS = 8
+# 2048 weights by 8 warps: 8 weights per thread fit 64 registers without spills, so that four
+# programs share an SM and keep 32 KB of loads in flight, and a 60 x 60 layer has two tiles. With
+# 4096 the compiler wants 90 to 125 registers, most of them for what is rare, and two programs fit.
+TILE = 2048
 
-# No contraction: a product and a comparison of it must see the same, once rounded, value.
-LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
+# Seen to lay out and to allocate registers differently: 3.6 and 3.9.
+RECENT = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 INTEGER = {
     torch.float32: torch.int32,
@@ -68,12 +68,21 @@ def starts(lengths: Sequence[int], first: int = 0) -> list[int]:
     return found
 
 
+def spans(tensors: Sequence[Tensor], tile: int) -> int:
+    """Consecutive tiles per program: 8 where that leaves 512 programs (four per SM), else 1.
+
+    A program's first load waits for its row of the tables, its last act is an atomic: some 2 us
+    without traffic, which more tiles share. A small model needs every SM more than that.
+    """
+    return 8 if sum(x.numel() for x in tensors) >= 512 * 8 * tile else 1
+
+
 def tables(tensors: Sequence[Tensor], tile: int, keep: Sequence[int] | None = None) -> Tables:
     """The tables of these tensors, from the cache when they lie where they lay before.
 
     Args:
         tensors: all tensors of the call; masks and scratch are laid out over all of them.
-        tile: elements per tile, a power of two and a multiple of 512 (a line of mask words).
+        tile: elements per program, a multiple of 512 (a line of mask words).
         keep: which tensors get tiles (all by default).
     """
     device = tensors[0].device
@@ -119,6 +128,17 @@ def _build(tensors: Sequence[Tensor], numels: list[int], tile: int, order: list[
     )
     aligned = all(tensors[t].data_ptr() % 16 == 0 for t in order)
     return Tables(torch.tensor(rows, dtype=torch.int64).to(device), tiles.to(device), aligned)
+
+
+def launch(dtype: str) -> dict:
+    """Launch options of the kernels with tiles of 2048.
+
+    64 registers (72 where an older compiler would spill), but for float64, whose weights take two
+    each. No contraction: a product and a
+    comparison of it must see the same, once rounded, value.
+    """
+    registers = None if dtype == "float64" else (64 if RECENT else 72)
+    return {"num_warps": 8, "maxnreg": registers, "enable_fp_fusion": False}
 
 
 def name_of(dtype: torch.dtype) -> str:
