@@ -134,8 +134,7 @@ def launch(dtype: str) -> dict:
     """Launch options of the kernels with tiles of 2048.
 
     64 registers (72 where an older compiler would spill), but for float64, whose weights take two
-    each. No contraction: a product and a
-    comparison of it must see the same, once rounded, value.
+    each. No contraction: a product and a comparison of it must see the same, rounded, value.
     """
     registers = None if dtype == "float64" else (64 if RECENT else 72)
     return {"num_warps": 8, "maxnreg": registers, "enable_fp_fusion": False}
