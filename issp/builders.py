@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from issp import checkpoint, data, models
-from issp.config import Config, EvalData, Keep, Scheduler, TrainData
+from issp.config import Config, EvalData, Keep, Scheduler, TrainData, nearest
 
+ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
 Pairs = data.PairedFolder | data.PairedArrays
 
 
@@ -51,6 +52,9 @@ def network(config: Config) -> nn.Module:
         arguments.pop("type")
         arguments.pop("upscale", None)
         model = models.build(kind, config.scale, **arguments)
+    elif kind not in ARCHITECTURES:
+        known = (*models.names(), *ARCHITECTURES)
+        raise ValueError(f"unknown network {kind!r}: {nearest(kind, known)}")
     else:
         arguments.setdefault("upscale", config.scale)
         model = models.from_config(arguments)

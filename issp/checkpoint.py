@@ -181,7 +181,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() and "unsupported" in str(error).lower():
+        if "unsupported global" in str(error).lower():
             raise ValueError(
                 f"{path} holds more than tensors and plain values, which could run code on "
                 "loading: it is refused; save its weights as safetensors"

@@ -226,7 +226,8 @@ class Run:
             summary = self.pruner.summary()
             thresholds = [r.threshold for r in summary.rows]
             row |= {
-                "flips": sum(r.flips for r in summary.rows),
+                # A frozen pruner still reports the flips of its last selection.
+                "flips": sum(r.flips for r in summary.rows) if row["stage"] == "pruning" else 0,
                 "threshold": sum(thresholds) / len(thresholds),
                 "selected": summary.selected / summary.numel,
                 "zeros": summary.zeros / summary.numel,

@@ -1,0 +1,194 @@
+"""The command line: working examples, one-line errors with status 2, Ctrl-C loses nothing."""
+
+import importlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from issp import cli, data, floats, logs
+
+pytest.importorskip("PIL", reason="the commands read and write images")
+pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
+pytest.importorskip("safetensors", reason="models are kept as safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _float_mode_stays(monkeypatch):
+    monkeypatch.setattr(floats, "flush_denormals", lambda: True)
+
+
+def module(name):
+    return importlib.import_module(f"issp.commands.{name.replace('-', '_')}")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    y, x = np.mgrid[:48, :40]
+    for i in range(3):
+        image = np.stack([(np.sin(x / (2 + i)) + np.cos(y / 5)) * 60 + 127] * 3, axis=2)
+        data.write_image(folder / f"p{i}.png", image.astype(np.uint8))
+    return folder
+
+
+def train_arguments(photos, root, iters):
+    return [
+        "train", "--model", "edsr-tiny", "--scale", "2", "--hr", str(photos),
+        "--val", f"mine={photos}", "--sparsity", "0.9", "--iters", str(iters), "--batch", "2",
+        "--patch", "16", "--name", "tiny", "--root", str(root), "--no-tensorboard",
+        "--set", "network_g.num_feat=8", "network_g.num_block=1",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """The folder of a finished run of the command."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(floats, "flush_denormals", lambda: True)
+        patch.setenv("ISSP_CACHE", str(root / "cache"))
+        assert cli.main(train_arguments(photos, root, 8)) == 0
+    return root / "tiny"
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_has_an_example_that_parses(name, capsys):
+    assert cli.main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "example" in text and f"issp {name}" in text
+    parser = cli._command_parser(name, module(name))
+    lines = module(name).EXAMPLE.replace("\n             ", " ").splitlines()
+    for line in lines:
+        words = shlex.split(line)
+        assert words[:2] == ["issp", name]
+        if "--help" not in words:
+            cli._parse(parser, words[2:])
+
+
+def test_the_list_of_commands(capsys):
+    assert cli.main([]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text and module(name).HELP in text for name in cli.COMMANDS)
+
+
+def one_line_error(capsys, argv, *parts):
+    assert cli.main([str(word) for word in argv]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith("issp"), error
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error, error
+
+
+def test_errors_are_one_line_with_status_2(capsys, tmp_path, photos, trained):
+    model = trained / "models" / "net_g_latest.safetensors"
+    one_line_error(capsys, ["trian"], "did you mean train?")
+    one_line_error(capsys, ["train", "--spasity", "0.9"], "did you mean --sparsity?")
+    one_line_error(capsys, ["train", "--scale", "two"], "--scale")
+    one_line_error(capsys, ["train"], "--model, --scale, --iters")
+    one_line_error(capsys, ["train", tmp_path / "none.yml"], "none.yml")
+    tiny = ["train", "--model", "edsr-tini", "--scale", 2, "--iters", 2, "--root", tmp_path / "e"]
+    one_line_error(capsys, tiny, "edsr-tiny")
+    tiny[2] = "edsr-tiny"
+    one_line_error(capsys, [*tiny, "--hr", tmp_path / "nowhere"], "nowhere")
+    one_line_error(capsys, [*tiny, "--set", "trian.lr=1"], "'train'")
+    assert not (tmp_path / "e").exists(), "nothing is written before everything is checked"
+    one_line_error(capsys, ["test", "--model", tmp_path / "m.pth", "--data", photos], "m.pth")
+    one_line_error(capsys, ["plot", tmp_path], "no run")
+
+    (tmp_path / "bad.png").write_bytes((photos / "p0.png").read_bytes()[:200])
+    upscale = ["upscale", tmp_path / "bad.png", "--model", model, "-o", tmp_path / "out"]
+    one_line_error(capsys, upscale, "bad.png")
+    one_line_error(capsys, [*upscale[:-1], photos, "--suffix="], "bad.png")
+    (tmp_path / "cut.safetensors").write_bytes(model.read_bytes()[:500])
+    upscale = ["upscale", photos, "--model", tmp_path / "cut.safetensors", "-o", tmp_path / "out"]
+    one_line_error(capsys, upscale, "cut.safetensors", "damaged or cut short")
+    upscale = ["upscale", photos, "--model", model, "-o", photos, "--suffix="]
+    one_line_error(capsys, upscale, "would be overwritten")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="damaged"):
+        cli.main(
+            ["upscale", str(tmp_path / "bad.png"), "--debug", "--model", str(model), "-o", "x"]
+        )
+
+
+def test_train_test_upscale_plot(trained, photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "cache"))
+    model = str(trained / "models" / "net_g_latest.safetensors")
+    assert logs.read_csv(trained / "log" / "train.csv")[-1]["iteration"] == 8
+
+    saved = tmp_path / "saved"
+    test = ["test", "--model", model, "--data", f"mine={photos}", "--save", str(saved)]
+    assert cli.main([*test, "--per-image"]) == 0
+    text = capsys.readouterr().out
+    assert "| mine/p2 " in text and "| mine " in text and "bicubic" in text
+    kept = 8 * 27 + 3 * 576 + 32 * 72 + 3 * 72 - sum(
+        -(-9 * n // 10) for n in (8 * 27, 576, 576, 576, 32 * 72, 3 * 72)
+    )  # fmt: skip
+    assert f"{kept:,} of" in text
+    assert data.read_image(saved / "mine" / "p1.png").shape == (48, 40, 3)
+
+    out = tmp_path / "big"
+    assert cli.main(["upscale", str(photos), "--model", model, "-o", str(out), "--tile", "32"]) == 0
+    assert data.read_image(out / "p0_x2.png").shape == (96, 80, 3)
+    assert cli.main(["plot", str(trained), "-o", str(tmp_path / "plots")]) == 0
+    for name in ("curves.png", "layers.png"):
+        picture = data.read_image(tmp_path / "plots" / name)
+        assert picture.std() > 5, "the picture is empty"
+
+
+def test_prepare_data(photos, tmp_path, capsys):
+    arguments = ["prepare-data", str(photos), "--out", str(tmp_path / "set"), "--scales", "2", "4"]
+    assert cli.main(arguments) == 0
+    assert "3 images" in capsys.readouterr().out
+    assert data.read_image(tmp_path / "set" / "LR_bicubic" / "X4" / "p0x4.png").shape == (12, 10, 3)
+
+
+def test_info(capsys):
+    assert cli.main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["backends"]["active"]["cpu"] in ("cpp", "reference")
+    assert facts["cpu"]["denormals"] in ("kept", "mixed", "flushed to zero")
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("torch", "active", "threads", "denormals", "gpu"))
+    for problem in facts["backends"]["unused"].values():
+        assert problem in text
+
+
+def test_ctrl_c_saves_and_tells_how_to_go_on(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "cache"))
+    arguments = train_arguments(photos, tmp_path, 100_000)
+    command = [sys.executable, "-m", "issp", *arguments, "--print-freq", "1", "--val-freq", "90000"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    begun = next(line for line in child.stdout if "/100000 " in line)
+    time.sleep(0.1)
+    child.send_signal(signal.SIGINT)
+    output, errors = child.communicate(timeout=60)
+    assert child.returncode == 130, (begun, output, errors)
+    assert errors.count("\n") == 1 and "continue with: issp train " in errors
+    (state,) = (tmp_path / "tiny" / "training_states").iterdir()
+    done = int(state.stem)
+    resume = shlex.split(errors.split("continue with: issp ")[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(logs.Progress, "advance", _stop_after(done + 2))
+        assert cli.main(resume) == 130
+    rows = logs.read_csv(tmp_path / "tiny" / "log" / "train.csv")
+    assert [row["iteration"] for row in rows] == list(range(1, done + 3))
+
+
+def _stop_after(last):
+    def advance(self, iteration):
+        if iteration == last:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return advance

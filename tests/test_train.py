@@ -1,0 +1,267 @@
+"""The driver: two stages, exact sparsity, and a resume that leaves no trace in the bits."""
+
+import copy
+import os
+import signal
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from issp import checkpoint, config, data, floats, logs, num_pruned
+from issp.interrupt import Interrupted
+from issp.train import train
+
+pytest.importorskip("PIL", reason="the training images are files")
+pytest.importorskip("safetensors", reason="models are kept as safetensors")
+
+TOTAL, FREEZE = 12, 6
+
+
+@pytest.fixture(autouse=True)
+def _float_mode_stays(monkeypatch):
+    """Flushing denormals is for good: the worker threads of this process must not inherit it."""
+    monkeypatch.setattr(floats, "flush_denormals", lambda: True)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hr")
+    y, x = np.mgrid[:40, :44]
+    for i in range(4):
+        waves = [np.sin(x / (2 + i + c)) + np.cos(y / (3 + c)) for c in range(3)]
+        image = (np.stack(waves, axis=2) * 60 + 127).astype(np.uint8)
+        data.write_image(folder / f"{i}.png", image)
+    return folder
+
+
+@pytest.fixture
+def tree(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "cache"))
+    return {
+        "name": "run",
+        "scale": 2,
+        "manual_seed": 3,
+        "device": "cpu",
+        "path": {"experiments_root": str(tmp_path / "experiments")},
+        "network_g": {"type": "EDSR", "num_feat": 8, "num_block": 1},
+        "datasets": {
+            "train": {"dataroot_gt": str(photos), "gt_size": 16, "batch_size_per_gpu": 2},
+            "val": {"name": "set", "dataroot_gt": str(photos)},
+        },
+        "train": {
+            "total_iter": TOTAL,
+            "ema_decay": 0.9,
+            "optim_g": {"lr": 1e-3},
+            "scheduler": {"milestones": [2, 4]},
+        },
+        "sparsity": {"ratio": 0.8, "freeze_iter": FREEZE},
+        "val": {"val_freq": 3, "metrics": {"psnr": {"test_y_channel": True}}},
+        "logger": {"print_freq": 2, "save_checkpoint_freq": 100, "use_tb_logger": False},
+    }
+
+
+def run(tree, **changes):
+    """Trains with some keys changed, "a.b" for nested ones; returns the model and the folder."""
+    tree = copy.deepcopy(tree)
+    resume = changes.pop("resume", False)
+    for key, value in changes.items():
+        config.set_key(tree, key.replace("__", "."), value)
+    settings = config.parse(tree)
+    return train(settings, resume=resume, quiet=True), settings.folder
+
+
+def stop_at(monkeypatch, iteration):
+    """The process gets a real SIGINT during that iteration."""
+    advance = logs.Progress.advance
+
+    def advance_and_signal(self, done):
+        advance(self, done)
+        if done == iteration:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(logs.Progress, "advance", advance_and_signal)
+
+
+def log(folder, *columns):
+    rows = logs.read_csv(folder / "log" / "train.csv")
+    return [[row[column] for column in columns] for row in rows]
+
+
+# Timings are the one thing that may differ.
+COLUMNS = [name for name in logs.COLUMNS if name not in ("seconds", "step_share")]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return {}
+
+
+STOPS = [("iss-p", stop) for stop in (1, FREEZE - 1, FREEZE, FREEZE + 1, TOTAL - 1)]
+
+
+@pytest.mark.parametrize("method, stop", [*STOPS, ("iht", FREEZE)])
+def test_interrupted_equals_uninterrupted(tree, monkeypatch, stop, method, reference):
+    if method not in reference:
+        whole, folder = run(tree, name="whole", sparsity__method=method)
+        saved = checkpoint.read_state(folder / "training_states" / f"{TOTAL}.state")
+        reference[method] = whole.state_dict(), log(folder, *COLUMNS), saved
+    weights, rows, saved = reference[method]
+
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        with pytest.raises(Interrupted) as stopped:
+            run(tree, sparsity__method=method)
+    assert stopped.value.iteration == stop and stopped.value.status == 130
+    resumed, folder = run(tree, resume=True, sparsity__method=method)
+
+    for name, value in weights.items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    assert log(folder, *COLUMNS) == rows
+    again = checkpoint.read_state(folder / "training_states" / f"{TOTAL}.state")
+    assert_equal(again, saved)
+
+
+def assert_equal(a, b, path="state"):
+    """Nested plain values and tensors, bitwise; names the first difference."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{path}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and a.shape == b.shape, path
+        assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0)) or a.numel() == 0, path
+    else:
+        assert a == b or (a != a and b != b), path
+
+
+def test_the_result_is_exactly_sparse_and_so_is_its_average(tree):
+    average, folder = run(tree)
+    state = checkpoint.read_state(folder / "training_states" / f"{TOTAL}.state")
+    for name, value in average.state_dict().items():
+        if name.endswith("weight"):
+            zeros = value == 0
+            assert int(zeros.sum()) == num_pruned(value.numel(), 0.8), name
+            assert torch.equal(zeros, state["model"][name] == 0), name
+    latest = checkpoint.load(folder / "models" / "net_g_latest.safetensors")
+    assert all(
+        torch.equal(a, b) for a, b in zip(latest.parameters(), average.parameters(), strict=True)
+    )
+
+
+def test_stages_rates_and_scores_in_the_log(tree):
+    _, folder = run(tree)
+    rows = logs.read_csv(folder / "log" / "train.csv")
+    assert [r["iteration"] for r in rows] == [2, 3, 4, 6, 8, 9, 10, 12]
+    for r in rows:
+        pruning = r["iteration"] <= FREEZE
+        assert r["stage"] == ("pruning" if pruning else "fine-tuning")
+        done = r["iteration"] - FREEZE - 1
+        assert r["lr"] == 1e-3 * 0.5 ** sum(done >= m for m in (2, 4))
+        assert (r["psnr"] is not None) == (r["iteration"] % 3 == 0)
+        assert r["selected"] == pytest.approx(0.8, abs=0.01)
+        # The freeze, at the end of iteration 6, writes the zeros: soft before, hard after.
+        assert (r["zeros"] == r["selected"]) == (r["iteration"] >= FREEZE)
+        assert 0 < r["step_share"] < 1 and r["seconds"] > 0
+        assert r["threshold"] > 0
+    assert len(logs.read_csv(folder / "log" / "layers.csv")) == 5 + 1  # 5 convs and the upsampler
+
+
+def test_the_best_model_is_never_a_soft_one(tree, monkeypatch):
+    from issp import evaluate
+
+    scores = iter([99.0, 98.0, 20.0, 30.0])  # the soft models score best
+
+    def fake(*args, **kwargs):
+        value = next(scores)
+        return [evaluate.Score("x", value, None)]
+
+    monkeypatch.setattr(evaluate, "evaluate", fake)
+    _, folder = run(tree)
+    _, about = checkpoint.read_tensors(folder / "models" / "net_g_best.safetensors")
+    assert (about["psnr"], about["iteration"], about["stage"]) == (30.0, 12, "fine-tuning")
+
+
+def test_dense_training_learns(tree):
+    del tree["sparsity"]
+    model, folder = run(
+        tree, train__total_iter=60, train__ema_decay=0, train__scheduler={}, val__val_freq=60,
+        logger__print_freq=10,
+    )  # fmt: skip
+    losses = [loss for (loss,) in log(folder, "loss")]
+    assert losses[-1] < 0.7 * losses[0]
+    assert checkpoint.sparsity(model)["zeros"] == 0
+    rows = logs.read_csv(folder / "log" / "train.csv")
+    assert {r["stage"] for r in rows} == {"dense"} and rows[0]["flips"] is None
+
+
+def test_an_earlier_run_is_moved_aside_and_states_are_few(tree):
+    small = {"train__total_iter": 6, "logger__save_checkpoint_freq": 2, "val__val_freq": 50}
+    _, folder = run(tree, **small)
+    assert sorted(f.name for f in (folder / "training_states").iterdir()) == ["4.state", "6.state"]
+    assert (folder / "models" / "net_g_2.safetensors").is_file()
+    assert (folder / "config.yml").is_file() and (folder / "log" / "environment.json").is_file()
+    run(tree, **small)
+    archived = [f for f in folder.parent.iterdir() if f.name.startswith("run_archived_")]
+    assert len(archived) == 1 and (archived[0] / "models" / "net_g_2.safetensors").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tree):
+    with pytest.raises(RuntimeError, match="learning rate"):
+        run(tree, train__optim_g={"lr": 1e30}, val__val_freq=50)
+
+
+def test_a_damaged_or_foreign_state_is_named(tree):
+    _, folder = run(tree, train__total_iter=7)
+    state = folder / "training_states" / "7.state"
+    with pytest.raises(ValueError, match=r"cannot resume from .*7\.state"):
+        run(tree, resume=True, network_g={"type": "EDSR", "num_feat": 12, "num_block": 1})
+    with pytest.raises(ValueError, match=r"7\.state: .*`pruner`"):
+        dense = {k: v for k, v in tree.items() if k != "sparsity"}
+        run(dense, resume=True)
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"7\.state is damaged or cut short"):
+        run(tree, resume=True)
+    state.unlink()
+    with pytest.raises(FileNotFoundError, match="without --resume"):
+        run(tree, resume=True)
+
+
+def test_csv_rows_after_the_resumed_iteration_are_dropped(tmp_path):
+    file = tmp_path / "a.csv"
+    table = logs.CsvLog(file, ("iteration", "loss"))
+    for i in (1, 2, 3):
+        table.add({"iteration": i, "loss": 0.1 * i})
+    file.write_text(file.read_text() + "4")  # a crash in the middle of a row
+    logs.CsvLog(file, ("iteration", "loss"), upto=2).add({"iteration": 3})
+    rows = logs.read_csv(file)
+    assert rows == [
+        {"iteration": 1, "loss": 0.1},
+        {"iteration": 2, "loss": 0.2},
+        {"iteration": 3, "loss": None},
+    ]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_denormals_are_flushed_in_all_threads_if_set_early(threads, monkeypatch, late):
+    monkeypatch.undo()  # the real one, inside a thread that ends with its own workers
+    threads(2)
+    assert torch.tensor(1e-30) * 1e-10 != 0, "import issp must leave the float mode alone"
+    seen = []
+
+    def work():
+        if late:
+            seen.append(floats.mode())
+        seen.append(floats.flush_denormals())
+        seen.append(floats.mode())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == (["kept", False, "mixed"] if late else [True, "flushed to zero"])
+    assert torch.tensor(1e-30) * 1e-10 != 0
