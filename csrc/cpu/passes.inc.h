@@ -62,9 +62,10 @@ template <typename T>
 ISSP_TARGET void histogram(const typename T::Bits* w, int64_t numel, Key<T> lo, Key<T> hi,
                            int shift, int64_t* bins) {
   int64_t odd[kBins] = {};
+  int64_t* const tables[2] = {bins, odd};
   for (int64_t i = 0; i < numel; ++i) {
     const Key<T> k = key<T>(w[i]);
-    if (k >= lo && k <= hi) ++(i & 1 ? odd : bins)[(k - lo) >> shift];
+    if (k >= lo && k <= hi) ++tables[i & 1][(k - lo) >> shift];
   }
   for (int b = 0; b < kBins; ++b) bins[b] += odd[b];
 }
