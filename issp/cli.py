@@ -91,7 +91,7 @@ def _top_parser() -> argparse.ArgumentParser:
         usage="issp COMMAND [OPTIONS]",
         allow_abbrev=False,
     )
-    from issp.info import version
+    from issp.about import version
 
     parser.add_argument("--version", action="version", version=f"issp {version()}")
     return parser

@@ -145,6 +145,10 @@ class Meter:
         self._timed = 0
         self._start = time.perf_counter()
 
+    def begin(self) -> None:
+        """Starts the clock anew: what came before was preparation."""
+        self._start = time.perf_counter()
+
     def add(self, loss: torch.Tensor) -> None:
         """Counts one iteration."""
         self._loss += loss.detach()
@@ -230,6 +234,7 @@ class Progress:
     def __init__(self, total: int, done: int = 0, quiet: bool = False):
         self.total, self.done, self.first, self.quiet = total, done, done, quiet
         self._start = time.perf_counter()
+        self._psnr: float | None = None
         self._bar = None if quiet or not sys.stdout.isatty() else _rich_bar(total, done)
 
     def say(self, line: str) -> None:
@@ -237,7 +242,7 @@ class Progress:
         if self.quiet:
             return
         if self._bar:
-            self._bar.console.print(line, highlight=False, markup=False)
+            self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
         else:
             print(line, flush=True)
 
@@ -249,12 +254,14 @@ class Progress:
 
     def report(self, row: dict[str, Any]) -> None:
         """Shows a row of the log."""
-        text = describe(row)
         if self._bar:
-            self._bar.update(0, facts=text)
+            # The bar shows the latest score all the time, and has to fit into 80 columns.
+            self._psnr = row.get("psnr") or self._psnr
+            self._bar.update(0, facts=brief({**row, "psnr": self._psnr}))
         else:
             width = len(str(self.total))
-            self.say(f"{row['iteration']:{width}d}/{self.total}  {text}  ETA {self._eta()}")
+            text = f"{describe(row)}  ETA {self._eta()}"
+            self.say(f"{row['iteration']:{width}d}/{self.total}  {text}")
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
@@ -279,6 +286,17 @@ def describe(row: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def brief(row: dict[str, Any]) -> str:
+    """The same in some forty characters."""
+    parts = [f"loss {row['loss']:.4f}"]
+    if row.get("psnr") is not None:
+        parts.append(f"{row['psnr']:.2f} dB")
+    if row.get("selected") is not None:
+        parts.append(f"{100 * row['selected']:.1f} %")
+        parts.append(f"{row['flips']} flips" if row["stage"] == "pruning" else "frozen")
+    return " ".join(parts)
+
+
 def _rich_bar(total: int, done: int) -> Any:
     try:
         from rich.progress import (
@@ -294,7 +312,7 @@ def _rich_bar(total: int, done: int) -> Any:
         return None
     bar = Bar(
         MofNCompleteColumn(),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         TimeRemainingColumn(),
         TextColumn("{task.fields[facts]}", markup=False),
     )

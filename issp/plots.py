@@ -153,11 +153,11 @@ def busiest(image: np.ndarray, size: int, multiple: int, border: int = 0) -> tup
 
 def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> None:
     scored = [row for row in rows if row.get("psnr") is not None]
-    soft = [row for row in scored if row["stage"] == "pruning"]
-    hard = [row for row in scored if row["stage"] != "pruning"]
+    soft = [row for row in scored if (row["zeros"] or 0) < (row["selected"] or 0)]
+    hard = [row for row in scored if row not in soft]
     for part, label, style in (
         (soft, "soft model: selected weights shrunk, not yet zero", {"markerfacecolor": "white"}),
-        (hard, "final form: what is saved is what is scored", {}),
+        (hard, "sparse model" if soft else "model", {}),
     ):
         if part:
             x, y = [r["iteration"] for r in part], [r["psnr"] for r in part]
@@ -169,6 +169,9 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
         axis.text(0.5, 0.5, "no validation", transform=axis.transAxes, ha="center", color=_GREY)
     elif soft or bicubic is not None:
         axis.legend(fontsize=8, frameon=False, loc="lower right")
+    # The first iterations, far below the rest, would flatten everything of interest.
+    top = max([row["psnr"] for row in scored] + ([bicubic] if bicubic else []), default=0)
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], top - 4))
     axis.set_ylabel("PSNR (dB)")
 
 

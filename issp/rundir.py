@@ -79,7 +79,7 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """What `issp info` tells, the command line, and the git revision of the working folder."""
-    from issp.info import info
+    from issp.about import info
 
     return {"command": sys.argv, "git": git_revision(), **info()}
 

@@ -72,6 +72,7 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
         screen.say("denormal numbers are not flushed to zero in all threads: steps may be slower")
 
     total = config.train.total_iter
+    meter.begin()
     with StopRequest() as stop:
         for iteration in range(start + 1, total + 1):
             for group in optimizer.param_groups:
@@ -239,8 +240,8 @@ class Run:
     def validate(self, iteration: int) -> float:
         """Scores every validation set; returns the PSNR of the first.
 
-        While pruning, the scored model is the soft one, whose unimportant weights are not yet zero:
-        it competes for nothing. The best model is tracked among honest ones only.
+        Before the freeze the scored model is the soft one, whose unimportant weights are not yet
+        zero: it competes for nothing. The best model is sought among honest ones only.
         """
         means = []
         for name, dataset in self.validation.items():
@@ -250,7 +251,8 @@ class Run:
             self.scores.add(row | {"psnr": result.psnr, "ssim": result.ssim})
             scalars = {"iteration": iteration, "psnr": result.psnr, "ssim": result.ssim}
             self.board.add(scalars, prefix=f"{name}/")
-        if self.stage(iteration) != "pruning" and means[0] > self.best.psnr:
+        honest = self.pruner is None or self.pruner.frozen
+        if honest and means[0] > self.best.psnr:
             self.best = Best(means[0], iteration)
             self._save_model("best", iteration, psnr=means[0])
         return means[0]
