@@ -60,7 +60,7 @@ class ShrinkState:
         self.set_k(k)
         self.thresholds = torch.full_like(self.k, float("nan"), dtype=first.dtype)
         self.flips = torch.zeros_like(self.k)
-        self.packed = self._pack([torch.ones(n, dtype=torch.bool) for n in self.numels])
+        self.packed = _all_kept(self.numels).to(first.device)
         self.scratch = torch.zeros(
             scratch_words(self.numels), dtype=torch.int32, device=first.device
         )
@@ -115,6 +115,18 @@ class ShrinkState:
         checks.ranks(saved["k"].tolist(), self.numels, "weights")
         for name in _SAVED:
             getattr(self, name).copy_(saved[name])
+
+
+def _all_kept(numels: Sequence[int]) -> Tensor:
+    """Packed masks that keep everything, without a byte per weight in between."""
+    starts, total = mask_layout(numels)
+    packed = torch.zeros(total, dtype=torch.int32)
+    for start, numel in zip(starts, numels, strict=True):
+        full, rest = divmod(numel, 32)
+        packed[start : start + full] = -1
+        if rest:
+            packed[start + full] = (1 << rest) - 1
+    return packed
 
 
 _SAVED = ("k", "thresholds", "flips", "packed")

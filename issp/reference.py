@@ -61,19 +61,16 @@ def shrunk(w: Tensor, shrink: float) -> Tensor:
 
 def pack(kept: Tensor) -> Tensor:
     """Packs a flat bool tensor into int32 words, lowest element in the lowest bit."""
-    words = mask_words(kept.numel())
-    bits = torch.zeros(words * 32, dtype=torch.int64, device=kept.device)
+    bits = torch.zeros(mask_words(kept.numel()) * 32, dtype=torch.uint8, device=kept.device)
     bits[: kept.numel()] = kept
-    weights = torch.ones(32, dtype=torch.int64, device=kept.device) << torch.arange(
-        32, device=kept.device
-    )
-    packed = (bits.view(words, 32) * weights).sum(1)
-    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+    places = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    return (bits.view(-1, 8) << places).sum(1, dtype=torch.uint8).view(torch.int32)
 
 
 def unpack(words: Tensor, numel: int) -> Tensor:
     """The inverse of `pack`: flat bool tensor, True = kept."""
-    bits = words[:, None] >> torch.arange(32, dtype=torch.int32, device=words.device)
+    places = torch.arange(8, dtype=torch.uint8, device=words.device)
+    bits = words.view(torch.uint8)[:, None] >> places
     return (bits & 1).bool().flatten()[:numel]
 
 
