@@ -24,7 +24,7 @@ _LAZY = {
     "Linear": "issp.schedules",
     "save": "issp.checkpoint",
     "load": "issp.checkpoint",
-    "info": "issp.info",
+    "info": "issp.about",
 }
 _MODULES = ("data", "metrics", "models")
 
