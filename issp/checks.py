@@ -72,7 +72,9 @@ def _shrink(shrink: float) -> None:
         raise ValueError(f"shrink is {shrink}: it must lie in 0..1 (0 is hard thresholding)")
 
 
-def soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True):
+def soft_shrink(
+    weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True
+):
     """Checks of `soft_shrink_`; `bracket` needs none."""
     tensors(weights, "weights")
     _shrink(shrink)
