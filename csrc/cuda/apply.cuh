@@ -49,8 +49,8 @@ struct Target {
   typename T::Wide shrink;
 };
 
-// Shrinks the selected weights of the tile in `bits`; returns the word of the packed mask that this
-// lane answers for: lane r of a warp has the word of row r. `rank`: equal elements before the warp.
+// Shrinks the selected weights of the tile in `bits`; returns which elements were selected in the
+// row that this lane answers for: lane r has row r. `rank`: equal elements before the warp.
 template <typename T>
 ISSP_DEVICE uint32_t shrink_rows(const typename T::Bits (&bits)[kRows], const Target<T>& to,
                                  const Verdict<Key<T>>& verdict, uint32_t rank) {
@@ -68,26 +68,27 @@ ISSP_DEVICE uint32_t shrink_rows(const typename T::Bits (&bits)[kRows], const Ta
     }
     const bool inside = start + 32 * row < to.numel;
     const bool chosen = inside && selected(magnitude, verdict.tau, before, verdict.ties);
-    const uint32_t kept = ballot(inside && !chosen);
-    if (kept != ballot(inside) && inside) {
+    const uint32_t gone = ballot(chosen);
+    if (gone && inside) {  // whole rows: a sector in part costs as much as a sector
       store(to.data + start + 32 * row, chosen ? shrunk<T>(bits[row], to.shrink) : bits[row]);
     }
-    if (lane() == row) mine = kept;
+    if (lane() == row) mine = gone;
   }
   return mine;
 }
 
 // Writes this lane's mask word and returns how many of its valid bits changed.
 template <typename T>
-ISSP_DEVICE uint32_t refresh_mask(const Target<T>& to, uint32_t kept) {
+ISSP_DEVICE uint32_t refresh_mask(const Target<T>& to, uint32_t gone) {
   const uint32_t first = to.tile * kTile + warp() * kWarpTile + 32 * lane();
   const uint32_t end = (to.numel + 511u) / 512u * 512u;  // of the last line, padding included
   if (lane() >= kRows || first >= end) return 0;
   uint32_t* word = to.mask + first / 32;
+  const uint32_t valid = valid_bits(first, to.numel), kept = valid & ~gone;
   const uint32_t old = load(word);
   if (old == kept) return 0;
   store(word, kept);
-  return popcount((old ^ kept) & valid_bits(first, to.numel));
+  return popcount((old ^ kept) & valid);
 }
 
 // Returns the flips of the whole tile in thread 0. `rank`: equal elements before the tile.

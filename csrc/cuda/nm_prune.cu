@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> nm_prune_cuda(Tensor weight, int64_t n, int64_t m, in
   }
   with_dtype(weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    nm_prune<T>(static_cast<const typename T::Bits*>(weight.const_data_ptr()), groups, shrink,
+    nm_prune<T>(pointer<const typename T::Bits>(weight), groups, shrink,
                 pointer<typename T::Bits>(pruned), pointer<uint32_t>(mask),
                 cuts ? pointer<uint32_t>(*cuts) : nullptr, current_stream(weight));
   });

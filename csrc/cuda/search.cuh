@@ -2,12 +2,12 @@
 // soft_shrink_: 3 more reads for float32 (11 bits each; the sign is free), 4 when ties must be
 // ranked across tiles. The host launches nothing for it and never learns of it.
 //
-// Work is claimed in ticket order: pass 0 of all tiles, pass 1 of all tiles, ..., ties, apply. A
-// block waits only for work of earlier tickets, which blocks that already run have claimed, so
-// there is no deadlock whatever number of blocks is resident, and no cooperative launch is needed.
-// All tiles of the model stand between a tile's pass and its next one, so waits are rare except in
-// a model of one tensor. A tensor too small to hold the bins in its scratch is searched by the block
-// that claims its first tile.
+// Work is claimed in ticket order: pass 0 of all tiles, pass 1 of all tiles, ..., ties; then every
+// block applies its own tile, as always. A block waits only for work of earlier tickets, which blocks
+// that already run have claimed, so there is no deadlock whatever number of blocks is resident, and
+// no cooperative launch is needed. All tiles of the model stand between a tile's pass and its next
+// one, so waits are rare except in a model of one tensor. A tensor too small to hold the bins in its
+// scratch is searched by the block that claims its first tile.
 #pragma once
 
 #include "job.cuh"
@@ -128,24 +128,19 @@ ISSP_DEVICE void tie_pass(const Job<T>& job, const typename T::Bits (&bits)[kRow
   }
 }
 
+// One tile's share of one phase.
 template <typename T>
-ISSP_DEVICE void search_or_apply(const Job<T>& job, const Call<T>& call, uint32_t phase,
-                                 Shared shared) {
-  const bool searching = load(job.header + kState) == kSearching;
-  const bool apply = phase == kPasses<T> + 1;
-  typename T::Bits bits[kRows];
-  if (!searching) {
-    if (!apply) return;
-  } else if (!apply && !job.has_bins()) {
+ISSP_DEVICE void search_tile(const Job<T>& job, const Call<T>& call, uint32_t phase,
+                             Shared shared) {
+  if (load(job.header + kState) != kSearching) return;
+  if (!job.has_bins()) {
     if (phase == 0 && job.tile == 0) search_alone(job, call, shared);
     return;
-  } else if (wait_for_phase(job, phase, shared) > phase) {
-    return;  // no ties to rank
   }
+  if (wait_for_phase(job, phase, shared) > phase) return;  // no ties to rank
+  typename T::Bits bits[kRows];
   load_tile<T>(bits, job.data, job.tile, job.numel);
-  if (apply) {
-    apply_job(job, call, load_verdict(job), bits, shared);
-  } else if (phase == kPasses<T>) {
+  if (phase == kPasses<T>) {
     tie_pass(job, bits, shared);
   } else {
     count_pass(job, call, bits, phase, shared);
@@ -154,27 +149,43 @@ ISSP_DEVICE void search_or_apply(const Job<T>& job, const Call<T>& call, uint32_
 
 // Every block works through tickets until none is left.
 template <typename T, typename Table>
-ISSP_DEVICE void search_and_apply(const Table& table, const Call<T>& call, Shared shared) {
-  const uint32_t tickets = table.tiles * (kPasses<T> + 2);
-  uint32_t* counter = call.scratch + kTicket;
+ISSP_DEVICE void search_missed(const Table& table, const Call<T>& call, Shared shared) {
+  const uint32_t tickets = table.tiles * (kPasses<T> + 1);
   barrier();  // no claim before the whole block has read kMissed, which the last claim resets
   if (thread() == 0) fence();
   while (true) {
-    const uint32_t ticket = broadcast_block(thread() == 0 ? add(counter, 1u) : 0, shared);
+    const uint32_t claimed = thread() == 0 ? add(call.scratch + kTicket, 1u) : 0;
+    const uint32_t ticket = broadcast_block(claimed, shared);
     if (ticket >= tickets) {
       if (ticket == tickets + blocks() - 1 && thread() == 0) {  // nobody will claim after this
         fence();
-        store(counter, 0u);
+        store(call.scratch + kTicket, 0u);
         store(call.scratch + kMissed, 0u);
       }
       return;
     }
-    const uint32_t phase = ticket / table.tiles, tile = ticket % table.tiles;
-    const Job<T> job(table, call, tile);
+    const Job<T> job(table, call, ticket % table.tiles);
     if (job.tiles > 1 && in_range(load(call.k + job.tensor), job.numel)) {
-      search_or_apply(job, call, phase, shared);
+      search_tile(job, call, ticket / table.tiles, shared);
     }
   }
+}
+
+// In reverse, since the tiles that the count read last are still in the L2 cache.
+template <typename Table>
+ISSP_DEVICE uint32_t tile_to_apply(const Table& table) {
+  return table.tiles - 1 - block();
+}
+
+template <typename T, typename Table>
+ISSP_DEVICE void search_and_apply(const Table& table, const Call<T>& call, Shared shared) {
+  search_missed(table, call, shared);
+  const Job<T> job(table, call, tile_to_apply(table));
+  if (job.tiles == 1 || !in_range(load(call.k + job.tensor), job.numel)) return;
+  if (load(job.header + kState) == kSearching) wait_for_phase(job, kPasses<T> + 1, shared);
+  typename T::Bits bits[kRows];
+  load_tile<T>(bits, job.data, job.tile, job.numel);
+  apply_job(job, call, load_verdict(job), bits, shared);
 }
 
 }  // namespace issp

@@ -207,14 +207,14 @@ template <typename T, int Capacity>
 ISSP_KERNEL(kThreads, kBlocksPerSm<T>)
 apply_kernel(const ISSP_PARAM Table<Capacity> table, const ISSP_PARAM Call<T> call) {
   const Shared shared = shared_memory();
-  const Job<T> job(table, call, table.tiles - 1 - block());
+  const Job<T> job(table, call, tile_to_apply(table));
   typename T::Bits bits[kRows];
-  load_tile<T, true>(bits, job.data, job.tile, job.numel);
+  load_tile<T>(bits, job.data, job.tile, job.numel);
   const Verdict<Key<T>> verdict = load_verdict<true>(job);
   const int64_t k = load(call.k + job.tensor);
   const bool missed = load(call.scratch + kMissed) != 0;
   if (stopped(call)) return;
-  if (missed) {  // then other blocks write both while this one starts: neither is used
+  if (missed) {  // the verdict just read may be half written, and is not used
     search_and_apply<T>(table, call, shared);
   } else if (job.tiles > 1 && in_range(k, job.numel)) {
     apply_job(job, call, verdict, bits, shared);

@@ -1,14 +1,15 @@
 // A tile: the piece of a tensor that one block holds in registers.
 //
-// Shape: 8 warps x 32 rows x 32 lanes = 8192 elements. A warp reads 32 consecutive elements per row,
+// Shape: 16 warps x 16 rows x 32 lanes = 8192 elements. A warp reads 32 consecutive elements per row,
 // so that a ballot is a word of the packed mask as it stands, ranks of ties are popcounts, and any
-// element-aligned pointer will do. 32 independent loads per thread are in flight: 32 KB per block
-// and 128 KB per SM at four blocks, five times what the latency of HBM asks for (Little: about
-// 25 KB per SM at 4.3 TB/s and 700 ns); 64 registers a thread (32 of them the tile) give those four
-// blocks. A larger tile leaves SMs idle on small models (SwinIR-light: 0.88 M weights), a smaller
-// one pays the two barriers and two atomics of a tile more often.
-// 16-bit types use the same shape with half the bytes; float64 needs 64 registers for the tile and
-// runs at two blocks per SM.
+// element-aligned pointer will do. Every thread has 16 independent loads in flight: 32 KB per block
+// of float32 and 64 KB per SM at two blocks, twice what the latency of HBM asks for (Little: about
+// 25 KB per SM at 4.3 TB/s and 700 ns). Two blocks of 512 threads leave 64 registers a thread, 16 of
+// them the tile; ptxas takes 63 or 64 and spills nothing, on sm_80 to sm_120. 256 threads with 32
+// rows, tried first, spilled. A larger tile leaves SMs idle on small models (SwinIR-light: 0.88 M
+// weights for 132 SMs), a smaller one pays a tile's barriers and two atomics more often.
+// 16-bit types use the same shape with half the bytes; float64 takes 128 registers and one block per
+// SM. Nothing here depends on a capacity that GPUs differ in: 8.3 KB of shared memory a block.
 #pragma once
 
 #include "device.cuh"
@@ -38,19 +39,14 @@ ISSP_DEVICE uint32_t column(uint32_t tile) { return tile * kTile + warp() * kWar
 
 // Elements behind the end read as the largest key; being last in index order too, they are never
 // among the k <= numel selected, so the counts need no bounds.
-// kEarly: see load_early.
-template <typename T, bool kEarly = false>
+template <typename T>
 ISSP_DEVICE void load_tile(typename T::Bits (&bits)[kRows], const typename T::Bits* data,
                            uint32_t tile, uint32_t numel) {
   const uint32_t start = column(tile);
   const typename T::Bits* mine = data + start;
 #pragma unroll
   for (uint32_t row = 0; row < kRows; ++row) {
-    if (start + 32 * row >= numel) {
-      bits[row] = Limits<T>::magnitude;
-    } else {
-      bits[row] = kEarly ? load_early(mine + 32 * row) : load(mine + 32 * row);
-    }
+    bits[row] = start + 32 * row < numel ? load(mine + 32 * row) : Limits<T>::magnitude;
   }
 }
 

@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <type_traits>
+
 #include "checks.h"
 #include "launch.cuh"
 #include "semantics.h"
@@ -22,7 +24,11 @@ inline Stream current_stream(const Tensor& x) {
 
 template <typename Pointed>
 Pointed* pointer(const Tensor& x) {
-  return static_cast<Pointed*>(x.mutable_data_ptr());
+  if constexpr (std::is_const_v<Pointed>) {
+    return static_cast<Pointed*>(x.const_data_ptr());
+  } else {
+    return static_cast<Pointed*>(x.mutable_data_ptr());
+  }
 }
 
 // Calls body(T{}) for the storage type of a checked weight.

@@ -137,6 +137,7 @@ using Kernel = void (*)(uint32_t*, uint32_t);
 const struct {
   const char* name;
   Kernel kernel;
+  uint32_t blocks = 1;
 } kPlanted[] = {
     {"missing barrier", neighbour},
     {"write race", same_word},
@@ -148,9 +149,9 @@ const struct {
     {"different barriers", split_barrier},
     {"early return", early_return},
     {"half a warp", half_a_warp},
-    {"hand-over without a fence", hand_over},
-    {"hand-over without a barrier", hand_over_block},
-    {"last block without a fence", last_block},
+    {"hand-over without a fence", hand_over, 2},
+    {"hand-over without a barrier", hand_over_block, 2},
+    {"last block without a fence", last_block, 2},
     {"global race within a block", within_a_block},
     {"endless wait", endless_wait},
 };
@@ -171,11 +172,7 @@ const char* run_planted(uint32_t i, uint32_t good, uint64_t seed) {
   emulator::options() = {seed, 2, -1};
   emulator::allow(out, 64 * sizeof(uint32_t));
   try {
-    const uint32_t blocks = std::string(kPlanted[i].name).find("hand-over") == 0 ||
-                                    std::string(kPlanted[i].name).find("last block") == 0
-                                ? 2
-                                : 1;
-    launch(kPlanted[i].kernel, blocks, 64, 256 * 4, nullptr, out, good);
+    launch(kPlanted[i].kernel, kPlanted[i].blocks, 64, 256 * 4, nullptr, out, good);
   } catch (const std::exception& error) {
     message = error.what();
   }
