@@ -151,6 +151,24 @@ def test_prepare_data(photos, tmp_path, capsys):
     assert data.read_image(tmp_path / "set" / "LR_bicubic" / "X4" / "p0x4.png").shape == (12, 10, 3)
 
 
+def test_demo(tmp_path, monkeypatch, capsys):
+    y, x = np.mgrid[:120, :130]
+    image = np.stack([np.sin(x * y / 300 + c) * 90 + 128 for c in range(3)], axis=2)
+    photographs = {"a": image.astype(np.uint8), "b": image.astype(np.uint8)[::-1]}
+    monkeypatch.setattr(data, "sample_photographs", lambda split: photographs)
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--iters", "5", "--dense", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")] == [
+        "", "-----------", "bicubic", "ISS-P, 90 %", "dense twin",
+    ]  # fmt: skip
+    assert "195,264 of 195,264" in text and "19,515 of 195,264" in text
+    for name in ("curves.png", "comparison.png"):
+        assert data.read_image(out / name).std() > 5, "the picture is empty"
+    assert cli.main(["demo", "--minutes", "0.001", "--out", str(out)]) == 0  # once more, over it
+    assert (out / "model.safetensors").is_file()
+
+
 def test_info(capsys):
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
