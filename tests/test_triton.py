@@ -23,7 +23,7 @@ from tests.asserts import assert_bitwise_equal
 
 pytest.importorskip("triton")
 import triton_kernels  # noqa: E402
-from triton_kernels import soft_shrink, tables  # noqa: E402
+from triton_kernels import tables  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 512
@@ -84,7 +84,7 @@ def test_sizes_around_a_tile(dtype, span):
 
 def test_the_bracket_holds_while_weights_drift():
     """20 steps: the two cold searches are the only ones that read a whole tensor."""
-    pair = Pair(normal((1900, 700)), [1500, 400])
+    pair = Pair(normal((1000, 400)), [800, 200])
     for _ in range(20):
         pair.step()
         pair.move(1e-5)
@@ -116,8 +116,7 @@ def test_candidates_up_to_the_capacity_of_their_region(excess):
     assert not neighbour.any()
 
 
-@pytest.mark.parametrize("shrink", [0.0, 0.3])
-def test_the_last_tie_lies_in_a_group_of_tiles(shrink):
+def test_the_last_tie_lies_in_a_group_of_tiles():
     """A wide bracket leaves 7 bits of a candidate for 140 tiles: two tiles share a number."""
     n = 140 * TILE
     w = torch.where(torch.rand(n) < 0.5, 0.001, 4.0)
@@ -125,7 +124,7 @@ def test_the_last_tie_lies_in_a_group_of_tiles(shrink):
     w[ties] = torch.where(torch.rand(5000) < 0.5, 1.0, -1.0)
     below = int((w.abs() < 1).sum())
     pair = Pair([w], [below + 2345], thresholds=[1.0])
-    pair.step(shrink)
+    pair.step(shrink=0.3)
     assert pair.missed == 0
 
 
@@ -147,8 +146,12 @@ def test_a_jump_of_k_misses_the_bracket_and_is_exact():
     assert pair.missed == 2
 
 
-def test_none_and_all_selected():
+def test_none_and_all_selected_after_any_mask():
+    """Bits behind a tensor's last element may hold anything before; they are no flips."""
     pair = Pair(normal((700, 700, 1)), [0, 700, 0])
+    before = torch.randint(-(2**31), 2**31 - 1, pair.state.packed.shape, dtype=torch.int32)
+    for state in (pair.state, pair.expected_state):
+        state.packed.copy_(before)
     for _ in range(2):
         pair.step()
         pair.move()
@@ -195,6 +198,7 @@ def test_tensors_that_start_at_any_element():
     for part, w in zip(parts, pair.weights, strict=True):
         part.copy_(w)
     pair.weights = parts
+    assert not tables.tables(parts, TILE).aligned
     for bracket in (True, False):
         pair.step(bracket=bracket)
         pair.move()
@@ -324,8 +328,9 @@ def test_every_kernel_compiles_without_spills(capsys):
     for row in rows:
         assert row["local_bytes"] == 0, f"spills: {row}"
         assert row["ftz"] == row["fma"] == 0, f"not the reference's arithmetic: {row}"
-        # One conversion through shared memory would take the tile's size, 8 KB.
-        assert row["shared_bytes"] <= 1024, f"a tile passes through shared memory: {row}"
+        if row["kernel"] in ("count", "apply", "radix_pass"):
+            # One conversion through shared memory would take the tile's size, 8 KB.
+            assert row["shared_bytes"] <= 1024, f"a tile passes through shared memory: {row}"
         if row["kernel"] in ("apply", "radix_pass"):
             assert row["wide_loads"] > 0, f"narrow loads: {row}"
 
@@ -340,5 +345,5 @@ def test_compiling_under_the_interpreter_is_refused():
 
 
 def test_spans_grow_with_the_model():
-    assert tables.spans([torch.empty(60, 60)], soft_shrink.TILE) == 1
-    assert tables.spans([torch.empty(1, device="meta").expand(2**24)], soft_shrink.TILE) == 8
+    for numels, span in (((3600,), 1), ((2**24, 60), 8)):
+        assert tables._span(numels, tables.TILE) == span

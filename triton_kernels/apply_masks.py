@@ -40,9 +40,9 @@ def apply_masks_(tensors: list[Tensor], masks: Tensor, *, tile: int = TILE) -> N
         by_size.setdefault(x.element_size(), []).append(t)
     with torch.cuda.device_of(masks):
         for same in by_size.values():
-            found = tables(tensors, tile, same)
+            found = tables(tensors, tile, 1, same)
             dtype = name_of(tensors[same[0]].dtype)
-            apply_masks[(found.tiles.numel(),)](
+            apply_masks[found.grid](
                 found.rows, found.tiles, masks, DTYPE=dtype, TILE=tile,
                 **launch(dtype),
             )  # fmt: skip

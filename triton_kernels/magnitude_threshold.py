@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from .select import radix_search
-from .tables import TILE, spans, tables
+from .tables import TILE, tables
 
 
 def magnitude_threshold(weights: list[Tensor], k: list[int], *, tile: int = TILE) -> Tensor:
     """See `magnitude_threshold` in the schemas."""
-    span = spans(weights, tile)
     ranks = torch.tensor(k, dtype=torch.int64).to(weights[0].device)
     found = torch.empty(len(weights), dtype=weights[0].dtype, device=weights[0].device)
     with torch.cuda.device_of(ranks):
-        radix_search(tables(weights, span * tile), ranks, found, span, tile)
+        radix_search(tables(weights, tile), ranks, found, tile)
     return found

@@ -195,7 +195,6 @@ def radix_search(
     found: Tables,
     k: Tensor,
     thresholds: Tensor,
-    span: int,
     tile: int,
     flips: Tensor | None = None,
     scratch: Tensor | None = None,
@@ -207,14 +206,15 @@ def radix_search(
         found: the tables of the weights.
         k: [T] int64 on the device.
         thresholds: [T] in the weights' dtype, written.
-        span, tile: the tables give every program span tiles.
+        tile: elements per tile of the tables.
         flips, scratch, found_inf: as in soft_shrink_, whose `apply` follows; else None.
     """
     work = torch.zeros(k.numel() * WORK, dtype=torch.int64, device=k.device)
     bits = thresholds.view(INTEGER[thresholds.dtype])
     dtype = name_of(thresholds.dtype)
     for shift in range(8 * (thresholds.element_size() - 1), -1, -8):
-        radix_pass[(found.tiles.numel(),)](
+        radix_pass[found.grid](
             found.rows, found.tiles, k, work, bits, flips, scratch, found_inf, shift,
-            DTYPE=dtype, SPAN=span, TILE=tile, ALIGNED=found.aligned, **launch(dtype),
+            DTYPE=dtype, SPAN=found.span, TILE=tile, ALIGNED=found.aligned,
+            **launch(dtype, found.aligned),
         )  # fmt: skip

@@ -54,7 +54,6 @@ from .tables import (
     overflowed,
     pointer,
     region,
-    spans,
     store_tile,
     tables,
 )
@@ -264,21 +263,19 @@ def soft_shrink_(
     if scratch.data_ptr() % 8:
         raise ValueError("scratch does not start on 8 bytes: allocate it as a tensor of its own")
     dtype = weights[0].dtype
-    span = span or spans(weights, tile)
-    found = tables(weights, tile * span)
-    grid = (found.tiles.numel(),)
+    found = tables(weights, tile, span)
     name = name_of(dtype)
-    options = {"DTYPE": name, "SPAN": span, "TILE": tile, **launch(name)}
+    options = {"DTYPE": name, "SPAN": found.span, "TILE": tile, **launch(name, found.aligned)}
     factors = halves(shrink)
     with torch.cuda.device_of(k):
         if bracket and dtype != torch.float64:
-            count[grid](
+            count[found.grid](
                 found.rows, found.tiles, k, thresholds.view(INTEGER[dtype]), flips, scratch,
                 found_inf, *factors, AXIS=AXIS, **options,
             )  # fmt: skip
         else:
-            radix_search(found, k, thresholds, span, tile, flips, scratch, found_inf)
-        apply[grid](
+            radix_search(found, k, thresholds, tile, flips, scratch, found_inf)
+        apply[found.grid](
             found.rows, found.tiles, k, masks, flips, scratch, found_inf, *factors,
             ALIGNED=found.aligned, **options,
         )  # fmt: skip

@@ -1,6 +1,6 @@
 """The whole model in one launch: device tables of pointers and sizes, and tiles of a tensor.
 
-A launch has one program per tile; `tiles` says whose tile it is, `rows` where that tensor lies.
+A launch has one program per span of tiles; `tiles` says whose it is, `rows` where that tensor lies.
 The tables are cached by the tensors' addresses: a repeated call uploads nothing, so that it can be
 captured in a CUDA graph once it has run before.
 """
@@ -39,9 +39,15 @@ INTEGER = {
 class Tables(NamedTuple):
     """What a launch over many tensors reads."""
 
-    rows: Tensor  # int64 [T, 8]: address, elements, first tile, tiles, mask word, region, capacity
-    tiles: Tensor  # int32 [tiles]: the tensor of every tile, largest tensors first
+    rows: Tensor  # int64 [T, 8]: address, elements, first program, programs, mask, region, capacity
+    tiles: Tensor  # int32 [programs]: the tensor of every program, largest tensors first
+    span: int  # consecutive tiles per program
     aligned: bool  # every address is a multiple of 16 bytes
+
+    @property
+    def grid(self) -> tuple[int]:
+        """The launch's grid."""
+        return (self.tiles.numel(),)
 
 
 _cache: OrderedDict[tuple, Tables] = OrderedDict()
@@ -68,75 +74,84 @@ def starts(lengths: Sequence[int], first: int = 0) -> list[int]:
     return found
 
 
-def spans(tensors: Sequence[Tensor], tile: int) -> int:
-    """Consecutive tiles per program: 8 where that leaves 512 programs (four per SM), else 1.
-
-    A program's first load waits for its row of the tables, its last act is an atomic: some 2 us
-    without traffic, which more tiles share. A small model needs every SM more than that.
-    """
-    return 8 if sum(x.numel() for x in tensors) >= 512 * 8 * tile else 1
-
-
-def tables(tensors: Sequence[Tensor], tile: int, keep: Sequence[int] | None = None) -> Tables:
+def tables(
+    tensors: Sequence[Tensor],
+    tile: int,
+    span: int | None = None,
+    keep: Sequence[int] | None = None,
+) -> Tables:
     """The tables of these tensors, from the cache when they lie where they lay before.
 
     Args:
         tensors: all tensors of the call; masks and scratch are laid out over all of them.
-        tile: elements per program, a multiple of 512 (a line of mask words).
-        keep: which tensors get tiles (all by default).
+        tile: elements per tile, a multiple of 512 (a line of mask words).
+        span: consecutive tiles per program (by the size of the model if not given).
+        keep: which tensors get programs (all by default).
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and the tables have to be uploaded first.
     """
-    device = tensors[0].device
-    numels = [x.numel() for x in tensors]
-    keep = range(len(tensors)) if keep is None else keep
-    name = (tile, device, *keep, *(x.data_ptr() for x in tensors), *numels)
+    pointers, numels = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
+    name = (pointers, numels, tile, span, None if keep is None else tuple(keep))
+    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
     found = _captured.get(name) or _cache.get(name)
+    if found is None and capturing:
+        raise RuntimeError("call the op once with these tensors before capturing a CUDA graph")
     if found is None:
-        found = _build(tensors, numels, tile, sorted(keep, key=lambda t: -numels[t]))
+        found = _build(pointers, numels, tile, span or _span(numels, tile), keep)
+        found = found._replace(
+            rows=found.rows.to(tensors[0].device), tiles=found.tiles.to(tensors[0].device)
+        )
         _cache[name] = found
         if len(_cache) > _CACHED:
             _cache.popitem(last=False)
     elif name in _cache:
         _cache.move_to_end(name)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing:
         _captured[name] = found
     return found
 
 
-def _build(tensors: Sequence[Tensor], numels: list[int], tile: int, order: list[int]) -> Tables:
-    # Largest first: what the last tile of a tensor adds at the end is short for the tensors that
-    # finish the launch.
-    device = tensors[0].device
-    counts = [-(-n // tile) for n in numels]
-    first = dict(zip(order, starts([counts[t] for t in order]), strict=True))
+def _span(numels: Sequence[int], tile: int) -> int:
+    # A program's first load waits for its row of the tables, its last act is an atomic: some 2 us
+    # without traffic, which more tiles share. A small model needs every SM more than that: eight
+    # tiles only where they leave 512 programs, about four per SM.
+    return 8 if sum(numels) >= 512 * 8 * tile else 1
+
+
+def _build(
+    pointers: Sequence[int],
+    numels: Sequence[int],
+    tile: int,
+    span: int,
+    keep: Sequence[int] | None,
+) -> Tables:
+    # Largest first: what the last program of a tensor adds at the end (the selection) is short for
+    # the tensors that finish the launch.
+    order = sorted(range(len(numels)) if keep is None else keep, key=lambda t: -numels[t])
+    programs = [-(-n // (tile * span)) for n in numels]
+    first = dict(zip(order, starts([programs[t] for t in order]), strict=True))
     masks = starts([mask_words(n) for n in numels])
     regions = starts([region_words(n) for n in numels], SCRATCH_HEADER)
     rows = [
-        [
-            x.data_ptr(),
-            n,
-            first.get(t, 0),
-            counts[t],
-            masks[t],
-            regions[t],
-            region_words(n) - LINE,
-            0,
-        ]
-        for t, (x, n) in enumerate(zip(tensors, numels, strict=True))
+        [p, n, first.get(t, 0), programs[t], masks[t], regions[t], region_words(n) - LINE, 0]
+        for t, (p, n) in enumerate(zip(pointers, numels, strict=True))
     ]
     tiles = torch.repeat_interleave(
-        torch.tensor(order, dtype=torch.int32), torch.tensor([counts[t] for t in order])
+        torch.tensor(order, dtype=torch.int32), torch.tensor([programs[t] for t in order])
     )
-    aligned = all(tensors[t].data_ptr() % 16 == 0 for t in order)
-    return Tables(torch.tensor(rows, dtype=torch.int64).to(device), tiles.to(device), aligned)
+    aligned = all(pointers[t] % 16 == 0 for t in order)
+    return Tables(torch.tensor(rows, dtype=torch.int64), tiles, span, aligned)
 
 
-def launch(dtype: str) -> dict:
+def launch(dtype: str, aligned: bool = True) -> dict:
     """Launch options of the kernels with tiles of 2048.
 
     64 registers (72 where an older compiler would spill), but for float64, whose weights take two
-    each. No contraction: a product and a comparison of it must see the same, rounded, value.
+    each, and for unaligned tensors, whose layout holds eight mask words in a thread. No
+    contraction: a product and a comparison of it must see the same, rounded, value.
     """
-    registers = None if dtype == "float64" else (64 if RECENT else 72)
+    registers = (64 if RECENT else 72) if aligned and dtype != "float64" else None
     return {"num_warps": 8, "maxnreg": registers, "enable_fp_fusion": False}
 
 
@@ -161,7 +176,7 @@ def overflowed(found_inf):
 
 @triton.jit
 def locate(rows, tiles, program):
-    """The program's tensor, and of that tensor: address, elements, tile index, tiles."""
+    """The program's tensor, and of that tensor: address, elements, program's index, programs."""
     t = tl.load(tiles + program)
     row = rows + t.to(tl.int64) * 8
     return t, tl.load(row), tl.load(row + 1), program - tl.load(row + 2), tl.load(row + 3)
