@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from issp import cli, data, floats, logs
+from issp import cli, data, demo, floats, logs
 
 pytest.importorskip("PIL", reason="the commands read and write images")
 pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
@@ -156,6 +156,8 @@ def test_demo(tmp_path, monkeypatch, capsys):
     image = np.stack([np.sin(x * y / 300 + c) * 90 + 128 for c in range(3)], axis=2)
     photographs = {"a": image.astype(np.uint8), "b": image.astype(np.uint8)[::-1]}
     monkeypatch.setattr(data, "sample_photographs", lambda split: photographs)
+    monkeypatch.setattr(demo, "PATCH", 16)
+    monkeypatch.setattr(demo, "BATCH", 2)
     out = tmp_path / "demo"
     assert cli.main(["demo", "--iters", "5", "--dense", "--out", str(out)]) == 0
     text = capsys.readouterr().out
