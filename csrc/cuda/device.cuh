@@ -12,19 +12,36 @@
 
 #define ISSP_DEVICE __device__ __forceinline__
 #define ISSP_PARAM __grid_constant__
-#define ISSP_KERNEL(threads, blocks_per_sm) __global__ void __launch_bounds__(threads, blocks_per_sm)
+#define ISSP_KERNEL(threads, blocks_per_sm) \
+  __global__ void __launch_bounds__(threads, blocks_per_sm)
 
 namespace issp {
 
-ISSP_DEVICE uint32_t thread() { return threadIdx.x; }
-ISSP_DEVICE uint32_t lane() { return threadIdx.x & 31u; }
-ISSP_DEVICE uint32_t warp() { return threadIdx.x >> 5; }
-ISSP_DEVICE uint32_t block() { return blockIdx.x; }
-ISSP_DEVICE uint32_t blocks() { return gridDim.x; }
+ISSP_DEVICE uint32_t thread() {
+  return threadIdx.x;
+}
+ISSP_DEVICE uint32_t lane() {
+  return threadIdx.x & 31u;
+}
+ISSP_DEVICE uint32_t warp() {
+  return threadIdx.x >> 5;
+}
+ISSP_DEVICE uint32_t block() {
+  return blockIdx.x;
+}
+ISSP_DEVICE uint32_t blocks() {
+  return gridDim.x;
+}
 
-ISSP_DEVICE void barrier() { __syncthreads(); }
-ISSP_DEVICE void fence() { __threadfence(); }
-ISSP_DEVICE uint32_t ballot(bool vote) { return __ballot_sync(0xffffffffu, vote); }
+ISSP_DEVICE void barrier() {
+  __syncthreads();
+}
+ISSP_DEVICE void fence() {
+  __threadfence();
+}
+ISSP_DEVICE uint32_t ballot(bool vote) {
+  return __ballot_sync(0xffffffffu, vote);
+}
 ISSP_DEVICE uint32_t shuffle_up(uint32_t value, uint32_t delta) {
   return __shfl_up_sync(0xffffffffu, value, delta);
 }
@@ -32,12 +49,20 @@ ISSP_DEVICE uint32_t shuffle(uint32_t value, uint32_t from) {
   return __shfl_sync(0xffffffffu, value, from);
 }
 
-ISSP_DEVICE uint32_t popcount(uint32_t x) { return __popc(x); }
-ISSP_DEVICE int bit_length(uint32_t x) { return 32 - __clz(x); }
-ISSP_DEVICE int bit_length(uint64_t x) { return 64 - __clzll(x); }
+ISSP_DEVICE uint32_t popcount(uint32_t x) {
+  return __popc(x);
+}
+ISSP_DEVICE int bit_length(uint32_t x) {
+  return 32 - __clz(x);
+}
+ISSP_DEVICE int bit_length(uint64_t x) {
+  return 64 - __clzll(x);
+}
 
 // A spin loop calls this, so that the block it waits for gets the issue slots.
-ISSP_DEVICE void relax() { __nanosleep(64); }
+ISSP_DEVICE void relax() {
+  __nanosleep(64);
+}
 
 template <typename T>
 ISSP_DEVICE T load(const T* p) {
@@ -54,7 +79,9 @@ ISSP_DEVICE T load_early(const T* p) {
   return *p;
 }
 // For words that another block of the same launch has written: the L1 cache is not coherent.
-ISSP_DEVICE uint32_t load_fresh(const uint32_t* p) { return __ldcg(p); }
+ISSP_DEVICE uint32_t load_fresh(const uint32_t* p) {
+  return __ldcg(p);
+}
 ISSP_DEVICE uint32_t load_acquire(const uint32_t* p) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
@@ -63,7 +90,9 @@ ISSP_DEVICE uint32_t load_acquire(const uint32_t* p) {
 ISSP_DEVICE void store_release(uint32_t* p, uint32_t value) {
   asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
-ISSP_DEVICE uint32_t add(uint32_t* p, uint32_t value) { return atomicAdd(p, value); }
+ISSP_DEVICE uint32_t add(uint32_t* p, uint32_t value) {
+  return atomicAdd(p, value);
+}
 ISSP_DEVICE void add(int64_t* p, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
 }

@@ -75,13 +75,16 @@ struct Job {
   }
 };
 
-// found_inf is the gradient scaler's: an optimizer step that is skipped shrinks nothing (NaN: same).
+// found_inf is the gradient scaler's: an optimizer step that is skipped shrinks nothing (NaN:
+// same).
 template <typename T>
 ISSP_DEVICE bool stopped(const Call<T>& call) {
   return call.found_inf != nullptr && !(load(call.found_inf) == 0.0f);
 }
 
-ISSP_DEVICE bool in_range(int64_t k, uint32_t numel) { return k >= 0 && k <= int64_t(numel); }
+ISSP_DEVICE bool in_range(int64_t k, uint32_t numel) {
+  return k >= 0 && k <= int64_t(numel);
+}
 
 // True in the one block that arrives after all others; it sees what they wrote before arriving.
 // One thread's fences serve the block: they are cumulative over what its barriers have ordered.
@@ -96,8 +99,8 @@ ISSP_DEVICE bool last_to_arrive(uint32_t* counter, uint32_t expected, Shared sha
   return broadcast_block(arrived, shared) == expected;
 }
 
-// The outcome of a tensor's search, for the blocks that will apply it. One thread calls this, before
-// any of those blocks adds its flips.
+// The outcome of a tensor's search, for the blocks that will apply it. One thread calls this,
+// before any of those blocks adds its flips.
 template <typename T>
 ISSP_DEVICE void publish(const Job<T>& job, const Call<T>& call, const Verdict<Key<T>>& verdict) {
   store_pair(job.header + kTau, verdict.tau);

@@ -1,6 +1,6 @@
 // magnitude_threshold: the k-th smallest |w| of every tensor, one block per tensor.
-// For setting up and for reports, not for the training step: 3 reads of a float32 tensor by a single
-// SM, all tensors of the model at once, no scratch memory.
+// For setting up and for reports, not for the training step: 3 reads of a float32 tensor by a
+// single SM, all tensors of the model at once, no scratch memory.
 #pragma once
 
 #include "select.cuh"

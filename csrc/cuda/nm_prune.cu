@@ -12,8 +12,9 @@ Groups groups_of(const Tensor& weight, int64_t n, int64_t m, int64_t v, const st
   const bool flat = layout == "flat";
   const int64_t channels = flat ? weight.numel() : weight.size(1);
   const int64_t rows = flat ? 1 : weight.size(0);
-  return {uint32_t(channels), uint32_t(weight.numel() / rows / channels), uint32_t(m), uint32_t(v),
-          uint32_t(m - n), uint32_t(weight.numel())};
+  return {uint32_t(channels), uint32_t(weight.numel() / rows / channels),
+          uint32_t(m),        uint32_t(v),
+          uint32_t(m - n),    uint32_t(weight.numel())};
 }
 
 std::tuple<Tensor, Tensor> nm_prune_cuda(Tensor weight, int64_t n, int64_t m, int64_t v,

@@ -1,10 +1,10 @@
 // nm_prune: keep n of every m, out of place, with the packed mask.
 //
 // One thread per element in memory order, so that a ballot is a mask word and writes are coalesced.
-// A thread ranks its element among the m of its group: m * v loads, which neighbouring threads share
-// in the L1 cache; nothing is staged, at 2:4 the traffic is one read and one write. Groups of more
-// than kDirect elements are selected by a block each in a launch before, which leaves (tau, cut): an
-// element goes when its score is below tau, or equals tau at a position up to cut.
+// A thread ranks its element among the m of its group: m * v loads, which neighbouring threads
+// share in the L1 cache; nothing is staged, at 2:4 the traffic is one read and one write. Groups of
+// more than kDirect elements are selected by a block each in a launch before, which leaves (tau,
+// cut): an element goes when its score is below tau, or equals tau at a position up to cut.
 #pragma once
 
 #include "launch.cuh"
@@ -50,11 +50,15 @@ ISSP_DEVICE uint32_t first_of(const Groups& groups, uint32_t group) {
   return (top * groups.channels + channel) * groups.positions + position;
 }
 
-ISSP_DEVICE float no_sign(float x) { return bit_as<float>(bit_as<uint32_t>(x) & 0x7fffffffu); }
+ISSP_DEVICE float no_sign(float x) {
+  return bit_as<float>(bit_as<uint32_t>(x) & 0x7fffffffu);
+}
 ISSP_DEVICE double no_sign(double x) {
   return bit_as<double>(bit_as<uint64_t>(x) & 0x7fffffffffffffffull);
 }
-ISSP_DEVICE uint32_t sum_key(float x) { return x != x ? 0x7fffffffu : bit_as<uint32_t>(x); }
+ISSP_DEVICE uint32_t sum_key(float x) {
+  return x != x ? 0x7fffffffu : bit_as<uint32_t>(x);
+}
 ISSP_DEVICE uint64_t sum_key(double x) {
   return x != x ? 0x7fffffffffffffffull : bit_as<uint64_t>(x);
 }
@@ -74,7 +78,8 @@ ISSP_DEVICE Key<T> score(const typename T::Bits* weight, const Groups& groups, u
 }
 
 // Keys of sums are 31 bits wide even for 16-bit weights.
-template <typename T> constexpr int kScoreBits = 8 * int(sizeof(Key<T>)) - 1;
+template <typename T>
+constexpr int kScoreBits = 8 * int(sizeof(Key<T>)) - 1;
 
 template <typename T>
 struct GroupSource {
@@ -95,8 +100,8 @@ ISSP_DEVICE void find_cut(const GroupSource<T>& source, Key<T> tau, uint32_t tie
   uint32_t before = 0;
   for (uint32_t start = 0; before < ties; start += kThreads) {
     const uint32_t i = start + thread();
-    const bool equal = i < source.groups.m &&
-                       score<T>(source.weight, source.groups, source.first, i) == tau;
+    const bool equal =
+        i < source.groups.m && score<T>(source.weight, source.groups, source.first, i) == tau;
     const Scan scan = scan_block(equal, shared);
     if (equal && before + scan.before + 1 == ties) store(cut, i);
     before += scan.total;
@@ -151,9 +156,13 @@ prune_kernel(const typename T::Bits* weight, const ISSP_PARAM Groups groups, con
   store(pruned_weight + i, pruned ? shrunk<T>(bits, shrink) : bits);
 }
 
-inline bool needs_cuts(const Groups& groups) { return groups.m > kDirect && groups.pruned > 0; }
+inline bool needs_cuts(const Groups& groups) {
+  return groups.m > kDirect && groups.pruned > 0;
+}
 
-inline uint32_t group_count(const Groups& groups) { return groups.numel / groups.m / groups.v; }
+inline uint32_t group_count(const Groups& groups) {
+  return groups.numel / groups.m / groups.v;
+}
 
 // cuts: kCutWords words per group when needs_cuts, else null.
 template <typename T>
@@ -165,7 +174,7 @@ void nm_prune(const typename T::Bits* weight, const Groups& groups, double shrin
   }
   const uint32_t elements = uint32_t(mask_words(groups.numel)) * 32;
   launch(prune_kernel<T>, (elements + kThreads - 1) / kThreads, kThreads, 0, stream, weight, groups,
-         cuts, typename T::Wide(shrink), pruned_weight, mask);
+         static_cast<const uint32_t*>(cuts), typename T::Wide(shrink), pruned_weight, mask);
 }
 
 }  // namespace issp

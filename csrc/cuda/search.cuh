@@ -3,11 +3,11 @@
 // ranked across tiles. The host launches nothing for it and never learns of it.
 //
 // Work is claimed in ticket order: pass 0 of all tiles, pass 1 of all tiles, ..., ties; then every
-// block applies its own tile, as always. A block waits only for work of earlier tickets, which blocks
-// that already run have claimed, so there is no deadlock whatever number of blocks is resident, and
-// no cooperative launch is needed. All tiles of the model stand between a tile's pass and its next
-// one, so waits are rare except in a model of one tensor. A tensor too small to hold the bins in its
-// scratch is searched by the block that claims its first tile.
+// block applies its own tile, as always. A block waits only for work of earlier tickets, which
+// blocks that already run have claimed, so there is no deadlock whatever number of blocks is
+// resident, and no cooperative launch is needed. All tiles of the model stand between a tile's pass
+// and its next one, so waits are rare except in a model of one tensor. A tensor too small to hold
+// the bins in its scratch is searched by the block that claims its first tile.
 #pragma once
 
 #include "job.cuh"
@@ -117,8 +117,7 @@ ISSP_DEVICE void count_pass(const Job<T>& job, const Call<T>& call,
 }
 
 template <typename T>
-ISSP_DEVICE void tie_pass(const Job<T>& job, const typename T::Bits (&bits)[kRows],
-                          Shared shared) {
+ISSP_DEVICE void tie_pass(const Job<T>& job, const typename T::Bits (&bits)[kRows], Shared shared) {
   const Key<T> tau = Key<T>(load_pair(job.header + kTau));
   const Scan scan = scan_warps(count_equal_warp<T>(bits, tau), shared);
   if (thread() == 0) store(job.record(job.tile), scan.total);

@@ -129,8 +129,8 @@ struct TileSource {  // the tile in this block's registers
   }
 };
 
-// Calls visit(fetch(i)) for this thread's share of 0..count, kBatch independent loads at a time: one
-// block alone has only its own loads to hide the latency of the L2 cache.
+// Calls visit(fetch(i)) for this thread's share of 0..count, kBatch independent loads at a time:
+// one block alone has only its own loads to hide the latency of the L2 cache.
 template <typename K, typename Fetch, typename Visit>
 ISSP_DEVICE void each_strided(uint32_t count, const Fetch& fetch, const Visit& visit) {
   constexpr uint32_t kBatch = sizeof(K) == 8 ? 8 : 16;
@@ -159,10 +159,12 @@ ISSP_DEVICE uint32_t load_key(const uint32_t* words, uint32_t i, uint32_t) {
   return load_fresh(words + i);
 }
 ISSP_DEVICE uint64_t load_key(const uint32_t* words, uint32_t i, uint64_t) {
-  return load_fresh(words + 2 * uint64_t(i)) |
-         uint64_t(load_fresh(words + 2 * uint64_t(i) + 1)) << 32;
+  return load_fresh(words + 2 * uint64_t(i)) | uint64_t(load_fresh(words + 2 * uint64_t(i) + 1))
+                                                   << 32;
 }
-ISSP_DEVICE void store_key(uint32_t* words, uint32_t i, uint32_t key) { store(words + i, key); }
+ISSP_DEVICE void store_key(uint32_t* words, uint32_t i, uint32_t key) {
+  store(words + i, key);
+}
 ISSP_DEVICE void store_key(uint32_t* words, uint32_t i, uint64_t key) {
   store(words + 2 * uint64_t(i), uint32_t(key));
   store(words + 2 * uint64_t(i) + 1, uint32_t(key >> 32));

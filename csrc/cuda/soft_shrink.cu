@@ -13,14 +13,11 @@ void soft_shrink_cuda(std::vector<Tensor> weights, Tensor k, double shrink, Tens
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   with_dtype(weights[0].scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Call<T> call = {pointer<const int64_t>(k),
-                          pointer<typename T::Bits>(thresholds),
-                          pointer<uint32_t>(masks),
-                          pointer<int64_t>(flips),
-                          pointer<uint32_t>(scratch),
-                          found_inf ? pointer<const float>(*found_inf) : nullptr,
-                          typename T::Wide(shrink),
-                          bracket};
+    const Call<T> call = {
+        pointer<const int64_t>(k),  pointer<typename T::Bits>(thresholds),
+        pointer<uint32_t>(masks),   pointer<int64_t>(flips),
+        pointer<uint32_t>(scratch), found_inf ? pointer<const float>(*found_inf) : nullptr,
+        typename T::Wide(shrink),   bracket};
     soft_shrink<T>(items, call, current_stream(weights[0]));
   });
 }

@@ -11,11 +11,11 @@
 //
 // Traffic: 2 reads and 1 write of the weights (12 bytes per float32 weight, less what L2 holds: 123
 // us for EDSR-L's 43 M weights at 4.3 TB/s), plus 1/8 byte of mask and the candidates, a few per
-// cent of the weights. Nothing is written before a count has been verified, because fl(alpha * w) is
-// many-to-one. Nothing waits on the host: k, thresholds, found_inf are read on the device.
+// cent of the weights. Nothing is written before a count has been verified, because fl(alpha * w)
+// is many-to-one. Nothing waits on the host: k, thresholds, found_inf are read on the device.
 //
-// The next step is one launch that keeps its tiles (1 read, 1 write), and Adam as its prologue; both
-// would replace count_kernel's load_tile and keep everything from Bracket on.
+// The next step is one launch that keeps its tiles (1 read, 1 write), and Adam as its prologue;
+// both would replace count_kernel's load_tile and keep everything from Bracket on.
 #pragma once
 
 #include "search.cuh"

@@ -21,10 +21,10 @@ struct Entry {
   void* data;
   uint32_t numel;
   uint32_t first_tile;
-  uint32_t mask_line;     // in lines of kLineWords words
+  uint32_t mask_line;  // in lines of kLineWords words
   uint32_t scratch_line;
   uint32_t scratch_words;
-  uint32_t extra;         // magnitude_threshold: k; apply_masks_: bytes per element
+  uint32_t extra;  // magnitude_threshold: k; apply_masks_: bytes per element
 };
 static_assert(sizeof(Entry) == 32, "1000 tensors must fit the kernel parameters");
 
@@ -61,7 +61,9 @@ ISSP_DEVICE uint32_t locate(const Table& table, uint32_t tile) {
   return low;
 }
 
-inline uint32_t tiles_of(int64_t numel) { return uint32_t((numel + kTile - 1) / kTile); }
+inline uint32_t tiles_of(int64_t numel) {
+  return uint32_t((numel + kTile - 1) / kTile);
+}
 
 inline void fill(Entry& entry, const Item& item, uint32_t extra, uint32_t first_tile) {
   entry.data = item.data;

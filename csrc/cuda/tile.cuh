@@ -1,15 +1,16 @@
 // A tile: the piece of a tensor that one block holds in registers.
 //
-// Shape: 16 warps x 16 rows x 32 lanes = 8192 elements. A warp reads 32 consecutive elements per row,
-// so that a ballot is a word of the packed mask as it stands, ranks of ties are popcounts, and any
-// element-aligned pointer will do. Every thread has 16 independent loads in flight: 32 KB per block
-// of float32 and 64 KB per SM at two blocks, twice what the latency of HBM asks for (Little: about
-// 25 KB per SM at 4.3 TB/s and 700 ns). Two blocks of 512 threads leave 64 registers a thread, 16 of
-// them the tile; ptxas takes 63 or 64 and spills nothing, on sm_80 to sm_120. 256 threads with 32
-// rows, tried first, spilled. A larger tile leaves SMs idle on small models (SwinIR-light: 0.88 M
-// weights for 132 SMs), a smaller one pays a tile's barriers and two atomics more often.
-// 16-bit types use the same shape with half the bytes; float64 takes 128 registers and one block per
-// SM. Nothing here depends on a capacity that GPUs differ in: 8.3 KB of shared memory a block.
+// Shape: 16 warps x 16 rows x 32 lanes = 8192 elements. A warp reads 32 consecutive elements per
+// row, so that a ballot is a word of the packed mask as it stands, ranks of ties are popcounts, and
+// any element-aligned pointer will do. Every thread has 16 independent loads in flight: 32 KB per
+// block of float32 and 64 KB per SM at two blocks, twice what the latency of HBM asks for (Little:
+// about 25 KB per SM at 4.3 TB/s and 700 ns). Two blocks of 512 threads leave 64 registers a
+// thread, 16 of them the tile; ptxas takes 63 or 64 and spills nothing, on sm_80 to sm_120. 256
+// threads with 32 rows, tried first, spilled. A larger tile leaves SMs idle on small models
+// (SwinIR-light: 0.88 M weights for 132 SMs), a smaller one pays a tile's barriers and two atomics
+// more often. 16-bit types use the same shape with half the bytes; float64 takes 128 registers and
+// one block per SM. Nothing here depends on a capacity that GPUs differ in: 8.3 KB of shared memory
+// a block.
 #pragma once
 
 #include "device.cuh"
@@ -32,10 +33,13 @@ static_assert(kBins % kThreads == 0, "every thread sums the same number of bins"
 template <typename T>
 constexpr int kBlocksPerSm = sizeof(typename T::Bits) == 8 ? 1 : 2;
 
-template <typename T> constexpr int kKeyBits = 8 * int(sizeof(typename T::Bits)) - 1;
+template <typename T>
+constexpr int kKeyBits = 8 * int(sizeof(typename T::Bits)) - 1;
 
 // Where this thread's column of a tile starts.
-ISSP_DEVICE uint32_t column(uint32_t tile) { return tile * kTile + warp() * kWarpTile + lane(); }
+ISSP_DEVICE uint32_t column(uint32_t tile) {
+  return tile * kTile + warp() * kWarpTile + lane();
+}
 
 // Elements behind the end read as the largest key; being last in index order too, they are never
 // among the k <= numel selected, so the counts need no bounds.

@@ -176,8 +176,7 @@ void schedule(uint32_t shared_words) {
         ++finished;
       }
       if (!slot.block && next < order.size()) {
-        slot.block =
-            new_block(order[next++], shared_words, slot.fibers, s * machine.threads);
+        slot.block = new_block(order[next++], shared_words, slot.fibers, s * machine.threads);
       }
     }
     // Blocks seldom end: look for one only after a stretch of switches, or when nothing else runs.
@@ -237,9 +236,15 @@ void share_knowledge(Block& block) {
 
 }  // namespace
 
-Options& options() { return machine.options; }
-uint64_t switch_count() { return machine.switches; }
-int site_count() { return int(machine.sites.size()); }
+Options& options() {
+  return machine.options;
+}
+uint64_t switch_count() {
+  return machine.switches;
+}
+int site_count() {
+  return int(machine.sites.size());
+}
 std::string site_name(int number) {
   const auto& [file, line] = machine.sites.at(size_t(number));
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(line);
@@ -277,9 +282,15 @@ void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
   schedule((shared_bytes + 3) / 4);
 }
 
-uint32_t thread_number() { return machine.current->thread; }
-uint32_t block_number() { return machine.current->block->number; }
-uint32_t block_total() { return machine.blocks; }
+uint32_t thread_number() {
+  return machine.current->thread;
+}
+uint32_t block_number() {
+  return machine.current->block->number;
+}
+uint32_t block_total() {
+  return machine.blocks;
+}
 
 void wait_in_turn() {
   machine.ready.push_back(machine.current);
@@ -369,8 +380,8 @@ uint32_t* shared_word(uint32_t i, Access access) {
   Shadow& shadow = block.shadow[i];
   const Touch touch = {fiber.thread, block.era, access == Access::atomic};
   if (!(touch.atomic && shadow.writer.atomic)) {
-    check_race(shadow.writer, fiber, i, access == Access::read ? "read after a write by"
-                                                               : "written after a write by");
+    check_race(shadow.writer, fiber, i,
+               access == Access::read ? "read after a write by" : "written after a write by");
   }
   if (access == Access::read) {
     if (!shadow.written) fail("shared word " + std::to_string(i) + " is read before it is written");

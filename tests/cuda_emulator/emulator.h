@@ -19,6 +19,7 @@
 #include <functional>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #define ISSP_DEVICE inline
@@ -31,7 +32,7 @@ namespace emulator {
 struct Options {
   uint64_t seed = 0;
   uint32_t resident = 0;  // blocks at a time; 0: drawn from the seed
-  int removed = -1;  // a barrier or a fence, by its number
+  int removed = -1;       // a barrier or a fence, by its number
 };
 Options& options();
 
@@ -66,11 +67,21 @@ uint32_t* shared_word(uint32_t i, Access access);
 
 }  // namespace emulator
 
-inline uint32_t thread() { return emulator::thread_number(); }
-inline uint32_t lane() { return thread() & 31u; }
-inline uint32_t warp() { return thread() >> 5; }
-inline uint32_t block() { return emulator::block_number(); }
-inline uint32_t blocks() { return emulator::block_total(); }
+inline uint32_t thread() {
+  return emulator::thread_number();
+}
+inline uint32_t lane() {
+  return thread() & 31u;
+}
+inline uint32_t warp() {
+  return thread() >> 5;
+}
+inline uint32_t block() {
+  return emulator::block_number();
+}
+inline uint32_t blocks() {
+  return emulator::block_total();
+}
 
 inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::wait_at_barrier(file, line);
@@ -92,11 +103,19 @@ inline uint32_t shuffle(uint32_t value, uint32_t from) {
   return emulator::exchange(value, 2)[from & 31u];
 }
 
-inline uint32_t popcount(uint32_t x) { return uint32_t(__builtin_popcount(x)); }
-inline int bit_length(uint32_t x) { return x ? 32 - __builtin_clz(x) : 0; }
-inline int bit_length(uint64_t x) { return x ? 64 - __builtin_clzll(x) : 0; }
+inline uint32_t popcount(uint32_t x) {
+  return uint32_t(__builtin_popcount(x));
+}
+inline int bit_length(uint32_t x) {
+  return x ? 32 - __builtin_clz(x) : 0;
+}
+inline int bit_length(uint64_t x) {
+  return x ? 64 - __builtin_clzll(x) : 0;
+}
 
-inline void relax() { emulator::wait_in_turn(); }
+inline void relax() {
+  emulator::wait_in_turn();
+}
 
 template <typename T>
 T load(const T* p) {
@@ -135,8 +154,12 @@ T atomic_add(T* p, T value) {
   *p = old + value;
   return old;
 }
-inline uint32_t add(uint32_t* p, uint32_t value) { return atomic_add(p, value); }
-inline void add(int64_t* p, int64_t value) { atomic_add(p, value); }
+inline uint32_t add(uint32_t* p, uint32_t value) {
+  return atomic_add(p, value);
+}
+inline void add(int64_t* p, int64_t value) {
+  atomic_add(p, value);
+}
 
 struct Shared {
   uint32_t first = 0;
@@ -151,15 +174,17 @@ struct Shared {
   }
   Shared from(uint32_t i) const { return {first + i}; }
 };
-inline Shared shared_memory() { return {}; }
+inline Shared shared_memory() {
+  return {};
+}
 
 using Stream = void*;
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
             Stream, const Args&... args) {
-  // A real launch copies its parameters; kernels may not change them.
-  emulator::run(blocks, threads, shared_bytes, [&] { kernel(Params(args)...); });
+  static_assert((std::is_same_v<Params, Args> && ...), "an argument needs a conversion");
+  emulator::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 
 }  // namespace issp

@@ -35,7 +35,9 @@ void with_dtype(int dtype, const Body& body) {
   }
 }
 
-uint64_t bytes_of(int dtype) { return dtype == 0 ? 4 : dtype == 3 ? 8 : 2; }
+uint64_t bytes_of(int dtype) {
+  return dtype == 0 ? 4 : dtype == 3 ? 8 : 2;
+}
 
 std::vector<Item> items_of(void** data, const int64_t* numels, int count) {
   std::vector<Item> items;
@@ -57,13 +59,17 @@ extern "C" {
 void emulator_options(uint64_t seed, uint32_t resident, int removed) {
   emulator::options() = {seed, resident, removed};
 }
-int emulator_sites() { return emulator::site_count(); }
+int emulator_sites() {
+  return emulator::site_count();
+}
 const char* emulator_site_name(int number) {
   static std::string name;
   name = emulator::site_name(number);
   return name.c_str();
 }
-uint64_t emulator_switches() { return emulator::switch_count(); }
+uint64_t emulator_switches() {
+  return emulator::switch_count();
+}
 
 // The shapes the kernels were built with.
 void emulator_shapes(uint32_t* tile, uint32_t* bins, uint32_t* tables) {
@@ -80,15 +86,14 @@ const char* emulated_soft_shrink(int dtype, int count, void** data, const int64_
     for (const Item& item : items) emulator::allow(item.data, item.numel * bytes_of(dtype));
     with_dtype(dtype, [&](auto type) {
       using T = decltype(type);
-      const Call<T> call = {
-          allowed<const int64_t>(k, count),
-          allowed<typename T::Bits>(thresholds, count),
-          allowed<uint32_t>(masks, mask_total(items)),
-          allowed<int64_t>(flips, count),
-          allowed<uint32_t>(scratch, scratch_total(items)),
-          found_inf ? allowed<const float>(found_inf, 1) : nullptr,
-          typename T::Wide(shrink),
-          uint32_t(bracket)};
+      const Call<T> call = {allowed<const int64_t>(k, count),
+                            allowed<typename T::Bits>(thresholds, count),
+                            allowed<uint32_t>(masks, mask_total(items)),
+                            allowed<int64_t>(flips, count),
+                            allowed<uint32_t>(scratch, scratch_total(items)),
+                            found_inf ? allowed<const float>(found_inf, 1) : nullptr,
+                            typename T::Wide(shrink),
+                            uint32_t(bracket)};
       soft_shrink<T>(items, call, nullptr);
     });
   });

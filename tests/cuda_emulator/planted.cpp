@@ -48,7 +48,9 @@ void counter_without_atomics(uint32_t* out, uint32_t good) {
   store(out + thread(), shared.get(0));
 }
 
-void past_the_end(uint32_t* out, uint32_t good) { store(out + thread() + (good ? 0 : 1), 7u); }
+void past_the_end(uint32_t* out, uint32_t good) {
+  store(out + thread() + (good ? 0 : 1), 7u);
+}
 
 void past_shared(uint32_t* out, uint32_t good) {
   shared_memory().set(thread() + (good ? 0 : 193), 1);
@@ -172,7 +174,7 @@ const char* run_planted(uint32_t i, uint32_t good, uint64_t seed) {
   emulator::options() = {seed, 2, -1};
   emulator::allow(out, 64 * sizeof(uint32_t));
   try {
-    launch(kPlanted[i].kernel, kPlanted[i].blocks, 64, 256 * 4, nullptr, out, good);
+    launch(kPlanted[i].kernel, kPlanted[i].blocks, 64, 256 * 4, nullptr, +out, good);
   } catch (const std::exception& error) {
     message = error.what();
   }
