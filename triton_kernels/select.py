@@ -6,7 +6,7 @@ sums commute, so the result does not depend on the order of the programs.
 
 Two traversals of a tensor:
     search       one program reads its tensor once per digit: for a tensor whose bracket missed.
-                 Slow (some 3 ms for 2.4 M weights) but no launch of its own, and rare.
+                 Slow (by estimate 3 ms for 2.4 M weights), but no launch of its own, and rare.
     radix_pass   one launch per digit over all tiles of all tensors: 2 launches for 16-bit weights,
                  4 for float32, 8 for float64, each reading the weights once. For the calls that
                  are known to need it: bracket=False and magnitude_threshold.
