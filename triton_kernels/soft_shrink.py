@@ -2,13 +2,13 @@
 
 Two launches for the whole model, steady state or not:
 
-1. count   a program per tile, or per 8 tiles of a large model. The previous threshold tau brackets the next one: right after a
-           shrink the k-th magnitude is exactly fl(alpha tau), and one optimizer step moves it
-           little. The program counts what lies below the bracket and appends what lies inside to
-           the tensor's region of scratch; the last program of a tensor selects among these
-           candidates (usually 1 to 5 % of n). If the bracket missed (no previous threshold, a jump
-           of k, too many candidates for the region) it searches the whole tensor instead: slower,
-           never different. scratch[0] counts that.
+1. count   a program per tile, or per 8 tiles of a large model. The previous threshold tau brackets
+           the next one: right after a shrink the k-th magnitude is exactly fl(alpha tau), and one
+           optimizer step moves it little. The program counts what lies below the bracket and
+           appends what lies inside to the tensor's region of scratch; the last program of a tensor
+           selects among these candidates (by estimate 1 to 5 % of n). If the bracket missed (no
+           previous threshold, a jump of k, too many candidates for the region) it searches the
+           whole tensor instead: slower, never different. scratch[0] counts that.
 2. apply   the same programs in reverse order, since the tiles read last are still in the L2.
 
 Traffic per float32 weight: count reads 4 bytes, apply reads 4 (out of L2 where it fits) and writes
