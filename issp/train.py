@@ -89,10 +89,12 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
             meter.add(loss)
             screen.advance(iteration)
 
-            run.after(iteration, stopping=stop.signal != 0)
-            if stop.signal and iteration < total:
+            # Read once: a signal that comes while this iteration is logged stops the next one.
+            signal = stop.signal
+            run.after(iteration, stopping=signal != 0)
+            if signal and iteration < total:
                 run.close()
-                raise Interrupted(iteration, run.resume_command, 128 + stop.signal)
+                raise Interrupted(iteration, run.resume_command, 128 + signal)
     return run.finish()
 
 

@@ -133,6 +133,22 @@ def test_interrupted_equals_uninterrupted(tree, monkeypatch, stop, case, referen
     assert_equal(again, saved)
 
 
+def test_a_signal_during_logging_still_saves(tree, monkeypatch):
+    report = logs.Progress.report
+
+    def report_and_signal(self, row):
+        report(self, row)
+        if row["iteration"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(logs.Progress, "report", report_and_signal)
+    with pytest.raises(Interrupted) as stopped:
+        run(tree)
+    states = config.parse(tree).folder / "training_states"
+    assert [f.name for f in states.iterdir()] == [f"{stopped.value.iteration}.state"]
+    assert stopped.value.iteration == 5
+
+
 def assert_equal(a, b, path="state"):
     """Nested plain values and tensors, bitwise; names the first difference."""
     if isinstance(a, dict):
