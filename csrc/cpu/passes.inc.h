@@ -28,32 +28,44 @@ struct Group {
   }
 };
 
+// The compare and compress of the census hide the next lines from the hardware prefetcher: 2 KiB
+// ahead by hand took the step on EDSR-L from 2.0 to 1.7 times an in-place multiplication; 0.5, 1, 4
+// and 8 KiB took it to 1.9, 1.7, 1.8 and 1.8.
+inline void prefetch(const void* from, size_t bytes) {
+  const char* ahead = static_cast<const char*>(from) + 2048;
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line);
+}
+
 // Counts the keys below lo and those in lo..hi, and keeps copies of the latter while they fit.
 template <typename T>
 ISSP_TARGET Census<T> census(const typename T::Bits* w, int64_t numel, Range groups, Key<T> lo,
                              Key<T> hi, Key<T>* out, int64_t capacity) {
   using L = Lanes<T>;
   constexpr uint32_t all = uint32_t((uint64_t(1) << L::width) - 1);
-  Census<T> seen{};
+  // Plain locals: vector stores may alias a struct that is returned, which would cost a reload
+  // each.
+  int64_t below = 0, inside = 0, stored = 0;
+  const int64_t room = lo == hi ? -1 : capacity - 64;
   for (int64_t g = groups.begin; g < groups.end; ++g) {
     const Group<T> group(const_cast<typename T::Bits*>(w), g, numel);
-    uint64_t below = 0, outside = 0;
-    const bool keep = lo != hi && seen.stored + 64 <= capacity;
+    prefetch(w + 64 * g, 64 * sizeof(*w));
+    uint64_t under = 0, outside = 0;
+    const bool keep = stored <= room;
     for (int i = 0; i < 64; i += L::width) {
       const auto bits = L::load(group.data + i);
       const uint32_t less = L::less(bits, lo);
       const uint32_t out_of_range = less | L::above(bits, hi);
-      below |= uint64_t(less) << i;
+      under |= uint64_t(less) << i;
       outside |= uint64_t(out_of_range) << i;
       if (keep) {
-        L::compress(out + seen.stored, bits, ~out_of_range & all);
-        seen.stored += __builtin_popcount(~out_of_range & all);
+        L::compress(out + stored, bits, ~out_of_range & all);
+        stored += __builtin_popcount(~out_of_range & all);
       }
     }
-    seen.below += __builtin_popcountll(below);
-    seen.inside += __builtin_popcountll(~outside & group.bits());
+    below += __builtin_popcountll(under);
+    inside += __builtin_popcountll(~outside & group.bits());
   }
-  return seen;
+  return {below, inside, stored};
 }
 
 // Histogram of (key - lo) >> shift over the keys in lo..hi. Two tables, so that runs of equal bins

@@ -27,11 +27,11 @@ bool hint_from(typename T::Bits previous, double shrink, double margin, KeyRange
 }
 
 // How far beyond the anchors to look: wide enough to hit, narrow enough to keep few candidates.
-// A miss costs two more passes, a candidate a few cycles, so 1/256 to 1/32 of the weights is right.
+// A miss costs two more passes, a candidate a few cycles, so 1/512 to 1/96 of the weights is right.
 float adapted(float margin, bool missed, int64_t inside, int64_t numel) {
   if (missed) return std::min(2 * margin, 3.0f);
-  if (inside > numel / 32) return std::max(margin / 1.5f, 1e-3f);
-  if (inside < numel / 256) return std::min(1.25f * margin, 3.0f);
+  if (inside > numel / 96) return std::max(margin / 1.5f, 1e-3f);
+  if (inside < numel / 512) return std::min(1.25f * margin, 3.0f);
   return margin;
 }
 
