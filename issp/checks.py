@@ -135,7 +135,7 @@ def nm_prune(weight, n, m, v, layout, shrink=0.0) -> None:
             raise ValueError(f'layout "flat" has no rows to share a pattern (v = {v}): use v = 1')
         if weight.numel() % m:
             raise ValueError(
-                f"m = {m} does not divide the {weight.numel()} elements of shape {shape}: choose another m"
+                f"m = {m} does not divide the {weight.numel()} elements of {shape}: choose another"
             )
     elif layout == "channels":
         if weight.dim() < 2:
@@ -144,7 +144,7 @@ def nm_prune(weight, n, m, v, layout, shrink=0.0) -> None:
             )
         if weight.shape[1] % m or weight.shape[0] % v:
             raise ValueError(
-                f"weight of shape {shape} does not divide into groups of m = {m} input channels and "
+                f"weight {shape} does not divide into groups of m = {m} input channels and "
                 f"v = {v} output rows: choose other numbers or leave the layer dense"
             )
     else:

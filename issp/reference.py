@@ -34,11 +34,11 @@ def selected(w: Tensor, k: int) -> Tensor:
 
 
 def shrunk(w: Tensor, shrink: float) -> Tensor:
-    """w * shrink, rounded to nearest even; 16-bit dtypes are widened to float32, then rounded again.
+    """w * shrink, rounded to nearest even; 16-bit dtypes are widened to float32, rounded again.
 
-    shrink = 0 gives a zero of w's sign (no multiplication: infinity becomes zero as well). A product
-    below the smallest normal number becomes a zero of w's sign (bfloat16: judged in float32), except
-    for float16, whose denormals carry information. NaN stays as it is.
+    shrink = 0 gives a zero of w's sign (no multiplication: infinity becomes zero as well). A
+    product below the smallest normal number becomes a zero of w's sign (bfloat16: judged in
+    float32), except for float16, whose denormals carry information. NaN stays as it is.
     """
     bits = w.view(_INTEGER[w.dtype])
     zero = (bits & torch.iinfo(bits.dtype).min).view(w.dtype)

@@ -1,7 +1,7 @@
 """THE CONTRACT: every op of `torch.ops.issp`, its schema, its exact semantics and its fake.
 
 Common to all ops
-    dtypes      float32, float16, bfloat16, float64; contiguous; all tensors of a call on one device.
+    dtypes      float32, float16, bfloat16, float64; contiguous; a call's tensors on one device.
     key(w)      the bits of w without the sign, as an integer: the order of magnitudes. +0 == -0,
                 denormals are ordered, NaN is larger than infinity. Ties: lowest flat index first.
     packed mask int32 words; bit j of word i is 1 when element 32*i + j is KEPT. Each tensor starts

@@ -21,6 +21,6 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str) -> None:
     if different.any():
         at = tuple(different.nonzero()[0].tolist())
         raise AssertionError(
-            f"{what}: {int(different.sum())} of {different.numel()} elements differ, first at {at}: "
+            f"{what}: {int(different.sum())} of {different.numel()} differ, first at {at}: "
             f"{actual[at].item()!r} instead of {expected[at].item()!r}"
         )

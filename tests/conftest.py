@@ -1,4 +1,4 @@
-"""Shared fixtures; chooses Triton's interpreter where there is no GPU, before Triton is imported."""
+"""Shared fixtures; chooses Triton's interpreter where there is no GPU."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available():  # before anybody imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

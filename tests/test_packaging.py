@@ -42,7 +42,17 @@ def wheel(tmp_path_factory):
         pytest.skip("no C++ compiler here: nothing native to put into a wheel")
     out = tmp_path_factory.mktemp("dist")
     built = run(
-        *(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", out, "."),
+        *(
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            out,
+            ".",
+        ),
         ISSP_CUDA="0",
         ISSP_REQUIRE_NATIVE="1",
     )
