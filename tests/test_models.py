@@ -8,7 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_models import (
+from torch import nn
+
+from issp import models
+from issp.models import SwinIR
+from issp.models.layers import DropPath, merge, partition, shift_mask
+from tests.small_models import (
     SMALL,
     build_on_meta,
     every_small,
@@ -17,11 +22,6 @@ from small_models import (
     small_edsr,
     small_swinir,
 )
-from torch import nn
-
-from issp import models
-from issp.models import SwinIR
-from issp.models.layers import DropPath, merge, partition, shift_mask
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 GOLDEN_FILES = {

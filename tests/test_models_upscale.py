@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from small_models import (
+from torch import nn
+
+from issp import models
+from issp.models.inference import _spans
+from tests.small_models import (
     SMALL,
     build_on_meta,
     every_small,
@@ -13,10 +17,6 @@ from small_models import (
     small_edsr,
     small_swinir,
 )
-from torch import nn
-
-from issp import models
-from issp.models.inference import _spans
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 16), (13, 10), (5, 7), (3, 20)])
