@@ -95,7 +95,7 @@ def test_types_excludes_and_containers_choose_the_layers():
         ({"schedule": Cubic(0.0, 0.9, 0, 100), "freeze_at": 99}, "at least step 100"),
         ({"freeze_at": 0}, "freeze_at is 0"),
         ({"from_zeros": True, "freeze_at": 5}, "drop schedule and freeze_at"),
-        ({"overrides": {"0": Keep(2, of=4)}}, "0: weight of shape .* m = 4 input channels"),
+        ({"overrides": {"0": Keep(2, of=4)}}, "0: weight .* m = 4 input channels"),
         ({"method": "magic"}, "use iss-p, iht"),
         ({"method": "srp"}, "not available .* use iss-p, iht"),
     ],
