@@ -67,6 +67,8 @@ def run(options: Options) -> list[Row]:
     Returns:
         The rows of the table: bicubic, ISS-P and, if asked for, the dense twin.
     """
+    if options.minutes is not None and options.minutes <= 0:
+        raise ValueError(f"--minutes is {options.minutes}: give each training some, such as 4")
     started = time.perf_counter()
     floats.flush_denormals()
     iterations = options.iterations or ITERATIONS

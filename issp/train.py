@@ -192,9 +192,9 @@ class Run:
         self.screen = logs.Progress(total, start, quiet)
         model = self.evaluated
         parameters = sum(p.numel() for p in model.parameters())
+        todo = f"iterations {start + 1} to {total}" if start < total else "finished already"
         self.screen.say(
-            f"{self.folder.path}: {model.arch} x{model.scale}, {parameters:,} parameters, "
-            f"iterations {start + 1} to {total}"
+            f"{self.folder.path}: {model.arch} x{model.scale}, {parameters:,} parameters, {todo}"
         )
         for line in (
             self._archived and f"the earlier run is in {self._archived}",

@@ -151,6 +151,11 @@ def test_prepare_data(photos, tmp_path, capsys):
     assert data.read_image(tmp_path / "set" / "LR_bicubic" / "X4" / "p0x4.png").shape == (12, 10, 3)
 
 
+def test_demo_needs_a_positive_time(capsys):
+    assert cli.main(["demo", "--minutes", "-1"]) == 2
+    assert "--minutes is -1" in capsys.readouterr().err
+
+
 def test_demo(tmp_path, monkeypatch, capsys):
     y, x = np.mgrid[:120, :130]
     image = np.stack([np.sin(x * y / 300 + c) * 90 + 128 for c in range(3)], axis=2)

@@ -138,7 +138,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     """
     folder = Path(folder).expanduser()
     if not folder.exists():
-        raise FileNotFoundError(f"there is no folder {folder}")
+        raise FileNotFoundError(f"there is no file or folder {folder}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; a folder of images is needed")
     files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
