@@ -188,7 +188,7 @@ def test_write_image_is_whole_or_absent(tmp_path, monkeypatch):
 
 
 def test_list_images_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
         data.list_images(tmp_path / "absent")
     with pytest.raises(ValueError, match="no files"):
         data.list_images(tmp_path)
