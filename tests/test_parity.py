@@ -93,7 +93,7 @@ def test_a_thousand_drifting_steps(back_end, bracket):
     weights = [w.to(back_end.device, copy=True) for w in expected]
     k = [0] * len(weights)
     expected_state, state = ShrinkState(expected, k), ShrinkState(weights, k)
-    for number, (updates, k, shrink) in enumerate(drifting(40 if back_end.slow else 1000)):
+    for number, (updates, k, shrink) in enumerate(drifting(1000)):
         expected_state.set_k(k)
         state.set_k(k)
         for x, y, update in zip(expected, weights, updates, strict=True):
@@ -142,9 +142,9 @@ def test_weights_that_only_shrink_end_as_zeros(back_end):
     state = ShrinkState([w], [90])
     tiny = torch.finfo(torch.float32).tiny
     table = back_end.load()
-    # the slow ones start near the end: what is interesting happens at the smallest normal numbers
-    steps = 200 if back_end.slow else 5000
-    if back_end.slow:
+    # interpreted, it starts near the end: the smallest normal numbers are what matters
+    steps = 200 if back_end.interpreted else 5000
+    if back_end.interpreted:
         w[w.abs().argsort()[:90]] *= 1e-36
     for _ in range(steps):
         step(table, [w], state, 0.95)

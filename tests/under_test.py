@@ -12,12 +12,16 @@ from issp import backends
 
 @dataclass(frozen=True)
 class BackEnd:
-    """A table of ops and where its tensors live; slow ones get the small cases only."""
+    """A table of ops and where its tensors live.
+
+    Slow ones get the small cases only; interpreted ones, at 40 ms a step, fewer steps as well.
+    """
 
     name: str
     device: str
     load: Callable[[], dict[str, Callable]]
     slow: bool = False
+    interpreted: bool = False
 
     def __getitem__(self, op: str) -> Callable:
         return self.load()[op]
@@ -58,9 +62,15 @@ def back_ends() -> list[BackEnd]:
         )
     else:
         found.append(
-            BackEnd("triton-interpreted", "cpu", lambda: backends.implementations("triton"), True)
+            BackEnd(
+                "triton-interpreted",
+                "cpu",
+                lambda: backends.implementations("triton"),
+                slow=True,
+                interpreted=True,
+            )
         )
-    found.append(BackEnd("cuda-emulated", "cpu", _emulator, True))
+    found.append(BackEnd("cuda-emulated", "cpu", _emulator, slow=True))
     return found
 
 
