@@ -1,0 +1,155 @@
+// The optimizer's rule for one weight, for the host and for the device: Adam and SGD in front of
+// the selection. The same rule, in the same order, stands in issp/reference.py.
+//
+// Every operation rounds once, and where torch's fused kernels multiply and add in one rounding it
+// is written `fused`. A compiler must not fuse the others: the host files are compiled with
+// -ffp-contract=off, and the device's `times` is an instruction that is never contracted. Scalars
+// are computed in float64, once per tensor, and rounded to float32 once.
+#pragma once
+
+#include <cmath>
+
+#include "semantics.h"
+
+namespace issp {
+
+#if defined(__CUDA_ARCH__)
+ISSP_RULE float fused(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+ISSP_RULE float times(float a, float b) {
+  return __fmul_rn(a, b);
+}
+ISSP_RULE double times(double a, double b) {
+  return __dmul_rn(a, b);
+}
+ISSP_RULE float over(float a, float b) {
+  return __fdiv_rn(a, b);
+}
+ISSP_RULE float root(float x) {
+  return __fsqrt_rn(x);
+}
+#else
+ISSP_RULE float fused(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+ISSP_RULE float times(float a, float b) {
+  return a * b;
+}
+ISSP_RULE double times(double a, double b) {
+  return a * b;
+}
+ISSP_RULE float over(float a, float b) {
+  return a / b;
+}
+ISSP_RULE float root(float x) {
+  return std::sqrt(x);
+}
+#endif
+
+// base^n by squaring, lowest bit of n first: the libraries' pow() differ in the last bit from one
+// another, products in a fixed order do not.
+ISSP_RULE double power(double base, uint32_t n) {
+  double result = 1.0;
+  for (; n != 0; n >>= 1) {
+    if (n & 1u) result = times(result, base);
+    base = times(base, base);
+  }
+  return result;
+}
+
+// Moments below the smallest normal number are stored, and used, as a zero of their sign: what no
+// gradient reaches decays into denormals, and those stop a CPU.
+ISSP_RULE float flushed(float x) {
+  const uint32_t bits = bit_as<uint32_t>(x);
+  return bit_as<float>((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
+}
+
+// The gradient as the rule sees it. `scale` is what a gradient scaler has multiplied it by.
+struct Gradient {
+  float scale;
+  bool scaled, maximize;
+
+  ISSP_RULE float operator()(float g) const {
+    if (scaled) g = over(g, scale);
+    return maximize ? -g : g;
+  }
+};
+
+// The arguments of an adam_soft_shrink_ call; lr may be replaced by a tensor's.
+struct Adam {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled;
+};
+
+// The same for one tensor at its step, rounded to float32.
+struct AdamStep {
+  float coupled_decay, decoupled_decay;  // the second multiplies the weight
+  float lerp, beta2, rest2, eps;         // lerp: 1 - beta1; rest2: 1 - beta2
+  float bias2_root, step_size;
+  bool couple, decouple;
+};
+
+// `step` counts this update: 1 for the first.
+ISSP_RULE AdamStep adam_step(const Adam& adam, double lr, float step) {
+  const uint32_t t = step > 0.0f ? uint32_t(step) : 0u;
+  const bool decay = adam.weight_decay != 0.0;
+  AdamStep to;
+  to.coupled_decay = float(adam.weight_decay);
+  to.decoupled_decay = float(1.0 - times(lr, adam.weight_decay));
+  to.lerp = float(1.0 - adam.beta1);
+  to.beta2 = float(adam.beta2);
+  to.rest2 = float(1.0 - adam.beta2);
+  to.eps = float(adam.eps);
+  to.bias2_root = float(sqrt(1.0 - power(adam.beta2, t)));
+  to.step_size = float(lr / (1.0 - power(adam.beta1, t)));
+  to.couple = decay && !adam.decoupled;
+  to.decouple = decay && adam.decoupled;
+  return to;
+}
+
+// Returns the updated weight; m and v are updated in place. g has been through Gradient.
+ISSP_RULE float adam_updated(float w, float g, float& m, float& v, const AdamStep& by) {
+  if (by.couple) g = fused(w, by.coupled_decay, g);
+  if (by.decouple) w = times(w, by.decoupled_decay);
+  const float ahead = g - m;  // torch's lerp starts from the nearer end
+  m = flushed(by.lerp < 0.5f ? fused(ahead, by.lerp, m) : fused(ahead, by.lerp - 1.0f, g));
+  v = flushed(fused(times(g, by.rest2), g, times(v, by.beta2)));
+  const float denominator = over(root(v), by.bias2_root) + by.eps;
+  return w - over(times(by.step_size, m), denominator);
+}
+
+// The arguments of an sgd_soft_shrink_ call, and the same rounded to float32.
+struct Sgd {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov;
+};
+struct SgdStep {
+  float decay, momentum, rest, minus_lr;  // rest: 1 - dampening
+  bool decays, has_momentum, nesterov;
+};
+
+ISSP_RULE SgdStep sgd_step(const Sgd& sgd, double lr) {
+  SgdStep to;
+  to.decay = float(sgd.weight_decay);
+  to.momentum = float(sgd.momentum);
+  to.rest = float(1.0 - sgd.dampening);
+  to.minus_lr = float(-lr);
+  to.decays = sgd.weight_decay != 0.0;
+  to.has_momentum = sgd.momentum != 0.0;
+  to.nesterov = sgd.nesterov;
+  return to;
+}
+
+// Returns the updated weight. `buffer` is updated in place where there is momentum, and not read
+// when this is its `first` step.
+ISSP_RULE float sgd_updated(float w, float g, float& buffer, bool first, const SgdStep& by) {
+  if (by.decays) g = fused(w, by.decay, g);
+  if (by.has_momentum) {
+    buffer = flushed(first ? g : fused(g, by.rest, times(buffer, by.momentum)));
+    g = by.nesterov ? fused(buffer, by.momentum, g) : buffer;
+  }
+  return fused(g, by.minus_lr, w);
+}
+
+}  // namespace issp
