@@ -22,6 +22,14 @@ OPS = {
     "magnitude_threshold": checks.magnitude_threshold,
     "apply_masks_": checks.apply_masks,
     "nm_prune": checks.nm_prune,
+    "adam_soft_shrink_": checks.adam_soft_shrink,
+    "sgd_soft_shrink_": checks.sgd_soft_shrink,
+}
+# What a back end does not have yet: there the reference serves. Emptied as kernels land.
+PENDING: dict[str, frozenset[str]] = {
+    "cpp": frozenset({"adam_soft_shrink_", "sgd_soft_shrink_"}),
+    "triton": frozenset({"adam_soft_shrink_", "sgd_soft_shrink_"}),
+    "cuda": frozenset({"adam_soft_shrink_", "sgd_soft_shrink_"}),
 }
 _LIBRARIES = {"cpp": "_C", "cuda": "_CUDA"}
 
@@ -39,18 +47,28 @@ def problems() -> dict[str, str]:
     return dict(_problems)
 
 
+def ops_of(name: str) -> list[str]:
+    """The ops that a back end has itself."""
+    return [op for op in OPS if op not in PENDING.get(name, ())]
+
+
+def by_reference(device: str) -> list[str]:
+    """The ops that the reference serves on a device type although another back end is active."""
+    return [op for op in OPS if op in PENDING.get(active(device), ())]
+
+
 def implementations(name: str) -> dict[str, Callable]:
     """The ops of one back end as plain callables with the schemas' arguments."""
     if name == "reference":
         return {op: getattr(reference, op) for op in OPS}
     if name == "triton":
         table = _import_triton().implementations()
-        return {op: _checked(OPS[op], table[op]) for op in OPS}
+        return {op: _checked(OPS[op], table[op]) for op in ops_of(name)}
     if name not in _active.values():
         raise RuntimeError(
             f"back end {name} is not active here: {_problems.get(name, 'not loaded')}"
         )
-    return {op: getattr(torch.ops.issp, op).default for op in OPS}
+    return {op: getattr(torch.ops.issp, op).default for op in ops_of(name)}
 
 
 def _checked(check: Callable, call: Callable) -> Callable:

@@ -6,6 +6,8 @@ and kind of error when a native op refuses.
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Sequence
 
 import torch
@@ -93,6 +95,164 @@ def soft_shrink(
     )
     if device.type == "cpu":
         ranks(k.tolist(), numels, "weights")
+
+
+def adam_soft_shrink(
+    weights,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    decoupled,
+    maximize,
+    lr_tensor,
+    grad_scale,
+    *state,
+):
+    """Checks of `adam_soft_shrink_`; `state` begins with k and goes on as the schema does."""
+    for beta, name in ((beta1, "beta1"), (beta2, "beta2")):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name} is {beta}: it must lie in 0..1, 1 excluded")
+    _not_negative(eps, "eps")
+    moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _update(weights, grads, moments, steps, lr, weight_decay, lr_tensor, grad_scale, *state)
+
+
+def sgd_soft_shrink(
+    weights,
+    grads,
+    momentum_buffers,
+    first,
+    lr,
+    momentum,
+    dampening,
+    weight_decay,
+    nesterov,
+    maximize,
+    lr_tensor,
+    grad_scale,
+    *state,
+):
+    """Checks of `sgd_soft_shrink_`; `state` begins with k and goes on as the schema does."""
+    _not_negative(momentum, "momentum")
+    if not math.isfinite(dampening):
+        raise ValueError(f"dampening is {dampening}: it must be finite")
+    if nesterov and not momentum:
+        raise ValueError("nesterov needs a momentum above 0")
+    if len(first) != len(momentum_buffers):
+        raise ValueError(
+            f"first has {len(first)} entries for {len(momentum_buffers)} momentum buffers"
+        )
+    if not momentum and momentum_buffers:
+        raise ValueError("momentum is 0: momentum_buffers and first must be empty lists")
+    moments = {"momentum_buffers": momentum_buffers} if momentum else {}
+    _update(weights, grads, moments, None, lr, weight_decay, lr_tensor, grad_scale, *state)
+
+
+def _not_negative(value: float, name: str) -> None:
+    if not 0.0 <= value < math.inf:
+        raise ValueError(f"{name} is {value}: it must be 0 or a positive number")
+
+
+def _update(
+    weights,
+    grads,
+    moments,
+    steps,
+    lr,
+    weight_decay,
+    lr_tensor,
+    grad_scale,
+    k,
+    shrink,
+    thresholds,
+    masks,
+    flips,
+    scratch,
+    found_inf=None,
+    frozen=False,
+    bracket=True,
+):
+    """Checks that the optimizer ops share; `frozen` and `bracket` need none."""
+    _not_negative(lr, "lr")
+    _not_negative(weight_decay, "weight_decay")
+    _shrink(shrink)
+    tensors(weights, "weights")
+    device = weights[0].device
+    if weights[0].dtype != torch.float32:
+        raise TypeError(f"weights have dtype {weights[0].dtype}: the optimizer ops take float32")
+    _beside(weights, grads, "grads", (torch.float32, torch.bfloat16))
+    for name, values in moments.items():
+        _beside(weights, values, name, (torch.float32,))
+    if steps is not None:
+        _beside(weights, steps, "steps", (torch.float32,), numel=1)
+    for x, name in ((lr_tensor, "lr_tensor"), (grad_scale, "grad_scale"), (found_inf, "found_inf")):
+        if x is not None:
+            if name == "lr_tensor" and x.dtype not in DTYPES:
+                raise TypeError(f"lr_tensor has dtype {x.dtype}: use a float dtype")
+            _state(x.view(-1), name, x.dtype if name == "lr_tensor" else torch.float32, 1, device)
+    count = k.numel()
+    if count > len(weights):
+        raise ValueError(f"k has {count} entries but there are {len(weights)} weights")
+    numels = [w.numel() for w in weights[:count]]
+    _state(k, "k", torch.int64, count, device)
+    _state(thresholds, "thresholds", torch.float32, count, device)
+    _state(masks, "masks", torch.int32, mask_layout(numels)[1], device)
+    _state(flips, "flips", torch.int64, count, device)
+    _state(scratch, "scratch", torch.int32, scratch_words(numels), device)
+    if device.type == "cpu":
+        ranks(k.tolist(), numels, "weights")
+    lists = {"weights": weights, **moments, "steps": steps or ()}
+    written = [(x, f"{n}[{i}]") for n, values in lists.items() for i, x in enumerate(values)]
+    written += [(thresholds, "thresholds"), (masks, "masks"), (flips, "flips")]
+    written.append((scratch, "scratch"))
+    scalars = ((k, "k"), (lr_tensor, "lr_tensor"), (grad_scale, "grad_scale"))
+    read = [(x, f"grads[{i}]") for i, x in enumerate(grads)]
+    read += [(x, name) for x, name in (*scalars, (found_inf, "found_inf")) if x is not None]
+    _separate_from(written, read)
+
+
+def _beside(weights, values, name, dtypes, numel=None) -> None:
+    """One contiguous tensor per weight, on its device and (unless `numel` says) of its size."""
+    if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a list of tensors, not {type(values).__name__}")
+    if len(values) != len(weights):
+        raise ValueError(f"{name} has {len(values)} entries for {len(weights)} weights")
+    for i, (w, x) in enumerate(zip(weights, values, strict=True)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}[{i}] must be a tensor, not {type(x).__name__}")
+        if x.dtype not in dtypes:
+            raise TypeError(f"{name}[{i}] has dtype {x.dtype}: use {' or '.join(map(str, dtypes))}")
+        if x.device != w.device:
+            raise ValueError(f"{name}[{i}] is on {x.device} but the weight is on {w.device}")
+        if x.numel() != (w.numel() if numel is None else numel):
+            raise ValueError(
+                f"{name}[{i}] has {x.numel()} elements: it needs "
+                f"{w.numel() if numel is None else numel}, for weights[{i}]"
+            )
+        if not x.is_contiguous():
+            raise ValueError(f"{name}[{i}] is not contiguous: pass {name}[{i}].contiguous()")
+
+
+def _separate_from(
+    written: Sequence[tuple[Tensor, str]], read: Sequence[tuple[Tensor, str]]
+) -> None:
+    """What is written overlaps nothing; what is only read may be shared."""
+    _separate(written)
+    if torch.compiler.is_compiling():
+        return
+    spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for x, name in written)
+    starts = [begin for begin, _, _ in spans]
+    for x, name in read:
+        begin, end = x.data_ptr(), x.data_ptr() + x.nbytes
+        last = bisect.bisect_left(starts, end) - 1
+        if last >= 0 and spans[last][1] > begin:
+            raise ValueError(f"{name} and {spans[last][2]} overlap in memory: pass a copy")
 
 
 def ranks(k: Sequence[int], numels: Sequence[int], name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from issp import checks
+from issp import checks, reference_updates
 from issp.schemas import mask_layout, mask_words
 
 _INTEGER = {
@@ -101,6 +101,124 @@ def soft_shrink_(
         flips[t] = (old == chosen).sum()
         thresholds[t] = magnitude_threshold([w], [count])[0]
         flat.copy_(torch.where(chosen, shrunk(flat, shrink), flat))
+
+
+def adam_soft_shrink_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    found_inf: Tensor | None = None,
+    frozen: bool = False,
+    bracket: bool = True,
+) -> None:
+    """See `adam_soft_shrink_` in schemas.py; the rule stands in reference_updates.py."""
+    state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
+    scalars = (lr, beta1, beta2, eps, weight_decay, decoupled)
+    checks.adam_soft_shrink(
+        *(weights, grads, exp_avgs, exp_avg_sqs, steps),
+        *(*scalars, maximize, lr_tensor, grad_scale, *state),
+    )
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    rate = lr if lr_tensor is None else lr_tensor.item()
+    for w, grad, m, v, step in zip(weights, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        step += 1
+        g = reference_updates.gradient(grad, grad_scale, maximize)
+        wide_w, wide_m, wide_v = map(reference_updates.widen, (w, m, v))
+        updated = reference_updates.adam_updated(
+            wide_w, g, wide_m, wide_v, max(0, int(step.item())), rate, *scalars[1:]
+        )
+        _store((w, m, v), updated)
+    _after_update(weights, [exp_avgs, exp_avg_sqs], *state[:-1], frozen)
+
+
+def sgd_soft_shrink_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    first: list[bool],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    found_inf: Tensor | None = None,
+    frozen: bool = False,
+    bracket: bool = True,
+) -> None:
+    """See `sgd_soft_shrink_` in schemas.py; the rule stands in reference_updates.py."""
+    state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
+    scalars = (lr, momentum, dampening, weight_decay, nesterov)
+    checks.sgd_soft_shrink(
+        *(weights, grads, momentum_buffers, first),
+        *(*scalars, maximize, lr_tensor, grad_scale, *state),
+    )
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    rate = lr if lr_tensor is None else lr_tensor.item()
+    for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
+        g = reference_updates.gradient(grad, grad_scale, maximize)
+        buffer = reference_updates.widen(momentum_buffers[i]) if momentum else None
+        updated = reference_updates.sgd_updated(
+            reference_updates.widen(w), g, buffer, bool(momentum) and first[i], rate, *scalars[1:]
+        )
+        _store((w, momentum_buffers[i]) if momentum else (w,), updated)
+    moments = [momentum_buffers] if momentum else []
+    _after_update(weights, moments, *state[:-1], frozen)
+
+
+def _store(tensors: tuple[Tensor, ...], values: tuple[Tensor | None, ...]) -> None:
+    for tensor, value in zip(tensors, values, strict=False):
+        tensor.copy_(reference_updates.narrow(value))
+
+
+def _after_update(
+    weights: list[Tensor],
+    moments: list[list[Tensor]],
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    frozen: bool,
+) -> None:
+    """What follows the optimizer's update on the first weights, as many as k has entries."""
+    count = k.numel()
+    if not count:
+        return
+    if frozen:
+        for tensors in (weights, *moments):
+            apply_masks_(tensors[:count], masks)
+        flips.zero_()
+    else:
+        soft_shrink_(weights[:count], k, shrink, thresholds, masks, flips, scratch)
 
 
 def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:

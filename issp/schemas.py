@@ -37,6 +37,42 @@ library.define(
 )
 # [T] in the weights' dtype: the exact k[t]-th smallest |w| (0 when k[t] == 0).
 library.define("magnitude_threshold(Tensor[] weights, int[] k) -> Tensor")
+# One parameter group's update, then soft_shrink_ on its first T = k.numel() weights: T may be 0
+# (then k, thresholds, masks and flips are empty, scratch is SCRATCH_HEADER words), the rest is
+# updated only. weights and moments: float32. grads: float32 or bfloat16, widened, never modified.
+# steps: float32, one element per weight; each becomes t = step + 1. lr_tensor: one element of a
+# float dtype on the weights' device, replaces lr. grad_scale: float32, one element.
+# found_inf not 0: nothing is modified, steps included. fma and every other operation round to
+# float32 once; scalars are computed in float64 and rounded to float32 once; b^t by squaring,
+# lowest bit of t first. These are the bits of torch's fused CPU kernels (but for their tails).
+#     g = widen(grad); grad_scale: g = g / scale; maximize: g = -g
+#     weight_decay != 0: coupled: g = fma(w, wd, g); decoupled: w = w * (1 - lr * wd)
+#     c = 1 - beta1;  m = fma(g - m, c, m) if c < 0.5 else fma(g - m, c - 1, g)   [c - 1 in float32]
+#     v = fma(g * (1 - beta2), g, v * beta2);   m, v below 2^-126: a zero of their sign
+#     w = w - (lr / (1 - beta1^t) * m) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+# frozen: no selection; where the mask bit is 0, weight and moments become +0, flips become 0, masks
+# and thresholds stay, k is not used. On a GPU a tensor whose k is out of range is updated only.
+library.define(
+    "adam_soft_shrink_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, "
+    "float weight_decay, bool decoupled, bool maximize, Tensor? lr_tensor, Tensor? grad_scale, "
+    "Tensor k, float shrink, Tensor(e!) thresholds, Tensor(f!) masks, Tensor(g!) flips, "
+    "Tensor(h!) scratch, Tensor? found_inf=None, bool frozen=False, bool bracket=True) -> ()"
+)
+# As adam_soft_shrink_. momentum == 0: momentum_buffers and first are empty; otherwise first[i] says
+# that buffer i holds nothing yet (it is not read).
+#     g as above; weight_decay != 0: g = fma(w, wd, g)
+#     momentum != 0: buf = g if first else fma(g, 1 - dampening, buf * momentum);
+#                    buf below 2^-126: a zero of its sign;
+#                    g = fma(buf, momentum, g) if nesterov else buf
+#     w = fma(g, -lr, w)
+library.define(
+    "sgd_soft_shrink_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+    "bool[] first, float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
+    "bool maximize, Tensor? lr_tensor, Tensor? grad_scale, Tensor k, float shrink, "
+    "Tensor(e!) thresholds, Tensor(f!) masks, Tensor(g!) flips, Tensor(h!) scratch, "
+    "Tensor? found_inf=None, bool frozen=False, bool bracket=True) -> ()"
+)
 # Writes +0 wherever the packed mask has a 0 bit. dtypes may differ from tensor to tensor.
 library.define("apply_masks_(Tensor(a!)[] tensors, Tensor masks) -> ()")
 # Keeps the n largest of every m (pruning the m - n smallest keys), returns the tensor with the
@@ -84,6 +120,12 @@ def _one_device(tensors: Sequence[Tensor]) -> None:
 @torch.library.register_fake("issp::soft_shrink_", lib=library)
 def _(weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True) -> None:
     _one_device(weights)
+
+
+@torch.library.register_fake("issp::adam_soft_shrink_", lib=library)
+@torch.library.register_fake("issp::sgd_soft_shrink_", lib=library)
+def _(weights: list[Tensor], grads: list[Tensor], *_) -> None:
+    _one_device([*weights, *grads])
 
 
 @torch.library.register_fake("issp::magnitude_threshold", lib=library)

@@ -1,0 +1,209 @@
+// Argument checks of the optimizer ops, CPU and CUDA; issp/checks.py makes the same ones.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include "checks.h"
+
+namespace issp {
+
+// What stands beside a weight in an optimizer's call. first and second are its moments (Adam's two;
+// SGD's buffer and nothing), step its counter; null where the op has none.
+struct Beside {
+  const void* grad;
+  float* first;
+  float* second;
+  float* step;
+  bool bfloat16;  // the gradient's dtype; float32 otherwise
+};
+
+// The weights that are pruned, the others, and what stands beside each, pruned ones first.
+struct Update {
+  std::vector<Item> pruned, rest;
+  std::vector<Beside> beside;
+};
+
+// A call of several hundred tensors passes the same memory every time: what was found separate is
+// not sorted again.
+class WrittenMemory {
+ public:
+  explicit WrittenMemory(std::vector<Span> spans) {
+    static thread_local std::vector<std::pair<std::vector<Span>, std::vector<Span>>> seen;
+    static thread_local size_t oldest = 0;
+    constexpr size_t kept = 8;
+    for (const auto& [given, sorted] : seen) {
+      if (given.size() == spans.size() &&
+          std::memcmp(given.data(), spans.data(), spans.size() * sizeof(Span)) == 0) {
+        sorted_ = &sorted;
+        return;
+      }
+    }
+    std::vector<Span> sorted = spans;
+    std::sort(sorted.begin(), sorted.end(), before);
+    check_separate(sorted);
+    auto& entry = seen.size() < kept ? seen.emplace_back() : seen[oldest++ % kept];
+    entry = {std::move(spans), std::move(sorted)};
+    sorted_ = &entry.second;
+  }
+
+  void check_read(const Span& x) const {
+    const auto after =
+        std::lower_bound(sorted_->begin(), sorted_->end(), Span{x.end, x.end}, before);
+    if (after != sorted_->begin() && (after - 1)->end > x.begin) {
+      refuse("two of the tensors overlap in memory: pass a copy of the one that is only read");
+    }
+  }
+
+ private:
+  static bool before(const Span& a, const Span& b) { return a.begin < b.begin; }
+  const std::vector<Span>* sorted_;
+};
+
+inline void check_not_negative(double value, const char* name) {
+  if (!(value >= 0.0 && value <= std::numeric_limits<double>::max())) {
+    refuse(name, " is ", value, ": it must be 0 or a positive number");
+  }
+}
+
+// A list with one entry per weight; numel -1: of the weight's size.
+inline void check_beside(const std::vector<Tensor>& weights, const std::vector<Tensor>& values,
+                         const char* name, bool gradient, int64_t numel = -1) {
+  if (values.size() != weights.size()) {
+    refuse(name, " has ", values.size(), " entries for ", weights.size(), " weights");
+  }
+  const auto device = weights[0].device();
+  for (size_t i = 0; i < values.size(); ++i) {
+    const Tensor& x = values[i];
+    const ScalarType dtype = x.scalar_type();
+    if (dtype != ScalarType::Float && !(gradient && dtype == ScalarType::BFloat16)) {
+      refuse(name, "[", i, "] must be float32", gradient ? " or bfloat16" : "");
+    }
+    if (x.device() != device) refuse(name, "[", i, "] is on another device than the weights");
+    if (x.numel() != (numel < 0 ? weights[i].numel() : numel)) {
+      refuse(name, "[", i, "] has ", x.numel(), " elements: not those of weight ", i);
+    }
+    if (!x.is_contiguous()) refuse(name, "[", i, "] is not contiguous: pass .contiguous()");
+  }
+}
+
+inline void check_scalar(const std::optional<Tensor>& x, const char* name, bool any_float,
+                         const Tensor& like) {
+  if (!x) return;
+  const ScalarType dtype = x->scalar_type();
+  if (!is_weight_dtype(dtype)) refuse(name, " must have a float dtype");
+  check_state(*x, name, any_float ? dtype : ScalarType::Float, 1, like);
+}
+
+// What the optimizer ops share. `moments` may be null where there are none, as may `steps`.
+inline Update check_update(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+                           const std::vector<Tensor>* first, const std::vector<Tensor>* second,
+                           const std::vector<Tensor>* steps, double lr, double weight_decay,
+                           const std::optional<Tensor>& lr_tensor,
+                           const std::optional<Tensor>& grad_scale, const Tensor& k, double shrink,
+                           const Tensor& thresholds, const Tensor& masks, const Tensor& flips,
+                           const Tensor& scratch, const std::optional<Tensor>& found_inf) {
+  check_not_negative(lr, "lr");
+  check_not_negative(weight_decay, "weight_decay");
+  check_shrink(shrink);
+  std::vector<Item> items = check_tensors(weights, true);
+  if (weights[0].scalar_type() != ScalarType::Float) refuse("weights must be float32");
+  check_beside(weights, grads, "grads", true);
+  if (first) check_beside(weights, *first, second ? "exp_avgs" : "momentum_buffers", false);
+  if (second) check_beside(weights, *second, "exp_avg_sqs", false);
+  if (steps) check_beside(weights, *steps, "steps", false, 1);
+  check_scalar(lr_tensor, "lr_tensor", true, weights[0]);
+  check_scalar(grad_scale, "grad_scale", false, weights[0]);
+  check_scalar(found_inf, "found_inf", false, weights[0]);
+  const int64_t count = k.numel();
+  if (count > int64_t(items.size())) {
+    refuse("k has ", count, " entries but there are ", items.size(), " weights");
+  }
+  const bool none = count == 0;
+  const Item last = none ? Item{nullptr, 0, 0, kScratchHeader} : items[size_t(count) - 1];
+  check_state(k, "k", ScalarType::Long, count, weights[0]);
+  check_state(thresholds, "thresholds", ScalarType::Float, count, weights[0]);
+  check_state(masks, "masks", ScalarType::Int, last.mask_start + mask_words(last.numel),
+              weights[0]);
+  check_state(flips, "flips", ScalarType::Long, count, weights[0]);
+  check_state(scratch, "scratch", ScalarType::Int,
+              last.scratch_start + (none ? 0 : scratch_region(last.numel)), weights[0]);
+
+  Update update;
+  update.beside.reserve(items.size());
+  std::vector<Span> written;
+  written.reserve(4 * items.size() + 4);
+  std::vector<Span> read;
+  read.reserve(items.size() + 4);
+  const auto bytes_at = [](const void* begin, int64_t bytes) {
+    return Span{static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes};
+  };
+  for (size_t i = 0; i < items.size(); ++i) {
+    const int64_t bytes = items[i].numel * int64_t(sizeof(float));
+    const auto written_at = [&](const std::vector<Tensor>* list, int64_t size) -> float* {
+      if (!list) return nullptr;
+      void* const data = (*list)[i].mutable_data_ptr();
+      written.push_back(bytes_at(data, size));
+      return static_cast<float*>(data);
+    };
+    written.push_back(bytes_at(items[i].data, bytes));
+    const bool bfloat16 = grads[i].scalar_type() == ScalarType::BFloat16;
+    const void* const grad = grads[i].const_data_ptr();
+    read.push_back(bytes_at(grad, bfloat16 ? bytes / 2 : bytes));
+    update.beside.push_back({grad, written_at(first, bytes), written_at(second, bytes),
+                             written_at(steps, sizeof(float)), bfloat16});
+  }
+  for (const Tensor* x : {&thresholds, &masks, &flips, &scratch}) written.push_back(span(*x));
+  read.push_back(span(k));
+  for (const auto* x : {&lr_tensor, &grad_scale, &found_inf}) {
+    if (*x) read.push_back(span(**x));
+  }
+  const WrittenMemory memory(std::move(written));
+  for (const Span& x : read) memory.check_read(x);
+
+  const auto middle = items.begin() + count;
+  update.rest.assign(middle, items.end());
+  items.erase(middle, items.end());
+  update.pruned = std::move(items);
+  return update;
+}
+
+inline Update check_adam_soft_shrink(
+    const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+    const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+    const std::vector<Tensor>& steps, double lr, double beta1, double beta2, double eps,
+    double weight_decay, const std::optional<Tensor>& lr_tensor,
+    const std::optional<Tensor>& grad_scale, const Tensor& k, double shrink,
+    const Tensor& thresholds, const Tensor& masks, const Tensor& flips, const Tensor& scratch,
+    const std::optional<Tensor>& found_inf) {
+  if (!(beta1 >= 0.0 && beta1 < 1.0)) refuse("beta1 is ", beta1, ": it must lie in 0..1");
+  if (!(beta2 >= 0.0 && beta2 < 1.0)) refuse("beta2 is ", beta2, ": it must lie in 0..1");
+  check_not_negative(eps, "eps");
+  return check_update(weights, grads, &exp_avgs, &exp_avg_sqs, &steps, lr, weight_decay, lr_tensor,
+                      grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);
+}
+
+inline Update check_sgd_soft_shrink(
+    const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
+    const std::vector<Tensor>& momentum_buffers, const std::vector<bool>& first, double lr,
+    double momentum, double dampening, double weight_decay, bool nesterov,
+    const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& grad_scale,
+    const Tensor& k, double shrink, const Tensor& thresholds, const Tensor& masks,
+    const Tensor& flips, const Tensor& scratch, const std::optional<Tensor>& found_inf) {
+  check_not_negative(momentum, "momentum");
+  if (!std::isfinite(dampening)) refuse("dampening is ", dampening, ": it must be finite");
+  if (nesterov && momentum == 0.0) refuse("nesterov needs a momentum above 0");
+  if (first.size() != momentum_buffers.size()) {
+    refuse("first has ", first.size(), " entries for ", momentum_buffers.size(), " buffers");
+  }
+  if (momentum == 0.0 && !momentum_buffers.empty()) {
+    refuse("momentum is 0: momentum_buffers and first must be empty lists");
+  }
+  const std::vector<Tensor>* buffers = momentum == 0.0 ? nullptr : &momentum_buffers;
+  return check_update(weights, grads, buffers, nullptr, nullptr, lr, weight_decay, lr_tensor,
+                      grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);
+}
+
+}  // namespace issp
