@@ -2,9 +2,10 @@
 // the selection. The same rule, in the same order, stands in issp/reference.py.
 //
 // Every operation rounds once, and where torch's fused kernels multiply and add in one rounding it
-// is written `fused`. A compiler must not fuse the others: the host files are compiled with
-// -ffp-contract=off, and the device's `times` is an instruction that is never contracted. Scalars
-// are computed in float64, once per tensor, and rounded to float32 once.
+// is written `fused`; the rule itself is update_rule.inc.h's. A compiler must not fuse the others:
+// the host files are compiled with -ffp-contract=off, and the device's `times` is an instruction
+// that is never contracted. Scalars are computed in float64, once per tensor, and rounded to
+// float32 once.
 #pragma once
 
 #include <cmath>
@@ -108,17 +109,6 @@ ISSP_RULE AdamStep adam_step(const Adam& adam, double lr, float step) {
   return to;
 }
 
-// Returns the updated weight; m and v are updated in place. g has been through Gradient.
-ISSP_RULE float adam_updated(float w, float g, float& m, float& v, const AdamStep& by) {
-  if (by.couple) g = fused(w, by.coupled_decay, g);
-  if (by.decouple) w = times(w, by.decoupled_decay);
-  const float ahead = g - m;  // torch's lerp starts from the nearer end
-  m = flushed(by.lerp < 0.5f ? fused(ahead, by.lerp, m) : fused(ahead, by.lerp - 1.0f, g));
-  v = flushed(fused(times(g, by.rest2), g, times(v, by.beta2)));
-  const float denominator = over(root(v), by.bias2_root) + by.eps;
-  return w - over(times(by.step_size, m), denominator);
-}
-
 // The arguments of an sgd_soft_shrink_ call, and the same rounded to float32.
 struct Sgd {
   double lr, momentum, dampening, weight_decay;
@@ -141,15 +131,8 @@ ISSP_RULE SgdStep sgd_step(const Sgd& sgd, double lr) {
   return to;
 }
 
-// Returns the updated weight. `buffer` is updated in place where there is momentum, and not read
-// when this is its `first` step.
-ISSP_RULE float sgd_updated(float w, float g, float& buffer, bool first, const SgdStep& by) {
-  if (by.decays) g = fused(w, by.decay, g);
-  if (by.has_momentum) {
-    buffer = flushed(first ? g : fused(g, by.rest, times(buffer, by.momentum)));
-    g = by.nesterov ? fused(buffer, by.momentum, g) : buffer;
-  }
-  return fused(g, by.minus_lr, w);
-}
+#define ISSP_UPDATE_RULE ISSP_RULE
+#include "update_rule.inc.h"
+#undef ISSP_UPDATE_RULE
 
 }  // namespace issp
