@@ -40,6 +40,23 @@ def git_revision() -> str:
     return revision + ("+" if changed else "")
 
 
+def free_bytes(device: str) -> int:
+    """Memory that can still be had: of the GPU, or of this process's machine or container."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = dict(x.split(":") for x in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit.isdigit():
+            free = min(free, int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, KeyError, ValueError):
+        pass  # other systems, and containers that show less: what the pages say is good enough
+    return free
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

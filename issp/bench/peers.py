@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import torch
 
 from issp import ops
+from issp.bench import cub
 from issp.bench.registry import Row
 from issp.bench.workload import Workload
 
@@ -53,6 +56,31 @@ def _sort(work: Workload):
     return _each(work, lambda x, k: x.sort(stable=True))
 
 
+def _quantile(work: Workload):
+    # numpy's "lower" of the rank that k - 1 falls on: a whole sort, like every quantile of torch.
+    def select(x: torch.Tensor, k: int) -> torch.Tensor:
+        return x.quantile((k - 1) / max(1, x.numel() - 1), interpolation="lower")
+
+    return _each(work, select)
+
+
+def _cub(work: Workload):
+    return _each(work, cub.smallest)
+
+
+def _flashinfer_missing() -> str | None:
+    return None if importlib.util.find_spec("flashinfer") else "not installed"
+
+
+def _flashinfer(work: Workload):
+    def select(x: torch.Tensor, k: int) -> torch.Tensor:
+        from flashinfer.sampling import top_k_mask_logits
+
+        return top_k_mask_logits(x.view(1, -1), x.numel() - k)
+
+    return _each(work, select)
+
+
 def _authors(work: Workload):
     # As in the authors' code: scores to the CPU, all of them sorted, the indices to a list, then
     # an indexed multiplication.
@@ -91,16 +119,34 @@ _FUSED = {
 
 STEP = "issp step"
 BASE = "torch._foreach_mul_"
-FLOORS = (BASE, "flat mul_", "flat copy_")
+FLAT = "flat mul_"
+COLD = "issp step, cold start"
+TOPK = "torch.topk"
 ROWS = (
     Row(STEP, make=_step(True), **_FUSED),
-    Row("issp step, cold start", make=_step(False), **_FUSED),
+    Row(COLD, make=_step(False), **_FUSED),
     Row("issp magnitude_threshold", make=_threshold, ours=True, **_SELECT),
     Row(BASE, make=_foreach_mul, **_COPY),
-    Row(FLOORS[1], make=_flat_mul, **_COPY),
-    Row(FLOORS[2], make=_flat_copy, **_COPY),
-    Row("torch.topk", make=_topk, per_layer=True, **_SELECT),
+    Row(FLAT, make=_flat_mul, **_COPY),
+    Row("flat copy_", make=_flat_copy, **_COPY),
+    Row(TOPK, make=_topk, per_layer=True, **_SELECT),
     Row("torch.kthvalue", make=_kthvalue, per_layer=True, **_SELECT),
     Row("torch.sort(stable)", make=_sort, per_layer=True, **_SELECT),
+    Row("torch.quantile", make=_quantile, per_layer=True, **_SELECT),
     Row("authors' numpy argsort", make=_authors, per_layer=True, capturable=False, **_COPY),
 )
+GPU_ROWS = (
+    Row(
+        "FlashInfer top_k_mask_logits",
+        make=_flashinfer,
+        per_layer=True,
+        missing=_flashinfer_missing,
+        **_SELECT,
+    ),
+    Row("CUB DeviceTopK", make=_cub, per_layer=True, missing=cub.missing, **_SELECT),
+)
+
+
+def rows(device: str) -> tuple[Row, ...]:
+    """What the table of a device ("cpu", "cuda") holds."""
+    return ROWS + GPU_ROWS if device == "cuda" else ROWS

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-_BENCHMARKS = {"step": "issp.bench.step"}
+_BENCHMARKS = {
+    "step": "issp.bench.step",
+}
 
 
 class ParityError(RuntimeError):
@@ -28,6 +30,7 @@ class Row:
         ours: an error in it is an error; an error in a peer becomes a note.
         per_layer: works on one tensor after the other, so the largest sets its peak memory.
         capturable: a CUDA graph can hold it.
+        missing: why it cannot be timed here ("not installed"), or None.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Row:
     ours: bool = False
     per_layer: bool = False
     capturable: bool = True
+    missing: Callable[[], str | None] = lambda: None
 
 
 def benchmarks() -> dict[str, ModuleType]:

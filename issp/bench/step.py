@@ -11,19 +11,21 @@ import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from issp import backends, ops, reference, shapes
-from issp.bench import peers
+from issp import backends, reference, shapes
+from issp.bench import options, peers, scaling
 from issp.bench.machine import machine_line
 from issp.bench.registry import ParityError, Row
-from issp.bench.report import Line, Table, plot, write_atomically
+from issp.bench.report import Table, exceptions, measured, plot
+from issp.bench.roof import Probe
 from issp.bench.timing import CpuClock, CudaClock, Task, interleave, peak_bytes
 from issp.bench.workload import Workload
 
-EXAMPLE = "example: issp bench step --model swinir-light --sparsity 0.95 --quick"
+EXAMPLE = """examples:
+  issp bench step --model swinir-light --sparsity 0.95 --quick
+  issp bench step --scaling --quick --plot scaling.png"""
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _CUT = 1 << 16
 
@@ -43,6 +45,7 @@ class Settings:
             factor alpha each, then drift and shrinkage balance: training is in that second state.
         whole: the parity check includes the largest tensor whole.
         flush_bytes: read between calls to empty the caches; None: the clock's choice.
+        probe_bytes: of the buffers that give the roofline; None: `issp.bench.roof`'s choice.
     """
 
     sparsity: float = 0.95
@@ -54,42 +57,37 @@ class Settings:
     settle: int = 200
     whole: bool = True
     flush_bytes: int | None = None
+    probe_bytes: int | None = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `issp bench step`."""
     default = ["swinir-light", "edsr-l", "cat-r"]
     parser.add_argument("--model", nargs="+", default=default, choices=shapes.MODELS)
-    parser.add_argument("--scale", type=int, default=4, choices=shapes.SCALES)
-    parser.add_argument("--sparsity", type=float, default=0.95, help="default 0.95")
-    parser.add_argument("--shrink", type=float, default=0.95, help="factor alpha, default 0.95")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
     parser.add_argument("--settle", type=int, help="untimed steps first, default 200 (quick: 100)")
     parser.add_argument(
-        "--seconds", type=float, help="limit per row and mode, default 6 (quick: 1)"
+        "--scaling",
+        action="store_true",
+        help="time against the number of weights, and of tensors, instead of models",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--out", type=Path, help="also write the tables to this .md file")
-    parser.add_argument("--plot", type=Path, help="also draw the times into this .png file")
+    scaling.add_arguments(parser)
+    options.add_arguments(parser, "limit per row and mode, default 6 (quick: 1)")
 
 
-def run(args: argparse.Namespace) -> list[Table]:
-    """Measures and prints what the arguments ask for.
+def run(args: argparse.Namespace) -> list:
+    """Measures and prints what the arguments ask for; returns the tables.
 
     Raises:
         ValueError: an argument out of range, or no GPU for --device cuda.
         ParityError: the step is not bitwise equal to the reference.
     """
+    options.apply(args)
+    options.at_least_one(args, "settle")
     settings = _settings(args)
-    if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads is {args.threads}: use at least 1")
-        torch.set_num_threads(args.threads)
-    for path in filter(None, (args.out, args.plot)):
-        if not path.parent.is_dir():
-            raise ValueError(f"the folder of {path} does not exist: create {path.parent}")
+    if args.scaling:
+        check_parity([(1, 1000), (100, 100), (1, _CUT)], settings)
+        return scaling.run(args, settings)
     models = {
         f"{name} x{args.scale}": shapes.prunable_shapes(name, args.scale) for name in args.model
     }
@@ -97,30 +95,16 @@ def run(args: argparse.Namespace) -> list[Table]:
         check_parity(model_shapes, settings)
     tables = []
     for name, model_shapes in models.items():
-        tables.append(measure(name, model_shapes, settings))
+        tables.append(measure(name, model_shapes, settings, peers.rows(args.device)))
         print(tables[-1].markdown(), flush=True)
-    if args.out:
-        write_atomically(args.out, "\n".join(table.markdown() for table in tables).encode())
-    if args.plot:
-        plot(tables, args.plot)
+    options.deliver(args, tables, plot)
     return tables
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device: use --device cpu")
-    if not 0.0 <= args.shrink <= 1.0:
-        raise ValueError(f"--shrink is {args.shrink}: it must lie in 0..1")
-    ops.num_pruned(1, args.sparsity)
     pace = {"rounds": 7, "seconds": 1.0, "settle": 100, "whole": False} if args.quick else {}
-    if args.settle is not None:
-        if args.settle < 1:
-            raise ValueError(f"--settle is {args.settle}: use at least 1")
-        pace["settle"] = args.settle
-    if args.seconds is not None:
-        if args.seconds <= 0:
-            raise ValueError(f"--seconds is {args.seconds}: it must be above 0")
-        pace["seconds"] = args.seconds
+    given = {"settle": args.settle, "seconds": args.seconds}
+    pace |= {name: value for name, value in given.items() if value is not None}
     return Settings(args.sparsity, args.shrink, args.dtype, args.device, **pace)
 
 
@@ -185,7 +169,9 @@ def measure(
     work.settle(settings.settle)
     machine = machine_line(settings.device)
     tasks = {row.name: _task(row, work) for row in rows}
-    interleave(list(tasks.values()), clock, settings.rounds, settings.seconds)
+    timed = [tasks[row.name] for row in rows if not row.missing()]
+    probe = Probe(settings.device, settings.probe_bytes)
+    interleave([*timed, *probe.tasks], clock, settings.rounds, settings.seconds)
     table = Table(
         title=f"{name}: {len(model_shapes)} tensors, {work.numel} weights, {settings.dtype}, "
         f"sparsity {settings.sparsity}, shrink {settings.shrink}",
@@ -193,22 +179,18 @@ def measure(
         unit=clock.unit,
         basis=clock.basis,
         base=peers.BASE,
-        floors=peers.FLOORS,
+        numel=work.numel,
+        roof=probe.roof(clock.basis),
     )
     for row in rows:
-        task = tasks[row.name]
+        traffic = row.traffic(work.numel, work.flat.element_size())
+        extra = None if row.missing() else _extra_bytes(row, work, settings) / work.numel
         table.lines.append(
-            Line(
-                name=row.name,
-                seconds={mode.name: task.median(mode.name) for mode in clock.modes},
-                repetitions=max(map(len, task.samples.values()), default=0),
-                best=task.best(clock.basis),
-                spread=task.spread(clock.basis),
-                traffic=row.traffic(work.numel, work.flat.element_size()),
-                extra=_extra_bytes(row, work, settings) / work.numel,
-            )
+            measured(row.name, tasks[row.name], clock, traffic, extra, row.missing())
         )
-    table.notes = _notes(rows, tasks, work, clock, settings)
+    errors = {name: task.error for name, task in tasks.items() if task.error}
+    table.notes = _notes(rows, work, clock, settings)
+    table.notes += exceptions(table.lines, errors, settings.rounds)
     return table
 
 
@@ -227,7 +209,7 @@ def _extra_bytes(row: Row, work: Workload, settings: Settings) -> int:
     row.prepare(work)
     try:
         allocated = peak_bytes(row.make(work), settings.device)
-    except (RuntimeError, TypeError):
+    except Exception:  # as in `interleave`, which has kept the reason for the notes
         if row.ours:
             raise
         return 0
@@ -235,34 +217,21 @@ def _extra_bytes(row: Row, work: Workload, settings: Settings) -> int:
     return allocated + (work.state.scratch.nbytes if fused else 0)
 
 
-def _notes(rows, tasks, work, clock, settings) -> list[str]:
+def _notes(rows: Sequence[Row], work: Workload, clock, settings: Settings) -> list[str]:
     counted = {}
     for row in rows:
         counted.setdefault(row.counted, []).append(row.name)
     notes = [
         "Medians, all rows in turn in one run; ratio: time over that of "
         f"`{peers.BASE}` in the same column. GB/s, roofline share, spread (quartile distance "
-        f"over median) and best (shortest call): column {clock.basis}. Roofline: the fastest of "
-        f"{', '.join(peers.FLOORS)}.",
+        f"over median) and best (shortest call): column {clock.basis}.",
         "Bytes counted: "
         + "; ".join(f"{what} ({', '.join(names)})" for what, names in counted.items())
-        + ". torch.topk, kthvalue and sort select only: no shrink, mask or flips.",
+        + ". topk, kthvalue, sort, quantile and the like select only: no shrink, mask or flips.",
         "Extra: memory at once beyond weights and results, from torch's and Python's allocators, "
         "and the state's scratch for the step; bookkeeping inside the native code is not seen.",
         f"Cold: {clock.flush_bytes / 1e6:.0f} MB were read before each call. {settings.settle} "
         "steps came before the first timed one.",
-    ]
-    few = [
-        f"{row.name} ({max(map(len, tasks[row.name].samples.values()), default=0)})"
-        for row in rows
-        if max(map(len, tasks[row.name].samples.values()), default=0) < settings.rounds
-    ]
-    if few:
-        notes.append(f"Slow, so run less often than {settings.rounds} times: {', '.join(few)}.")
-    notes += [
-        f"{row.name} could not be timed, {tasks[row.name].error}"
-        for row in rows
-        if tasks[row.name].error
     ]
     if backends.active(settings.device) == "reference":
         notes.append("The step ran on its slow reference: no compiled back end is active here.")

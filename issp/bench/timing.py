@@ -177,7 +177,13 @@ class Task:
         return (high - low) / middle
 
 
-def interleave(tasks: Sequence[Task], clock: CpuClock | CudaClock, rounds: int, seconds: float):
+def interleave(
+    tasks: Sequence[Task],
+    clock: CpuClock | CudaClock,
+    rounds: int,
+    seconds: float,
+    modes: Sequence[Mode] | None = None,
+) -> None:
     """Times the tasks in turn, round after round, so that a slow minute of the machine hits all.
 
     Args:
@@ -185,18 +191,20 @@ def interleave(tasks: Sequence[Task], clock: CpuClock | CudaClock, rounds: int, 
         clock: how to time.
         rounds: calls of each task in each mode.
         seconds: a task whose calls would take longer in one mode gets fewer, at least one.
+        modes: default: all of the clock's.
     """
     schedule = []
     for task in tasks:
-        for mode in clock.modes:
+        for mode in clock.modes if modes is None else modes:
             if mode.graph and not task.capturable:
                 continue
             try:
                 call, first = _first_call(task, clock, mode)
-            except (RuntimeError, TypeError) as error:
+            except Exception as error:  # a peer may fail in any way; it is printed, never hidden
                 if task.required:
                     raise
-                task.error = f"{mode.name}: {str(error).splitlines()[0]}"
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                task.error = f"{mode.name}: {reason}"
                 continue
             repetitions = min(rounds, max(1, int(seconds / first)))
             task.samples[mode.name] = [first] if first > _SLOW else []

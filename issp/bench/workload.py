@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from issp import ops
 
 LEARNING_RATE = 2e-4
 _POOL_SLACK = 1 << 16
+_PIECE = 1 << 22
 
 
 class Workload:
@@ -27,7 +29,7 @@ class Workload:
         weights: initialised as `kaiming_uniform_(a=sqrt(5))` does, PyTorch's default.
         state: their `issp.ops.ShrinkState`.
         k: its counts, as ints.
-        flat, source: two buffers of the size of all weights.
+        flat: a buffer of the size of all weights.
         copies: the weights' shapes over `flat`, for peers that write.
     """
 
@@ -47,12 +49,13 @@ class Workload:
         self.weights = [self._kaiming(shape, dtype, device) for shape in shapes]
         self.state = ops.ShrinkState(self.weights, self.k)
         # Drawing 43 M normal numbers takes longer than the step: every tensor of every step gets
-        # a piece of one pool, from a random place.
-        self._pool = torch.empty(max(numels) + _POOL_SLACK, dtype=dtype, device=device)
+        # a piece of one pool, from a random place; a huge tensor gets several.
+        self._pieces = [x for w in self.weights for x in w.view(-1).split(_PIECE)]
+        largest = max(x.numel() for x in self._pieces)
+        self._pool = torch.empty(largest + _POOL_SLACK, dtype=dtype, device=device)
         self._pool.normal_(generator=self._random)
         self._places = torch.Generator().manual_seed(seed)
         self.flat = torch.empty(sum(numels), dtype=dtype, device=device)
-        self.source = torch.empty_like(self.flat)
         pieces = self.flat.split(numels)
         self.copies = [x.view(shape) for x, shape in zip(pieces, shapes, strict=True)]
 
@@ -66,15 +69,20 @@ class Workload:
         """Weights in all."""
         return self.flat.numel()
 
+    @functools.cached_property
+    def source(self) -> torch.Tensor:
+        """A second buffer of the size of all weights; made when somebody copies from it."""
+        return torch.ones_like(self.flat)
+
     @torch.no_grad()
     def drift(self) -> None:
         """What an optimizer step does to the weights: each moves by about the learning rate."""
-        starts = torch.randint(_POOL_SLACK, (len(self.weights),), generator=self._places).tolist()
+        starts = torch.randint(_POOL_SLACK, (len(self._pieces),), generator=self._places).tolist()
         noise = [
-            self._pool[start : start + w.numel()].view(w.shape)
-            for w, start in zip(self.weights, starts, strict=True)
+            self._pool[start : start + x.numel()]
+            for x, start in zip(self._pieces, starts, strict=True)
         ]
-        torch._foreach_add_(self.weights, noise, alpha=LEARNING_RATE)
+        torch._foreach_add_(self._pieces, noise, alpha=LEARNING_RATE)
 
     def step(self, bracket: bool = True) -> None:
         """The fused step, on the weights."""
@@ -87,9 +95,13 @@ class Workload:
             self.step()
 
     def restore(self) -> None:
-        """Gives the copies and the source the weights' present values."""
+        """Gives the copies the weights' present values."""
         torch._foreach_copy_(self.copies, self.weights)
-        self.source.copy_(self.flat)
+
+    def synchronize(self) -> None:
+        """Waits for the device."""
+        if self.flat.is_cuda:
+            torch.cuda.synchronize()
 
     def missed(self, steps: int) -> int:
         """How many searches of `steps` further steps missed the bracket, as the op counts them."""

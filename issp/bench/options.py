@@ -1,0 +1,82 @@
+"""What the benchmarks' command lines share: where to run, for how long, what to write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from issp import ops
+from issp.bench.report import write_atomically
+
+
+def add_arguments(parser: argparse.ArgumentParser, seconds: str) -> None:
+    """Adds the shared options.
+
+    Args:
+        parser: of one benchmark.
+        seconds: help of its --seconds.
+    """
+    parser.add_argument("--scale", type=int, default=4, choices=(2, 3, 4))
+    parser.add_argument("--sparsity", type=float, default=0.95, help="default 0.95")
+    parser.add_argument("--shrink", type=float, default=0.95, help="factor alpha, default 0.95")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    parser.add_argument("--seconds", type=float, help=seconds)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--out", type=Path, help="also write the tables to this .md file")
+    parser.add_argument("--plot", type=Path, help="also draw them into this .png file")
+    parser.add_argument("--samples", type=Path, help="also write every measured time, .json")
+
+
+def apply(args: argparse.Namespace) -> None:
+    """Refuses what cannot work, before anything takes time; sets the number of threads.
+
+    Raises:
+        ValueError: an argument out of range, no GPU for --device cuda, or no such folder.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device: use --device cpu")
+    if not 0.0 <= args.shrink <= 1.0:
+        raise ValueError(f"--shrink is {args.shrink}: it must lie in 0..1")
+    ops.num_pruned(1, args.sparsity)
+    if args.seconds is not None and not args.seconds > 0:
+        raise ValueError(f"--seconds is {args.seconds}: it must be above 0")
+    at_least_one(args, "threads")
+    for path in filter(None, (args.out, args.plot, args.samples)):
+        if not path.parent.is_dir():
+            raise ValueError(f"the folder of {path} does not exist: create {path.parent}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Checks options that count something.
+
+    Raises:
+        ValueError: one of them is given and below 1.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}: use at least 1")
+
+
+def deliver(args: argparse.Namespace, tables: Sequence, draw: Callable[..., None]) -> None:
+    """Writes the files that --out, --plot and --samples ask for, each whole or not at all.
+
+    Args:
+        args: the options.
+        tables: printed already; each has `markdown()` and `record()`.
+        draw: makes the picture from tables and a path.
+    """
+    if args.out:
+        write_atomically(args.out, "\n".join(table.markdown() for table in tables).encode())
+    if args.samples:
+        text = json.dumps([table.record() for table in tables], indent=1)
+        write_atomically(args.samples, text.encode())
+    if args.plot:
+        draw(tables, args.plot)
