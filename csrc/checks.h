@@ -126,13 +126,52 @@ inline std::vector<Item> check_magnitude_threshold(const std::vector<Tensor>& we
   return items;
 }
 
-inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors,
-                                           const Tensor& masks) {
-  const std::vector<Item> items = check_tensors(tensors, false);
+// The tensors of the first set; the others are known to have the same sizes.
+inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors, const Tensor& masks,
+                                           int64_t sets) {
+  std::vector<Item> items = check_tensors(tensors, false);
+  if (sets < 1 || int64_t(items.size()) % sets) {
+    refuse(items.size(), " tensors do not make ", sets, " sets: give one per weight and set");
+  }
+  const size_t count = items.size() / size_t(sets);
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (items[i].numel != items[i % count].numel) {
+      refuse("tensor ", i, " shares the mask of tensor ", i % count, " but not its size");
+    }
+  }
+  items.resize(count);
   check_state(masks, "masks", ScalarType::Int, mask_total(items), tensors[0]);
   std::vector<Span> spans;
   for (const Tensor& x : tensors) spans.push_back(span(x));
   spans.push_back(span(masks));
+  check_separate(std::move(spans));
+  return items;
+}
+
+// Items of the gradients.
+inline std::vector<Item> check_regularize(const std::vector<Tensor>& grads,
+                                          const std::vector<Tensor>& weights,
+                                          const Tensor& factors, const Tensor& masks) {
+  const std::vector<Item> items = check_tensors(grads, true);
+  const std::vector<Item> others = check_tensors(weights, true);
+  if (items.size() != others.size()) {
+    refuse("there are ", items.size(), " gradients for ", others.size(), " weights");
+  }
+  const ScalarType dtype = weights[0].scalar_type();
+  if (grads[0].scalar_type() != dtype) refuse("gradients and weights have different dtypes");
+  if (!(grads[0].device() == weights[0].device())) refuse("grads and weights: several devices");
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (items[i].numel != others[i].numel) refuse("gradient ", i, " has not its weight's size");
+  }
+  const bool wide = dtype == ScalarType::Double;
+  check_state(factors, "factors", wide ? ScalarType::Double : ScalarType::Float,
+              int64_t(items.size()), weights[0]);
+  check_state(masks, "masks", ScalarType::Int, mask_total(items), weights[0]);
+  std::vector<Span> spans;
+  spans.reserve(2 * items.size() + 2);
+  for (const Tensor& g : grads) spans.push_back(span(g));
+  for (const Tensor& w : weights) spans.push_back(span(w));
+  for (const Tensor* x : {&factors, &masks}) spans.push_back(span(*x));
   check_separate(std::move(spans));
   return items;
 }

@@ -22,6 +22,9 @@ OPS = {
     "magnitude_threshold": checks.magnitude_threshold,
     "apply_masks_": checks.apply_masks,
     "nm_prune": checks.nm_prune,
+    "regularize_": checks.regularize,
+    "magnitude_statistics": checks.magnitude_statistics,
+    "count_zeros": checks.count_zeros,
     "adam_soft_shrink_": checks.adam_soft_shrink,
     "sgd_soft_shrink_": checks.sgd_soft_shrink,
 }

@@ -18,8 +18,13 @@ from issp.schemas import mask_layout, mask_words, scratch_words
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def tensors(values: Sequence[Tensor], name: str, same_dtype: bool = True) -> None:
-    """A non-empty list of non-empty, contiguous, separate tensors of one device (and dtype)."""
+def tensors(
+    values: Sequence[Tensor], name: str, same_dtype: bool = True, written: bool = True
+) -> None:
+    """A non-empty list of non-empty, contiguous tensors of one device (and dtype).
+
+    Those that are written lie in separate memory; what is only read may be listed twice.
+    """
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a list of tensors, not {type(values).__name__}")
     if not values:
@@ -46,7 +51,8 @@ def tensors(values: Sequence[Tensor], name: str, same_dtype: bool = True) -> Non
             )
         if x.numel() == 0:
             raise ValueError(f"{name}[{i}] is empty: leave it out")
-    _separate([(x, f"{name}[{i}]") for i, x in enumerate(values)])
+    if written:
+        _separate([(x, f"{name}[{i}]") for i, x in enumerate(values)])
 
 
 def _separate(named: Sequence[tuple[Tensor, str]]) -> None:
@@ -272,13 +278,56 @@ def magnitude_threshold(weights, k) -> None:
     ranks(k, [w.numel() for w in weights], "weights")
 
 
-def apply_masks(values, masks) -> None:
+def apply_masks(values, masks, sets=1) -> None:
     """Checks of `apply_masks_`."""
     tensors(values, "tensors", same_dtype=False)
-    _state(
-        masks, "masks", torch.int32, mask_layout([x.numel() for x in values])[1], values[0].device
-    )
+    if sets < 1 or len(values) % sets:
+        raise ValueError(
+            f"{len(values)} tensors do not make {sets} sets: give one tensor per weight and set"
+        )
+    numels = [x.numel() for x in values]
+    count = len(values) // sets
+    for i, numel in enumerate(numels):
+        if numel != numels[i % count]:
+            raise ValueError(
+                f"tensors[{i}] has {numel} elements but shares the mask of tensors[{i % count}] "
+                f"with {numels[i % count]}: give the sets in the order of the weights"
+            )
+    _state(masks, "masks", torch.int32, mask_layout(numels[:count])[1], values[0].device)
     _separate([(x, f"tensors[{i}]") for i, x in enumerate(values)] + [(masks, "masks")])
+
+
+def regularize(grads, weights, factors, masks) -> None:
+    """Checks of `regularize_`."""
+    tensors(weights, "weights")
+    dtype, device = weights[0].dtype, weights[0].device
+    _beside(weights, grads, "grads", (dtype,))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if factors.dtype != wide:
+        raise TypeError(f"factors has dtype {factors.dtype}: it must be {wide} for {dtype} weights")
+    if factors.device != device:
+        raise ValueError(f"factors is on {factors.device} but the weights are on {device}")
+    if factors.shape != (len(weights),) or not factors.is_contiguous():
+        raise ValueError(
+            f"factors must be contiguous with {len(weights)} elements, one per weight, not shape "
+            f"{tuple(factors.shape)}"
+        )
+    _state(masks, "masks", torch.int32, mask_layout([w.numel() for w in weights])[1], device)
+    read = [(w, f"weights[{i}]") for i, w in enumerate(weights)]
+    _separate_from(
+        [(g, f"grads[{i}]") for i, g in enumerate(grads)],
+        [*read, (factors, "factors"), (masks, "masks")],
+    )
+
+
+def magnitude_statistics(values) -> None:
+    """Checks of `magnitude_statistics`."""
+    tensors(values, "tensors", written=False)
+
+
+def count_zeros(values) -> None:
+    """Checks of `count_zeros`."""
+    tensors(values, "tensors", same_dtype=False, written=False)
 
 
 def nm_prune(weight, n, m, v, layout, shrink=0.0) -> None:

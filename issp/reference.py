@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from issp import checks, reference_updates
+from issp.reference_passes import count_zeros as count_zeros
+from issp.reference_passes import magnitude_statistics as magnitude_statistics
+from issp.reference_passes import regularized
 from issp.schemas import mask_layout, mask_words
 
 _INTEGER = {
@@ -232,12 +235,22 @@ def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
     return found
 
 
-def apply_masks_(tensors: list[Tensor], masks: Tensor) -> None:
+def apply_masks_(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
     """See `apply_masks_` in schemas.py."""
-    checks.apply_masks(tensors, masks)
-    starts, _ = mask_layout([x.numel() for x in tensors])
-    for x, start in zip(tensors, starts, strict=True):
-        x.view(-1)[~unpack(masks[start : start + mask_words(x.numel())], x.numel())] = 0
+    checks.apply_masks(tensors, masks, sets)
+    numels = [x.numel() for x in tensors]
+    starts, _ = mask_layout(numels[: len(tensors) // sets])
+    for x, n, start in zip(tensors, numels, starts * sets, strict=True):
+        x.view(-1)[~unpack(masks[start : start + mask_words(n)], n)] = 0
+
+
+def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
+    """See `regularize_` in schemas.py."""
+    checks.regularize(grads, weights, factors, masks)
+    starts, _ = mask_layout([w.numel() for w in weights])
+    for g, w, factor, start in zip(grads, weights, factors, starts, strict=True):
+        kept = unpack(masks[start : start + mask_words(w.numel())], w.numel()).view(g.shape)
+        g.copy_(torch.where(kept, g, regularized(g, w.view(g.shape), factor)))
 
 
 def nm_prune(

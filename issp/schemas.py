@@ -73,8 +73,22 @@ library.define(
     "Tensor(e!) thresholds, Tensor(f!) masks, Tensor(g!) flips, Tensor(h!) scratch, "
     "Tensor? found_inf=None, bool frozen=False, bool bracket=True) -> ()"
 )
-# Writes +0 wherever the packed mask has a 0 bit. dtypes may differ from tensor to tensor.
-library.define("apply_masks_(Tensor(a!)[] tensors, Tensor masks) -> ()")
+# Writes +0 wherever the packed mask has a 0 bit. tensors: `sets` lists of T one behind the other
+# (weights, moments, moving average); tensor i takes mask i % T. dtypes may differ from tensor to
+# tensor.
+library.define("apply_masks_(Tensor(a!)[] tensors, Tensor masks, int sets=1) -> ()")
+# ISS-R: grads[t] += factors[t] * weights[t] where the mask has a 0 bit; see `regularized` in
+# reference_passes.py. factors: [T] float32 (float64 for float64 weights). Elsewhere gradients keep
+# their bits. Each gradient has its weight's dtype.
+library.define(
+    "regularize_(Tensor(a!)[] grads, Tensor[] weights, Tensor factors, Tensor masks) -> ()"
+)
+# float64 [T, 4], per tensor: ||x||_2, Var(|x|) (unbiased; NaN for one element), mean(|x|),
+# std(|x|). One read, sums in float64 without cancellation; the same bits in every run and for any
+# number of threads; back ends agree to 1e-12 of each value. NaN and infinity propagate as in torch.
+library.define("magnitude_statistics(Tensor[] tensors) -> Tensor")
+# int64 [T]: exact zeros of either sign (denormals are none). dtypes may differ.
+library.define("count_zeros(Tensor[] tensors) -> Tensor")
 # Keeps the n largest of every m (pruning the m - n smallest keys), returns the tensor with the
 # pruned elements replaced by shrunk(w), and the packed mask. layout "channels": weight [O, I, ...],
 # groups of m consecutive input channels at a fixed kernel position; v consecutive output rows share
@@ -135,8 +149,25 @@ def _(weights: list[Tensor], k: list[int]) -> Tensor:
 
 
 @torch.library.register_fake("issp::apply_masks_", lib=library)
-def _(tensors: list[Tensor], masks: Tensor) -> None:
+def _(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
     _one_device([*tensors, masks])
+
+
+@torch.library.register_fake("issp::regularize_", lib=library)
+def _(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
+    _one_device([*grads, *weights, factors, masks])
+
+
+@torch.library.register_fake("issp::magnitude_statistics", lib=library)
+def _(tensors: list[Tensor]) -> Tensor:
+    _one_device(tensors)
+    return tensors[0].new_empty((len(tensors), 4), dtype=torch.float64)
+
+
+@torch.library.register_fake("issp::count_zeros", lib=library)
+def _(tensors: list[Tensor]) -> Tensor:
+    _one_device(tensors)
+    return tensors[0].new_empty(len(tensors), dtype=torch.int64)
 
 
 @torch.library.register_fake("issp::nm_prune", lib=library)

@@ -10,11 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .apply_masks import apply_masks_
+from .count_zeros import count_zeros
+from .magnitude_statistics import magnitude_statistics
 from .magnitude_threshold import magnitude_threshold
 from .nm_prune import nm_prune
+from .regularize import regularize_
 from .soft_shrink import soft_shrink_
 
-__all__ = ["apply_masks_", "implementations", "magnitude_threshold", "nm_prune", "soft_shrink_"]
+__all__ = [
+    "apply_masks_",
+    "count_zeros",
+    "implementations",
+    "magnitude_statistics",
+    "magnitude_threshold",
+    "nm_prune",
+    "regularize_",
+    "soft_shrink_",
+]
 
 
 def implementations() -> dict[str, Callable]:
@@ -24,4 +36,7 @@ def implementations() -> dict[str, Callable]:
         "magnitude_threshold": magnitude_threshold,
         "apply_masks_": apply_masks_,
         "nm_prune": nm_prune,
+        "regularize_": regularize_,
+        "magnitude_statistics": magnitude_statistics,
+        "count_zeros": count_zeros,
     }

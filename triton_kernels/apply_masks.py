@@ -1,10 +1,10 @@
 """apply_masks_: writes +0 wherever the packed mask has a 0 bit.
 
-One launch for each element size among the tensors (one for a model of one dtype, float16 and
-bfloat16 together). Traffic: 1/8 byte read per element and a write of the pruned ones; the tensors
-are not read. The tile is [TILE / 32, 32]: a row is a mask word, and a warp writes 32 neighbours
-with one instruction (no alignment is told: wider stores would fall apart into strided ones, since
-each lane has its own predicate).
+One launch for weights, moments and moving average together when their elements have one size, else
+one for each size. Traffic: 1/8 byte read per weight and launch and a write of the pruned ones; the
+tensors are not read. The tile is [TILE / 32, 32]: a row is a mask word, and a warp writes 32
+neighbours with one instruction (no alignment is told: wider stores would fall apart into strided
+ones, since each lane has its own predicate).
 """
 
 from __future__ import annotations
@@ -18,31 +18,54 @@ from .tables import TILE, launch, left, locate, mask_start, name_of, pointer, ta
 
 
 @triton.jit
-def apply_masks(rows, tiles, masks, DTYPE: tl.constexpr, TILE: tl.constexpr):
-    t, address, n, index, _ = locate(rows, tiles, tl.program_id(0))
+def pruned_in_tile(rows, t, masks, n, index, TILE: tl.constexpr):
+    """Of a tile [TILE / 32, 32]: place of each element, and whether it exists and is pruned."""
     word = tl.arange(0, TILE // 32)
     bit = tl.arange(0, 32)[None, :]
     local = word[:, None] * 32 + bit
-    start = index * TILE
-    valid = local < left(n, start, TILE)
     first = index * (TILE // 32)
     owned = word < ((n + 511) // 512) * 16 - first
     packed = tl.load(masks + mask_start(rows, t) + first + word, mask=owned, other=0)
-    target = pointer(address, DTYPE, False) + start + local
     pruned = ((packed[:, None] >> bit) & 1) == 0
-    tl.store(target, tl.zeros([TILE // 32, 32], target.dtype.element_ty), mask=valid & pruned)
+    return local, pruned & (local < left(n, index * TILE, TILE))
 
 
-def apply_masks_(tensors: list[Tensor], masks: Tensor, *, tile: int = TILE) -> None:
+@triton.jit
+def another(rows, t, DTYPE: tl.constexpr):
+    """Where tensor t of the call lies, one that has no programs of its own."""
+    return pointer(tl.load(rows + t.to(tl.int64) * 8), DTYPE, False)
+
+
+@triton.jit
+def apply_masks(
+    rows, tiles, masks, count, DTYPE: tl.constexpr, SETS: tl.constexpr, SIZES: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """SIZES: bit s is set when tensor t + s * count has elements of DTYPE's size."""
+    t, _, n, index, _ = locate(rows, tiles, tl.program_id(0))
+    local, pruned = pruned_in_tile(rows, t, masks, n, index, TILE)
+    for s in tl.static_range(SETS):
+        if (SIZES >> s) & 1:
+            target = another(rows, t + s * count, DTYPE) + index * TILE + local
+            tl.store(target, tl.zeros([TILE // 32, 32], target.dtype.element_ty), mask=pruned)
+
+
+def apply_masks_(tensors: list[Tensor], masks: Tensor, sets: int = 1, *, tile: int = TILE) -> None:
     """See `apply_masks_` in the schemas."""
-    by_size: dict[int, list[int]] = {}
-    for t, x in enumerate(tensors):
-        by_size.setdefault(x.element_size(), []).append(t)
+    count = len(tensors) // sets
+    # Weights by element size and by which of their tensors have it: one group, as a rule.
+    groups: dict[tuple[int, int], list[int]] = {}
+    for t in range(count):
+        sizes = [x.element_size() for x in tensors[t::count]]
+        for size in set(sizes):
+            members = sum(1 << s for s, other in enumerate(sizes) if other == size)
+            groups.setdefault((size, members), []).append(t)
     with torch.cuda.device_of(masks):
-        for same in by_size.values():
-            found = tables(tensors, tile, 1, same)
-            dtype = name_of(tensors[same[0]].dtype)
+        for (size, members), weights in groups.items():
+            found = tables(tensors, tile, 1, weights)
+            dtype = next(name_of(x.dtype) for x in tensors if x.element_size() == size)
             apply_masks[found.grid](
-                found.rows, found.tiles, masks, DTYPE=dtype, TILE=tile,
+                *(found.rows, found.tiles, masks, count),
+                DTYPE=dtype, SETS=sets, SIZES=members, TILE=tile,
                 **launch(dtype),
             )  # fmt: skip

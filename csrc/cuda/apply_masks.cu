@@ -5,12 +5,15 @@
 
 namespace issp {
 
-void apply_masks_cuda(std::vector<Tensor> tensors, Tensor masks) {
-  const std::vector<Item> items = check_apply_masks(tensors, masks);
+void apply_masks_cuda(std::vector<Tensor> tensors, Tensor masks, int64_t sets) {
+  const std::vector<Item> items = check_apply_masks(tensors, masks, sets);
   const torch::stable::accelerator::DeviceGuard guard(tensors[0].get_device_index());
-  std::vector<uint32_t> bytes;
-  for (const Tensor& x : tensors) bytes.push_back(uint32_t(x.element_size()));
-  apply_masks(items, bytes, pointer<const uint32_t>(masks), current_stream(tensors[0]));
+  std::vector<Place> places;
+  places.reserve(tensors.size());
+  for (const Tensor& x : tensors) {
+    places.push_back({x.mutable_data_ptr(), uint32_t(x.element_size())});
+  }
+  apply_masks(items, places, pointer<const uint32_t>(masks), current_stream(tensors[0]));
 }
 
 }  // namespace issp

@@ -1,11 +1,20 @@
-// apply_masks_: zero wherever the packed mask has a 0 bit, the whole model in one launch.
-// Traffic: 1/8 byte of mask per element and the zeros; the tensors are not read. A lane holds the
-// word of one row and hands it to its warp by a shuffle, so the mask is read once, coalesced.
+// apply_masks_: zero wherever the packed mask has a 0 bit, the whole model in one launch: weights,
+// moments and moving average together.
+// Traffic: 1/8 byte of mask per weight, whatever the number of sets, and the zeros; the tensors are
+// not read. A lane holds the word of one row and hands it to its warp by a shuffle, so the mask is
+// read once, coalesced.
 #pragma once
 
-#include "table.cuh"
+#include "sets.cuh"
 
 namespace issp {
+
+// The mask word that this lane holds: lane r that of row r.
+ISSP_DEVICE uint32_t load_mask_word(const Entry& entry, uint32_t tile, const uint32_t* masks) {
+  const uint32_t first = tile * kTile + warp() * kWarpTile + 32 * lane();
+  const bool mine = lane() < kRows && first < entry.numel;
+  return mine ? load(masks + uint64_t(entry.mask_line) * kLineWords + first / 32) : 0;
+}
 
 template <typename Word>
 ISSP_DEVICE void zero_rows(Word* data, uint32_t tile, uint32_t numel, uint32_t mask_word) {
@@ -20,27 +29,28 @@ ISSP_DEVICE void zero_rows(Word* data, uint32_t tile, uint32_t numel, uint32_t m
 
 template <int Capacity>
 ISSP_KERNEL(kThreads, 3)
-mask_kernel(const ISSP_PARAM Table<Capacity> table, const uint32_t* masks) {
-  const Entry& entry = table.entries[locate(table, block())];
-  const uint32_t tile = block() - entry.first_tile;
-  const uint32_t* mask = masks + uint64_t(entry.mask_line) * kLineWords;
-  const uint32_t first = tile * kTile + warp() * kWarpTile + 32 * lane();
-  const bool mine = lane() < kRows && first < entry.numel;
-  const uint32_t word = mine ? load(mask + first / 32) : 0;
-  if (entry.extra == 2) {  // extra: bytes per element
-    zero_rows(static_cast<uint16_t*>(entry.data), tile, entry.numel, word);
-  } else if (entry.extra == 4) {
-    zero_rows(static_cast<uint32_t*>(entry.data), tile, entry.numel, word);
-  } else {
-    zero_rows(static_cast<uint64_t*>(entry.data), tile, entry.numel, word);
+mask_kernel(const ISSP_PARAM Table<Capacity> table, const uint32_t* masks, uint32_t sets) {
+  const uint32_t found = locate_set(table, block(), sets);
+  const uint32_t tile = block() - table.entries[found].first_tile;
+  const uint32_t word = load_mask_word(table.entries[found], tile, masks);
+  for (uint32_t set = 0; set < sets; ++set) {
+    const Entry& entry = table.entries[found + set];
+    if (entry.extra == 2) {  // extra: bytes per element
+      zero_rows(static_cast<uint16_t*>(entry.data), tile, entry.numel, word);
+    } else if (entry.extra == 4) {
+      zero_rows(static_cast<uint32_t*>(entry.data), tile, entry.numel, word);
+    } else {
+      zero_rows(static_cast<uint64_t*>(entry.data), tile, entry.numel, word);
+    }
   }
 }
 
-inline void apply_masks(const std::vector<Item>& items, const std::vector<uint32_t>& bytes,
+// places: data and bytes per element of every set's tensors.
+inline void apply_masks(const std::vector<Item>& items, const std::vector<Place>& places,
                         const uint32_t* masks, Stream stream) {
-  for_tables(items, bytes, [&](const auto& table) {
+  for_sets(items, places, [&](const auto& table, uint32_t sets) {
     constexpr int capacity = std::decay_t<decltype(table)>::kCapacity;
-    launch(mask_kernel<capacity>, table.tiles, kThreads, 0, stream, table, masks);
+    launch(mask_kernel<capacity>, table.tiles, kThreads, 0, stream, table, masks, sets);
   });
 }
 

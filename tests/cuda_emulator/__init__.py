@@ -63,7 +63,8 @@ def library(small: bool = False) -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         _compile([*flags, *map(str, sources)], built)
     loaded = ctypes.CDLL(str(built))
-    for name in ("soft_shrink", "magnitude_threshold", "apply_masks", "nm_prune"):
+    names = ("soft_shrink", "magnitude_threshold", "apply_masks", "nm_prune", "regularize")
+    for name in (*names, "magnitude_statistics", "count_zeros"):
         getattr(loaded, f"emulated_{name}").restype = ctypes.c_char_p
     for name in ("emulator_site_name", "planted_name", "run_planted"):
         getattr(loaded, name).restype = ctypes.c_char_p
@@ -114,6 +115,10 @@ def _list(tensors: list[Tensor]) -> tuple:
     return len(tensors), pointers, numels
 
 
+def _dtypes(tensors: list[Tensor]) -> ctypes.Array:
+    return (ctypes.c_int * len(tensors))(*[_DTYPES[x.dtype] for x in tensors])
+
+
 def soft_shrink_(
     weights: list[Tensor],
     k: Tensor,
@@ -157,11 +162,33 @@ def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
     return found
 
 
-def apply_masks_(tensors: list[Tensor], masks: Tensor) -> None:
+def apply_masks_(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
     """See schemas.py."""
-    checks.apply_masks(tensors, masks)
-    dtypes = (ctypes.c_int * len(tensors))(*[_DTYPES[x.dtype] for x in tensors])
-    _call("apply_masks", dtypes, *_list(tensors), _pointer(masks))
+    checks.apply_masks(tensors, masks, sets)
+    _call("apply_masks", _dtypes(tensors), *_list(tensors), _pointer(masks), sets)
+
+
+def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
+    """See schemas.py."""
+    checks.regularize(grads, weights, factors, masks)
+    both = _list([*grads, *weights])
+    _call("regularize", _DTYPES[grads[0].dtype], *both, _pointer(factors), _pointer(masks))
+
+
+def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
+    """See schemas.py."""
+    checks.magnitude_statistics(tensors)
+    found = torch.empty(len(tensors), 4, dtype=torch.float64)
+    _call("magnitude_statistics", _DTYPES[tensors[0].dtype], *_list(tensors), _pointer(found))
+    return found
+
+
+def count_zeros(tensors: list[Tensor]) -> Tensor:
+    """See schemas.py."""
+    checks.count_zeros(tensors)
+    zeros = torch.zeros(len(tensors), dtype=torch.int64)
+    _call("count_zeros", _dtypes(tensors), *_list(tensors), _pointer(zeros))
+    return zeros
 
 
 def nm_prune(
@@ -192,4 +219,7 @@ def implementations() -> dict[str, Callable]:
         "magnitude_threshold": magnitude_threshold,
         "apply_masks_": apply_masks_,
         "nm_prune": nm_prune,
+        "regularize_": regularize_,
+        "magnitude_statistics": magnitude_statistics,
+        "count_zeros": count_zeros,
     }

@@ -1,10 +1,14 @@
 // The kernels of csrc/cuda behind a C interface. Every function returns null or what went wrong.
+#include <cmath>
 #include <string>
 
 #include "apply_masks.cuh"
+#include "count_zeros.cuh"
 #include "emulator.h"
+#include "magnitude_statistics.cuh"
 #include "magnitude_threshold.cuh"
 #include "nm_prune.cuh"
+#include "regularize.cuh"
 #include "soft_shrink.cuh"
 
 namespace {
@@ -112,8 +116,55 @@ const char* emulated_magnitude_threshold(int dtype, int count, void** data, cons
   });
 }
 
+// count: of all sets together.
 const char* emulated_apply_masks(const int* dtypes, int count, void** data, const int64_t* numels,
-                                 void* masks) {
+                                 void* masks, int sets) {
+  return guarded([&] {
+    const std::vector<Item> items = items_of(data, numels, count / sets);
+    std::vector<Place> places;
+    for (int i = 0; i < count; ++i) {
+      places.push_back({data[i], uint32_t(bytes_of(dtypes[i]))});
+      emulator::allow(data[i], numels[i] * bytes_of(dtypes[i]));
+    }
+    apply_masks(items, places, allowed<const uint32_t>(masks, mask_total(items)), nullptr);
+  });
+}
+
+// data, numels: of the gradients, then of the weights.
+const char* emulated_regularize(int dtype, int count, void** data, const int64_t* numels,
+                                void* factors, void* masks) {
+  return guarded([&] {
+    const std::vector<Item> items = items_of(data, numels, count / 2);
+    std::vector<Place> places;
+    for (int i = 0; i < count; ++i) {
+      places.push_back({data[i], 0});
+      emulator::allow(data[i], numels[i] * bytes_of(dtype));
+    }
+    with_dtype(dtype, [&](auto type) {
+      using T = decltype(type);
+      regularize<T>(items, places, allowed<const typename T::Wide>(factors, items.size()),
+                    allowed<const uint32_t>(masks, mask_total(items)), nullptr);
+    });
+  });
+}
+
+const char* emulated_magnitude_statistics(int dtype, int count, void** data, const int64_t* numels,
+                                          void* found) {
+  return guarded([&] {
+    const std::vector<Item> items = items_of(data, numels, count);
+    for (const Item& item : items) emulator::allow(item.data, item.numel * bytes_of(dtype));
+    const std::vector<uint32_t> before = tiles_before(items);
+    std::vector<double> sums(size_t(statistics_words(before)), NAN);
+    with_dtype(dtype, [&](auto type) {
+      using T = decltype(type);
+      magnitude_statistics<T>(items, before, allowed<double>(sums.data(), sums.size()),
+                              allowed<double>(found, 4 * items.size()), nullptr);
+    });
+  });
+}
+
+const char* emulated_count_zeros(const int* dtypes, int count, void** data, const int64_t* numels,
+                                 void* zeros) {
   return guarded([&] {
     const std::vector<Item> items = items_of(data, numels, count);
     std::vector<uint32_t> bytes;
@@ -121,7 +172,7 @@ const char* emulated_apply_masks(const int* dtypes, int count, void** data, cons
       bytes.push_back(uint32_t(bytes_of(dtypes[i])));
       emulator::allow(data[i], numels[i] * bytes.back());
     }
-    apply_masks(items, bytes, allowed<const uint32_t>(masks, mask_total(items)), nullptr);
+    count_zeros(items, bytes, allowed<int64_t>(zeros, items.size()), nullptr);
   });
 }
 

@@ -1,0 +1,42 @@
+// count_zeros on the CPU. Traffic: one read.
+#include <torch/csrc/stable/library.h>
+
+#include "../checks.h"
+#include "dtypes.h"
+#include "streams.h"
+#include "team.h"
+
+namespace issp {
+namespace {
+
+Tensor count_zeros(const std::vector<Tensor>& tensors) {
+  const std::vector<Item> items = check_tensors(tensors, false);
+  const Tensor found =
+      torch::stable::new_empty(tensors[0], {int64_t(items.size())}, ScalarType::Long);
+  auto* const counts = static_cast<int64_t*>(found.mutable_data_ptr());
+  for_each_item(items, sizeof(float), [&](size_t i, int64_t, Team team) {
+    const int64_t numel = items[i].numel;
+    std::vector<int64_t> parts(size_t(team.size), 0);
+    for_dtype(tensors[i].scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      const auto* const data = static_cast<const typename T::Bits*>(items[i].data);
+      const Streams<T>& loops = streams<T>();
+      team.each([&](int64_t p) {
+        const Range share = team.share(p, numel);
+        const int64_t begin = 64 * share.begin, end = std::min(numel, 64 * share.end);
+        parts[size_t(p)] = begin < end ? loops.zeros(data + begin, end - begin) : 0;
+      });
+    });
+    counts[i] = 0;
+    for (const int64_t part : parts) counts[i] += part;
+  });
+  return found;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) {
+  m.impl("count_zeros", TORCH_BOX(&count_zeros));
+}
+
+}  // namespace issp

@@ -1,0 +1,59 @@
+// magnitude_statistics on the CPU. Traffic: one read. Tiles of a fixed size, their sums merged in
+// the order of the tiles: the same bits for any number of threads and any instruction set.
+#include <torch/csrc/stable/library.h>
+
+#include "../checks.h"
+#include "../statistics.h"
+#include "dtypes.h"
+#include "streams.h"
+#include "team.h"
+
+namespace issp {
+namespace {
+
+int64_t tile_numel(int64_t numel, int64_t tile) {
+  return std::min(kStatisticsTile, numel - tile * kStatisticsTile);
+}
+
+Statistics merged(const std::vector<TileSums>& tiles, int64_t numel) {
+  const FloatMode mode;
+  double sum = 0, squares = 0;
+  for (const TileSums& tile : tiles) sum += tile.sum;
+  const double mean = sum / double(numel);
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    squares += deviations(tiles[i].sum, tiles[i].squares, tile_numel(numel, int64_t(i)), mean);
+  }
+  return statistics(sum, squares, numel);
+}
+
+Tensor magnitude_statistics(const std::vector<Tensor>& tensors) {
+  const std::vector<Item> items = check_tensors(tensors, true);
+  const Tensor found =
+      torch::stable::new_empty(tensors[0], {int64_t(items.size()), 4}, ScalarType::Double);
+  auto* const rows = static_cast<Statistics*>(found.mutable_data_ptr());
+  for_dtype(tensors[0].scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Streams<T>& loops = streams<T>();
+    for_each_item(items, sizeof(typename T::Bits), [&](size_t i, int64_t, Team team) {
+      const int64_t numel = items[i].numel;
+      const int64_t count = (numel + kStatisticsTile - 1) / kStatisticsTile;
+      const auto* const data = static_cast<const typename T::Bits*>(items[i].data);
+      std::vector<TileSums> tiles(count);
+      team.each([&](int64_t p) {
+        for (int64_t t = count * p / team.size; t < count * (p + 1) / team.size; ++t) {
+          tiles[size_t(t)] = loops.sums(data + t * kStatisticsTile, tile_numel(numel, t));
+        }
+      });
+      rows[i] = merged(tiles, numel);
+    });
+  });
+  return found;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) {
+  m.impl("magnitude_statistics", TORCH_BOX(&magnitude_statistics));
+}
+
+}  // namespace issp

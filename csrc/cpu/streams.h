@@ -1,0 +1,31 @@
+// The passes that read or write every element once and wait for memory: plain loops, compiled for
+// each instruction set, chosen as passes.h chooses.
+#pragma once
+
+#include <cstdint>
+
+#include "../semantics.h"
+#include "passes.h"
+
+namespace issp {
+
+// Magnitudes of one tile: their sum, and the sum of squared deviations from the tile's mean.
+struct TileSums {
+  double sum;
+  double squares;
+};
+
+constexpr int64_t kStatisticsTile = 4096;  // 16 KB of float32: sums are taken tile by tile
+
+template <typename T>
+struct Streams {
+  using Bits = typename T::Bits;
+  void (*regularize)(Bits*, const Bits*, typename T::Wide, int64_t, Range, const uint32_t*);
+  int64_t (*zeros)(const Bits*, int64_t);
+  TileSums (*sums)(const Bits*, int64_t);
+};
+
+template <typename T>
+const Streams<T>& streams();
+
+}  // namespace issp

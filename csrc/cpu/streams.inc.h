@@ -1,0 +1,100 @@
+// The loops of streams.h for one instruction set. Included once per set by streams.cpp, with
+// ISSP_ISA (a namespace) and ISSP_TARGET (its function attribute) defined. Their results are the
+// same bits for every set: sums have a fixed number of lanes, and nothing is contracted.
+
+namespace issp::ISSP_ISA {
+
+// g += factor * w where the mask has a 0 bit. Words that are kept whole cost their mask alone.
+template <typename T>
+ISSP_TARGET void regularize(typename T::Bits* g, const typename T::Bits* w, typename T::Wide factor,
+                            int64_t numel, Range groups, const uint32_t* mask) {
+  using Bits = typename T::Bits;
+  for (int64_t word = 2 * groups.begin; word < 2 * groups.end; ++word) {
+    const int64_t left = numel - 32 * word;
+    if (left <= 0) break;
+    const uint32_t kept = mask[word];
+    if (kept == 0xffffffffu) continue;
+    Bits* const to = g + 32 * word;
+    const Bits* const from = w + 32 * word;
+    if (left < 32) {
+      for (int i = 0; i < int(left); ++i) {
+        if (!(kept >> i & 1u)) to[i] = regularized<T>(to[i], from[i], factor);
+      }
+      break;
+    }
+    Bits fresh[32];
+    for (int i = 0; i < 32; ++i) fresh[i] = regularized<T>(to[i], from[i], factor);
+    for (int i = 0; i < 32; ++i) to[i] = kept >> i & 1u ? to[i] : fresh[i];
+  }
+}
+
+// Zeros of either sign. Counts of a block fit 32 bits: as many lanes as the instruction set has.
+template <typename T>
+ISSP_TARGET int64_t zeros(const typename T::Bits* w, int64_t numel) {
+  using Bits = typename T::Bits;
+  int64_t found = 0;
+  for (int64_t begin = 0; begin < numel; begin += 1 << 20) {
+    const int64_t end = begin + (1 << 20) < numel ? begin + (1 << 20) : numel;
+    Key<T> block = 0;
+    for (int64_t i = begin; i < end; ++i) block += Bits(w[i] << 1) == 0;
+    found += int64_t(block);
+  }
+  return found;
+}
+
+using Doubles = double __attribute__((vector_size(64)));
+using Integers = int64_t __attribute__((vector_size(64)));
+using Floats = float __attribute__((vector_size(32)));
+
+// Eight magnitudes.
+template <typename T>
+ISSP_TARGET inline __attribute__((always_inline)) void load(const typename T::Bits* w,
+                                                            Doubles& wide) {
+  if constexpr (sizeof(typename T::Bits) == 8) {
+    memcpy(&wide, w, sizeof(wide));
+  } else {
+    float values[8];
+    for (int i = 0; i < 8; ++i) values[i] = widen(T{}, w[i]);
+    Floats narrow;
+    memcpy(&narrow, values, sizeof(narrow));
+    wide = __builtin_convertvector(narrow, Doubles);
+  }
+  wide = Doubles(Integers(wide) & int64_t(Limits<Float64>::magnitude));
+}
+
+ISSP_TARGET inline __attribute__((always_inline)) double total(const Doubles& x) {
+  return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+// One read, deviations from a guess of the mean. The guess is the mean of m = 64 of the n values,
+// so by Cauchy and Schwarz it misses the mean by at most sqrt(n / m) standard deviations, and the
+// difference below loses at most the factor 1 + n / m = 65 of float64's precision, whatever the
+// values are.
+template <typename T>
+ISSP_TARGET TileSums sums(const typename T::Bits* w, int64_t numel) {
+  Doubles a, b, sum_a = {}, sum_b = {}, squares_a = {}, squares_b = {};
+  double guess = 0;
+  if (numel >= 64) {
+    for (int i = 0; i < 64; i += 8) load<T>(w + i, a), sum_a += a;
+    guess = total(sum_a) / 64;
+    sum_a = Doubles{};
+  }
+  if (!(guess <= DBL_MAX)) guess = 0;  // infinities and NaNs go through to the sums as they are
+  int64_t i = 0;
+  for (; i + 16 <= numel; i += 16) {
+    load<T>(w + i, a), load<T>(w + i + 8, b);
+    a -= guess, b -= guess;
+    sum_a += a, sum_b += b;
+    squares_a += a * a, squares_b += b * b;
+  }
+  double sum = total(sum_a) + total(sum_b), squares = total(squares_a) + total(squares_b);
+  for (; i < numel; ++i) {
+    const double wide = double(widen(T{}, w[i]));
+    const double d = (wide < 0 ? -wide : wide) - guess;
+    sum += d, squares += d * d;
+  }
+  const double rest = squares - sum * sum / double(numel);
+  return {guess * double(numel) + sum, rest < 0 ? 0 : rest};
+}
+
+}  // namespace issp::ISSP_ISA

@@ -1,0 +1,45 @@
+"""The oracle of the passes beside the step: ISS-R's rule, statistics of magnitudes, zeros."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from issp import checks
+from issp.reference_updates import narrow, rounded, widen
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def regularized(g: Tensor, w: Tensor, factor: Tensor) -> Tensor:
+    """g + factor * w: the product rounded, then the sum, in float32 (float64 for float64).
+
+    16-bit dtypes are widened before and narrowed once at the end. A NaN result is the positive
+    quiet one with an empty payload, on every back end.
+    """
+    if w.dtype == torch.float64:
+        total = g + factor * w
+    else:
+        total = narrow(rounded(widen(g) + rounded(widen(factor) * widen(w)))).to(w.dtype)
+    return total.masked_fill(total.isnan(), float("nan"))
+
+
+def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
+    """See `magnitude_statistics` in schemas.py."""
+    checks.magnitude_statistics(tensors)
+    rows = []
+    for x in tensors:
+        magnitudes = (x if x.dtype == torch.float64 else widen(x)).abs().view(-1)
+        mean = magnitudes.mean()
+        variance = (magnitudes - mean).square().sum() / (x.numel() - 1)
+        rows.append(
+            torch.stack([magnitudes.square().sum().sqrt(), variance, mean, variance.sqrt()])
+        )
+    return torch.stack(rows)
+
+
+def count_zeros(tensors: list[Tensor]) -> Tensor:
+    """See `count_zeros` in schemas.py."""
+    checks.count_zeros(tensors)
+    # the bits without the sign: where denormals are flushed, they would compare equal to zero
+    return torch.stack([(x.view(_INTEGER[x.element_size()]) << 1 == 0).sum() for x in tensors])
