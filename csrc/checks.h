@@ -150,8 +150,8 @@ inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors, c
 
 // Items of the gradients.
 inline std::vector<Item> check_regularize(const std::vector<Tensor>& grads,
-                                          const std::vector<Tensor>& weights,
-                                          const Tensor& factors, const Tensor& masks) {
+                                          const std::vector<Tensor>& weights, const Tensor& factors,
+                                          const Tensor& masks) {
   const std::vector<Item> items = check_tensors(grads, true);
   const std::vector<Item> others = check_tensors(weights, true);
   if (items.size() != others.size()) {
