@@ -1,4 +1,4 @@
-"""Public functions over `torch.ops.issp`: the fused step, its state, selection, masks, N:M."""
+"""Public functions over `torch.ops.issp`: the fused step, its state, and the passes beside it."""
 
 from __future__ import annotations
 
@@ -151,7 +151,10 @@ def _explained(check: Callable[..., None]) -> Callable:
 
 _soft_shrink = _explained(checks.soft_shrink)(lambda *args: _op.soft_shrink_(*args))
 _threshold = _explained(checks.magnitude_threshold)(lambda w, k: _op.magnitude_threshold(w, k))
-_apply_masks = _explained(checks.apply_masks)(lambda x, masks: _op.apply_masks_(x, masks))
+_apply_masks = _explained(checks.apply_masks)(lambda *args: _op.apply_masks_(*args))
+_regularize = _explained(checks.regularize)(lambda *args: _op.regularize_(*args))
+_statistics = _explained(checks.magnitude_statistics)(lambda x: _op.magnitude_statistics(x))
+_zeros = _explained(checks.count_zeros)(lambda x: _op.count_zeros(x))
 _nm_prune = _explained(checks.nm_prune)(lambda *args: _op.nm_prune(*args))
 
 
@@ -215,17 +218,83 @@ def apply_masks_(tensors: list[Tensor], state: ShrinkState) -> None:
     """Writes +0 where the state's mask says pruned: for weights, moments, moving averages.
 
     Args:
-        tensors: one per weight of `state`, same number of elements each; any supported dtypes.
+        tensors: one per weight of `state`, same number of elements each; or several such lists one
+            behind the other (weights + moments + averages), for which one call reads the masks
+            once. Any supported dtypes.
         state: whose masks to apply.
 
     Raises:
         TypeError, ValueError: see `issp.checks`; nothing has been modified.
     """
-    if [x.numel() for x in tensors] != state.numels:
+    sets = max(1, len(tensors) // len(state.numels))
+    if [x.numel() for x in tensors] != state.numels * sets:
         raise ValueError("tensors must have the sizes of the state's weights, in the same order")
-    _apply_masks(tensors, state.packed)
+    _apply_masks(tensors, state.packed, sets)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
+
+
+@torch.no_grad()
+def regularize_(
+    grads: list[Tensor], weights: list[Tensor], factors: Tensor, state: ShrinkState
+) -> None:
+    """Adds an L2 penalty to the gradients of the unimportant weights: g += factor * w, in place.
+
+    Important weights keep their gradients bit for bit.
+
+    Args:
+        grads: one per weight of `state`, of its weight's dtype and number of elements.
+        weights: the tensors `state` was built for.
+        factors: [T] float32 (float64 for float64 weights), on the weights' device: lambda of each
+            tensor.
+        state: whose masks say which weights are unimportant.
+
+    Raises:
+        TypeError, ValueError: see `issp.checks`; nothing has been modified.
+
+    Source: ISS-R, the regularisation variant of ISS-P; the authors add lambda * w to the gradient.
+    """
+    if [w.numel() for w in weights] != state.numels:
+        raise ValueError("weights must be those of the state, in the same order")
+    _regularize(grads, weights, factors, state.packed)
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(grads)
+
+
+@torch.no_grad()
+def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
+    """What the authors record of gradients, per tensor, from one read of it.
+
+    Args:
+        tensors: T contiguous tensors of one device and dtype.
+
+    Returns:
+        float64 [T, 4]: ||x||_2, Var(|x|), mean(|x|), std(|x|). The variance is that of the
+        absolute values, unbiased (NaN for a single element). Accumulated in float64, the same bits
+        in every run.
+
+    Raises:
+        TypeError, ValueError: see `issp.checks`.
+
+    Source: the authors' gradient record: norm, variance, mean and deviation per pruned layer.
+    """
+    return _statistics(tensors)
+
+
+@torch.no_grad()
+def count_zeros(tensors: list[Tensor]) -> Tensor:
+    """How many elements of each tensor are exactly zero, of either sign.
+
+    Args:
+        tensors: T contiguous tensors of one device; any supported dtypes.
+
+    Returns:
+        int64 [T].
+
+    Raises:
+        TypeError, ValueError: see `issp.checks`.
+    """
+    return _zeros(tensors)
 
 
 @torch.no_grad()

@@ -9,13 +9,6 @@
 
 namespace issp {
 
-// The mask word that this lane holds: lane r that of row r.
-ISSP_DEVICE uint32_t load_mask_word(const Entry& entry, uint32_t tile, const uint32_t* masks) {
-  const uint32_t first = tile * kTile + warp() * kWarpTile + 32 * lane();
-  const bool mine = lane() < kRows && first < entry.numel;
-  return mine ? load(masks + uint64_t(entry.mask_line) * kLineWords + first / 32) : 0;
-}
-
 template <typename Word>
 ISSP_DEVICE void zero_rows(Word* data, uint32_t tile, uint32_t numel, uint32_t mask_word) {
   const uint32_t start = column(tile);

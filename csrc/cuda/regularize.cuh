@@ -3,8 +3,8 @@
 // written, where the bit is 0; 1/8 byte of mask.
 #pragma once
 
-#include "apply_masks.cuh"
 #include "regularize.h"
+#include "sets.cuh"
 
 namespace issp {
 

@@ -21,6 +21,13 @@ ISSP_DEVICE uint32_t locate_set(const Table& table, uint32_t tile, uint32_t sets
   return locate(table, tile) / sets * sets;
 }
 
+// The mask word that this lane holds: lane r that of row r.
+ISSP_DEVICE uint32_t load_mask_word(const Entry& entry, uint32_t tile, const uint32_t* masks) {
+  const uint32_t first = tile * kTile + warp() * kWarpTile + 32 * lane();
+  const bool mine = lane() < kRows && first < entry.numel;
+  return mine ? load(masks + uint64_t(entry.mask_line) * kLineWords + first / 32) : 0;
+}
+
 template <int Capacity, typename Body>
 void call_with_sets(const std::vector<Item>& items, const std::vector<Place>& places,
                     size_t first_set, uint32_t sets, size_t begin, size_t end, const Body& body) {
