@@ -22,9 +22,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from .apply_masks import apply_masks
+from .count_zeros import zeros
+from .magnitude_statistics import CHUNK, MERGE_LAUNCH, merge, parts
 from .nm_prune import LAUNCH as SMALL_LAUNCH
 from .nm_prune import TILE as SMALL_TILE
 from .nm_prune import rank_groups, sum_rows
+from .regularize import regularize
 from .select import radix_pass
 from .soft_shrink import AXIS, apply, count
 from .tables import TILE, launch
@@ -36,7 +39,8 @@ _BITS = {"float32": "*i32", "float16": "*i16", "bfloat16": "*i16", "float64": "*
 _ARGUMENTS = {
     "rows": "*i64", "tiles": "*i32", "k": "*i64", "work": "*i64", "flips": "*i64",
     "thresholds": "bits", "weight": "bits", "out": "bits", "scores": "bits",
-    "masks": "*i32", "scratch": "*i32", "found_inf": "*fp32",
+    "masks": "*i32", "scratch": "*i32", "found_inf": "*fp32", "counts": "*i64",
+    "sums": "*fp64", "statistics": "*fp64",
 }  # fmt: skip
 
 
@@ -48,7 +52,11 @@ def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
         yield count, spanned | {"AXIS": AXIS}, launch(dtype)
     yield apply, spanned | {"ALIGNED": True}, launch(dtype)
     yield radix_pass, spanned | {"ALIGNED": True}, launch(dtype)
-    yield apply_masks, tiled, launch(dtype)
+    yield apply_masks, tiled | {"SETS": 3, "SIZES": 0b111}, launch(dtype)
+    yield regularize, tiled, launch(dtype)
+    yield zeros, tiled | {"ALIGNED": True}, launch(dtype)
+    yield parts, tiled | {"ALIGNED": True}, launch(dtype)
+    yield merge, {"TILE": TILE, "CHUNK": CHUNK}, MERGE_LAUNCH
     small = {"DTYPE": dtype, "TILE": SMALL_TILE}
     yield sum_rows, small, SMALL_LAUNCH
     yield rank_groups, small | {"INDEX": tl.int32}, SMALL_LAUNCH
@@ -59,6 +67,8 @@ def _source(kernel, constants: dict, dtype: str) -> ASTSource:
     for name in kernel.arg_names:
         kind = "constexpr" if name in constants else _ARGUMENTS.get(name, "i32")
         types[name] = _BITS[dtype] if kind == "bits" else kind
+    if "factors" in types:
+        types["factors"] = "*fp64" if dtype == "float64" else "*fp32"
     if kernel is sum_rows:
         types["scores"] = "*i64" if dtype == "float64" else "*i32"
     aligned = {

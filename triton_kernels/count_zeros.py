@@ -16,14 +16,14 @@ from .tables import TILE, launch, left, load_tile, locate, name_of, pointer, tab
 
 
 @triton.jit
-def zeros(rows, tiles, found, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+def zeros(rows, tiles, counts, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: tl.constexpr):
     t, address, n, index, _ = locate(rows, tiles, tl.program_id(0))
     start = index * TILE
     source = pointer(address, DTYPE, ALIGNED) + start
     bits = load_tile(source, tl.arange(0, TILE), left(n, start, TILE), TILE)
     count = tl.sum((key(bits) == 0).to(tl.int32), 0)
     if count > 0:
-        tl.atomic_add(found + t, count.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counts + t, count.to(tl.int64), sem="relaxed")
 
 
 def count_zeros(tensors: list[Tensor], *, tile: int = TILE) -> Tensor:

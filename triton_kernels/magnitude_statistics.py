@@ -21,6 +21,7 @@ from .semantics import key, widen
 from .tables import TILE, launch, left, load_tile, locate, name_of, pointer, tables
 
 CHUNK = 512  # tiles that merge adds at a time
+MERGE_LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def parts(rows, tiles, sums, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE: t
 
 
 @triton.jit
-def merge(rows, sums, found, TILE: tl.constexpr, CHUNK: tl.constexpr):
+def merge(rows, sums, statistics, TILE: tl.constexpr, CHUNK: tl.constexpr):
     t = tl.program_id(0).to(tl.int64)
     n = tl.load(rows + t * 8 + 1)
     own = sums + tl.load(rows + t * 8 + 2) * 2
@@ -66,10 +67,10 @@ def merge(rows, sums, found, TILE: tl.constexpr, CHUNK: tl.constexpr):
     # an infinite element makes the deviations NaN, but the norm is infinite
     infinite = total > 1.7976931348623157e308
     norm = tl.where(infinite, total, tl.sqrt(deviations + mean * total))
-    tl.store(found + t * 4, norm)
-    tl.store(found + t * 4 + 1, variance)
-    tl.store(found + t * 4 + 2, mean)
-    tl.store(found + t * 4 + 3, tl.sqrt(variance))
+    tl.store(statistics + t * 4, norm)
+    tl.store(statistics + t * 4 + 1, variance)
+    tl.store(statistics + t * 4 + 2, mean)
+    tl.store(statistics + t * 4 + 3, tl.sqrt(variance))
 
 
 def magnitude_statistics(tensors: list[Tensor], *, tile: int = TILE) -> Tensor:
@@ -84,7 +85,5 @@ def magnitude_statistics(tensors: list[Tensor], *, tile: int = TILE) -> Tensor:
             DTYPE=dtype, ALIGNED=table.aligned, TILE=tile,
             **launch(dtype, table.aligned),
         )  # fmt: skip
-        merge[(len(tensors),)](
-            table.rows, sums, found, TILE=tile, CHUNK=CHUNK, num_warps=4, enable_fp_fusion=False
-        )
+        merge[(len(tensors),)](table.rows, sums, found, TILE=tile, CHUNK=CHUNK, **MERGE_LAUNCH)
     return found
