@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,14 +41,16 @@ class Group:
     Args:
         layers: their order is the order of the state.
         index: number of the optimizer whose steps drive them.
+        part: number of the parameter group that has them all, where that matters.
 
     Raises:
         ValueError: a weight that no permutation of its dimensions makes contiguous.
     """
 
-    def __init__(self, layers: Sequence[Layer], index: int) -> None:
+    def __init__(self, layers: Sequence[Layer], index: int, part: int | None = None) -> None:
         self.layers = list(layers)
         self.index = index
+        self.part = part
         self.patterned = isinstance(layers[0].target, Keep)
         self._stores = [layer.module._parameters for layer in layers]
         self._orders = [_memory_order(layer) for layer in layers]
@@ -240,6 +242,34 @@ class Group:
         self.state.set_k(self.k)
 
 
+@dataclass
+class Turn:
+    """The pruner's work of one optimizer step, for the optimizer to do what it can of it.
+
+    Args:
+        groups: those that this optimizer's steps drive.
+        factor: what the selected weights are multiplied by.
+        frozen: whether the masks are fixed: then they are applied instead.
+        done: the groups whose work is done; the others are left to the pruner's hook.
+    """
+
+    groups: list[Group]
+    factor: float
+    frozen: bool
+    done: list[Group] = field(default_factory=list)
+
+    def within(self, part: int) -> Group | None:
+        """The group of a parameter group, if it has one that an op can take."""
+        for group in self.groups:
+            if group.part == part and not group.patterned:
+                return group
+        return None
+
+    def left(self) -> list[Group]:
+        """The groups whose work is not done."""
+        return [group for group in self.groups if group not in self.done]
+
+
 class _Moments:
     """The optimizer's tensors per weight, found again only when its state was replaced or grew."""
 
@@ -323,16 +353,21 @@ def _pointers(tensors: list[Tensor]) -> list[int]:
 
 
 def _memory_order(layer: Layer) -> list[int] | None:
-    weight = layer.weight
-    if weight.is_contiguous():
-        return None
-    order = sorted(range(weight.dim()), key=lambda d: -weight.stride(d))
-    if not weight.permute(order).is_contiguous():
+    order = memory_order(layer.weight)
+    if order == []:
         raise ValueError(
             f"{layer.name}: its weight is a view with gaps or overlaps in memory: replace it by "
             "weight.contiguous() or exclude the layer"
         )
     return order
+
+
+def memory_order(x: Tensor) -> list[int] | None:
+    """The permutation that makes a tensor contiguous: None if it is, empty if there is none."""
+    if x.is_contiguous():
+        return None
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    return order if x.permute(order).is_contiguous() else []
 
 
 def _inverse(order: list[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -9,6 +10,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from issp.groups import Turn
 
 _watchers: weakref.WeakSet[Hooks] = weakref.WeakSet()
 
@@ -34,6 +37,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._handles: list = []
+        self._followers: list = []
         self._firing = False
         self._trains: Callable[[Optimizer], bool] | None = None
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
@@ -50,6 +54,7 @@ class Hooks:
         optimizers: Sequence[Optimizer],
         fire: Callable[[int, Tensor | None], None],
         trains: Callable[[Optimizer], bool],
+        prepare: Callable[[int, Tensor | None], Turn],
     ) -> None:
         """Hooks the optimizers and watches all others.
 
@@ -57,6 +62,8 @@ class Hooks:
             optimizers: each calls `fire` with its number and AMP's overflow flag after its steps.
             fire: a step of the pruner.
             trains: whether an optimizer has a weight to prune.
+            prepare: called with the same before an update by optimizers that can do the pruner's
+                work within their step; `fire` does what they leave.
         """
         handles: list = []
 
@@ -76,6 +83,11 @@ class Hooks:
         handles += [opt.register_step_post_hook(hook(i)) for i, opt in enumerate(optimizers)]
         self._handles, self._trains, self.removed = handles, trains, False
         self._seen = weakref.WeakSet(optimizers)
+        self._followers = [
+            opt
+            for i, opt in enumerate(optimizers)
+            if hasattr(opt, "follow_pruner") and opt.follow_pruner(functools.partial(prepare, i))
+        ]
         _watch(self)
 
     def detach(self) -> None:
@@ -84,7 +96,9 @@ class Hooks:
             # Not from within: torch is going through its table of hooks just then.
             for handle in self._handles:
                 handle.remove()
-        self._handles, self._trains, self.removed = [], None, True
+        for opt in self._followers:
+            opt.leave_pruner()
+        self._handles, self._followers, self._trains, self.removed = [], [], None, True
 
     def look(self, opt: Optimizer) -> None:
         """Warns once when an optimizer without the hook trains weights to prune."""

@@ -156,6 +156,9 @@ _regularize = _explained(checks.regularize)(lambda *args: _op.regularize_(*args)
 _statistics = _explained(checks.magnitude_statistics)(lambda x: _op.magnitude_statistics(x))
 _zeros = _explained(checks.count_zeros)(lambda x: _op.count_zeros(x))
 _nm_prune = _explained(checks.nm_prune)(lambda *args: _op.nm_prune(*args))
+# For `issp.optim`, which knows when a weight's version has to be counted up; see schemas.py.
+adam_soft_shrink_ = _explained(checks.adam_soft_shrink)(lambda *args: _op.adam_soft_shrink_(*args))
+sgd_soft_shrink_ = _explained(checks.sgd_soft_shrink)(lambda *args: _op.sgd_soft_shrink_(*args))
 
 
 @torch.no_grad()

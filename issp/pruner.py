@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from issp import methods, pruner_state, report
 from issp.averages import Average
+from issp.groups import Turn
 from issp.hooks import Hooks, optimizers
 from issp.keep import Keep
 from issp.layers import Layer, select, unwrap
@@ -121,6 +122,7 @@ class Pruner:
         self._hooks = Hooks()
         self._callbacks: list[Callable[[Pruner], None]] = []
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._turn: tuple[int, Turn] | None = None  # of the step that is under way
         self._warn_missing()
         self._attach_hooks()
 
@@ -158,23 +160,42 @@ class Pruner:
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
-    def _advance(self, index: int, found_inf: Tensor | None) -> None:
+    def _prepare(self, index: int, found_inf: Tensor | None) -> Turn:
+        """What an optimizer's step has to do, decided before its update where it can do it."""
         self._check_open()
-        if found_inf is not None and found_inf.device.type != "cuda":
-            if found_inf.item() != 0:
-                return
-            found_inf = None
         if index == 0:
             self._settle()
         self._follow()
+        if not (self.frozen or _skipped(found_inf)):
+            self._set_ratio(self._count + 1 if index == 0 else max(1, self._count))
         mine = [group for group in self._roster.groups if group.index == index]
+        return Turn(mine, self.method.factor, self.frozen)
+
+    def _before_update(self, index: int, found_inf: Tensor | None) -> Turn:
+        """Called by an optimizer that can do the pruner's work within its step."""
+        turn = self._prepare(index, found_inf)
+        self._turn = (index, turn)
+        return turn
+
+    def _after_step(self, index: int, found_inf: Tensor | None) -> None:
+        """The hook: does what the optimizer has not done within its step."""
+        prepared, self._turn = self._turn, None
+        turn = prepared[1] if prepared is not None and prepared[0] == index else None
+        self._advance(index, found_inf, turn)
+
+    def _advance(self, index: int, found_inf: Tensor | None, turn: Turn | None = None) -> None:
+        self._check_open()
+        if found_inf is not None and found_inf.device.type != "cuda":
+            if _skipped(found_inf):
+                return
+            found_inf = None
+        left = (turn or self._prepare(index, found_inf)).left()
         if self.frozen:
-            self._roster.mask(mine)
-            for group in mine:
+            self._roster.mask(left)
+            for group in left:
                 group.state.flips.zero_()
         else:
-            self._set_ratio(self._count + 1 if index == 0 else max(1, self._count))
-            for group in mine:
+            for group in left:
                 group.shrink(self.method.factor, found_inf)
         if index == 0:
             self._tally(found_inf)
@@ -326,7 +347,12 @@ class Pruner:
 
     def _attach_hooks(self) -> None:
         if self._hook and self._roster.optimizers:
-            self._hooks.attach(self._roster.optimizers, self._advance, self._roster.trained_by)
+            self._hooks.attach(
+                self._roster.optimizers,
+                self._after_step,
+                self._roster.trained_by,
+                self._before_update,
+            )
 
     def _warn_unhooked(self) -> None:
         if self._hook and self._roster.optimizers and not (self.attached or self._hooks.removed):
@@ -410,4 +436,9 @@ class Pruner:
 
     def __getstate__(self) -> dict:
         self._settle()
-        return {**self.__dict__, "_callbacks": []}
+        return {**self.__dict__, "_callbacks": [], "_turn": None}
+
+
+def _skipped(found_inf: Tensor | None) -> bool:
+    """Whether AMP skips the step, where that is known without waiting for a GPU."""
+    return found_inf is not None and found_inf.device.type != "cuda" and found_inf.item() != 0

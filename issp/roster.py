@@ -15,6 +15,9 @@ from issp.layers import Layer, unwrap
 class Roster:
     """The layers in groups of one optimizer, device and dtype each.
 
+    Where the optimizer can do the pruner's work within its step (`issp.optim`), also of one
+    parameter group, since that is what it updates in one pass.
+
     A layer joins when its weight is trained: it requires gradients and an optimizer has it. From
     then on it stays, or a mask would vanish with a frozen weight.
 
@@ -55,17 +58,17 @@ class Roster:
         owners = self._owners()
         return any(owners[layer.name] is not None for layer in outside)
 
-    def _owners(self) -> dict[str, int | None]:
-        """For every layer the number of the optimizer that trains it."""
+    def _owners(self) -> dict[str, tuple[int, int | None] | None]:
+        """For every layer the numbers of the optimizer and parameter group that train it."""
         held = {
-            id(parameter): index
+            id(parameter): (index, part if hasattr(opt, "follow_pruner") else None)
             for index, opt in enumerate(self.optimizers)
-            for group in opt.param_groups
+            for part, group in enumerate(opt.param_groups)
             for parameter in group["params"]
         }
         owners = {}
         for layer in self.layers:
-            owner = held.get(id(layer.weight)) if self.optimizers else 0
+            owner = held.get(id(layer.weight)) if self.optimizers else (0, None)
             owners[layer.name] = owner if layer.weight.requires_grad else None
         return owners
 
@@ -82,14 +85,14 @@ class Roster:
             owner = owners[layer.name]
             if owner is not None or layer.name in self.joined:
                 weight, patterned = layer.weight, isinstance(layer.target, Keep)
-                place = (owner or 0, weight.device, weight.dtype, patterned)
+                place = (owner or (0, None), weight.device, weight.dtype, patterned)
                 parts.setdefault(place, []).append(layer)
         if all(owner is None for owner in owners.values()):
             raise ValueError(
                 "no weight to prune is trained: the weights must require gradients and be in the "
                 "optimizer (of a copied model, pass its own optimizer)"
             )
-        groups = [Group(part, index) for (index, *_), part in parts.items()]
+        groups = [Group(layers, *owner) for (owner, *_), layers in parts.items()]
         for group in groups:
             group.restore(records)
         self.groups = groups
