@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -135,3 +135,61 @@ def start_of_drift() -> list[Tensor]:
         torch.randn((24, 16, 3, 3), generator=source) * 0.05,
         torch.randn(130, generator=source),
     ]
+
+
+# Sizes around a mask word, a mask line, a tile of the small and one of the large kernels.
+ODD = Case("odd sizes", ((1,), (31,), (33,), (511,), (513,), (37, 20), (4097,), (8193,)), (0,) * 8)
+
+
+def random_masks(case: Case, kept: float = 0.3) -> list[Tensor]:
+    """One bool mask per tensor, True = kept: the first keeps all, the second nothing."""
+    source = torch.Generator().manual_seed(17)
+    shares = [1.0, 0.0] + [kept] * len(case.shapes)
+    return [
+        torch.rand(shape, generator=source) < share
+        for shape, share in zip(case.shapes, shares, strict=False)
+    ]
+
+
+def sibling(case: Case, **changes) -> Case:
+    """The same shapes with other values: a weight's gradient, its moments."""
+    return replace(case, name=f"{case.name}, sibling", **changes)
+
+
+# One parameter group: weights that are only updated, behind those of a case.
+REST = ((7,), (1,), (65,), (16, 20))
+ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0} | {
+    "decoupled": False,
+    "maximize": False,
+}
+SGD = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0} | {
+    "nesterov": False,
+    "maximize": False,
+}
+# Name -> what differs from the above; "scale" is a gradient scaler's, "lr_tensor" replaces lr.
+ADAM_RULES = {
+    "plain": {},
+    "coupled decay": {"weight_decay": 0.03},
+    "decoupled decay": {"weight_decay": 0.1, "decoupled": True},
+    "maximize, scaled": {"maximize": True, "scale": 1024.0},
+    "odd scale, decay": {"scale": 3.7, "weight_decay": 0.01},
+    "lerp from the other end": {"beta1": 0.3, "beta2": 0.6},
+    "no memory": {"beta1": 0.0, "beta2": 0.0},
+    "lr as a tensor": {"lr": 0.0, "lr_tensor": 3e-4, "weight_decay": 0.1, "decoupled": True},
+}
+SGD_RULES = {
+    "plain": {},
+    "no momentum": {"momentum": 0.0, "weight_decay": 0.01},
+    "nesterov": {"nesterov": True, "weight_decay": 0.01},
+    "dampening": {"dampening": 0.3, "maximize": True},
+    "nesterov, scaled": {"nesterov": True, "scale": 1024.0},
+    "odd scale": {"scale": 3.7, "dampening": 0.9},
+    "lr as a tensor": {"lr": 0.0, "lr_tensor": 3e-4, "momentum": 0.5},
+}
+
+
+def beside(weights: list[Tensor], fill: str, seed: int, positive: bool = False) -> list[Tensor]:
+    """One float32 tensor like each weight: gradients, moments; second moments are positive."""
+    source = torch.Generator().manual_seed(seed)
+    made = [FILLS[fill](w.shape, source).to(w.device) for w in weights]
+    return [x.abs() for x in made] if positive else made

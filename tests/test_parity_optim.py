@@ -1,0 +1,247 @@
+"""The optimizer ops on every back end that has them: bitwise equal to the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import issp
+from issp.ops import ShrinkState
+from issp.optim.plan import no_state
+from tests.asserts import assert_bitwise_equal
+from tests.cases import (
+    ADAM,
+    ADAM_RULES,
+    LARGE,
+    NAMED,
+    REST,
+    SGD,
+    SGD_RULES,
+    Case,
+    beside,
+    random_shapes,
+)
+from tests.under_test import BACK_ENDS, FAST
+
+REFERENCE = issp.backends.implementations("reference")
+RANDOM = random_shapes(60, 20_000)
+RANDOM_SMALL = random_shapes(40, 400, per_call=20)
+MIXED = Case("a conv, a linear and odd ends", ((12, 5, 3, 3), (30, 21), (37,)), (400, 598, 20))
+KINDS = {"adam": (ADAM, ADAM_RULES), "sgd": (SGD, SGD_RULES)}
+RULES = [(kind, name) for kind, (_, rules) in KINDS.items() for name in rules]
+
+
+@pytest.fixture(autouse=True)
+def _restore_capability():
+    yield
+    if issp.backends.active("cpu") == "cpp":
+        torch.ops.issp._cpu_capability(BEST)
+
+
+BEST = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else ""
+
+
+class Training:
+    """The tensors of one parameter group, stepped by the op of one table."""
+
+    def __init__(self, kind, rule, case, device="cpu", rest=REST, fill=None, t=0):
+        base, rules = KINDS[kind]
+        self.kind, self.shrink = kind, case.shrink
+        self.options = base | rules.get(rule, {})
+        self.scale = self._scalar("scale", device)
+        self.lr_tensor = self._scalar("lr_tensor", device)
+        fill = fill or case.fill
+        extra = Case("others", rest, (0,) * len(rest), fill).build(torch.float32, device)
+        pruned = case.build(torch.float32, device) if case.shapes else []
+        self.weights = pruned + extra
+        self.first = beside(self.weights, fill, 11)
+        self.second = beside(self.weights, fill, 12, positive=True)
+        self.steps = [torch.full((), float(t), device=device) for _ in self.weights]
+        self.fresh = t == 0
+        self.state = ShrinkState(pruned, case.k) if pruned else None
+
+    def _scalar(self, name, device):
+        value = self.options.pop(name, None)
+        return None if value is None else torch.tensor(value, device=device)
+
+    def step(self, table, grads, found_inf=None, frozen=False, bracket=True):
+        s = self.state
+        k, *state = (
+            no_state(self.weights[0].device)
+            if s is None
+            else (s.k, s.thresholds, s.packed, s.flips, s.scratch)
+        )
+        scalars = (*self.options.values(), self.lr_tensor, self.scale)
+        tail = (*scalars, k, self.shrink, *state, found_inf, frozen, bracket)
+        if self.kind == "adam":
+            lists = (grads, self.first, self.second, self.steps)
+            table["adam_soft_shrink_"](self.weights, *lists, *tail)
+        else:
+            buffers = self.first if self.options["momentum"] else []
+            table["sgd_soft_shrink_"](
+                self.weights, grads, buffers, [self.fresh] * len(buffers), *tail
+            )
+        self.fresh = False
+
+    def tensors(self):
+        lists = {"weights": self.weights, "first moments": self.first}
+        lists |= {"second moments": self.second, "steps": self.steps}
+        found = {f"{name}[{i}]": x for name, xs in lists.items() for i, x in enumerate(xs)}
+        if self.state is not None:
+            s = self.state
+            found |= {"thresholds": s.thresholds, "masks": s.packed, "flips": s.flips}
+        return found
+
+
+def settled(x):
+    """NaNs made equal: their payloads are not part of the contract."""
+    return torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x
+
+
+def assert_same(back_end, actual, expected, when):
+    others = expected.tensors()
+    for name, x in actual.tensors().items():
+        what = f"{back_end}, {name} {when}"
+        assert_bitwise_equal(settled(x.cpu()), settled(others[name].cpu()), what)
+
+
+def table_of(back_end, kind):
+    table = back_end.load()
+    if f"{kind}_soft_shrink_" not in table:
+        pytest.skip(f"{back_end} has no {kind}_soft_shrink_ yet: the reference serves there")
+    return table
+
+
+def check(back_end, kind, rule, case, steps=3, bracket=True, **options):
+    """Several steps; gradients of every other one are bfloat16 for every other weight."""
+    table = table_of(back_end, kind)
+    expected = Training(kind, rule, case, **options)
+    actual = Training(kind, rule, case, back_end.device, **options)
+    for number in range(steps):
+        grads = beside(expected.weights, options.get("fill") or case.fill, 100 + number)
+        if number % 2:
+            grads = [g.bfloat16() if i % 2 else g for i, g in enumerate(grads)]
+        kept = [g.clone() for g in grads]
+        expected.step(REFERENCE, grads, frozen=number == 3)
+        moved = [g.to(back_end.device) for g in grads]
+        actual.step(table, moved, frozen=number == 3, bracket=bracket)
+        assert_same(back_end, actual, expected, f"after step {number} of {case.name}")
+        for g, before in zip(moved, kept, strict=True):
+            assert_bitwise_equal(g.cpu(), before, f"{back_end}, a gradient")
+
+
+@pytest.mark.parametrize(("kind", "rule"), RULES, ids=lambda x: x.replace(" ", "-"))
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_every_rule_and_then_frozen(back_end, kind, rule):
+    check(back_end, kind, rule, MIXED, steps=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_named_cases(back_end, kind):
+    for case in NAMED:
+        if case.fill != "special":
+            check(back_end, kind, "plain", case, steps=1 if back_end.slow else 2)
+
+
+@pytest.mark.parametrize("rule", ["plain", "coupled decay", "odd scale, decay"])
+@pytest.mark.parametrize("fill", ["special", "magnitudes"])
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_adam_on_every_kind_of_float(back_end, fill, rule):
+    """Selecting stops short of the NaNs: their order among themselves is not defined."""
+    case = Case(f"floats of kind {fill}", ((600,), (65,)), (200, 9), fill)
+    check(back_end, "adam", rule, case, steps=1, t=5)
+
+
+@pytest.mark.parametrize("rule", ["plain", "no momentum", "nesterov", "odd scale"])
+@pytest.mark.parametrize("fill", ["special", "magnitudes"])
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_sgd_on_every_kind_of_float(back_end, fill, rule):
+    case = Case(f"floats of kind {fill}", ((600,), (65,)), (200, 9), fill)
+    check(back_end, "sgd", rule, case, steps=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_random_shapes(back_end, kind):
+    for case in RANDOM_SMALL if back_end.slow else RANDOM:
+        if case.fill not in ("special", "magnitudes"):
+            check(back_end, kind, "coupled decay", case, steps=2)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", FAST, ids=str)
+def test_shared_by_threads(back_end, kind, count, threads):
+    threads(count)
+    check(back_end, kind, "plain", LARGE[0], steps=2, rest=((300_000,), (513,)), fill="normal")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_without_weights_to_prune(back_end, kind):
+    check(back_end, kind, "plain", Case("none", (), ()), rest=(*REST, (31, 33)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_without_other_weights_and_without_the_bracket(back_end, kind):
+    check(back_end, kind, "plain", MIXED, rest=(), bracket=False)
+
+
+@pytest.mark.parametrize("t", [0, 9, 1_000, 1_000_000])
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_bias_corrections_at_any_step(back_end, t):
+    check(back_end, "adam", "plain", MIXED, steps=2, t=t)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_thirty_steps_find_the_bracket_again_and_again(back_end, kind):
+    check(back_end, kind, "plain", MIXED, steps=3 if back_end.interpreted else 30)
+
+
+@pytest.mark.parametrize("flag", [1.0, 2.0, float("nan")])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_found_inf_leaves_everything_unmodified(back_end, kind, flag):
+    table = table_of(back_end, kind)
+    training = Training(kind, "plain", MIXED, back_end.device)
+    grads = beside(training.weights, "normal", 1)
+    training.step(table, grads)
+    before = {name: x.clone() for name, x in training.tensors().items()}
+    for frozen in (False, True):
+        found_inf = torch.tensor(flag, device=back_end.device)
+        training.step(table, grads, found_inf, frozen)
+        for name, x in training.tensors().items():
+            assert_bitwise_equal(x, before[name], f"{back_end}, {name} under found_inf {flag}")
+    training.step(table, grads, torch.zeros((), device=back_end.device))
+    assert not torch.equal(training.weights[0], before["weights[0]"])
+
+
+@pytest.mark.parametrize("flush", [False, True], ids=["gradual", "flush-to-zero"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", FAST, ids=str)
+def test_bits_do_not_depend_on_the_floating_point_mode(back_end, kind, flush):
+    case = Case("tiny and huge", ((3000,),), (2000,), "magnitudes")
+    assert torch.set_flush_denormal(flush)
+    try:
+        check(back_end, kind, "coupled decay" if kind == "adam" else "nesterov", case, steps=1)
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_does_not_depend_on_the_floating_point_mode(kind):
+    case = Case("tiny and huge", ((3000,),), (2000,), "magnitudes")
+    results = []
+    for flush in (False, True):
+        training = Training(kind, "plain", case)
+        grads = beside(training.weights, "magnitudes", 1)
+        assert torch.set_flush_denormal(flush)
+        try:
+            training.step(REFERENCE, grads)
+        finally:
+            torch.set_flush_denormal(False)
+        results.append(training)
+    assert_same("reference", *results, "under flush-to-zero")
