@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -81,18 +82,25 @@ def _flashinfer(work: Workload):
     return _each(work, select)
 
 
-def _authors(work: Workload):
-    # As in the authors' code: scores to the CPU, all of them sorted, the indices to a list, then
-    # an indexed multiplication.
-    def run() -> None:
-        for w, k in zip(work.copies, work.k, strict=True):
-            scores = w.abs().flatten().cpu()
-            if scores.dtype == torch.bfloat16:
-                scores = scores.float()  # numpy has no bfloat16
-            pruned = np.argsort(scores.numpy())[:k].tolist()
-            w.view(-1)[pruned] *= work.shrink
+def authors_step(flat: Sequence[torch.Tensor], k: Sequence[int], shrink: float) -> None:
+    """As in the authors' code: all scores sorted on the CPU, indices to a list, then multiplied.
 
-    return run
+    Args:
+        flat: one-dimensional views of the weights.
+        k: how many of each to shrink.
+        shrink: the factor.
+    """
+    for w, count in zip(flat, k, strict=True):
+        scores = w.abs().cpu()
+        if scores.dtype == torch.bfloat16:
+            scores = scores.float()  # numpy has no bfloat16
+        pruned = np.argsort(scores.numpy())[:count].tolist()
+        w[pruned] *= shrink
+
+
+def _authors(work: Workload):
+    flat = [w.view(-1) for w in work.copies]
+    return lambda: authors_step(flat, work.k, work.shrink)
 
 
 def _read_write(numel: int, size: int) -> float:
@@ -122,6 +130,7 @@ BASE = "torch._foreach_mul_"
 FLAT = "flat mul_"
 COLD = "issp step, cold start"
 TOPK = "torch.topk"
+AUTHORS = "authors' numpy argsort"
 ROWS = (
     Row(STEP, make=_step(True), **_FUSED),
     Row(COLD, make=_step(False), **_FUSED),
@@ -133,7 +142,7 @@ ROWS = (
     Row("torch.kthvalue", make=_kthvalue, per_layer=True, **_SELECT),
     Row("torch.sort(stable)", make=_sort, per_layer=True, **_SELECT),
     Row("torch.quantile", make=_quantile, per_layer=True, **_SELECT),
-    Row("authors' numpy argsort", make=_authors, per_layer=True, capturable=False, **_COPY),
+    Row(AUTHORS, make=_authors, per_layer=True, capturable=False, **_COPY),
 )
 GPU_ROWS = (
     Row(

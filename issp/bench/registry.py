@@ -10,6 +10,8 @@ from typing import Any
 
 _BENCHMARKS = {
     "step": "issp.bench.step",
+    "optim": "issp.bench.optim",
+    "train": "issp.bench.train",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from issp.bench.roof import Roof
 from issp.bench.timing import CpuClock, CudaClock, Task
 
 UNITS = {"ms": 1e3, "us": 1e6}
+_WIDE = 20
 
 
 @dataclass
@@ -233,7 +235,7 @@ def save_figure(figure, path: Path) -> None:
 
 
 def plot(tables: Sequence[Table], path: Path) -> None:
-    """A picture of the times, one panel per table, logarithmic.
+    """A picture of the times, one panel per table; logarithmic where they differ widely.
 
     Args:
         tables: at least one.
@@ -242,16 +244,17 @@ def plot(tables: Sequence[Table], path: Path) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    heights = [1.2 + 0.28 * len(table.lines) for table in tables]
+    heights = [1.3 + 0.28 * len(table.lines) for table in tables]
     figure = new_figure(figsize=(9, sum(heights)))
     panels = figure.subplots(len(tables), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, table in zip(panels, tables, strict=True):
         lines = [line for line in table.lines if table.settled(line) is not None]
         times = [table.settled(line) * UNITS[table.unit] for line in lines]
         bars(panel, [line.name for line in lines], times)
-        panel.set_xscale("log")
+        if max(times) > _WIDE * min(times):
+            panel.set_xscale("log")
         panel.set_xlabel(f"median {table.unit}, {table.basis}")
-        panel.set_title(table.title, fontsize="medium")
+        panel.set_title(textwrap.fill(table.title, 90), fontsize="small")
         panel.margins(x=0.15)
     save_figure(figure, path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import time
 import tracemalloc
@@ -209,7 +210,10 @@ def interleave(
             repetitions = min(rounds, max(1, int(seconds / first)))
             task.samples[mode.name] = [first] if first > _SLOW else []
             schedule.append((task, mode, call, repetitions - len(task.samples[mode.name])))
+    # In another order each round: nobody always comes after the one that emptied the caches.
+    order = random.Random(0)
     for i in range(rounds):
+        order.shuffle(schedule)
         for task, mode, call, repetitions in schedule:
             if (i + 1) * repetitions // rounds > i * repetitions // rounds:
                 task.prepare()

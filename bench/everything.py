@@ -1,0 +1,126 @@
+"""All benchmarks, each in a process of its own: one that fails or hangs does not stop the others.
+
+    python bench/run.py all --device cuda --folder bench/results/gpu-2026-11-22
+
+Leaves bench.md (tables as far as they got, and what failed), samples.json (every measured time) and
+one picture per benchmark in the folder. Exit status 1 when a benchmark failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# A bar chart of the step's table says less than its numbers: it has no picture, since what a
+# rented GPU machine gives back is a handful of files.
+BENCHMARKS = {
+    "step": ["step"],
+    "scaling": ["step", "--scaling"],
+    "optim": ["optim"],
+    "train": ["train"],
+}
+PICTURES = ("scaling", "optim", "train")
+# On a GPU everything together has to end within minutes.
+PACE = {
+    "cpu": {},
+    "cuda": {
+        "step": ["--seconds", "1"],
+        "scaling": ["--budget", "45"],
+        "optim": ["--seconds", "0.5"],
+        "train": ["--seconds", "8"],
+    },
+}
+LIMIT = {"cpu": 1800, "cuda": 110}
+
+
+@dataclass
+class Outcome:
+    """How one benchmark ended."""
+
+    name: str
+    seconds: float
+    problem: str  # "" when it passed
+    tables: str
+    samples: list
+
+    def line(self) -> str:
+        """For the terminal."""
+        return f"{self.name}: {self.problem or 'passed'} ({self.seconds:.0f} s)"
+
+    def markdown(self) -> str:
+        """Its tables, and what went wrong."""
+        failed = f"### {self.name}: {self.problem}\n\n" if self.problem else ""
+        return self.tables + failed
+
+
+def run(name: str, options: Sequence[str], picture: Path | None, limit: float) -> Outcome:
+    """Runs one benchmark; whatever happens to it, this returns.
+
+    Args:
+        name: key of `BENCHMARKS`.
+        options: of its command line.
+        picture: where its plot goes.
+        limit: seconds.
+    """
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        out, err, samples = (Path(folder, x) for x in ("out.md", "err.txt", "samples.json"))
+        command = [sys.executable, Path(__file__).with_name("run.py"), *BENCHMARKS[name], *options]
+        command += ["--samples", samples]
+        command += ["--plot", picture] if picture else []
+        with open(out, "wb") as stdout, open(err, "wb") as stderr:
+            try:
+                code = subprocess.run(command, stdout=stdout, stderr=stderr, timeout=limit)
+                problem = _last_line(err) if code.returncode else ""
+            except subprocess.TimeoutExpired:
+                problem = f"stopped after its {limit:.0f} s"
+        known = json.loads(samples.read_text()) if samples.exists() else []
+        tables = out.read_text(errors="replace")
+    return Outcome(name, time.monotonic() - begin, problem, tables, known)
+
+
+def _last_line(path: Path) -> str:
+    lines = path.read_text(errors="replace").split("\n")
+    return "failed: " + next((x.strip() for x in reversed(lines) if x.strip()), "no message")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs what the arguments ask for."""
+    parser = argparse.ArgumentParser(
+        prog="bench/run.py all",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--device", default="cpu", choices=PACE)
+    parser.add_argument("--folder", type=Path, required=True, help="must exist")
+    parser.add_argument("--only", nargs="+", default=list(BENCHMARKS), choices=BENCHMARKS)
+    parser.add_argument("--threads", help="CPU threads; default: torch's")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--limit", type=float, help="seconds for each, default 110 on a GPU")
+    args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        print(f"bench/run.py: the folder {args.folder} does not exist: create it", file=sys.stderr)
+        return 2
+    common = ["--device", args.device]
+    common += ["--quick"] if args.quick else []
+    common += ["--threads", args.threads] if args.threads else []
+    outcomes = []
+    for name in args.only:
+        pace = [] if args.quick else PACE[args.device].get(name, [])
+        picture = args.folder / f"{name}.png" if name in PICTURES else None
+        limit = LIMIT[args.device] if args.limit is None else args.limit
+        outcomes.append(run(name, [*common, *pace], picture, limit))
+        print(outcomes[-1].line(), flush=True)
+        # After each: a machine that is taken away leaves what has been measured.
+        text = "\n".join(outcome.markdown() for outcome in outcomes)
+        (args.folder / "bench.md").write_text(text)
+        samples = {outcome.name: outcome.samples for outcome in outcomes}
+        (args.folder / "samples.json").write_text(json.dumps(samples, indent=1))
+    return int(any(outcome.problem for outcome in outcomes))
