@@ -15,15 +15,19 @@ int64_t tile_numel(int64_t numel, int64_t tile) {
   return std::min(kStatisticsTile, numel - tile * kStatisticsTile);
 }
 
-Statistics merged(const std::vector<TileSums>& tiles, int64_t numel) {
+Statistics merged(const std::vector<PartSums>& tiles, int64_t numel) {
   const FloatMode mode;
-  double sum = 0, squares = 0;
-  for (const TileSums& tile : tiles) sum += tile.sum;
-  const double mean = sum / double(numel);
+  const double pivot = tiles[0].guess, n = double(numel);
+  const auto size = [&](size_t i) { return double(tile_numel(numel, int64_t(i))); };
+  double sum = 0, mean = 0, squares = 0;
   for (size_t i = 0; i < tiles.size(); ++i) {
-    squares += deviations(tiles[i].sum, tiles[i].squares, tile_numel(numel, int64_t(i)), mean);
+    sum += sum_of(tiles[i], size(i));
+    mean += size(i) / n * from_pivot(tiles[i], size(i), pivot);
   }
-  return statistics(sum, squares, numel);
+  for (size_t i = 0; i < tiles.size(); ++i) {
+    squares += squares_about(tiles[i], size(i), pivot, mean);
+  }
+  return statistics(sum / n, squares, n);
 }
 
 Tensor magnitude_statistics(const std::vector<Tensor>& tensors) {
@@ -38,7 +42,7 @@ Tensor magnitude_statistics(const std::vector<Tensor>& tensors) {
       const int64_t numel = items[i].numel;
       const int64_t count = (numel + kStatisticsTile - 1) / kStatisticsTile;
       const auto* const data = static_cast<const typename T::Bits*>(items[i].data);
-      std::vector<TileSums> tiles(count);
+      std::vector<PartSums> tiles(count);
       team.each([&](int64_t p) {
         for (int64_t t = count * p / team.size; t < count * (p + 1) / team.size; ++t) {
           tiles[size_t(t)] = loops.sums(data + t * kStatisticsTile, tile_numel(numel, t));

@@ -1,6 +1,5 @@
 #include "streams.h"
 
-#include <cfloat>
 #include <cstring>
 
 #include "../regularize.h"

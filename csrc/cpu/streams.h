@@ -5,15 +5,10 @@
 #include <cstdint>
 
 #include "../semantics.h"
+#include "../statistics.h"
 #include "passes.h"
 
 namespace issp {
-
-// Magnitudes of one tile: their sum, and the sum of squared deviations from the tile's mean.
-struct TileSums {
-  double sum;
-  double squares;
-};
 
 constexpr int64_t kStatisticsTile = 4096;  // 16 KB of float32: sums are taken tile by tile
 
@@ -22,7 +17,7 @@ struct Streams {
   using Bits = typename T::Bits;
   void (*regularize)(Bits*, const Bits*, typename T::Wide, int64_t, Range, const uint32_t*);
   int64_t (*zeros)(const Bits*, int64_t);
-  TileSums (*sums)(const Bits*, int64_t);
+  PartSums (*sums)(const Bits*, int64_t);
 };
 
 template <typename T>

@@ -71,7 +71,7 @@ ISSP_TARGET inline __attribute__((always_inline)) double total(const Doubles& x)
 // difference below loses at most the factor 1 + n / m = 65 of float64's precision, whatever the
 // values are.
 template <typename T>
-ISSP_TARGET TileSums sums(const typename T::Bits* w, int64_t numel) {
+ISSP_TARGET PartSums sums(const typename T::Bits* w, int64_t numel) {
   Doubles a, b, sum_a = {}, sum_b = {}, squares_a = {}, squares_b = {};
   double guess = 0;
   if (numel >= 64) {
@@ -79,7 +79,7 @@ ISSP_TARGET TileSums sums(const typename T::Bits* w, int64_t numel) {
     guess = total(sum_a) / 64;
     sum_a = Doubles{};
   }
-  if (!(guess <= DBL_MAX)) guess = 0;  // infinities and NaNs go through to the sums as they are
+  guess = finite_or_zero(guess);
   int64_t i = 0;
   for (; i + 16 <= numel; i += 16) {
     load<T>(w + i, a), load<T>(w + i + 8, b);
@@ -93,8 +93,7 @@ ISSP_TARGET TileSums sums(const typename T::Bits* w, int64_t numel) {
     const double d = (wide < 0 ? -wide : wide) - guess;
     sum += d, squares += d * d;
   }
-  const double rest = squares - sum * sum / double(numel);
-  return {guess * double(numel) + sum, rest < 0 ? 0 : rest};
+  return {guess, sum, about_mean(squares, sum, double(numel))};
 }
 
 }  // namespace issp::ISSP_ISA
