@@ -1,4 +1,4 @@
-// Eight elements at a time, each in a 32-bit lane whatever its storage: AVX2 and F16C.
+// Eight elements at a time, each in a 32-bit lane whatever its storage: AVX2, FMA, F16C.
 // Keys are below 2^31, so signed comparison orders them.
 #pragma once
 
@@ -8,7 +8,7 @@
 
 #include "../semantics.h"
 
-#define ISSP_AVX2 __attribute__((target("avx2,f16c,popcnt,bmi2")))
+#define ISSP_AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi2")))
 
 namespace issp::avx2 {
 
@@ -32,19 +32,30 @@ inline constexpr std::array<Order, 256> kOrders = compress_orders();
 
 struct Lanes32 {
   using Vector = __m256i;
+  using Mask = uint32_t;
   static constexpr int width = 8;
 
+  // The masks of 64 elements as one word.
+  ISSP_AVX2 static uint64_t join(const Mask* m) {
+    uint64_t word = 0;
+    for (int i = 0; i < 8; ++i) word |= uint64_t(m[i]) << (8 * i);
+    return word;
+  }
   ISSP_AVX2 static uint32_t bitmask(__m256i lanes) {
     return uint32_t(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
   }
-  ISSP_AVX2 static uint32_t below(Vector keys, uint32_t bound) {
+  ISSP_AVX2 static Mask below(Vector keys, uint32_t bound) {
     return bitmask(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(bound)), keys));
   }
-  ISSP_AVX2 static uint32_t over(Vector keys, uint32_t bound) {
-    return bitmask(_mm256_cmpgt_epi32(keys, _mm256_set1_epi32(int(bound))));
-  }
-  ISSP_AVX2 static uint32_t same(Vector keys, uint32_t bound) {
+  ISSP_AVX2 static Mask same(Vector keys, uint32_t bound) {
     return bitmask(_mm256_cmpeq_epi32(_mm256_set1_epi32(int(bound)), keys));
+  }
+  ISSP_AVX2 static Mask odd(Vector bits) { return bitmask(_mm256_slli_epi32(bits, 31)); }
+  // 0 < key < bound
+  ISSP_AVX2 static Mask small(Vector keys, uint32_t bound) {
+    const __m256i zero = _mm256_cmpeq_epi32(keys, _mm256_setzero_si256());
+    const __m256i less = _mm256_cmpgt_epi32(_mm256_set1_epi32(int(bound)), keys);
+    return bitmask(_mm256_andnot_si256(zero, less));
   }
   ISSP_AVX2 static void put(uint32_t* out, Vector keys, uint32_t mask) {
     const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kOrders[mask].lane));
@@ -76,9 +87,9 @@ struct Lanes<Float32> : Lanes32 {
   ISSP_AVX2 static Vector keys(Vector bits) {
     return _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
   }
-  ISSP_AVX2 static uint32_t less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
-  ISSP_AVX2 static uint32_t above(Vector bits, uint32_t bound) { return over(keys(bits), bound); }
-  ISSP_AVX2 static uint32_t equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
+  ISSP_AVX2 static Mask less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
+  ISSP_AVX2 static Mask equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
+  ISSP_AVX2 static Mask tiny(Vector bits, uint32_t bound) { return small(keys(bits), bound); }
   ISSP_AVX2 static void compress(uint32_t* out, Vector bits, uint32_t mask) {
     put(out, keys(bits), mask);
   }
@@ -86,6 +97,12 @@ struct Lanes<Float32> : Lanes32 {
     const __m256 product = _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(shrink));
     const __m256i mixed = _mm256_blendv_epi8(bits, flushed(product), spread(mask));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), mixed);
+  }
+  ISSP_AVX2 static void store_scaled(Bits* p, Vector bits, uint32_t mask, float shrink) {
+    const __m256 w = _mm256_castsi256_ps(bits);
+    const __m256 product = _mm256_mul_ps(w, _mm256_set1_ps(shrink));
+    _mm256_storeu_ps(reinterpret_cast<float*>(p),
+                     _mm256_blendv_ps(w, product, _mm256_castsi256_ps(spread(mask))));
   }
   ISSP_AVX2 static void clear(Bits* p, uint32_t mask) {
     _mm256_maskstore_epi32(reinterpret_cast<int*>(p), spread(mask), _mm256_setzero_si256());
@@ -101,9 +118,9 @@ struct Lanes16 : Lanes32 {
   ISSP_AVX2 static Vector keys(Vector bits) {
     return _mm256_and_si256(bits, _mm256_set1_epi32(0x7fff));
   }
-  ISSP_AVX2 static uint32_t less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
-  ISSP_AVX2 static uint32_t above(Vector bits, uint32_t bound) { return over(keys(bits), bound); }
-  ISSP_AVX2 static uint32_t equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
+  ISSP_AVX2 static Mask less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
+  ISSP_AVX2 static Mask equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
+  ISSP_AVX2 static Mask tiny(Vector bits, uint32_t bound) { return small(keys(bits), bound); }
   ISSP_AVX2 static void compress(uint32_t* out, Vector bits, uint32_t mask) {
     put(out, keys(bits), mask);
   }
@@ -130,6 +147,9 @@ struct Lanes<BFloat16> : Lanes16 {
     const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
     store_mixed(p, bits, mask, halves(_mm256_srli_epi32(_mm256_add_epi32(product, half), 16)));
   }
+  ISSP_AVX2 static void store_scaled(Bits* p, Vector bits, uint32_t mask, float shrink) {
+    store_shrunk(p, bits, mask, shrink);
+  }
 };
 
 template <>
@@ -139,6 +159,48 @@ struct Lanes<Float16> : Lanes16 {
     const __m256 product = _mm256_mul_ps(wide, _mm256_set1_ps(shrink));
     store_mixed(p, bits, mask, _mm256_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT));
   }
+  ISSP_AVX2 static void store_scaled(Bits* p, Vector bits, uint32_t mask, float shrink) {
+    store_shrunk(p, bits, mask, shrink);
+  }
 };
+
+// Eight floats with the arithmetic of update.h.
+struct Floats {
+  __m256 v;
+  static constexpr int width = 8;
+
+  ISSP_AVX2 explicit Floats(float x) : v(_mm256_set1_ps(x)) {}
+  ISSP_AVX2 Floats(__m256 x) : v(x) {}
+  ISSP_AVX2 static Floats load(const float* p) { return _mm256_loadu_ps(p); }
+  ISSP_AVX2 static Floats load_bfloat16(const uint16_t* p) {
+    const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+  }
+  ISSP_AVX2 void store(float* p) const { _mm256_storeu_ps(p, v); }
+};
+ISSP_AVX2 inline Floats operator+(Floats a, Floats b) {
+  return _mm256_add_ps(a.v, b.v);
+}
+ISSP_AVX2 inline Floats operator-(Floats a, Floats b) {
+  return _mm256_sub_ps(a.v, b.v);
+}
+ISSP_AVX2 inline Floats operator-(Floats a) {
+  return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f));
+}
+ISSP_AVX2 inline Floats fused(Floats a, Floats b, Floats c) {
+  return _mm256_fmadd_ps(a.v, b.v, c.v);
+}
+ISSP_AVX2 inline Floats times(Floats a, Floats b) {
+  return _mm256_mul_ps(a.v, b.v);
+}
+ISSP_AVX2 inline Floats over(Floats a, Floats b) {
+  return _mm256_div_ps(a.v, b.v);
+}
+ISSP_AVX2 inline Floats root(Floats a) {
+  return _mm256_sqrt_ps(a.v);
+}
+ISSP_AVX2 inline Floats flushed(Floats a) {
+  return _mm256_castsi256_ps(Lanes32::flushed(a.v));
+}
 
 }  // namespace issp::avx2

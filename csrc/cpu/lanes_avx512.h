@@ -12,16 +12,28 @@ namespace issp::avx512 {
 
 struct Lanes32 {
   using Vector = __m512i;
+  using Mask = __mmask16;
   static constexpr int width = 16;
 
-  ISSP_AVX512 static uint32_t below(Vector keys, uint32_t bound) {
+  // The masks of 64 elements as one word. Joined in the mask registers: a move, a shift and an or
+  // for each of them is what the passes would otherwise spend most of their instructions on.
+  ISSP_AVX512 static uint64_t join(const Mask* m) {
+    const __mmask32 low = _mm512_kunpackw(m[1], m[0]), high = _mm512_kunpackw(m[3], m[2]);
+    return _cvtmask64_u64(_mm512_kunpackd(high, low));
+  }
+  ISSP_AVX512 static Mask below(Vector keys, uint32_t bound) {
     return _mm512_cmplt_epi32_mask(keys, _mm512_set1_epi32(int(bound)));
   }
-  ISSP_AVX512 static uint32_t over(Vector keys, uint32_t bound) {
-    return _mm512_cmpgt_epi32_mask(keys, _mm512_set1_epi32(int(bound)));
-  }
-  ISSP_AVX512 static uint32_t same(Vector keys, uint32_t bound) {
+  ISSP_AVX512 static Mask same(Vector keys, uint32_t bound) {
     return _mm512_cmpeq_epi32_mask(keys, _mm512_set1_epi32(int(bound)));
+  }
+  ISSP_AVX512 static Mask odd(Vector bits) {
+    return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1));
+  }
+  // 0 < key < bound: as unsigned numbers, zero minus one is the largest
+  ISSP_AVX512 static Mask small(Vector keys, uint32_t bound) {
+    const __m512i less_one = _mm512_sub_epi32(keys, _mm512_set1_epi32(1));
+    return _mm512_cmplt_epu32_mask(less_one, _mm512_set1_epi32(int(bound) - 1));
   }
   // Register compress and a full store: vpcompressd to memory is microcoded on some CPUs.
   ISSP_AVX512 static void put(uint32_t* out, Vector keys, uint32_t mask) {
@@ -46,15 +58,19 @@ struct Lanes<Float32> : Lanes32 {
   ISSP_AVX512 static Vector keys(Vector bits) {
     return _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
   }
-  ISSP_AVX512 static uint32_t less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
-  ISSP_AVX512 static uint32_t above(Vector bits, uint32_t bound) { return over(keys(bits), bound); }
-  ISSP_AVX512 static uint32_t equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
+  ISSP_AVX512 static Mask less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
+  ISSP_AVX512 static Mask equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
+  ISSP_AVX512 static Mask tiny(Vector bits, uint32_t bound) { return small(keys(bits), bound); }
   ISSP_AVX512 static void compress(uint32_t* out, Vector bits, uint32_t mask) {
     put(out, keys(bits), mask);
   }
   ISSP_AVX512 static void store_shrunk(Bits* p, Vector bits, uint32_t mask, float shrink) {
     const __m512 product = _mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(shrink));
     _mm512_storeu_si512(p, _mm512_mask_mov_epi32(bits, __mmask16(mask), flushed(product)));
+  }
+  ISSP_AVX512 static void store_scaled(Bits* p, Vector bits, uint32_t mask, float shrink) {
+    const __m512 w = _mm512_castsi512_ps(bits);
+    _mm512_storeu_ps(p, _mm512_mask_mul_ps(w, __mmask16(mask), w, _mm512_set1_ps(shrink)));
   }
   ISSP_AVX512 static void clear(Bits* p, uint32_t mask) {
     _mm512_mask_storeu_epi32(p, __mmask16(mask), _mm512_setzero_si512());
@@ -70,9 +86,9 @@ struct Lanes16 : Lanes32 {
   ISSP_AVX512 static Vector keys(Vector bits) {
     return _mm512_and_si512(bits, _mm512_set1_epi32(0x7fff));
   }
-  ISSP_AVX512 static uint32_t less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
-  ISSP_AVX512 static uint32_t above(Vector bits, uint32_t bound) { return over(keys(bits), bound); }
-  ISSP_AVX512 static uint32_t equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
+  ISSP_AVX512 static Mask less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
+  ISSP_AVX512 static Mask equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
+  ISSP_AVX512 static Mask tiny(Vector bits, uint32_t bound) { return small(keys(bits), bound); }
   ISSP_AVX512 static void compress(uint32_t* out, Vector bits, uint32_t mask) {
     put(out, keys(bits), mask);
   }
@@ -91,6 +107,9 @@ struct Lanes<BFloat16> : Lanes16 {
     const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(product, half), 16);
     _mm256_mask_storeu_epi16(p, __mmask16(mask), _mm512_cvtepi32_epi16(even));
   }
+  ISSP_AVX512 static void store_scaled(Bits* p, Vector bits, uint32_t mask, float shrink) {
+    store_shrunk(p, bits, mask, shrink);
+  }
 };
 
 template <>
@@ -101,6 +120,48 @@ struct Lanes<Float16> : Lanes16 {
     const __m256i even = _mm512_cvtps_ph(product, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_mask_storeu_epi16(p, __mmask16(mask), even);
   }
+  ISSP_AVX512 static void store_scaled(Bits* p, Vector bits, uint32_t mask, float shrink) {
+    store_shrunk(p, bits, mask, shrink);
+  }
 };
+
+// Sixteen floats with the arithmetic of update.h.
+struct Floats {
+  __m512 v;
+  static constexpr int width = 16;
+
+  ISSP_AVX512 explicit Floats(float x) : v(_mm512_set1_ps(x)) {}
+  ISSP_AVX512 Floats(__m512 x) : v(x) {}
+  ISSP_AVX512 static Floats load(const float* p) { return _mm512_loadu_ps(p); }
+  ISSP_AVX512 static Floats load_bfloat16(const uint16_t* p) {
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  }
+  ISSP_AVX512 void store(float* p) const { _mm512_storeu_ps(p, v); }
+};
+ISSP_AVX512 inline Floats operator+(Floats a, Floats b) {
+  return _mm512_add_ps(a.v, b.v);
+}
+ISSP_AVX512 inline Floats operator-(Floats a, Floats b) {
+  return _mm512_sub_ps(a.v, b.v);
+}
+ISSP_AVX512 inline Floats operator-(Floats a) {
+  return _mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f));
+}
+ISSP_AVX512 inline Floats fused(Floats a, Floats b, Floats c) {
+  return _mm512_fmadd_ps(a.v, b.v, c.v);
+}
+ISSP_AVX512 inline Floats times(Floats a, Floats b) {
+  return _mm512_mul_ps(a.v, b.v);
+}
+ISSP_AVX512 inline Floats over(Floats a, Floats b) {
+  return _mm512_div_ps(a.v, b.v);
+}
+ISSP_AVX512 inline Floats root(Floats a) {
+  return _mm512_sqrt_ps(a.v);
+}
+ISSP_AVX512 inline Floats flushed(Floats a) {
+  return _mm512_castsi512_ps(Lanes32::flushed(a.v));
+}
 
 }  // namespace issp::avx512

@@ -18,7 +18,9 @@ Tensor magnitude_threshold(const std::vector<Tensor>& weights, const std::vector
       // a tenth of the weights, as in the fused step: half a byte each, and some for a small tensor
       std::vector<Key<T>> keys(size_t(items[i].numel / 10 + 256 * team.size));
       const auto* w = static_cast<const typename T::Bits*>(items[i].data);
-      Searcher<T> searcher(w, items[i].numel, team, {keys.data(), int64_t(keys.size())});
+      Searcher<T> searcher(
+          w, items[i].numel, team,
+          {reinterpret_cast<char*>(keys.data()), int64_t(keys.size() * sizeof(Key<T>))});
       taus[i] = typename T::Bits(searcher.find(k[i], nullptr).tau);
     });
   });

@@ -1,9 +1,11 @@
 #include "passes.h"
 
+#include <algorithm>
 #include <atomic>
-#include <cstdlib>
+#include <climits>
 #include <cstring>
 #include <stdexcept>
+#include <type_traits>
 
 #include "lanes_scalar.h"
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -29,6 +31,8 @@ static inline uint64_t lowest(uint64_t bits, int64_t count) {
 #define ISSP_ISA scalar
 #define ISSP_TARGET
 #include "passes.inc.h"
+#include "speculate.inc.h"
+#include "update.inc.h"
 #undef ISSP_ISA
 #undef ISSP_TARGET
 
@@ -36,12 +40,16 @@ static inline uint64_t lowest(uint64_t bits, int64_t count) {
 #define ISSP_ISA avx2
 #define ISSP_TARGET ISSP_AVX2
 #include "passes.inc.h"
+#include "speculate.inc.h"
+#include "update.inc.h"
 #undef ISSP_ISA
 #undef ISSP_TARGET
 
 #define ISSP_ISA avx512
 #define ISSP_TARGET ISSP_AVX512
 #include "passes.inc.h"
+#include "speculate.inc.h"
+#include "update.inc.h"
 #undef ISSP_ISA
 #undef ISSP_TARGET
 #endif
@@ -57,7 +65,9 @@ Level best() {
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx512) return kAvx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) return kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    return kAvx2;
 #endif
   return kScalar;
 }
@@ -80,7 +90,9 @@ std::string cpu_capability(std::string want) {
   return kNames[level()];
 }
 
-#define ISSP_PASSES(isa) {isa::census<T>, isa::histogram<T>, isa::apply<T>, isa::clear<T>}
+#define ISSP_PASSES(isa)                                                                        \
+  {isa::speculate<T>, isa::restore<T>,   isa::settle<T>, isa::merge,   isa::count_less<Key<T>>, \
+   isa::census<T>,    isa::histogram<T>, isa::apply<T>,  isa::clear<T>}
 
 template <typename T>
 const Passes<T>& passes(bool exact) {
@@ -99,8 +111,17 @@ template const Passes<BFloat16>& passes<BFloat16>(bool);
 // float64 is for checking; it does not pay for lanes of its own.
 template <>
 const Passes<Float64>& passes<Float64>(bool) {
-  static const Passes<Float64> plain = {scalar::census<Float64>, scalar::histogram<Float64>,
-                                        scalar::apply<Float64>, scalar::clear<Float64>};
+  using T = Float64;
+  static const Passes<T> plain = ISSP_PASSES(scalar);
+  return plain;
+}
+
+const UpdatePasses& update_passes() {
+  static const UpdatePasses plain = {scalar::update};
+#if ISSP_X86
+  static const UpdatePasses vectors[] = {{avx2::update}, {avx512::update}};
+  if (level() != kScalar) return vectors[level() - 1];
+#endif
   return plain;
 }
 

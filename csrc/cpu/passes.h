@@ -5,10 +5,12 @@
 #include <string>
 
 #include "../semantics.h"
+#include "../update.h"
 
 namespace issp {
 
 constexpr int kBins = 2048;
+constexpr int64_t kLineGroups = 8;  // a line of the mask: 8 groups of 64 elements
 
 struct Range {  // of groups of 64 elements
   int64_t begin;
@@ -32,13 +34,63 @@ struct Selection {
 };
 
 template <typename T>
+struct KeyRange {
+  Key<T> lo;
+  Key<T> hi;
+};
+
+// What a speculative pass over a range of groups leaves behind; see speculate.inc.h.
+struct Ledger {
+  uint64_t* kept;   // a word per group: the mask if no candidate were selected
+  uint64_t* odd;    // a word per group: the lowest bit of every weight before the pass
+  int32_t* groups;  // groups to settle: those with candidates from the front, postponed ones from
+  int64_t room;     //   the back; room for all
+};
+
+struct Sight {
+  int64_t below;      // keys below the range
+  int64_t inside;     // keys in it: the candidates
+  int64_t listed;     // groups with candidates
+  int64_t postponed;  // groups in which nothing has been shrunk yet
+  int64_t stored;     // candidates whose keys were gathered; none of a range of one key
+};
+
+// Adam's or SGD's update of one tensor, whose weights are passed on their own.
+struct Update {
+  enum Rule { kNone, kAdam, kSgd } rule = kNone;
+  const void* grad = nullptr;
+  bool bfloat16 = false;    // the gradient's type
+  float* first = nullptr;   // Adam's m, SGD's buffer (null without momentum)
+  float* second = nullptr;  // Adam's v
+  bool fresh = false;       // SGD: the buffer holds nothing yet
+  Gradient gradient{};
+  AdamStep adam{};
+  SgdStep sgd{};
+};
+
+template <typename T>
 struct Passes {
   using Bits = typename T::Bits;
+  Sight (*speculate)(Bits*, int64_t, Range, const Update*, KeyRange<T>, Key<T>, typename T::Wide,
+                     const Ledger&, Key<T>*, int64_t, const uint64_t*);
+  void (*restore)(Bits*, int64_t, Range, Key<T>, typename T::Wide, const Ledger&, const Sight&);
+  void (*settle)(Bits*, int64_t, Range, KeyRange<T>, const Selection<T>&, typename T::Wide,
+                 const Ledger&, const Sight&);
+  int64_t (*merge)(Range, const uint64_t*, uint64_t*);
+  int64_t (*count_less)(const Key<T>*, int64_t, Key<T>);
   Census<T> (*census)(const Bits*, int64_t, Range, Key<T>, Key<T>, Key<T>*, int64_t);
   void (*histogram)(const Bits*, int64_t, Key<T>, Key<T>, int, int64_t*);
   int64_t (*apply)(Bits*, int64_t, Range, uint64_t*, const Selection<T>&, typename T::Wide);
   void (*clear)(Bits*, int64_t, Range, const uint64_t*);
 };
+
+// The optimizer's update without a selection: of weights that are not pruned, and (mask given) of
+// those whose mask is fixed, where weights and moments become +0.
+struct UpdatePasses {
+  void (*update)(float*, int64_t, Range, const Update&, const uint64_t* mask);
+};
+
+const UpdatePasses& update_passes();
 
 // The passes of the instruction set in use. `exact`: the scalar ones, which also follow the rules
 // for infinity and NaN.

@@ -1,41 +1,26 @@
-// The exact k-th smallest key of a tensor, and how many equal to it are selected.
+// The exact k-th smallest key of a tensor without writing to it.
 //
 // A census over a key range [lo, hi] counts what lies below and keeps what lies inside (one read of
-// the weights); among the few candidates kept the k-th is then found exactly. A good range comes
-// from the previous threshold. If the range missed the rank, or holds more candidates than fit, a
-// histogram of 2048 bins narrows it (at most 3 times for 32-bit keys): the result is the same.
+// the weights); among the few candidates kept the k-th is then found exactly. If the range misses
+// the rank, or holds more candidates than fit, a histogram of 2048 bins narrows it (at most 3 times
+// for 32-bit keys): the result is the same.
 #pragma once
 
-#include <algorithm>
-#include <vector>
-
+#include "candidates.h"
 #include "team.h"
 
 namespace issp {
 
-template <typename T>
-struct Found {
-  Key<T> tau;
-  bool missed;                         // the hint did not serve
-  int64_t inside;                      // keys in the range that served
-  std::vector<Selection<T>> per_part;  // one per member of the team
-};
+// Working memory of a call or of one member.
+struct Space {
+  char* data;
+  int64_t bytes;
 
-template <typename T>
-struct KeyRange {
-  Key<T> lo;
-  Key<T> hi;
-};
-
-// Space for candidate keys.
-template <typename T>
-struct Room {
-  Key<T>* keys;
-  int64_t capacity;
-
-  Room share(int64_t member, int64_t members) const {
-    return {keys + capacity / members * member, capacity / members};
+  Space share(int64_t member, int64_t members) const {
+    const int64_t each = bytes / members / 8 * 8;
+    return {data + each * member, each};
   }
+  Space from(int64_t used) const { return {data + used, bytes - used}; }
 };
 
 template <typename T>
@@ -43,20 +28,19 @@ class Searcher {
   using Bits = typename T::Bits;
 
  public:
-  // room: shared evenly by the team.
-  Searcher(const Bits* w, int64_t numel, Team team, Room<T> room)
+  // space: for candidates, shared evenly by the team.
+  Searcher(const Bits* w, int64_t numel, Team team, Space space)
       : w_(w),
         numel_(numel),
         team_(team),
-        room_(room),
+        space_(space),
         seen_(size_t(team.size)),
         pass_(passes<T>()) {}
 
   Found<T> find(int64_t k, const KeyRange<T>* hint) {
-    if (k == 0) return {0, false, 0, std::vector<Selection<T>>(seen_.size(), {0, false, 0})};
+    if (k == 0) return {0, false, std::vector<Selection<T>>(seen_.size(), {0, false, 0})};
     KeyRange<T> range{0, Limits<T>::magnitude};
     int64_t below = 0;  // keys below range.lo
-    bool missed = hint != nullptr;
     if (hint) {
       take_census(*hint);
       const int64_t under = sum(&Census<T>::below), inside = sum(&Census<T>::inside);
@@ -66,19 +50,21 @@ class Searcher {
         range.lo = hint->hi + 1;
         below = under + inside;
       } else {
-        if (complete(*hint)) return resolve(*hint, k, under, false);
+        if (complete(*hint)) return decide(parts(), *hint, k, under);
         range = *hint;
         below = under;
       }
     }
-    while (narrow(range, k, below) > room_.capacity / team_.size / 2 && range.lo < range.hi) {
+    while (narrow(range, k, below) > capacity() / 2 && range.lo < range.hi) {
     }
     take_census(range);
     while (!complete(range)) {  // the candidates lie unevenly over the team's shares
       narrow(range, k, below);
       take_census(range);
     }
-    return resolve(range, k, below, missed);
+    Found<T> found = decide(parts(), range, k, below);
+    found.missed = hint != nullptr;
+    return found;
   }
 
  private:
@@ -88,11 +74,23 @@ class Searcher {
     return total;
   }
 
+  Key<T>* keys(int64_t member) const {
+    return reinterpret_cast<Key<T>*>(space_.share(member, team_.size).data);
+  }
+  int64_t capacity() const { return space_.share(0, team_.size).bytes / int64_t(sizeof(Key<T>)); }
+
+  Parts<T> parts() const {
+    Parts<T> found;
+    for (size_t p = 0; p < seen_.size(); ++p) {
+      found.push_back({keys(int64_t(p)), seen_[p].stored, seen_[p].inside});
+    }
+    return found;
+  }
+
   void take_census(KeyRange<T> range) {
     team_.each([&](int64_t p) {
-      const Room<T> mine = room_.share(p, team_.size);
-      seen_[size_t(p)] = pass_.census(w_, numel_, team_.share(p, numel_), range.lo, range.hi,
-                                      mine.keys, mine.capacity);
+      seen_[size_t(p)] =
+          pass_.census(w_, numel_, team_.share(p, numel_), range.lo, range.hi, keys(p), capacity());
     });
   }
 
@@ -122,68 +120,10 @@ class Searcher {
     }
   }
 
-  // The rank-th smallest of the candidates (rank from 1).
-  Key<T> candidate(KeyRange<T> range, int64_t rank) const {
-    int shift = 0;
-    while ((range.hi - range.lo) >> shift >= kBins) ++shift;
-    int64_t below = 0;
-    Key<T> lo = range.lo, hi = range.hi;
-    if (sum(&Census<T>::stored) > 1024) {  // fewer: sorting them costs less than the bins
-      std::vector<int32_t> bins(kBins);
-      for_candidates([&](Key<T> c, size_t) { ++bins[(c - range.lo) >> shift]; });
-      size_t bin = 0;
-      while (below + bins[bin] < rank) below += bins[bin++];
-      lo = range.lo + (Key<T>(bin) << shift);
-      hi = lo + ((Key<T>(1) << shift) - 1);
-      if (shift == 0) return lo;
-    }
-    std::vector<Key<T>> few;
-    for_candidates([&](Key<T> c, size_t) {
-      if (c >= lo && c <= hi) few.push_back(c);
-    });
-    std::nth_element(few.begin(), few.begin() + (rank - below - 1), few.end());
-    return few[size_t(rank - below - 1)];
-  }
-
-  template <typename F>
-  void for_candidates(const F& visit) const {
-    for (size_t p = 0; p < seen_.size(); ++p) {
-      const Key<T>* keys = room_.share(int64_t(p), team_.size).keys;
-      for (int64_t i = 0; i < seen_[p].stored; ++i) visit(keys[i], p);
-    }
-  }
-
-  Found<T> resolve(KeyRange<T> range, int64_t k, int64_t below, bool missed) const {
-    const bool single = range.lo == range.hi;
-    const Key<T> tau = single ? range.lo : candidate(range, k - below);
-    std::vector<int64_t> equal(seen_.size());
-    if (single) {
-      for (size_t p = 0; p < seen_.size(); ++p) equal[p] = seen_[p].inside;
-    } else {
-      for_candidates([&](Key<T> c, size_t p) {
-        below += c < tau;
-        equal[p] += c == tau;
-      });
-    }
-    int64_t ties = k - below, all = 0;
-    for (const int64_t count : equal) all += count;
-    Found<T> found{tau, missed, sum(&Census<T>::inside), {}};
-    for (const int64_t count : equal) {
-      const int64_t here = std::min(ties, count);
-      ties -= here;
-      if (k - below == all) {
-        found.per_part.push_back({Key<T>(tau + 1), false, 0});
-      } else {
-        found.per_part.push_back({tau, true, here});
-      }
-    }
-    return found;
-  }
-
   const Bits* w_;
   int64_t numel_;
   Team team_;
-  Room<T> room_;
+  Space space_;
   std::vector<Census<T>> seen_;
   const Passes<T>& pass_;
 };

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cfenv>
@@ -64,42 +63,57 @@ inline Team whole_team() {
   return {int64_t(torch::stable::get_num_threads())};
 }
 
-// Tensors above this many bytes are shared by the team, so that each member's part, read by the
-// census, is still in its own L2 cache when the second pass writes it.
-inline int64_t shared_bytes() {
-  static const int64_t l2 = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 18);
-  return l2 / 2;
-}
-
-// Runs work(index, team) on every item: large ones by the whole team one after the other, then the
-// small ones, each by one thread. The split depends on sizes alone, so that a thread meets the
-// same small tensors, still in its cache, in every call.
-template <typename F>
-void for_each_item(const std::vector<Item>& items, int64_t element_size, const F& work) {
-  const Team team = whole_team();
-  const auto large = [&](const Item& item) {
-    return team.size > 1 && item.numel * element_size > shared_bytes();
-  };
-  int64_t total = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
-    if (large(items[i])) {
-      work(i, int64_t(0), team);
-    } else {
-      total += items[i].numel;
-    }
+// How a call's tensors are divided among the threads. Each belongs to one thread, so that nobody
+// waits for anybody; only what would spoil the balance, more than a 32nd of a thread's part, is
+// shared by the team, in pieces that pay for waking a thread (some microseconds).
+class Split {
+ public:
+  Split(const std::vector<Item>& items, size_t element_size) : team_(whole_team()) {
+    for (const Item& item : items) total_ += item.numel;
+    int64_t rest = 0;
+    for (const Item& item : items) rest += shared(item) ? 0 : item.numel;
+    rest_ = rest;
+    const int64_t worth = rest * int64_t(element_size) / (1 << 18);
+    members_ = std::min(team_.size, std::max<int64_t>(1, worth));
   }
-  if (!total) return;
-  // Waking a thread costs some microseconds: below 16 k elements it does not pay.
-  const Team some{total < 16384 ? 1 : team.size};
-  some.each([&](int64_t member) {
+
+  bool shared(const Item& item) const {
+    return team_.size > 1 && item.numel >= 2 * kPiece && item.numel > total_ / (32 * team_.size);
+  }
+  Team team_for(const Item& item) const { return {std::min(team_.size, item.numel / kPiece)}; }
+  // Threads that work on the tensors that are not shared, and those tensors' elements.
+  int64_t members() const { return members_; }
+  int64_t rest() const { return rest_; }
+
+ private:
+  static constexpr int64_t kPiece = 16384;
+  Team team_;
+  int64_t total_ = 0, rest_ = 0, members_ = 1;
+};
+
+// Runs work(index, member, team) on every item: shared ones by a team, one after the other
+// (member 0), then the rest, each by one of split.members() threads. The split depends on sizes
+// alone, so that a thread meets the same small tensors, still in its cache, in every call.
+template <typename F>
+void for_each_item(const std::vector<Item>& items, const Split& split, const F& work) {
+  for (size_t i = 0; i < items.size(); ++i) {
+    if (split.shared(items[i])) work(i, int64_t(0), split.team_for(items[i]));
+  }
+  if (!split.rest()) return;
+  Team{split.members()}.each([&](int64_t member) {
     int64_t before = 0;
     for (size_t i = 0; i < items.size(); ++i) {
-      if (large(items[i])) continue;
+      if (split.shared(items[i])) continue;
       const int64_t middle = before + items[i].numel / 2;
       before += items[i].numel;
-      if (middle * some.size / total == member) work(i, member, Team{1});
+      if (middle * split.members() / split.rest() == member) work(i, member, Team{1});
     }
   });
+}
+
+template <typename F>
+void for_each_item(const std::vector<Item>& items, size_t element_size, const F& work) {
+  for_each_item(items, Split(items, element_size), work);
 }
 
 }  // namespace issp

@@ -1,0 +1,195 @@
+// The step in one pass over memory: shrink first, verify afterwards. Included once per instruction
+// set by passes.cpp, behind passes.inc.h.
+//
+// The previous threshold foretells a narrow range that holds the new one. `speculate` shrinks, in
+// its one read and one write of the weights, every key below the range; those above stay, and the
+// groups of 64 elements that hold candidates, keys inside, are listed. If the counts show that the
+// rank lies among the candidates, `settle` shrinks those of them that are selected, a per cent of
+// the weights, and the mask is merged from the ledger. If not, `restore` undoes the pass bit by bit
+// and the search starts over.
+//
+// Undoing is possible although fl(shrink * w) is many-to-one: for shrink > 1/2 at most two weights,
+// neighbours, have the same product, so that one bit per weight, its lowest, tells them apart. The
+// exception are products that are flushed to zero: a group that holds such a weight is postponed,
+// which means left alone until the threshold is known.
+//
+// Traffic per float32 weight: 4 bytes read, 4 written; the ledger (2 bits) stays in the cache from
+// tensor to tensor; 1/8 byte of mask read, written where it changes.
+
+namespace issp::ISSP_ISA {
+
+// Appends the keys of a group that lie in the range to out, if there is room for 64.
+template <typename T>
+ISSP_TARGET inline int64_t gather(const typename T::Bits* w, int64_t numel, int64_t g,
+                                  KeyRange<T> range, Key<T>* out, int64_t room) {
+  using L = Lanes<T>;
+  if (room < 64 || range.lo == range.hi) return 0;
+  const Group<T> group(const_cast<typename T::Bits*>(w), g, numel);
+  Masks<L> less, up_to;
+  for (int i = 0; i < 64; i += L::width) {
+    const auto bits = L::load(group.data + i);
+    less.lanes[i / L::width] = L::less(bits, range.lo);
+    up_to.lanes[i / L::width] = L::less(bits, range.hi + 1);
+  }
+  return compress_group<T>(group, up_to.joined() & ~less.joined() & group.bits(), out);
+}
+
+// Candidates are gathered block by block, while their lines are in the first-level cache; group by
+// group, one branch in five would be mispredicted.
+constexpr int64_t kBlock = 64;
+
+template <typename T>
+ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups, const Update* update,
+                            KeyRange<T> range, Key<T> flushed_below, typename T::Wide shrink,
+                            const Ledger& ledger, Key<T>* keys, int64_t room,
+                            const uint64_t* mask) {
+  using L = Lanes<T>;
+  int64_t below = 0, inside = 0, listed = 0, postponed = 0, gathered = 0, stored = 0;
+  const auto gather_listed = [&]() ISSP_TARGET {
+    for (; gathered < listed; ++gathered) {
+      const int64_t g = ledger.groups[gathered];
+      stored += gather<T>(w, numel, g, range, keys + stored, room - stored);
+    }
+  };
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    Group<T> group(w, g, numel);
+    prefetch(w + 64 * g, 64 * sizeof(*w));
+    if (g % kLineGroups == 0) __builtin_prefetch(mask + g, 0, 2);  // for `merge`
+    if constexpr (std::is_same_v<T, Float32>) {
+      if (update) update_group(group, g, *update);
+    }
+    Masks<L> less, up_to, odd, tiny;
+    for (int i = 0; i < 64; i += L::width) {
+      const auto bits = L::load(group.data + i);
+      less.lanes[i / L::width] = L::less(bits, range.lo);
+      up_to.lanes[i / L::width] = L::less(bits, range.hi + 1);
+      odd.lanes[i / L::width] = L::odd(bits);
+      tiny.lanes[i / L::width] = L::tiny(bits, flushed_below);
+    }
+    const uint64_t under = less.joined(), in = up_to.joined() ^ under;
+    below += __builtin_popcountll(under);
+    inside += __builtin_popcountll(in);
+    ledger.kept[g - groups.begin] = ~under & group.bits();
+    ledger.odd[g - groups.begin] = odd.joined();
+    if (__builtin_expect(tiny.joined() != 0, 0)) {
+      ledger.groups[ledger.room - ++postponed] = int32_t(g);
+      if (update) group.store(w, g);
+      stored += gather<T>(w, numel, g, range, keys + stored, room - stored);
+      continue;
+    }
+    ledger.groups[listed] = int32_t(g);  // no branch: candidates come at random
+    listed += in != 0;
+    for (int i = 0; i < 64; i += L::width) {
+      L::store_scaled(group.data + i, L::load(group.data + i), less.lanes[i / L::width], shrink);
+    }
+    group.store(w, g);
+    if (g % kBlock == kBlock - 1) gather_listed();
+  }
+  gather_listed();
+  return {below, inside, listed, postponed, stored};
+}
+
+// The weight whose product is `bits`, given its lowest bit.
+template <typename T>
+ISSP_TARGET inline typename T::Bits unshrunk(typename T::Bits bits, bool odd,
+                                             typename T::Wide shrink) {
+  using Bits = typename T::Bits;
+  if (key<T>(bits) == 0) return bits;  // only zero itself has the product zero here
+  const Bits near = narrow(T{}, typename T::Wide(widen(T{}, bits) / shrink));
+  Bits found = near;
+  for (const Bits candidate : {Bits(near - 1), Bits(near + 1), near}) {
+    const bool fits = shrunk<T>(candidate, shrink) == bits && (candidate & 1) == Bits(odd);
+    found = fits ? candidate : found;
+  }
+  return found;
+}
+
+// Undoes `speculate`: what is below lo now was below it before, and only that has been shrunk.
+template <typename T>
+ISSP_TARGET void restore(typename T::Bits* w, int64_t numel, Range groups, Key<T> lo,
+                         typename T::Wide shrink, const Ledger& ledger, const Sight& sight) {
+  int64_t postponed = 0;
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    if (postponed < sight.postponed && ledger.groups[ledger.room - 1 - postponed] == g) {
+      ++postponed;
+      continue;
+    }
+    const uint64_t odd = ledger.odd[g - groups.begin];
+    const int64_t count = std::min<int64_t>(64, numel - 64 * g);
+    for (int64_t i = 0; i < count; ++i) {
+      typename T::Bits& bits = w[64 * g + i];
+      if (key<T>(bits) < lo) bits = unshrunk<T>(bits, odd >> i & 1, shrink);
+    }
+  }
+}
+
+// Calls visit(group, postponed) for every group to settle, in flat order; their lines, which have
+// left the cache since the pass, are fetched ahead.
+template <typename F>
+ISSP_TARGET inline void for_listed(const void* w, size_t group_bytes, const Ledger& ledger,
+                                   const Sight& sight, const F& visit) {
+  constexpr int64_t ahead = 16;
+  int64_t i = 0, j = 0;
+  while (i < sight.listed || j < sight.postponed) {
+    if (i + ahead < sight.listed) {
+      const char* next = static_cast<const char*>(w) + ledger.groups[i + ahead] * group_bytes;
+      for (size_t line = 0; line < group_bytes; line += 64) __builtin_prefetch(next + line, 1);
+    }
+    const int64_t plain = i < sight.listed ? ledger.groups[i] : INT64_MAX;
+    const int64_t late = j < sight.postponed ? ledger.groups[ledger.room - 1 - j] : INT64_MAX;
+    plain < late ? ++i : ++j;
+    visit(std::min(plain, late), late < plain);
+  }
+}
+
+// Shrinks the candidates that are selected (Selection: as in `apply`), and in postponed groups
+// whatever is.
+template <typename T>
+ISSP_TARGET void settle(typename T::Bits* w, int64_t numel, Range groups, KeyRange<T> range,
+                        const Selection<T>& chosen, typename T::Wide shrink, const Ledger& ledger,
+                        const Sight& sight) {
+  using L = Lanes<T>;
+  int64_t ties = chosen.ties;
+  for_listed(w, 64 * sizeof(*w), ledger, sight, [&](int64_t g, bool postponed) ISSP_TARGET {
+    Group<T> group(w, g, numel);
+    Masks<L> less, selected, same;
+    for (int i = 0; i < 64; i += L::width) {
+      const auto bits = L::load(group.data + i);
+      less.lanes[i / L::width] = L::less(bits, postponed ? 0 : range.lo);
+      selected.lanes[i / L::width] = L::less(bits, chosen.bound);
+      same.lanes[i / L::width] = L::equal(bits, chosen.bound);
+    }
+    uint64_t take = selected.joined() & ~less.joined();
+    if (chosen.partial) {
+      const uint64_t first = lowest(same.joined() & group.bits(), ties);
+      ties -= __builtin_popcountll(first);
+      take |= first;
+    }
+    take &= group.bits();
+    for (int i = 0; i < 64; i += L::width) {
+      L::store_shrunk(group.data + i, L::load(group.data + i), lanes_of<L>(take, i), shrink);
+    }
+    group.store(w, g);
+    ledger.kept[g - groups.begin] &= ~take;
+  });
+}
+
+// Takes the ledger's words over into the mask and returns how many bits changed.
+ISSP_TARGET inline int64_t merge(Range groups, const uint64_t* kept, uint64_t* mask) {
+  int64_t flips = 0;
+  for (int64_t g = groups.begin; g < groups.end; ++g) {
+    const uint64_t fresh = kept[g - groups.begin];
+    flips += __builtin_popcountll(mask[g] ^ fresh);
+    mask[g] = fresh;
+  }
+  return flips;
+}
+
+template <typename K>
+ISSP_TARGET int64_t count_less(const K* keys, int64_t count, K bound) {
+  int64_t less = 0;
+  for (int64_t i = 0; i < count; ++i) less += keys[i] < bound;
+  return less;
+}
+
+}  // namespace issp::ISSP_ISA
