@@ -9,6 +9,7 @@ one picture per benchmark in the folder. Exit status 1 when a benchmark failed.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -37,6 +38,7 @@ PACE = {
         "train": ["--seconds", "8"],
     },
 }
+SCRIPT = Path(__file__).with_name("run.py")
 LIMIT = {"cpu": 1800, "cuda": 110}
 
 
@@ -72,7 +74,7 @@ def run(name: str, options: Sequence[str], picture: Path | None, limit: float) -
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out, err, samples = (Path(folder, x) for x in ("out.md", "err.txt", "samples.json"))
-        command = [sys.executable, Path(__file__).with_name("run.py"), *BENCHMARKS[name], *options]
+        command = [sys.executable, SCRIPT, *BENCHMARKS[name], *options]
         command += ["--samples", samples]
         command += ["--plot", picture] if picture else []
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
@@ -108,13 +110,16 @@ def main(argv: Sequence[str]) -> int:
     if not args.folder.is_dir():
         print(f"bench/run.py: the folder {args.folder} does not exist: create it", file=sys.stderr)
         return 2
+    pictures = PICTURES if importlib.util.find_spec("matplotlib") else ()
+    if not pictures:
+        print("no pictures: matplotlib is not installed", flush=True)
     common = ["--device", args.device]
     common += ["--quick"] if args.quick else []
     common += ["--threads", args.threads] if args.threads else []
     outcomes = []
     for name in args.only:
         pace = [] if args.quick else PACE[args.device].get(name, [])
-        picture = args.folder / f"{name}.png" if name in PICTURES else None
+        picture = args.folder / f"{name}.png" if name in pictures else None
         limit = LIMIT[args.device] if args.limit is None else args.limit
         outcomes.append(run(name, [*common, *pace], picture, limit))
         print(outcomes[-1].line(), flush=True)

@@ -1,24 +1,18 @@
-"""The benchmark tables, their refusal on wrong bits, the shape tables and the GPU script."""
+"""The tables of `issp bench step`, their refusal on wrong bits, scaling, and the shape tables."""
 
 import argparse
+import json
 import math
 import os
 import re
-import runpy
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from issp import backends, bench, num_pruned, ops, reference, shapes
-from issp.bench import peers, report, step, timing
+from issp import bench, num_pruned, ops, shapes
+from issp.bench import cub, peers, report, roof, scaling, step, timing
 from issp.bench.workload import Workload
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "bench" / "on_gpu.sh"
 TINY = [(32, 16), (5, 2), (16, 16, 3, 3)]
 FAST = step.Settings(
     rounds=3, seconds=0.05, settle=2, whole=False, flush_bytes=1 << 16, probe_bytes=1 << 16
@@ -37,7 +31,9 @@ def one_thread():
 def tiny_model(monkeypatch):
     """`swinir-light` becomes three small tensors."""
     monkeypatch.setattr(shapes, "prunable_shapes", lambda name, scale: TINY)
-    monkeypatch.setattr(step, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
+    for module in (step, scaling):
+        monkeypatch.setattr(module, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
+    monkeypatch.setitem(roof._DEFAULT, "cpu", 1 << 16)
 
 
 def command(*words: str) -> int:
@@ -145,6 +141,41 @@ class TestTable:
         assert "broken could not be timed, cold: not for this dtype" in table.markdown()
         assert cells(table.markdown())[-1][1] == "-"
 
+    def test_what_is_not_installed_is_named(self, monkeypatch):
+        monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(cub.shutil, "which", lambda name: None)
+        rows = [row for row in peers.rows("cuda") if row not in peers.ROWS]
+        table = step.measure("tiny", TINY, FAST, [*peers.ROWS[:4], *rows])
+        last = {row[0]: row[1] for row in cells(table.markdown())[-2:]}
+        assert last == {
+            "FlashInfer top_k_mask_logits": "not installed",
+            "CUB DeviceTopK": "not installed",
+        }
+
+    def test_roofline_is_counted_bytes_over_the_best_bandwidth(self):
+        line = report.Line("op", {"cold": [0.5]}, {"cold": 0.5}, 0.5, None, traffic=10e9)
+        table = report.Table(
+            "title", "machine", "ms", "cold", "op", 10**9, roof.Roof(30e9, 40e9, 8), lines=[line]
+        )
+        assert table.roof.rate == 40e9 and table.rate(line) == 20e9 and table.share(line) == 0.5
+        found = dict(zip(*(cells(table.markdown())[i] for i in (0, 2)), strict=True))
+        assert (found["B/weight"], found["GB/s"], found["of roofline"]) == ("10", "20", "50 %")
+        assert "40 GB/s, the faster of copying (30) and multiplying in place (40)" in (
+            table.markdown()
+        )
+
+    def test_bandwidth_is_that_of_both_buffers(self):
+        probe = roof.Probe("cpu", 1 << 12)
+        for task, seconds in zip(probe.tasks, (2.0, 4.0), strict=True):
+            task.call()
+            task.samples["cold"] = [seconds]
+        assert probe.roof("cold") == roof.Roof(copy=4096.0, multiply=2048.0, nbytes=4096)
+
+    @pytest.mark.parametrize("k", [1, 17, 100])
+    def test_quantile_is_asked_for_the_threshold(self, k):
+        x = torch.randn(100)
+        assert peers.quantile(x.abs(), k) == ops.magnitude_threshold([x], [k])[0]
+
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 def test_cuda_table_times_launches_and_graphs():
@@ -201,6 +232,15 @@ class TestCommand:
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["table.md", "times.png"]
 
+    def test_writes_every_sample(self, tiny_model, tmp_path):
+        out = tmp_path / "samples.json"
+        arguments = ("--quick", "--seconds", "0.01", "--settle", "1")
+        assert command(*arguments, "--samples", str(out)) == 0
+        (table,) = json.loads(out.read_text())
+        seconds = table["seconds"][peers.STEP]
+        assert seconds.keys() == {"warm", "cold"} and all(len(x) == 7 for x in seconds.values())
+        assert table["roofline"]["copy"] > 0
+
     @pytest.mark.parametrize(
         ("words", "sentence"),
         [
@@ -210,6 +250,9 @@ class TestCommand:
             (("--settle", "0"), "--settle is 0"),
             (("--shrink", "2"), "--shrink is 2"),
             (("--out", "/nowhere/table.md"), "create /nowhere"),
+            (("--samples", "/nowhere/samples.json"), "create /nowhere"),
+            (("--scaling", "--largest", "10"), "--largest is 10"),
+            (("--scaling", "--budget", "0"), "--budget is 0"),
         ],
     )
     def test_bad_input_is_one_sentence_and_status_2(self, words, sentence, capsys):
@@ -235,6 +278,39 @@ class TestCommand:
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
+class TestScaling:
+    PLACES = [(n, [(1, n)]) for n in (100, 1000)]
+
+    def test_both_curves_are_printed_written_and_drawn(self, tiny_model, capsys, tmp_path):
+        pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+        files = {x: tmp_path / f"scaling.{x}" for x in ("md", "png", "json")}
+        words = ["--scaling", "--quick", "--largest", "1000", "--settle", "1"]
+        words += ["--out", str(files["md"]), "--plot", str(files["png"])]
+        assert command(*words, "--samples", str(files["json"])) == 0
+        text = files["md"].read_text()
+        assert capsys.readouterr().out.strip() == text.strip()
+        rows = [row for row in cells(text) if row[0].isdigit()]
+        assert [row[0] for row in rows] == ["1000", "1", "3", "10"]
+        assert all(float(cell.rstrip(" %")) > 0 for row in rows for cell in row)
+        assert files["png"].read_bytes().startswith(b"\x89PNG")
+        curves = json.loads(files["json"].read_text())
+        assert [curve["axis"] for curve in curves] == ["weights", "tensors"]
+
+    def test_what_does_not_fit_memory_says_so(self, monkeypatch):
+        monkeypatch.setattr(scaling, "free_bytes", lambda device: 20_000)
+        curve = scaling.measure("weights", (peers.STEP, peers.TOPK), self.PLACES, FAST, 60.0)
+        assert curve.points[0].skipped == {}
+        assert list(curve.points[1].skipped) == [peers.TOPK]
+        expected = "1000 weights: torch.topk skipped, needs up to 4.1e-05 GB and 1.8e-05 GB are"
+        assert expected in curve.markdown()
+        assert cells(curve.markdown())[-1][2] == "-"
+
+    def test_what_does_not_fit_the_budget_says_so(self):
+        curve = scaling.measure("weights", (peers.STEP,), self.PLACES, FAST, 0.0)
+        assert all("0 s are left" in point.skipped[peers.STEP] for point in curve.points)
+        assert set(cells(curve.markdown())[-1][1:]) == {"-"}
+
+
 class TestTiming:
     def test_slow_tasks_run_less_often_and_none_never(self):
         class Clock:
@@ -256,6 +332,8 @@ class TestTiming:
         assert {k: len(t.samples["only"]) for k, t in tasks.items()} == dict(fast=8, mid=4, slow=1)
         assert "mid" in order[3:8] and "mid" in order[-3:]  # spread over the rounds
         assert tasks["slow"].median("only") == 9.0 and tasks["slow"].spread("only") is None
+        rounds = [order[i : i + 2] for i in range(3, len(order) - 1)]
+        assert ["fast", "mid"] in rounds and ["mid", "fast"] in rounds  # another order each time
 
     def test_peak_counts_torch_and_numpy_temporaries(self):
         x = torch.ones(1 << 16)
@@ -272,83 +350,3 @@ class TestTiming:
         work.settle(3)
         kept = work.state.masks()[0].sum().item()
         assert kept == 256 * 64 - num_pruned(256 * 64, 0.95)
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-class TestScript:
-    def run(self, *words: str, out: Path | None = None) -> subprocess.CompletedProcess:
-        # An empty CUDA_VISIBLE_DEVICES hides the GPU of a machine that has one.
-        env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
-        env["OUT"] = str(out or "/nowhere/results")
-        done = ["bash", str(SCRIPT), *words]
-        return subprocess.run(done, env=env, capture_output=True, text=True, timeout=120)
-
-    def test_syntax_and_habits(self):
-        assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
-        assert os.access(SCRIPT, os.X_OK)
-        text = SCRIPT.read_text()
-        assert "set -u -o pipefail" in text
-        # Unquoted expansions break on folders with spaces: arguments of commands are all quoted.
-        bare = re.findall(r"(?m)^\s*(?:run|mkdir|rm|cd)\b[^\n|]*?\s\$\{?(?:OUT|PYTHON)\b", text)
-        assert bare == []
-        # The settings of the card are never touched.
-        assert not re.search(r"nvidia-smi\s+-(?:r|pm|pl|ac|lgc|c|mig)\b", text)
-
-    def test_without_a_gpu_one_sentence_and_status_3(self, tmp_path):
-        done = self.run(out=tmp_path / "results")
-        assert done.returncode == 3
-        assert done.stderr.count("\n") == 1
-        assert "only the parts info and build can run" in done.stderr
-        assert not (tmp_path / "results").exists()
-
-    def test_info_needs_none_and_leaves_a_summary(self, tmp_path):
-        done = self.run("--parts", "info", out=tmp_path / "results")
-        assert done.returncode == 0, done.stdout + done.stderr
-        summary = (tmp_path / "results" / "summary.txt").read_text()
-        assert re.search(r"\| info +\| passed ", summary) and done.stdout.endswith(summary)
-        assert "torch " + torch.__version__ in (tmp_path / "results" / "info.txt").read_text()
-
-    def test_dry_run_names_every_part_and_writes_nothing(self, tmp_path):
-        done = self.run("--dry-run", out=tmp_path / "results")
-        assert done.returncode == 0 and list(tmp_path.iterdir()) == []
-        parts = re.findall(r"(?m)^== (\w+)$", done.stdout)
-        assert parts == ["info", "build", "tests", "sanitize", "bench", "ncu", "suite"]
-        for word in ("memcheck", "racecheck", "synccheck", "gpu__time_duration.sum", "build_ext"):
-            assert word in done.stdout
-        # What a GPU machine gives back is limited to eight files.
-        named = set(re.findall(r"\[\d+ s, ([\w.]+)\]", done.stdout)) | {"step.png", "summary.txt"}
-        assert len(named) == 8
-
-    @pytest.mark.parametrize("words", [("--parts", "info,lunch"), ("--fast",), ("--parts",)])
-    def test_bad_arguments_are_status_2(self, words):
-        done = self.run(*words)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-
-
-def test_sanitizer_cases_equal_the_reference(monkeypatch, capsys):
-    path = str(ROOT / "bench" / "sanitize.py")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
-    assert runpy.run_path(path)["main"]() == 0
-    assert "26 of 26 cases equal" in capsys.readouterr().out
-
-
-@pytest.mark.skipif(
-    backends.active("cpu") == "reference", reason="the reference cannot differ from itself"
-)
-def test_sanitizer_cases_find_a_wrong_tie(monkeypatch, capsys):
-    path = str(ROOT / "bench" / "sanitize.py")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
-
-    def last_of_the_ties(w, k):
-        chosen = torch.zeros(w.numel(), dtype=torch.bool)
-        order = torch.sort(reference.key(w).flip(0), stable=True).indices
-        chosen[w.numel() - 1 - order[:k]] = True
-        return chosen
-
-    monkeypatch.setattr(reference, "selected", last_of_the_ties)
-    assert runpy.run_path(path)["main"]() == 1
-    shown = capsys.readouterr().out
-    assert "soft_shrink_ torch.float32 ties True step 0" in shown
-    assert "soft_shrink_ torch.float32 ties False step 0" not in shown

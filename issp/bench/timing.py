@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import statistics
@@ -39,6 +40,9 @@ class CpuClock:
 
     Args:
         flush_bytes: how much is read to flush the caches; default: twice the last-level cache.
+
+    Attributes:
+        flush_bytes: the same, as it is.
     """
 
     unit = "ms"
@@ -47,13 +51,12 @@ class CpuClock:
 
     def __init__(self, flush_bytes: int | None = None) -> None:
         size = min(2 * _last_level_cache(), _LARGEST_FLUSH) if flush_bytes is None else flush_bytes
-        # Written once: pages that were never written would all be the same page of zeros.
-        self._lines = torch.ones(max(size, 64) // 8, dtype=torch.int64)
+        self.flush_bytes = max(size, 64) // 8 * 8
 
-    @property
-    def flush_bytes(self) -> int:
-        """Bytes read to flush the caches."""
-        return self._lines.nbytes
+    @functools.cached_property
+    def _lines(self) -> torch.Tensor:
+        # Written once: pages that were never written would all be the same page of zeros.
+        return torch.ones(self.flush_bytes // 8, dtype=torch.int64)
 
     def flush(self) -> None:
         """Reads more than the caches hold; reads only, as dirty lines would cost the next call."""

@@ -1,0 +1,161 @@
+"""The scripts in bench/: all benchmarks in one call, the GPU script, the sanitizer's cases."""
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from issp import backends, bench, reference
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "bench" / "on_gpu.sh"
+
+
+def everything():
+    spec = importlib.util.spec_from_file_location("everything", ROOT / "bench" / "everything.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+STAND_IN = """
+import json, sys, time
+name, out = sys.argv[1], sys.argv[sys.argv.index("--samples") + 1]
+print(f"### table of {name}", flush=True)
+if name == "bad":
+    print("first line\\nissp bench: not bitwise equal", file=sys.stderr)
+    sys.exit(1)
+time.sleep(60 if name == "hanging" else 0)
+open(out, "w").write(json.dumps([{"title": name, "words": sys.argv[2:]}]))
+"""
+
+
+class TestEverything:
+    def test_one_that_fails_and_one_that_hangs_are_named_and_the_rest_runs(
+        self, monkeypatch, tmp_path, capsys
+    ):
+        module = everything()
+        (tmp_path / "run.py").write_text(STAND_IN)
+        (tmp_path / "results").mkdir()
+        monkeypatch.setattr(module, "SCRIPT", tmp_path / "run.py")
+        monkeypatch.setattr(module, "BENCHMARKS", {x: [x] for x in ("bad", "hanging", "good")})
+        words = ["--folder", str(tmp_path / "results"), "--limit", "2", "--device", "cuda"]
+        assert module.main([*words, "--only", "bad", "hanging", "good"]) == 1
+        shown = capsys.readouterr().out
+        assert "bad: failed: issp bench: not bitwise equal" in shown
+        assert "hanging: stopped after its 2 s" in shown and "good: passed" in shown
+        text = (tmp_path / "results" / "bench.md").read_text()
+        assert re.findall("### (.*)", text) == [
+            "table of bad",
+            "bad: failed: issp bench: not bitwise equal",
+            "table of hanging",
+            "hanging: stopped after its 2 s",
+            "table of good",
+        ]
+        samples = json.loads((tmp_path / "results" / "samples.json").read_text())
+        assert [len(samples[name]) for name in ("bad", "hanging", "good")] == [0, 0, 1]
+        assert samples["good"][0]["words"][:2] == ["--device", "cuda"]
+
+    def test_every_benchmark_and_option_of_the_plan_exists(self):
+        module = everything()
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        for device, pace in module.PACE.items():
+            for name, words in module.BENCHMARKS.items():
+                given = [*words, "--device", device, "--threads", "2", *pace.get(name, [])]
+                assert parser.parse_args([*given, "--plot", "x.png"]).device == device
+
+    def test_a_missing_folder_is_one_sentence_and_status_2(self, capsys):
+        assert everything().main(["--folder", "/nowhere/results"]) == 2
+        shown = capsys.readouterr().err
+        assert "/nowhere/results does not exist" in shown and shown.count("\n") == 1
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+class TestScript:
+    def run(self, *words: str, out: Path | None = None) -> subprocess.CompletedProcess:
+        # An empty CUDA_VISIBLE_DEVICES hides the GPU of a machine that has one.
+        env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
+        env["OUT"] = str(out or "/nowhere/results")
+        done = ["bash", str(SCRIPT), *words]
+        return subprocess.run(done, env=env, capture_output=True, text=True, timeout=120)
+
+    def test_syntax_and_habits(self):
+        assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
+        assert os.access(SCRIPT, os.X_OK)
+        text = SCRIPT.read_text()
+        assert "set -u -o pipefail" in text
+        # Unquoted expansions break on folders with spaces: arguments of commands are all quoted.
+        bare = re.findall(r"(?m)^\s*(?:run|mkdir|rm|cd)\b[^\n|]*?\s\$\{?(?:OUT|PYTHON)\b", text)
+        assert bare == []
+        # The settings of the card are never touched.
+        assert not re.search(r"nvidia-smi\s+-(?:r|pm|pl|ac|lgc|c|mig)\b", text)
+
+    def test_without_a_gpu_one_sentence_and_status_3(self, tmp_path):
+        done = self.run(out=tmp_path / "results")
+        assert done.returncode == 3
+        assert done.stderr.count("\n") == 1
+        assert "only the parts info and build can run" in done.stderr
+        assert not (tmp_path / "results").exists()
+
+    def test_info_needs_none_and_leaves_a_summary(self, tmp_path):
+        done = self.run("--parts", "info", out=tmp_path / "results")
+        assert done.returncode == 0, done.stdout + done.stderr
+        summary = (tmp_path / "results" / "summary.txt").read_text()
+        assert re.search(r"\| info +\| passed ", summary)
+        assert "torch " + torch.__version__ in summary
+
+    def test_dry_run_names_every_part_and_writes_nothing(self, tmp_path):
+        done = self.run("--dry-run", out=tmp_path / "results")
+        assert done.returncode == 0 and list(tmp_path.iterdir()) == []
+        parts = re.findall(r"(?m)^== (\w+)$", done.stdout)
+        assert parts == ["info", "build", "tests", "bench", "sanitize", "ncu", "suite"]
+        for word in ("memcheck", "racecheck", "synccheck", "gpu__time_duration.sum", "build_ext"):
+            assert word in done.stdout
+        # What a GPU machine gives back is limited to eight files.
+        named = set(re.findall(r"\[\d+ s, ([\w.]+)\]", done.stdout))
+        assert named == {"summary.txt", "log.txt", "ncu.txt"}
+        assert len(named | {"bench.md", "samples.json"} | set(everything().PICTURES)) == 8
+
+    @pytest.mark.parametrize("words", [("--parts", "info,lunch"), ("--fast",), ("--parts",)])
+    def test_bad_arguments_are_status_2(self, words):
+        done = self.run(*words)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_sanitizer_cases_equal_the_reference(monkeypatch, capsys):
+    path = str(ROOT / "bench" / "sanitize.py")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
+    assert runpy.run_path(path)["main"]() == 0
+    assert "26 of 26 cases equal" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    backends.active("cpu") == "reference", reason="the reference cannot differ from itself"
+)
+def test_sanitizer_cases_find_a_wrong_tie(monkeypatch, capsys):
+    path = str(ROOT / "bench" / "sanitize.py")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
+
+    def last_of_the_ties(w, k):
+        chosen = torch.zeros(w.numel(), dtype=torch.bool)
+        order = torch.sort(reference.key(w).flip(0), stable=True).indices
+        chosen[w.numel() - 1 - order[:k]] = True
+        return chosen
+
+    monkeypatch.setattr(reference, "selected", last_of_the_ties)
+    assert runpy.run_path(path)["main"]() == 1
+    shown = capsys.readouterr().out
+    assert "soft_shrink_ torch.float32 ties True step 0" in shown
+    assert "soft_shrink_ torch.float32 ties False step 0" not in shown
