@@ -30,12 +30,14 @@ class _AdamStep(FusedStep):
         return super()._refusal(group)
 
     def _fill(self, group: dict[str, Any], plan: Plan) -> None:
-        plan.states = [self.state[p] for p in plan.weights]
-        for t, (p, state) in enumerate(zip(plan.weights, plan.states, strict=True)):
+        for p in plan.trained:
+            state = self.state[p]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 for key in _MOMENTS:
                     state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        plan.states = [self.state[p] for p in plan.weights]
+        for t, (p, state) in enumerate(zip(plan.weights, plan.states, strict=True)):
             if state.keys() != {"step", *_MOMENTS}:
                 raise Unsuited(f"the state holds {', '.join(state)}")
             for key in _MOMENTS:

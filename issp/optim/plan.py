@@ -35,6 +35,12 @@ class Plan:
         grads: their gradients, or None.
         pruned: the pruner's group for this parameter group, or None.
 
+    Attributes:
+        trained: the parameters with a gradient, in the group's order.
+        weights: the same in the op's order; the first `count` are pruned.
+        states: the optimizer's dict per weight, which the optimizer fills in.
+        whole: whether the op does all of the pruner's work for `pruned`.
+
     Raises:
         Unsuited: the op does not take these weights or gradients.
     """
@@ -51,13 +57,14 @@ class Plan:
         self.count = len(first)
         self._order = first + sorted(set(place.values()) - set(first))
         self.weights = [params[i] for i in self._order]
-        _check([p for p, out in zip(params, self.missing, strict=True) if not out])
+        self.trained = [p for p, out in zip(params, self.missing, strict=True) if not out]
+        _check(self.trained)
         self._turns = [memory_order(w) for w in self.weights]
         if any(turn == [] for turn in self._turns):
             raise Unsuited("a weight is a view with gaps or overlaps in memory")
         self._plain = not any(self._turns)
         self._copied = not self._check_grads(grads)
-        self.states: list[dict] = []  # the optimizer's dict per weight; filled by it
+        self.states: list[dict] = []
 
     def holds(self, params: Sequence[Tensor], missing: list[bool], pruned: Group | None) -> bool:
         """Whether this is still the plan for these parameters."""

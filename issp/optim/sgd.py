@@ -25,6 +25,8 @@ class SGD(FusedStep, torch.optim.SGD):
     def _fill(self, group: dict[str, Any], plan: Plan) -> None:
         if not group["momentum"]:
             return
+        for p in plan.trained:
+            self.state[p]  # an entry each, in torch's order
         plan.states = [self.state[p] for p in plan.weights]
         for t, state in enumerate(plan.states):
             if state.get("momentum_buffer") is not None:

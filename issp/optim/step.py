@@ -157,10 +157,11 @@ class FusedStep:
         turn = self._pruning(getattr(self, "found_inf", None))
         if len(self._dicts) != len(self.state) or not same(self._dicts, self.state.values()):
             self._plans.clear()  # somebody has replaced a part of the state
-        with torch.no_grad():
-            left = [g for n, g in enumerate(self.param_groups) if not self._fused(n, g, turn)]
-        if left:
-            self._torch_step(left)
+        for number, group in enumerate(self.param_groups):
+            with torch.no_grad():
+                fused = self._fused(number, group, turn)
+            if not fused:
+                self._torch_step([group])
         self._dicts = list(self.state.values())
         return loss
 
