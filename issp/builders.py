@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from issp import checkpoint, data, models
+from issp import checkpoint, data, models, optim
 from issp.config import Config, EvalData, Keep, Scheduler, TrainData, nearest
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
@@ -104,18 +104,21 @@ def validation_sets(config: Config) -> dict[str, data.EvalDataset]:
 
 
 def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """`train.optim_g` over all parameters that learn."""
+    """`train.optim_g` over all parameters that learn; it prunes within its step.
+
+    Without a pruner, and for what the fused op does not take, it steps as torch's fused optimizers.
+    """
     options = config.train.optim_g
     parameters = [p for p in model.parameters() if p.requires_grad]
     common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.type == "SGD":
-        return torch.optim.SGD(parameters, momentum=options.betas[0], **common)
-    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[options.type]
-    return kind(parameters, betas=tuple(options.betas), eps=options.eps, fused=True, **common)
+        return optim.SGD(parameters, momentum=options.betas[0], **common)
+    kind = {"Adam": optim.Adam, "AdamW": optim.AdamW}[options.type]
+    return kind(parameters, betas=tuple(options.betas), eps=options.eps, **common)
 
 
 def pruner(
-    config: Config, model: nn.Module, optim: torch.optim.Optimizer, ema: nn.Module | None
+    config: Config, model: nn.Module, opt: torch.optim.Optimizer, ema: nn.Module | None
 ) -> Any:
     """`issp.attach` with the `sparsity` section; None for dense training."""
     from issp.pruner import attach
@@ -129,7 +132,7 @@ def pruner(
         overrides = {"*": _keep(section.keep)} | overrides
     return attach(
         model,
-        optim,
+        opt,
         method=section.method,
         sparsity=section.ratio,
         shrink=section.shrink,

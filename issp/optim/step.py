@@ -252,9 +252,9 @@ class FusedStep:
         return ""
 
     def _check_kernel(self, plan: Plan) -> None:
-        on_gpu = plan.weights and plan.weights[0].device.type == "cuda"
-        if on_gpu and self._op in backends.by_reference("cuda"):
-            raise Unsuited(f"{self._op} has no kernel in the back end {backends.active('cuda')}")
+        device = plan.weights[0].device.type if plan.weights else "cpu"
+        if self._op in backends.by_reference(device):
+            raise Unsuited(f"{self._op} has no kernel in the back end {backends.active(device)}")
 
     def _fill(self, group: dict[str, Any], plan: Plan) -> None:
         raise NotImplementedError
