@@ -45,7 +45,24 @@ def test_opcheck_magnitude_threshold(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck_apply_masks(device):
     weights = weights_on(device)
-    opcheck(torch.ops.issp.apply_masks_.default, (weights, ShrinkState(weights, K).packed))
+    masks = ShrinkState(weights, K).packed
+    opcheck(torch.ops.issp.apply_masks_.default, (weights, masks))
+    sets = [*weights, *[torch.ones_like(w) for w in weights], *[w.half() for w in weights]]
+    opcheck(torch.ops.issp.apply_masks_.default, (sets, masks, 3))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_regularize(device):
+    weights, grads = weights_on(device), weights_on(device)
+    factors = torch.ones(len(weights), device=device)
+    masks = ShrinkState(weights, K).packed
+    opcheck(torch.ops.issp.regularize_.default, (grads, weights, factors, masks))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ["magnitude_statistics", "count_zeros"])
+def test_opcheck_readers(device, op):
+    opcheck(getattr(torch.ops.issp, op).default, (weights_on(device),))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -83,6 +100,31 @@ def test_a_training_step_with_the_op_compiles_to_one_graph(device):
     assert compiled_state.masks()[0].sum() == 240 - 200
 
 
+def passes(weights, grads, moments, factors, state):
+    """The passes beside the step, as a training loop would call them."""
+    issp.ops.regularize_(grads, weights, factors, state)
+    issp.ops.apply_masks_([*weights, *moments], state)
+    return issp.ops.magnitude_statistics(grads), issp.ops.count_zeros(weights)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_passes_compile_to_one_graph(device, backend):
+    step = torch.compile(passes, fullgraph=True, backend=backend)
+    results = []
+    for call in (passes, step):
+        weights, grads, moments = (weights_on(device) for _ in range(3))
+        state = ShrinkState(weights, K)
+        issp.ops.soft_shrink_(weights, state)
+        factors = torch.full((len(weights),), 0.5, device=device)
+        with torch.no_grad():
+            found = call(weights, grads, moments, factors, state)
+        results.append([*weights, *grads, *moments, *found])
+    for i, (x, y) in enumerate(zip(*results, strict=True)):
+        assert_bitwise_equal(x, y, f"result {i} under compile")
+    assert results[1][-1].tolist() == list(K)
+
+
 def test_inductor_compiles_the_op():
     weights = weights_on("cpu")
     state = ShrinkState(weights, K)
@@ -108,6 +150,15 @@ def test_cuda_graph_capture():
         issp.ops.soft_shrink_(expected, expected_state)
     for a, b in zip(weights, expected, strict=True):
         assert_bitwise_equal(a, b, "weights after five replays")
+
+
+def test_autograd_notices_a_changed_gradient():
+    g = torch.randn(4, 4, requires_grad=True)
+    loss = (g * g).sum()
+    w = torch.randn(4, 4)
+    issp.ops.regularize_([g], [w], torch.ones(1), ShrinkState([w], [8]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_autograd_notices_a_shrink_between_forward_and_backward():

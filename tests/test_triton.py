@@ -315,7 +315,9 @@ def test_every_kernel_compiles_without_spills(capsys):
     assert run.returncode == 0, run.stderr
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     assert {row["target"] for row in rows} == {80, 90, 100}
-    assert len({row["kernel"] for row in rows}) == 6
+    names = {row["kernel"] for row in rows}
+    assert names >= {"count", "apply", "radix_pass", "sum_rows", "rank_groups"}
+    assert names >= {"apply_masks", "regularize", "zeros", "parts", "merge"}
     table = {
         f"{row['kernel']} {row['dtype']} sm_{row['target']}": (
             row["registers"],
@@ -331,7 +333,7 @@ def test_every_kernel_compiles_without_spills(capsys):
         if row["kernel"] in ("count", "apply", "radix_pass"):
             # One conversion through shared memory would take the tile's size, 8 KB.
             assert row["shared_bytes"] <= 1024, f"a tile passes through shared memory: {row}"
-        if row["kernel"] in ("apply", "radix_pass"):
+        if row["kernel"] in ("apply", "radix_pass", "zeros", "parts"):
             assert row["wide_loads"] > 0, f"narrow loads: {row}"
 
 
