@@ -107,8 +107,19 @@ struct Shared {
 };
 
 ISSP_DEVICE Shared shared_memory() {
-  extern __shared__ uint32_t issp_shared_words[];
+  extern __shared__ __align__(16) uint32_t issp_shared_words[];
   return {issp_shared_words};
+}
+
+// 16 bytes from global to shared memory, both aligned to 16, without a register in between. They
+// are there for this thread after wait_for_copies, for its block after a barrier behind that.
+template <typename T>
+ISSP_DEVICE void copy_async(Shared to, const T* from) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to.words));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+}
+ISSP_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 }  // namespace issp

@@ -1,4 +1,6 @@
 // One tensor of a soft_shrink_ call as a block sees it, and what its blocks tell each other.
+// A tensor is cut into parts: of one tile in the two launches (streamed.cuh), of as many tiles as a
+// block has room for in the resident one (resident.cuh).
 #pragma once
 
 #include "apply.cuh"
@@ -22,11 +24,18 @@ struct Call {
 constexpr uint32_t kFallbacks = 0;  // searches that the bracket missed, ever
 constexpr uint32_t kMissed = 1;     // tensors of this call that the second launch must search
 constexpr uint32_t kTicket = 2;     // the second launch's work counter
+constexpr uint32_t kClaimed = 3;    // the resident launch's work counter
+constexpr uint32_t kGone = 4;       // blocks of it that have left
 
 // The first words of a tensor's region. Zero between calls: below, inside, arrived.
 constexpr uint32_t kBelow = 0, kInside = 1, kArrived = 2, kState = 3, kTau = 4, kTies = 6,
-                   kSplit = 7, kPhase = 8, kRank = 9, kBase = 10, kBitsLeft = 12, kHeader = 16;
+                   kSplit = 7, kPhase = 8, kRank = 9, kBase = 10, kBitsLeft = 12, kOpen = 13,
+                   kHeader = 16;
 constexpr uint32_t kSettled = 1, kSearching = 2;  // kState
+
+// Entry::extra in a call with an optimizer: the tensor's number and, in the last bits, what it is.
+constexpr uint32_t kUpdateOnly = 1u << 31;  // not pruned
+constexpr uint32_t kTensorBits = (1u << 24) - 1;
 
 // One block selects among the candidates while the rest of the GPU goes on counting; beyond this
 // many (1 MB of float32 keys) the search by all blocks is faster.
@@ -45,23 +54,32 @@ struct Job {
   typename T::Bits* data;
   uint32_t* mask;
   uint32_t* header;
-  uint32_t numel, tiles, tile, tensor, spare;  // spare: words of scratch behind the records
+  uint32_t numel, tiles, tensor;
+  uint32_t spare;        // words of scratch behind the records
+  uint32_t part, parts;  // which of how many
+  uint32_t tile, held;   // its first tile and how many
 
   template <typename Table>
-  ISSP_DEVICE Job(const Table& table, const Call<T>& call, uint32_t tile_of_model) {
-    const uint32_t t = locate(table, tile_of_model);
-    const Entry& entry = table.entries[t];
+  ISSP_DEVICE Job(const Table& table, const Call<T>& call, const Part& of) {
+    const auto& entry = table.entries[of.entry];
     data = static_cast<typename T::Bits*>(entry.data);
     mask = call.masks + uint64_t(entry.mask_line) * kLineWords;
     header = call.scratch + uint64_t(entry.scratch_line) * kLineWords;
     numel = entry.numel;
     tiles = (numel + (kTile - 1)) / kTile;
-    tile = tile_of_model - entry.first_tile;
-    tensor = table.first_tensor + t;
+    tensor = entry.extra & kTensorBits;
     spare = entry.scratch_words - kHeader - 2 * tiles;
+    part = of.number;
+    parts = of.parts;
+    tile = of.tile;
+    held = of.tiles;
   }
+  // One tile.
+  template <typename Table>
+  ISSP_DEVICE Job(const Table& table, const Call<T>& call, uint32_t tile_of_model)
+      : Job(table, call, part_of(table, tile_of_model, 1)) {}
 
-  // Two words per tile: base and number of its candidates, later the equal elements before it.
+  // Two words per part: base and number of its candidates, later the equal elements before it.
   ISSP_DEVICE uint32_t* record(uint32_t i) const { return header + kHeader + 2 * uint64_t(i); }
   // The candidates of the bracket, or the bins of the full search.
   ISSP_DEVICE uint32_t* candidates() const { return record(tiles); }
@@ -70,8 +88,10 @@ struct Job {
     return room < kCandidateLimit ? room : kCandidateLimit;
   }
   ISSP_DEVICE bool has_bins() const { return spare >= kBins; }
-  ISSP_DEVICE Target<T> target(const Call<T>& call) const {
-    return {data, mask, numel, tile, call.shrink};
+  // Bits of a pass for which there is room.
+  ISSP_DEVICE int width() const { return has_bins() ? int(kRadixBits) : bit_length(spare) - 1; }
+  ISSP_DEVICE Target<T> target(const Call<T>& call, uint32_t i = 0) const {
+    return {data, mask, numel, tile + i, call.shrink};
   }
 };
 
@@ -110,16 +130,16 @@ ISSP_DEVICE void publish(const Job<T>& job, const Call<T>& call, const Verdict<K
   store(call.flips + job.tensor, int64_t(0));
 }
 
-// Turns the tiles' counts of equal elements into the number of equal elements before each tile.
+// Turns the parts' counts of equal elements into the number of equal elements before each part.
 template <typename T>
 ISSP_DEVICE void accumulate_records(const Job<T>& job, Shared shared) {
   uint32_t before = 0;
   barrier();
-  for (uint32_t start = 0; start < job.tiles; start += kThreads) {
+  for (uint32_t start = 0; start < job.parts; start += kThreads) {
     const uint32_t i = start + thread();
-    const uint32_t equal = i < job.tiles ? load_fresh(job.record(i)) : 0;
+    const uint32_t equal = i < job.parts ? load_fresh(job.record(i)) : 0;
     const Scan scan = scan_block(equal, shared);
-    if (i < job.tiles) store(job.record(i), before + scan.before);
+    if (i < job.parts) store(job.record(i), before + scan.before);
     before += scan.total;
   }
   barrier();
@@ -134,13 +154,23 @@ ISSP_DEVICE Verdict<Key<T>> load_verdict(const Job<T>& job) {
   return {tau, word(kTies), word(kSplit)};
 }
 
-// Applies the published verdict to this block's tile.
+// Equal elements before this part.
 template <typename T>
-ISSP_DEVICE void apply_job(const Job<T>& job, const Call<T>& call, const Verdict<Key<T>>& verdict,
-                           const typename T::Bits (&bits)[kRows], Shared shared) {
-  const uint32_t rank = verdict.split ? load_fresh(job.record(job.tile)) : 0;
-  const uint32_t flips = apply_tile<T>(bits, job.target(call), verdict, rank, shared);
-  if (thread() == 0 && flips) add(call.flips + job.tensor, int64_t(flips));
+ISSP_DEVICE uint32_t rank_before(const Job<T>& job, const Verdict<Key<T>>& verdict) {
+  return verdict.split && job.parts > 1 ? load_fresh(job.record(job.part)) : 0;
+}
+
+// A whole block adds up its lanes' flips. A tensor that has just one part had none to set to zero.
+template <typename T>
+ISSP_DEVICE void count_flips(const Job<T>& job, const Call<T>& call, uint32_t of_lane,
+                             Shared shared) {
+  const uint32_t flips = sum_flips(of_lane, shared);
+  if (thread() != 0) return;
+  if (job.parts == 1) {
+    store(call.flips + job.tensor, int64_t(flips));
+  } else if (flips) {
+    add(call.flips + job.tensor, int64_t(flips));
+  }
 }
 
 }  // namespace issp

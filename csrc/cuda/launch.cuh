@@ -1,4 +1,4 @@
-// The one way to start a kernel.
+// The one way to start a kernel, and what the device has room for.
 #pragma once
 
 #include <cstdint>
@@ -6,30 +6,96 @@
 #if !defined(ISSP_EMULATOR)
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 namespace issp {
 
 using Stream = cudaStream_t;
 
+inline void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
 // Arguments have the parameters' very types, so that a table of 32 KB is not copied on its way.
 template <typename... Params, typename... Args>
-void launch(void (*kernel)(Params...), uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
-            Stream stream, const Args&... args) {
+void launch_as(bool cooperative, void (*kernel)(Params...), uint32_t blocks, uint32_t threads,
+               uint32_t shared_bytes, Stream stream, const Args&... args) {
   static_assert((std::is_same_v<Params, Args> && ...), "an argument needs a conversion");
   cudaLaunchConfig_t config = {};
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  config.attrs = &attribute;
+  config.numAttrs = cooperative ? 1 : 0;
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
-  const cudaError_t error =
-      cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers);
-  if (error != cudaSuccess) {
-    throw std::runtime_error(std::string("CUDA kernel launch: ") + cudaGetErrorString(error));
-  }
+  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers),
+        "CUDA kernel launch");
+}
+
+template <typename... Params, typename... Args>
+void launch(void (*kernel)(Params...), uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
+            Stream stream, const Args&... args) {
+  launch_as(false, kernel, blocks, threads, shared_bytes, stream, args...);
+}
+
+// All blocks run at the same time, or none starts.
+template <typename... Params, typename... Args>
+void launch_together(void (*kernel)(Params...), uint32_t blocks, uint32_t threads,
+                     uint32_t shared_bytes, Stream stream, const Args&... args) {
+  launch_as(true, kernel, blocks, threads, shared_bytes, stream, args...);
+}
+
+// Bytes of shared memory.
+struct Room {
+  uint32_t processors, per_processor, per_block, reserved_per_block;
+};
+
+inline Room room_of_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "CUDA device");
+  const auto ask = [&](cudaDeviceAttr attribute) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "CUDA device attribute");
+    return uint32_t(value);
+  };
+  return {ask(cudaDevAttrMultiProcessorCount), ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor),
+          ask(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          ask(cudaDevAttrReservedSharedMemoryPerBlock)};
+}
+
+// How many blocks of this much shared memory run on a processor; allows the kernel that much.
+template <typename... Params>
+uint32_t blocks_per_processor(void (*kernel)(Params...), uint32_t threads, uint32_t shared_bytes) {
+  const void* entry = reinterpret_cast<const void*>(kernel);
+  check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+        "CUDA shared memory");
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, entry, threads, shared_bytes),
+        "CUDA occupancy");
+  return uint32_t(blocks);
+}
+
+// What probe(kernel) returns, asked once per kernel and device.
+template <typename Probe, typename... Params>
+auto once_per_device(void (*kernel)(Params...), const Probe& probe) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, void (*)(Params...)>, decltype(probe(kernel))> known;
+  int device = 0;
+  check(cudaGetDevice(&device), "CUDA device");
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({device, kernel});
+  if (found != known.end()) return found->second;
+  return known[{device, kernel}] = probe(kernel);
 }
 
 }  // namespace issp

@@ -12,7 +12,10 @@ namespace issp {
 constexpr uint32_t kScanArea = kBins;               // one per warp
 constexpr uint32_t kNoteArea = kScanArea + kWarps;  // what one thread tells the block
 constexpr uint32_t kNotes = 8;
-constexpr uint32_t kSharedBytes = 4 * (kNoteArea + kNotes);
+constexpr uint32_t kStepArea = kNoteArea + kNotes;  // an optimizer's numbers for this step
+constexpr uint32_t kStepWords = 16;
+constexpr uint32_t kSharedWords = (kStepArea + kStepWords + 3) / 4 * 4;  // slots start at 16 bytes
+constexpr uint32_t kSharedBytes = 4 * kSharedWords;
 static_assert(kSharedBytes <= 48 * 1024, "what every GPU gives a block without asking");
 
 struct Scan {
@@ -91,9 +94,10 @@ struct Search {
   K base;
   int bits;
   uint32_t rank;
-  uint32_t equal;  // once bits == 0: how many keys equal base; `rank` of them are selected
+  uint32_t equal;          // once bits == 0: how many keys equal base; `rank` of them are selected
+  int width = kRadixBits;  // bits of a pass
 
-  ISSP_DEVICE int shift() const { return bits > int(kRadixBits) ? bits - int(kRadixBits) : 0; }
+  ISSP_DEVICE int shift() const { return bits > width ? bits - width : 0; }
   ISSP_DEVICE void count(K key, Shared shared) const {
     const K distance = key - base;  // wraps to a huge number below the base
     if ((distance >> bits) == 0) shared.add(uint32_t(distance >> shift()), 1);
@@ -119,13 +123,15 @@ ISSP_DEVICE Search<K> select_block(Search<K> search, const Source& source, Share
 }
 
 // Sources.
-template <typename T>
-struct TileSource {  // the tile in this block's registers
-  const typename T::Bits (&bits)[kRows];
+template <typename T, typename Held>
+struct HeldSource {  // what this block holds of a tensor, see held.cuh
+  const Held& held;
   template <typename Visit>
   ISSP_DEVICE void each(const Visit& visit) const {
+    held.each_tile([&](const auto& rows) {
 #pragma unroll
-    for (uint32_t row = 0; row < kRows; ++row) visit(key<T>(bits[row]));
+      for (uint32_t row = 0; row < kRows; ++row) visit(key<T>(rows[row]));
+    });
   }
 };
 

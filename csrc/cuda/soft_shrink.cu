@@ -18,7 +18,7 @@ void soft_shrink_cuda(std::vector<Tensor> weights, Tensor k, double shrink, Tens
         pointer<uint32_t>(masks),   pointer<int64_t>(flips),
         pointer<uint32_t>(scratch), found_inf ? pointer<const float>(*found_inf) : nullptr,
         typename T::Wide(shrink),   bracket};
-    soft_shrink<T>(items, call, current_stream(weights[0]));
+    soft_shrink<T>(items, call, current_stream(weights[0]), may_stay_resident());
   });
 }
 

@@ -24,27 +24,36 @@ struct Entry {
   uint32_t mask_line;  // in lines of kLineWords words
   uint32_t scratch_line;
   uint32_t scratch_words;
-  uint32_t extra;  // magnitude_threshold: k; apply_masks_: bytes per element
+  uint32_t extra;  // what the op wants to know of the tensor: its k, its number, its element size
 };
 static_assert(sizeof(Entry) == 32, "1000 tensors must fit the kernel parameters");
 
+// Entries of a table: an op may add its own words to Entry. Beside the largest table 700 bytes are
+// left for the other parameters, beside the small one 200.
 #if defined(ISSP_SMALL_SHAPES)
-constexpr int kSmallTable = 3, kLargeTable = 10;
+template <typename EntryType>
+constexpr int kSmall = 3;
+template <typename EntryType>
+constexpr int kLarge = 10;
 #else
-constexpr int kSmallTable = 120, kLargeTable = 1000;
+template <typename EntryType>
+constexpr int kSmall = 3840 / sizeof(EntryType);
+template <typename EntryType>
+constexpr int kLarge = 32000 / sizeof(EntryType);
 #endif
+constexpr int kSmallTable = kSmall<Entry>, kLargeTable = kLarge<Entry>;
 
-template <int Capacity>
+template <int Capacity, typename EntryType = Entry>
 struct Table {
   static constexpr int kCapacity = Capacity;
   uint32_t count;
-  uint32_t first_tensor;  // number of entry 0 in the whole model
-  uint32_t tiles;
+  uint32_t first_tensor;  // number of entry 0 in the list that the table was made from
+  uint32_t tiles;         // or parts of several tiles: what first_tile counts
   uint32_t padding;
-  Entry entries[Capacity];
+  EntryType entries[Capacity];
 };
-static_assert(sizeof(Table<kLargeTable>) + 128 <= 32764, "the parameter space of a kernel");
-static_assert(sizeof(Table<kSmallTable>) + 128 <= 4096, "the parameter space before CUDA 12.1");
+static_assert(sizeof(Table<kLargeTable>) + 700 <= 32764, "the parameter space of a kernel");
+static_assert(sizeof(Table<kSmallTable>) + 200 <= 4096, "the parameter space before CUDA 12.1");
 
 // Which tensor a tile belongs to. Ten steps in the constant cache, the same for a whole block.
 template <typename Table>
@@ -65,6 +74,23 @@ inline uint32_t tiles_of(int64_t numel) {
   return uint32_t((numel + kTile - 1) / kTile);
 }
 
+// A tensor in parts of at most `most` tiles, as even as they can be.
+struct Part {
+  uint32_t entry, number, parts;
+  uint32_t tile, tiles;  // its first one, how many
+};
+
+template <typename Table>
+ISSP_DEVICE Part part_of(const Table& table, uint32_t ticket, uint32_t most) {
+  const uint32_t t = locate(table, ticket);
+  const uint32_t tiles = (table.entries[t].numel + (kTile - 1)) / kTile;
+  const uint32_t parts = (tiles + most - 1) / most;
+  const uint32_t share = (tiles + parts - 1) / parts;
+  const uint32_t number = ticket - table.entries[t].first_tile;
+  const uint32_t rest = tiles - number * share;
+  return {t, number, parts, number * share, rest < share ? rest : share};
+}
+
 inline void fill(Entry& entry, const Item& item, uint32_t extra, uint32_t first_tile) {
   entry.data = item.data;
   entry.numel = uint32_t(item.numel);
@@ -73,21 +99,6 @@ inline void fill(Entry& entry, const Item& item, uint32_t extra, uint32_t first_
   entry.scratch_line = uint32_t(item.scratch_start / kLineWords);
   entry.scratch_words = uint32_t(scratch_region(item.numel));
   entry.extra = extra;
-}
-
-template <int Capacity, typename Body>
-void call_with_table(const std::vector<Item>& items, const std::vector<uint32_t>& extra,
-                     size_t begin, size_t end, const Body& body) {
-  Table<Capacity> table;
-  table.count = uint32_t(end - begin);
-  table.first_tensor = uint32_t(begin);
-  table.tiles = 0;
-  table.padding = 0;
-  for (size_t i = begin; i < end; ++i) {
-    fill(table.entries[i - begin], items[i], extra.empty() ? 0 : extra[i], table.tiles);
-    table.tiles += tiles_of(items[i].numel);
-  }
-  body(table);
 }
 
 inline void check_sizes(const std::vector<Item>& items) {
@@ -100,21 +111,47 @@ inline void check_sizes(const std::vector<Item>& items) {
   }
 }
 
-// Calls body(table) for as many tables as the model needs.
+// tensors[i] as the list sees it: write(entry, i, first_tile) fills an entry and returns how many
+// tiles, or parts, it takes.
+template <int Capacity, typename EntryType, typename Write, typename Body>
+void call_with_table(size_t begin, size_t end, const Write& write, const Body& body) {
+  Table<Capacity, EntryType> table;
+  table.count = uint32_t(end - begin);
+  table.first_tensor = uint32_t(begin);
+  table.tiles = 0;
+  table.padding = 0;
+  for (size_t i = begin; i < end; ++i) {
+    table.tiles += write(table.entries[i - begin], i, table.tiles);
+  }
+  body(table);
+}
+
+// Calls body(table) for as many tables as `count` entries need.
+template <typename EntryType, typename Write, typename Body>
+void for_tables_of(size_t count, const Write& write, const Body& body) {
+  constexpr int kFew = kSmall<EntryType>, kMany = kLarge<EntryType>;
+  for (size_t begin = 0; begin < count;) {
+    const size_t rest = count - begin;
+    if (rest <= size_t(kFew)) {
+      call_with_table<kFew, EntryType>(begin, begin + rest, write, body);
+      return;
+    }
+    const size_t end = begin + (rest < size_t(kMany) ? rest : size_t(kMany));
+    call_with_table<kMany, EntryType>(begin, end, write, body);
+    begin = end;
+  }
+}
+
+// One ticket per tile of every tensor.
 template <typename Body>
 void for_tables(const std::vector<Item>& items, const std::vector<uint32_t>& extra,
                 const Body& body) {
   check_sizes(items);
-  for (size_t begin = 0; begin < items.size();) {
-    const size_t rest = items.size() - begin;
-    if (rest <= size_t(kSmallTable)) {
-      call_with_table<kSmallTable>(items, extra, begin, begin + rest, body);
-      return;
-    }
-    const size_t end = begin + (rest < size_t(kLargeTable) ? rest : size_t(kLargeTable));
-    call_with_table<kLargeTable>(items, extra, begin, end, body);
-    begin = end;
-  }
+  const auto write = [&](Entry& entry, size_t i, uint32_t first_tile) {
+    fill(entry, items[i], extra.empty() ? 0 : extra[i], first_tile);
+    return tiles_of(items[i].numel);
+  };
+  for_tables_of<Entry>(items.size(), write, body);
 }
 
 }  // namespace issp

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _options = {"seed": 0, "resident": 0, "removed": -1, "small": False}
+_options |= {"processors": 4, "shared": None, "streamed": False}
 
 
 def compiler() -> str | None:
@@ -37,11 +38,23 @@ def seed(number: int, resident: int = 0, removed: int = -1, small: bool = False)
 
     Args:
         number: seed of the order in which threads run.
-        resident: blocks that run at a time; 0 draws it from the seed.
-        removed: number of a barrier or fence to leave out, -1 for none.
+        resident: blocks that run at a time; 0 draws it from the seed. A cooperative launch has all
+            of its blocks.
+        removed: number of a barrier, a fence or a wait for copies to leave out, -1 for none.
         small: the kernels built with small tiles, few bins and short tables.
     """
     _options.update(seed=number, resident=resident, removed=removed, small=small)
+
+
+def machine(processors: int = 4, shared: int | None = None, streamed: bool = False) -> None:
+    """Chooses the machine of the following calls.
+
+    Args:
+        processors: how many; two blocks run on each (one for float64), if they have the room.
+        shared: bytes of shared memory of a processor; None: 228 KiB, 10 KiB for small kernels.
+        streamed: no tensor stays in shared memory, all take the two launches.
+    """
+    _options.update(processors=processors, shared=shared, streamed=streamed)
 
 
 @functools.cache
@@ -69,6 +82,7 @@ def library(small: bool = False) -> ctypes.CDLL:
     for name in ("emulator_site_name", "planted_name", "run_planted"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.emulator_switches.restype = ctypes.c_uint64
+    loaded.emulator_launches.restype = ctypes.c_uint64
     return loaded
 
 
@@ -93,12 +107,20 @@ def shapes(small: bool = False) -> tuple[int, int, int]:
     return tuple(value.value for value in values)
 
 
+def launches() -> int:
+    """Kernels launched so far."""
+    return library(_options["small"]).emulator_launches()
+
+
 def _call(name: str, *arguments) -> None:
     loaded = library(_options["small"])
     loaded.emulator_options(
         ctypes.c_uint64(_options["seed"]),
         ctypes.c_uint32(_options["resident"]),
         ctypes.c_int(_options["removed"]),
+        ctypes.c_uint32(_options["processors"]),
+        ctypes.c_uint32(_options["shared"] or (10 if _options["small"] else 228) * 1024),
+        ctypes.c_int(_options["streamed"]),
     )
     message = getattr(loaded, f"emulated_{name}")(*arguments)
     if message is not None:

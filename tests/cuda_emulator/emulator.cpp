@@ -47,17 +47,24 @@ struct Block {
   std::vector<Warp> warps;
 };
 
+struct Copy {
+  uint32_t first;  // shared word
+  const char* from;
+  uint32_t bytes;  // per element
+};
+
 struct Fiber {
   FiberContext context;
   Block* block = nullptr;
   uint32_t thread = 0;
   Witness witness;
+  std::vector<Copy> copies;  // on their way
 };
 
 struct Machine {
   Options options;
   uint64_t random = 1;
-  uint64_t switches = 0, idle = 0;
+  uint64_t switches = 0, idle = 0, launches = 0;
   uint32_t blocks = 0, threads = 0;
   uint32_t yield_odds = 16;
   const std::function<void()>* kernel = nullptr;
@@ -106,6 +113,7 @@ void entry() {
   Block& block = *fiber.block;
   if (block.warps[fiber.thread / 32].arrived) fail("a lane returned while its warp exchanges");
   if (block.arrived) fail("a thread returned while its block waits at a barrier");
+  if (!fiber.copies.empty()) fail("a thread returned with copies on their way");
   ++block.warps[fiber.thread / 32].left;
   --block.running;
   leave();
@@ -161,8 +169,9 @@ struct Slot {
   std::vector<Fiber> fibers;
 };
 
-void schedule(uint32_t shared_words) {
-  const uint32_t drawn = machine.options.resident ? machine.options.resident : 1 + draw() % 6;
+void schedule(uint32_t shared_words, bool together) {
+  const uint32_t some = machine.options.resident ? machine.options.resident : 1 + draw() % 6;
+  const uint32_t drawn = together ? machine.blocks : some;
   std::vector<uint32_t> order(machine.blocks);  // blocks start in no particular order
   for (uint32_t i = 0; i < machine.blocks; ++i) order[i] = i;
   for (uint32_t i = machine.blocks; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
@@ -242,6 +251,9 @@ Options& options() {
 uint64_t switch_count() {
   return machine.switches;
 }
+uint64_t launch_count() {
+  return machine.launches;
+}
 int site_count() {
   return int(machine.sites.size());
 }
@@ -260,11 +272,22 @@ void forget_buffers() {
   machine.last_buffer = {0, 0};
 }
 
-void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
+uint32_t blocks_per_processor(uint32_t threads, uint32_t shared_bytes) {
+  const uint32_t by_shared = machine.options.shared_bytes / std::max(shared_bytes, 1u);
+  return std::min(by_shared, 2048 / threads);
+}
+
+void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes, bool together,
          const std::function<void()>& kernel) {
-  if (blocks == 0 || threads == 0 || threads > 1024 || threads % 32) {
+  if (blocks == 0 || threads == 0 || threads > 1024 || threads % 32 ||
+      shared_bytes > machine.options.shared_bytes) {
     throw std::runtime_error("invalid launch");
   }
+  if (together &&
+      blocks > machine.options.processors * blocks_per_processor(threads, shared_bytes)) {
+    throw std::runtime_error("too many blocks to run together");
+  }
+  ++machine.launches;
   machine.random = machine.options.seed * 0x9e3779b97f4a7c15ull + 0x1234567ull;
   for (int i = 0; i < 4; ++i) draw();
   ++machine.options.seed;  // the next launch runs in another order
@@ -279,7 +302,7 @@ void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
   machine.order.clear();
   if (!machine.sorted) std::sort(machine.buffers.begin(), machine.buffers.end());
   machine.sorted = true;
-  schedule((shared_bytes + 3) / 4);
+  schedule((shared_bytes + 3) / 4, together);
 }
 
 uint32_t thread_number() {
@@ -401,6 +424,32 @@ uint32_t* shared_word(uint32_t i, Access access) {
     shadow.written = true;
   }
   return &block.shared[i];
+}
+
+void start_copy(uint32_t first, const void* from, uint32_t bytes) {
+  if (first % 4 || reinterpret_cast<uintptr_t>(from) % 16) fail("misaligned copy");
+  for (uint32_t i = 0; i < 4; ++i) {
+    *shared_word(first + i, Access::write) = 0xdeadbeefu;
+    machine.current->block->shadow[first + i].written = false;
+  }
+  machine.current->copies.push_back({first, static_cast<const char*>(from), bytes});
+}
+
+void finish_copies(const char* file, int line) {
+  const size_t site = site_of(file, line);
+  Fiber& fiber = *machine.current;
+  for (const Copy& copy : fiber.copies) {
+    if (int(site) == machine.options.removed) break;
+    for (uint32_t i = 0; i < 16; i += copy.bytes) {
+      touch_global(copy.from + i, copy.bytes, Global::load);
+    }
+    for (uint32_t i = 0; i < 4; ++i) {
+      uint32_t word;
+      memcpy(&word, copy.from + 4 * i, 4);
+      *shared_word(copy.first + i, Access::write) = word;
+    }
+  }
+  fiber.copies.clear();
 }
 
 }  // namespace issp::emulator

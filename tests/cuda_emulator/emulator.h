@@ -8,6 +8,8 @@
 //   - two threads touching a shared word, one of them writing, with nothing ordering them (a shadow
 //     of every word remembers who, after which barrier, how), and the same for global memory, where
 //     blocks are ordered by fences, atomics, acquire and release alone (order.h);
+//   - shared words read or overwritten while an asynchronous copy is on its way to them;
+//   - a launch that wants more blocks together than the machine has room for;
 //   - threads of a block at different barriers, lanes of a warp at different operations;
 //   - deadlock, and waiting that never ends.
 // Any barrier or fence can be taken out by its number, to show that the tests would notice.
@@ -31,8 +33,9 @@ namespace emulator {
 
 struct Options {
   uint64_t seed = 0;
-  uint32_t resident = 0;  // blocks at a time; 0: drawn from the seed
-  int removed = -1;       // a barrier or a fence, by its number
+  uint32_t resident = 0;                               // blocks at a time; 0: drawn from the seed
+  int removed = -1;                                    // a barrier or a fence, by its number
+  uint32_t processors = 4, shared_bytes = 228 * 1024;  // per processor
 };
 Options& options();
 
@@ -45,8 +48,11 @@ int site_count();
 std::string site_name(int number);
 uint64_t switch_count();
 
-void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
+// `together`: all blocks are resident from the start, if there is room for them.
+void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes, bool together,
          const std::function<void()>& kernel);
+uint32_t blocks_per_processor(uint32_t threads, uint32_t shared_bytes);
+uint64_t launch_count();
 
 uint32_t thread_number();
 uint32_t block_number();
@@ -64,6 +70,9 @@ const std::array<uint32_t, 32>& exchange(uint32_t value, int kind);
 
 enum class Access { read, write, atomic };
 uint32_t* shared_word(uint32_t i, Access access);
+// Elements of `bytes` bytes, 16 in all, on their way to shared words.
+void start_copy(uint32_t first, const void* from, uint32_t bytes);
+void finish_copies(const char* file, int line);
 
 }  // namespace emulator
 
@@ -178,13 +187,44 @@ inline Shared shared_memory() {
   return {};
 }
 
+template <typename T>
+void copy_async(Shared to, const T* from) {
+  emulator::start_copy(to.first, from, sizeof(T));
+}
+inline void wait_for_copies(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::finish_copies(file, line);
+}
+
 using Stream = void*;
 
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
             Stream, const Args&... args) {
   static_assert((std::is_same_v<Params, Args> && ...), "an argument needs a conversion");
-  emulator::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
+  emulator::run(blocks, threads, shared_bytes, false, [&] { kernel(args...); });
+}
+
+template <typename... Params, typename... Args>
+void launch_together(void (*kernel)(Params...), uint32_t blocks, uint32_t threads,
+                     uint32_t shared_bytes, Stream, const Args&... args) {
+  static_assert((std::is_same_v<Params, Args> && ...), "an argument needs a conversion");
+  emulator::run(blocks, threads, shared_bytes, true, [&] { kernel(args...); });
+}
+
+struct Room {
+  uint32_t processors, per_processor, per_block, reserved_per_block;
+};
+inline Room room_of_device() {
+  const emulator::Options& machine = emulator::options();
+  return {machine.processors, machine.shared_bytes, machine.shared_bytes, 0};
+}
+template <typename... Params>
+uint32_t blocks_per_processor(void (*)(Params...), uint32_t threads, uint32_t shared_bytes) {
+  return emulator::blocks_per_processor(threads, shared_bytes);
+}
+template <typename Probe, typename Kernel>
+auto once_per_device(Kernel kernel, const Probe& probe) {
+  return probe(kernel);  // every test has its own machine
 }
 
 }  // namespace issp

@@ -15,6 +15,8 @@ namespace {
 
 using namespace issp;
 
+bool keep_resident = true;
+
 template <typename Body>
 const char* guarded(const Body& body) {
   static std::string message;
@@ -60,8 +62,13 @@ T* allowed(void* data, uint64_t count) {
 #pragma GCC visibility push(default)
 extern "C" {
 
-void emulator_options(uint64_t seed, uint32_t resident, int removed) {
-  emulator::options() = {seed, resident, removed};
+void emulator_options(uint64_t seed, uint32_t resident, int removed, uint32_t processors,
+                      uint32_t shared_bytes, int streamed) {
+  emulator::options() = {seed, resident, removed, processors, shared_bytes};
+  keep_resident = !streamed;
+}
+uint64_t emulator_launches() {
+  return emulator::launch_count();
 }
 int emulator_sites() {
   return emulator::site_count();
@@ -98,7 +105,7 @@ const char* emulated_soft_shrink(int dtype, int count, void** data, const int64_
                             found_inf ? allowed<const float>(found_inf, 1) : nullptr,
                             typename T::Wide(shrink),
                             uint32_t(bracket)};
-      soft_shrink<T>(items, call, nullptr);
+      soft_shrink<T>(items, call, nullptr, keep_resident);
     });
   });
 }

@@ -135,6 +135,39 @@ void endless_wait(uint32_t* out, uint32_t good) {
   }
 }
 
+// Every block waits for all others, which only blocks that run together may do.
+void wait_for_all(uint32_t* out, uint32_t) {
+  if (thread() != 0) return;
+  add(out, 1u);
+  while (load_acquire(out) < blocks()) relax();
+}
+
+void copy_without_wait(uint32_t* out, uint32_t good) {
+  if (thread() != 0) return;
+  const Shared shared = shared_memory();
+  copy_async(shared, out);
+  if (good) wait_for_copies();
+  add(out + 60, shared.get(0));
+  wait_for_copies();
+}
+
+void slot_reused_too_early(uint32_t* out, uint32_t good) {
+  const Shared shared = shared_memory();
+  for (uint32_t i = thread(); i < 128; i += 64) shared.set(i, 0);
+  barrier();
+  const uint32_t value = shared.get(thread() ^ 32);
+  if (good) barrier();
+  if (thread() < 4) copy_async(shared.from(16 * thread()), out);
+  wait_for_copies();
+  if (thread() > 8) store(out + thread(), value);
+}
+
+void early_copy(uint32_t* out, uint32_t good) {
+  if (thread() != 0) return;
+  copy_async(shared_memory(), out);
+  if (good) wait_for_copies();
+}
+
 using Kernel = void (*)(uint32_t*, uint32_t);
 const struct {
   const char* name;
@@ -156,6 +189,10 @@ const struct {
     {"last block without a fence", last_block, 2},
     {"global race within a block", within_a_block},
     {"endless wait", endless_wait},
+    {"wait for blocks that may not run", wait_for_all, 6},
+    {"copy without a wait", copy_without_wait},
+    {"slot reused too early", slot_reused_too_early},
+    {"copy left on its way", early_copy},
 };
 
 }  // namespace
@@ -170,11 +207,15 @@ const char* planted_name(uint32_t i) {
 const char* run_planted(uint32_t i, uint32_t good, uint64_t seed) {
   static std::string message;
   message.clear();
-  uint32_t out[65] = {};
+  alignas(16) uint32_t out[65] = {};
   emulator::options() = {seed, 2, -1};
   emulator::allow(out, 64 * sizeof(uint32_t));
   try {
-    launch(kPlanted[i].kernel, kPlanted[i].blocks, 64, 256 * 4, nullptr, +out, good);
+    if (good) {
+      launch_together(kPlanted[i].kernel, kPlanted[i].blocks, 64, 256 * 4, nullptr, +out, good);
+    } else {
+      launch(kPlanted[i].kernel, kPlanted[i].blocks, 64, 256 * 4, nullptr, +out, good);
+    }
   } catch (const std::exception& error) {
     message = error.what();
   }
