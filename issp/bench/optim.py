@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from issp import models
+from issp import backends, models
 from issp.bench import optim_parity, options
 from issp.bench.machine import machine_line
 from issp.bench.report import Table, exceptions, measured, plot
@@ -60,16 +60,17 @@ class Variant:
         stage: "update" alone, "pruning", or "frozen".
         call: from a trainee and the masks, what is timed; None: its `optimizer.step`, the pruner
             attached where there is one.
-        required: an error in it is an error, not a note.
+        raw: it calls the op itself: an error in it is an error, not a note.
     """
 
     name: str
     kind: str
     stage: str
     call: Callable[[Trainee, list[Tensor]], Callable[[], object]] | None = None
-    required: bool = False
+    raw: bool = False
 
 
+_NEVER = Task(lambda: None, lambda: None)
 BASE = "torch {} fused"
 VARIANTS = (
     Variant(BASE, "fused", "update"),
@@ -77,8 +78,8 @@ VARIANTS = (
     Variant("issp {}, no pruner", "issp", "update"),
     Variant("torch {} fused, then issp step", "fused", "pruning"),
     Variant("issp {}, pruner attached", "issp", "pruning"),
-    Variant("issp op alone", "fused", "pruning", lambda t, _: t.op(True), required=True),
-    Variant("issp op alone, cold start", "fused", "pruning", lambda t, _: t.op(False)),
+    Variant("issp op alone", "fused", "pruning", lambda t, _: t.op(True), raw=True),
+    Variant("issp op alone, cold start", "fused", "pruning", lambda t, _: t.op(False), raw=True),
     Variant("torch {} fused, then masks", "fused", "frozen", lambda t, m: t.masked_apart(m)),
     Variant("torch {} fused, frozen pruner", "fused", "frozen"),
     Variant("issp {}, frozen pruner", "issp", "frozen"),
@@ -147,11 +148,13 @@ def measure(
     start, gradients = settled(network, family, settings.sparsity, settings.shrink, settings.settle)
     masks = [mask.float() for mask in start.pruner.masks().values()]
     machine = machine_line(settings.device)
-    trainees = {variant: make_trainee(variant, start, gradients, settings) for variant in variants}
-    tasks = {
-        variant: make_task(variant, trainee, gradients, masks)
-        for variant, trainee in trainees.items()
+    slow = backends.active(settings.device) == "reference"
+    slow |= family.op.__name__ in backends.by_reference(settings.device)
+    missing = {v: "no kernel" for v in variants if v.raw and slow}
+    trainees = {
+        v: make_trainee(v, start, gradients, settings) for v in variants if v not in missing
     }
+    tasks = {v: make_task(v, trainee, gradients, masks) for v, trainee in trainees.items()}
     probe = Probe(settings.device, settings.probe_bytes)
     interleave([*tasks.values(), *probe.tasks], clock, settings.rounds, settings.seconds)
     numel = sum(p.numel() for p in start.parameters())
@@ -170,9 +173,10 @@ def measure(
         numel=numel,
         roof=probe.roof(clock.basis),
     )
-    for variant, task in tasks.items():
+    for variant in variants:
         traffic = family.traffic(numel, 0 if variant.stage == "update" else pruned)
-        table.lines.append(measured(named[variant], task, clock, traffic))
+        task, why = tasks.get(variant, _NEVER), missing.get(variant)
+        table.lines.append(measured(named[variant], task, clock, traffic, missing=why))
     errors = {named[variant]: task.error for variant, task in tasks.items() if task.error}
     table.notes = _notes(family, named, clock, settings)
     table.notes += [
@@ -209,7 +213,7 @@ def make_task(
         call()  # the copies take turns, and "warm" means that the last step touched this one
         gradients.renew()
 
-    return Task(call, prepare, required=variant.required)
+    return Task(call, prepare, required=variant.raw)
 
 
 def _notes(family: Family, named: dict[Variant, str], clock, settings: Settings) -> list[str]:
