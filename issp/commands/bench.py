@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 HELP = "measure the kernels and their peers on this machine"
-EXAMPLE = "issp bench --help"
+EXAMPLE = "issp bench optim --model swinir-light --quick"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
