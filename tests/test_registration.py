@@ -72,6 +72,41 @@ def test_opcheck_nm_prune(device):
     opcheck(torch.ops.issp.nm_prune.default, (weight, 2, 20, 1, "flat"))
 
 
+def update_arguments(device, frozen=False):
+    """The arguments of both optimizer ops, for the first two of three weights to be pruned."""
+    weights = weights_on(device)
+    grads, *moments = ([w.abs() * factor for w in weights] for factor in (0.3, 0.2, 0.1))
+    steps = [torch.zeros((), device=device) for _ in weights]
+    state = ShrinkState(weights[:2], K[:2])
+    tail = (state.k, 0.95, state.thresholds, state.packed, state.flips, state.scratch)
+    tail = (None, None, *tail, torch.zeros((), device=device), frozen)
+    adam = (weights, grads, *moments, steps, 1e-3, 0.9, 0.99, 1e-8, 0.1, True, False, *tail)
+    sgd = (weights, grads, moments[0], [False] * 3, 1e-3, 0.9, 0.0, 0.1, True, False, *tail)
+    return {"adam_soft_shrink_": adam, "sgd_soft_shrink_": sgd}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["shrinking", "frozen"])
+@pytest.mark.parametrize("op", ["adam_soft_shrink_", "sgd_soft_shrink_"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_optimizer_ops(device, op, frozen):
+    opcheck(getattr(torch.ops.issp, op).default, update_arguments(device, frozen)[op])
+
+
+@pytest.mark.parametrize("op", ["adam_soft_shrink_", "sgd_soft_shrink_"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_optimizer_ops_compile_to_one_graph(device, op):
+    call = getattr(torch.ops.issp, op)
+    eager, compiled = update_arguments(device)[op], update_arguments(device)[op]
+    step = torch.compile(lambda *args: call(*args), fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        call(*eager)
+        step(*compiled)
+    for a, b in zip(compiled, eager, strict=True):
+        for x, y in zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]:
+            if isinstance(x, torch.Tensor):
+                assert_bitwise_equal(x, y, f"a tensor of {op} under compile")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_training_step_with_the_op_compiles_to_one_graph(device):
     """forward, loss, update and fused step: fullgraph, and the same bits as eager."""
