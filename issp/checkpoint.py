@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from issp import report
+
 _METADATA = "issp"
 
 
@@ -160,7 +162,7 @@ def sparsity(model: nn.Module) -> dict[str, Any]:
     """
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     total = sum(w.numel() for w in weights)
-    zeros = total - sum(int(torch.count_nonzero(w)) for w in weights)
+    zeros = sum(report.zeros(weights))
     return {"weights": total, "zeros": zeros, "ratio": zeros / total if total else 0.0}
 
 

@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
+from issp import checks, ops
 from issp.groups import Group
 from issp.keep import Keep
 from issp.layers import Layer
@@ -36,6 +38,28 @@ def column(groups: Sequence[Group], name: str) -> dict:
     return found
 
 
+def zeros(tensors: Sequence[Tensor]) -> list[int]:
+    """Exact zeros of each tensor, of either sign; reads once and waits once per device."""
+    places: dict[torch.device, list[int]] = {}
+    for i, x in enumerate(tensors):
+        places.setdefault(x.device, []).append(i)
+    found = [0] * len(tensors)
+    for indices in places.values():
+        parts = [(i, _in_memory_order(tensors[i])) for i in indices if tensors[i].numel()]
+        counts = ops.count_zeros([x for _, x in parts]).tolist() if parts else []
+        for (i, _), count in zip(parts, counts, strict=True):
+            found[i] = count
+    return found
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """What `count_zeros` takes, with the same zeros; a copy only of what has gaps in memory."""
+    if x.dtype not in checks.DTYPES:
+        x = (x != 0).half()
+    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    return x.detach().permute(order).contiguous()
+
+
 def summary(
     title: str, layers: Sequence[Layer], groups: Sequence[Group], notes: Mapping[str, str]
 ) -> Summary:
@@ -46,14 +70,14 @@ def summary(
         masks = zip(group.layers, group.masks(), strict=True)
         selected |= {layer.name: int((~mask).sum()) for layer, mask in masks}
     rows = []
-    for layer in layers:
-        weight = layer.weight.detach()
+    counts = zeros([layer.weight for layer in layers])
+    for layer, count in zip(layers, counts, strict=True):
         row = Row(
             layer.name,
-            tuple(weight.shape),
+            tuple(layer.weight.shape),
             layer.target,
             selected.get(layer.name, 0),
-            weight.numel() - int(weight.count_nonzero()),
+            count,
             flips.get(layer.name, 0),
             thresholds.get(layer.name, float("nan")),
             notes.get(layer.name, ""),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import issp
-from issp import reference
+from issp import reference, report
 from issp.ops import ShrinkState
 from tests import cuda_emulator
 from tests.asserts import assert_bitwise_equal
@@ -548,3 +548,55 @@ def test_the_large_shapes_and_tensors_at_any_element():
         reference.regularize_(expected, weights, torch.ones(1), masks)
         cuda_emulator.regularize_(grads, weights, torch.ones(1), masks)
         assert_all_equal(grads, expected, f"offset {offset}")
+
+
+# Where the package counts
+
+
+def test_the_summary_counts_zeros_of_any_memory_order():
+    """channels_last, transposed, empty, strided and integer weights; +0 and -0, no denormals."""
+    source = torch.Generator().manual_seed(3)
+    weight = torch.randint(-1, 2, (8, 6, 3, 3), generator=source) * 1.0
+    weight[0, 0] = torch.tensor([[-0.0, 1e-45, -1e-45], [0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
+    tensors = [
+        weight,
+        weight.to(memory_format=torch.channels_last),
+        weight.permute(3, 0, 2, 1),
+        weight[:, ::2],
+        weight.half(),
+        weight.to(torch.int32),
+        torch.empty(0),
+        torch.nn.Parameter(weight),
+    ]
+    expected = [int((x.detach() == 0).sum()) for x in tensors]
+    assert report.zeros(tensors) == expected
+    assert torch.set_flush_denormal(True)
+    try:
+        assert report.zeros(tensors) == expected
+    finally:
+        torch.set_flush_denormal(False)
+    assert report.zeros([]) == []
+
+
+# Barriers
+
+
+@needs_emulator
+def test_every_barrier_of_the_merge_is_needed():
+    """Leaves out one after the other; some schedule must notice each."""
+    library = cuda_emulator.library(small=True)
+    cuda_emulator.seed(0, small=True)
+    emulated_statistics(0)
+    names = [library.emulator_site_name(i).decode() for i in range(library.emulator_sites())]
+    own = [i for i, name in enumerate(names) if "magnitude_statistics" in name]
+    assert own, names
+    for barrier in own:
+        noticed = False
+        for seed in range(12):
+            cuda_emulator.seed(seed, removed=barrier, small=True)
+            try:
+                emulated_statistics(seed or 1)
+            except (RuntimeError, AssertionError):
+                noticed = True
+                break
+        assert noticed, names[barrier]
