@@ -163,7 +163,11 @@ class TestOptim:
         pruned = sum(m.weight.numel() for m in network().modules() if isinstance(m, nn.Conv2d))
         update = table.line("torch Adam fused").traffic
         assert update == 28 * sum(p.numel() for p in network().parameters())
-        for name in ("issp op alone", "issp Adam, pruner attached", "torch Adam fused, then masks"):
+        for name in (
+            "issp op alone",
+            "issp Adam, pruner attached",
+            "torch Adam fused, then foreach masks",
+        ):
             assert table.line(name).traffic == update + pruned / 8
 
     def test_says_which_path_the_class_took(self, table):

@@ -80,8 +80,10 @@ VARIANTS = (
     Variant("issp {}, pruner attached", "issp", "pruning"),
     Variant("issp op alone", "fused", "pruning", lambda t, _: t.op(True), raw=True),
     Variant("issp op alone, cold start", "fused", "pruning", lambda t, _: t.op(False), raw=True),
-    Variant("torch {} fused, then masks", "fused", "frozen", lambda t, m: t.masked_apart(m)),
-    Variant("torch {} fused, frozen pruner", "fused", "frozen"),
+    Variant(
+        "torch {} fused, then foreach masks", "fused", "frozen", lambda t, m: t.masked_apart(m)
+    ),
+    Variant("torch {} fused, then issp masks", "fused", "frozen"),
     Variant("issp {}, frozen pruner", "issp", "frozen"),
 )
 

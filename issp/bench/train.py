@@ -27,6 +27,7 @@ from issp.bench.report import grid, new_figure, number, percent, save_figure
 from issp.bench.trainees import FAMILIES, Trainee
 
 EXAMPLE = "example: issp bench train --model swinir-light --batch 2 --patch 32 --quick"
+_MODELS = ("edsr-baseline", "swinir-light", "edsr-l")
 # (batch, patch in LR pixels) that a few CPU cores can do; a GPU gets the paper's.
 _SIZES = {"edsr-l": (1, 24), "cat-r": (1, 16)}
 _DEFAULT_SIZE = {"cpu": (2, 32), "cuda": (32, 64)}
@@ -129,8 +130,12 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `issp bench train`."""
-    default = ["edsr-baseline", "swinir-light", "edsr-l"]
-    parser.add_argument("--model", nargs="+", default=default, choices=models.names())
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        choices=models.names(),
+        help=f"default {' '.join(_MODELS)} (quick: the first two)",
+    )
     parser.add_argument("--batch", type=int, help="images; default 32 on a GPU, else 1 or 2")
     parser.add_argument("--patch", type=int, help="LR pixels; default 64 on a GPU, else 16 to 32")
     parser.add_argument(
@@ -153,7 +158,7 @@ def run(args: argparse.Namespace) -> list[Report]:
     pace |= {name: value for name, value in given.items() if value is not None}
     optim_parity.check(["adam"], args.device, args.sparsity, args.shrink)
     reports = []
-    for model in args.model:
+    for model in args.model or _MODELS[: 2 if args.quick else None]:
         batch, patch = _DEFAULT_SIZE[args.device]
         if args.device == "cpu":
             batch, patch = _SIZES.get(model, (batch, patch))
