@@ -1,10 +1,10 @@
-// What happens to a tile before it is counted: here nothing, in adam_soft_shrink.cuh and
-// sgd_soft_shrink.cuh an optimizer's update. An update offers
-//   Entry               what its table knows of a tensor, derived from issp::Entry
-//   selects(entry)      whether the tensor takes part in the selection
-//   prepare(entry)      the numbers of this step, once per part, by the whole block
-//   load_tile(bits)     the updated weights of a tile; its other tensors are written back
-//   finish(entry)       one thread, once per call and tensor, when no block reads the step any more
+// What happens to a tile before it is counted: here nothing, in optimizer.cuh an update. It offers
+//   Entry            what its table knows of a tensor, derived from issp::Entry
+//   selects(entry)   whether the tensor takes part in the selection
+//   freezes(entry)   whether the mask is applied to it instead
+//   prepare(entry)   the numbers of this step, once per part, by the whole block
+//   update_tile      hands out the updated weights of a tile; its other tensors are written back
+//   finish(entry)    one thread, once per call and tensor, when no block reads the step any more
 #pragma once
 
 #include "table.cuh"

@@ -105,7 +105,12 @@ ISSP_DEVICE Part begin_part(const Table& table, const Call<T>& call, const Updat
                             uint32_t ticket, uint32_t slots, Shared shared) {
   Part part = part_of(table, ticket, slots);
   const auto& entry = table.entries[part.entry];
-  if constexpr (Update::kUpdates) update.prepare(entry, shared);
+  if constexpr (Update::kUpdates) {
+    update.prepare(entry, shared);
+    if (update.freezes(entry) && part.number == 0 && thread() == 0) {
+      store(call.flips + (entry.extra & kTensorBits), int64_t(0));
+    }
+  }
   if (!update.selects(entry) ||
       !in_range(load(call.k + (entry.extra & kTensorBits)), entry.numel)) {
     part.parts = 0;
@@ -123,11 +128,14 @@ ISSP_DEVICE void fill_slot(const Table& table, const Call<T>& call, const Update
   if constexpr (!Update::kUpdates) {
     if (part.parts) fetch_tile<T>(slot, job.data, part.tile + i, job.numel);
   } else {
-    typename T::Bits bits[kRows];
-    update.load_tile(bits, entry, part.tile + i, job.mask, shared);
-    if (!part.parts) return store_tile<T>(bits, job.data, part.tile + i, job.numel);
-#pragma unroll
-    for (uint32_t row = 0; row < kRows; ++row) slot.set(column(0) + 32 * row, bits[row]);
+    uint32_t* const column_of_tile = job.data + column(part.tile + i);
+    update.update_tile(entry, part.tile + i, job.mask, shared, [&](uint32_t row, uint32_t bits) {
+      if (part.parts) {
+        slot.set(column(0) + 32 * row, bits);
+      } else {
+        store(column_of_tile + 32 * row, bits);
+      }
+    });
   }
 }
 
@@ -157,9 +165,13 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
   if (stopped(call)) return;
   const Shared shared = shared_memory();
   Part part = begin_part(table, call, update, block(), plan.slots, shared);
-  for (uint32_t i = 0; i < part.tiles; ++i) fill_slot(table, call, update, part, i, shared);
+  if constexpr (!Update::kUpdates) {
+    for (uint32_t i = 0; i < part.tiles; ++i) fill_slot(table, call, update, part, i, shared);
+  }
   while (part.tiles > 0) {
-    if constexpr (!Update::kUpdates) {
+    if constexpr (Update::kUpdates) {
+      for (uint32_t i = 0; i < part.tiles; ++i) fill_slot(table, call, update, part, i, shared);
+    } else {
       wait_for_copies();
       barrier();
     }
@@ -175,7 +187,7 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
       claimed = add(call.scratch + kClaimed, 1u) + blocks();
     }
     Part next = {0, 0, 0, 0, 0};
-    for (uint32_t i = 0; i < part.tiles || i < next.tiles; ++i) {
+    for (uint32_t i = 0; i < part.tiles || (!Update::kUpdates && i < next.tiles); ++i) {
       if (part.parts && i < part.tiles) {
         const Target<T> target = job.target(call, i);
         const uint32_t own_old = old;
@@ -192,7 +204,9 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
       } else if constexpr (!Update::kUpdates) {
         barrier();  // all warps have read the slot
       }
-      if (i < next.tiles) fill_slot(table, call, update, next, i, shared);
+      if constexpr (!Update::kUpdates) {
+        if (i < next.tiles) fill_slot(table, call, update, next, i, shared);
+      }
     }
     if (part.parts) {
       count_flips(job, call, flips, shared);

@@ -156,11 +156,13 @@ count_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
     if (stopped(call)) return;
     const auto& entry = table.entries[part.entry];
     update.prepare(entry, shared);
-    update.load_tile(bits, entry, job.tile, job.mask, shared);
-    store_tile<T>(bits, job.data, job.tile, job.numel);
-  } else {  // all loads are on their way before the first is waited for
-    load_tile<T>(bits, job.data, job.tile, job.numel);
+    uint32_t* const column_of_tile = job.data + column(job.tile);
+    update.update_tile(entry, job.tile, job.mask, shared, [&](uint32_t row, uint32_t updated) {
+      store(column_of_tile + 32 * row, updated);
+    });
   }
+  // All loads are on their way before the first is waited for; a thread sees what it has stored.
+  load_tile<T>(bits, job.data, job.tile, job.numel);
   const typename T::Bits previous = load(call.thresholds + job.tensor);
   const int64_t k = load(call.k + job.tensor);
   if (stopped(call) || !in_range(k, job.numel)) return;

@@ -54,16 +54,6 @@ ISSP_DEVICE void load_tile(typename T::Bits (&bits)[kRows], const typename T::Bi
   }
 }
 
-template <typename T>
-ISSP_DEVICE void store_tile(const typename T::Bits (&bits)[kRows], typename T::Bits* data,
-                            uint32_t tile, uint32_t numel) {
-  const uint32_t start = column(tile);
-#pragma unroll
-  for (uint32_t row = 0; row < kRows; ++row) {
-    if (start + 32 * row < numel) store(data + start + 32 * row, bits[row]);
-  }
-}
-
 // Bits of a mask word that stand for elements of the tensor.
 ISSP_DEVICE uint32_t valid_bits(uint32_t first, uint32_t numel) {
   if (first >= numel) return 0u;

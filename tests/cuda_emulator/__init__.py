@@ -60,7 +60,9 @@ def machine(processors: int = 4, shared: int | None = None, streamed: bool = Fal
 @functools.cache
 def library(small: bool = False) -> ctypes.CDLL:
     """The kernels as a shared library, built once per state of their sources."""
-    sources = [HERE / f"{part}.cpp" for part in ("emulator", "order", "kernels", "planted")]
+    sources = [
+        HERE / f"{part}.cpp" for part in ("emulator", "order", "kernels", "planted", "optimizers")
+    ]
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DISSP_EMULATOR"]
     flags += ["-DISSP_SMALL_SHAPES"] if small else []
@@ -76,9 +78,8 @@ def library(small: bool = False) -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         _compile([*flags, *map(str, sources)], built)
     loaded = ctypes.CDLL(str(built))
-    names = ("soft_shrink", "magnitude_threshold", "apply_masks", "nm_prune", "regularize")
-    for name in (*names, "magnitude_statistics", "count_zeros"):
-        getattr(loaded, f"emulated_{name}").restype = ctypes.c_char_p
+    for name in implementations():
+        getattr(loaded, f"emulated_{name.removesuffix('_')}").restype = ctypes.c_char_p
     for name in ("emulator_site_name", "planted_name", "run_planted"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.emulator_switches.restype = ctypes.c_uint64
@@ -234,10 +235,104 @@ def nm_prune(
     return pruned, mask
 
 
+class _Group(ctypes.Structure):
+    """struct Group of optimizers.cpp."""
+
+    _fields_ = (
+        *(("count", ctypes.c_int64), ("pruned", ctypes.c_int64)),
+        *((name, ctypes.c_void_p) for name in ("weights", "numels", "grads", "bfloat16")),
+        *((name, ctypes.c_void_p) for name in ("first", "second", "steps", "is_first")),
+        *(("lr", ctypes.c_double), ("lr_tensor", ctypes.c_void_p), ("lr_dtype", ctypes.c_int64)),
+        *(("grad_scale", ctypes.c_void_p), ("maximize", ctypes.c_int64)),
+        *((name, ctypes.c_void_p) for name in ("k", "thresholds", "masks", "flips", "scratch")),
+        *(("found_inf", ctypes.c_void_p), ("shrink", ctypes.c_double)),
+        *(("frozen", ctypes.c_int64), ("bracket", ctypes.c_int64)),
+    )
+
+
+def _update(
+    op: str,
+    weights: list[Tensor],
+    lists: dict[str, list],
+    numbers: tuple,
+    lr: float,
+    maximize: bool,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    found_inf: Tensor | None = None,
+    frozen: bool = False,
+    bracket: bool = True,
+) -> None:
+    count, pointers, numels = _list(weights)
+    arrays = {"weights": pointers, "numels": numels}
+    for name, values in lists.items():
+        if values and isinstance(values[0], Tensor):
+            arrays[name] = _list(values)[1]
+        elif values:
+            arrays[name] = (ctypes.c_int32 * len(values))(*values)
+    group = _Group(count=count, pruned=k.numel(), lr=lr, maximize=maximize, shrink=shrink)
+    group.frozen, group.bracket = frozen, bracket
+    group.lr_dtype = 0 if lr_tensor is None else _DTYPES[lr_tensor.dtype]
+    for name, array in arrays.items():
+        setattr(group, name, ctypes.addressof(array))
+    single = {"lr_tensor": lr_tensor, "grad_scale": grad_scale, "found_inf": found_inf, "k": k}
+    single |= {"thresholds": thresholds, "masks": masks, "flips": flips, "scratch": scratch}
+    for name, x in single.items():
+        setattr(group, name, None if x is None else x.data_ptr())
+    _call(op, ctypes.byref(group), *numbers)
+
+
+def adam_soft_shrink_(
+    weights,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    steps,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    weight_decay,
+    decoupled,
+    *rest,
+) -> None:
+    """See schemas.py."""
+    checks.adam_soft_shrink(
+        *(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps),
+        *(weight_decay, decoupled, *rest[:10]),
+    )
+    lists = {"grads": grads, "bfloat16": [g.dtype == torch.bfloat16 for g in grads]}
+    lists |= {"first": exp_avgs, "second": exp_avg_sqs, "steps": steps}
+    numbers = (*map(ctypes.c_double, (beta1, beta2, eps, weight_decay)), int(decoupled))
+    _update("adam_soft_shrink", weights, lists, numbers, lr, *rest)
+
+
+def sgd_soft_shrink_(
+    weights, grads, momentum_buffers, first, lr, momentum, dampening, weight_decay, nesterov, *rest
+) -> None:
+    """See schemas.py."""
+    checks.sgd_soft_shrink(
+        *(weights, grads, momentum_buffers, first, lr, momentum, dampening),
+        *(weight_decay, nesterov, *rest[:10]),
+    )
+    lists = {"grads": grads, "bfloat16": [g.dtype == torch.bfloat16 for g in grads]}
+    lists |= {"first": momentum_buffers, "is_first": first}
+    numbers = (*map(ctypes.c_double, (momentum, dampening, weight_decay)), int(nesterov))
+    _update("sgd_soft_shrink", weights, lists, numbers, lr, *rest)
+
+
 def implementations() -> dict[str, Callable]:
     """The ops by name, with the arguments of their schemas."""
     return {
         "soft_shrink_": soft_shrink_,
+        "adam_soft_shrink_": adam_soft_shrink_,
+        "sgd_soft_shrink_": sgd_soft_shrink_,
         "magnitude_threshold": magnitude_threshold,
         "apply_masks_": apply_masks_,
         "nm_prune": nm_prune,

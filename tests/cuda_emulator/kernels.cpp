@@ -5,6 +5,7 @@
 #include "apply_masks.cuh"
 #include "count_zeros.cuh"
 #include "emulator.h"
+#include "entries.h"
 #include "magnitude_statistics.cuh"
 #include "magnitude_threshold.cuh"
 #include "nm_prune.cuh"
@@ -14,21 +15,6 @@
 namespace {
 
 using namespace issp;
-
-bool keep_resident = true;
-
-template <typename Body>
-const char* guarded(const Body& body) {
-  static std::string message;
-  try {
-    body();
-    message.clear();
-  } catch (const std::exception& error) {
-    message = error.what();
-  }
-  emulator::forget_buffers();
-  return message.empty() ? nullptr : message.c_str();
-}
 
 // dtype: 0 float32, 1 float16, 2 bfloat16, 3 float64.
 template <typename Body>
@@ -45,19 +31,12 @@ uint64_t bytes_of(int dtype) {
   return dtype == 0 ? 4 : dtype == 3 ? 8 : 2;
 }
 
-std::vector<Item> items_of(void** data, const int64_t* numels, int count) {
-  std::vector<Item> items;
-  for (int i = 0; i < count; ++i) append(items, data[i], numels[i]);
-  return items;
-}
-
-template <typename T>
-T* allowed(void* data, uint64_t count) {
-  emulator::allow(data, count * sizeof(T));
-  return static_cast<T*>(data);
-}
-
 }  // namespace
+
+bool& issp::keep_resident() {
+  static bool resident = true;
+  return resident;
+}
 
 #pragma GCC visibility push(default)
 extern "C" {
@@ -65,7 +44,7 @@ extern "C" {
 void emulator_options(uint64_t seed, uint32_t resident, int removed, uint32_t processors,
                       uint32_t shared_bytes, int streamed) {
   emulator::options() = {seed, resident, removed, processors, shared_bytes};
-  keep_resident = !streamed;
+  keep_resident() = !streamed;
 }
 uint64_t emulator_launches() {
   return emulator::launch_count();
@@ -105,7 +84,7 @@ const char* emulated_soft_shrink(int dtype, int count, void** data, const int64_
                             found_inf ? allowed<const float>(found_inf, 1) : nullptr,
                             typename T::Wide(shrink),
                             uint32_t(bracket)};
-      soft_shrink<T>(items, call, nullptr, keep_resident);
+      soft_shrink<T>(items, call, nullptr, keep_resident());
     });
   });
 }

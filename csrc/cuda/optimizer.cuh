@@ -1,0 +1,166 @@
+// An optimizer's update in front of the selection: what adam_soft_shrink_ and sgd_soft_shrink_
+// share.
+//
+// Traffic per float32 weight with a float32 gradient: Adam 16 bytes read and 12 written, SGD with
+// momentum 12 and 8, and 1/4 byte of mask: the update's own, nothing is added for the pruning,
+// since the updated weight stays in shared memory until its threshold is known. Loads go through
+// registers, a few rows of all tensors at a time: with two blocks of 512 threads and 16 loads in
+// flight a thread, 64 KB are on their way per SM.
+#pragma once
+
+#include "soft_shrink.cuh"
+#include "update.h"
+
+namespace issp {
+
+constexpr uint32_t kBFloat16Gradient = 1u << 30, kFirstStep = 1u << 29;  // in Entry::extra
+
+// The learning rate: a number, or a tensor's element of any float dtype.
+struct Rate {
+  double lr;
+  const void* tensor;  // null: none
+  uint32_t dtype;      // 0 float32, 1 float16, 2 bfloat16, 3 float64
+};
+
+ISSP_DEVICE double load_rate(const Rate& rate) {
+  if (rate.tensor == nullptr) return rate.lr;
+  const auto bits16 = static_cast<const uint16_t*>(rate.tensor);
+  switch (rate.dtype) {
+    case 0: return widen(Float32{}, load(static_cast<const uint32_t*>(rate.tensor)));
+    case 1: return widen(Float16{}, load(bits16));
+    case 2: return widen(BFloat16{}, load(bits16));
+    default: return widen(Float64{}, load(static_cast<const uint64_t*>(rate.tensor)));
+  }
+}
+
+// Rule offers Entry, Step, kMoments, and
+//   step(entry, lr)                     the numbers of this step, by one thread
+//   moment(entry, j)                    where moment j lies; null where there is none
+//   reads_moments(entry)                whether they mean anything yet
+//   updated(w, g, moments, entry, by)   the new weight; moments in place
+//   finish(entry)                       see prologue.cuh
+template <typename Rule>
+struct Optimizer {
+  using Entry = typename Rule::Entry;
+  static constexpr bool kUpdates = true;
+
+  Rule rule;
+  Rate rate;
+  const float* scale;  // null: gradients are not scaled
+  uint32_t maximize, frozen;
+
+  struct Numbers {
+    typename Rule::Step step;
+    Gradient gradient;
+  };
+  static_assert(sizeof(Numbers) % 4 == 0 && sizeof(Numbers) <= 4 * kStepWords, "in kStepArea");
+
+  ISSP_DEVICE bool selects(const Entry& entry) const {
+    return !frozen && !(entry.extra & kUpdateOnly);
+  }
+  ISSP_DEVICE bool freezes(const Entry& entry) const {
+    return frozen && !(entry.extra & kUpdateOnly);
+  }
+  ISSP_DEVICE void finish(const Entry& entry) const { rule.finish(entry); }
+
+  // One thread computes, since float64 is slow on most GPUs. Nobody reads the old numbers any more.
+  ISSP_DEVICE void prepare(const Entry& entry, Shared shared) const {
+    if (thread() == 0) {
+      Numbers numbers = {};
+      numbers.step = rule.step(entry, load_rate(rate));
+      numbers.gradient = {scale ? load(scale) : 1.0f, scale != nullptr, maximize != 0};
+      uint32_t words[sizeof(Numbers) / 4];
+      memcpy(words, &numbers, sizeof(Numbers));
+#pragma unroll
+      for (uint32_t i = 0; i < sizeof(Numbers) / 4; ++i) shared.set(kStepArea + i, words[i]);
+    }
+    barrier();
+  }
+
+  // Hands out row by row, to sink(row, bits), since registers are scarce.
+  template <typename Sink>
+  ISSP_DEVICE void update_tile(const Entry& entry, uint32_t tile, const uint32_t* mask,
+                               Shared shared, const Sink& sink) const {
+    if (entry.extra & kBFloat16Gradient) {
+      update_tile<BFloat16>(entry, tile, mask, shared, sink);
+    } else {
+      update_tile<Float32>(entry, tile, mask, shared, sink);
+    }
+  }
+
+ private:
+  template <typename G, typename Sink>
+  ISSP_DEVICE void update_tile(const Entry& entry, uint32_t tile, const uint32_t* mask,
+                               Shared shared, const Sink& sink) const {
+    uint32_t words[sizeof(Numbers) / 4];
+#pragma unroll
+    for (uint32_t i = 0; i < sizeof(Numbers) / 4; ++i) words[i] = shared.get(kStepArea + i);
+    Numbers by;
+    memcpy(&by, words, sizeof(Numbers));
+    uint32_t kept = ~0u;  // of the row that this lane answers for, as in apply.cuh
+    const uint32_t own_row = tile * kTile + warp() * kWarpTile + 32 * lane();
+    if (freezes(entry) && lane() < kRows && own_row < entry.numel) kept = load(mask + own_row / 32);
+#pragma unroll 1
+    for (uint32_t row = 0; row < kRows; row += kBatch) {
+      update_rows<G>(row, entry, tile, kept, by, sink);
+    }
+  }
+
+  static constexpr uint32_t kBatch = 2;  // rows whose loads are on their way together
+
+  template <typename G, typename Sink>
+  ISSP_DEVICE void update_rows(uint32_t first_row, const Entry& entry, uint32_t tile, uint32_t kept,
+                               const Numbers& by, const Sink& sink) const {
+    const uint32_t start = column(tile) + 32 * first_row;
+    const auto weights = static_cast<const float*>(entry.data);
+    const auto gradients = static_cast<const typename G::Bits*>(entry.grad);
+    const bool moments_mean = rule.reads_moments(entry);
+    float w[kBatch], moments[kBatch][Rule::kMoments];
+    typename G::Bits g[kBatch];
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      const uint32_t at = start + 32 * i;
+      const bool inside = at < entry.numel;
+      w[i] = inside ? load(weights + at) : 0.0f;
+      g[i] = inside ? load(gradients + at) : typename G::Bits(0);
+#pragma unroll
+      for (uint32_t j = 0; j < Rule::kMoments; ++j) {
+        moments[i][j] = inside && moments_mean ? load(rule.moment(entry, j) + at) : 0.0f;
+      }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      const uint32_t at = start + 32 * i;
+      const bool keeps = shuffle(kept, first_row + i) >> lane() & 1u;
+      const float gradient = by.gradient(widen(G{}, g[i]));
+      const float updated = rule.updated(w[i], gradient, moments[i], entry, by.step);
+      if (at >= entry.numel) continue;
+      sink(first_row + i, keeps ? bit_as<uint32_t>(updated) : 0u);
+#pragma unroll
+      for (uint32_t j = 0; j < Rule::kMoments; ++j) {
+        float* moment = rule.moment(entry, j);
+        if (moment) store(moment + at, keeps ? moments[i][j] : 0.0f);
+      }
+    }
+  }
+};
+
+// Host: what stands beside a weight, into its entry.
+template <typename Rule, typename Beside>
+void complete_entry(typename Rule::Entry& entry, const Beside& beside, bool pruned, bool first) {
+  entry.grad = beside.grad;
+  entry.first = beside.first;
+  entry.extra |= (pruned ? 0 : kUpdateOnly) | (beside.bfloat16 ? kBFloat16Gradient : 0) |
+                 (first ? kFirstStep : 0);
+}
+
+// The first `pruned` of the items are pruned, the others only updated.
+template <typename Rule, typename Complete>
+void update_and_shrink(const std::vector<Item>& items, size_t pruned, const Call<Float32>& call,
+                       const Optimizer<Rule>& optimizer, const Complete& complete, Stream stream,
+                       bool resident = true) {
+  const size_t selected_from = optimizer.frozen ? 0 : pruned;
+  shrink_model(items, selected_from, call, optimizer, complete, stream, resident);
+}
+
+}  // namespace issp

@@ -1,0 +1,40 @@
+// What the emulator's C functions share.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "emulator.h"
+#include "layout.h"
+
+namespace issp {
+
+// Whether tensors may stay in shared memory (resident.cuh), as the test wishes.
+bool& keep_resident();
+
+template <typename Body>
+const char* guarded(const Body& body) {
+  static std::string message;
+  try {
+    body();
+    message.clear();
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  emulator::forget_buffers();
+  return message.empty() ? nullptr : message.c_str();
+}
+
+inline std::vector<Item> items_of(void** data, const int64_t* numels, int count) {
+  std::vector<Item> items;
+  for (int i = 0; i < count; ++i) append(items, data[i], numels[i]);
+  return items;
+}
+
+template <typename T>
+T* allowed(void* data, uint64_t count) {
+  emulator::allow(data, count * sizeof(T));
+  return static_cast<T*>(data);
+}
+
+}  // namespace issp
