@@ -247,12 +247,14 @@ class Turn:
     """The pruner's work of one optimizer step, for the optimizer to do what it can of it.
 
     Args:
-        groups: those that this optimizer's steps drive.
+        index: number of the optimizer.
+        groups: those that its steps drive.
         factor: what the selected weights are multiplied by.
         frozen: whether the masks are fixed: then they are applied instead.
         done: the groups whose work is done; the others are left to the pruner's hook.
     """
 
+    index: int
     groups: list[Group]
     factor: float
     frozen: bool

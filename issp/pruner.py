@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from issp import methods, pruner_state, report
 from issp.averages import Average
+from issp.counter import StepCounter, skipped
 from issp.groups import Turn
 from issp.hooks import Hooks, optimizers
 from issp.keep import Keep
@@ -117,13 +118,12 @@ class Pruner:
         self._model, self._roster = model, Roster(layers, opts)
         self._schedule, self._freeze_at, self._ema, self._hook = schedule, freeze_at, ema, hook
         self._stage = "pruning"  # then "frozen", then "final"
-        self._count = 0
+        self._counter = StepCounter()
         self._ratio: float | None = None
         self._hooks = Hooks()
         self._callbacks: list[Callable[[Pruner], None]] = []
-        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
-        self._turn: tuple[int, Turn] | None = None  # of the step that is under way
-        self._warn_missing()
+        self._turn: Turn | None = None  # of the step that is under way
+        self._roster.warn_missing()
         self._attach_hooks()
 
     # Properties
@@ -131,8 +131,7 @@ class Pruner:
     @property
     def step_count(self) -> int:
         """Optimizer steps taken; a step that AMP skipped does not count."""
-        self._settle()
-        return self._count
+        return self._counter.settled()
 
     @property
     def frozen(self) -> bool:
@@ -164,29 +163,29 @@ class Pruner:
         """What an optimizer's step has to do, decided before its update where it can do it."""
         self._check_open()
         if index == 0:
-            self._settle()
+            self._counter.settled()
         self._follow()
-        if not (self.frozen or _skipped(found_inf)):
-            self._set_ratio(self._count + 1 if index == 0 else max(1, self._count))
+        if not (self.frozen or skipped(found_inf)):
+            count = self._counter.known
+            self._set_ratio(count + 1 if index == 0 else max(1, count))
         mine = [group for group in self._roster.groups if group.index == index]
-        return Turn(mine, self.method.factor, self.frozen)
+        return Turn(index, mine, self.method.factor, self.frozen)
 
     def _before_update(self, index: int, found_inf: Tensor | None) -> Turn:
         """Called by an optimizer that can do the pruner's work within its step."""
-        turn = self._prepare(index, found_inf)
-        self._turn = (index, turn)
-        return turn
+        self._turn = self._prepare(index, found_inf)
+        return self._turn
 
     def _after_step(self, index: int, found_inf: Tensor | None) -> None:
         """The hook: does what the optimizer has not done within its step."""
-        prepared, self._turn = self._turn, None
-        turn = prepared[1] if prepared is not None and prepared[0] == index else None
-        self._advance(index, found_inf, turn)
+        turn, self._turn = self._turn, None
+        mine = turn is not None and turn.index == index
+        self._advance(index, found_inf, turn if mine else None)
 
     def _advance(self, index: int, found_inf: Tensor | None, turn: Turn | None = None) -> None:
         self._check_open()
         if found_inf is not None and found_inf.device.type != "cuda":
-            if _skipped(found_inf):
+            if skipped(found_inf):
                 return
             found_inf = None
         left = (turn or self._prepare(index, found_inf)).left()
@@ -211,43 +210,16 @@ class Pruner:
         if self.frozen:
             self._mask_all()
 
-    def _warn_missing(self) -> None:
-        missing = [n for n, note in self._roster.notes().items() if note == "not in the optimizer"]
-        if missing:
-            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            warnings.warn(
-                f"{len(missing)} weights to prune are not in the optimizer and stay dense until "
-                f"add_param_group brings them: {names}; exclude them to silence this",
-                stacklevel=4,
-            )
-
     def _check_open(self) -> None:
         if self._stage == "final":
             raise RuntimeError("the pruner is finalized: attach a new one to prune further")
 
     def _tally(self, found_inf: Tensor | None) -> None:
-        if found_inf is None:
-            self._count += 1
-        else:
-            # Whether the step happened is known to the device alone. It is read when the next step
-            # needs the count: nobody waits for work younger than one iteration.
-            flag = torch.empty(1, pin_memory=True)
-            flag.copy_(found_inf.view(1), non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(torch.cuda.current_stream(found_inf.device))
-            self._pending = (flag, done)
-        due = self._count + (self._pending is not None)
-        if not self.frozen and self._freeze_at is not None and due >= self._freeze_at:
-            self._settle()
-            if self._count >= self._freeze_at:
-                self.freeze()
-
-    def _settle(self) -> None:
-        if self._pending is not None:
-            flag, done = self._pending
-            self._pending = None
-            done.synchronize()
-            self._count += int(flag.item() == 0)
+        self._counter.add(found_inf)
+        if self.frozen or self._freeze_at is None or self._counter.most() < self._freeze_at:
+            return
+        if self._counter.settled() >= self._freeze_at:
+            self.freeze()
 
     def _set_ratio(self, step: int) -> None:
         schedule = self._schedule
@@ -267,12 +239,12 @@ class Pruner:
         """
         if self.frozen:
             return
-        self._settle()
+        count = self.step_count
         self._warn_unhooked()
-        if self._count and self._schedule is not None and self._count < self._schedule.end:
+        if count and self._schedule is not None and count < self._schedule.end:
             warnings.warn(
-                f"frozen at step {self._count}, before the schedule ends at step "
-                f"{self._schedule.end}: the sparsity stays at {self._schedule(self._count):.4g}",
+                f"frozen at step {count}, before the schedule ends at step "
+                f"{self._schedule.end}: the sparsity stays at {self._schedule(count):.4g}",
                 stacklevel=2,
             )
         self._follow()
@@ -338,7 +310,6 @@ class Pruner:
             RuntimeError: the pruner is finalized.
         """
         self._check_open()
-        self._settle()
         self._roster.move_to(model, self._roster.optimizers if opt is None else optimizers(opt))
         self._regrouped()
         self._model = self._model if model is None else model
@@ -396,11 +367,10 @@ class Pruner:
 
     def state_dict(self) -> dict:
         """All that a bit-exact resume needs besides model and optimizer; loads weights_only."""
-        self._settle()
         return {
             **self._configuration(),
             "stage": self._stage,
-            "step_count": self._count,
+            "step_count": self.step_count,
             "layers": pruner_state.pack(self._roster.records()),
         }
 
@@ -417,11 +387,10 @@ class Pruner:
         self._check_open()
         configuration = self._configuration() if strict else {}
         records = pruner_state.unpack(state, self._roster.layers, configuration)
-        self._settle()
         self._roster.joined = set(records)
         self._roster.regroup(records)
         self._stage = "pruning" if state["stage"] == "pruning" else "frozen"
-        self._count = state["step_count"]
+        self._counter.set(state["step_count"])
         self._regrouped()
 
     def _configuration(self) -> dict[str, object]:
@@ -435,10 +404,5 @@ class Pruner:
         }
 
     def __getstate__(self) -> dict:
-        self._settle()
+        self._counter.settled()
         return {**self.__dict__, "_callbacks": [], "_turn": None}
-
-
-def _skipped(found_inf: Tensor | None) -> bool:
-    """Whether AMP skips the step, where that is known without waiting for a GPU."""
-    return found_inf is not None and found_inf.device.type != "cuda" and found_inf.item() != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 
 from torch import nn
@@ -142,6 +143,17 @@ class Roster:
             for layer in self.layers
             if layer.name not in self.joined
         }
+
+    def warn_missing(self) -> None:
+        """Warns of layers that no optimizer has; to be called by what `attach` calls."""
+        missing = [name for name, note in self.notes().items() if note == "not in the optimizer"]
+        if missing:
+            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            warnings.warn(
+                f"{len(missing)} weights to prune are not in the optimizer and stay dense until "
+                f"add_param_group brings them: {names}; exclude them to silence this",
+                stacklevel=4,
+            )
 
     def select_missing(self) -> None:
         """Selects, at the full sparsity, for layers that no step has selected yet."""
