@@ -126,7 +126,7 @@ ISSP_RULE uint16_t narrow(Float16, float value) {  // to nearest even; |value| <
 // shrunk: w * shrink, rounded to nearest even; 16-bit types are widened to float, then rounded
 // again. shrink = 0 gives a zero of w's sign. A product below the smallest normal number becomes a
 // zero of w's sign (bfloat16: judged in float), except for float16. NaN stays as it is.
-// Needs gradual underflow (no flush-to-zero) while it runs: see FloatMode in cpu/traversal.h.
+// Needs gradual underflow (no flush-to-zero) while it runs: see FloatMode in cpu/team.h.
 template <typename T>
 ISSP_RULE typename T::Bits shrunk(typename T::Bits bits, typename T::Wide shrink) {
   using Wide = typename T::Wide;

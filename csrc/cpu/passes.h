@@ -56,7 +56,7 @@ struct Sight {
 };
 
 // Adam's or SGD's update of one tensor, whose weights are passed on their own.
-struct Update {
+struct TensorUpdate {
   enum Rule { kNone, kAdam, kSgd } rule = kNone;
   const void* grad = nullptr;
   bool bfloat16 = false;    // the gradient's type
@@ -71,8 +71,8 @@ struct Update {
 template <typename T>
 struct Passes {
   using Bits = typename T::Bits;
-  Sight (*speculate)(Bits*, int64_t, Range, const Update*, KeyRange<T>, Key<T>, typename T::Wide,
-                     const Ledger&, Key<T>*, int64_t, const uint64_t*);
+  Sight (*speculate)(Bits*, int64_t, Range, const TensorUpdate*, KeyRange<T>, Key<T>,
+                     typename T::Wide, const Ledger&, Key<T>*, int64_t, const uint64_t*);
   void (*restore)(Bits*, int64_t, Range, Key<T>, typename T::Wide, const Ledger&, const Sight&);
   void (*settle)(Bits*, int64_t, Range, KeyRange<T>, const Selection<T>&, typename T::Wide,
                  const Ledger&, const Sight&);
@@ -87,7 +87,7 @@ struct Passes {
 // The optimizer's update without a selection: of weights that are not pruned, and (mask given) of
 // those whose mask is fixed, where weights and moments become +0.
 struct UpdatePasses {
-  void (*update)(float*, int64_t, Range, const Update&, const uint64_t* mask);
+  void (*update)(float*, int64_t, Range, const TensorUpdate&, const uint64_t* mask);
 };
 
 const UpdatePasses& update_passes();

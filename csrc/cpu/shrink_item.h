@@ -47,7 +47,7 @@ class ShrinkItem {
 
  public:
   // update: may be null.
-  ShrinkItem(const Item& item, Call& call, Team team, Space space, const Update* update)
+  ShrinkItem(const Item& item, Call& call, Team team, Space space, const TensorUpdate* update)
       : w_(static_cast<Bits*>(item.data)),
         numel_(item.numel),
         mask_(reinterpret_cast<uint64_t*>(call.masks + item.mask_start)),
@@ -179,7 +179,7 @@ class ShrinkItem {
   Wide shrink_;
   Team team_;
   Space space_;
-  const Update* update_;
+  const TensorUpdate* update_;
 };
 
 // The scratch buffer: a header whose first word counts misses, a trend per tensor, then room for

@@ -39,10 +39,10 @@ ISSP_TARGET inline int64_t gather(const typename T::Bits* w, int64_t numel, int6
 constexpr int64_t kBlock = 64;
 
 template <typename T>
-ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups, const Update* update,
-                            KeyRange<T> range, Key<T> flushed_below, typename T::Wide shrink,
-                            const Ledger& ledger, Key<T>* keys, int64_t room,
-                            const uint64_t* mask) {
+ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups,
+                            const TensorUpdate* update, KeyRange<T> range, Key<T> flushed_below,
+                            typename T::Wide shrink, const Ledger& ledger, Key<T>* keys,
+                            int64_t room, const uint64_t* mask) {
   using L = Lanes<T>;
   int64_t below = 0, inside = 0, listed = 0, postponed = 0, gathered = 0, stored = 0;
   const auto gather_listed = [&]() ISSP_TARGET {

@@ -40,13 +40,13 @@ ISSP_TARGET inline Floats scaled(Floats g, const Gradient& by) {
 // w, first, second: 64 elements each; grad: 64 elements of its type.
 template <bool kBFloat16>
 ISSP_TARGET inline void update_64(float* w, const void* grad, float* first, float* second,
-                                  const Update& by) {
+                                  const TensorUpdate& by) {
   for (int i = 0; i < 64; i += Floats::width) {
     const Floats weight = Floats::load(w + i);
     const Floats g = scaled(load_grad<kBFloat16>(grad, i), by.gradient);
     Floats m = first ? Floats::load(first + i) : Floats(0.0f);
     Floats updated = weight;
-    if (by.rule == Update::kAdam) {
+    if (by.rule == TensorUpdate::kAdam) {
       Floats v = Floats::load(second + i);
       updated = ISSP_ISA::adam_updated(weight, g, m, v, by.adam);
       v.store(second + i);
@@ -58,7 +58,7 @@ ISSP_TARGET inline void update_64(float* w, const void* grad, float* first, floa
   }
 }
 
-ISSP_TARGET inline void update_group(Group<Float32>& group, int64_t g, const Update& by) {
+ISSP_TARGET inline void update_group(Group<Float32>& group, int64_t g, const TensorUpdate& by) {
   const int64_t size = by.bfloat16 ? 2 : 4;
   const char* grad = static_cast<const char*>(by.grad) + 64 * g * size;
   prefetch(grad, size_t(64 * size));
@@ -85,7 +85,7 @@ ISSP_TARGET inline void update_group(Group<Float32>& group, int64_t g, const Upd
 }
 
 // See UpdatePasses.
-ISSP_TARGET inline void update(float* w, int64_t numel, Range groups, const Update& by,
+ISSP_TARGET inline void update(float* w, int64_t numel, Range groups, const TensorUpdate& by,
                                const uint64_t* mask) {
   using L = Lanes<Float32>;
   auto* const bits = reinterpret_cast<uint32_t*>(w);
