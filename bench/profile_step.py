@@ -1,15 +1,26 @@
-"""A few steady-state steps between profiler marks: what ncu runs, with --profile-from-start off."""
+"""Steady-state steps, and Adam's fused ones, between profiler marks: what ncu runs."""
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from issp import shapes  # noqa: E402  (found through the line above, also before installation)
+from issp import models, shapes  # noqa: E402  (found through the line above)
+from issp.bench.trainees import FAMILIES, settled  # noqa: E402
 from issp.bench.workload import Workload  # noqa: E402
+
+
+def profiled(call: Callable[[], object]) -> None:
+    """One call between the profiler's marks."""
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
 
 
 def main() -> int:
@@ -27,11 +38,13 @@ def main() -> int:
     for bracket in (True, False):
         for _ in range(args.steps):
             work.drift()
-            torch.cuda.synchronize()
-            torch.cuda.profiler.start()
-            work.step(bracket)
-            torch.cuda.synchronize()
-            torch.cuda.profiler.stop()
+            profiled(lambda bracket=bracket: work.step(bracket))
+    network = models.build(args.model, 4).cuda()
+    trainee, gradients = settled(network, FAMILIES["adam"], 0.95, 0.95, args.settle)
+    call = trainee.op(True)
+    for _ in range(args.steps):
+        gradients.renew()
+        profiled(call)
     return 0
 
 

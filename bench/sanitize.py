@@ -7,7 +7,9 @@ The sizes end in every way a tile or a mask word can end.
 """
 
 import argparse
+import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import issp  # noqa: E402  (found through the line above, also before installation)
 from issp import backends, ops, reference  # noqa: E402
+from issp.bench.trainees import FAMILIES, Family, tail  # noqa: E402
 
 SIZES = (1, 2, 31, 33, 1000, 4096, 4097, 70_001)
 DTYPES = (torch.float32, torch.bfloat16)
+REFERENCE = backends.implementations("reference")
 
 
 def equal(mine: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -58,6 +62,63 @@ def step_cases(device: str, dtype: torch.dtype):
         yield f"apply_masks_ {dtype} ties {ties}", all(map(equal, mine, theirs))
 
 
+class Updated:
+    """Weights that a fused optimizer updates; all but the last two tensors are pruned."""
+
+    def __init__(self, start: list[torch.Tensor], device: str, family: Family, op: Callable):
+        self.weights = [w.to(device, copy=True) for w in start]
+        self.moments = [[torch.zeros_like(w) for w in self.weights] for _ in family.moments]
+        self.steps = [torch.zeros((), device=device) for _ in start]
+        pruned = self.weights[:-2]
+        self.state = ops.ShrinkState(pruned, [issp.num_pruned(w.numel(), 0.9) for w in pruned])
+        self.device, self.family, self.op = device, family, op
+
+    def step(self, grads: list[torch.Tensor], frozen: bool) -> None:
+        """One update, and pruning or masking."""
+        there = [g.to(self.device) for g in grads]
+        head = self.family.head(self.weights, there, self.moments, self.steps)
+        self.op(*head, *tail(self.state, 0.95, frozen, True))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that a step writes."""
+        state = self.state
+        moments = [x for tensors in self.moments for x in tensors]
+        return [*self.weights, *moments, state.thresholds, state.packed, state.flips]
+
+
+def update_cases(device: str, dtype: torch.dtype):
+    """Two pruning and two frozen steps of the fused optimizers: (name, equal) pairs."""
+    for name in ("adam", "sgd"):
+        plain = FAMILIES[name]
+        family = dataclasses.replace(plain, options={**plain.options, "weight_decay": 0.05})
+        random = torch.Generator().manual_seed(11)
+        start = [torch.randn(n, generator=random) for n in SIZES]
+        mine = Updated(start, device, family, family.op)
+        theirs = Updated(start, "cpu", family, REFERENCE[family.op.__name__])
+        for i, frozen in enumerate((False, False, True, True)):
+            grads = [torch.randn(n, generator=random).to(dtype) for n in SIZES]
+            for side in (mine, theirs):
+                side.step(grads, frozen)
+            right = all(map(equal, mine.tensors(), theirs.tensors()))
+            yield f"{name} {dtype} frozen {frozen} step {i}", right
+
+
+def pass_cases(device: str, dtype: torch.dtype):
+    """Regularisation and counting."""
+    random = torch.Generator().manual_seed(5)
+    weights = [(torch.randn(n, generator=random) * 2).round().to(dtype) for n in SIZES]
+    grads = [torch.randn(n, generator=random).to(dtype) for n in SIZES]
+    state = ops.ShrinkState(weights, [0] * len(SIZES))
+    state.set_masks([torch.arange(n) % 3 == 0 for n in SIZES])
+    factors = torch.rand(len(SIZES), generator=random)
+    mine = [g.to(device, copy=True) for g in grads]
+    there = [w.to(device) for w in weights]
+    torch.ops.issp.regularize_(mine, there, factors.to(device), state.packed.to(device))
+    REFERENCE["regularize_"](grads, weights, factors, state.packed)
+    yield f"regularize_ {dtype}", all(map(equal, mine, grads))
+    yield f"count_zeros {dtype}", equal(ops.count_zeros(there), REFERENCE["count_zeros"](weights))
+
+
 def nm_cases(device: str, dtype: torch.dtype):
     """N:M patterns in both layouts: (name, equal) pairs."""
     weight = torch.randn(8, 64, 3, 3, generator=torch.Generator().manual_seed(3)).to(dtype)
@@ -79,7 +140,7 @@ def main() -> int:
     results = [
         result
         for dtype in DTYPES
-        for cases in (step_cases, nm_cases)
+        for cases in (step_cases, update_cases, pass_cases, nm_cases)
         for result in cases(device, dtype)
     ]
     wrong = [name for name, right in results if not right]

@@ -137,7 +137,7 @@ def test_sanitizer_cases_equal_the_reference(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
     assert runpy.run_path(path)["main"]() == 0
-    assert "26 of 26 cases equal" in capsys.readouterr().out
+    assert "46 of 46 cases equal" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(
