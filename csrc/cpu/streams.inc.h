@@ -28,13 +28,20 @@ ISSP_TARGET void regularize(typename T::Bits* g, const typename T::Bits* w, type
   }
 }
 
+// Bytes that a line is fetched ahead by hand: the statistics of EDSR-L fell from 20.6 to 16.6 ms on
+// one core, where reading alone takes 15.
+constexpr int64_t kAhead = 2048;
+
 // Zeros of either sign. Counts of a block fit 32 bits: as many lanes as the instruction set has.
 template <typename T>
 ISSP_TARGET int64_t zeros(const typename T::Bits* w, int64_t numel) {
   using Bits = typename T::Bits;
   int64_t found = 0;
-  for (int64_t begin = 0; begin < numel; begin += 1 << 20) {
-    const int64_t end = begin + (1 << 20) < numel ? begin + (1 << 20) : numel;
+  constexpr int64_t kBlock = 2048 / sizeof(Bits);
+  for (int64_t begin = 0; begin < numel; begin += kBlock) {
+    const int64_t end = begin + kBlock < numel ? begin + kBlock : numel;
+    const char* const ahead = reinterpret_cast<const char*>(w + begin) + kAhead;
+    for (int line = 0; line < 2048; line += 64) __builtin_prefetch(ahead + line);
     Key<T> block = 0;
     for (int64_t i = begin; i < end; ++i) block += Bits(w[i] << 1) == 0;
     found += int64_t(block);
@@ -44,7 +51,6 @@ ISSP_TARGET int64_t zeros(const typename T::Bits* w, int64_t numel) {
 
 using Doubles = double __attribute__((vector_size(64)));
 using Integers = int64_t __attribute__((vector_size(64)));
-using Floats = float __attribute__((vector_size(32)));
 
 // Eight magnitudes.
 template <typename T>
@@ -53,11 +59,9 @@ ISSP_TARGET inline __attribute__((always_inline)) void load(const typename T::Bi
   if constexpr (sizeof(typename T::Bits) == 8) {
     memcpy(&wide, w, sizeof(wide));
   } else {
-    float values[8];
-    for (int i = 0; i < 8; ++i) values[i] = widen(T{}, w[i]);
-    Floats narrow;
-    memcpy(&narrow, values, sizeof(narrow));
-    wide = __builtin_convertvector(narrow, Doubles);
+    double values[8];
+    for (int i = 0; i < 8; ++i) values[i] = double(widen(T{}, w[i]));
+    memcpy(&wide, values, sizeof(wide));
   }
   wide = Doubles(Integers(wide) & int64_t(Limits<Float64>::magnitude));
 }
@@ -82,6 +86,7 @@ ISSP_TARGET PartSums sums(const typename T::Bits* w, int64_t numel) {
   guess = finite_or_zero(guess);
   int64_t i = 0;
   for (; i + 16 <= numel; i += 16) {
+    __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
     load<T>(w + i, a), load<T>(w + i + 8, b);
     a -= guess, b -= guess;
     sum_a += a, sum_b += b;
