@@ -30,7 +30,9 @@ def start(request, network):
     return trainee, gradients, [mask.float() for mask in trainee.pruner.masks().values()]
 
 
-@pytest.mark.parametrize("variant", optim.VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize(
+    "variant", optim.VARIANTS, ids=lambda variant: variant.name.replace("{} ", "")
+)
 def bench_optim(benchmark, start, variant):
     trainee, gradients, masks = start
     mine = optim.make_trainee(variant, trainee, gradients, SETTINGS)
