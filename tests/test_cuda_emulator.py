@@ -328,6 +328,9 @@ def _work(seed: int, removed: int) -> None:
         reference.nm_prune(large[0], 3, 450, 1, "flat")[0],
         "n of m",
     )
+    assert cuda_emulator.count_zeros(ties).tolist() == [int((w == 0).sum()) for w in ties]
+    found = cuda_emulator.magnitude_statistics(large)
+    torch.testing.assert_close(found, reference.magnitude_statistics(large), rtol=1e-12, atol=0)
 
 
 def test_every_barrier_and_fence_is_needed():
