@@ -43,7 +43,8 @@ def git_revision() -> str:
 def free_bytes(device: str) -> int:
     """Memory that can still be had: of the GPU, or of this process's machine or container."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + unused
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         lines = dict(x.split(":") for x in Path("/proc/meminfo").read_text().splitlines())
