@@ -42,6 +42,16 @@ struct SlotRows {  // read when asked for: registers are scarce
   }
 };
 
+// The same for a tile that is not held.
+template <typename T>
+struct GlobalRows {
+  const typename T::Bits* data;
+  uint32_t start, numel;
+  ISSP_DEVICE typename T::Bits operator[](uint32_t row) const {
+    return start + 32 * row < numel ? load(data + start + 32 * row) : Limits<T>::magnitude;
+  }
+};
+
 template <typename T>
 struct InShared {
   Shared slots;

@@ -3,9 +3,8 @@
 //
 // Traffic per float32 weight with a float32 gradient: Adam 16 bytes read and 12 written, SGD with
 // momentum 12 and 8, and 1/4 byte of mask: the update's own, nothing is added for the pruning,
-// since the updated weight stays in shared memory until its threshold is known. Loads go through
-// registers, a few rows of all tensors at a time: with two blocks of 512 threads and 16 loads in
-// flight a thread, 64 KB are on their way per SM.
+// since the updated weight stays in shared memory until its threshold is known. The weights come
+// and go as without an optimizer; gradient and moments pass through registers once.
 #pragma once
 
 #include "soft_shrink.cuh"
@@ -51,7 +50,7 @@ struct Optimizer {
 
   struct Numbers {
     typename Rule::Step step;
-    Gradient gradient;
+    float divisor;  // of the gradient: its scale, negative to maximize; the same as update.h's
   };
   static_assert(sizeof(Numbers) % 4 == 0 && sizeof(Numbers) <= 4 * kStepWords, "in kStepArea");
 
@@ -68,30 +67,30 @@ struct Optimizer {
     if (thread() == 0) {
       Numbers numbers = {};
       numbers.step = rule.step(entry, load_rate(rate));
-      numbers.gradient = {scale ? load(scale) : 1.0f, scale != nullptr, maximize != 0};
+      const float divisor = scale ? load(scale) : 1.0f;
+      numbers.divisor = maximize ? -divisor : divisor;
       uint32_t words[sizeof(Numbers) / 4];
       memcpy(words, &numbers, sizeof(Numbers));
 #pragma unroll
       for (uint32_t i = 0; i < sizeof(Numbers) / 4; ++i) shared.set(kStepArea + i, words[i]);
     }
-    barrier();
   }
 
-  // Hands out row by row, to sink(row, bits), since registers are scarce.
-  template <typename Sink>
+  // From rows[row] to sink(row, bits), since registers are scarce.
+  template <typename Rows, typename Sink>
   ISSP_DEVICE void update_tile(const Entry& entry, uint32_t tile, const uint32_t* mask,
-                               Shared shared, const Sink& sink) const {
+                               const Rows& rows, const Sink& sink, Shared shared) const {
     if (entry.extra & kBFloat16Gradient) {
-      update_tile<BFloat16>(entry, tile, mask, shared, sink);
+      update_tile_by<BFloat16>(entry, tile, mask, rows, sink, shared);
     } else {
-      update_tile<Float32>(entry, tile, mask, shared, sink);
+      update_tile_by<Float32>(entry, tile, mask, rows, sink, shared);
     }
   }
 
  private:
-  template <typename G, typename Sink>
-  ISSP_DEVICE void update_tile(const Entry& entry, uint32_t tile, const uint32_t* mask,
-                               Shared shared, const Sink& sink) const {
+  template <typename G, typename Rows, typename Sink>
+  ISSP_DEVICE void update_tile_by(const Entry& entry, uint32_t tile, const uint32_t* mask,
+                                  const Rows& rows, const Sink& sink, Shared shared) const {
     uint32_t words[sizeof(Numbers) / 4];
 #pragma unroll
     for (uint32_t i = 0; i < sizeof(Numbers) / 4; ++i) words[i] = shared.get(kStepArea + i);
@@ -102,44 +101,44 @@ struct Optimizer {
     if (freezes(entry) && lane() < kRows && own_row < entry.numel) kept = load(mask + own_row / 32);
 #pragma unroll 1
     for (uint32_t row = 0; row < kRows; row += kBatch) {
-      update_rows<G>(row, entry, tile, kept, by, sink);
+      update_rows<G>(row, entry, tile, kept, by, rows, sink);
     }
   }
 
-  static constexpr uint32_t kBatch = 2;  // rows whose loads are on their way together
+  static constexpr uint32_t kBatch = 4;  // rows whose loads are on their way together
 
-  template <typename G, typename Sink>
+  template <typename G, typename Rows, typename Sink>
   ISSP_DEVICE void update_rows(uint32_t first_row, const Entry& entry, uint32_t tile, uint32_t kept,
-                               const Numbers& by, const Sink& sink) const {
+                               const Numbers& by, const Rows& rows, const Sink& sink) const {
     const uint32_t start = column(tile) + 32 * first_row;
-    const auto weights = static_cast<const float*>(entry.data);
-    const auto gradients = static_cast<const typename G::Bits*>(entry.grad);
+    // Pointers of this lane, so that rows are constants away.
+    const auto gradients = static_cast<const typename G::Bits*>(entry.grad) + start;
     const bool moments_mean = rule.reads_moments(entry);
-    float w[kBatch], moments[kBatch][Rule::kMoments];
+    float moments[kBatch][Rule::kMoments];
     typename G::Bits g[kBatch];
 #pragma unroll
     for (uint32_t i = 0; i < kBatch; ++i) {
-      const uint32_t at = start + 32 * i;
-      const bool inside = at < entry.numel;
-      w[i] = inside ? load(weights + at) : 0.0f;
-      g[i] = inside ? load(gradients + at) : typename G::Bits(0);
+      const bool inside = start + 32 * i < entry.numel;
+      g[i] = inside ? load(gradients + 32 * i) : typename G::Bits(0);
 #pragma unroll
       for (uint32_t j = 0; j < Rule::kMoments; ++j) {
-        moments[i][j] = inside && moments_mean ? load(rule.moment(entry, j) + at) : 0.0f;
+        const float* moment = rule.moment(entry, j) + start;
+        moments[i][j] = inside && moments_mean ? load(moment + 32 * i) : 0.0f;
       }
     }
 #pragma unroll
     for (uint32_t i = 0; i < kBatch; ++i) {
-      const uint32_t at = start + 32 * i;
       const bool keeps = shuffle(kept, first_row + i) >> lane() & 1u;
-      const float gradient = by.gradient(widen(G{}, g[i]));
-      const float updated = rule.updated(w[i], gradient, moments[i], entry, by.step);
-      if (at >= entry.numel) continue;
+      float gradient = widen(G{}, g[i]);
+      if (by.divisor != 1.0f) gradient = over(gradient, by.divisor);
+      const float w = bit_as<float>(rows[first_row + i]);
+      const float updated = rule.updated(w, gradient, moments[i], entry, by.step);
+      if (start + 32 * i >= entry.numel) continue;
       sink(first_row + i, keeps ? bit_as<uint32_t>(updated) : 0u);
 #pragma unroll
       for (uint32_t j = 0; j < Rule::kMoments; ++j) {
         float* moment = rule.moment(entry, j);
-        if (moment) store(moment + at, keeps ? moments[i][j] : 0.0f);
+        if (moment) store(moment + start + 32 * i, keeps ? moments[i][j] : 0.0f);
       }
     }
   }

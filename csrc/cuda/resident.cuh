@@ -118,24 +118,32 @@ ISSP_DEVICE Part begin_part(const Table& table, const Call<T>& call, const Updat
   return part;
 }
 
-// Tile i of a part: on its way to its slot, or updated and in its slot, or just updated.
+// Tile i of a part is on its way to its slot, unless nothing will be done with it.
 template <typename T, typename Update, typename Table>
-ISSP_DEVICE void fill_slot(const Table& table, const Call<T>& call, const Update& update,
-                           const Part& part, uint32_t i, Shared shared) {
+ISSP_DEVICE void fill_slot(const Table& table, const Part& part, uint32_t i, Shared shared) {
+  if (!Update::kUpdates && !part.parts) return;
   const auto& entry = table.entries[part.entry];
+  const auto data = static_cast<const typename T::Bits*>(entry.data);
+  fetch_tile<T>(shared.from(kSharedWords + i * kSlotWords<T>), data, part.tile + i, entry.numel);
+}
+
+// The update of a part: its weights stay in their slots, or are written if none will be selected.
+template <typename T, typename Update, typename Table>
+ISSP_DEVICE void update_part(const Table& table, const Call<T>& call, const Update& update,
+                             const Part& part, Shared shared) {
   const Job<T> job(table, call, part);
-  const Shared slot = shared.from(kSharedWords + i * kSlotWords<T>);
-  if constexpr (!Update::kUpdates) {
-    if (part.parts) fetch_tile<T>(slot, job.data, part.tile + i, job.numel);
-  } else {
+#pragma unroll 1
+  for (uint32_t i = 0; i < part.tiles; ++i) {
+    const SlotRows<T> rows = held_part(job, shared).rows(i);
     uint32_t* const column_of_tile = job.data + column(part.tile + i);
-    update.update_tile(entry, part.tile + i, job.mask, shared, [&](uint32_t row, uint32_t bits) {
+    const auto sink = [&](uint32_t row, uint32_t bits) {
       if (part.parts) {
-        slot.set(column(0) + 32 * row, bits);
+        rows.slot.set(column(0) + 32 * row, bits);
       } else {
         store(column_of_tile + 32 * row, bits);
       }
-    });
+    };
+    update.update_tile(table.entries[part.entry], part.tile + i, job.mask, rows, sink, shared);
   }
 }
 
@@ -165,16 +173,11 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
   if (stopped(call)) return;
   const Shared shared = shared_memory();
   Part part = begin_part(table, call, update, block(), plan.slots, shared);
-  if constexpr (!Update::kUpdates) {
-    for (uint32_t i = 0; i < part.tiles; ++i) fill_slot(table, call, update, part, i, shared);
-  }
+  for (uint32_t i = 0; i < part.tiles; ++i) fill_slot<T, Update>(table, part, i, shared);
   while (part.tiles > 0) {
-    if constexpr (Update::kUpdates) {
-      for (uint32_t i = 0; i < part.tiles; ++i) fill_slot(table, call, update, part, i, shared);
-    } else {
-      wait_for_copies();
-      barrier();
-    }
+    wait_for_copies();
+    barrier();
+    if constexpr (Update::kUpdates) update_part(table, call, update, part, shared);
     const Job<T> job(table, call, part);
     Verdict<Key<T>> verdict = {0, 0, 0};
     uint32_t old = 0, rank = 0, flips = 0, claimed = table.tiles;
@@ -187,7 +190,8 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
       claimed = add(call.scratch + kClaimed, 1u) + blocks();
     }
     Part next = {0, 0, 0, 0, 0};
-    for (uint32_t i = 0; i < part.tiles || (!Update::kUpdates && i < next.tiles); ++i) {
+#pragma unroll 1
+    for (uint32_t i = 0; i < part.tiles || i < next.tiles; ++i) {
       if (part.parts && i < part.tiles) {
         const Target<T> target = job.target(call, i);
         const uint32_t own_old = old;
@@ -201,12 +205,10 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
         if (ticket < table.tiles) {
           next = begin_part(table, call, update, ticket, plan.slots, shared);
         }
-      } else if constexpr (!Update::kUpdates) {
+      } else {
         barrier();  // all warps have read the slot
       }
-      if constexpr (!Update::kUpdates) {
-        if (i < next.tiles) fill_slot(table, call, update, next, i, shared);
-      }
+      if (i < next.tiles) fill_slot<T, Update>(table, next, i, shared);
     }
     if (part.parts) {
       count_flips(job, call, flips, shared);

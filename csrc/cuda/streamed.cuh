@@ -156,10 +156,13 @@ count_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
     if (stopped(call)) return;
     const auto& entry = table.entries[part.entry];
     update.prepare(entry, shared);
+    barrier();
     uint32_t* const column_of_tile = job.data + column(job.tile);
-    update.update_tile(entry, job.tile, job.mask, shared, [&](uint32_t row, uint32_t updated) {
+    const auto sink = [&](uint32_t row, uint32_t updated) {
       store(column_of_tile + 32 * row, updated);
-    });
+    };
+    const GlobalRows<T> rows = {job.data, column(job.tile), job.numel};
+    update.update_tile(entry, job.tile, job.mask, rows, sink, shared);
   }
   // All loads are on their way before the first is waited for; a thread sees what it has stored.
   load_tile<T>(bits, job.data, job.tile, job.numel);
