@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _options = {"seed": 0, "resident": 0, "removed": -1, "small": False}
-_options |= {"processors": 4, "shared": None, "streamed": False}
+_options |= {"processors": 4, "shared": None, "streamed": False, "checked": True}
 
 
 def compiler() -> str | None:
@@ -106,6 +107,16 @@ def shapes(small: bool = False) -> tuple[int, int, int]:
     values = [ctypes.c_uint32() for _ in range(3)]
     library(small).emulator_shapes(*map(ctypes.byref, values))
     return tuple(value.value for value in values)
+
+
+@contextlib.contextmanager
+def unchecked():
+    """Calls within are not checked, as on a GPU, where k is not known to the host."""
+    _options["checked"] = False
+    try:
+        yield
+    finally:
+        _options["checked"] = True
 
 
 def launches() -> int:
@@ -303,10 +314,11 @@ def adam_soft_shrink_(
     *rest,
 ) -> None:
     """See schemas.py."""
-    checks.adam_soft_shrink(
-        *(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps),
-        *(weight_decay, decoupled, *rest[:10]),
-    )
+    if _options["checked"]:
+        checks.adam_soft_shrink(
+            *(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps),
+            *(weight_decay, decoupled, *rest[:10]),
+        )
     lists = {"grads": grads, "bfloat16": [g.dtype == torch.bfloat16 for g in grads]}
     lists |= {"first": exp_avgs, "second": exp_avg_sqs, "steps": steps}
     numbers = (*map(ctypes.c_double, (beta1, beta2, eps, weight_decay)), int(decoupled))
@@ -317,10 +329,11 @@ def sgd_soft_shrink_(
     weights, grads, momentum_buffers, first, lr, momentum, dampening, weight_decay, nesterov, *rest
 ) -> None:
     """See schemas.py."""
-    checks.sgd_soft_shrink(
-        *(weights, grads, momentum_buffers, first, lr, momentum, dampening),
-        *(weight_decay, nesterov, *rest[:10]),
-    )
+    if _options["checked"]:
+        checks.sgd_soft_shrink(
+            *(weights, grads, momentum_buffers, first, lr, momentum, dampening),
+            *(weight_decay, nesterov, *rest[:10]),
+        )
     lists = {"grads": grads, "bfloat16": [g.dtype == torch.bfloat16 for g in grads]}
     lists |= {"first": momentum_buffers, "is_first": first}
     numbers = (*map(ctypes.c_double, (momentum, dampening, weight_decay)), int(nesterov))
