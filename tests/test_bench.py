@@ -296,6 +296,10 @@ class TestScaling:
         curves = json.loads(files["json"].read_text())
         assert [curve["axis"] for curve in curves] == ["weights", "tensors"]
 
+    def test_layers_have_one_fan_in_whatever_their_size(self):
+        sizes = (100, 1000, 3000, 10**7)
+        assert list(map(scaling.layer, sizes)) == [(1, 100), (1, 1000), (3, 1000), (10**4, 1000)]
+
     def test_what_does_not_fit_memory_says_so(self, monkeypatch):
         monkeypatch.setattr(scaling, "free_bytes", lambda device: 20_000)
         curve = scaling.measure("weights", (peers.STEP, peers.TOPK), self.PLACES, FAST, 60.0)

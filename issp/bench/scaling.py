@@ -32,6 +32,7 @@ _STYLES = {
     peers.TOPK: {"color": "tab:blue", "markersize": 4},
     "torch.kthvalue": {"color": "tab:blue", "linestyle": "--", "markersize": 4},
 }
+_FAN_IN = 1000
 _SHARE_OF_MEMORY = 0.9
 _FIRST_GUESS = 3e-9  # seconds per weight of a drift and a step, until they have been timed
 
@@ -153,15 +154,23 @@ def run(args: argparse.Namespace, settings) -> list[Curve]:
     total = min(largest, 10**6 if args.quick else 10**7)
     counts = [count for count in COUNTS if total // count >= 100]
     end = time.monotonic() + budget
-    places = [(count, [(1, total // count)] * count) for count in counts]
+    places = [(count, [layer(total // count)] * count) for count in counts]
     tensors = measure("tensors", _COUNT_ROWS, places, settings, budget / 4)
-    places = [(n, [(1, n)]) for n in sizes]
+    places = [(n, [layer(n)]) for n in sizes]
     weights = measure("weights", _SIZE_ROWS, places, settings, end - time.monotonic())
     curves = [weights, tensors]
     for curve in curves:
         print(curve.markdown(), flush=True)
     options.deliver(args, curves, plot)
     return curves
+
+
+def layer(numel: int) -> tuple[int, int]:
+    """A layer of about so many weights, and of one fan-in: it sets the scale of the weights.
+
+    One row of a million would start at a thousandth, where the drift of a step is no small change.
+    """
+    return max(1, numel // _FAN_IN), min(numel, _FAN_IN)
 
 
 def measure(
@@ -189,7 +198,7 @@ def measure(
     machine = machine_line(settings.device)
     probe = Probe(settings.device, settings.probe_bytes)
     interleave(probe.tasks, clock, settings.rounds, settings.seconds, [mode])
-    total = sum(n for _, n in places[-1][1])
+    total = sum(rows_ * columns for rows_, columns in places[-1][1])
     what = "one tensor" if axis == "weights" else f"{total} weights in several tensors"
     curve = Curve(
         title=f"scaling: {what}, {settings.dtype}, sparsity {settings.sparsity}, "
