@@ -39,6 +39,7 @@ PACE = {
     },
 }
 SCRIPT = Path(__file__).with_name("run.py")
+_MOST_ERRORS = 4000  # characters
 LIMIT = {"cpu": 1800, "cuda": 110}
 
 
@@ -49,6 +50,7 @@ class Outcome:
     name: str
     seconds: float
     problem: str  # "" when it passed
+    errors: str
     tables: str
     samples: list
 
@@ -80,17 +82,15 @@ def run(name: str, options: Sequence[str], picture: Path | None, limit: float) -
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
             try:
                 code = subprocess.run(command, stdout=stdout, stderr=stderr, timeout=limit)
-                problem = _last_line(err) if code.returncode else ""
+                problem = "failed" if code.returncode else ""
             except subprocess.TimeoutExpired:
                 problem = f"stopped after its {limit:.0f} s"
         known = json.loads(samples.read_text()) if samples.exists() else []
-        tables = out.read_text(errors="replace")
-    return Outcome(name, time.monotonic() - begin, problem, tables, known)
-
-
-def _last_line(path: Path) -> str:
-    lines = path.read_text(errors="replace").split("\n")
-    return "failed: " + next((x.strip() for x in reversed(lines) if x.strip()), "no message")
+        tables, errors = (path.read_text(errors="replace") for path in (out, err))
+    if problem == "failed":
+        lines = [line.strip() for line in errors.splitlines() if line.strip()]
+        problem = f"failed: {lines[-1] if lines else 'no message'}"
+    return Outcome(name, time.monotonic() - begin, problem, errors, tables, known)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,6 +123,8 @@ def main(argv: Sequence[str]) -> int:
         limit = LIMIT[args.device] if args.limit is None else args.limit
         outcomes.append(run(name, [*common, *pace], picture, limit))
         print(outcomes[-1].line(), flush=True)
+        if outcomes[-1].problem:
+            print(outcomes[-1].errors[-_MOST_ERRORS:], flush=True)
         # After each: a machine that is taken away leaves what has been measured.
         text = "\n".join(outcome.markdown() for outcome in outcomes)
         (args.folder / "bench.md").write_text(text)

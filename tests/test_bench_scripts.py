@@ -52,6 +52,7 @@ class TestEverything:
         assert module.main([*words, "--only", "bad", "hanging", "good"]) == 1
         shown = capsys.readouterr().out
         assert "bad: failed: issp bench: not bitwise equal" in shown
+        assert "first line\nissp bench: not bitwise equal" in shown  # all of it, for the log
         assert "hanging: stopped after its 2 s" in shown and "good: passed" in shown
         text = (tmp_path / "results" / "bench.md").read_text()
         assert re.findall("### (.*)", text) == [
