@@ -105,7 +105,9 @@ struct Optimizer {
     }
   }
 
-  static constexpr uint32_t kBatch = 4;  // rows whose loads are on their way together
+  // Rows whose loads are on their way together: 6 loads a thread for Adam, 24 KB per SM beside the
+  // weights, which need no registers. More of them spill on sm_100.
+  static constexpr uint32_t kBatch = Rule::kMoments == 2 ? 2 : 4;
 
   template <typename G, typename Rows, typename Sink>
   ISSP_DEVICE void update_rows(uint32_t first_row, const Entry& entry, uint32_t tile, uint32_t kept,

@@ -1,0 +1,104 @@
+"""Every barrier, fence and wait of the CUDA kernels is needed: without it some schedule notices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from issp import reference
+from tests import cuda_emulator
+from tests.asserts import assert_bitwise_equal
+from tests.cuda_emulator.model import NAN, Model, normal, share
+from tests.test_cuda_resident import update_many, use
+
+pytestmark = pytest.mark.skipif(
+    cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
+)
+SEEDS = range(12)
+
+
+def _streamed(seed: int, removed: int) -> None:
+    """Every path of the two launches once, and the ops beside them."""
+    cuda_emulator.machine(streamed=True)
+    cuda_emulator.seed(seed, removed=removed, small=True)
+    ties = [
+        torch.randint(-40, 41, (n,), generator=torch.Generator().manual_seed(n)) / 32
+        for n in (400, 600, 3000)
+    ]
+    model = Model(ties, share(ties, 0.7))
+    model.step()  # searched
+    model.step()  # by the bracket
+    large = normal(450, 620, 3500, seed=seed)
+    model = Model(large, share(large, 0.9))
+    model.step()
+    model.drift(1e-3, seed)
+    model.step()
+    model.step(bracket=False)
+    few = (normal(3000, seed=seed)[0] * 40).round() / 40
+    few[::31] = 3.0
+    model = Model([few], [int((few.abs() < 3).sum()) + 40], previous=3.0)
+    model.step()  # ties among the candidates
+    assert_bitwise_equal(
+        cuda_emulator.nm_prune(large[0], 3, 450, 1, "flat")[0],
+        reference.nm_prune(large[0], 3, 450, 1, "flat")[0],
+        "n of m",
+    )
+    assert cuda_emulator.count_zeros(ties).tolist() == [int((w == 0).sum()) for w in ties]
+    found = cuda_emulator.magnitude_statistics(large)
+    torch.testing.assert_close(found, reference.magnitude_statistics(large), rtol=1e-12, atol=0)
+
+
+def _streamed_update(seed: int, removed: int) -> None:
+    cuda_emulator.machine(streamed=True)
+    cuda_emulator.seed(seed, removed=removed, small=True)
+    update_many("adam", "coupled decay", None, [seed], steps=1)
+
+
+def _resident(seed: int, removed: int) -> None:
+    """Every path of the resident launch once, with ties ranked across parts."""
+    use("8x1", seed, removed)
+    ties = [(w * 8).round() / 16 for w in normal(1500, 2100, 400, seed=seed)]
+    model = Model(ties, share(ties, 0.7))
+    model.step()  # searched
+    model.step()  # by the bracket
+    use("4x2", seed, removed)
+    weights = normal(900, 1000, 2600, 3000, seed=seed)
+    model = Model(weights, share(weights, 0.9), previous=NAN)
+    model.step()
+    model.drift(1e-3, seed)
+    model.step()
+    for side in model.sides:
+        side["k"].copy_(torch.tensor([0, 900, 0, 2600]))
+    model.step()
+
+
+def _resident_update(seed: int, removed: int) -> None:
+    use("4x2", seed, removed)
+    update_many("adam", "coupled decay", None, [seed], steps=1)
+
+
+WORKS = (_streamed, _streamed_update, _resident, _resident_update)
+
+
+def _is_noticed(site: int) -> bool:
+    for seed in SEEDS:
+        for work in WORKS:
+            try:
+                work(seed, site)
+            except (RuntimeError, AssertionError):
+                return True
+    return False
+
+
+def test_every_barrier_fence_and_wait_is_needed():
+    """Leaves out one after the other; each file's sites are found by running everything once."""
+    try:
+        for work in WORKS:
+            work(0, -1)
+        library = cuda_emulator.library(small=True)
+        names = [library.emulator_site_name(i).decode() for i in range(library.emulator_sites())]
+        own = [i for i, name in enumerate(names) if not name.startswith("planted")]
+        assert {"resident", "streamed"} <= {n.split(".")[0] for n in names}
+        assert [names[site] for site in own if not _is_noticed(site)] == []
+    finally:
+        cuda_emulator.machine()
