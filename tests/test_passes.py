@@ -21,6 +21,8 @@ CASES = (
     Case("special", ((600,), (70,), (9, 9)), (0, 0, 0), "special"),
     Case("magnitudes", ((900,), (70,), (9, 9)), (0, 0, 0), "magnitudes"),
 )
+# The interpreter computes with numpy, which warns of what the tests provoke.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid|overflow|divide):RuntimeWarning")
 needs_emulator = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
 )
