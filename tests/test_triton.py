@@ -317,7 +317,7 @@ def test_every_kernel_compiles_without_spills(capsys):
     assert {row["target"] for row in rows} == {80, 90, 100}
     names = {row["kernel"] for row in rows}
     assert names >= {"count", "apply", "radix_pass", "sum_rows", "rank_groups"}
-    assert names >= {"apply_masks", "regularize", "zeros", "parts", "merge"}
+    assert names >= {"apply_masks", "regularize", "zeros", "parts", "merge", "adam", "sgd"}
     table = {
         f"{row['kernel']} {row['dtype']} sm_{row['target']}": (
             row["registers"],
@@ -329,7 +329,9 @@ def test_every_kernel_compiles_without_spills(capsys):
         print(f"\nregisters, shared bytes: {table}")
     for row in rows:
         assert row["local_bytes"] == 0, f"spills: {row}"
-        assert row["ftz"] == row["fma"] == 0, f"not the reference's arithmetic: {row}"
+        updates = row["kernel"] in ("adam", "sgd")  # where the rule itself has fused operations
+        assert row["ftz"] == 0, f"denormals would be flushed: {row}"
+        assert row["fma"] == 0 or updates, f"not the reference's arithmetic: {row}"
         if row["kernel"] in ("count", "apply", "radix_pass"):
             # One conversion through shared memory would take the tile's size, 8 KB.
             assert row["shared_bytes"] <= 1024, f"a tile passes through shared memory: {row}"

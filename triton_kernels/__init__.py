@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .adam_soft_shrink import adam_soft_shrink_
 from .apply_masks import apply_masks_
 from .count_zeros import count_zeros
 from .magnitude_statistics import magnitude_statistics
 from .magnitude_threshold import magnitude_threshold
 from .nm_prune import nm_prune
 from .regularize import regularize_
+from .sgd_soft_shrink import sgd_soft_shrink_
 from .soft_shrink import soft_shrink_
 
 __all__ = [
+    "adam_soft_shrink_",
     "apply_masks_",
     "count_zeros",
     "implementations",
@@ -25,6 +28,7 @@ __all__ = [
     "magnitude_threshold",
     "nm_prune",
     "regularize_",
+    "sgd_soft_shrink_",
     "soft_shrink_",
 ]
 
@@ -39,4 +43,6 @@ def implementations() -> dict[str, Callable]:
         "regularize_": regularize_,
         "magnitude_statistics": magnitude_statistics,
         "count_zeros": count_zeros,
+        "adam_soft_shrink_": adam_soft_shrink_,
+        "sgd_soft_shrink_": sgd_soft_shrink_,
     }

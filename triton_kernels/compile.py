@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .adam_soft_shrink import adam
 from .apply_masks import apply_masks
 from .count_zeros import zeros
 from .magnitude_statistics import CHUNK, MERGE_LAUNCH, merge, parts
@@ -29,8 +30,10 @@ from .nm_prune import TILE as SMALL_TILE
 from .nm_prune import rank_groups, sum_rows
 from .regularize import regularize
 from .select import radix_pass
+from .sgd_soft_shrink import sgd
 from .soft_shrink import AXIS, apply, count
 from .tables import TILE, launch
+from .updates import LAUNCH as UPDATE_LAUNCH
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _BITS = {"float32": "*i32", "float16": "*i16", "bfloat16": "*i16", "float64": "*i64"}
@@ -40,7 +43,8 @@ _ARGUMENTS = {
     "rows": "*i64", "tiles": "*i32", "k": "*i64", "work": "*i64", "flips": "*i64",
     "thresholds": "bits", "weight": "bits", "out": "bits", "scores": "bits",
     "masks": "*i32", "scratch": "*i32", "found_inf": "*fp32", "counts": "*i64",
-    "sums": "*fp64", "statistics": "*fp64",
+    "sums": "*fp64", "statistics": "*fp64", "table": "*i64", "arrivals": "*i32",
+    "lr_tensor": "*fp32", "grad_scale": "*fp32",
 }  # fmt: skip
 
 
@@ -57,6 +61,14 @@ def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     yield zeros, tiled | {"ALIGNED": True}, launch(dtype)
     yield parts, tiled | {"ALIGNED": True}, launch(dtype)
     yield merge, {"TILE": TILE, "CHUNK": CHUNK}, MERGE_LAUNCH
+    if dtype == "float32":
+        # the rules with the most arithmetic; the others leave some of it out
+        update = {"FROZEN": False, "COUNT": True, "SPAN": 8, "TILE": TILE, "AXIS": AXIS}
+        update |= {"MAXIMIZE": False}
+        yield adam, update | {"COUPLED": True, "DECOUPLED": False}, UPDATE_LAUNCH
+        frozen = update | {"FROZEN": True, "COUNT": False, "TILE": TILE // 2}
+        yield adam, frozen | {"COUPLED": False, "DECOUPLED": True}, UPDATE_LAUNCH
+        yield sgd, update | {"DECAY": True, "MOMENTUM": True, "NESTEROV": True}, UPDATE_LAUNCH
     small = {"DTYPE": dtype, "TILE": SMALL_TILE}
     yield sum_rows, small, SMALL_LAUNCH
     yield rank_groups, small | {"INDEX": tl.int32}, SMALL_LAUNCH

@@ -116,23 +116,16 @@ def among_candidates(
     return tau, cutoff
 
 
-@triton.jit(do_not_specialize=["shrink_high", "shrink_low"])
-def count(
-    rows, tiles, k, thresholds, flips, scratch, found_inf, shrink_high, shrink_low,
+@triton.jit
+def count_span(
+    rows, t, source, n, index, programs, wanted, thresholds, flips, scratch, shrink,
     DTYPE: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Launch 1: counts, candidates, and in the last program of a tensor its threshold."""
-    if overflowed(found_inf):
-        return
-    t, address, n, index, programs = locate(rows, tiles, tl.program_id(0))
-    wanted = tl.load(k + t)
-    if (wanted < 0) | (wanted > n):
-        return
+    """Counts, candidates, and in the last program of a tensor its threshold."""
     words, capacity = region(rows, t, scratch)
     counters = words.to(tl.pointer_type(tl.int64))  # arrivals, below, inside, tau, cutoff
     words += 16
-    source = pointer(address, DTYPE, False)
-    low, high = bracket(tl.load(thresholds + t), factor(shrink_high, shrink_low, DTYPE), DTYPE)
+    low, high = bracket(tl.load(thresholds + t), shrink, DTYPE)
     if (low <= high) & (wanted > 0):
         # [TILE / 256, 256], or its transpose: a thread owns a column, so that its counts run down
         # its own registers and only the 256 totals are scanned across threads. Four-byte loads (no
@@ -182,6 +175,26 @@ def count(
             tau, cutoff = search(source, n, wanted, DTYPE, TILE)
         tl.store(thresholds + t, tau.to(thresholds.dtype.element_ty))
         conclude(rows, t, scratch, flips, tau, cutoff)
+
+
+@triton.jit(do_not_specialize=["shrink_high", "shrink_low"])
+def count(
+    rows, tiles, k, thresholds, flips, scratch, found_inf, shrink_high, shrink_low,
+    DTYPE: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Launch 1."""
+    if overflowed(found_inf):
+        return
+    t, address, n, index, programs = locate(rows, tiles, tl.program_id(0))
+    wanted = tl.load(k + t)
+    if (wanted < 0) | (wanted > n):
+        return
+    source = pointer(address, DTYPE, False)
+    shrink = factor(shrink_high, shrink_low, DTYPE)
+    count_span(
+        rows, t, source, n, index, programs, wanted, thresholds, flips, scratch, shrink,
+        DTYPE, SPAN, TILE, AXIS,
+    )  # fmt: skip
 
 
 @triton.jit

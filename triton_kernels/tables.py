@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,8 +50,8 @@ class Tables(NamedTuple):
         return (self.tiles.numel(),)
 
 
-_cache: OrderedDict[tuple, Tables] = OrderedDict()
-_captured: dict[tuple, Tables] = {}  # a graph reads these tables as long as the process lives
+_cache: OrderedDict[tuple, tuple] = OrderedDict()
+_captured: dict[tuple, tuple] = {}  # a graph reads these tables as long as the process lives
 _CACHED = 64
 
 
@@ -93,15 +93,36 @@ def tables(
     """
     pointers, numels = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
     name = (pointers, numels, tile, span, None if keep is None else tuple(keep))
-    capturing = tensors[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    device = tensors[0].device
+
+    def build() -> Tables:
+        found = _build(pointers, numels, tile, span or _span(numels, tile), keep)
+        return found._replace(rows=found.rows.to(device), tiles=found.tiles.to(device))
+
+    return _remembered(name, device, build)
+
+
+def uploaded(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """A table of one row per tensor, and as many int32 counters at 0, both cached by the values.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and the table has to be uploaded first.
+    """
+
+    def build() -> tuple[Tensor, Tensor]:
+        table = torch.tensor(rows, dtype=torch.int64).to(device)
+        return table, torch.zeros(len(rows), dtype=torch.int32, device=device)
+
+    return _remembered(tuple(rows), device, build)
+
+
+def _remembered(name: tuple, device: torch.device, build: Callable[[], tuple]) -> tuple:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     found = _captured.get(name) or _cache.get(name)
     if found is None and capturing:
         raise RuntimeError("call the op once with these tensors before capturing a CUDA graph")
     if found is None:
-        found = _build(pointers, numels, tile, span or _span(numels, tile), keep)
-        found = found._replace(
-            rows=found.rows.to(tensors[0].device), tiles=found.tiles.to(tensors[0].device)
-        )
+        found = build()
         _cache[name] = found
         if len(_cache) > _CACHED:
             _cache.popitem(last=False)
