@@ -303,6 +303,8 @@ def regularize(grads, weights, factors, masks) -> None:
     dtype, device = weights[0].dtype, weights[0].device
     _beside(weights, grads, "grads", (dtype,))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if not isinstance(factors, Tensor):
+        raise TypeError(f"factors must be a tensor, not {type(factors).__name__}")
     if factors.dtype != wide:
         raise TypeError(f"factors has dtype {factors.dtype}: it must be {wide} for {dtype} weights")
     if factors.device != device:

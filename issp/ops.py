@@ -161,6 +161,12 @@ adam_soft_shrink_ = _explained(checks.adam_soft_shrink)(lambda *args: _op.adam_s
 sgd_soft_shrink_ = _explained(checks.sgd_soft_shrink)(lambda *args: _op.sgd_soft_shrink_(*args))
 
 
+def _numels(tensors: Sequence[Tensor], name: str) -> list[int]:
+    if not all(isinstance(x, Tensor) for x in tensors):
+        checks.tensors(tensors, name, same_dtype=False)
+    return [x.numel() for x in tensors]
+
+
 @torch.no_grad()
 def soft_shrink_(
     weights: list[Tensor],
@@ -230,7 +236,7 @@ def apply_masks_(tensors: list[Tensor], state: ShrinkState) -> None:
         TypeError, ValueError: see `issp.checks`; nothing has been modified.
     """
     sets = max(1, len(tensors) // len(state.numels))
-    if [x.numel() for x in tensors] != state.numels * sets:
+    if _numels(tensors, "tensors") != state.numels * sets:
         raise ValueError("tensors must have the sizes of the state's weights, in the same order")
     _apply_masks(tensors, state.packed, sets)
     if not torch.compiler.is_compiling():
@@ -257,7 +263,7 @@ def regularize_(
 
     Source: ISS-R, the regularisation variant of ISS-P; the authors add lambda * w to the gradient.
     """
-    if [w.numel() for w in weights] != state.numels:
+    if _numels(weights, "weights") != state.numels:
         raise ValueError("weights must be those of the state, in the same order")
     _regularize(grads, weights, factors, state.packed)
     if not torch.compiler.is_compiling():

@@ -372,6 +372,7 @@ def lists_of(change):
         f"{change}: integers": (
             lambda t: t.__setitem__(0, torch.arange(100)), TypeError, "dtype|float32",
         ),
+        f"{change}: no tensor": (lambda t: t.__setitem__(0, "x"), TypeError, "must be a tensor"),
         f"{change}: not contiguous": (
             lambda t: t.__setitem__(1, torch.ones(10, 6).T), ValueError, "contiguous",
         ),
@@ -395,6 +396,7 @@ BAD_REGULARIZE = {
         lambda t: t.__setitem__(0, torch.ones(100).half()), TypeError, "float16",
     ),
     "factors: another dtype": (torch.ones(2).double(), TypeError, "factors has dtype"),
+    "factors: a list": ([1.0, 1.0], TypeError, "factors must be a tensor"),
     "factors: one too few": (torch.ones(1), ValueError, "2 elements, one per weight"),
     "masks: too short": (torch.zeros(16, dtype=torch.int32), ValueError, "32 elements"),
     "masks: another dtype": (torch.zeros(32), TypeError, "int32"),
@@ -402,7 +404,8 @@ BAD_REGULARIZE = {
 
 
 def watched(arguments):
-    found = [x for x in (*arguments["grads"], *arguments["weights"]) if x.device.type == "cpu"]
+    both = [x for x in (*arguments["grads"], *arguments["weights"]) if isinstance(x, torch.Tensor)]
+    found = [x for x in both if x.device.type == "cpu"]
     return found, [x.clone() for x in found]
 
 
