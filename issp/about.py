@@ -33,9 +33,6 @@ def info() -> dict[str, Any]:
             "active": {
                 device: backends.active(device) for device in ("cpu", "cuda")[: 1 + bool(gpu)]
             },
-            "by_reference": {
-                device: backends.by_reference(device) for device in ("cpu", "cuda")[: 1 + bool(gpu)]
-            },
             "unused": backends.problems(),
             "forced": os.environ.get("ISSP_BACKEND"),
         },

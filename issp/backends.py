@@ -28,10 +28,6 @@ OPS = {
     "adam_soft_shrink_": checks.adam_soft_shrink,
     "sgd_soft_shrink_": checks.sgd_soft_shrink,
 }
-# What a back end does not have yet: there the reference serves. Emptied as kernels land.
-PENDING: dict[str, frozenset[str]] = {
-    "cuda": frozenset({"adam_soft_shrink_", "sgd_soft_shrink_"}),
-}
 _LIBRARIES = {"cpp": "_C", "cuda": "_CUDA"}
 
 _active: dict[str, str] = {}
@@ -48,14 +44,9 @@ def problems() -> dict[str, str]:
     return dict(_problems)
 
 
-def ops_of(name: str) -> list[str]:
-    """The ops that a back end has itself."""
-    return [op for op in OPS if op not in PENDING.get(name, ())]
-
-
 def by_reference(device: str) -> list[str]:
-    """The ops that the reference serves on a device type although another back end is active."""
-    return [op for op in OPS if op in PENDING.get(active(device), ())]
+    """The ops that the slow reference serves on a device type."""
+    return list(OPS) if active(device) == "reference" else []
 
 
 def implementations(name: str) -> dict[str, Callable]:
@@ -64,12 +55,12 @@ def implementations(name: str) -> dict[str, Callable]:
         return {op: getattr(reference, op) for op in OPS}
     if name == "triton":
         table = _import_triton().implementations()
-        return {op: _checked(OPS[op], table[op]) for op in ops_of(name)}
+        return {op: _checked(OPS[op], table[op]) for op in OPS}
     if name not in _active.values():
         raise RuntimeError(
             f"back end {name} is not active here: {_problems.get(name, 'not loaded')}"
         )
-    return {op: getattr(torch.ops.issp, op).default for op in ops_of(name)}
+    return {op: getattr(torch.ops.issp, op).default for op in OPS}
 
 
 def _checked(check: Callable, call: Callable) -> Callable:

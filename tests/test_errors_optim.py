@@ -145,15 +145,12 @@ def test_the_sentence_names_the_argument(kind, name, change, error, words):
 @pytest.mark.parametrize(("kind", "name", "change", "error", "words"), BAD, ids=IDS)
 @pytest.mark.parametrize("back_end", [b for b in BACK_ENDS if b.device == "cpu"], ids=str)
 def test_every_back_end_refuses_by_itself(back_end, kind, name, change, error, words):
-    table = back_end.load()
-    op = f"{kind}_soft_shrink_"
-    if op not in table:
-        pytest.skip(f"{back_end} has no {op} yet: the reference serves there")
+    op = back_end[f"{kind}_soft_shrink_"]
     arguments = good(kind)
     change(arguments)
     tensors, before = watched(arguments)
     with pytest.raises((RuntimeError, TypeError, ValueError)):
-        table[op](*arguments.values())
+        op(*arguments.values())
     for x, y in zip(tensors, before, strict=True):
         assert_bitwise_equal(x, y, name)
 

@@ -31,11 +31,6 @@ def main(args: argparse.Namespace) -> int:
         ("torch", facts["torch"]),
         ("packages", ", ".join(packages)),
         ("active", active + (f" (ISSP_BACKEND={found['forced']})" if found["forced"] else "")),
-        *(
-            ("slow", f"{device}: {', '.join(ops)} by the reference")
-            for device, ops in found["by_reference"].items()
-            if ops
-        ),
         *(("not in use", f"{name}: {why}") for name, why in found["unused"].items()),
         ("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use"),
         ("features", f"{' '.join(cpu['features'] or ['unknown'])}; torch uses {cpu['torch']}"),

@@ -242,7 +242,7 @@ class FusedStep:
     def _refusal(self, group: dict[str, Any]) -> str:
         """Why the options of a group are not the op's; "" if they are."""
         if not group["fused"]:
-            return "fused is not True"
+            return f"fused is {group['fused']}"
         if group["differentiable"]:
             return "differentiable"
         if isinstance(group["weight_decay"], Tensor):
@@ -254,7 +254,7 @@ class FusedStep:
     def _check_kernel(self, plan: Plan) -> None:
         device = plan.weights[0].device.type if plan.weights else "cpu"
         if self._op in backends.by_reference(device):
-            raise Unsuited(f"{self._op} has no kernel in the back end {backends.active(device)}")
+            raise Unsuited(f"the slow reference would serve {self._op} on {device}")
 
     def _fill(self, group: dict[str, Any], plan: Plan) -> None:
         raise NotImplementedError
