@@ -220,6 +220,20 @@ def test_other_dtypes_are_stepped_by_torch():
     assert twin.pruner.summary().selected > 0
 
 
+def test_parameters_of_another_type_are_stepped_by_torch():
+    class Own(nn.Parameter):
+        pass
+
+    def model():
+        net = network()
+        net[5].weight = Own(net[5].weight.detach())
+        return net
+
+    pair = twins("adam", model=model)
+    together(*pair, 2)
+    assert pair[1].opt.report[0].why == "weights of type Own"
+
+
 def test_impossible_options_are_refused_before_anything_is_written():
     twin = Twin("adam", True)
     twin.step(0)

@@ -121,6 +121,8 @@ class Plan:
 
 def _check(weights: Sequence[Tensor]) -> None:
     for weight in weights:
+        if type(weight) not in (Tensor, torch.nn.Parameter):
+            raise Unsuited(f"weights of type {type(weight).__name__}")  # DTensor among them
         if weight.dtype != torch.float32:
             raise Unsuited(f"weights of {weight.dtype}")
         if weight.device != weights[0].device:
