@@ -3,6 +3,12 @@
 Arguments, defaults, `param_groups` and `state_dict` are torch's; states load both ways. With a
 pruner attached, a parameter group costs one op call per step; without one, and for what the op does
 not take, the step is torch's own and `report` says why.
+
+Differences from torch's fused optimizers: gradients scaled by a GradScaler are unscaled on the fly,
+not in place; float32 weights may have bfloat16 gradients (`p.grad_dtype = torch.bfloat16`); moments
+below the smallest normal number become zero; tensors whose size is no multiple of a vector's length
+may differ from torch's CPU kernels, and all from its CUDA kernels, by rounding. Hooks registered on
+the optimizer before the pruner see weights that are shrunk already.
 """
 
 from issp.optim.adam import Adam, AdamW

@@ -12,6 +12,8 @@ from issp.optim.plan import Plan, Unsuited
 from issp.optim.step import FusedStep, like
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+# torch's refusal to be captured in a graph unless `capturable`; the second is its older name.
+_HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
 class _AdamStep(FusedStep):
@@ -19,7 +21,10 @@ class _AdamStep(FusedStep):
 
     def step(self, closure=None):
         """As torch's; with a pruner attached, update and shrink in one pass."""
-        self._accelerator_graph_capture_health_check()
+        for name in _HEALTH_CHECKS:
+            if hasattr(self, name):
+                getattr(self, name)()
+                break
         return super().step(closure)
 
     def _refusal(self, group: dict[str, Any]) -> str:
