@@ -171,11 +171,12 @@ def test_freezing_within_a_step_and_leaving():
     assert "no pruner" in pair[1].opt.report[0].why
 
 
-def test_a_state_entry_that_somebody_replaced_is_used():
+def test_state_entries_that_somebody_replaced_or_emptied_are_used():
     pair = twins("adam")
     together(*pair, 3)
     for twin in pair:
         twin.opt.state[twin.model[2].weight] = {}
+        twin.opt.state[twin.model[0].bias].clear()
     together(*pair, 3, begin=3)
     assert pair[1].opt.state[pair[1].model[2].weight]["step"] == 3
 

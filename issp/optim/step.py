@@ -193,7 +193,7 @@ class FusedStep:
             try:
                 self._run(group, plan, grads, turn)
                 return True
-            except (RuntimeError, TypeError, ValueError):
+            except (KeyError, RuntimeError, TypeError, ValueError):
                 pass  # nothing has been modified: a tensor has changed, look at all of them anew
         try:
             plan = Plan(params, grads, pruned)
