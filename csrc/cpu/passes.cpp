@@ -90,8 +90,8 @@ std::string cpu_capability(std::string want) {
   return kNames[level()];
 }
 
-#define ISSP_PASSES(isa)                                                                        \
-  {isa::speculate<T>, isa::restore<T>,   isa::settle<T>, isa::merge,   isa::count_less<Key<T>>, \
+#define ISSP_PASSES(isa)                                                          \
+  {isa::speculate<T>, isa::restore<T>,   isa::settle<T>, isa::count_less<Key<T>>, \
    isa::census<T>,    isa::histogram<T>, isa::apply<T>,  isa::clear<T>}
 
 template <typename T>

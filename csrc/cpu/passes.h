@@ -41,7 +41,7 @@ struct KeyRange {
 
 // What a speculative pass over a range of groups leaves behind; see speculate.inc.h.
 struct Ledger {
-  uint64_t* kept;   // a word per group: the mask if no candidate were selected
+  uint64_t* mask;   // a word per group: the mask before the pass
   uint64_t* odd;    // a word per group: the lowest bit of every weight before the pass
   int32_t* groups;  // groups to settle: those with candidates from the front, postponed ones from
   int64_t room;     //   the back; room for all
@@ -53,6 +53,7 @@ struct Sight {
   int64_t listed;     // groups with candidates
   int64_t postponed;  // groups in which nothing has been shrunk yet
   int64_t stored;     // candidates whose keys were gathered; none of a range of one key
+  int64_t flips;      // mask bits that changed; candidates keep theirs until they are settled
 };
 
 // Adam's or SGD's update of one tensor, whose weights are passed on their own.
@@ -72,11 +73,11 @@ template <typename T>
 struct Passes {
   using Bits = typename T::Bits;
   Sight (*speculate)(Bits*, int64_t, Range, const TensorUpdate*, KeyRange<T>, Key<T>,
-                     typename T::Wide, const Ledger&, Key<T>*, int64_t, const uint64_t*);
-  void (*restore)(Bits*, int64_t, Range, Key<T>, typename T::Wide, const Ledger&, const Sight&);
-  void (*settle)(Bits*, int64_t, Range, KeyRange<T>, const Selection<T>&, typename T::Wide,
-                 const Ledger&, const Sight&);
-  int64_t (*merge)(Range, const uint64_t*, uint64_t*);
+                     typename T::Wide, const Ledger&, Key<T>*, int64_t, uint64_t*);
+  void (*restore)(Bits*, int64_t, Range, Key<T>, typename T::Wide, const Ledger&, const Sight&,
+                  uint64_t*);
+  int64_t (*settle)(Bits*, int64_t, KeyRange<T>, const Selection<T>&, typename T::Wide,
+                    const Ledger&, const Sight&, uint64_t*);
   int64_t (*count_less)(const Key<T>*, int64_t, Key<T>);
   Census<T> (*census)(const Bits*, int64_t, Range, Key<T>, Key<T>, Key<T>*, int64_t);
   void (*histogram)(const Bits*, int64_t, Key<T>, Key<T>, int, int64_t*);

@@ -91,11 +91,11 @@ class ShrinkItem {
     const Range groups = team_.share(p, numel_);
     const int64_t count = groups.end - groups.begin;
     const Space mine = space_.share(p, team_.size);
-    auto* const kept = reinterpret_cast<uint64_t*>(mine.data);
-    auto* const listed = reinterpret_cast<int32_t*>(kept + 2 * count);
+    auto* const words = reinterpret_cast<uint64_t*>(mine.data);
+    auto* const listed = reinterpret_cast<int32_t*>(words + 2 * count);
     const Space rest = mine.from(16 * count + (4 * count + 7) / 8 * 8);
     return {groups,
-            {kept, kept + count, listed, count},
+            {words, words + count, listed, count},
             reinterpret_cast<Key<T>*>(rest.data),
             rest.bytes / int64_t(sizeof(Key<T>))};
   }
@@ -130,16 +130,15 @@ class ShrinkItem {
     if (k <= below || k > below + inside || !complete) {
       team_.each([&](int64_t p) {
         const Desk at = desk(p);
-        pass.restore(w_, numel_, at.groups, range.lo, shrink_, at.ledger, seen[size_t(p)]);
+        pass.restore(w_, numel_, at.groups, range.lo, shrink_, at.ledger, seen[size_t(p)], mask_);
       });
       return std::nullopt;
     }
     const Found<T> found = decide(parts, range, k, below);
     flips = over_team([&](int64_t p) {
-      const Desk at = desk(p);
-      pass.settle(w_, numel_, at.groups, range, found.per_part[size_t(p)], shrink_, at.ledger,
-                  seen[size_t(p)]);
-      return pass.merge(at.groups, at.ledger.kept, mask_);
+      const Sight& sight = seen[size_t(p)];
+      return sight.flips + pass.settle(w_, numel_, range, found.per_part[size_t(p)], shrink_,
+                                       desk(p).ledger, sight, mask_);
     });
     return found.tau;
   }

@@ -4,17 +4,17 @@
 // The previous threshold foretells a narrow range that holds the new one. `speculate` shrinks, in
 // its one read and one write of the weights, every key below the range; those above stay, and the
 // groups of 64 elements that hold candidates, keys inside, are listed. If the counts show that the
-// rank lies among the candidates, `settle` shrinks those of them that are selected, a per cent of
-// the weights, and the mask is merged from the ledger. If not, `restore` undoes the pass bit by bit
-// and the search starts over.
+// rank lies among the candidates, `settle` shrinks those of them that are selected, less than a per
+// cent of the weights. If not, `restore` undoes the pass bit by bit and the search starts over.
 //
 // Undoing is possible although fl(shrink * w) is many-to-one: for shrink > 1/2 at most two weights,
 // neighbours, have the same product, so that one bit per weight, its lowest, tells them apart. The
 // exception are products that are flushed to zero: a group that holds such a weight is postponed,
 // which means left alone until the threshold is known.
 //
-// Traffic per float32 weight: 4 bytes read, 4 written; the ledger (2 bits) stays in the cache from
-// tensor to tensor; 1/8 byte of mask read, written where it changes.
+// Traffic per float32 weight: 4 bytes read, 4 written; 1/8 byte of mask read and written. The ledger
+// (two bits: the lowest bit and the old mask's) is written again and again in the same place, which
+// stays in the cache, and read only to restore.
 
 namespace issp::ISSP_ISA {
 
@@ -42,9 +42,9 @@ template <typename T>
 ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups,
                             const TensorUpdate* update, KeyRange<T> range, Key<T> flushed_below,
                             typename T::Wide shrink, const Ledger& ledger, Key<T>* keys,
-                            int64_t room, const uint64_t* mask) {
+                            int64_t room, uint64_t* mask) {
   using L = Lanes<T>;
-  int64_t below = 0, inside = 0, listed = 0, postponed = 0, gathered = 0, stored = 0;
+  int64_t below = 0, inside = 0, listed = 0, postponed = 0, gathered = 0, stored = 0, flips = 0;
   const auto gather_listed = [&]() ISSP_TARGET {
     for (; gathered < listed; ++gathered) {
       const int64_t g = ledger.groups[gathered];
@@ -54,7 +54,7 @@ ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups,
   for (int64_t g = groups.begin; g < groups.end; ++g) {
     Group<T> group(w, g, numel);
     prefetch(w + 64 * g, 64 * sizeof(*w));
-    if (g % kLineGroups == 0) __builtin_prefetch(mask + g, 0, 2);  // for `merge`
+    if (g % kLineGroups == 0) __builtin_prefetch(mask + g + 8 * kLineGroups, 1, 2);
     if constexpr (std::is_same_v<T, Float32>) {
       if (update) update_group(group, g, *update);
     }
@@ -69,7 +69,8 @@ ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups,
     const uint64_t under = less.joined(), in = up_to.joined() ^ under;
     below += __builtin_popcountll(under);
     inside += __builtin_popcountll(in);
-    ledger.kept[g - groups.begin] = ~under & group.bits();
+    const uint64_t old = mask[g];
+    ledger.mask[g - groups.begin] = old;
     ledger.odd[g - groups.begin] = odd.joined();
     if (__builtin_expect(tiny.joined() != 0, 0)) {
       ledger.groups[ledger.room - ++postponed] = int32_t(g);
@@ -77,6 +78,9 @@ ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups,
       stored += gather<T>(w, numel, g, range, keys + stored, room - stored);
       continue;
     }
+    const uint64_t kept = ((~under & ~in) | (in & old)) & group.bits();  // candidates: later
+    mask[g] = kept;
+    flips += __builtin_popcountll(kept ^ old);
     ledger.groups[listed] = int32_t(g);  // no branch: candidates come at random
     listed += in != 0;
     for (int i = 0; i < 64; i += L::width) {
@@ -86,40 +90,51 @@ ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups,
     if (g % kBlock == kBlock - 1) gather_listed();
   }
   gather_listed();
-  return {below, inside, listed, postponed, stored};
+  return {below, inside, listed, postponed, stored, flips};
 }
 
-// The weight whose product is `bits`, given its lowest bit.
+// Whether `candidate` has the product `bits` and the lowest bit `odd`.
 template <typename T>
-ISSP_TARGET inline typename T::Bits unshrunk(typename T::Bits bits, bool odd,
-                                             typename T::Wide shrink) {
+ISSP_TARGET inline bool fits(typename T::Bits candidate, typename T::Bits bits, bool odd,
+                             typename T::Wide shrink) {
+  const auto product = typename T::Wide(widen(T{}, candidate) * shrink);
+  return narrow(T{}, product) == bits && (candidate & 1) == typename T::Bits(odd);
+}
+
+// Replaces the products below lo by the weights they came from: the quotient or one of its
+// neighbours. Zero is the product of zero alone here. No branches: the loop becomes vectors.
+template <typename T>
+ISSP_TARGET inline void unshrink_group(typename T::Bits* data, uint64_t odds, Key<T> lo,
+                                       typename T::Wide shrink) {
   using Bits = typename T::Bits;
-  if (key<T>(bits) == 0) return bits;  // only zero itself has the product zero here
-  const Bits near = narrow(T{}, typename T::Wide(widen(T{}, bits) / shrink));
-  Bits found = near;
-  for (const Bits candidate : {Bits(near - 1), Bits(near + 1), near}) {
-    const bool fits = shrunk<T>(candidate, shrink) == bits && (candidate & 1) == Bits(odd);
-    found = fits ? candidate : found;
+  Bits odd[64];
+  for (int i = 0; i < 64; ++i) odd[i] = odds >> i & 1;
+  for (int i = 0; i < 64; ++i) {
+    const Bits bits = data[i];
+    const Bits near = narrow(T{}, typename T::Wide(widen(T{}, bits) / shrink));
+    Bits found = near;
+    found = fits<T>(near - 1, bits, odd[i], shrink) ? Bits(near - 1) : found;
+    found = fits<T>(near + 1, bits, odd[i], shrink) ? Bits(near + 1) : found;
+    const bool shrunk = (key<T>(bits) < lo) & (key<T>(bits) != 0);
+    data[i] = shrunk ? found : bits;
   }
-  return found;
 }
 
 // Undoes `speculate`: what is below lo now was below it before, and only that has been shrunk.
 template <typename T>
 ISSP_TARGET void restore(typename T::Bits* w, int64_t numel, Range groups, Key<T> lo,
-                         typename T::Wide shrink, const Ledger& ledger, const Sight& sight) {
+                         typename T::Wide shrink, const Ledger& ledger, const Sight& sight,
+                         uint64_t* mask) {
   int64_t postponed = 0;
   for (int64_t g = groups.begin; g < groups.end; ++g) {
+    mask[g] = ledger.mask[g - groups.begin];
     if (postponed < sight.postponed && ledger.groups[ledger.room - 1 - postponed] == g) {
       ++postponed;
       continue;
     }
-    const uint64_t odd = ledger.odd[g - groups.begin];
-    const int64_t count = std::min<int64_t>(64, numel - 64 * g);
-    for (int64_t i = 0; i < count; ++i) {
-      typename T::Bits& bits = w[64 * g + i];
-      if (key<T>(bits) < lo) bits = unshrunk<T>(bits, odd >> i & 1, shrink);
-    }
+    Group<T> group(w, g, numel);
+    unshrink_group<T>(group.data, ledger.odd[g - groups.begin], lo, shrink);
+    group.store(w, g);
   }
 }
 
@@ -143,45 +158,38 @@ ISSP_TARGET inline void for_listed(const void* w, size_t group_bytes, const Ledg
 }
 
 // Shrinks the candidates that are selected (Selection: as in `apply`), and in postponed groups
-// whatever is.
+// whatever is; returns how many more bits of the mask changed, which may be fewer.
 template <typename T>
-ISSP_TARGET void settle(typename T::Bits* w, int64_t numel, Range groups, KeyRange<T> range,
-                        const Selection<T>& chosen, typename T::Wide shrink, const Ledger& ledger,
-                        const Sight& sight) {
+ISSP_TARGET int64_t settle(typename T::Bits* w, int64_t numel, KeyRange<T> range,
+                           const Selection<T>& chosen, typename T::Wide shrink,
+                           const Ledger& ledger, const Sight& sight, uint64_t* mask) {
   using L = Lanes<T>;
-  int64_t ties = chosen.ties;
+  int64_t ties = chosen.ties, flips = 0;
   for_listed(w, 64 * sizeof(*w), ledger, sight, [&](int64_t g, bool postponed) ISSP_TARGET {
     Group<T> group(w, g, numel);
-    Masks<L> less, selected, same;
+    Masks<L> less, up_to, selected, same;
     for (int i = 0; i < 64; i += L::width) {
       const auto bits = L::load(group.data + i);
-      less.lanes[i / L::width] = L::less(bits, postponed ? 0 : range.lo);
+      less.lanes[i / L::width] = L::less(bits, range.lo);
+      up_to.lanes[i / L::width] = L::less(bits, range.hi + 1);
       selected.lanes[i / L::width] = L::less(bits, chosen.bound);
       same.lanes[i / L::width] = L::equal(bits, chosen.bound);
     }
-    uint64_t take = selected.joined() & ~less.joined();
+    const uint64_t open = postponed ? group.bits() : up_to.joined() & ~less.joined();
+    uint64_t take = selected.joined() & open;
     if (chosen.partial) {
-      const uint64_t first = lowest(same.joined() & group.bits(), ties);
+      const uint64_t first = lowest(same.joined() & open, ties);
       ties -= __builtin_popcountll(first);
       take |= first;
     }
-    take &= group.bits();
     for (int i = 0; i < 64; i += L::width) {
       L::store_shrunk(group.data + i, L::load(group.data + i), lanes_of<L>(take, i), shrink);
     }
     group.store(w, g);
-    ledger.kept[g - groups.begin] &= ~take;
+    const uint64_t kept = (mask[g] | open) & ~take;
+    flips += __builtin_popcountll(mask[g] ^ kept);
+    mask[g] = kept;
   });
-}
-
-// Takes the ledger's words over into the mask and returns how many bits changed.
-ISSP_TARGET inline int64_t merge(Range groups, const uint64_t* kept, uint64_t* mask) {
-  int64_t flips = 0;
-  for (int64_t g = groups.begin; g < groups.end; ++g) {
-    const uint64_t fresh = kept[g - groups.begin];
-    flips += __builtin_popcountll(mask[g] ^ fresh);
-    mask[g] = fresh;
-  }
   return flips;
 }
 
