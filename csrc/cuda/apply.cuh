@@ -12,9 +12,16 @@ namespace issp {
 template <typename K>
 struct Verdict {
   K tau;
-  uint32_t ties;   // how many of the elements equal to tau are selected: those of lowest index
-  uint32_t split;  // not 0: some equal elements are not selected, so ranks among them matter
+  uint32_t ties;  // how many of the elements equal to tau are selected: those of lowest index
+  // Whether some are selected and some are not, so that ranks among them matter.
+  ISSP_DEVICE bool split() const { return ties != 0 && ties != kAllTies; }
+  static constexpr uint32_t kAllTies = ~0u;
 };
+
+template <typename K>
+ISSP_DEVICE Verdict<K> verdict_of(const Search<K>& search) {
+  return {search.base, search.rank == search.equal ? Verdict<K>::kAllTies : search.rank};
+}
 
 // Equal elements in this thread's warp's part of the tile, the same number in every lane.
 template <typename T, typename Rows>
@@ -64,7 +71,7 @@ ISSP_DEVICE uint32_t shrink_rows(const Rows& rows, const Target<T>& to,
     const typename T::Bits bits = rows[row];
     const Key<T> magnitude = key<T>(bits);
     uint32_t before = 0;
-    if (verdict.split) {
+    if (verdict.split()) {
       const uint32_t equals = ballot(magnitude == verdict.tau);
       before = rank + popcount(equals & lanes_before);
       rank += popcount(equals);
@@ -114,7 +121,7 @@ template <typename T, bool kEveryRow = false, typename Rows>
 ISSP_DEVICE uint32_t shrink_tile(const Rows& rows, const Target<T>& to,
                                  const Verdict<Key<T>>& verdict, uint32_t& rank, Shared shared) {
   uint32_t before = rank;
-  if (verdict.split) {
+  if (verdict.split()) {
     const Scan scan = scan_warps(count_equal_warp<T>(rows, verdict.tau), shared);
     before += scan.before;
     rank += scan.total;

@@ -53,7 +53,7 @@ ISSP_DEVICE bool holds(uint32_t below, uint32_t inside, uint32_t k) {
 template <typename T, typename Held>
 ISSP_DEVICE Verdict<Key<T>> select_alone(const Call<T>& call, const Held& held, uint32_t k,
                                          const Bracket<Key<T>>& bracket, Shared shared) {
-  if (k == 0) return {0, 0, 0};
+  if (k == 0) return {0, 0};
   Search<Key<T>> search = {0, kKeyBits<T>, k, 0};
   if (bracket.usable) {
     const uint32_t counts = scan_block(count_held<T>(held, bracket), shared).total;
@@ -65,7 +65,7 @@ ISSP_DEVICE Verdict<Key<T>> select_alone(const Call<T>& call, const Held& held, 
     }
   }
   search = select_block(search, HeldSource<T, Held>{held}, shared);
-  return {search.base, search.rank, search.rank != search.equal};
+  return verdict_of(search);
 }
 
 // Counts the candidates that equal tau in every part's segment; a warp takes a part.
@@ -106,14 +106,14 @@ ISSP_DEVICE bool settle(const Job<T>& job, const Call<T>& call, uint32_t k,
   }
   Search<Key<T>> search = {bracket.low, bracket.bits, k - below, 0};
   search = select_block(search, CandidateSource<Key<T>>{job.candidates(), inside}, shared);
-  const bool split = search.rank != search.equal;
-  if (split) {
+  const Verdict<Key<T>> verdict = verdict_of(search);
+  if (verdict.split()) {
     count_equal_candidates(job, search.base);
     accumulate_records(job, shared);
   }
   if (thread() == 0) {
     store(job.header + kState, kSettled);
-    publish(job, call, {search.base, search.rank, split});
+    publish(job, call, verdict);
   }
   return true;
 }
@@ -150,7 +150,7 @@ ISSP_DEVICE bool select_nothing(const Job<T>& job, const Call<T>& call, Shared s
   if (thread() == 0) {
     store(job.header + kArrived, 0u);
     store(job.header + kState, kSettled);
-    publish(job, call, {0, 0, 0});
+    publish(job, call, {0, 0});
   }
   return true;
 }

@@ -29,8 +29,7 @@ constexpr uint32_t kGone = 4;       // blocks of it that have left
 
 // The first words of a tensor's region. Zero between calls: below, inside, arrived.
 constexpr uint32_t kBelow = 0, kInside = 1, kArrived = 2, kState = 3, kTau = 4, kTies = 6,
-                   kSplit = 7, kPhase = 8, kRank = 9, kBase = 10, kBitsLeft = 12, kOpen = 13,
-                   kHeader = 16;
+                   kPhase = 8, kRank = 9, kBase = 10, kBitsLeft = 12, kOpen = 13, kHeader = 16;
 constexpr uint32_t kSettled = 1, kSearching = 2;  // kState
 
 // Entry::extra in a call with an optimizer: the tensor's number and, in the last bits, what it is.
@@ -125,7 +124,6 @@ template <typename T>
 ISSP_DEVICE void publish(const Job<T>& job, const Call<T>& call, const Verdict<Key<T>>& verdict) {
   store_pair(job.header + kTau, verdict.tau);
   store(job.header + kTies, verdict.ties);
-  store(job.header + kSplit, verdict.split);
   store(call.thresholds + job.tensor, typename T::Bits(verdict.tau));
   store(call.flips + job.tensor, int64_t(0));
 }
@@ -151,13 +149,13 @@ ISSP_DEVICE Verdict<Key<T>> load_verdict(const Job<T>& job) {
     return kEarly ? load_early(job.header + i) : load_fresh(job.header + i);
   };
   const Key<T> tau = Key<T>(word(kTau) | uint64_t(word(kTau + 1)) << 32);
-  return {tau, word(kTies), word(kSplit)};
+  return {tau, word(kTies)};
 }
 
 // Equal elements before this part.
 template <typename T>
 ISSP_DEVICE uint32_t rank_before(const Job<T>& job, const Verdict<Key<T>>& verdict) {
-  return verdict.split && job.parts > 1 ? load_fresh(job.record(job.part)) : 0;
+  return verdict.split() && job.parts > 1 ? load_fresh(job.record(job.part)) : 0;
 }
 
 // A whole block adds up its lanes' flips. A tensor that has just one part had none to set to zero.

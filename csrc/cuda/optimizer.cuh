@@ -69,10 +69,7 @@ struct Optimizer {
       numbers.step = rule.step(entry, load_rate(rate));
       const float divisor = scale ? load(scale) : 1.0f;
       numbers.divisor = maximize ? -divisor : divisor;
-      uint32_t words[sizeof(Numbers) / 4];
-      memcpy(words, &numbers, sizeof(Numbers));
-#pragma unroll
-      for (uint32_t i = 0; i < sizeof(Numbers) / 4; ++i) shared.set(kStepArea + i, words[i]);
+      share(shared.from(kStepArea), numbers);
     }
   }
 
@@ -91,27 +88,22 @@ struct Optimizer {
   template <typename G, typename Rows, typename Sink>
   ISSP_DEVICE void update_tile_by(const Entry& entry, uint32_t tile, const uint32_t* mask,
                                   const Rows& rows, const Sink& sink, Shared shared) const {
-    uint32_t words[sizeof(Numbers) / 4];
-#pragma unroll
-    for (uint32_t i = 0; i < sizeof(Numbers) / 4; ++i) words[i] = shared.get(kStepArea + i);
-    Numbers by;
-    memcpy(&by, words, sizeof(Numbers));
     uint32_t kept = ~0u;  // of the row that this lane answers for, as in apply.cuh
     const uint32_t own_row = tile * kTile + warp() * kWarpTile + 32 * lane();
     if (freezes(entry) && lane() < kRows && own_row < entry.numel) kept = load(mask + own_row / 32);
 #pragma unroll 1
     for (uint32_t row = 0; row < kRows; row += kBatch) {
-      update_rows<G>(row, entry, tile, kept, by, rows, sink);
+      update_rows<G>(row, entry, tile, kept, rows, sink, shared);
     }
   }
 
   // Rows whose loads are on their way together: 6 loads a thread for Adam, 24 KB per SM beside the
-  // weights, which need no registers. More of them spill on sm_100.
-  static constexpr uint32_t kBatch = Rule::kMoments == 2 ? 2 : 4;
+  // weights, which need no registers. Four rows spill on sm_100.
+  static constexpr uint32_t kBatch = 2;
 
   template <typename G, typename Rows, typename Sink>
   ISSP_DEVICE void update_rows(uint32_t first_row, const Entry& entry, uint32_t tile, uint32_t kept,
-                               const Numbers& by, const Rows& rows, const Sink& sink) const {
+                               const Rows& rows, const Sink& sink, Shared shared) const {
     const uint32_t start = column(tile) + 32 * first_row;
     // Pointers of this lane, so that rows are constants away.
     const auto gradients = static_cast<const typename G::Bits*>(entry.grad) + start;
@@ -128,6 +120,8 @@ struct Optimizer {
         moments[i][j] = inside && moments_mean ? load(moment + 32 * i) : 0.0f;
       }
     }
+    // Read anew for every batch: shared memory has room for them, registers have not.
+    const auto by = shared_value<Numbers>(shared.from(kStepArea));
 #pragma unroll
     for (uint32_t i = 0; i < kBatch; ++i) {
       const bool keeps = shuffle(kept, first_row + i) >> lane() & 1u;

@@ -106,7 +106,6 @@ ISSP_DEVICE Part begin_part(const Table& table, const Call<T>& call, const Updat
   Part part = part_of(table, ticket, slots);
   const auto& entry = table.entries[part.entry];
   if constexpr (Update::kUpdates) {
-    update.prepare(entry, shared);
     if (update.freezes(entry) && part.number == 0 && thread() == 0) {
       store(call.flips + (entry.extra & kTensorBits), int64_t(0));
     }
@@ -176,10 +175,18 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
   for (uint32_t i = 0; i < part.tiles; ++i) fill_slot<T, Update>(table, part, i, shared);
   while (part.tiles > 0) {
     wait_for_copies();
-    barrier();
-    if constexpr (Update::kUpdates) update_part(table, call, update, part, shared);
+    if constexpr (Update::kUpdates) {
+      // The part rests in shared memory while float64 takes the registers.
+      if (thread() == 0) share(shared.from(kPartArea), part);
+      update.prepare(table.entries[part.entry], shared);
+      barrier();
+      part = shared_value<Part>(shared.from(kPartArea));
+      update_part(table, call, update, part, shared);
+    } else {
+      barrier();
+    }
     const Job<T> job(table, call, part);
-    Verdict<Key<T>> verdict = {0, 0, 0};
+    Verdict<Key<T>> verdict = {0, 0};
     uint32_t old = 0, rank = 0, flips = 0, claimed = table.tiles;
     if (part.parts) {
       old = load_mask(job.target(call));
@@ -189,7 +196,7 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
     if (thread() == 0 && table.tiles > blocks()) {
       claimed = add(call.scratch + kClaimed, 1u) + blocks();
     }
-    Part next = {0, 0, 0, 0, 0};
+    Part next = {};
 #pragma unroll 1
     for (uint32_t i = 0; i < part.tiles || i < next.tiles; ++i) {
       if (part.parts && i < part.tiles) {

@@ -81,9 +81,9 @@ ISSP_DEVICE void end_pass(const Job<T>& job, const Call<T>& call, const Phases& 
   if (search.bits > 0) {
     enter_phase(job, phases, phase + 1);
   } else {
-    const bool split = search.rank != search.equal;
-    publish(job, call, {search.base, search.rank, split});
-    enter_phase(job, phases, phases.ties + (split ? 0 : 1));
+    const Verdict<Key<T>> verdict = verdict_of(search);
+    publish(job, call, verdict);
+    enter_phase(job, phases, phases.ties + (verdict.split() ? 0 : 1));
   }
 }
 

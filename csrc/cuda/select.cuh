@@ -13,10 +13,30 @@ constexpr uint32_t kScanArea = kBins;               // one per warp
 constexpr uint32_t kNoteArea = kScanArea + kWarps;  // what one thread tells the block
 constexpr uint32_t kNotes = 8;
 constexpr uint32_t kStepArea = kNoteArea + kNotes;  // an optimizer's numbers for this step
-constexpr uint32_t kStepWords = 16;
-constexpr uint32_t kSharedWords = (kStepArea + kStepWords + 3) / 4 * 4;  // slots start at 16 bytes
+constexpr uint32_t kStepWords = 12;
+constexpr uint32_t kPartArea = kStepArea + kStepWords;
+constexpr uint32_t kPartWords = 8;
+constexpr uint32_t kSharedWords = (kPartArea + kPartWords + 3) / 4 * 4;  // slots start at 16 bytes
 constexpr uint32_t kSharedBytes = 4 * kSharedWords;
 static_assert(kSharedBytes <= 48 * 1024, "what every GPU gives a block without asking");
+
+// A value of a few words that one thread leaves for the others, or for itself.
+template <typename X>
+ISSP_DEVICE void share(Shared at, const X& x) {
+  uint32_t words[sizeof(X) / 4];
+  memcpy(words, &x, sizeof(X));
+#pragma unroll
+  for (uint32_t i = 0; i < sizeof(X) / 4; ++i) at.set(i, words[i]);
+}
+template <typename X>
+ISSP_DEVICE X shared_value(Shared at) {
+  uint32_t words[sizeof(X) / 4];
+#pragma unroll
+  for (uint32_t i = 0; i < sizeof(X) / 4; ++i) words[i] = at.get(i);
+  X x;
+  memcpy(&x, words, sizeof(X));
+  return x;
+}
 
 struct Scan {
   uint32_t before;  // sum over the threads before this one

@@ -30,16 +30,16 @@ template <typename T>
 ISSP_DEVICE void search_alone(const Job<T>& job, const Call<T>& call, Shared shared) {
   Search<Key<T>> search = load_search(job);
   search = select_block(search, TensorSource<T>{job.data, job.numel}, shared);
-  const bool split = search.rank != search.equal;
-  for (uint32_t tile = 0; split && tile < job.tiles; ++tile) {
+  const Verdict<Key<T>> verdict = verdict_of(search);
+  for (uint32_t tile = 0; verdict.split() && tile < job.tiles; ++tile) {
     typename T::Bits bits[kRows];
     load_tile<T>(bits, job.data, tile, job.numel);
     const Scan scan = scan_warps(count_equal_warp<T>(bits, search.base), shared);
     if (thread() == 0) store(job.record(tile), scan.total);
   }
-  if (split) accumulate_records(job, shared);
+  if (verdict.split()) accumulate_records(job, shared);
   if (thread() == 0) {
-    publish(job, call, {search.base, search.rank, split});
+    publish(job, call, verdict);
     enter_phase(job, streamed_phases<T>(), kPasses<T> + 1);
   }
 }
