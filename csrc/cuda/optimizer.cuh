@@ -92,26 +92,30 @@ struct Optimizer {
     const uint32_t own_row = tile * kTile + warp() * kWarpTile + 32 * lane();
     if (freezes(entry) && lane() < kRows && own_row < entry.numel) kept = load(mask + own_row / 32);
 #pragma unroll 1
-    for (uint32_t row = 0; row < kRows; row += kBatch) {
+    for (uint32_t row = 0; row < kRows; row += kBatch<Rows>) {
       update_rows<G>(row, entry, tile, kept, rows, sink, shared);
     }
   }
 
   // Rows whose loads are on their way together: 6 loads a thread for Adam, 24 KB per SM beside the
-  // weights, which need no registers. Four rows spill on sm_100.
-  static constexpr uint32_t kBatch = 2;
+  // weights, which need no registers if they come from a slot; more rows spill. The streamed kernel
+  // runs one block per SM, with twice the registers.
+  template <typename Rows>
+  static constexpr uint32_t kBatch =
+      Rule::kMoments == 2 && !std::is_same_v<Rows, GlobalRows<Float32>> ? 2 : 4;
 
   template <typename G, typename Rows, typename Sink>
   ISSP_DEVICE void update_rows(uint32_t first_row, const Entry& entry, uint32_t tile, uint32_t kept,
                                const Rows& rows, const Sink& sink, Shared shared) const {
+    constexpr uint32_t kRowsAtOnce = Optimizer::template kBatch<Rows>;
     const uint32_t start = column(tile) + 32 * first_row;
     // Pointers of this lane, so that rows are constants away.
     const auto gradients = static_cast<const typename G::Bits*>(entry.grad) + start;
     const bool moments_mean = rule.reads_moments(entry);
-    float moments[kBatch][Rule::kMoments];
-    typename G::Bits g[kBatch];
+    float moments[kRowsAtOnce][Rule::kMoments];
+    typename G::Bits g[kRowsAtOnce];
 #pragma unroll
-    for (uint32_t i = 0; i < kBatch; ++i) {
+    for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
       const bool inside = start + 32 * i < entry.numel;
       g[i] = inside ? load(gradients + 32 * i) : typename G::Bits(0);
 #pragma unroll
@@ -123,7 +127,7 @@ struct Optimizer {
     // Read anew for every batch: shared memory has room for them, registers have not.
     const auto by = shared_value<Numbers>(shared.from(kStepArea));
 #pragma unroll
-    for (uint32_t i = 0; i < kBatch; ++i) {
+    for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
       const bool keeps = shuffle(kept, first_row + i) >> lane() & 1u;
       float gradient = widen(G{}, g[i]);
       if (by.divisor != 1.0f) gradient = over(gradient, by.divisor);

@@ -102,7 +102,7 @@ ISSP_DEVICE Verdict<Key<T>> decide(const Job<T>& job, const Call<T>& call, Share
 // once, and without one it is left alone.
 template <typename T, typename Update, typename Table>
 ISSP_DEVICE Part begin_part(const Table& table, const Call<T>& call, const Update& update,
-                            uint32_t ticket, uint32_t slots, Shared shared) {
+                            uint32_t ticket, uint32_t slots) {
   Part part = part_of(table, ticket, slots);
   const auto& entry = table.entries[part.entry];
   if constexpr (Update::kUpdates) {
@@ -171,7 +171,7 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
                 const ISSP_PARAM Plan plan) {
   if (stopped(call)) return;
   const Shared shared = shared_memory();
-  Part part = begin_part(table, call, update, block(), plan.slots, shared);
+  Part part = begin_part(table, call, update, block(), plan.slots);
   for (uint32_t i = 0; i < part.tiles; ++i) fill_slot<T, Update>(table, part, i, shared);
   while (part.tiles > 0) {
     wait_for_copies();
@@ -210,7 +210,7 @@ resident_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
       if (i == 0) {
         const uint32_t ticket = broadcast_block(claimed, shared);
         if (ticket < table.tiles) {
-          next = begin_part(table, call, update, ticket, plan.slots, shared);
+          next = begin_part(table, call, update, ticket, plan.slots);
         }
       } else {
         barrier();  // all warps have read the slot

@@ -144,26 +144,32 @@ ISSP_DEVICE void count_tile(const Job<T>& job, const Call<T>& call,
   if (missed && thread() == 0) add(call.scratch + kMissed, 1u);
 }
 
+// The update of a tile that is not kept.
+template <typename T, typename Update>
+ISSP_DEVICE void update_through(const Job<T>& job, const typename Update::Entry& entry,
+                                const Update& update, Shared shared) {
+  uint32_t* const column_of_tile = job.data + column(job.tile);
+  const auto sink = [&](uint32_t row, uint32_t bits) { store(column_of_tile + 32 * row, bits); };
+  const GlobalRows<T> rows = {job.data, column(job.tile), job.numel};
+  update.update_tile(entry, job.tile, job.mask, rows, sink, shared);
+}
+
 template <typename T, typename Update, int Capacity>
-ISSP_KERNEL(kThreads, kBlocksPerSm<T>)
+ISSP_KERNEL(kThreads, Update::kUpdates ? 1 : kBlocksPerSm<T>)
 count_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
              const ISSP_PARAM Call<T> call, const ISSP_PARAM Update update) {
   const Shared shared = shared_memory();
-  const Part part = part_of(table, block(), 1);
-  const Job<T> job(table, call, part);
-  typename T::Bits bits[kRows];
+  Part part = part_of(table, block(), 1);
   if constexpr (Update::kUpdates) {
     if (stopped(call)) return;
-    const auto& entry = table.entries[part.entry];
-    update.prepare(entry, shared);
+    if (thread() == 0) share(shared.from(kPartArea), part);  // as in resident.cuh
+    update.prepare(table.entries[part.entry], shared);
     barrier();
-    uint32_t* const column_of_tile = job.data + column(job.tile);
-    const auto sink = [&](uint32_t row, uint32_t updated) {
-      store(column_of_tile + 32 * row, updated);
-    };
-    const GlobalRows<T> rows = {job.data, column(job.tile), job.numel};
-    update.update_tile(entry, job.tile, job.mask, rows, sink, shared);
+    update_through(Job<T>(table, call, part), table.entries[part.entry], update, shared);
+    part = shared_value<Part>(shared.from(kPartArea));
   }
+  const Job<T> job(table, call, part);
+  typename T::Bits bits[kRows];
   // All loads are on their way before the first is waited for; a thread sees what it has stored.
   load_tile<T>(bits, job.data, job.tile, job.numel);
   const typename T::Bits previous = load(call.thresholds + job.tensor);
