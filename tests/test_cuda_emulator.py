@@ -56,7 +56,9 @@ def test_training_steps(dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_training_steps_in_real_shapes(dtype):
+def test_training_steps_in_real_shapes(dtype, design):
+    if design == "grouped":
+        cuda_emulator.machine(processors=4, shared=90_000)  # a tile of 32 KB per block
     tile = cuda_emulator.shapes()[0]
     sizes = (100, tile, tile + 1, 30_000)
     cuda_emulator.seed(5)
