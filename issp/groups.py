@@ -152,29 +152,35 @@ class Group:
                     new if found_inf is None else torch.where(found_inf.view(()) != 0, old, new)
                 )
 
-    def mask_weights(self) -> None:
-        """Writes zeros where the mask says pruned."""
-        ops.apply_masks_(self.views(self.parameters()), self.state)
+    def mask(
+        self, optimizer: torch.optim.Optimizer | None = None, average: list[Tensor] | None = None
+    ) -> None:
+        """Writes zeros where the mask says pruned: weights, moments and average in one call.
 
-    def mask_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """The same for every optimizer state tensor of a weight's shape."""
-        parameters = self.parameters()
-        self._moments.refresh(optimizer, parameters, self.state.k.device, self._orders)
-        for tensors in self._moments.complete():
-            ops.apply_masks_(self.views(tensors), self.state)
-        if self._moments.odd:
-            self.mask_each(self._moments.odd)
+        Args:
+            optimizer: of whose state every tensor of a weight's shape is masked.
+            average: one tensor per weight.
+        """
+        sets, odd = [self.parameters()], []
+        if optimizer is not None:
+            self._moments.refresh(optimizer, sets[0], self.state.k.device, self._orders)
+            sets += self._moments.complete()
+            odd += self._moments.odd
+        if average is not None:
+            if self._regular(average):
+                sets.append(average)
+            else:
+                odd += enumerate(average)
+        ops.apply_masks_([view for tensors in sets for view in self.views(tensors)], self.state)
+        if odd:
+            self.mask_each(odd)
 
-    def mask_tensors(self, tensors: list[Tensor]) -> None:
-        """The same for one tensor per weight: a moving average."""
+    def _regular(self, tensors: list[Tensor]) -> bool:
         home = self.state.k.device
-        if all(
+        return all(
             t.device == home and v.is_contiguous()
             for t, v in zip(tensors, self.views(tensors), strict=True)
-        ):
-            ops.apply_masks_(self.views(tensors), self.state)
-        else:
-            self.mask_each(list(enumerate(tensors)))
+        )
 
     @torch.no_grad()
     def mask_each(self, tensors: Sequence[tuple[int, Tensor]]) -> None:

@@ -269,10 +269,7 @@ class Pruner:
 
     def _mask_all(self) -> None:
         self._roster.select_missing()
-        self._roster.mask(self._roster.groups)
-        if self._ema is not None:
-            for group in self._roster.groups:
-                group.mask_tensors(self._ema.tensors(group.layers))
+        self._roster.mask(self._roster.groups, self._ema)
 
     def finalize(self) -> nn.Module:
         """Freezes if that has not happened, writes hard zeros, removes the hooks.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
+from issp.averages import Average
 from issp.groups import Group, Record
 from issp.keep import Keep
 from issp.layers import Layer, unwrap
@@ -166,9 +167,10 @@ class Roster:
                 late.shrink(0.0)
                 group.restore(late.records())
 
-    def mask(self, groups: Iterable[Group]) -> None:
-        """Writes zeros into pruned weights and their optimizer moments."""
+    def mask(self, groups: Iterable[Group], ema: Average | None = None) -> None:
+        """Writes zeros into pruned weights, their optimizer moments and their average."""
         for group in groups:
-            group.mask_weights()
-            if self.optimizers:
-                group.mask_moments(self.optimizers[group.index])
+            group.mask(
+                self.optimizers[group.index] if self.optimizers else None,
+                None if ema is None else ema.tensors(group.layers),
+            )
