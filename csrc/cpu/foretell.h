@@ -49,19 +49,21 @@ void learn(Trend& trend, typename T::Bits previous, typename T::Bits tau, double
   trend.ratio = float(old + 0.3 * (ratio - old));
 }
 
-// From lines of 16 elements, evenly spaced; five standard deviations of the sample's rank to either
-// side. keys: room for `room` of them.
+// From lines of 16 elements, evenly spaced; four standard deviations of the sample's rank to either
+// side. keys: room for `room` of them. Not if the candidates would hardly fit there: of a small
+// tensor the sample is too coarse, and a search costs little.
 template <typename T>
 bool sample(const typename T::Bits* w, int64_t numel, int64_t k, Key<T>* keys, int64_t room,
             KeyRange<T>& range) {
-  const int64_t lines = std::min<int64_t>({numel / 1024, room / 16, 4096});
+  const int64_t lines = std::min<int64_t>({numel / 256, room / 16, 4096});
   if (lines < 4) return false;
   const int64_t count = 16 * lines, stride = numel / lines;
   for (int64_t line = 0; line < lines; ++line) {
     for (int64_t i = 0; i < 16; ++i) keys[16 * line + i] = key<T>(w[line * stride + i]);
   }
   const double share = double(k) / double(numel);
-  const double slack = 5 * std::sqrt(double(count) * share * (1 - share)) + 2;
+  const double slack = 4 * std::sqrt(double(count) * share * (1 - share)) + 2;
+  if (2 * slack / double(count) * double(numel) > 0.7 * double(room)) return false;
   const auto low = int64_t(share * double(count) - slack);
   const auto high = int64_t(share * double(count) + slack);
   const Parts<T> parts{{keys, count, count}};

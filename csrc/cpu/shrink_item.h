@@ -58,6 +58,9 @@ class ShrinkItem {
         update_(update) {}
 
   void run(int64_t k, Bits& threshold, int64_t& flips, Trend& trend) {
+    // A small tensor's share of the scratch holds few candidates; here all of them fit.
+    alignas(64) char desktop[kSmall / 64 * 20 + (kSmall + 16) * sizeof(Key<T>)];
+    if (numel_ <= kSmall) space_ = {desktop, int64_t(sizeof(desktop))};
     KeyRange<T> range{};
     const bool hinted = call_.bracket && foretell<T>(threshold, call_.shrink, trend, range);
     std::optional<Key<T>> tau;
@@ -79,6 +82,8 @@ class ShrinkItem {
   }
 
  private:
+  static constexpr int64_t kSmall = 4096;
+
   // One member's share of the tensor, its ledger, and its room for candidates' keys.
   struct Desk {
     Range groups;

@@ -18,12 +18,12 @@
 
 namespace issp::ISSP_ISA {
 
-// Appends the keys of a group that lie in the range to out, if there is room for 64.
+// Appends the keys of a group that lie in the range to out, if there is room for them.
 template <typename T>
 ISSP_TARGET inline int64_t gather(const typename T::Bits* w, int64_t numel, int64_t g,
                                   KeyRange<T> range, Key<T>* out, int64_t room) {
   using L = Lanes<T>;
-  if (room < 64 || range.lo == range.hi) return 0;
+  if (room < L::width || range.lo == range.hi) return 0;
   const Group<T> group(const_cast<typename T::Bits*>(w), g, numel);
   Masks<L> less, up_to;
   for (int i = 0; i < 64; i += L::width) {
@@ -31,7 +31,10 @@ ISSP_TARGET inline int64_t gather(const typename T::Bits* w, int64_t numel, int6
     less.lanes[i / L::width] = L::less(bits, range.lo);
     up_to.lanes[i / L::width] = L::less(bits, range.hi + 1);
   }
-  return compress_group<T>(group, up_to.joined() & ~less.joined() & group.bits(), out);
+  const uint64_t in = up_to.joined() & ~less.joined() & group.bits();
+  // the last store writes whole lanes
+  if (room < __builtin_popcountll(in) + L::width) return 0;
+  return compress_group<T>(group, in, out);
 }
 
 // Candidates are gathered block by block, while their lines are in the first-level cache; group by
