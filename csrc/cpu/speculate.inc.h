@@ -13,8 +13,9 @@
 // which means left alone until the threshold is known.
 //
 // Traffic per float32 weight: 4 bytes read, 4 written; 1/8 byte of mask read and written. The ledger
-// (two bits: the lowest bit and the old mask's) is written again and again in the same place, which
-// stays in the cache, and read only to restore.
+// (two bits: the lowest bit and the old mask's) is written again and again in the same place and
+// read only to restore; since a tensor's worth of weights goes through the second-level cache in
+// between, its lines too are fetched ahead (EDSR-L: 8.6 instead of 8.8 to 11.5 ms).
 
 namespace issp::ISSP_ISA {
 
@@ -57,7 +58,11 @@ ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups,
   for (int64_t g = groups.begin; g < groups.end; ++g) {
     Group<T> group(w, g, numel);
     prefetch(w + 64 * g, 64 * sizeof(*w));
-    if (g % kLineGroups == 0) __builtin_prefetch(mask + g + 8 * kLineGroups, 1, 2);
+    if (g % kLineGroups == 0) {
+      __builtin_prefetch(mask + g + 8 * kLineGroups, 1, 2);
+      __builtin_prefetch(ledger.mask + (g - groups.begin) + 16 * kLineGroups, 1, 3);
+      __builtin_prefetch(ledger.odd + (g - groups.begin) + 16 * kLineGroups, 1, 3);
+    }
     if constexpr (std::is_same_v<T, Float32>) {
       if (update) update_group(group, g, *update);
     }
