@@ -53,12 +53,12 @@ class Row:
     name: str
     scores: list[evaluate.Score]
     kept: str = ""
-    step_share: str = ""
+    update_share: str = ""
 
     def cells(self) -> list[str]:
         """As text."""
         mean = evaluate.mean(self.scores)
-        return [self.name, f"{mean.psnr:.2f}", f"{mean.ssim:.4f}", self.kept, self.step_share]
+        return [self.name, f"{mean.psnr:.2f}", f"{mean.ssim:.4f}", self.kept, self.update_share]
 
 
 def run(options: Options) -> list[Row]:
@@ -93,7 +93,7 @@ def run(options: Options) -> list[Row]:
 
     names = ", ".join(held_out.pairs.names)
     print(f"\nx{SCALE} on photographs not trained on ({names}), Y channel:\n")
-    header = ["", "PSNR", "SSIM", "kept weights", "share of iteration in the fused step"]
+    header = ["", "PSNR", "SSIM", "kept weights", "optimizer step incl. pruning"]
     print(table(header, [row.cells() for row in rows]))
     minutes = (time.perf_counter() - started) / 60
     print(
@@ -177,10 +177,10 @@ def _train(settings: config.Config, held_out: data.EvalDataset) -> tuple[nn.Modu
     kept = about["weights"] - about["zeros"]
     rows = logs.read_csv(settings.folder / "log" / "train.csv")
     pruning = [r for r in rows if r["stage"] == "pruning"]
-    inside = sum(r["step_share"] * r["seconds"] for r in pruning)
-    share = f"{100 * inside / sum(r['seconds'] for r in pruning):.2f} %" if pruning else ""
+    rows = pruning or rows
+    share = sum(r["update_share"] * r["seconds"] for r in rows) / sum(r["seconds"] for r in rows)
     name = f"ISS-P, {100 * settings.sparsity.ratio:g} %" if settings.sparsity else "dense twin"
-    return model, Row(name, scores, f"{kept:,} of {about['weights']:,}", share)
+    return model, Row(name, scores, f"{kept:,} of {about['weights']:,}", f"{100 * share:.1f} %")
 
 
 def _sheets(model: nn.Module, label: str, held_out: data.EvalDataset) -> list[list[plots.Panel]]:

@@ -8,7 +8,7 @@ import io
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ COLUMNS = (
     "selected",  # share of prunable weights the masks mark
     "zeros",  # share of prunable weights that are exactly 0
     "seconds",  # per iteration, validation and saving excluded
-    "step_share",  # share of them spent in the pruner's hook on the optimizer step
+    "update_share",  # share of them spent in the optimizer's step, pruning included
 )
 
 
@@ -36,7 +36,8 @@ class CsvLog:
 
     Args:
         path: file; made with its header when absent.
-        columns: names; the first is the iteration.
+        columns: names; the first is the iteration. Columns of an earlier file that are not among
+            them are dropped, new ones stay empty in its rows.
         upto: rows of later iterations, and a row cut short by a crash, are dropped.
     """
 
@@ -46,12 +47,12 @@ class CsvLog:
         text = self._text([dict(zip(columns, columns, strict=True)), *rows])
         atomic_write(path, lambda file: file.write(text.encode()))
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Appends a row; absent columns stay empty."""
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Appends rows; absent columns stay empty."""
         with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(self._text([row]))
+            file.write(self._text(rows))
 
-    def _text(self, rows: list[dict[str, Any]]) -> str:
+    def _text(self, rows: Iterable[dict[str, Any]]) -> str:
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         for row in rows:
@@ -94,10 +95,10 @@ def _value(text: str) -> Any:
 
 
 class StepTimer:
-    """Time spent in the hooks registered between `start_hook` and `stop_hook`.
+    """Time spent in an optimizer's steps, the pruner's work included.
 
-    Optimizer hooks run in the order of their registration, so the pruner's is timed by one hook
-    before and one after it. On a GPU by events, read only when the sum is taken.
+    Whether that work is part of the update (`issp.optim`) or follows in a hook makes no difference.
+    On a GPU by events, read only when the sum is taken.
     """
 
     def __init__(self, device: torch.device):
@@ -106,12 +107,15 @@ class StepTimer:
         self._pairs: list[tuple[Any, Any]] = []
         self._seconds = 0.0
 
-    def start_hook(self, *_: Any) -> None:
-        """To be registered as a step post hook before the pruner attaches."""
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Times every step; to be called after the pruner attached, whose hook then runs first."""
+        optimizer.register_step_pre_hook(self._start)
+        optimizer.register_step_post_hook(self._stop)
+
+    def _start(self, *_: Any) -> None:
         self._begin = self._now()
 
-    def stop_hook(self, *_: Any) -> None:
-        """To be registered as a step post hook after the pruner attached."""
+    def _stop(self, *_: Any) -> None:
         if self._cuda:
             self._pairs.append((self._begin, self._now()))
         else:
@@ -163,7 +167,7 @@ class Meter:
         self._start += time.perf_counter() - before
 
     def take(self) -> dict[str, float]:
-        """loss, seconds and step_share since the previous call.
+        """loss, seconds and update_share since the previous call.
 
         Raises:
             RuntimeError: the loss is not finite.
@@ -178,7 +182,7 @@ class Meter:
         row = {
             "loss": loss,
             "seconds": elapsed / self._timed,
-            "step_share": self.timer.take() / elapsed,
+            "update_share": self.timer.take() / elapsed,
         }
         self._loss.zero_()
         self._count = self._timed = 0
