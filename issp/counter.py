@@ -45,6 +45,10 @@ class StepCounter:
             self.known += int(flag.item() == 0)
         return self.known
 
+    def reached(self, count: int | None) -> bool:
+        """Whether there have been `count` steps; waits for the newest only if it decides."""
+        return count is not None and self.most() >= count and self.settled() >= count
+
     def set(self, count: int) -> None:
         """Goes on from a saved count."""
         self.settled()

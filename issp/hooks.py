@@ -119,6 +119,15 @@ class Hooks:
             for opt, handle in zip(optimizers, self._handles, strict=True)
         )
 
+    def warn_if_missing(self, optimizers: Sequence[Optimizer]) -> None:
+        """Warns when a hook is gone that nobody removed; to be called by what users' calls call."""
+        if optimizers and not (self.present(optimizers) or self.removed):
+            warnings.warn(
+                "the optimizer does not have the pruner's hook (copying and pickling drop it): "
+                "call pruner.reattach(optimizer)",
+                stacklevel=4,
+            )
+
 
 def optimizers(opt: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     """One, several or no optimizer as a list.

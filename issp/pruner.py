@@ -17,7 +17,7 @@ from issp.hooks import Hooks, optimizers
 from issp.keep import Keep
 from issp.layers import Layer, select, unwrap
 from issp.roster import Roster
-from issp.schedules import Schedule
+from issp.schedules import Schedule, final_sparsity
 
 
 def attach(
@@ -69,17 +69,7 @@ def attach(
 
     Source: ISS-P, figure 1.
     """
-    if schedule is not None and sparsity is not None and sparsity != schedule.final:
-        raise ValueError(
-            f"sparsity is {sparsity} but the schedule ends at {schedule.final}: give one of them"
-        )
-    if sparsity is None:
-        sparsity = 0.95 if schedule is None else schedule.final
-    end = 1 if schedule is None else max(1, schedule.end)
-    if freeze_at is not None and freeze_at < end:
-        raise ValueError(f"freeze_at is {freeze_at}: the schedule needs at least step {end}")
-    if from_zeros and (schedule is not None or freeze_at is not None):
-        raise ValueError("from_zeros fixes the masks at once: drop schedule and freeze_at")
+    sparsity = final_sparsity(sparsity, schedule, freeze_at, from_zeros)
     layers = select(unwrap(model), types, exclude, overrides or {}, sparsity)
     pruner = Pruner(
         model,
@@ -216,9 +206,7 @@ class Pruner:
 
     def _tally(self, found_inf: Tensor | None) -> None:
         self._counter.add(found_inf)
-        if self.frozen or self._freeze_at is None or self._counter.most() < self._freeze_at:
-            return
-        if self._counter.settled() >= self._freeze_at:
+        if not self.frozen and self._counter.reached(self._freeze_at):
             self.freeze()
 
     def _set_ratio(self, step: int) -> None:
@@ -240,7 +228,7 @@ class Pruner:
         if self.frozen:
             return
         count = self.step_count
-        self._warn_unhooked()
+        self._warn_if_unhooked()
         if count and self._schedule is not None and count < self._schedule.end:
             warnings.warn(
                 f"frozen at step {count}, before the schedule ends at step "
@@ -322,13 +310,9 @@ class Pruner:
                 self._before_update,
             )
 
-    def _warn_unhooked(self) -> None:
-        if self._hook and self._roster.optimizers and not (self.attached or self._hooks.removed):
-            warnings.warn(
-                "the optimizer does not have the pruner's hook (copying and pickling drop it): "
-                "call pruner.reattach(optimizer)",
-                stacklevel=3,
-            )
+    def _warn_if_unhooked(self) -> None:
+        if self._hook:
+            self._hooks.warn_if_missing(self._roster.optimizers)
 
     # Reports
 
@@ -356,7 +340,7 @@ class Pruner:
 
     def summary(self) -> report.Summary:
         """Counts per layer, taken from the masks and weights as they are now; `print` it."""
-        self._warn_unhooked()
+        self._warn_if_unhooked()
         title = f"{self.method.name}, step {self.step_count}, {self._stage}"
         return report.summary(title, self._roster.layers, self._roster.groups, self._roster.notes())
 

@@ -95,6 +95,28 @@ class Cubic:
 Schedule = Constant | Linear | Cubic
 
 
+def final_sparsity(
+    sparsity: float | None, schedule: Schedule | None, freeze_at: int | None, from_zeros: bool
+) -> float:
+    """The sparsity that the arguments of `issp.attach` lead to: 0.95 if they leave it open.
+
+    Raises:
+        ValueError: they contradict one another.
+    """
+    if schedule is not None and sparsity is not None and sparsity != schedule.final:
+        raise ValueError(
+            f"sparsity is {sparsity} but the schedule ends at {schedule.final}: give one of them"
+        )
+    end = 1 if schedule is None else max(1, schedule.end)
+    if freeze_at is not None and freeze_at < end:
+        raise ValueError(f"freeze_at is {freeze_at}: the schedule needs at least step {end}")
+    if from_zeros and (schedule is not None or freeze_at is not None):
+        raise ValueError("from_zeros fixes the masks at once: drop schedule and freeze_at")
+    if sparsity is not None:
+        return sparsity
+    return 0.95 if schedule is None else schedule.final
+
+
 def _between(schedule: Linear | Cubic, step: int, power: int) -> float:
     # The ends are returned as given: interpolation could miss them by a rounding error, and then
     # the count of pruned weights by one.
