@@ -119,6 +119,7 @@ class Logger:
     save_checkpoint_freq: int = 5000
     use_tb_logger: bool = True
     keep_training_states: int = 2
+    grad_stats_freq: int = 0  # iterations between rows of gradients.csv; 0: none
 
 
 @dataclass
@@ -394,6 +395,7 @@ def _check(config: Config) -> None:
         ("logger.print_freq", config.logger.print_freq, 1, None),
         ("logger.save_checkpoint_freq", config.logger.save_checkpoint_freq, 1, None),
         ("logger.keep_training_states", config.logger.keep_training_states, 1, None),
+        ("logger.grad_stats_freq", config.logger.grad_stats_freq, 0, None),
     ]
     if sparsity:
         ranges += [

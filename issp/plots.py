@@ -59,6 +59,49 @@ def curves(
         axes[2].set_ylim(bottom=0)
     else:
         _line(axes[1], rows, "loss", "loss")
+    _against_iterations(axes, rows)
+    figure.suptitle(title or "training", fontsize=11)
+    figure.align_ylabels(list(axes))
+    _write(figure, path)
+
+
+def gradients(
+    rows: Sequence[dict[str, Any]], training: Sequence[dict[str, Any]], path: str | Path
+) -> None:
+    """Norm and variance of every layer's gradient against iterations, coloured by depth.
+
+    Args:
+        rows: of gradients.csv, see `issp.logs.read_csv`.
+        training: of train.csv, for the freeze.
+        path: PNG to write.
+    """
+    if not rows:
+        raise ValueError(f"{path}: no gradients have been recorded yet")
+    by_layer: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        by_layer.setdefault(str(row["layer"]), []).append(row)
+    figure = _figure(8, 6)
+    from matplotlib import colormaps
+
+    axes = figure.subplots(2, 1, sharex=True)
+    for i, (name, own) in enumerate(by_layer.items()):
+        ends = i in (0, len(by_layer) - 1)
+        style = {"color": colormaps["viridis"](0.9 * i / max(1, len(by_layer) - 1)), "linewidth": 1}
+        for axis, key in zip(axes, ("norm", "variance"), strict=True):
+            x, y = [r["iteration"] for r in own], [r[key] for r in own]
+            axis.plot(x, y, label=name if ends else None, **style)
+    axes[0].set_ylabel("norm of the gradient")
+    axes[1].set_ylabel("variance of its magnitudes")
+    for axis in axes:
+        axis.set_yscale("log")
+    axes[0].legend(title="first and last layer", fontsize=8, frameon=False)
+    _against_iterations(axes, training)
+    figure.align_ylabels(list(axes))
+    _write(figure, path)
+
+
+def _against_iterations(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """What all plots over the iterations of train.csv have in common; marks the freeze."""
     freeze = max((r["iteration"] for r in rows if r["stage"] == "pruning"), default=None)
     for axis in axes:
         axis.grid(alpha=0.25)
@@ -72,10 +115,7 @@ def curves(
             textcoords="offset points", fontsize=9,
         )  # fmt: skip
     axes[-1].set_xlabel("iteration")
-    axes[-1].set_xlim(left=0, right=rows[-1]["iteration"])
-    figure.suptitle(title or "training", fontsize=11)
-    figure.align_ylabels(list(axes))
-    _write(figure, path)
+    axes[-1].set_xlim(left=0, right=rows[-1]["iteration"] if rows else None)
 
 
 def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
@@ -199,7 +239,7 @@ def _write(figure: Any, path: str | Path) -> None:
 
 
 def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
-    """Draws curves.png and, for a pruned run, layers.png.
+    """Draws curves.png, for a pruned run layers.png, and gradients.png where they were recorded.
 
     Args:
         folder: experiments/<name>.
@@ -217,9 +257,17 @@ def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
         raise FileNotFoundError(f"{folder} is no run of `issp train`: it has no log/train.csv")
     out = Path(out) if out else folder / "visualization"
     written = [out / "curves.png"]
-    curves(logs.read_csv(log / "train.csv"), written[0], title=folder.name)
-    pruned = logs.read_csv(log / "layers.csv") if (log / "layers.csv").is_file() else []
+    training = logs.read_csv(log / "train.csv")
+    curves(training, written[0], title=folder.name)
+    pruned, recorded = (_rows(log / name) for name in ("layers.csv", "gradients.csv"))
     if pruned:
         written.append(out / "layers.png")
         layers(pruned, written[-1])
+    if recorded:
+        written.append(out / "gradients.png")
+        gradients(recorded, training, written[-1])
     return written
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return logs.read_csv(path) if path.is_file() else []

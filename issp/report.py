@@ -45,15 +45,18 @@ def zeros(tensors: Sequence[Tensor]) -> list[int]:
         places.setdefault(x.device, []).append(i)
     found = [0] * len(tensors)
     for indices in places.values():
-        parts = [(i, _in_memory_order(tensors[i])) for i in indices if tensors[i].numel()]
+        parts = [(i, in_memory_order(tensors[i])) for i in indices if tensors[i].numel()]
         counts = ops.count_zeros([x for _, x in parts]).tolist() if parts else []
         for (i, _), count in zip(parts, counts, strict=True):
             found[i] = count
     return found
 
 
-def _in_memory_order(x: Tensor) -> Tensor:
-    """What `count_zeros` takes, with the same zeros; a copy only of what has gaps in memory."""
+def in_memory_order(x: Tensor) -> Tensor:
+    """What `count_zeros` and `magnitude_statistics` take, with the same elements.
+
+    A copy only of what has gaps in memory. Of dtypes that no op takes, just the zeros are kept.
+    """
     if x.dtype not in checks.DTYPES:
         x = (x != 0).half()
     order = sorted(range(x.dim()), key=lambda d: -x.stride(d))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from issp import builders, checkpoint, evaluate, floats, logs
+from issp import builders, checkpoint, evaluate, floats, gradients, logs
 from issp.config import Config
 from issp.data import write_image
 from issp.interrupt import Interrupted, StopRequest
@@ -61,9 +61,8 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
     loss_function = builders.loss(config)
     optimizer = builders.optimizer(config, model)
     meter = logs.Meter(device)
-    optimizer.register_step_post_hook(meter.timer.start_hook)
     pruner = builders.pruner(config, model, optimizer, ema)
-    optimizer.register_step_post_hook(meter.timer.stop_hook)
+    meter.timer.watch(optimizer)
 
     run = Run(config, model, ema, optimizer, pruner, batches, meter, validation)
     start = run.resume() if resume else run.start()
@@ -187,6 +186,10 @@ class Run:
         self.csv = logs.CsvLog(log / "train.csv", logs.COLUMNS, upto=start)
         self.scores = logs.CsvLog(log / "validation.csv", VALIDATION_COLUMNS, upto=start)
         self.layers = logs.CsvLog(log / "layers.csv", LAYER_COLUMNS, upto=start)
+        self.gradients = None
+        if self.config.logger.grad_stats_freq:
+            weights = gradients.weights_to_record(self.model, self.pruner)
+            self.gradients = gradients.GradientLog(log / "gradients.csv", weights, upto=start)
         wanted = self.config.logger.use_tb_logger
         self.board = logs.TensorBoard(log / "tensorboard", start + 1, wanted)
         self.screen = logs.Progress(total, start, quiet)
@@ -207,6 +210,8 @@ class Run:
     def after(self, iteration: int, stopping: bool) -> None:
         """Logs, validates and saves what is due after an iteration."""
         config, total = self.config, self.config.train.total_iter
+        if self.gradients and iteration % config.logger.grad_stats_freq == 0:
+            self.gradients.add(iteration)
         last = iteration == total
         validates = bool(self.validation) and (iteration % config.val.val_freq == 0 or last)
         if iteration % config.logger.print_freq == 0 or validates or last:
@@ -235,8 +240,6 @@ class Run:
                 "selected": summary.selected / summary.numel,
                 "zeros": summary.zeros / summary.numel,
             }
-        else:
-            row["step_share"] = None
         return row
 
     def validate(self, iteration: int) -> float:

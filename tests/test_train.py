@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from issp import checkpoint, config, data, floats, logs, num_pruned
+from issp import checkpoint, config, data, floats, logs, num_pruned, plots
 from issp.interrupt import Interrupted
 from issp.train import train
 
@@ -90,7 +90,7 @@ def log(folder, *columns):
 
 
 # Timings are the one thing that may differ.
-COLUMNS = [name for name in logs.COLUMNS if name not in ("seconds", "step_share")]
+COLUMNS = [name for name in logs.COLUMNS if name not in ("seconds", "update_share")]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_stages_rates_and_scores_in_the_log(tree):
         assert r["selected"] == pytest.approx(0.8, abs=0.01)
         # The freeze, at the end of iteration 6, writes the zeros: soft before, hard after.
         assert (r["zeros"] == r["selected"]) == (r["iteration"] >= FREEZE)
-        assert 0 < r["step_share"] < 1 and r["seconds"] > 0
+        assert 0 < r["update_share"] < 1 and r["seconds"] > 0
         assert r["threshold"] > 0
     assert len(logs.read_csv(folder / "log" / "layers.csv")) == 5 + 1  # 5 convs and the upsampler
 
@@ -224,6 +224,32 @@ def test_dense_training_learns(tree):
     assert checkpoint.sparsity(model)["zeros"] == 0
     rows = logs.read_csv(folder / "log" / "train.csv")
     assert {r["stage"] for r in rows} == {"dense"} and rows[0]["flips"] is None
+
+
+def test_the_driver_records_when_asked_and_resumes(tree, monkeypatch):
+    _, plain = run(tree, name="plain")
+    assert not (plain / "log" / "gradients.csv").exists()
+    _, whole = run(tree, name="whole", logger__grad_stats_freq=5)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        with pytest.raises(Interrupted):
+            run(tree, logger__grad_stats_freq=5)
+    _, resumed = run(tree, resume=True, logger__grad_stats_freq=5)
+    rows = logs.read_csv(whole / "log" / "gradients.csv")
+    assert sorted({row["iteration"] for row in rows}) == [5, 10]
+    assert len(rows) == 2 * 6 and all(row["norm"] > 0 for row in rows)
+    assert logs.read_csv(resumed / "log" / "gradients.csv") == rows
+
+
+def test_the_plot_shows_gradients_where_they_are(tree):
+    pytest.importorskip("matplotlib", reason="plots are matplotlib's")
+    _, folder = run(tree, logger__grad_stats_freq=2)
+    pictures = plots.of_run(folder)
+    assert [p.name for p in pictures] == ["curves.png", "layers.png", "gradients.png"]
+    (folder / "log" / "gradients.csv").unlink()
+    pictures[-1].unlink()
+    assert "gradients.png" not in [p.name for p in plots.of_run(folder)]
+    assert not pictures[-1].exists()
 
 
 def test_an_earlier_run_is_moved_aside_and_states_are_few(tree):

@@ -1,0 +1,50 @@
+"""Statistics of gradients, the record of a training run: norm, variance, mean and deviation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from issp import logs, ops, report
+from issp.pruner import Pruner
+
+COLUMNS = ("iteration", "layer", "norm", "variance", "mean", "std")
+
+
+class GradientLog:
+    """gradients.csv: a row for every layer in each iteration that is recorded.
+
+    Norm is that of the gradient; variance, mean and std are those of its absolute values.
+
+    Args:
+        path, upto: see `issp.logs.CsvLog`.
+        weights: by layer name.
+
+    Source: the authors' gradient record, see `issp.ops.magnitude_statistics`.
+    """
+
+    def __init__(self, path: Path, weights: dict[str, Tensor], upto: int = 0):
+        self._csv, self._weights = logs.CsvLog(path, COLUMNS, upto), weights
+
+    def add(self, iteration: int) -> None:
+        """Records the gradients as the backward pass left them; waits for the GPU."""
+        grads = {name: w.grad for name, w in self._weights.items() if w.grad is not None}
+        if grads:
+            found = ops.magnitude_statistics([report.in_memory_order(g) for g in grads.values()])
+            rows = zip(grads, found.tolist(), strict=True)
+            places = ({"iteration": iteration, "layer": name} | _named(row) for name, row in rows)
+            self._csv.add(*places)
+
+
+def weights_to_record(model: nn.Module, pruner: Pruner | None) -> dict[str, Tensor]:
+    """Layer name -> weight: of the layers to prune, or of all convolutions and linear layers."""
+    if pruner is None:
+        modules = model.named_modules()
+        return {name: m.weight for name, m in modules if isinstance(m, nn.Conv2d | nn.Linear)}
+    names = [row.name for row in pruner.summary().rows if row.tied_to is None]
+    return {name: model.get_submodule(name).weight for name in names}
+
+
+def _named(row: list[float]) -> dict[str, float]:
+    return dict(zip(COLUMNS[2:], row, strict=True))

@@ -1,0 +1,92 @@
+"""What a run reports: times, CSV files across versions, statistics of gradients."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import issp
+from issp import gradients, logs
+
+
+class SlowStep(torch.optim.SGD):
+    """Takes 20 ms to update."""
+
+    def step(self, closure=None):
+        time.sleep(0.02)
+        return super().step(closure)
+
+
+def test_the_timer_counts_the_update_and_a_pruner_that_hooks():
+    weight = torch.zeros(3, requires_grad=True)
+    optimizer = SlowStep([weight], lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: time.sleep(0.03))  # as the pruner's
+    timer = logs.StepTimer(torch.device("cpu"))
+    timer.watch(optimizer)
+    optimizer.register_step_post_hook(lambda *_: time.sleep(0.5))  # somebody else's
+    for _ in range(2):
+        weight.grad = torch.ones(3)
+        optimizer.step()
+    assert 0.1 <= timer.take() < 0.5
+    assert timer.take() == 0
+
+
+def test_the_timer_counts_a_pruner_within_the_step(monkeypatch):
+    model = nn.Conv2d(4, 4, 3)
+    optimizer = issp.optim.SGD(model.parameters(), lr=0.1)
+    issp.attach(model, optimizer, sparsity=0.5)
+    timer = logs.StepTimer(torch.device("cpu"))
+    timer.watch(optimizer)
+    launch = optimizer._launch
+
+    def slow(*args):
+        time.sleep(0.05)
+        launch(*args)
+
+    monkeypatch.setattr(optimizer, "_launch", slow)
+    model(torch.ones(1, 4, 3, 3)).sum().backward()
+    optimizer.step()
+    assert timer.take() >= 0.05
+
+
+def test_a_log_with_other_columns_goes_on(tmp_path):
+    file = tmp_path / "train.csv"
+    old = [name if name != "update_share" else "step_share" for name in logs.COLUMNS]
+    before = logs.CsvLog(file, tuple(old))
+    before.add({"iteration": 2, "stage": "pruning", "loss": 0.5, "step_share": 0.01})
+    after = logs.CsvLog(file, logs.COLUMNS, upto=2)
+    after.add({"iteration": 4, "stage": "pruning", "loss": 0.4, "update_share": 0.1})
+    rows = logs.read_csv(file)
+    assert [list(row) for row in rows] == [list(logs.COLUMNS)] * 2
+    # Another share than the new one: it does not become it.
+    assert [row["update_share"] for row in rows] == [None, 0.1]
+    assert [row["loss"] for row in rows] == [0.5, 0.4]
+
+
+def test_gradients_are_recorded_as_the_authors_do(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 3), nn.Conv2d(4, 4, 1))
+    model = model.to(memory_format=torch.channels_last)
+    model[2].requires_grad_(False)
+    weights = gradients.weights_to_record(model, None)
+    log = gradients.GradientLog(tmp_path / "gradients.csv", weights)
+    log.add(1)  # no gradient yet: no row
+    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    log.add(2)
+    rows = logs.read_csv(tmp_path / "gradients.csv")
+    assert [(r["iteration"], str(r["layer"])) for r in rows] == [(2, "0"), (2, "1")]
+    for row in rows:
+        grad = weights[str(row["layer"])].grad.double()
+        size = grad.abs()
+        expected = [grad.norm(), size.var(), size.mean(), size.std()]
+        found = [row[name] for name in ("norm", "variance", "mean", "std")]
+        assert found == pytest.approx([x.item() for x in expected], rel=1e-12)
+
+
+def test_a_pruned_run_records_the_layers_it_prunes():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = issp.attach(model, optimizer, sparsity=0.5, exclude="0")
+    recorded = gradients.weights_to_record(model, pruner)
+    assert list(recorded) == ["2"] and recorded["2"] is model[2].weight
+    assert list(gradients.weights_to_record(model, None)) == ["0", "2"]
