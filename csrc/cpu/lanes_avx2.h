@@ -6,7 +6,7 @@
 
 #include <array>
 
-#include "../semantics.h"
+#include "lanes_scalar.h"
 
 #define ISSP_AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi2")))
 
@@ -74,6 +74,8 @@ struct Lanes32 {
     return _mm256_andnot_si256(_mm256_srli_epi32(tiny, 1), bits);
   }
 };
+
+using scalar::Words;
 
 template <typename T>
 struct Lanes;

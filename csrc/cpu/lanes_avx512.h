@@ -48,6 +48,22 @@ struct Lanes32 {
   }
 };
 
+// A line of eight 64-bit words in a register.
+struct Words {
+  __m512i v;
+
+  ISSP_AVX512 Words() : v(_mm512_setzero_si512()) {}
+  ISSP_AVX512 static Words load(const uint64_t* p) {
+    Words words;
+    words.v = _mm512_loadu_si512(p);
+    return words;
+  }
+  ISSP_AVX512 void set(int64_t i, uint64_t word) {
+    v = _mm512_mask_set1_epi64(v, __mmask8(1u << i), int64_t(word));
+  }
+  ISSP_AVX512 void store(uint64_t* p) const { _mm512_storeu_si512(p, v); }
+};
+
 template <typename T>
 struct Lanes;
 

@@ -6,6 +6,19 @@
 
 namespace issp::scalar {
 
+// A line of eight 64-bit words.
+struct Words {
+  uint64_t v[8] = {};
+
+  static Words load(const uint64_t* p) {
+    Words words;
+    memcpy(words.v, p, sizeof(v));
+    return words;
+  }
+  void set(int64_t i, uint64_t word) { v[i] = word; }
+  void store(uint64_t* p) const { memcpy(p, v, sizeof(v)); }
+};
+
 template <typename T>
 struct Lanes {
   using Bits = typename T::Bits;

@@ -94,13 +94,14 @@ class ShrinkItem {
 
   Desk desk(int64_t p) const {
     const Range groups = team_.share(p, numel_);
-    const int64_t count = groups.end - groups.begin;
+    const int64_t lines = (groups.end - groups.begin + kLineGroups - 1) / kLineGroups;
+    const int64_t count = lines * kLineGroups;
     const Space mine = space_.share(p, team_.size);
     auto* const words = reinterpret_cast<uint64_t*>(mine.data);
     auto* const listed = reinterpret_cast<int32_t*>(words + 2 * count);
-    const Space rest = mine.from(16 * count + (4 * count + 7) / 8 * 8);
+    const Space rest = mine.from(20 * count);
     return {groups,
-            {words, words + count, listed, count},
+            {words, words + count, listed, groups.end - groups.begin},
             reinterpret_cast<Key<T>*>(rest.data),
             rest.bytes / int64_t(sizeof(Key<T>))};
   }

@@ -1,5 +1,5 @@
 // The step in one pass over memory: shrink first, verify afterwards. Included once per instruction
-// set by passes.cpp, behind passes.inc.h.
+// set by passes.cpp.
 //
 // The previous threshold foretells a narrow range that holds the new one. `speculate` shrinks, in
 // its one read and one write of the weights, every key below the range; those above stay, and the
@@ -12,10 +12,10 @@
 // exception are products that are flushed to zero: a group that holds such a weight is postponed,
 // which means left alone until the threshold is known.
 //
-// Traffic per float32 weight: 4 bytes read, 4 written; 1/8 byte of mask read and written. The ledger
-// (two bits: the lowest bit and the old mask's) is written again and again in the same place and
-// read only to restore; since a tensor's worth of weights goes through the second-level cache in
-// between, its lines too are fetched ahead (EDSR-L: 8.6 instead of 8.8 to 11.5 ms).
+// Traffic per float32 weight: 4 bytes read, 4 written; 1/8 byte of mask read and written. The
+// ledger (two bits: the lowest bit and the old mask's) is written again and again in the same place
+// and read only to restore; since a tensor's worth of weights goes through the second-level cache
+// in between, its lines too are fetched ahead (EDSR-L: 8.6 instead of 8.8 to 11.5 ms).
 
 namespace issp::ISSP_ISA {
 
@@ -55,47 +55,53 @@ ISSP_TARGET Sight speculate(typename T::Bits* w, int64_t numel, Range groups,
       stored += gather<T>(w, numel, g, range, keys + stored, room - stored);
     }
   };
-  for (int64_t g = groups.begin; g < groups.end; ++g) {
-    Group<T> group(w, g, numel);
-    prefetch(w + 64 * g, 64 * sizeof(*w));
-    if (g % kLineGroups == 0) {
-      __builtin_prefetch(mask + g + 8 * kLineGroups, 1, 2);
-      __builtin_prefetch(ledger.mask + (g - groups.begin) + 16 * kLineGroups, 1, 3);
-      __builtin_prefetch(ledger.odd + (g - groups.begin) + 16 * kLineGroups, 1, 3);
+  for (int64_t line = groups.begin; line < groups.end; line += kLineGroups) {
+    const int64_t at = line - groups.begin, end = std::min(line + kLineGroups, groups.end);
+    __builtin_prefetch(mask + line + 8 * kLineGroups, 1, 2);
+    __builtin_prefetch(ledger.mask + at + 16 * kLineGroups, 1, 3);
+    __builtin_prefetch(ledger.odd + at + 16 * kLineGroups, 1, 3);
+    Words odds, kept;
+    for (int64_t g = line; g < end; ++g) {
+      Group<T> group(w, g, numel);
+      prefetch(w + 64 * g, 64 * sizeof(*w));
+      if constexpr (std::is_same_v<T, Float32>) {
+        if (update) update_group(group, g, *update);
+      }
+      Masks<L> less, up_to, odd, tiny;
+      for (int i = 0; i < 64; i += L::width) {
+        const auto bits = L::load(group.data + i);
+        less.lanes[i / L::width] = L::less(bits, range.lo);
+        up_to.lanes[i / L::width] = L::less(bits, range.hi + 1);
+        odd.lanes[i / L::width] = L::odd(bits);
+        tiny.lanes[i / L::width] = L::tiny(bits, flushed_below);
+      }
+      const uint64_t under = less.joined(), in = up_to.joined() ^ under, old = mask[g];
+      below += __builtin_popcountll(under);
+      inside += __builtin_popcountll(in);
+      odds.set(g - line, odd.joined());
+      if (__builtin_expect(tiny.joined() != 0, 0)) {
+        kept.set(g - line, old);
+        ledger.groups[ledger.room - ++postponed] = int32_t(g);
+        if (update) group.store(w, g);
+        stored += gather<T>(w, numel, g, range, keys + stored, room - stored);
+        continue;
+      }
+      // candidates keep their bits for now
+      const uint64_t fresh = ((~under & ~in) | (in & old)) & group.bits();
+      kept.set(g - line, fresh);
+      flips += __builtin_popcountll(fresh ^ old);
+      ledger.groups[listed] = int32_t(g);  // no branch: candidates come at random
+      listed += in != 0;
+      for (int i = 0; i < 64; i += L::width) {
+        L::store_scaled(group.data + i, L::load(group.data + i), less.lanes[i / L::width], shrink);
+      }
+      group.store(w, g);
     }
-    if constexpr (std::is_same_v<T, Float32>) {
-      if (update) update_group(group, g, *update);
-    }
-    Masks<L> less, up_to, odd, tiny;
-    for (int i = 0; i < 64; i += L::width) {
-      const auto bits = L::load(group.data + i);
-      less.lanes[i / L::width] = L::less(bits, range.lo);
-      up_to.lanes[i / L::width] = L::less(bits, range.hi + 1);
-      odd.lanes[i / L::width] = L::odd(bits);
-      tiny.lanes[i / L::width] = L::tiny(bits, flushed_below);
-    }
-    const uint64_t under = less.joined(), in = up_to.joined() ^ under;
-    below += __builtin_popcountll(under);
-    inside += __builtin_popcountll(in);
-    const uint64_t old = mask[g];
-    ledger.mask[g - groups.begin] = old;
-    ledger.odd[g - groups.begin] = odd.joined();
-    if (__builtin_expect(tiny.joined() != 0, 0)) {
-      ledger.groups[ledger.room - ++postponed] = int32_t(g);
-      if (update) group.store(w, g);
-      stored += gather<T>(w, numel, g, range, keys + stored, room - stored);
-      continue;
-    }
-    const uint64_t kept = ((~under & ~in) | (in & old)) & group.bits();  // candidates: later
-    mask[g] = kept;
-    flips += __builtin_popcountll(kept ^ old);
-    ledger.groups[listed] = int32_t(g);  // no branch: candidates come at random
-    listed += in != 0;
-    for (int i = 0; i < 64; i += L::width) {
-      L::store_scaled(group.data + i, L::load(group.data + i), less.lanes[i / L::width], shrink);
-    }
-    group.store(w, g);
-    if (g % kBlock == kBlock - 1) gather_listed();
+    // A line at a time: small stores to lines on their way would hold up those of the weights.
+    Words::load(mask + line).store(ledger.mask + at);
+    odds.store(ledger.odd + at);
+    kept.store(mask + line);
+    if (at % kBlock == kBlock - kLineGroups) gather_listed();
   }
   gather_listed();
   return {below, inside, listed, postponed, stored, flips};

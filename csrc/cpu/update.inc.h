@@ -1,5 +1,4 @@
-// The optimizer's update, 64 weights at a time. Included once per instruction set by passes.cpp,
-// between passes.inc.h and speculate.inc.h.
+// The optimizer's update, 64 weights at a time. Included once per instruction set by passes.cpp.
 
 namespace issp::ISSP_ISA {
 

@@ -23,7 +23,9 @@ def _threshold(work: Workload):
 
 
 def _foreach_mul(work: Workload):
-    return lambda: torch._foreach_mul_(work.copies, work.shrink)
+    # By 1 and on the very weights of the step: how fast memory is depends on where it lies, and
+    # separate allocations were measured up to 1.3 times as slow as one buffer of the same size.
+    return lambda: torch._foreach_mul_(work.weights, 1.0)
 
 
 def _flat_mul(work: Workload):
@@ -136,7 +138,7 @@ ROWS = (
     Row(STEP, make=_step(True), **_FUSED),
     Row(COLD, make=_step(False), **_FUSED),
     Row("issp magnitude_threshold", make=_threshold, ours=True, **_SELECT),
-    Row(BASE, make=_foreach_mul, **_COPY),
+    Row(BASE, make=_foreach_mul, **(_COPY | {"prepare": Workload.touch})),
     Row(FLAT, make=_flat_mul, **_COPY),
     Row("flat copy_", make=_flat_copy, **_COPY),
     Row(TOPK, make=_topk, per_layer=True, **_SELECT),

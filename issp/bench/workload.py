@@ -75,14 +75,18 @@ class Workload:
         return torch.ones_like(self.flat)
 
     @torch.no_grad()
-    def drift(self) -> None:
+    def drift(self, rate: float = LEARNING_RATE) -> None:
         """What an optimizer step does to the weights: each moves by about the learning rate."""
         starts = torch.randint(_POOL_SLACK, (len(self._pieces),), generator=self._places).tolist()
         noise = [
             self._pool[start : start + x.numel()]
             for x, start in zip(self._pieces, starts, strict=True)
         ]
-        torch._foreach_add_(self._pieces, noise, alpha=LEARNING_RATE)
+        torch._foreach_add_(self._pieces, noise, alpha=rate)
+
+    def touch(self) -> None:
+        """Leaves the weights as they are and the caches as `drift` does."""
+        self.drift(0.0)
 
     def step(self, bracket: bool = True) -> None:
         """The fused step, on the weights."""
