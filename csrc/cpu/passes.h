@@ -58,7 +58,7 @@ struct Sight {
 
 // Adam's or SGD's update of one tensor, whose weights are passed on their own.
 struct TensorUpdate {
-  enum Rule { kNone, kAdam, kSgd } rule = kNone;
+  enum Rule { kAdam, kSgd } rule = kAdam;
   const void* grad = nullptr;
   bool bfloat16 = false;    // the gradient's type
   float* first = nullptr;   // Adam's m, SGD's buffer (null without momentum)
