@@ -134,6 +134,25 @@ def test_every_rule_and_then_frozen(back_end, kind, rule):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_the_bracket_misses_behind_an_update(back_end, kind):
+    """The update is made once, whatever becomes of the shrink in front of which it stands."""
+    for factor in (1e-6, 1e6):
+        expected = Training(kind, "plain", MIXED)
+        actual = Training(kind, "plain", MIXED, back_end.device)
+        misses = []
+        for number in range(2):
+            grads = beside(expected.weights, "normal", 7 + number)
+            expected.step(REFERENCE, grads)
+            actual.step(back_end.load(), [g.to(back_end.device) for g in grads])
+            assert_same(back_end, actual, expected, f"with thresholds times {factor}")
+            expected.state.thresholds.mul_(factor)
+            actual.state.thresholds.mul_(factor)
+            misses.append(int(actual.state.scratch[0]))
+        assert misses[1] - misses[0] == len(MIXED.k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_named_cases(back_end, kind):
     for case in NAMED:
         if case.fill != "special":
