@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from issp import checks, reference, schemas
+from issp import checks, checks_products, reference, reference_products, schemas
+from issp import schemas_products as schemas_products
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 OPS = {
@@ -28,6 +29,14 @@ OPS = {
     "adam_soft_shrink_": checks.adam_soft_shrink,
     "sgd_soft_shrink_": checks.sgd_soft_shrink,
 }
+# The sparse products; their files stand beside those of the passes.
+PRODUCTS = {
+    "sparse_conv2d": checks_products.sparse_conv2d,
+    "sparse_conv2d_values_grad": checks_products.sparse_conv2d_values_grad,
+    "sparse_matmul": checks_products.sparse_matmul,
+    "sparse_matmul_values_grad": checks_products.sparse_matmul_values_grad,
+}
+_CHECKS = OPS | PRODUCTS
 _LIBRARIES = {"cpp": "_C", "cuda": "_CUDA"}
 
 _active: dict[str, str] = {}
@@ -46,21 +55,25 @@ def problems() -> dict[str, str]:
 
 def by_reference(device: str) -> list[str]:
     """The ops that the slow reference serves on a device type."""
-    return list(OPS) if active(device) == "reference" else []
+    return list(_CHECKS) if active(device) == "reference" else []
 
 
 def implementations(name: str) -> dict[str, Callable]:
     """The ops of one back end as plain callables with the schemas' arguments."""
     if name == "reference":
-        return {op: getattr(reference, op) for op in OPS}
+        return {op: _oracle(op) for op in _CHECKS}
     if name == "triton":
         table = _import_triton().implementations()
-        return {op: _checked(OPS[op], table[op]) for op in OPS}
+        return {op: _checked(check, table[op]) for op, check in _CHECKS.items() if op in table}
     if name not in _active.values():
         raise RuntimeError(
             f"back end {name} is not active here: {_problems.get(name, 'not loaded')}"
         )
-    return {op: getattr(torch.ops.issp, op).default for op in OPS}
+    return {op: getattr(torch.ops.issp, op).default for op in _CHECKS}
+
+
+def _oracle(op: str) -> Callable:
+    return getattr(reference_products if op in PRODUCTS else reference, op)
 
 
 def _checked(check: Callable, call: Callable) -> Callable:
@@ -129,8 +142,8 @@ def register() -> None:
     forced = os.environ.get("ISSP_BACKEND")
     if forced is not None and forced not in NAMES:
         raise ValueError(f"ISSP_BACKEND={forced}: use one of {', '.join(NAMES)}")
-    for op in OPS:
-        schemas.library.impl(op, getattr(reference, op), "CompositeExplicitAutograd")
+    for op in _CHECKS:
+        schemas.library.impl(op, _oracle(op), "CompositeExplicitAutograd")
     _choose("cpu", ("cpp",), forced if forced in ("reference", "cpp") else None)
     if torch.cuda.is_available():
         _choose("cuda", ("cuda", "triton"), forced if forced != "cpp" else None)

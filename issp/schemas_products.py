@@ -1,0 +1,86 @@
+"""THE CONTRACT, products: sparse matrix and convolution ops, their schemas, semantics and fakes.
+
+One format for N:M and unstructured weights, rows in blocks of v that share their positions
+    values      [E, v]: entry e holds one weight for each of its v rows.
+    columns     int32 [E]: position in a row of the dense weight, (channel * kh + ky) * kw + kx;
+                strictly ascending within a block.
+    starts      int32 [O / v + 1], ascending from 0 to E: block b (output rows b*v .. b*v + v - 1)
+                owns the entries starts[b] .. starts[b + 1].
+    transposed  none, or the weight transposed and its taps turned by 180 degrees, [I, O, kh, kw],
+                with v = 1: its columns int32 [E * v], its starts int32 [I + 1], and order int32
+                [E * v], the place of each of its values in values.view(-1). Backward uses it; left
+                out, it is found anew there.
+Common to all products
+    dtypes      float32, float64, bfloat16, float16, the same for all tensors of values; sums in
+                float32 (float64 for float64), rounded once. Contiguous tensors, one device.
+    result      activation(W x + bias) + residual; activation: none, relu, gelu (by erf). Gradients
+                flow to x, values and bias of calls without activation and residual.
+    order       sums are taken in an order that depends on shapes and positions alone: the same bits
+                in every run and for any number of threads. Back ends differ in rounding.
+    errors      everything is checked first. Positions are checked on the CPU; on a GPU, where a
+                check would wait for the device, a position outside the weight counts as zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from issp.schemas import library
+
+# x [N, I, H, W] -> [N, O, size[0], size[1]]. Output (y, x) sees, at tap (ky, kx), the input at
+# u = y * stride - padding + ky * dilation (same for x) divided by `upsample`: zero where u is not
+# divisible, or lies outside. padding may be negative. upsample > 1 and stride = 1 make the
+# gradient of a strided convolution. residual: of the result's shape.
+library.define(
+    "sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor[] transposed, "
+    "Tensor? bias, Tensor? residual, int[2] kernel, int[2] stride, int[2] padding, "
+    'int[2] dilation, int[2] upsample, int[2] size, str activation="none") -> Tensor'
+)
+# [E, v]: the gradient of sum(grad * sparse_conv2d(x, values, ...)) with upsample 1, for every
+# entry; grad [N, O, oh, ow].
+library.define(
+    "sparse_conv2d_values_grad(Tensor x, Tensor grad, Tensor columns, Tensor starts, int v, "
+    "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+)
+# x [..., I] -> [..., O]; a convolution's op with one tap and the channels innermost in memory.
+library.define(
+    "sparse_matmul(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor[] transposed, "
+    'Tensor? bias, Tensor? residual, str activation="none") -> Tensor'
+)
+# [E, v]; grad [..., O].
+library.define(
+    "sparse_matmul_values_grad(Tensor x, Tensor grad, Tensor columns, Tensor starts, int v) "
+    "-> Tensor"
+)
+
+
+@torch.library.register_fake("issp::sparse_conv2d", lib=library)
+def _(
+    x,
+    values,
+    columns,
+    starts,
+    transposed,
+    bias,
+    residual,
+    kernel,
+    stride,
+    padding,
+    dilation,
+    upsample,
+    size,
+    activation="none",
+) -> Tensor:
+    return x.new_empty((x.shape[0], (starts.shape[0] - 1) * values.shape[1], *size))
+
+
+@torch.library.register_fake("issp::sparse_matmul", lib=library)
+def _(x, values, columns, starts, transposed, bias, residual, activation="none") -> Tensor:
+    return x.new_empty((*x.shape[:-1], (starts.shape[0] - 1) * values.shape[1]))
+
+
+@torch.library.register_fake("issp::sparse_conv2d_values_grad", lib=library)
+@torch.library.register_fake("issp::sparse_matmul_values_grad", lib=library)
+def _(x: Tensor, grad: Tensor, columns: Tensor, starts: Tensor, v: int, *_) -> Tensor:
+    return x.new_empty((columns.shape[0], v))
