@@ -1,0 +1,203 @@
+// Argument checks of the sparse products, CPU and CUDA. issp/checks_products.py makes the same
+// checks and chooses the Python exception; the positions themselves are checked by the CPU ops,
+// which can read them without waiting for a device.
+#pragma once
+
+#include <array>
+
+#include "checks.h"
+
+namespace issp {
+
+using Pair = std::array<int64_t, 2>;
+
+// What a convolution sees of its input; see sparse_conv2d in issp/schemas_products.py.
+struct Geometry {
+  int64_t batch, channels, rows;
+  Pair input, kernel, stride, padding, dilation, upsample, size;
+
+  int64_t taps() const { return kernel[0] * kernel[1]; }
+  int64_t length() const { return channels * taps(); }
+};
+
+enum class Activation { kNone, kRelu, kGelu };
+
+// The arguments that all products share, as they are checked.
+struct Product {
+  ScalarType dtype;
+  int64_t v, entries, blocks;
+  Activation activation = Activation::kNone;
+};
+
+inline void check_data(const Tensor& x, const char* name) {
+  if (!is_weight_dtype(x.scalar_type())) {
+    refuse(name, " must be float32, float16, bfloat16 or float64");
+  }
+  if (!x.is_contiguous()) refuse(name, " is not contiguous: pass ", name, ".contiguous()");
+}
+
+inline void check_image(const Tensor& x, const char* name) {
+  check_data(x, name);
+  if (x.dim() != 4) refuse(name, " must be [N, C, H, W], not of ", x.dim(), " dimensions");
+}
+
+inline void check_like(const Tensor& x, const Tensor& other, const char* name,
+                       const std::vector<int64_t>& shape) {
+  check_data(other, name);
+  if (other.scalar_type() != x.scalar_type()) refuse(name, " has another dtype than x");
+  if (!(other.device() == x.device())) refuse(name, " is on another device than x");
+  bool same = other.dim() == int64_t(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) same = other.size(int64_t(i)) == shape[i];
+  if (!same) refuse(name, " has not the shape that x and the weight give");
+}
+
+inline void check_integers(const Tensor& x, const Tensor& list, const char* name) {
+  if (list.scalar_type() != ScalarType::Int) refuse(name, " must be int32");
+  if (!(list.device() == x.device())) refuse(name, " is on another device than x");
+  if (list.dim() != 1 || !list.is_contiguous()) {
+    refuse(name, " must be contiguous and of one dimension");
+  }
+}
+
+inline Product check_lists(const Tensor& x, const Tensor& columns, const Tensor& starts,
+                           int64_t v) {
+  if (v < 1) refuse("v is ", v, ": it must be at least 1");
+  check_integers(x, columns, "columns");
+  check_integers(x, starts, "starts");
+  if (starts.numel() < 2) refuse("starts has no block");
+  return {x.scalar_type(), v, columns.numel(), starts.numel() - 1};
+}
+
+inline Product check_weight(const Tensor& x, const Tensor& values, const Tensor& columns,
+                            const Tensor& starts, const std::vector<Tensor>& transposed,
+                            int64_t inputs, const std::string& activation) {
+  check_data(values, "values");
+  if (values.dim() != 2) refuse("values must be [entries, v]");
+  if (values.scalar_type() != x.scalar_type()) refuse("values have another dtype than x");
+  if (!(values.device() == x.device())) refuse("values are on another device than x");
+  Product product = check_lists(x, columns, starts, values.size(1));
+  if (values.size(0) != product.entries) {
+    refuse(values.size(0), " rows of values for ", product.entries, " columns");
+  }
+  if (!transposed.empty()) {
+    if (transposed.size() != 3) refuse("transposed must be empty or hold three lists");
+    const int64_t all = product.entries * product.v;
+    for (size_t i = 0; i < 3; ++i) {
+      check_integers(x, transposed[i], "transposed");
+      if (transposed[i].numel() != (i == 1 ? inputs + 1 : all)) {
+        refuse("transposed belongs to another weight");
+      }
+    }
+  }
+  if (activation == "relu") {
+    product.activation = Activation::kRelu;
+  } else if (activation == "gelu") {
+    product.activation = Activation::kGelu;
+  } else if (activation != "none") {
+    refuse("activation is \"", activation, "\": use none, relu or gelu");
+  }
+  return product;
+}
+
+inline Pair check_pair(const std::vector<int64_t>& pair, const char* name, int64_t least) {
+  if (pair.size() != 2 || pair[0] < least || pair[1] < least) {
+    refuse(name, " must be two numbers of at least ", least);
+  }
+  return {pair[0], pair[1]};
+}
+
+struct Convolution {
+  Product product;
+  Geometry geometry;
+};
+
+inline Convolution check_sparse_conv2d(
+    const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& starts,
+    const std::vector<Tensor>& transposed, const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& residual, const std::vector<int64_t>& kernel,
+    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+    const std::vector<int64_t>& dilation, const std::vector<int64_t>& upsample,
+    const std::vector<int64_t>& size, const std::string& activation) {
+  check_image(x, "x");
+  const Product product =
+      check_weight(x, values, columns, starts, transposed, x.size(1), activation);
+  const Geometry geometry = {x.size(0),
+                             x.size(1),
+                             product.blocks * product.v,
+                             {x.size(2), x.size(3)},
+                             check_pair(kernel, "kernel", 1),
+                             check_pair(stride, "stride", 1),
+                             check_pair(padding, "padding", INT64_MIN),
+                             check_pair(dilation, "dilation", 1),
+                             check_pair(upsample, "upsample", 1),
+                             check_pair(size, "size", 1)};
+  if (bias) check_like(x, *bias, "bias", {geometry.rows});
+  if (residual) {
+    check_like(x, *residual, "residual",
+               {geometry.batch, geometry.rows, geometry.size[0], geometry.size[1]});
+  }
+  return {product, geometry};
+}
+
+inline Convolution check_sparse_conv2d_values_grad(const Tensor& x, const Tensor& grad,
+                                                   const Tensor& columns, const Tensor& starts,
+                                                   int64_t v, const std::vector<int64_t>& kernel,
+                                                   const std::vector<int64_t>& stride,
+                                                   const std::vector<int64_t>& padding,
+                                                   const std::vector<int64_t>& dilation) {
+  check_image(x, "x");
+  check_image(grad, "grad");
+  const Product product = check_lists(x, columns, starts, v);
+  const Geometry geometry = {x.size(0),
+                             x.size(1),
+                             product.blocks * v,
+                             {x.size(2), x.size(3)},
+                             check_pair(kernel, "kernel", 1),
+                             check_pair(stride, "stride", 1),
+                             check_pair(padding, "padding", INT64_MIN),
+                             check_pair(dilation, "dilation", 1),
+                             {1, 1},
+                             {grad.size(2), grad.size(3)}};
+  check_like(x, grad, "grad", {geometry.batch, geometry.rows, geometry.size[0], geometry.size[1]});
+  return {product, geometry};
+}
+
+// A matrix product as a convolution with one tap over an image of one row, channels innermost.
+inline Geometry token_geometry(const Tensor& x, int64_t rows) {
+  const int64_t inputs = x.size(x.dim() - 1), tokens = inputs ? x.numel() / inputs : 0;
+  return {1, inputs, rows, {1, tokens}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, {1, 1}, {1, tokens}};
+}
+
+inline std::vector<int64_t> token_shape(const Tensor& x, int64_t rows) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
+  shape.push_back(rows);
+  return shape;
+}
+
+inline Convolution check_sparse_matmul(const Tensor& x, const Tensor& values, const Tensor& columns,
+                                       const Tensor& starts, const std::vector<Tensor>& transposed,
+                                       const std::optional<Tensor>& bias,
+                                       const std::optional<Tensor>& residual,
+                                       const std::string& activation) {
+  check_data(x, "x");
+  if (x.dim() < 1) refuse("x must have the shape [..., I]");
+  const Product product =
+      check_weight(x, values, columns, starts, transposed, x.size(x.dim() - 1), activation);
+  const int64_t rows = product.blocks * product.v;
+  if (bias) check_like(x, *bias, "bias", {rows});
+  if (residual) check_like(x, *residual, "residual", token_shape(x, rows));
+  return {product, token_geometry(x, rows)};
+}
+
+inline Convolution check_sparse_matmul_values_grad(const Tensor& x, const Tensor& grad,
+                                                   const Tensor& columns, const Tensor& starts,
+                                                   int64_t v) {
+  check_data(x, "x");
+  if (x.dim() < 1) refuse("x must have the shape [..., I]");
+  const Product product = check_lists(x, columns, starts, v);
+  check_like(x, grad, "grad", token_shape(x, product.blocks * v));
+  return {product, token_geometry(x, product.blocks * v)};
+}
+
+}  // namespace issp
