@@ -176,24 +176,56 @@ inline std::vector<Item> check_regularize(const std::vector<Tensor>& grads,
   return items;
 }
 
+// v == 0: layout "flat".
+inline Pattern check_pattern(const Tensor& weight, int64_t n, int64_t m, int64_t v) {
+  if (n < 1 || n > m) refuse("keep n = ", n, " of m = ", m, ": n must lie in 1..m");
+  if (v < 0) refuse("v is ", v, ": it must be at least 1");
+  if (v == 0) {
+    if (weight.numel() % m) refuse("m = ", m, " does not divide ", weight.numel(), " elements");
+    return {n, m, 1, 1, weight.numel(), 1};
+  }
+  if (weight.dim() < 2) refuse("layout \"channels\" needs a weight [O, I, ...]");
+  const int64_t rows = weight.size(0), channels = weight.size(1);
+  if (channels % m || rows % v) {
+    refuse("m = ", m, " and v = ", v, " do not divide a weight of ", rows, " rows and ", channels,
+           " channels: choose others or leave the layer dense");
+  }
+  return {n, m, v, rows, channels, weight.numel() / (rows * channels)};
+}
+
+// One per pruned weight, the first `count`; empty: all are unstructured.
+inline std::vector<Pattern> check_patterns(const std::vector<Tensor>& weights, size_t count,
+                                           const std::vector<int64_t>& patterns) {
+  if (!patterns.empty() && patterns.size() != 3 * count) {
+    refuse("patterns has ", patterns.size(), " numbers for ", count, " pruned weights");
+  }
+  std::vector<Pattern> found;
+  for (size_t i = 0; i < patterns.size() / 3; ++i) {
+    const int64_t n = patterns[3 * i], m = patterns[3 * i + 1], v = patterns[3 * i + 2];
+    found.push_back(m ? check_pattern(weights[i], n, m, v) : Pattern{});
+  }
+  return found;
+}
+
+inline void check_rank(int64_t k, const Item& item, const Pattern& by, size_t i) {
+  if (!by.m) return check_rank(k, item, i);
+  if (k != 0 && k != by.pruned()) {
+    refuse("k[", i, "] is ", k, " but tensor ", i, " keeps ", by.n, " of ", by.m, ": use 0 or ",
+           by.pruned());
+  }
+}
+
 inline Item check_nm_prune(const Tensor& weight, int64_t n, int64_t m, int64_t v,
                            const std::string& layout, double shrink) {
   const std::vector<Item> items = check_tensors({weight}, true);
   check_shrink(shrink);
-  if (n < 1 || n > m) refuse("keep n = ", n, " of m = ", m, ": n must lie in 1..m");
   if (v < 1) refuse("v is ", v, ": it must be at least 1");
   if (layout == "flat") {
     if (v != 1) refuse("layout \"flat\" has no rows to share a pattern: use v = 1");
-    if (weight.numel() % m) refuse("m = ", m, " does not divide ", weight.numel(), " elements");
-  } else if (layout == "channels") {
-    if (weight.dim() < 2) refuse("layout \"channels\" needs a weight [O, I, ...]");
-    if (weight.size(1) % m || weight.size(0) % v) {
-      refuse("m = ", m, " and v = ", v, " do not divide a weight of ", weight.size(0), " rows and ",
-             weight.size(1), " channels: choose others or leave the layer dense");
-    }
-  } else {
+  } else if (layout != "channels") {
     refuse("layout is \"", layout, "\": use \"channels\" or \"flat\"");
   }
+  check_pattern(weight, n, m, layout == "flat" ? 0 : v);
   return items[0];
 }
 

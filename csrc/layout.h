@@ -25,6 +25,15 @@ struct Item {
   int64_t scratch_start;
 };
 
+// How a tensor is pruned. m == 0: unstructured. Otherwise the m - n smallest of every m consecutive
+// channels; element (row, channel, kernel) lies at (row * channels + channel) * inner + kernel, and
+// v consecutive rows share a pattern. Layout "flat" is one row of all elements, inner = 1.
+struct Pattern {
+  int64_t n, m, v, rows, channels, inner;
+
+  int64_t pruned() const { return rows * channels * inner / m * (m - n); }
+};
+
 inline int64_t mask_total(const std::vector<Item>& items) {
   return items.back().mask_start + mask_words(items.back().numel);
 }

@@ -81,7 +81,16 @@ def _shrink(shrink: float) -> None:
 
 
 def soft_shrink(
-    weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True
+    weights,
+    k,
+    shrink,
+    thresholds,
+    masks,
+    flips,
+    scratch,
+    found_inf=None,
+    bracket=True,
+    patterns=(),
 ):
     """Checks of `soft_shrink_`; `bracket` needs none."""
     tensors(weights, "weights")
@@ -99,8 +108,9 @@ def soft_shrink(
     _separate(
         [(w, f"weights[{i}]") for i, w in enumerate(weights)] + [(x, n) for n, x in state.items()]
     )
+    _patterns(weights, patterns)
     if device.type == "cpu":
-        ranks(k.tolist(), numels, "weights")
+        ranks(k.tolist(), numels, "weights", patterns)
 
 
 def adam_soft_shrink(
@@ -183,8 +193,9 @@ def _update(
     found_inf=None,
     frozen=False,
     bracket=True,
+    patterns=(),
 ):
-    """Checks that the optimizer ops share; `frozen` and `bracket` need none."""
+    """Checks that the optimizer ops share; `bracket` needs none."""
     _not_negative(lr, "lr")
     _not_negative(weight_decay, "weight_decay")
     _shrink(shrink)
@@ -211,8 +222,9 @@ def _update(
     _state(masks, "masks", torch.int32, mask_layout(numels)[1], device)
     _state(flips, "flips", torch.int64, count, device)
     _state(scratch, "scratch", torch.int32, scratch_words(numels), device)
-    if device.type == "cpu":
-        ranks(k.tolist(), numels, "weights")
+    _patterns(weights[:count], patterns)
+    if device.type == "cpu" and not frozen:
+        ranks(k.tolist(), numels, "weights", patterns)
     lists = {"weights": weights, **moments, "steps": steps or ()}
     written = [(x, f"{n}[{i}]") for n, values in lists.items() for i, x in enumerate(values)]
     written += [(thresholds, "thresholds"), (masks, "masks"), (flips, "flips")]
@@ -261,8 +273,8 @@ def _separate_from(
             raise ValueError(f"{name} and {spans[last][2]} overlap in memory: pass a copy")
 
 
-def ranks(k: Sequence[int], numels: Sequence[int], name: str) -> None:
-    """One k per tensor, each in 0..n."""
+def ranks(k: Sequence[int], numels: Sequence[int], name: str, patterns: Sequence[int] = ()) -> None:
+    """One k per tensor, each in 0..n; that of an N:M tensor is 0 or all that its pattern prunes."""
     if len(k) != len(numels):
         raise ValueError(f"k has {len(k)} entries for {len(numels)} tensors: give one per tensor")
     for i, (count, numel) in enumerate(zip(k, numels, strict=True)):
@@ -270,6 +282,25 @@ def ranks(k: Sequence[int], numels: Sequence[int], name: str) -> None:
             raise ValueError(
                 f"k[{i}] is {count} but {name}[{i}] has {numel} elements: use 0..{numel}"
             )
+    for i in range(len(patterns) // 3):
+        n, m, _ = patterns[3 * i : 3 * i + 3]
+        if m and k[i] not in (0, numels[i] // m * (m - n)):
+            raise ValueError(
+                f"k[{i}] is {k[i]} but {name}[{i}] keeps {n} of {m}: use 0 or "
+                f"{numels[i] // m * (m - n)}"
+            )
+
+
+def _patterns(weights: Sequence[Tensor], patterns: Sequence[int]) -> None:
+    if patterns and len(patterns) != 3 * len(weights):
+        raise ValueError(
+            f"patterns has {len(patterns)} numbers for {len(weights)} pruned weights: give n, m, v "
+            "of each, or none"
+        )
+    for i in range(len(patterns) // 3):
+        n, m, v = patterns[3 * i : 3 * i + 3]
+        if m:
+            pattern(weights[i], f"weights[{i}]", n, m, v or 1, "channels" if v else "flat")
 
 
 def magnitude_threshold(weights, k) -> None:
@@ -336,6 +367,11 @@ def nm_prune(weight, n, m, v, layout, shrink=0.0) -> None:
     """Checks of `nm_prune`; a dimension that the pattern does not divide is an error."""
     tensors([weight], "weight")
     _shrink(shrink)
+    pattern(weight, "weight", n, m, v, layout)
+
+
+def pattern(weight, name, n, m, v, layout) -> None:
+    """Whether an N:M pattern divides a weight."""
     if not 1 <= n <= m:
         raise ValueError(f"keep n = {n} of m = {m}: n must lie in 1..m")
     if v < 1:
@@ -346,19 +382,20 @@ def nm_prune(weight, n, m, v, layout, shrink=0.0) -> None:
             raise ValueError(f'layout "flat" has no rows to share a pattern (v = {v}): use v = 1')
         if weight.numel() % m:
             raise ValueError(
-                f"m = {m} does not divide the {weight.numel()} elements of {shape}: choose another"
+                f"m = {m} does not divide the {weight.numel()} elements of {name} {shape}: choose "
+                "another"
             )
     elif layout == "channels":
         if weight.dim() < 2:
             raise ValueError(
-                f'layout "channels" needs a weight [O, I, ...], not shape {shape}: use "flat"'
+                f'layout "channels" needs a weight [O, I, ...], not {name} {shape}: use "flat"'
             )
         if weight.shape[1] % m or weight.shape[0] % v:
             raise ValueError(
-                f"weight {shape} does not divide into groups of m = {m} input channels and "
+                f"{name} {shape} does not divide into groups of m = {m} input channels and "
                 f"v = {v} output rows: choose other numbers or leave the layer dense"
             )
     else:
         raise ValueError(f'layout is "{layout}": use "channels" or "flat"')
     if mask_words(weight.numel()) >= 2**31:
-        raise ValueError(f"weight of shape {shape} is too large for one packed mask")
+        raise ValueError(f"{name} of shape {shape} is too large for one packed mask")

@@ -6,6 +6,8 @@ Source: ISS-P, "Iterative Soft Shrinkage Learning for Efficient Image Super-Reso
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -87,23 +89,35 @@ def soft_shrink_(
     scratch: Tensor,
     found_inf: Tensor | None = None,
     bracket: bool = True,
+    patterns: Sequence[int] = (),
 ) -> None:
     """See `soft_shrink_` in schemas.py. Neither the bracket nor the scratch is used here."""
-    checks.soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf)
+    state = (k, shrink, thresholds, masks, flips, scratch)
+    checks.soft_shrink(weights, *state, found_inf, bracket, patterns)
     if found_inf is not None and found_inf.item() != 0:
         return
     starts, _ = mask_layout([w.numel() for w in weights])
     for t, (w, start, count) in enumerate(zip(weights, starts, k.tolist(), strict=True)):
-        if not 0 <= count <= w.numel():
+        n, m, v = pattern_of(patterns, t)
+        if not (count in (0, w.numel() // m * (m - n)) if m else 0 <= count <= w.numel()):
             continue
         flat = w.view(-1)
-        chosen = selected(flat, count)
+        if m and count:
+            chosen = nm_selected(w, n, m, max(1, v), "channels" if v else "flat").view(-1)
+        else:
+            chosen = selected(flat, count)
         mask = masks[start : start + mask_words(w.numel())]
         old = unpack(mask, w.numel())
         mask.copy_(pack(~chosen))
         flips[t] = (old == chosen).sum()
-        thresholds[t] = magnitude_threshold([w], [count])[0]
+        largest = key(flat).masked_fill(~chosen, 0).max()
+        thresholds[t] = largest.view(w.dtype)
         flat.copy_(torch.where(chosen, shrunk(flat, shrink), flat))
+
+
+def pattern_of(patterns: Sequence[int], t: int) -> tuple[int, int, int]:
+    """(n, m, v) of tensor t; m == 0: it is unstructured."""
+    return tuple(patterns[3 * t : 3 * t + 3]) if patterns else (0, 0, 0)
 
 
 def adam_soft_shrink_(
@@ -130,13 +144,14 @@ def adam_soft_shrink_(
     found_inf: Tensor | None = None,
     frozen: bool = False,
     bracket: bool = True,
+    patterns: Sequence[int] = (),
 ) -> None:
     """See `adam_soft_shrink_` in schemas.py; the rule stands in reference_updates.py."""
     state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
     scalars = (lr, beta1, beta2, eps, weight_decay, decoupled)
     checks.adam_soft_shrink(
         *(weights, grads, exp_avgs, exp_avg_sqs, steps),
-        *(*scalars, maximize, lr_tensor, grad_scale, *state),
+        *(*scalars, maximize, lr_tensor, grad_scale, *state, frozen, bracket, patterns),
     )
     if found_inf is not None and found_inf.item() != 0:
         return
@@ -149,7 +164,7 @@ def adam_soft_shrink_(
             wide_w, g, wide_m, wide_v, max(0, int(step.item())), rate, *scalars[1:]
         )
         _store((w, m, v), updated)
-    _after_update(weights, [exp_avgs, exp_avg_sqs], *state[:-1], frozen)
+    _after_update(weights, [exp_avgs, exp_avg_sqs], *state[:-1], frozen, patterns)
 
 
 def sgd_soft_shrink_(
@@ -174,13 +189,14 @@ def sgd_soft_shrink_(
     found_inf: Tensor | None = None,
     frozen: bool = False,
     bracket: bool = True,
+    patterns: Sequence[int] = (),
 ) -> None:
     """See `sgd_soft_shrink_` in schemas.py; the rule stands in reference_updates.py."""
     state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
     scalars = (lr, momentum, dampening, weight_decay, nesterov)
     checks.sgd_soft_shrink(
         *(weights, grads, momentum_buffers, first),
-        *(*scalars, maximize, lr_tensor, grad_scale, *state),
+        *(*scalars, maximize, lr_tensor, grad_scale, *state, frozen, bracket, patterns),
     )
     if found_inf is not None and found_inf.item() != 0:
         return
@@ -193,7 +209,7 @@ def sgd_soft_shrink_(
         )
         _store((w, momentum_buffers[i]) if momentum else (w,), updated)
     moments = [momentum_buffers] if momentum else []
-    _after_update(weights, moments, *state[:-1], frozen)
+    _after_update(weights, moments, *state[:-1], frozen, patterns)
 
 
 def _store(tensors: tuple[Tensor, ...], values: tuple[Tensor | None, ...]) -> None:
@@ -211,6 +227,7 @@ def _after_update(
     flips: Tensor,
     scratch: Tensor,
     frozen: bool,
+    patterns: Sequence[int],
 ) -> None:
     """What follows the optimizer's update on the first weights, as many as k has entries."""
     count = k.numel()
@@ -221,7 +238,8 @@ def _after_update(
             apply_masks_(tensors[:count], masks)
         flips.zero_()
     else:
-        soft_shrink_(weights[:count], k, shrink, thresholds, masks, flips, scratch)
+        state = (k, shrink, thresholds, masks, flips, scratch)
+        soft_shrink_(weights[:count], *state, patterns=patterns)
 
 
 def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
@@ -258,6 +276,12 @@ def nm_prune(
 ) -> tuple[Tensor, Tensor]:
     """See `nm_prune` in schemas.py."""
     checks.nm_prune(weight, n, m, v, layout, shrink)
+    chosen = nm_selected(weight, n, m, v, layout)
+    return torch.where(chosen, shrunk(weight, shrink), weight), pack(~chosen.flatten())
+
+
+def nm_selected(weight: Tensor, n: int, m: int, v: int, layout: str) -> Tensor:
+    """True, in the weight's shape, for the m - n smallest of every group; see `nm_prune`."""
     if layout == "flat":
         groups = weight.view(1, -1, m, 1)
     else:
@@ -269,8 +293,7 @@ def nm_prune(
     chosen.scatter_(-1, order[..., : m - n], True)
     if layout == "channels":
         chosen = chosen[..., None].expand(groups.shape).permute(0, 4, 1, 3, 2)
-    chosen = chosen.reshape(weight.shape).contiguous()
-    return torch.where(chosen, shrunk(weight, shrink), weight), pack(~chosen.flatten())
+    return chosen.reshape(weight.shape).contiguous()
 
 
 def _l1_key(groups: Tensor) -> Tensor:

@@ -30,10 +30,15 @@ library = torch.library.Library("issp", "DEF")
 # k: int64 [T] in 0..n, checked on the CPU; on a GPU, where a check would wait for the device,
 # a tensor whose k is out of range is left unmodified. scratch: int32 [scratch_words(numels)],
 # zero before its first use, private to the back end; scratch[0] counts searches the bracket missed.
+# patterns: empty, or (n, m, v) of every tensor one behind the other. m == 0: as above. Otherwise
+# N:M over its shape [O, I, ...], as in nm_prune with layout "channels", or with layout "flat" where
+# v == 0: k[t] is 0 (nothing is selected) or numel / m * (m - n) (the m - n smallest of every group
+# are; any other k[t] is out of range). thresholds[t] is then the largest |w| (by key) among the
+# selected before the shrink; shrunk weights, masks and flips are as above.
 library.define(
     "soft_shrink_(Tensor(a!)[] weights, Tensor k, float shrink, Tensor(b!) thresholds, "
     "Tensor(c!) masks, Tensor(d!) flips, Tensor(e!) scratch, Tensor? found_inf=None, "
-    "bool bracket=True) -> ()"
+    "bool bracket=True, int[] patterns=[]) -> ()"
 )
 # [T] in the weights' dtype: the exact k[t]-th smallest |w| (0 when k[t] == 0).
 library.define("magnitude_threshold(Tensor[] weights, int[] k) -> Tensor")
@@ -52,12 +57,14 @@ library.define("magnitude_threshold(Tensor[] weights, int[] k) -> Tensor")
 #     w = w - (lr / (1 - beta1^t) * m) / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 # frozen: no selection; where the mask bit is 0, weight and moments become +0, flips become 0, masks
 # and thresholds stay, k is not used. On a GPU a tensor whose k is out of range is updated only.
+# patterns: those of the T pruned weights, as in soft_shrink_.
 library.define(
     "adam_soft_shrink_(Tensor(a!)[] weights, Tensor[] grads, Tensor(b!)[] exp_avgs, "
     "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, float lr, float beta1, float beta2, float eps, "
     "float weight_decay, bool decoupled, bool maximize, Tensor? lr_tensor, Tensor? grad_scale, "
     "Tensor k, float shrink, Tensor(e!) thresholds, Tensor(f!) masks, Tensor(g!) flips, "
-    "Tensor(h!) scratch, Tensor? found_inf=None, bool frozen=False, bool bracket=True) -> ()"
+    "Tensor(h!) scratch, Tensor? found_inf=None, bool frozen=False, bool bracket=True, "
+    "int[] patterns=[]) -> ()"
 )
 # As adam_soft_shrink_. momentum == 0: momentum_buffers and first are empty; otherwise first[i] says
 # that buffer i holds nothing yet (it is not read).
@@ -71,7 +78,7 @@ library.define(
     "bool[] first, float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
     "bool maximize, Tensor? lr_tensor, Tensor? grad_scale, Tensor k, float shrink, "
     "Tensor(e!) thresholds, Tensor(f!) masks, Tensor(g!) flips, Tensor(h!) scratch, "
-    "Tensor? found_inf=None, bool frozen=False, bool bracket=True) -> ()"
+    "Tensor? found_inf=None, bool frozen=False, bool bracket=True, int[] patterns=[]) -> ()"
 )
 # Writes +0 wherever the packed mask has a 0 bit. tensors: `sets` lists of T one behind the other
 # (weights, moments, moving average); tensor i takes mask i % T. dtypes may differ from tensor to
@@ -132,7 +139,7 @@ def _one_device(tensors: Sequence[Tensor]) -> None:
 
 
 @torch.library.register_fake("issp::soft_shrink_", lib=library)
-def _(weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True) -> None:
+def _(weights: list[Tensor], *_) -> None:
     _one_device(weights)
 
 

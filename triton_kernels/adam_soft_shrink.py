@@ -13,6 +13,8 @@ by launch 1: 16 bytes read (weight, gradient, moments; 14 with a bfloat16 gradie
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -122,11 +124,14 @@ def adam_soft_shrink_(
     found_inf: Tensor | None = None,
     frozen: bool = False,
     bracket: bool = True,
+    patterns: Sequence[int] = (),
     *,
     tile: int = TILE,
     span: int | None = None,
 ) -> None:
     """See `adam_soft_shrink_` in the schemas."""
+    if patterns:
+        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
     scalars = [x for value in (lr, beta1, beta2, eps, weight_decay) for x in halves(value)]
     rule = {
         "COUPLED": weight_decay != 0 and not decoupled,

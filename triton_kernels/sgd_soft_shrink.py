@@ -6,6 +6,8 @@ momentum), 8 written; without momentum 8 and 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -94,11 +96,14 @@ def sgd_soft_shrink_(
     found_inf: Tensor | None = None,
     frozen: bool = False,
     bracket: bool = True,
+    patterns: Sequence[int] = (),
     *,
     tile: int = TILE,
     span: int | None = None,
 ) -> None:
     """See `sgd_soft_shrink_` in the schemas."""
+    if patterns:
+        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
     scalars = [x for value in (lr, momentum, dampening, weight_decay) for x in halves(value)]
     rule = {
         "DECAY": weight_decay != 0,

@@ -25,6 +25,8 @@ Their order in scratch depends on the order of the programs; their set and the r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -268,11 +270,14 @@ def soft_shrink_(
     scratch: Tensor,
     found_inf: Tensor | None = None,
     bracket: bool = True,
+    patterns: Sequence[int] = (),
     *,
     tile: int = TILE,
     span: int | None = None,
 ) -> None:
     """See `soft_shrink_` in the schemas. The first call of a run is quicker with bracket=False."""
+    if patterns:
+        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
     if scratch.data_ptr() % 8:
         raise ValueError("scratch does not start on 8 bytes: allocate it as a tensor of its own")
     dtype = weights[0].dtype

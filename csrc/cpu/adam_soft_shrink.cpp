@@ -16,7 +16,8 @@ void adam_soft_shrink_(const std::vector<Tensor>& weights, const std::vector<Ten
                        const std::optional<Tensor>& grad_scale, const Tensor& k, double shrink,
                        const Tensor& thresholds, const Tensor& masks, const Tensor& flips,
                        const Tensor& scratch, const std::optional<Tensor>& found_inf, bool frozen,
-                       bool bracket) {
+                       bool bracket, const std::vector<int64_t>& patterns) {
+  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const Update update = check_adam_soft_shrink(
       weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, lr_tensor,
       grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);

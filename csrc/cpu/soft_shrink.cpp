@@ -11,7 +11,9 @@ namespace {
 
 void soft_shrink_(const std::vector<Tensor>& weights, const Tensor& k, double shrink,
                   const Tensor& thresholds, const Tensor& masks, const Tensor& flips,
-                  const Tensor& scratch, const std::optional<Tensor>& found_inf, bool bracket) {
+                  const Tensor& scratch, const std::optional<Tensor>& found_inf, bool bracket,
+                  const std::vector<int64_t>& patterns) {
+  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const std::vector<Item> items =
       check_soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf);
   const auto* counts = static_cast<const int64_t*>(k.const_data_ptr());

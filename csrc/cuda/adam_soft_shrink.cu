@@ -12,7 +12,8 @@ void adam_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grad
                            std::optional<Tensor> lr_tensor, std::optional<Tensor> grad_scale,
                            Tensor k, double shrink, Tensor thresholds, Tensor masks, Tensor flips,
                            Tensor scratch, std::optional<Tensor> found_inf, bool frozen,
-                           bool bracket) {
+                           bool bracket, std::vector<int64_t> patterns) {
+  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const Update update = check_adam_soft_shrink(
       weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, lr_tensor,
       grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);

@@ -11,7 +11,9 @@ void sgd_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads
                           bool maximize, std::optional<Tensor> lr_tensor,
                           std::optional<Tensor> grad_scale, Tensor k, double shrink,
                           Tensor thresholds, Tensor masks, Tensor flips, Tensor scratch,
-                          std::optional<Tensor> found_inf, bool frozen, bool bracket) {
+                          std::optional<Tensor> found_inf, bool frozen, bool bracket,
+                          std::vector<int64_t> patterns) {
+  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const Update update = check_sgd_soft_shrink(
       weights, grads, momentum_buffers, first, lr, momentum, dampening, weight_decay, nesterov,
       lr_tensor, grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);

@@ -7,7 +7,8 @@ namespace issp {
 
 void soft_shrink_cuda(std::vector<Tensor> weights, Tensor k, double shrink, Tensor thresholds,
                       Tensor masks, Tensor flips, Tensor scratch, std::optional<Tensor> found_inf,
-                      bool bracket) {
+                      bool bracket, std::vector<int64_t> patterns) {
+  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const std::vector<Item> items =
       check_soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -163,12 +163,14 @@ def soft_shrink_(
     scratch: Tensor,
     found_inf: Tensor | None = None,
     bracket: bool = True,
+    patterns: Sequence[int] = (),
 ) -> None:
     """See schemas.py."""
-    checks.soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf)
-    unchecked_soft_shrink_(
-        weights, k, shrink, thresholds, masks, flips, scratch, found_inf, bracket
-    )
+    state = (k, shrink, thresholds, masks, flips, scratch)
+    checks.soft_shrink(weights, *state, found_inf, bracket, patterns)
+    if patterns:
+        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
+    unchecked_soft_shrink_(weights, *state, found_inf, bracket)
 
 
 def unchecked_soft_shrink_(
@@ -279,7 +281,10 @@ def _update(
     found_inf: Tensor | None = None,
     frozen: bool = False,
     bracket: bool = True,
+    patterns: Sequence[int] = (),
 ) -> None:
+    if patterns:
+        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
     count, pointers, numels = _list(weights)
     arrays = {"weights": pointers, "numels": numels}
     for name, values in lists.items():
@@ -317,7 +322,7 @@ def adam_soft_shrink_(
     if _options["checked"]:
         checks.adam_soft_shrink(
             *(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps),
-            *(weight_decay, decoupled, *rest[:10]),
+            *(weight_decay, decoupled, *rest),
         )
     lists = {"grads": grads, "bfloat16": [g.dtype == torch.bfloat16 for g in grads]}
     lists |= {"first": exp_avgs, "second": exp_avg_sqs, "steps": steps}
@@ -332,7 +337,7 @@ def sgd_soft_shrink_(
     if _options["checked"]:
         checks.sgd_soft_shrink(
             *(weights, grads, momentum_buffers, first, lr, momentum, dampening),
-            *(weight_decay, nesterov, *rest[:10]),
+            *(weight_decay, nesterov, *rest),
         )
     lists = {"grads": grads, "bfloat16": [g.dtype == torch.bfloat16 for g in grads]}
     lists |= {"first": momentum_buffers, "is_first": first}
