@@ -329,3 +329,14 @@ def nm_prune_with_mask(weight: Tensor, keep: Keep, shrink: float = 0.0) -> tuple
     """As `nm_prune`; returns also the bool mask in the weight's shape, True = kept."""
     pruned, packed = _nm_prune(weight, keep.n, keep.of, keep.v, keep.layout, shrink)
     return pruned, reference.unpack(packed, weight.numel()).view(weight.shape)
+
+
+# At the end: the products explain their errors by `_explained`.
+from issp.products import (  # noqa: E402, F401
+    nm_conv2d,
+    nm_matmul,
+    nm_pack,
+    sparse_conv2d,
+    sparse_matmul,
+    sparse_pack,
+)

@@ -124,5 +124,5 @@ def sparse_matmul_values_grad(x, grad, columns, starts, v) -> Tensor:
     """See `sparse_matmul_values_grad` in schemas_products.py."""
     checks.sparse_matmul_values_grad(x, grad, columns, starts, v)
     wide = _wide(x)
-    weight = grad.to(wide).flatten(0, -2).t() @ x.to(wide).flatten(0, -2)
+    weight = grad.to(wide).view(-1, grad.shape[-1]).t() @ x.to(wide).view(-1, x.shape[-1])
     return _taken(weight, columns, starts, v).to(x.dtype)

@@ -1,0 +1,220 @@
+"""Public products of sparse weights, their autograd, and packing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from issp import checks_products
+from issp import products_autograd as products_autograd
+from issp.keep import Keep
+from issp.ops import _explained
+from issp.packing import NMTensor, SparseRows
+from issp.reference_products import ACTIVATIONS
+
+_op = torch.ops.issp
+_conv2d = _explained(checks_products.sparse_conv2d)(lambda *args: _op.sparse_conv2d(*args))
+_matmul = _explained(checks_products.sparse_matmul)(lambda *args: _op.sparse_matmul(*args))
+
+
+def nm_pack(weight: Tensor, keep: Keep) -> NMTensor:
+    """Packs a weight that is N:M already; see `NMTensor.from_dense`."""
+    return NMTensor.from_dense(weight, keep)
+
+
+def sparse_pack(weight: Tensor, v: int = 1) -> SparseRows:
+    """Packs what is not zero in a weight; see `SparseRows.from_dense`."""
+    return SparseRows.from_dense(weight, v)
+
+
+def sparse_conv2d(
+    x: Tensor,
+    p: SparseRows,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """activation(convolution of x with the sparse weight + bias) + residual; groups = 1.
+
+    Differentiable once in x, p.values, bias and residual. Where a gradient is wanted, activation
+    and residual follow the product as torch's own ops; otherwise one kernel does everything. Under
+    torch.autocast all of them are cast to its dtype, as for F.conv2d.
+
+    Args:
+        x: [N, I, H, W]; copied with .contiguous() where it is not (channels_last, slices).
+        p: packed weight of shape (O, I, kh, kw), of x's dtype and device.
+        bias: [O] or none.
+        stride, padding, dilation: int or two, for height and width; padding with zeros.
+        residual: of the result's shape, or none.
+        activation: "none", "relu" or "gelu" (by erf).
+
+    Returns:
+        [N, O, oh, ow], contiguous.
+
+    Raises:
+        TypeError, ValueError: what does not fit, named.
+    """
+    _is(p, SparseRows, "issp.ops.sparse_pack")
+    return conv2d(x, p, bias, stride, padding, dilation, residual, activation)
+
+
+def nm_conv2d(
+    x: Tensor,
+    p: NMTensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """As `sparse_conv2d`, for an N:M weight."""
+    _is(p, NMTensor, "issp.ops.nm_pack")
+    return conv2d(x, p, bias, stride, padding, dilation, residual, activation)
+
+
+def sparse_matmul(
+    x: Tensor,
+    p: SparseRows,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """activation(x W^T + bias) + residual with the sparse weight W, as torch.nn.functional.linear.
+
+    Gradients, autocast and memory format: see `sparse_conv2d`.
+
+    Args:
+        x: [..., I].
+        p: packed weight of shape (O, I), of x's dtype and device.
+        bias: [O] or none.
+        residual: [..., O] or none.
+        activation: "none", "relu" or "gelu" (by erf).
+
+    Returns:
+        [..., O], contiguous.
+
+    Raises:
+        TypeError, ValueError: what does not fit, named.
+    """
+    _is(p, SparseRows, "issp.ops.sparse_pack")
+    return matmul(x, p, bias, residual, activation)
+
+
+def nm_matmul(
+    x: Tensor,
+    p: NMTensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """As `sparse_matmul`, for an N:M weight."""
+    _is(p, NMTensor, "issp.ops.nm_pack")
+    return matmul(x, p, bias, residual, activation)
+
+
+def conv2d(x, p, bias, stride, padding, dilation, residual, activation) -> Tensor:
+    """What `sparse_conv2d` and `nm_conv2d` share."""
+    if len(p.shape) != 4:
+        raise ValueError(f"the weight of a convolution is [O, I, kh, kw], not {p.shape}")
+    _has_channels(x, p, 4, 1)
+    stride, padding, dilation = (
+        _pair(value, name, least)
+        for value, name, least in (
+            *((stride, "stride", 1), (padding, "padding", 0), (dilation, "dilation", 1)),
+        )
+    )
+    geometry = (p.shape[2:], stride, padding, dilation)
+    size = output_size(x.shape[2:], *geometry)
+    shape = (x.shape[0], p.shape[0], *size)
+    return _finished(_conv2d, x, p, bias, residual, (*geometry, (1, 1), size), activation, shape)
+
+
+def matmul(x, p, bias, residual, activation) -> Tensor:
+    """What `sparse_matmul` and `nm_matmul` share."""
+    if len(p.shape) != 2:
+        raise ValueError(f"the weight of a matrix product is [O, I], not {p.shape}")
+    _has_channels(x, p, None, -1)
+    shape = (*x.shape[:-1], p.shape[0])
+    return _finished(_matmul, x, p, bias, residual, (), activation, shape)
+
+
+def output_size(image, kernel, stride, padding, dilation) -> tuple[int, int]:
+    """Height and width of a convolution's result.
+
+    Raises:
+        ValueError: the kernel does not fit the padded image.
+    """
+    size = tuple(
+        (image[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    )
+    if min(size) < 1:
+        raise ValueError(
+            f"a kernel of {tuple(kernel)} with dilation {dilation} does not fit x of "
+            f"{tuple(image)} with padding {padding}: pad more"
+        )
+    return size
+
+
+def _finished(call, x, p, bias, residual, geometry, activation, shape) -> Tensor:
+    checks_products._activation(activation)
+    x, values, bias, residual = _autocast(x, p.values, bias, residual)
+    x = x.contiguous()
+    if residual is not None:
+        residual = residual.contiguous()
+    weight = (values, p.columns, p.starts)
+    wanted = [t is not None and t.requires_grad for t in (x, values, bias, residual)]
+    if not (torch.is_grad_enabled() and any(wanted)):
+        return call(x, *weight, [], bias, residual, *geometry, activation)
+    # The sum below would broadcast in silence.
+    checks_products._beside(x, residual, shape, "residual")
+    y = call(x, *weight, p.transposed if wanted[0] else [], bias, None, *geometry, "none")
+    y = ACTIVATIONS[activation](y)
+    return y if residual is None else y + residual
+
+
+def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """What torch.autocast does to the arguments of F.conv2d; register_autocast knows one dtype."""
+    tensors = [x, *others]
+    if not torch.is_autocast_enabled(x.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def _is(p, kind: type, remedy: str) -> None:
+    if not isinstance(p, kind):
+        raise TypeError(f"p is {type(p).__name__}, not {kind.__name__}: pack the weight, {remedy}")
+
+
+def _has_channels(x: Tensor, p: SparseRows, dims: int | None, channel: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    if dims is not None and x.dim() == dims - 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, without a batch: pass x[None]")
+    if x.dim() < 1 or dims is not None and x.dim() != dims:
+        wanted = "[..., I]" if dims is None else "[N, C, H, W]"
+        raise ValueError(f"x has shape {tuple(x.shape)}: it must be {wanted}")
+    if x.shape[channel] != p.shape[1]:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} has {x.shape[channel]} channels, but the weight of shape "
+            f"{p.shape} needs {p.shape[1]}"
+        )
+
+
+def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else value
+    if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2:
+        raise TypeError(f"{name} is {value!r}: it must be an int or two of them")
+    if min(pair) < least:
+        raise ValueError(f"{name} is {value}: it must be at least {least}")
+    return (int(pair[0]), int(pair[1]))
