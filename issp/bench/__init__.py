@@ -27,7 +27,7 @@ def main(args: argparse.Namespace) -> int:
     """Runs one benchmark.
 
     Returns:
-        0; 1 when the op is not bitwise equal to the reference (then nothing was timed); 2 for bad
+        0; 1 when parity is red (then nothing was timed); 2 for bad
         input.
     """
     try:

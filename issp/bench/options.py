@@ -23,8 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser, seconds: str) -> None:
     parser.add_argument("--scale", type=int, default=4, choices=(2, 3, 4))
     parser.add_argument("--sparsity", type=float, default=0.95, help="default 0.95")
     parser.add_argument("--shrink", type=float, default=0.95, help="factor alpha, default 0.95")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
+    add_pace(parser, seconds)
+
+
+def add_pace(parser: argparse.ArgumentParser, seconds: str) -> None:
+    """Adds where to run, for how long, and what to write; the arguments are `add_arguments`'s."""
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, help=seconds)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--out", type=Path, help="also write the tables to this .md file")
@@ -38,19 +43,28 @@ def apply(args: argparse.Namespace) -> None:
     Raises:
         ValueError: an argument out of range, no GPU for --device cuda, or no such folder.
     """
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device: use --device cpu")
+    check_pace(args)
     if not 0.0 <= args.shrink <= 1.0:
         raise ValueError(f"--shrink is {args.shrink}: it must lie in 0..1")
     ops.num_pruned(1, args.sparsity)
+    at_least_one(args, "threads")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+
+def check_pace(args: argparse.Namespace) -> None:
+    """Checks the options of `add_pace`.
+
+    Raises:
+        ValueError: no GPU for --device cuda, no time to measure, or no such folder.
+    """
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("torch sees no CUDA device: use --device cpu")
     if args.seconds is not None and not args.seconds > 0:
         raise ValueError(f"--seconds is {args.seconds}: it must be above 0")
-    at_least_one(args, "threads")
     for path in filter(None, (args.out, args.plot, args.samples)):
         if not path.parent.is_dir():
             raise ValueError(f"the folder of {path} does not exist: create {path.parent}")
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -1,0 +1,197 @@
+"""The calls that are timed: our products, dense ones of every precision and layout, torch's sparse.
+
+A step is forward, the gradient of the input and that of the weight (its kept values, if sparse).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from issp import ops
+from issp.bench.products_forms import Sparse
+from issp.bench.products_layers import Layer
+
+PASSES = ("forward", "step")
+DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+_UNFOLDED = 512 << 20  # bytes of the unfolded input beyond which a convolution by CSR is left out
+
+
+@dataclass(frozen=True)
+class Dense:
+    """One way torch computes the dense product.
+
+    Attributes:
+        precision: see `Form`.
+        channels_last: layout of the activations and the weight of a convolution.
+        matmul: a 1x1 convolution as a matrix product over the flattened image.
+        search: cudnn.benchmark, on a GPU.
+        label: of the precision, such as "bf16 AMX".
+    """
+
+    precision: str = "fp32"
+    channels_last: bool = False
+    matmul: bool = False
+    search: bool = True
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """As printed, behind "dense"."""
+        layout = " channels_last" * self.channels_last + " as matmul" * self.matmul
+        return (self.label or self.precision) + layout + (" unsearched" * (not self.search))
+
+
+@dataclass
+class Data:
+    """Input, output gradient and dense weight of a layer, float32."""
+
+    layer: Layer
+    x: Tensor
+    weight: Tensor
+    grad: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, device: str, seed: int = 0) -> Data:
+        """Normal numbers; the weight's are scaled like an initialisation."""
+        random = torch.Generator().manual_seed(seed)
+        shapes = (layer.x, layer.weight, layer.y)
+        x, weight, grad = (torch.randn(s, generator=random).to(device) for s in shapes)
+        return cls(layer, x, weight / weight[0].numel() ** 0.5, grad)
+
+
+def dense_variants(layer: Layer, device: str) -> list[Dense]:
+    """Every precision and layout of the dense product that this machine offers."""
+    labels = {"fp32": "", **({"tf32": "", "bf16": "", "fp16": ""} if device == "cuda" else {})}
+    if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        labels["bf16"] = "bf16 AMX" if torch.cpu._is_amx_tile_supported() else "bf16"
+    layouts = (False, True) if layer.conv else (False,)
+    found = [
+        Dense(precision, last, label=label)
+        for precision, label in labels.items()
+        for last in layouts
+    ]
+    if layer.conv and layer.weight[2:] == (1, 1):
+        found += [Dense(p, matmul=True, label=label) for p, label in labels.items()]
+    if layer.conv and device == "cuda":
+        found += [Dense(precision, search=False) for precision in ("fp32", "tf32")]
+    return found
+
+
+def set_precision(precision: str, search: bool = True) -> None:
+    """Sets torch's switches for what is called next: TF32, cudnn.benchmark."""
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.benchmark = search
+
+
+def product(layer: Layer, matmul: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """The dense product of one layer, from x and weight."""
+    if not layer.conv:
+        return F.linear
+    if matmul:
+        return lambda x, w: (w.flatten(1) @ x.flatten(2)).view(layer.y)
+    padding = layer.padding
+    return lambda x, w: F.conv2d(x, w, padding=padding)
+
+
+def dense_call(data: Data, variant: Dense, name: str) -> Callable[[], object]:
+    """What is timed of a dense variant; `name` is one of `PASSES`."""
+    dtype = DTYPES[variant.precision]
+    layout = torch.channels_last if variant.channels_last else torch.contiguous_format
+    x, weight, grad = (
+        t.to(dtype, memory_format=layout, copy=True) if data.layer.conv else t.to(dtype, copy=True)
+        for t in (data.x, data.weight, data.grad)
+    )
+    call = product(data.layer, variant.matmul)
+    return _timed(lambda: call(x, weight), (x, weight), grad, name)
+
+
+def sparse_product(layer: Layer, sparse: Sparse) -> Callable[[Tensor], Tensor]:
+    """Our product of one layer, from x."""
+    nm = hasattr(sparse.p, "keep")
+    if not layer.conv:
+        call = ops.nm_matmul if nm else ops.sparse_matmul
+        return lambda x: call(x, sparse.p)
+    call, padding = (ops.nm_conv2d if nm else ops.sparse_conv2d), layer.padding
+    return lambda x: call(x, sparse.p, padding=padding)
+
+
+def sparse_call(data: Data, sparse: Sparse, name: str) -> Callable[[], object]:
+    """What is timed of ours; the tensors have the dtype of the packed values."""
+    dtype = sparse.p.values.dtype
+    x, grad = (t.to(dtype, copy=True) for t in (data.x, data.grad))
+    call = sparse_product(data.layer, sparse)
+    return _timed(lambda: call(x), (x, sparse.p.values), grad, name)
+
+
+def _timed(
+    call: Callable[[], Tensor], leaves: tuple[Tensor, Tensor], grad: Tensor, name: str
+) -> Callable[[], object]:
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return call()
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(), leaves, grad)
+
+    if name == "forward":
+        return forward
+    for leaf in leaves:
+        leaf.requires_grad_()
+    return step
+
+
+def csr_call(data: Data, sparse: Sparse) -> Callable[[], object]:
+    """torch's sparse CSR product, forward; a convolution goes through the unfolded input.
+
+    Raises:
+        ValueError: the unfolded input would be too large.
+    """
+    layer = data.layer
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that CSR is in beta state
+        weight = sparse.dense.flatten(1).to_sparse_csr()
+    if not layer.conv:
+        x = data.x.flatten(0, -2)
+        return torch.no_grad()(lambda: torch.mm(weight, x.t()).t())
+    nbytes = 4 * layer.applications * weight.shape[1]
+    if nbytes > _UNFOLDED:
+        raise ValueError(f"the unfolded input takes {nbytes / 1e9:.2g} GB")
+    x, kernel, padding = data.x, layer.weight[2:], layer.padding
+    if x.shape[0] != 1:
+        raise ValueError("only one image at a time")
+
+    @torch.no_grad()
+    def conv() -> Tensor:
+        columns = x[0].flatten(1) if kernel == (1, 1) else F.unfold(x, kernel, padding=padding)[0]
+        return torch.mm(weight, columns).view(layer.y)
+
+    return conv
+
+
+def two_four_call(data: Data, dtype: torch.dtype) -> Callable[[], object]:
+    """torch's semi-structured 2:4 product of a linear layer, forward, on a GPU.
+
+    Raises:
+        ValueError, RuntimeError: torch refuses the shape.
+    """
+    if data.layer.conv:
+        raise ValueError("it has no convolution")
+    groups = data.weight.abs().view(-1, 4)
+    mask = torch.zeros_like(groups, dtype=torch.bool)
+    mask.scatter_(1, groups.topk(2, dim=1).indices, True)
+    weight = torch.where(mask.view_as(data.weight), data.weight, 0).to(dtype)
+    packed = torch.sparse.to_sparse_semi_structured(weight)
+    x = data.x.flatten(0, -2).to(dtype)
+    return torch.no_grad()(lambda: F.linear(x, packed))

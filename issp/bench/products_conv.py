@@ -1,0 +1,32 @@
+"""Sparse convolutions, forward and training step, against dense ones of every precision and layout.
+
+All prunable convolutions of the networks at the size they have for a low-resolution image, or given
+shapes; unstructured and N:M weights. Every packed weight is compared with float64 first; if its
+error is more than twice that of dense, no figure of the layer is printed and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from issp.bench import products
+
+EXAMPLE = """examples:
+  issp bench conv --model edsr-l --size 48 --threads 1 2 --plot conv.png
+  issp bench conv --shape 256x256x3x3 --size 48 --sparsity 0.9 0.95 --v 1 4 --passes forward
+  issp bench conv --must-show"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `issp bench conv`."""
+    products.add_arguments(parser, conv=True)
+    parser.add_argument(
+        "--must-show",
+        action="store_true",
+        help="the table of targets instead: three layers at 90, 95 and 99 %%",
+    )
+
+
+def run(args: argparse.Namespace) -> list:
+    """See `issp.bench.products.run`."""
+    return products.run(args, conv=True)

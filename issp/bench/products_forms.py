@@ -1,0 +1,131 @@
+"""How a weight is made sparse for a benchmark: unstructured, or N:M with v rows to a pattern."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from issp import ops
+from issp.keep import Keep
+
+_CLOSE = 0.1  # a pattern that keeps this share more than asked is close enough to be the smallest
+_FARTHEST = 1.0  # one that keeps twice as much as asked is not that sparsity any more
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of sparse weight and the precision of its product.
+
+    Attributes:
+        v: output rows that share a pattern.
+        nm: N:M along the input channels; otherwise unstructured.
+        precision: "fp32", "tf32" (float32 tensors, the products of a GPU's tensor cores), "bf16"
+            or "fp16".
+    """
+
+    v: int = 1
+    nm: bool = True
+    precision: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        """As printed."""
+        kind = f"N:M v={self.v}" if self.nm else "unstructured"
+        return kind if self.precision == "fp32" else f"{kind} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A packed weight.
+
+    Attributes:
+        p: NMTensor or SparseRows.
+        dense: the same weight with its zeros, [O, I, ...].
+        label: the pattern and what it prunes: "7:64 (89.06 %)".
+    """
+
+    p: Any
+    dense: Tensor
+    label: str
+
+    @property
+    def nbytes(self) -> int:
+        """What a product reads of it."""
+        return sum(t.nbytes for t in (self.p.values, self.p.columns, self.p.starts))
+
+    @property
+    def weights(self) -> int:
+        """How many weights are stored."""
+        return self.p.values.numel()
+
+
+def forms(device: str, rows: list[int] | None = None) -> list[Form]:
+    """What is timed by default.
+
+    Args:
+        device: "cpu" or "cuda".
+        rows: values of v; default 1 and 4, on a GPU also 8, 16 and 32. From 16 on a GPU's tensor
+            cores do the work, so that TF32 and bfloat16 are what is of interest.
+    """
+    if rows is None:
+        rows = [1, 4, 8, 16, 32] if device == "cuda" else [1, 4]
+    found = [Form(nm=False)] if 1 in rows else []
+    for v in rows:
+        tensor_cores = device == "cuda" and v >= 16
+        found += [Form(v, precision=p) for p in (("tf32", "bf16") if tensor_cores else ("fp32",))]
+    return found
+
+
+def pattern(channels: int, sparsity: float) -> tuple[int, int] | None:
+    """N and M with M a divisor of `channels`: the smallest M that prunes nearly as much as asked.
+
+    Never more than asked, so that a time is not flattered: 90 % of 256 channels is 7:64 (89.06 %),
+    of 60 channels 1:10. None where the sparsest pattern keeps more than twice as much as asked.
+    """
+    wanted = round(1 - sparsity, 12)
+    found = []
+    for m in (m for m in range(2, channels + 1) if channels % m == 0):
+        n = math.ceil(wanted * m - 1e-9)
+        if n < m:
+            found.append((n / m / wanted - 1, m, n))
+    excess, m, n = min(found, default=(math.inf, 0, 0))
+    if excess > _FARTHEST:
+        return None
+    for other, m, n in found:
+        if other <= max(_CLOSE, excess):
+            return n, m
+    return n, m
+
+
+def unfit(form: Form, shape: tuple[int, ...], sparsity: float) -> str | None:
+    """Why a weight cannot have that form at that sparsity, or None."""
+    if shape[0] % form.v:
+        return f"v={form.v} does not divide {shape[0]} outputs"
+    if form.nm and pattern(shape[1], sparsity) is None:
+        return f"no N:M of {shape[1]} input channels prunes about {100 * sparsity:g} %"
+    return None
+
+
+def make(weight: Tensor, form: Form, sparsity: float) -> Sparse:
+    """Prunes and packs a weight.
+
+    Args:
+        weight: [O, I, ...], dense; is left as it is.
+        form: fits it, see `unfit`.
+        sparsity: in 0..1.
+    """
+    if form.nm:
+        keep = Keep(*pattern(weight.shape[1], sparsity), v=form.v)
+        pruned = ops.nm_prune(weight, keep)
+        return Sparse(
+            ops.nm_pack(pruned, keep), pruned, f"{keep.n}:{keep.of} ({100 * keep.sparsity:.4g} %)"
+        )
+    k = ops.num_pruned(weight.numel(), sparsity)
+    pruned = weight.clone()
+    if k:
+        smallest = weight.flatten().abs().topk(k, largest=False).indices
+        pruned.view(-1)[smallest] = 0
+    return Sparse(ops.sparse_pack(pruned), pruned, f"{100 * k / weight.numel():.4g} %")
