@@ -186,7 +186,8 @@ class NMTensor(SparseRows):
         blocks = _blocks(weight, keep.v if isinstance(keep, Keep) else 1)
         check_pattern(weight.shape, keep)
         grouped = blocks.ne(0).any(1).view(len(blocks), -1, keep.of, _taps(weight.shape))
-        crowded = (grouped.sum(2) > keep.n).any(2)
+        counts = grouped.sum(2, keepdim=True)
+        crowded = (counts > keep.n).flatten(2).any(2)
         if crowded.any():
             block, group = crowded.nonzero()[0].tolist()
             raise ValueError(
@@ -194,8 +195,9 @@ class NMTensor(SparseRows):
                 f"first: row {block * keep.v}, channels {group * keep.of}..."
                 f"{group * keep.of + keep.of - 1}): prune first, issp.ops.nm_prune(weight, {keep})"
             )
-        chosen = grouped.byte().argsort(2, descending=True, stable=True)[:, :, : keep.n]
-        kept = torch.zeros_like(grouped).scatter_(2, chosen, True).view(len(blocks), -1)
+        zeros = ~grouped
+        first = zeros & (zeros.cumsum(2) <= keep.n - counts)
+        kept = (grouped | first).view(len(blocks), -1)
         return cls(*_taken(weight, kept), weight.shape, keep)
 
     @property
