@@ -24,3 +24,28 @@ def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str) -> None:
             f"{what}: {int(different.sum())} of {different.numel()} differ, first at {at}: "
             f"{actual[at].item()!r} instead of {expected[at].item()!r}"
         )
+
+
+def assert_as_close_as_dense(actual: Tensor, exact: Tensor, dense: Tensor, what: str) -> None:
+    """At most twice the error of the dense product of the same precision, plus one rounding.
+
+    Args:
+        actual: what is tested.
+        exact: the result in float64, from the same inputs.
+        dense: torch's dense product in the dtype of `actual`.
+        what: names the case in the message.
+    """
+    assert actual.dtype == dense.dtype, f"{what}: {actual.dtype} is not {dense.dtype}"
+    assert actual.shape == exact.shape, f"{what}: {actual.shape} is not {exact.shape}"
+    assert exact.dtype == torch.float64 and torch.isfinite(exact).all(), f"{what}: bad yardstick"
+    if not exact.numel():
+        return
+    error, expected = ((x.detach().cpu().double() - exact.cpu()).abs() for x in (actual, dense))
+    rounding = torch.finfo(actual.dtype).eps * float(exact.abs().max())
+    allowed = 2 * float(expected.max()) + rounding
+    if not bool((error <= allowed).all()):  # NaN is an error as well
+        at = tuple((~(error <= allowed)).nonzero()[0].tolist())
+        raise AssertionError(
+            f"{what}: error {float(error.max()):.3e}, allowed {allowed:.3e}, first at {at}: "
+            f"{actual[at].item()!r} instead of {exact[at].item()!r}"
+        )
