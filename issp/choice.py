@@ -1,0 +1,313 @@
+"""The fastest of several ways to compute a layer: measured once per machine and shape, remembered.
+
+The file of choices is JSON in the user's cache folder (`ISSP_CACHE` names another folder), readable
+and safe to delete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import secrets
+import statistics
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from issp import about, backends
+from issp.bench.timing import CpuClock, CudaClock, Task, interleave
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system, see `Cache.put`
+    fcntl = None  # type: ignore[assignment]
+
+_FORMAT = 1
+_MARGIN = 0.03  # a gain below this is a tie
+_SURE = 0.75  # share of the rounds in which a winner must be faster
+_FLUSH = 1 << 16  # bytes; a layer's input has just been written by the layer before it
+ROUNDS = 15
+SECONDS = 1.0  # to spend on one choice, roughly
+_LEAST = 5  # rounds
+_NO_LIMIT = 1e9  # seconds: all candidates take part in all rounds
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was found to be fastest, and by which figures.
+
+    Attributes:
+        name: of the chosen candidate.
+        microseconds: median of each candidate.
+        errors: candidate -> why it could not be timed.
+        reason: why this one, in words.
+        remembered: it comes from the file; False: measured now.
+    """
+
+    name: str
+    microseconds: dict[str, float]
+    errors: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+    remembered: bool = False
+
+
+def folder() -> Path:
+    """Where choices are kept: `ISSP_CACHE`, or "issp" in the user's cache folder."""
+    given = os.environ.get("ISSP_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "issp"
+
+
+def machine(device: str) -> str:
+    """All that a choice depends on beside the layer: processor, instruction set, threads, versions.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    info = about.info()
+    back_end = backends.active(device)
+    parts = [info["cpu"]["name"], info["cpu"]["torch"], f"{torch.get_num_threads()} threads"]
+    if back_end == "cpp":
+        parts.append(f"kernels {torch.ops.issp._cpu_capability()}")
+    if device == "cuda":
+        gpu = info["gpu"]
+        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        parts = [gpu["name"], f"CUDA {gpu['cuda']}", f"TF32 {tf32[0]:d}{tf32[1]:d}"]
+        parts.append(f"cudnn.benchmark {torch.backends.cudnn.benchmark:d}")
+    parts += [f"torch {torch.__version__}", f"issp {info['issp']} {back_end} {_fingerprint()}"]
+    return "; ".join(parts)
+
+
+@functools.cache
+def _fingerprint() -> str:
+    """Checksum of the kernels: the version of the package stands still while they change."""
+    root = Path(__file__).parent
+    sources = [*root.glob("_C*"), *root.glob("_CUDA*"), root / "reference_products.py"]
+    for name in ("triton_kernels", "../triton_kernels"):
+        sources += (root / name).glob("*.py")
+    value = 0
+    for path in sorted(set(sources)):
+        value = zlib.crc32(path.read_bytes(), value)
+    return f"{value:08x}"
+
+
+class Cache:
+    """Choices in a file, by machine and key. A file that is broken is reported and started anew.
+
+    Args:
+        path: of the file; default: choices.json in `folder()`. Its folder is made when needed.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None) -> None:
+        self.path = folder() / "choices.json" if path is None else Path(path)
+
+    def get(self, machine: str, key: str) -> Choice | None:
+        """The choice that is kept for this machine and key, or None."""
+        kept = self._read().get(machine, {}).get(key)
+        if kept is None:
+            return None
+        return Choice(**kept, remembered=True)
+
+    def put(self, machine: str, key: str, choice: Choice) -> None:
+        """Adds or replaces one choice; those of others, written in the meantime, stay.
+
+        Where the system has no file locks, of two that write in the same moment one may be lost:
+        it is measured again. A folder that cannot be written is a warning, not an error.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                machines = self._read()
+                machines.setdefault(machine, {})[key] = {
+                    name: getattr(choice, name) for name in _KEPT
+                }
+                content = {"format": _FORMAT, "machines": machines}
+                self._replace(json.dumps(content, indent=1, sort_keys=True).encode())
+        except OSError as error:
+            warnings.warn(
+                f"the choice of a layer's path cannot be kept in {self.path} "
+                f"({error.strerror or error}): set ISSP_CACHE to a folder that can be written",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _replace(self, content: bytes) -> None:
+        name = f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        temporary = self.path.with_name(name)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return {}
+        except (OSError, UnicodeDecodeError) as error:
+            return self._broken(str(error))
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            return self._broken(f"no JSON: {error}")
+        problem = _problem(content)
+        return self._broken(problem) if problem else content["machines"]
+
+    def _broken(self, why: str) -> dict[str, Any]:
+        warnings.warn(
+            f"{self.path} is not a file of choices ({why}): what it should hold is measured again "
+            "and the file is replaced",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return {}
+
+
+_KEPT = {"name": str, "microseconds": dict, "errors": dict, "reason": str}
+
+
+def _problem(content: Any) -> str | None:
+    """What is wrong with the content of a file of choices."""
+    if not isinstance(content, dict) or not isinstance(content.get("machines"), dict):
+        return 'it has no "machines"'
+    if content.get("format") != _FORMAT:
+        return f"its format is {content.get('format')!r}, not {_FORMAT}"
+    for name, choices in content["machines"].items():
+        if not isinstance(choices, dict) or not all(map(_is_choice, choices.values())):
+            return f"the choices of {name!r} are not those of this program"
+    return None
+
+
+def _is_choice(kept: Any) -> bool:
+    return (
+        isinstance(kept, dict)
+        and kept.keys() == _KEPT.keys()
+        and all(isinstance(kept[name], kind) for name, kind in _KEPT.items())
+        and all(isinstance(x, int | float) and x > 0 for x in kept["microseconds"].values())
+        and kept["name"] in kept["microseconds"]
+    )
+
+
+def choose(
+    key: str,
+    dense: Mapping[str, Callable[[], object]],
+    sparse: Mapping[str, Callable[[], object]],
+    device: str = "cpu",
+    cache: Cache | None = None,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
+) -> Choice:
+    """The fastest candidate; a dense one unless a sparse one is faster beyond doubt.
+
+    Every candidate is timed in turn, in another order each round. A sparse one is chosen if it is
+    faster than the fastest dense one by more than 3 % in the median of the rounds and faster in
+    three quarters of them; the same holds between the first dense one and the others.
+
+    Args:
+        key: all that tells this measurement from others on this machine: what, shapes, dtype.
+        dense: name -> call; the first is the plain one, which must run.
+        sparse: name -> call; one that fails is left out, with its error in the choice.
+        device: "cpu" or "cuda".
+        cache: where choices are kept; default: the user's.
+        rounds: calls of each candidate.
+        seconds: to spend on all of them, roughly; at least five rounds are made.
+
+    Raises:
+        ValueError: no dense candidate, or a name that is used twice.
+    """
+    if not dense or dense.keys() & sparse.keys():
+        raise ValueError("choose needs a dense candidate, and a name of its own for each")
+    cache = Cache() if cache is None else cache
+    name = machine(device)
+    kept = cache.get(name, key)
+    if kept is not None and kept.microseconds.keys() | kept.errors.keys() == {*dense, *sparse}:
+        return kept
+    choice = measured(dense, sparse, device, rounds, seconds)
+    cache.put(name, key, choice)
+    return choice
+
+
+def measured(
+    dense: Mapping[str, Callable[[], object]],
+    sparse: Mapping[str, Callable[[], object]],
+    device: str = "cpu",
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
+    least: int = _LEAST,
+) -> Choice:
+    """As `choose`, measured now; nothing is read or kept. `least`: rounds, however slow."""
+    clock = CudaClock() if device == "cuda" else CpuClock(_FLUSH)
+    mode = clock.modes[0]
+    calls = {**dense, **sparse}
+    plain = next(iter(dense))
+    once, errors = 0.0, {}
+    for name, call in calls.items():
+        try:
+            once += clock.time(call, mode)
+        except Exception as error:  # a candidate may fail in any way; the choice tells of it
+            if name == plain:
+                raise
+            errors[name] = (str(error).splitlines() or [type(error).__name__])[0]
+    rounds = min(rounds, max(least, int(seconds / once)))
+    tasks = {n: Task(call, lambda: None) for n, call in calls.items() if n not in errors}
+    interleave(list(tasks.values()), clock, rounds, _NO_LIMIT, [mode])
+    samples = {n: task.samples[mode.name][:rounds] for n, task in tasks.items()}
+    return decide(samples, list(dense), errors)
+
+
+def decide(
+    samples: Mapping[str, Sequence[float]],
+    dense: Sequence[str],
+    errors: Mapping[str, str] | None = None,
+) -> Choice:
+    """Chooses by times that were taken round by round.
+
+    Args:
+        samples: candidate -> seconds, one per round.
+        dense: names of the dense candidates, the plain one first.
+        errors: candidates that could not be timed, and why.
+    """
+    medians = {name: statistics.median(seconds) for name, seconds in samples.items()}
+    best = dense[0]
+    for name in sorted((n for n in dense if n in samples), key=medians.__getitem__):
+        if _faster(samples[name], samples[best]):
+            best = name
+            break
+    # The fastest in the median first: one whose gain is in doubt does not hide a slower, safe one.
+    fastest = min(medians[n] for n in dense if n in medians)
+    chosen, reason = best, "no sparse candidate"
+    for name in sorted((n for n in samples if n not in dense), key=medians.__getitem__):
+        if medians[name] < (1 - _MARGIN) * fastest and _faster(samples[name], samples[best]):
+            chosen, reason = name, f"{fastest / medians[name]:.2f} times as fast as dense"
+            break
+        if reason == "no sparse candidate":
+            ratio = medians[name] / fastest
+            reason = (
+                f"sparse takes {ratio:.2f} times as long"
+                if ratio > 1 + _MARGIN
+                else "sparse and dense take the same time within the noise"
+            )
+    microseconds = {name: round(1e6 * seconds, 3) for name, seconds in medians.items()}
+    return Choice(chosen, microseconds, dict(errors or {}), reason)
+
+
+def _faster(one: Sequence[float], other: Sequence[float]) -> bool:
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    sure = sum(ratio < 1 for ratio in ratios) >= _SURE * len(ratios)
+    return sure and statistics.median(ratios) < 1 - _MARGIN

@@ -1,0 +1,243 @@
+"""The autotuner: never the slower, remembered per machine and shape, in a file that survives."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from issp import choice
+from issp.choice import Cache, Choice, choose, decide
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sleeping(seconds: float):
+    return lambda: time.sleep(seconds)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "deep" / "choices.json")
+
+
+def noisy(median: float, noise: float, rounds: int = 16) -> list[float]:
+    return [median * (1 + noise * (-1) ** i * (i % 4) / 3) for i in range(rounds)]
+
+
+class TestDecide:
+    def test_sparse_wins_where_it_is_faster(self):
+        found = decide({"dense": noisy(4, 0.1), "rows": noisy(1, 0.1)}, ["dense"])
+        assert found.name == "rows" and found.microseconds["rows"] == pytest.approx(1e6, rel=0.1)
+        assert found.reason == "4.00 times as fast as dense"
+
+    def test_dense_wins_where_it_is_faster(self):
+        found = decide({"dense": noisy(1, 0.1), "rows": noisy(4, 0.1)}, ["dense"])
+        assert found.name == "dense" and found.reason == "sparse takes 4.00 times as long"
+
+    @pytest.mark.parametrize("gain", [1.0, 0.99, 0.975])
+    def test_dense_on_a_tie(self, gain):
+        found = decide({"dense": [1.0] * 9, "rows": [gain] * 9}, ["dense"])
+        assert found.name == "dense"
+        assert found.reason == "sparse and dense take the same time within the noise"
+
+    def test_dense_where_the_noise_is_larger_than_the_gain(self):
+        # Faster by 5 % in the median, but slower in a third of the rounds.
+        rows = [0.95, 0.95, 1.2] * 5
+        assert decide({"dense": [1.0] * 15, "rows": rows}, ["dense"]).name == "dense"
+        assert decide({"dense": [1.0] * 15, "rows": [0.95] * 15}, ["dense"]).name == "rows"
+
+    def test_the_yardstick_is_the_fastest_dense_layout(self):
+        samples = {"dense": [3.0] * 9, "channels_last": [1.0] * 9, "rows": [2.0] * 9}
+        found = decide(samples, ["dense", "channels_last"])
+        assert found.name == "channels_last"
+        samples["rows"] = [0.5] * 9
+        assert decide(samples, ["dense", "channels_last"]).name == "rows"
+
+    def test_the_plain_layout_on_a_tie_of_layouts(self):
+        samples = {"dense": [1.0] * 9, "channels_last": [0.99] * 9}
+        assert decide(samples, ["dense", "channels_last"]).name == "dense"
+
+    def test_the_fastest_of_several_forms(self):
+        samples = {"dense": [8.0] * 9, "rows": [3.0] * 9, "v=4": [2.0] * 9, "v=8": [4.0] * 9}
+        assert decide(samples, ["dense"]).name == "v=4"
+
+    def test_a_form_in_doubt_does_not_hide_a_safe_one(self):
+        wild = [0.7, 0.7, 1.4] * 3
+        samples = {"dense": [1.0] * 9, "wild": wild, "safe": [0.8] * 9}
+        assert decide(samples, ["dense"]).name == "safe"
+
+
+class TestChoose:
+    def test_measures_once_and_remembers(self, cache):
+        calls = []
+
+        def fast():
+            calls.append(1)
+
+        found = choose("a layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache, rounds=5)
+        assert found.name == "rows" and not found.remembered
+        assert found.microseconds["dense"] > 1900
+        before = len(calls)
+        again = choose("a layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache)
+        assert again.remembered and len(calls) == before
+        assert (again.name, again.microseconds) == (found.name, found.microseconds)
+        choose("another layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache, rounds=5)
+        assert len(calls) > before
+
+    def test_never_picks_the_slower(self, cache):
+        found = choose(
+            "a layer", {"dense": lambda: None}, {"rows": sleeping(1e-3)}, cache=cache, rounds=5
+        )
+        assert found.name == "dense"
+
+    def test_another_number_of_threads_is_measured_anew(self, cache, threads):
+        threads(1)
+        choose("a layer", {"dense": lambda: None}, {}, cache=cache, rounds=5)
+        threads(2)
+        assert not choose("a layer", {"dense": lambda: None}, {}, cache=cache).remembered
+        threads(1)
+        assert choose("a layer", {"dense": lambda: None}, {}, cache=cache).remembered
+        machines = json.loads(cache.path.read_text())["machines"]
+        assert len(machines) == 2 and all(torch.__version__ in name for name in machines)
+
+    def test_other_candidates_are_measured_anew(self, cache):
+        choose("a layer", {"dense": lambda: None}, {}, cache=cache, rounds=5)
+        again = choose(
+            "a layer", {"dense": sleeping(1e-3)}, {"rows": lambda: None}, cache=cache, rounds=5
+        )
+        assert not again.remembered and again.name == "rows"
+
+    def test_a_candidate_that_fails_is_left_out_with_its_error(self, cache):
+        def fail():
+            raise RuntimeError("not for this shape\nsecond line")
+
+        found = choose("a layer", {"dense": lambda: None}, {"rows": fail}, cache=cache, rounds=5)
+        assert found.name == "dense" and found.errors == {"rows": "not for this shape"}
+        with pytest.raises(RuntimeError, match="not for this shape"):
+            choose("b", {"dense": fail}, {"rows": lambda: None}, cache=cache, rounds=5)
+
+    def test_slow_candidates_are_called_a_few_times_only(self, cache):
+        calls = []
+        slow = {"dense": lambda: (calls.append(1), time.sleep(0.02))}
+        choose("a layer", slow, {}, cache=cache, rounds=100, seconds=0.02)
+        assert len(calls) <= 8
+
+    @pytest.mark.parametrize("dense", [{}, {"rows": lambda: None}])
+    def test_bad_candidates_are_refused(self, cache, dense):
+        with pytest.raises(ValueError, match="needs a dense candidate, and a name of its own"):
+            choose("a layer", dense, {"rows": lambda: None}, cache=cache)
+
+
+GOOD = Choice("dense", {"dense": 2.0, "rows": 3.5}, {"v=4": "no kernel"}, "because")
+
+
+class TestFile:
+    def test_round_trip_and_readable(self, cache):
+        cache.put("this machine", "a layer", GOOD)
+        found = cache.get("this machine", "a layer")
+        assert found.remembered
+        assert [getattr(found, n) for n in ("name", "microseconds", "errors", "reason")] == [
+            *(GOOD.name, GOOD.microseconds, GOOD.errors, GOOD.reason)
+        ]
+        assert cache.get("this machine", "b") is None and cache.get("b", "a layer") is None
+        content = json.loads(cache.path.read_text())
+        assert content["machines"]["this machine"]["a layer"]["microseconds"]["rows"] == 3.5
+        left = {path.name for path in cache.path.parent.iterdir()}
+        assert left == {"choices.json", ".choices.json.lock"}
+
+    @pytest.mark.parametrize(
+        ("text", "why"),
+        [
+            ("", "no JSON"),
+            ('{"format": 1, "machines": {"a": {"b"', "no JSON"),
+            ("[1, 2]", 'it has no "machines"'),
+            ('{"machines": {}}', "its format is None, not 1"),
+            ('{"format": 99, "machines": {}}', "its format is 99, not 1"),
+            ('{"format": 1, "machines": {"m": 3}}', "the choices of 'm' are not those"),
+            ('{"format": 1, "machines": {"m": {"a layer": {"name": "x"}}}}', "of 'm' are not"),
+            (
+                '{"format": 1, "machines": {"m": {"k": {"name": "gone", "microseconds": '
+                '{"dense": 1}, "errors": {}, "reason": ""}}}}',
+                "of 'm' are not those",
+            ),
+        ],
+    )
+    def test_a_broken_or_foreign_file_is_reported_and_rebuilt(self, cache, text, why):
+        cache.path.parent.mkdir()
+        cache.path.write_text(text)
+        with pytest.warns(RuntimeWarning, match="is not a file of choices") as seen:
+            assert cache.get("m", "a layer") is None
+        assert why in str(seen[0].message) and str(cache.path) in str(seen[0].message)
+        with pytest.warns(RuntimeWarning, match="is not a file of choices"):
+            cache.put("m", "a layer", GOOD)
+        assert cache.get("m", "a layer").name == "dense"
+
+    def test_binary_rubbish_is_reported(self, cache):
+        cache.path.parent.mkdir()
+        cache.path.write_bytes(b"\xff\xfe\x00\x80")
+        with pytest.warns(RuntimeWarning, match="is not a file of choices"):
+            assert cache.get("m", "a layer") is None
+
+    def test_a_folder_that_cannot_be_made_is_a_warning(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        cache = Cache(tmp_path / "file" / "choices.json")
+        with pytest.warns(RuntimeWarning, match="set ISSP_CACHE to a folder"):
+            cache.put("m", "a layer", GOOD)
+
+    def test_threads_that_write_at_once_lose_nothing(self, cache):
+        def write(i):
+            for j in range(10):
+                Cache(cache.path).put("m", f"{i} {j}", GOOD)
+
+        workers = [threading.Thread(target=write, args=(i,)) for i in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert len(json.loads(cache.path.read_text())["machines"]["m"]) == 40
+
+    def test_processes_that_write_at_once_lose_nothing(self, cache):
+        script = (
+            "import sys; from issp.choice import Cache, Choice\n"
+            "for j in range(20): Cache(sys.argv[1]).put('m', f'{sys.argv[2]} {j}', "
+            "Choice('dense', {'dense': 1.0}))"
+        )
+        command = [sys.executable, "-c", script, str(cache.path)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        workers = [subprocess.Popen([*command, str(i)], env=env) for i in range(3)]
+        assert [worker.wait(timeout=60) for worker in workers] == [0, 0, 0]
+        assert len(json.loads(cache.path.read_text())["machines"]["m"]) == 60
+
+    def test_an_interrupted_write_leaves_the_old_file(self, cache, monkeypatch):
+        cache.put("m", "a layer", GOOD)
+
+        def full(self, content):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.warns(RuntimeWarning, match="No space left"):
+            cache.put("m", "b", GOOD)
+        monkeypatch.undo()
+        assert cache.get("m", "a layer").name == "dense" and cache.get("m", "b") is None
+
+    def test_folder_is_the_users_or_the_given_one(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("ISSP_CACHE", raising=False)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        assert Cache().path == tmp_path / "cache" / "issp" / "choices.json"
+        monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "mine"))
+        assert Cache().path == tmp_path / "mine" / "choices.json"
+
+
+def test_machine_names_all_that_times_depend_on(threads, monkeypatch):
+    threads(2)
+    before = choice.machine("cpu")
+    for part in ("2 threads", f"torch {torch.__version__}", "issp "):
+        assert part in before
+    monkeypatch.setattr(choice, "_fingerprint", lambda: "other kernels")
+    assert choice.machine("cpu") != before
