@@ -26,7 +26,7 @@ _LAZY = {
     "load": "issp.checkpoint",
     "info": "issp.about",
 }
-_MODULES = ("data", "metrics", "models", "optim")
+_MODULES = ("data", "metrics", "models", "nn", "optim")
 
 __all__ = ["Keep", "backends", "num_pruned", "ops", *_LAZY, *_MODULES]
 

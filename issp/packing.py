@@ -79,7 +79,17 @@ class SparseRows:
             TypeError, ValueError: a weight of another kind, or v that does not divide its rows.
         """
         kept = _blocks(weight, v).ne(0).any(1)
-        return cls(*_taken(weight, kept), weight.shape)
+        return cls(*taken(weight, kept), weight.shape)
+
+    @classmethod
+    def trusted(
+        cls, values: Tensor, columns: Tensor, starts: Tensor, shape: tuple[int, ...]
+    ) -> SparseRows:
+        """As the constructor, without its checks, which have to read the positions."""
+        rows = object.__new__(cls)
+        rows.values, rows.columns, rows.starts, rows.shape = values, columns, starts, shape
+        rows._transposed = None
+        return rows
 
     @property
     def v(self) -> int:
@@ -198,7 +208,7 @@ class NMTensor(SparseRows):
         zeros = ~grouped
         first = zeros & (zeros.cumsum(2) <= keep.n - counts)
         kept = (grouped | first).view(len(blocks), -1)
-        return cls(*_taken(weight, kept), weight.shape, keep)
+        return cls(*taken(weight, kept), weight.shape, keep)
 
     @property
     def indices(self) -> Tensor:
@@ -273,10 +283,22 @@ def _blocks(weight: Tensor, v: int) -> Tensor:
     return weight.detach().reshape(weight.shape[0] // v, v, -1)
 
 
-def _taken(weight: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """values, columns and starts of the positions in `kept`, bool [blocks, length]."""
-    block, column = kept.nonzero(as_tuple=True)
-    starts = torch.zeros(len(kept) + 1, dtype=torch.int32, device=kept.device)
+def taken(
+    weight: Tensor, kept: Tensor, entries: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """values, columns and starts of chosen positions of a dense weight.
+
+    Args:
+        weight: [O, I] or [O, I, kh, kw].
+        kept: bool [O / v, length of a row].
+        entries: how many are kept, where that is known: then no device is waited for, and
+            torch.compile knows every size.
+    """
+    if entries is None:
+        block, column = kept.nonzero(as_tuple=True)
+    else:
+        block, column = torch.nonzero_static(kept, size=entries).unbind(1)
+    starts = torch.zeros(kept.shape[0] + 1, dtype=torch.int32, device=kept.device)
     starts[1:] = kept.sum(1).cumsum(0)
-    values = _blocks(weight, weight.shape[0] // len(kept))[block, :, column]
+    values = _blocks(weight, weight.shape[0] // kept.shape[0])[block, :, column]
     return values.contiguous(), column.int(), starts

@@ -131,8 +131,7 @@ def conv2d(x, p, bias, stride, padding, dilation, residual, activation) -> Tenso
     )
     geometry = (p.shape[2:], stride, padding, dilation)
     size = output_size(x.shape[2:], *geometry)
-    shape = (x.shape[0], p.shape[0], *size)
-    return _finished(_conv2d, x, p, bias, residual, (*geometry, (1, 1), size), activation, shape)
+    return _finished(_conv2d, x, p, bias, residual, (*geometry, (1, 1), size), activation)
 
 
 def matmul(x, p, bias, residual, activation) -> Tensor:
@@ -140,8 +139,7 @@ def matmul(x, p, bias, residual, activation) -> Tensor:
     if len(p.shape) != 2:
         raise ValueError(f"the weight of a matrix product is [O, I], not {p.shape}")
     _has_channels(x, p, None, -1)
-    shape = (*x.shape[:-1], p.shape[0])
-    return _finished(_matmul, x, p, bias, residual, (), activation, shape)
+    return _finished(_matmul, x, p, bias, residual, (), activation)
 
 
 def output_size(image, kernel, stride, padding, dilation) -> tuple[int, int]:
@@ -162,21 +160,28 @@ def output_size(image, kernel, stride, padding, dilation) -> tuple[int, int]:
     return size
 
 
-def _finished(call, x, p, bias, residual, geometry, activation, shape) -> Tensor:
+def _finished(call, x, p, bias, residual, geometry, activation) -> Tensor:
     checks_products._activation(activation)
     x, values, bias, residual = _autocast(x, p.values, bias, residual)
     x = x.contiguous()
-    if residual is not None:
-        residual = residual.contiguous()
     weight = (values, p.columns, p.starts)
     wanted = [t is not None and t.requires_grad for t in (x, values, bias, residual)]
     if not (torch.is_grad_enabled() and any(wanted)):
+        residual = None if residual is None else residual.contiguous()
         return call(x, *weight, [], bias, residual, *geometry, activation)
-    # The sum below would broadcast in silence.
-    checks_products._beside(x, residual, shape, "residual")
     y = call(x, *weight, p.transposed if wanted[0] else [], bias, None, *geometry, "none")
-    y = ACTIVATIONS[activation](y)
-    return y if residual is None else y + residual
+    return composed(y, residual, activation)
+
+
+def composed(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """activation(y) + residual by torch's ops, which know their gradients."""
+    z = ACTIVATIONS[activation](y)
+    if residual is None:
+        return z
+    (residual,) = _autocast(residual.contiguous())
+    # The sum would broadcast in silence.
+    checks_products._beside(y, residual, tuple(y.shape), "residual")
+    return z + residual
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:

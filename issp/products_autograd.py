@@ -30,7 +30,8 @@ class _FirstOrder(torch.autograd.Function):
         )
 
 
-def _first_order(gradients: list[Tensor | None], *sources: Tensor) -> list[Tensor | None]:
+def first_order(gradients: list[Tensor | None], *sources: Tensor) -> list[Tensor | None]:
+    """The gradients; where they could be differentiated again, so that doing it says why not."""
     if not torch.is_grad_enabled():
         return gradients
     return [None if g is None else _FirstOrder.apply(g, *sources) for g in gradients]
@@ -87,7 +88,7 @@ def _conv2d_context(ctx, inputs, output) -> None:
 def _conv2d_backward(ctx, grad: Tensor):
     with torch.no_grad():
         gradients = _conv2d_gradients(ctx, grad.contiguous())
-    gradients = _first_order(gradients, grad, *(t for t in ctx.saved_tensors[:2] if t is not None))
+    gradients = first_order(gradients, grad, *(t for t in ctx.saved_tensors[:2] if t is not None))
     return _placed(ctx, gradients)
 
 
@@ -119,7 +120,7 @@ def _matmul_context(ctx, inputs, output) -> None:
 def _matmul_backward(ctx, grad: Tensor):
     with torch.no_grad():
         gradients = _matmul_gradients(ctx, grad.contiguous())
-    gradients = _first_order(gradients, grad, *(t for t in ctx.saved_tensors[:2] if t is not None))
+    gradients = first_order(gradients, grad, *(t for t in ctx.saved_tensors[:2] if t is not None))
     return _placed(ctx, gradients)
 
 

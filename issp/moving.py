@@ -1,0 +1,79 @@
+"""Masks that move while a layer trains: positions are chosen anew, gradients pass straight through.
+
+Source: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch",
+ICLR 2021: STE and SR-STE.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from issp import ops, reference
+from issp.keep import Keep
+from issp.products_autograd import first_order
+
+
+def kept_nm(weight: Tensor, keep: Keep) -> Tensor:
+    """Bool [O / v, length of a row]: the n largest of every m, chosen by `issp.ops.nm_prune`."""
+    _, mask = ops.nm_prune_with_mask(weight.detach().contiguous(), keep)
+    return mask.reshape(weight.shape[0] // keep.v, keep.v, -1)[:, 0]
+
+
+def kept_magnitudes(weight: Tensor, kept: int, v: int) -> Tensor:
+    """Bool [O / v, length of a row]: the `kept` positions of the largest magnitudes, exactly.
+
+    For v > 1 the magnitudes of the rows are added. Ties: the lowest index is pruned first.
+    """
+    scores = weight.detach().reshape(weight.shape[0] // v, v, -1).abs()
+    scores = scores[:, 0] if v == 1 else scores.sum(1)
+    flat = scores.flatten()
+    threshold = reference.key(ops.magnitude_threshold([flat], [flat.numel() - kept]))
+    key = reference.key(flat)
+    above, ties = key > threshold, key == threshold
+    behind = ties.sum() - ties.cumsum(0)
+    return (above | (ties & (behind < kept - above.sum()))).view_as(scores)
+
+
+class StraightThrough(torch.autograd.Function):
+    """y as it is; backward adds the gradient of the dense weight as if nothing were pruned.
+
+    Args of `apply`:
+        y: W' x, the product with the pruned weight, before bias or after.
+        weight: [O, I] or [O, I, kh, kw], dense.
+        x: the product's input, detached; what gradients x gets come through y.
+        kept: bool [O / v, length of a row] for SR-STE, which adds decay * weight where it is
+            False; None for STE.
+        decay: lambda_W of SR-STE.
+        geometry: stride, padding, dilation of a convolution, or ().
+    """
+
+    @staticmethod
+    def forward(ctx, y, weight, x, kept, decay, geometry):
+        ctx.save_for_backward(x, weight, kept)
+        ctx.decay, ctx.geometry = decay, geometry
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, kept = ctx.saved_tensors
+        dense = None
+        if ctx.needs_input_grad[1]:
+            with torch.no_grad():
+                dense = _dense_gradient(x.to(grad.dtype), grad, weight.shape, ctx.geometry)
+                dense = dense.to(weight.dtype)
+                if kept is not None:
+                    dense = dense + ctx.decay * weight * _pruned(kept, weight)
+            (dense,) = first_order([dense], grad)
+        return grad, dense, None, None, None, None
+
+
+def _dense_gradient(x: Tensor, grad: Tensor, shape, geometry) -> Tensor:
+    if geometry:
+        return torch.nn.grad.conv2d_weight(x, shape, grad, *geometry)
+    return grad.reshape(-1, shape[0]).t() @ x.reshape(-1, shape[1])
+
+
+def _pruned(kept: Tensor, weight: Tensor) -> Tensor:
+    v = weight.shape[0] // kept.shape[0]
+    return ~kept[:, None].expand(-1, v, -1).reshape(weight.shape)
