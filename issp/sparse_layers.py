@@ -26,7 +26,6 @@ class SparseLayer(nn.Module):
 
     def _build(self, layer: nn.Module, mask: str, activation: str, decay: float) -> None:
         """Takes everything over from a dense layer; the pattern has been set before."""
-        self._suits(layer)
         if mask not in MASKS:
             raise ValueError(f'mask is "{mask}": use one of {", ".join(MASKS)}')
         if activation not in ACTIVATIONS:

@@ -17,6 +17,9 @@ from tests.under_test import BACK_ENDS, FAST, BackEnd
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 FLOAT32 = (torch.float32,)
+# The oracle puts the dense weight together by the lists: it is compared like the others.
+ORACLE = BackEnd("reference", "cpu", lambda: issp.backends.implementations("reference"))
+TESTED = [ORACLE, *BACK_ENDS]
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +78,7 @@ def pairs(cases, few):
     """(back end, case, dtypes): everything where it is fast, one of each kind where it is slow."""
     small = {case.name for case in few}
     chosen = []
-    for back_end in BACK_ENDS:
+    for back_end in TESTED:
         for case in cases:
             dtypes = DTYPES if not back_end.slow or case.name in small else FLOAT32
             if not back_end.slow or case.work < 3e4 or case.name in small:
@@ -180,7 +183,7 @@ def test_the_same_bits_in_every_run_where_slow(back_end):
             assert_bitwise_equal(call(), call(), f"{case.name} twice")
 
 
-@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+@pytest.mark.parametrize("back_end", TESTED, ids=str)
 def test_a_batch_of_nothing(back_end):
     case = FEW_CONVS[0]
     p = case.build(torch.float32, back_end.device)
