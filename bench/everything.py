@@ -19,15 +19,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# A bar chart of the step's table says less than its numbers: it has no picture, since what a
-# rented GPU machine gives back is a handful of files.
+# Bar charts say less than their tables: no picture of step, optim and train, since what a rented
+# GPU machine gives back is a handful of files.
 BENCHMARKS = {
+    "must-show": ["conv", "--must-show"],
     "step": ["step"],
     "scaling": ["step", "--scaling"],
     "optim": ["optim"],
     "train": ["train"],
+    "conv": ["conv"],
+    "matmul": ["matmul"],
 }
-PICTURES = ("scaling", "optim", "train")
+PICTURES = ("scaling", "conv", "matmul")
 # On a GPU everything together has to end within minutes.
 PACE = {
     "cpu": {},
@@ -36,11 +39,15 @@ PACE = {
         "scaling": ["--budget", "45"],
         "optim": ["--seconds", "0.5"],
         "train": ["--seconds", "8"],
+        "must-show": ["--seconds", "0.5"],
+        "conv": ["--size", "64", "--seconds", "0.2"],
+        "matmul": ["--size", "64", "--seconds", "0.2"],
     },
 }
 SCRIPT = Path(__file__).with_name("run.py")
 _MOST_ERRORS = 4000  # characters
 LIMIT = {"cpu": 1800, "cuda": 110}
+LIMITS = {"cuda": {"conv": 220, "matmul": 150}}
 
 
 @dataclass
@@ -105,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--only", nargs="+", default=list(BENCHMARKS), choices=BENCHMARKS)
     parser.add_argument("--threads", help="CPU threads; default: torch's")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--limit", type=float, help="seconds for each, default 110 on a GPU")
+    parser.add_argument("--limit", type=float, help="seconds for each; default on a GPU: minutes")
     args = parser.parse_args(argv)
     if not args.folder.is_dir():
         print(f"bench/run.py: the folder {args.folder} does not exist: create it", file=sys.stderr)
@@ -120,7 +127,8 @@ def main(argv: Sequence[str]) -> int:
     for name in args.only:
         pace = [] if args.quick else PACE[args.device].get(name, [])
         picture = args.folder / f"{name}.png" if name in pictures else None
-        limit = LIMIT[args.device] if args.limit is None else args.limit
+        limit = LIMITS.get(args.device, {}).get(name, LIMIT[args.device])
+        limit = limit if args.limit is None else args.limit
         outcomes.append(run(name, [*common, *pace], picture, limit))
         print(outcomes[-1].line(), flush=True)
         if outcomes[-1].problem:

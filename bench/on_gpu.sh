@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything a GPU machine is for, in one call of under ten minutes, into one folder of eight files:
 # summary.txt (the machine, and what passed), log.txt (build, tests, sanitizer), bench.md,
-# samples.json, scaling.png, optim.png, train.png and ncu.txt.
+# samples.json, scaling.png, conv.png, matmul.png and ncu.txt.
 #
 #   bench/on_gpu.sh [--parts info,build,tests,bench,sanitize,ncu,suite] [--dry-run]
 #
@@ -11,6 +11,7 @@
 #   OUT            results folder (default bench/results/gpu-<date>)
 #   PYTHON         interpreter that has torch (default python3)
 #   ISSP_REVISION  git revision, where the copy of the checkout has no .git
+#   BENCH          benchmarks of the part bench, such as "must-show conv matmul" (default all)
 #   DEADLINE       seconds for everything (default 570)
 # Exit status: 0 all parts passed, 1 a part failed, 2 bad arguments, 3 no GPU.
 set -u -o pipefail
@@ -113,8 +114,10 @@ part_sanitize() {
 }
 
 part_bench() {
-  # Four benchmarks in processes of their own, each with its limit; bench.md says which failed.
-  run 420 log.txt env ISSP_STRICT=1 "$PYTHON" bench/run.py all --device cuda --folder "$OUT"
+  # Benchmarks in processes of their own, each with its limit; bench.md says which failed.
+  local only=()
+  [[ -z ${BENCH:-} ]] || read -ra only <<<"--only $BENCH"
+  run 420 log.txt env ISSP_STRICT=1 "$PYTHON" bench/run.py all --device cuda --folder "$OUT" "${only[@]}"
 }
 
 part_ncu() {
@@ -138,7 +141,7 @@ part_suite() {
 
 if ((!dry_run)); then
   mkdir -p "$OUT" || die "the results folder $OUT cannot be made" 2
-  for file in summary.txt log.txt bench.md samples.json {scaling,optim,train}.png ncu.txt; do
+  for file in summary.txt log.txt bench.md samples.json {scaling,conv,matmul}.png ncu.txt; do
     rm -f "${OUT:?}/$file"
   done
 fi

@@ -39,6 +39,10 @@ def check(data: Data, sparse: Sparse, form: Form) -> None:
     dense = product(layer)
     set_precision(form.precision)
     ours = sparse_product(layer, sparse)
+    what = f"{layer.name}, {form.name}, {sparse.label}"
+    shape = tuple(ours(x).shape)
+    if shape != layer.y:
+        raise ParityError(f"{what}: y has shape {shape}, not {layer.y}: nothing was timed")
     mine = [*_with_gradients(ours, x, grad, sparse.p.values)]
     theirs = _with_gradients(lambda x, w=weight: dense(x, w), x, grad, weight)
     set_precision("fp32")
@@ -47,7 +51,7 @@ def check(data: Data, sparse: Sparse, form: Form) -> None:
     mine[2] = mine[2].flatten()
     theirs, exact = ([*t[:2], kept(t[2], sparse).flatten()] for t in (theirs, exact))
     for name, y, peer, truth in zip(_NAMES, mine, theirs, exact, strict=True):
-        _compare(f"{layer.name}, {form.name}, {sparse.label}: {name}", y, peer, truth, form)
+        _compare(f"{what}: {name}", y, peer, truth, form)
 
 
 def _with_gradients(call, x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -68,8 +72,6 @@ def kept(weight: Tensor, sparse: Sparse) -> Tensor:
 
 
 def _compare(what: str, y: Tensor, peer: Tensor, truth: Tensor, form: Form) -> None:
-    if y.shape != truth.shape:
-        raise ParityError(f"{what} has shape {tuple(y.shape)}: nothing was timed")
     if not y.numel():
         return
     step = _ROUNDING.get(form.precision, torch.finfo(y.dtype).eps)

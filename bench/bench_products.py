@@ -1,0 +1,64 @@
+"""The sparse products under pytest-benchmark: pytest bench --benchmark-only -k products.
+
+The same layers, weights and calls as `issp bench conv` and `issp bench matmul`.
+"""
+
+import math
+
+import pytest
+import torch
+
+from issp.bench import products_calls, products_forms
+from issp.bench.products_calls import Data
+from issp.bench.products_layers import Layer
+from issp.bench.products_must import LAYERS
+from issp.bench.products_parity import check
+
+SPARSITIES = (0.9, 0.95, 0.99)
+TIMED = (*LAYERS, Layer((180, 60), (1, 64 * 64, 60)), Layer((60, 120), (1, 64 * 64, 120)))
+
+
+@pytest.fixture(scope="module", params=TIMED, ids=lambda layer: layer.name.replace("->", "-to-"))
+def data(request):
+    """A layer's tensors."""
+    return Data.of(request.param, "cpu")
+
+
+@pytest.fixture(scope="module", params=sorted({1, torch.get_num_threads()}), ids="threads{}".format)
+def threads(request):
+    """With one thread and with all."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def measured(benchmark, data, threads, pass_, call, flops):
+    """Runs one call under pytest-benchmark."""
+    benchmark.group = f"{data.layer.name}, {pass_}, {threads} threads"
+    benchmark.extra_info["flops"] = flops * (3 if pass_ == "step" else 1)
+    call()
+    benchmark.pedantic(call, rounds=10)
+
+
+@pytest.mark.parametrize("pass_", products_calls.PASSES)
+@pytest.mark.parametrize("place", range(6))
+def bench_products_dense(benchmark, data, threads, pass_, place):
+    variants = products_calls.dense_variants(data.layer, "cpu")
+    if place >= len(variants):
+        pytest.skip(f"{data.layer.name} has {len(variants)} dense variants")
+    call = products_calls.dense_call(data, variants[place], pass_)
+    benchmark.name = f"dense {variants[place].name}"
+    flops = 2 * math.prod(data.layer.weight) * data.layer.applications
+    measured(benchmark, data, threads, pass_, call, flops)
+
+
+@pytest.mark.parametrize("pass_", products_calls.PASSES)
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("form", products_forms.forms("cpu"), ids=lambda form: form.name)
+def bench_products_sparse(benchmark, data, threads, form, sparsity, pass_):
+    sparse = products_forms.make(data.weight, form, sparsity)
+    check(data, sparse, form)
+    call = products_calls.sparse_call(data, sparse, pass_)
+    benchmark.name = f"issp {form.name}, {sparse.label}"
+    measured(benchmark, data, threads, pass_, call, 2 * sparse.weights * data.layer.applications)

@@ -1,0 +1,302 @@
+"""The tables of `issp bench conv` and `issp bench matmul`: ratios, break-even, targets, command."""
+
+import argparse
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from issp import bench, ops
+from issp.bench import (
+    products,
+    products_calls,
+    products_layers,
+    products_must,
+    products_report,
+    roof,
+    timing,
+)
+from issp.bench.products_forms import Form
+from issp.bench.products_layers import Layer
+
+CONV = Layer((8, 8, 3, 3), (1, 8, 6, 5), ("tiny",))
+LINEAR = Layer((8, 8), (2, 5, 8))
+FAST = products.Settings(
+    sparsities=(0.5, 0.75),
+    threads=(1,),
+    rounds=4,
+    seconds=0.02,
+    probe_bytes=1 << 16,
+    probe_side=16,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The command's probes become small."""
+    monkeypatch.setattr(products, "_SMALLEST_PROBE", 1 << 16)
+    original = products.settings_of
+    monkeypatch.setattr(
+        products,
+        "settings_of",
+        lambda args: replace(original(args), rounds=4, probe_side=16),
+    )
+
+
+def command(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return bench.main(parser.parse_args(words))
+
+
+def cells(markdown: str) -> list[list[str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def entry(name: str, seconds: float, dense: bool = False, **more) -> products_report.Entry:
+    task = timing.Task(lambda: None, lambda: None, samples={"warm": [seconds]})
+    given = {"pass_": "forward", "precision": "fp32", "flops": 2e9, "nbytes": 1e6} | more
+    return products_report.Entry(name=name, task=task, dense=dense, **given)
+
+
+def report_of(*entries: products_report.Entry) -> products_report.Report:
+    bandwidth = roof.Roof(1e9, 2e9, 8)
+    peaks = {"fp32": 1e12, "bf16": 8e12}
+    return products_report.Report(CONV, 2, "machine", ["warm"], bandwidth, peaks, list(entries))
+
+
+class TestReport:
+    @pytest.mark.parametrize(
+        ("curve", "words"),
+        [
+            ([], "-"),
+            ([(0.5, 1.2), (0.9, 4.0)], "below 50 %"),
+            ([(0.5, 0.2), (0.99, 0.9)], "above 99 %"),
+            ([(0.5, 0.5), (0.75, 1.0), (0.9, 2.0)], "75 %"),
+            ([(0.5, 0.25), (0.75, 0.5), (0.9375, 2.0)], "87.5 %"),
+            # Faster once, then slower again: only what lies behind the last loss counts.
+            ([(0.5, 1.5), (0.75, 0.5), (0.9375, 2.0)], "87.5 %"),
+            ([(0.9, 0.5), (0.9, 2.0)], "90 %"),
+            ([(0.5, 0.5), (1.0, 2.0)], "100 %"),
+        ],
+    )
+    def test_break_even(self, curve, words):
+        assert products_report.break_even(curve) == words
+
+    def test_the_yardstick_is_the_fastest_dense_fp32_layout(self):
+        report = report_of(
+            entry("dense fp32", 4e-3, True),
+            entry("dense fp32 channels_last", 2e-3, True),
+            entry("dense bf16", 1e-3, True, precision="bf16"),
+            entry("issp rows", 5e-4, sparsity=0.9, actual=0.9, flops=2e8),
+        )
+        ours = report.entries[-1]
+        assert report.best("forward", "fp32").name == "dense fp32 channels_last"
+        assert report.over(ours, report.best("forward", "fp32")) == 4
+        assert report.curve("issp rows", "forward", None) == [(0.9, 2.0)]
+        rows = cells(report.markdown())
+        (line,) = (row for row in rows if row[0] == "issp rows")
+        assert line[4] == "400" and line[6:] == ["4", "8", "4", "2"]
+        (line,) = (row for row in rows if row[0] == "issp rows, forward")
+        assert line == ["issp rows, forward", "4", "below 90 %", "below 90 %"]
+
+    def test_roofline_is_the_slower_of_arithmetic_and_memory(self):
+        report = report_of(entry("a", 4e-3), entry("b", 4e-3, nbytes=6e6))
+        assert report.share(report.entries[0]) == pytest.approx(0.5)  # 2 GFLOP at 1 TFLOP/s
+        assert report.share(report.entries[1]) == pytest.approx(0.75)  # 6 MB at 2 GB/s
+
+    def test_what_could_not_be_timed_is_a_dash(self):
+        failed = entry("issp rows", 1.0, sparsity=0.9, actual=0.9)
+        failed.task.samples.clear()
+        rows = cells(report_of(entry("dense fp32", 4e-3, True), failed).markdown())
+        assert [row for row in rows if row[0] == "issp rows"][0][2:] == ["-"] * 6
+        assert rows[-1] == ["issp rows, forward", "-", "-", "-"]
+
+
+@pytest.fixture(scope="module", params=[CONV, LINEAR], ids=["conv", "linear"])
+def report(request, one_thread):
+    (found,) = products.measure(request.param, FAST)
+    return found
+
+
+class TestMeasure:
+    def test_has_every_row_and_well_formed_markdown(self, report):
+        names = [e.name for e in report.entries if e.pass_ == "forward"]
+        dense = [f"dense {v.name}" for v in products_calls.dense_variants(report.layer, "cpu")]
+        csr = "torch CSR of unfold" if report.layer.conv else "torch CSR"
+        ours = [f"issp {form.name}" for form in FAST.forms for _ in FAST.sparsities]
+        assert names == [*dense, *ours, csr, csr]
+        steps = [e.name for e in report.entries if e.pass_ == "step"]
+        assert steps == names[:-2]
+        for table in report.markdown().split("**")[1:]:
+            assert len({len(row) for row in cells(table)}) <= 1
+        assert all(report.seconds(e) > 0 and report.share(e) > 0 for e in report.entries)
+
+    def test_useful_work_is_that_of_the_stored_weights(self, report):
+        dense = math.prod(report.layer.weight) * 2 * report.layer.applications
+        for e in report.entries:
+            factor = 3 if e.pass_ == "step" else 1
+            share = 1 if e.dense else 1 - e.actual
+            assert e.flops == pytest.approx(factor * share * dense)
+
+    def test_ratios_to_every_dense_and_break_even(self, report):
+        text = report.markdown()
+        head = next(row for row in cells(text) if row[0] == "what")
+        assert head[6] == "over best fp32" and head[7] == "over fp32"
+        summary = [row for row in cells(text) if row[0].startswith("issp N:M v=4, ")]
+        assert [row[0] for row in summary] == ["issp N:M v=4, forward", "issp N:M v=4, step"]
+        assert all(re.search(r"\d %", cell) for row in summary for cell in row[-2:])
+
+    def test_what_does_not_fit_is_a_note(self):
+        settings = replace(FAST, passes=("forward",), forms=(Form(nm=False), Form(4)))
+        (found,) = products.measure(Layer((6, 8), (3, 8)), settings)
+        assert "N:M v=4 at 50 %: left out, v=4 does not divide 6 outputs." in found.notes
+        assert {e.name for e in found.entries if not e.dense} == {"issp unstructured", "torch CSR"}
+
+    def test_a_peer_that_fails_is_a_note(self, monkeypatch):
+        monkeypatch.setattr(products_calls, "_UNFOLDED", 100)
+        (found,) = products.measure(CONV, FAST)
+        assert any(note.startswith("torch CSR of unfold: left out, the") for note in found.notes)
+
+    def test_every_number_of_threads_has_its_report(self):
+        before = torch.get_num_threads()
+        settings = replace(FAST, threads=(1, 2), passes=("forward",), sparsities=(0.5,))
+        one, two = products.measure(CONV, settings)
+        assert (one.threads, two.threads) == (1, 2) and "2 threads" in two.machine
+        assert torch.get_num_threads() == before
+
+
+class TestCommand:
+    def test_nothing_is_printed_when_parity_is_red(self, monkeypatch, capsys, quick):
+        right = ops.nm_conv2d
+        monkeypatch.setattr(ops, "nm_conv2d", lambda *a, **kw: right(*a, **kw) + 1e-3)
+        words = ["--shape", "8x8x3x3", "--size", "6", "--sparsity", "0.5", "--threads", "1"]
+        assert command("conv", *words) == 1
+        shown = capsys.readouterr()
+        assert shown.out == "" and shown.err.count("\n") == 1
+        assert "3x3 8->8 at 6x6, N:M v=1, 1:2 (50 %): y is off by" in shown.err
+
+    def test_conv_writes_tables_picture_and_samples(self, quick, capsys, tmp_path):
+        pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
+        files = {x: tmp_path / f"conv.{x}" for x in ("md", "png", "json")}
+        words = ["--shape", "8x8x3x3", "8x8x1x1", "--size", "6", "--sparsity", "0.5", "0.9"]
+        words += ["--threads", "1", "2", "--seconds", "0.01", "--out", str(files["md"])]
+        words += ["--plot", str(files["png"]), "--samples", str(files["json"])]
+        assert command("conv", *words) == 0
+        text = files["md"].read_text()
+        assert capsys.readouterr().out.strip() == text.strip()
+        assert re.findall("### (.*)", text) == [
+            "3x3 8->8 at 6x6, 1 thread",
+            "3x3 8->8 at 6x6, 2 threads",
+            "1x1 8->8 at 6x6, 1 thread",
+            "1x1 8->8 at 6x6, 2 threads",
+        ]
+        assert files["png"].read_bytes().startswith(b"\x89PNG")
+        records = json.loads(files["json"].read_text())
+        assert len(records) == 4 and all(x["seconds"]["warm"] for x in records[0]["seconds"])
+
+    def test_matmul_of_a_network(self, quick, capsys):
+        words = ["--model", "swinir-light", "--size", "8", "--sparsity", "0.9", "--v", "1"]
+        assert command("matmul", *words, "--threads", "1", "--passes", "forward") == 0
+        titles = re.findall("### (.*)", capsys.readouterr().out)
+        assert titles == [
+            f"linear {x}, 64 tokens (swinir-light), 1 thread"
+            for x in ("60->180", "60->60", "60->120", "120->60")
+        ]
+
+    def test_grouped_convolutions_are_named(self, capsys, monkeypatch):
+        layers = [Layer((180, 1, 3, 3), (1, 180, 16, 16), ("cat-r",), groups=180), CONV]
+        monkeypatch.setattr(products_layers, "of_models", lambda *args: layers)
+        monkeypatch.setattr(products, "measure", lambda layer, settings: [])
+        assert command("conv", "--model", "cat-r", "--size", "16") == 0
+        assert "3x3 180->180 in 180 groups at 16x16: not timed" in capsys.readouterr().out
+
+    def test_must_show_has_every_figure_with_its_target(self, quick, capsys, monkeypatch, tmp_path):
+        tiny = (
+            Layer((8, 50, 3, 3), (1, 50, 6, 6)),
+            Layer((4, 50, 3, 3), (1, 50, 8, 8)),
+            Layer((8, 50, 1, 1), (1, 50, 4, 4)),
+        )
+        monkeypatch.setattr(products_must, "LAYERS", tiny)
+        samples = tmp_path / "must.json"
+        words = ["--must-show", "--threads", "1", "--seconds", "0.01", "--samples", str(samples)]
+        assert command("conv", *words) == 0
+        text = capsys.readouterr().out
+        assert text.startswith("### What must show, 1 thread")
+        rows = cells(text)
+        number = r"[\d.]+"
+        three = rf"{number} / {number} / {number} \(must: %s\)"
+        targets = {
+            tiny[0].name: ("4 / 7 / 16", "4 / 7 / 16", "6 / 10 / 25"),
+            tiny[1].name: ("5 / 8 / 20", "5 / 8 / 20", "7 / 11 / 30"),
+            tiny[2].name: ("4 / 6 / 9", "4 / 6 / 9", "6 / 9 / 14"),
+        }
+        for row, (name, wanted) in zip((rows[2], rows[4], rows[5]), targets.items(), strict=True):
+            assert row[0] == name
+            for cell, target in zip(row[1:], wanted, strict=True):
+                assert re.fullmatch(three % target, cell), cell
+        assert rows[3][0] == f"{tiny[0].name}, step at 95 %"
+        assert all(re.fullmatch(rf"{number} \(must: 3\)", cell) for cell in rows[3][1:])
+        assert re.search(r"\d+ of 30 targets reached", text)
+        long = [row for row in rows if row[-1] in ("yes", "no")]
+        assert len(long) == 30
+        for row in long:
+            assert (float(row[-3]) >= float(row[-2].removeprefix(">= "))) == (row[-1] == "yes")
+        assert len(json.loads(samples.read_text())[0]["layers"]) == 4
+
+    def test_the_figures_that_must_show_are_the_agreed_ones(self):
+        names = [layer.name for layer in products_must.LAYERS]
+        assert names == ["3x3 256->256 at 48x48", "3x3 60->60 at 64x64", "1x1 256->256 at 32x32"]
+        simt, cores = products_must.COLUMNS["cuda"]
+        assert simt.targets[:2] == ((9, 15, 35), (4, 6, 10)) and simt.base == "fp32"
+        assert cores.targets[0] == (4, 8, 18) and cores.base == "tf32" and cores.form.v == 16
+
+    @pytest.mark.parametrize(
+        ("words", "sentence"),
+        [
+            (("conv", "--threads", "0"), "--threads is 0"),
+            (("conv", "--v", "4", "0"), "--v is 0"),
+            (("conv", "--sparsity", "0.9", "1.0"), "--sparsity is 1.0"),
+            (("matmul", "--sparsity", "-0.1"), "--sparsity is -0.1"),
+            (("conv", "--shape", "60x60"), "--shape 60x60 has 2 numbers: give OxIxKHxKW"),
+            (("matmul", "--shape", "60x60x3x3"), "has 4 numbers: give OxI"),
+            (("matmul", "--shape", "60,60"), "'60,60' is not a product"),
+            (("conv", "--size", "0"), "'0' is not a product of positive numbers"),
+            (("conv", "--shape", "8x8x3x3", "--model", "edsr-l"), "exclude each other"),
+            (("matmul", "--model", "edsr-l", "--size", "8"), "have no such layer"),
+            (("matmul", "--seconds", "0"), "--seconds is 0"),
+            (("conv", "--plot", "/nowhere/x.png"), "create /nowhere"),
+        ],
+    )
+    def test_bad_input_is_one_sentence_and_status_2(self, words, sentence, capsys):
+        assert command(*words) == 2
+        shown = capsys.readouterr()
+        assert sentence in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+    def test_without_a_gpu_one_sentence(self, capsys):
+        assert command("conv", "--device", "cuda") == 2
+        assert "torch sees no CUDA device: use --device cpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_cuda_tables_have_every_precision():
+    forms = (Form(nm=False), Form(4), Form(16, precision="tf32"), Form(16, precision="bf16"))
+    settings = replace(FAST, device="cuda", forms=forms, probe_bytes=None)
+    layer = Layer((32, 32, 3, 3), (1, 32, 16, 16))
+    (found,) = products.measure(layer, settings)
+    assert found.modes == ["graph", "eager"]
+    assert {"fp32", "tf32", "bf16", "fp16"} <= set(found.peaks)
+    assert not torch.backends.cudnn.allow_tf32
