@@ -25,6 +25,7 @@ _LAZY = {
     "save": "issp.checkpoint",
     "load": "issp.checkpoint",
     "info": "issp.about",
+    "pack": "issp.pack_model",
 }
 _MODULES = ("data", "metrics", "models", "nn", "optim")
 

@@ -1,0 +1,302 @@
+"""A sparse model on its fastest paths: every layer measured, dense where sparse is slower."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from issp import choice, layers
+from issp import nn as sparse_nn
+from issp.checks import DTYPES
+from issp.keep import Keep
+from issp.pack_report import Line, Report
+
+_ROWS = {"cpu": (1, 4), "cuda": (1, 4, 8, 16, 32)}
+_CROWDED = 1.25  # rows that share positions may store this many times the weights that are not zero
+_SIDE = 24  # of the part of an image, and a sixteenth of the tokens, on which results are compared
+# Of the whole model, once with and once without its sparse layers.
+_ROUNDS, _LEAST, _SECONDS = 7, 3, 5.0
+
+
+def pack(
+    model: nn.Module,
+    example: Tensor | tuple,
+    keep: Keep | Mapping[str, Keep] | None = None,
+    cache: choice.Cache | None = None,
+) -> nn.Module:
+    """A copy of a model whose layers with zeros sit on their fastest measured path.
+
+    Every Conv2d and Linear whose weight has zeros is timed on the shapes that it meets in the
+    example: dense, channels_last, and sparse in each form that its zeros allow. It stays dense
+    where sparse is not faster beyond doubt; so does the whole model. Choices are remembered per
+    machine and shape, see `issp.choice`.
+
+    Args:
+        model: any module; it is left as it is. Threads, device and dtype are those of later use.
+        example: its input, or a tuple of its arguments.
+        keep: the N:M pattern of the zeros, for all layers or by name ("body.*", see
+            `issp.attach`); a layer that does not fit stays dense and says why. Default: rows that
+            share their zeros are found, N:M or not.
+        cache: where choices are kept; default: the user's cache folder.
+
+    Returns:
+        The packed copy, in the model's mode (training or not), with `report()`: a text with a line
+        per layer, and `report.lines`. Its outputs equal the dense ones within twice their error.
+
+    Raises:
+        TypeError, ValueError: no model, a pattern that matches no layer, or a model that has
+            something called `report`.
+        RuntimeError: a sparse layer's result is further from float64 than allowed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, not {type(model).__name__}")
+    if hasattr(model, "report"):
+        raise ValueError('the model has an attribute "report" already: rename it')
+    args = example if isinstance(example, tuple) else (example,)
+    root = nn.Sequential(copy.deepcopy(layers.unwrap(model)))
+    modes = {module: module.training for module in root.modules()}
+    root.eval()
+    patterns = _patterns(root[0], keep)
+    inputs = _inputs(root[0], args)
+    cache = choice.Cache() if cache is None else cache
+    lines, replacements = [], {}
+    for name, module in root[0].named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            line, new = _packed(name, module, inputs.get(module, []), patterns.get(name), cache)
+            lines.append(line)
+            if new is not None:
+                replacements[module] = new
+    report = Report(lines, choice.machine(_device(root)))
+    if replacements:
+        report.whole = _swap_if_faster(root, replacements, args)
+        if report.whole.name == "dense":
+            for line in lines:
+                line.stay_dense()
+    for module in root.modules():
+        module.training = modes.get(module, modes[root])
+    packed = root[0]
+    packed.report = report
+    return packed
+
+
+def _device(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters()), "cpu")
+
+
+def _patterns(model: nn.Module, keep: Keep | Mapping[str, Keep] | None) -> dict[str, Keep]:
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    if keep is None:
+        return {}
+    if isinstance(keep, Keep):
+        return dict.fromkeys(names, keep)
+    found: dict[str, Keep] = {}
+    every = [n for n, _ in model.named_modules()]
+    for pattern, value in keep.items():
+        if not isinstance(value, Keep):
+            raise TypeError(f'keep: "{pattern}" is {value!r}: it must be an issp.Keep')
+        found |= dict.fromkeys(layers._matching(pattern, every, "keep") & set(names), value)
+    return found
+
+
+@torch.no_grad()
+def _inputs(model: nn.Module, args: tuple) -> dict[nn.Module, list[tuple]]:
+    """Distinct (shape, channels_last, dtype) of what each layer meets."""
+    found: dict[nn.Module, list[tuple]] = {}
+
+    def note(module: nn.Module, given: tuple) -> None:
+        x = given[0]
+        last = x.dim() == 4 and not x.is_contiguous()
+        last = last and x.is_contiguous(memory_format=torch.channels_last)
+        seen = found.setdefault(module, [])
+        if (tuple(x.shape), last, x.dtype) not in seen:
+            seen.append((tuple(x.shape), last, x.dtype))
+
+    hooks = [
+        m.register_forward_pre_hook(note)
+        for m in model.modules()
+        if isinstance(m, nn.Conv2d | nn.Linear)
+    ]
+    try:
+        model(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _swap_if_faster(
+    root: nn.Module, replacements: Mapping[nn.Module, nn.Module], args: tuple
+) -> choice.Choice:
+    """Replaces the layers, unless the whole model is slower for it; the times of both."""
+    places = [
+        (parent, attribute, child)
+        for parent in root.modules()
+        for attribute, child in parent._modules.items()
+        if child in replacements
+    ]
+
+    def swap(packed: bool) -> None:
+        for parent, attribute, child in places:
+            parent._modules[attribute] = replacements[child] if packed else child
+
+    def call(packed: bool):
+        @torch.no_grad()
+        def run() -> None:
+            swap(packed)
+            root[0](*args)
+
+        return run
+
+    device = _device(root)
+    # The burden of proof is on dense: layer by layer, sparse has already won.
+    found = choice.measured(
+        {"packed": call(True)}, {"dense": call(False)}, device, _ROUNDS, _SECONDS, least=_LEAST
+    )
+    swap(found.name == "packed")
+    return found
+
+
+class _ChannelsLast(nn.Conv2d):
+    """A convolution computed in channels_last, from and to contiguous tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return super().forward(x).contiguous()
+
+
+def _channels_last(module: nn.Conv2d) -> nn.Module:
+    twin = copy.copy(module)
+    twin.__class__ = _ChannelsLast
+    twin._parameters = dict(module._parameters)
+    twin.weight = nn.Parameter(
+        module.weight.detach().to(memory_format=torch.channels_last), module.weight.requires_grad
+    )
+    return twin
+
+
+def _packed(
+    name: str, module: nn.Module, inputs: Sequence[tuple], keep: Keep | None, cache: choice.Cache
+) -> tuple[Line, nn.Module | None]:
+    """A layer's line of the report, and what replaces it, if anything does."""
+    line = Line(name or "(model)", _shape(module, inputs), None)
+    line.reason = _unfit(module, inputs)
+    if line.reason:
+        return line, None
+    weight = module.weight.detach()
+    zeros = int((weight == 0).sum())
+    line.sparsity = zeros / weight.numel()
+    if not zeros:
+        line.reason = "no weight is zero (masks are made final by pruner.finalize())"
+        return line, None
+    sparse, problem = _sparse(name, module, keep)
+    if problem:
+        line.reason = problem
+        return line, None
+    dense = {"dense": module}
+    if isinstance(module, nn.Conv2d):
+        dense["dense channels_last"] = _channels_last(module)
+    samples = [_random(*spec, weight.device) for spec in inputs]
+    calls = ({n: _call(m, samples) for n, m in group.items()} for group in (dense, sparse))
+    found = choice.choose(_key(module, inputs, sparse), *calls, weight.device.type, cache)
+    line.fill(found, list(sparse))
+    if found.name == "dense":
+        return line, None
+    if found.name in sparse:
+        _compare(name, module, sparse[found.name], samples[0])
+    return line, {**dense, **sparse}[found.name]
+
+
+def _unfit(module: nn.Module, inputs: Sequence[tuple]) -> str:
+    """Why a layer cannot have a sparse product at all, or ""."""
+    if type(module) not in (nn.Conv2d, nn.Linear):
+        return f"it is a {type(module).__name__}, which may compute something else"
+    weight = module.weight
+    if weight.dtype not in DTYPES:
+        return f"its weight is {weight.dtype}"
+    if getattr(module, "groups", 1) > 1:
+        return f"it has {module.groups} groups, sparse products have none"
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"it pads by {module.padding_mode}, sparse products with zeros"
+    if not inputs:
+        return "the example does not reach it"
+    if any(len(shape) == 3 and isinstance(module, nn.Conv2d) for shape, _, _ in inputs):
+        return "its input has no batch: pass an example with one"
+    if any(dtype != weight.dtype for _, _, dtype in inputs):
+        return f"its input is not {weight.dtype} as its weight is"
+    return ""
+
+
+def _sparse(name: str, module: nn.Module, keep: Keep | None) -> tuple[dict[str, nn.Module], str]:
+    """The sparse forms that the zeros of a layer allow; or why there are none."""
+    conv = isinstance(module, nn.Conv2d)
+    if keep is not None:
+        kind = sparse_nn.NMConv2d if conv else sparse_nn.NMLinear
+        try:
+            return {f"{keep.n}:{keep.of} v={keep.v}": kind.from_dense(module, keep)}, ""
+        except ValueError as error:
+            return {}, f"{keep.n}:{keep.of} v={keep.v} does not fit {name}: {error}"
+    kind = sparse_nn.SparseConv2d if conv else sparse_nn.SparseLinear
+    kept = int((module.weight != 0).sum())
+    found = {}
+    for v in _ROWS[module.weight.device.type]:
+        if module.weight.shape[0] % v == 0:
+            new = kind.from_dense(module, v=v)
+            if v == 1 or new.values.numel() <= _CROWDED * kept:
+                found[f"rows v={v}" if v > 1 else "rows"] = new
+    return found, ""
+
+
+def _random(shape: tuple[int, ...], last: bool, dtype: torch.dtype, device) -> Tensor:
+    x = torch.randn(shape, device=device).to(dtype)
+    return x.to(memory_format=torch.channels_last) if last else x
+
+
+def _call(module: nn.Module, samples: Sequence[Tensor]):
+    @torch.no_grad()
+    def call() -> None:
+        for x in samples:
+            module(x)
+
+    return call
+
+
+def _shape(module: nn.Module, inputs: Sequence[tuple]) -> str:
+    weight = "x".join(map(str, module.weight.shape))
+    return weight + "".join(f" on {'x'.join(map(str, shape))}" for shape, _, _ in inputs)
+
+
+def _key(module: nn.Module, inputs: Sequence[tuple], sparse: Mapping[str, Any]) -> str:
+    """All that the times of a layer depend on, as text."""
+    parts = [f"{type(module).__name__} {'x'.join(map(str, module.weight.shape))} forward"]
+    if isinstance(module, nn.Conv2d):
+        parts += [f"{name} {getattr(module, name)}" for name in ("stride", "padding", "dilation")]
+    parts.append("bias" if module.bias is not None else "no bias")
+    for shape, last, dtype in inputs:
+        parts.append(f"x {'x'.join(map(str, shape))} {dtype}" + " channels_last" * last)
+    numel = module.weight.numel()
+    for name, new in sparse.items():
+        # Two digits: layers that differ in a handful of weights share a measurement.
+        parts.append(f"{name} keeps {new.values.numel() / numel:.2g}")
+    return ", ".join(parts)
+
+
+@torch.no_grad()
+def _compare(name: str, dense: nn.Module, sparse: nn.Module, x: Tensor) -> None:
+    """Raises RuntimeError where the sparse result is off by more than twice the dense one."""
+    if isinstance(dense, nn.Conv2d):
+        least = [d * (k - 1) + 1 for d, k in zip(dense.dilation, dense.kernel_size, strict=True)]
+        x = x[:1, :, : max(_SIDE, least[0]), : max(_SIDE, least[1])].contiguous()
+    else:
+        x = x.reshape(-1, x.shape[-1])[: _SIDE * _SIDE].contiguous()
+    exact = copy.deepcopy(dense).double()(x.double())
+    ours, theirs = ((m(x).double() - exact).square().mean().sqrt() for m in (sparse, dense))
+    rounding = torch.finfo(x.dtype).eps * exact.square().mean().sqrt()
+    if not bool(ours <= 2 * theirs + rounding):
+        raise RuntimeError(
+            f"the sparse result of {name} is off by {ours:.3g} from float64, the dense one by "
+            f"{theirs:.3g}: the model was not packed; please report this with `issp info`"
+        )
