@@ -118,7 +118,7 @@ class SparseRows:
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
-        """The weight of `shape`, zero where nothing is stored; without a graph."""
+        """The weight of `shape`, +0 where nothing is stored; without a graph."""
         length = torch.Size(self.shape[1:]).numel()
         return reference_products.dense(
             self.values.detach(), self.columns, self.starts, length

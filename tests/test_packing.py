@@ -1,0 +1,126 @@
+"""Packed weights: what is stored, what comes back, the transposed lists, copies."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import issp
+from issp import ops
+from issp.packing import NMTensor, SparseRows
+from tests.asserts import assert_bitwise_equal
+from tests.cases import DTYPES
+from tests.product_cases import CONVS, KEEPS, names
+
+WEIGHTS = [c for c in CONVS if c.name.endswith("3x3") or "5x3" in c.name or "1x7" in c.name]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", WEIGHTS, ids=names(WEIGHTS))
+def test_rows_there_and_back(case, dtype):
+    p = case.build(dtype)
+    rows = SparseRows.from_dense(p.weight, case.weight.v)
+    assert_bitwise_equal(rows.to_dense(), p.weight, "the dense weight")
+    assert_bitwise_equal(rows.columns, p.columns, "columns")
+    assert_bitwise_equal(rows.starts, p.starts, "starts")
+    assert_bitwise_equal(rows.values, p.values, "values")
+    assert rows.shape == tuple(p.weight.shape) and rows.v == case.weight.v
+    stored = p.values.numel() / p.weight.numel()
+    assert rows.sparsity == pytest.approx(1 - stored)
+
+
+@pytest.mark.parametrize("case", WEIGHTS, ids=names(WEIGHTS))
+def test_transposed_lists_make_the_weight_of_the_gradient(case):
+    p = case.build(torch.float64)
+    rows = SparseRows.from_dense(p.weight, case.weight.v)
+    columns, starts, order = rows.transposed
+    assert [t.dtype for t in rows.transposed] == [torch.int32] * 3
+    turned = p.weight.transpose(0, 1).flip(2, 3).contiguous()
+    values = rows.values.flatten()[order.long()][:, None]
+    transposed = SparseRows(values, columns, starts, turned.shape)  # checks the order
+    assert_bitwise_equal(transposed.to_dense(), turned, "the transposed weight")
+    assert all(a is b for a, b in zip(rows.transposed, rows.transposed, strict=True))
+
+
+@pytest.mark.parametrize("v", [1, 4])
+@pytest.mark.parametrize("kernel", [(), (3, 3), (1, 7)], ids=str)
+@pytest.mark.parametrize("keep, inputs", KEEPS, ids=str)
+def test_every_pattern_there_and_back(keep, inputs, kernel, v):
+    keep = issp.Keep(keep.n, of=keep.of, v=v)
+    weight = ops.nm_prune(torch.randn(8, inputs, *kernel), keep) + 0.0  # -0 is not kept
+    p = ops.nm_pack(weight, keep)
+    assert_bitwise_equal(p.to_dense(), weight, "the dense weight")
+    per_block = inputs // keep.of * keep.n * torch.Size(kernel).numel()
+    assert p.indices.shape == (8 // v, per_block) and p.indices.dtype == torch.int32
+    assert p.values.shape == (8 // v * per_block, v)
+    assert p.sparsity == pytest.approx(keep.sparsity)
+    assert p.keep == keep and isinstance(p, SparseRows)
+
+
+def test_groups_with_fewer_weights_are_filled_by_their_first_zeros():
+    weight = torch.zeros(2, 8)
+    weight[0, 3], weight[1, 6] = 1.0, float("nan")
+    p = NMTensor.from_dense(weight, issp.Keep(2, of=4))
+    assert p.indices.tolist() == [[0, 3, 4, 5], [0, 1, 4, 6]]
+    assert_bitwise_equal(p.to_dense(), weight, "the dense weight")
+
+
+def test_rows_that_share_keep_the_union():
+    weight = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0]])
+    p = ops.sparse_pack(weight, v=2)
+    assert p.columns.tolist() == [0, 1] and p.starts.tolist() == [0, 2, 2]
+    assert p.values.tolist() == [[1, 0], [0, 2]]
+    # A zero of either sign is nothing; NaN is something.
+    signed = ops.sparse_pack(torch.tensor([[-0.0, float("nan"), 0.0]]))
+    assert signed.columns.tolist() == [1]
+
+
+def test_memory_formats_of_the_weight_do_not_matter():
+    weight = torch.randn(4, 6, 3, 3) * torch.rand(4, 6, 3, 3).lt(0.5)
+    expected = ops.sparse_pack(weight)
+    for strange in (
+        weight.to(memory_format=torch.channels_last),
+        torch.stack([weight, weight], 1)[:, 0],
+    ):
+        assert_bitwise_equal(ops.sparse_pack(strange).values, expected.values, "values")
+
+
+def test_packing_leaves_the_graph_and_the_weight_alone():
+    weight = torch.nn.Parameter(torch.randn(4, 6))
+    p = ops.sparse_pack(weight)
+    assert p.values.is_leaf and not p.values.requires_grad
+    p.values.zero_()
+    assert weight.ne(0).all()
+
+
+def packed():
+    weight = ops.nm_prune(torch.randn(8, 12, 3, 3), issp.Keep(1, of=4, v=2))
+    return [ops.sparse_pack(weight), ops.nm_pack(weight, issp.Keep(1, of=4, v=2))]
+
+
+@pytest.mark.parametrize("p", packed(), ids=lambda p: type(p).__name__)
+def test_copies_and_conversions(p):
+    p.transposed  # noqa: B018  (made before, so that it has to follow)
+    for twin in (copy.deepcopy(p), pickle.loads(pickle.dumps(p))):
+        assert type(twin) is type(p)
+        assert_bitwise_equal(twin.to_dense(), p.to_dense(), "the copy")
+    half = p.to(torch.bfloat16)
+    assert type(half) is type(p) and half.dtype == torch.bfloat16 and p.dtype == torch.float32
+    assert_bitwise_equal(half.to_dense(), p.to_dense().bfloat16(), "the converted weight")
+    assert half.columns.dtype == half.starts.dtype == torch.int32
+    assert p.to("cpu") is p
+    meta = p.to("meta")
+    assert {t.device.type for t in (meta.columns, meta.starts, *meta.transposed)} == {"meta"}
+
+
+def test_it_says_what_it_is():
+    rows, nm = packed()
+    assert repr(rows) == (
+        "SparseRows(shape=(8, 12, 3, 3), v=1, sparsity=0.7500, torch.float32, cpu)"
+    )
+    assert repr(nm) == (
+        "NMTensor(shape=(8, 12, 3, 3), keep=1:4, v=2, sparsity=0.7500, torch.float32, cpu)"
+    )
