@@ -1,8 +1,9 @@
 """The ops of issp in Triton: multi-tensor, deterministic, one file per op.
 
 Arguments have been checked by the caller; nothing here imports issp. Results equal the
-reference's bit by bit. semantics.py holds the rules, tables.py the launch over a whole model,
-select.py the exact search; compile.py compiles every kernel without a GPU.
+reference's bit by bit, those of the sparse products up to the rounding of their sums. semantics.py
+holds the rules, tables.py the launch over a whole model, select.py the exact search, products.py
+what the sparse products share; compile.py compiles every kernel without a GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from .count_zeros import count_zeros
 from .magnitude_statistics import magnitude_statistics
 from .magnitude_threshold import magnitude_threshold
 from .nm_prune import nm_prune
+from .products import prefers_tensor_cores
 from .regularize import regularize_
 from .sgd_soft_shrink import sgd_soft_shrink_
 from .soft_shrink import soft_shrink_
+from .sparse_conv2d import sparse_conv2d, sparse_conv2d_values_grad
+from .sparse_matmul import sparse_matmul, sparse_matmul_values_grad
 
 __all__ = [
     "adam_soft_shrink_",
@@ -27,9 +31,14 @@ __all__ = [
     "magnitude_statistics",
     "magnitude_threshold",
     "nm_prune",
+    "prefers_tensor_cores",
     "regularize_",
     "sgd_soft_shrink_",
     "soft_shrink_",
+    "sparse_conv2d",
+    "sparse_conv2d_values_grad",
+    "sparse_matmul",
+    "sparse_matmul_values_grad",
 ]
 
 
@@ -45,4 +54,8 @@ def implementations() -> dict[str, Callable]:
         "count_zeros": count_zeros,
         "adam_soft_shrink_": adam_soft_shrink_,
         "sgd_soft_shrink_": sgd_soft_shrink_,
+        "sparse_conv2d": sparse_conv2d,
+        "sparse_conv2d_values_grad": sparse_conv2d_values_grad,
+        "sparse_matmul": sparse_matmul,
+        "sparse_matmul_values_grad": sparse_matmul_values_grad,
     }

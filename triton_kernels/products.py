@@ -1,0 +1,209 @@
+"""The rules of the sparse products as Triton functions: lists of entries, sums, what follows them.
+
+schemas_products.py describes the format. Every product is a tl.dot of gathered tiles, its sums in
+float32 (float64 for float64), over chunks of ascending entries. PRECISION is tl.dot's: 16-bit types
+are multiplied by tensor cores, float32 by them only where torch allows TF32 ("tf32") and by fused
+multiply-adds otherwise ("ieee"), float64 by the tensor cores' float64 instructions.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .semantics import narrow
+from .updates import INTERPRETED
+
+TENSOR_CORE_ROWS = 16  # of v: a block fills the rows of one tensor core instruction
+CHUNK = 16  # entries per step, the least K of 16-bit types: blocks with few entries waste least
+PROGRAMS = 528  # four for each SM of the largest GPUs; below it tiles are made smaller
+GRAD_CHUNK = 32  # entries of a gradient's tile, which share what is worked out per pixel
+GRAD_PIXELS = 128
+SUM_TILE = 1024
+
+
+def prefers_tensor_cores(x_dtype: torch.dtype, v: int) -> bool:
+    """Whether tensor cores serve products of this dtype with blocks of v rows, and fill up.
+
+    float32 takes them where torch's own matrix products may: where
+    `torch.backends.cuda.matmul.fp32_precision` is "tf32" (or its older name allow_tf32 is True).
+    """
+    if x_dtype == torch.float32 and precision(x_dtype) != "tf32":
+        return False
+    return v >= TENSOR_CORE_ROWS and x_dtype != torch.float64
+
+
+def precision(x_dtype: torch.dtype) -> str:
+    """PRECISION of a call under torch's present settings."""
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if x_dtype == torch.float32 and allowed else "ieee"
+
+
+def tile_sizes(x: Tensor, v: int, images: int, pixels: int, blocks: int, residual: bool) -> dict:
+    """ROWS and PIXELS of a product's tile, and its launch options.
+
+    Two pixels per thread share what is worked out per entry. Tiles of 8192 sums leave room for
+    three programs on an SM (168 registers), those of 4096 for four (128), both without spills. A
+    residual comes in another layout than the sums, and does not fit beside 8192 of them.
+    """
+    rows = min(triton.next_power_of_2(v), 64)
+    most = (4096 if residual else 8192) // (2 if x.dtype == torch.float64 else 1)
+    columns = min(256, most // rows)
+    while columns > 64 and images * triton.cdiv(pixels, columns) * blocks < PROGRAMS:
+        columns //= 2
+    return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, **launch(rows * columns)}
+
+
+def launch(sums: int) -> dict:
+    """Launch options for tiles of that many sums."""
+    # One stage: copies that run ahead would take two more instructions per gathered element.
+    return {"num_warps": 4, "num_stages": 1, "maxnreg": 168 if sums > 4096 else 128}
+
+
+def shares(entries: int, v: int, dense: int, blocks: int, tiles: int) -> tuple[int, int, int]:
+    """How a gradient of values is shared out: programs per block, splits, tiles per split.
+
+    From shapes alone, so that its bits depend on nothing else. Program w of a block takes its
+    chunks w, w + programs, ...; the splits' partial sums take no more memory than the dense weight.
+
+    Args:
+        entries: of the weight, each with v values.
+        dense: elements of the dense weight.
+        blocks: tiles of rows of all blocks.
+        tiles: tiles of pixels.
+    """
+    ways = max(1, triton.cdiv(triton.cdiv(entries, blocks), GRAD_CHUNK))
+    most = max(1, min(tiles, dense // max(1, entries * v)))
+    share = triton.cdiv(tiles, min(most, triton.cdiv(PROGRAMS, blocks * ways)))
+    return ways, max(1, triton.cdiv(tiles, share or 1)), share
+
+
+def summed(partial: Tensor, x: Tensor) -> Tensor:
+    """[splits, entries, v] added up in order, in x's type."""
+    if partial.shape[0] == 1:
+        return partial[0]
+    out = x.new_empty(partial.shape[1:])
+    programs = triton.cdiv(out.numel(), SUM_TILE)
+    sum_splits[(programs,)](partial, out, out.numel(), partial.shape[0], TILE=SUM_TILE)
+    return out
+
+
+def index_of(*counts: int) -> tl.dtype:
+    """Type of offsets below these counts."""
+    return tl.int64 if max(counts) >= 2**31 else tl.int32
+
+
+@triton.jit
+def block_entries(starts, block, entries):
+    """A block's first entry and the one behind its last: bounded, whatever the lists hold."""
+    begin = tl.maximum(tl.load(starts + block), 0)
+    return begin, tl.minimum(tl.load(starts + block + 1), entries)
+
+
+@triton.jit
+def positions(columns, entry, end, length):
+    """Positions of entries, and which entries exist and lie inside the weight."""
+    column = tl.load(columns + entry, mask=entry < end, other=-1)
+    inside = (column >= 0) & (column < length)
+    return tl.where(inside, column, 0), inside
+
+
+@triton.jit
+def weights(values, entry, end, row, V: tl.constexpr, INDEX: tl.constexpr):
+    """Weights of entries and rows, which broadcast; zero behind the last of either."""
+    place = entry.to(INDEX) * V + row
+    return tl.load(values + place, mask=(entry < end) & (row < V), other=0.0)
+
+
+@triton.jit
+def wide(value):
+    """In the type of the sums: float64 for float64, else float32."""
+    if value.dtype == tl.float64:
+        return value
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def nothing(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sums at the beginning."""
+    if x.dtype.element_ty == tl.float64:
+        return tl.zeros([ROWS, COLUMNS], tl.float64)
+    else:
+        return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def rounded_to_tf32(value):
+    """To nearest, ties away from zero: the tensor cores themselves would cut the bits off."""
+    if INTERPRETED:
+        bits = value.to(tl.int32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        return tl.where(finite, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
+    else:
+        # Two instructions where cvt.rna makes four: the bits that it would clear are not read.
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.num.f32 p, $1, $1; mov.b32 $0, $1; @p add.s32 $0, $0, 0x1000; }",
+            "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def multiplied(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b."""
+    if PRECISION == "tf32":
+        a, b = rounded_to_tf32(a), rounded_to_tf32(b)
+    if INTERPRETED:
+        # It would multiply the bits of bfloat16; the wide type holds products of 16-bit numbers.
+        a, b = wide(a), wide(b)
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def activated(total, bias, row, exists, ACTIVATION: tl.constexpr):
+    """The activation of total + bias: none, relu (NaN stays), gelu (by erf).
+
+    row: of the bias, shaped to broadcast against the sums; exists: likewise, which rows there are.
+    """
+    if bias is not None:
+        total += wide(tl.load(bias + row, mask=exists, other=0.0))
+    if ACTIVATION == "relu":
+        total = tl.where(total < 0, 0.0, total)
+    elif ACTIVATION == "gelu":
+        total = total * 0.5 * (1.0 + tl.erf(total * 0.7071067811865476))
+    return total
+
+
+@triton.jit
+def store(total, y, residual, place, inside):
+    """Stores total + residual, rounded once."""
+    if residual is not None:
+        tl.debug_barrier()  # or the compiler would load it in front of gelu and run out of registers
+        total += wide(tl.load(residual + place, mask=inside, other=0.0))
+    tl.store(y + place, narrowed(total, y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def narrowed(total, DTYPE: tl.constexpr):
+    """Rounded to nearest even."""
+    if INTERPRETED:
+        if DTYPE == tl.bfloat16:  # noqa: SIM102 (decided by the compiler)
+            # It would cut the bits off.
+            bits = narrow(total, "bfloat16") | tl.where(total == total, 0, 0x40).to(tl.int16)
+            return bits.to(tl.bfloat16, bitcast=True)
+    return total.to(DTYPE)
+
+
+@triton.jit
+def sum_splits(partial, out, count, splits, TILE: tl.constexpr):
+    """out[i] = the sum of partial[s, i] over s in ascending order."""
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = place < count
+    total = tl.load(partial + place, mask=inside, other=0.0)
+    for _ in range(1, splits):
+        place += count
+        total += tl.load(partial + place, mask=inside, other=0.0)
+    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tl.store(out + place, narrowed(total, out.dtype.element_ty), mask=inside)

@@ -1,0 +1,150 @@
+"""sparse_matmul and its values' gradient, on rows of x as they lie in memory.
+
+Forward. A program makes a tile of rows of x for rows of one block: it gathers the kept elements of
+its rows chunk by chunk, a warp's lanes on the kept positions of a few rows, which are near each
+other in memory. Programs of the same rows of x and different blocks are neighbours: they share them
+in L2. Traffic per entry and tile: v weights, 4 bytes of position, PIXELS elements of x (L1 or L2).
+
+Gradient of the values. A program takes a share of the rows of x (a split) and chunks of a block's
+entries; the splits' sums are added in order afterwards, so that the bits do not depend on the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .products import (
+    GRAD_CHUNK,
+    GRAD_PIXELS,
+    activated,
+    block_entries,
+    index_of,
+    launch,
+    multiplied,
+    narrowed,
+    nothing,
+    positions,
+    precision,
+    shares,
+    store,
+    summed,
+    tile_sizes,
+    weights,
+)
+
+
+@triton.jit
+def gathered_rows(x, item, items, column, inside, length, INDEX: tl.constexpr):
+    """Elements [items, entries] of x; zero behind the last row and outside the weight."""
+    place = item[:, None].to(INDEX) * length + column[None, :]
+    return tl.load(x + place, mask=(item[:, None] < items) & inside[None, :], other=0.0)
+
+
+@triton.jit
+def multiply(
+    x, values, columns, starts, bias, residual, y, entries, length, outputs, items, parts,
+    row_tiles, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """A tile of rows of x for rows of a block."""
+    part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts
+    block = part // row_tiles
+    row = part % row_tiles * ROWS + tl.arange(0, ROWS)
+    item = tile * PIXELS + tl.arange(0, PIXELS)
+    begin, end = block_entries(starts, block, entries)
+    total = nothing(x, PIXELS, ROWS)
+    for e in range(begin, end, CHUNK):
+        entry = e + tl.arange(0, CHUNK)
+        column, inside = positions(columns, entry, end, length)
+        w = weights(values, entry[:, None], end, row[None, :], V, INDEX)
+        tile_x = gathered_rows(x, item, items, column, inside, length, INDEX)
+        total = multiplied(tile_x, w, total, PRECISION)
+    total = activated(total, bias, block * V + row[None, :], row[None, :] < V, ACTIVATION)
+    place = item[:, None].to(INDEX) * outputs + (block * V + row[None, :])
+    store(total, y, residual, place, (item[:, None] < items) & (row[None, :] < V))
+
+
+@triton.jit
+def multiply_values_grad(
+    x, grad, columns, starts, partial, entries, length, outputs, items, all_tiles, parts,
+    row_tiles, ways, share, PRECISION: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
+):  # fmt: skip
+    """One split's share of the rows of x for some chunks of a block's entries."""
+    way, part = tl.program_id(0) % ways, tl.program_id(0) // ways % parts
+    split = tl.program_id(0) // ways // parts
+    block = part // row_tiles
+    row = part % row_tiles * ROWS + tl.arange(0, ROWS)
+    first_tile = split * share
+    begin, end = block_entries(starts, block, entries)
+    for e in range(begin + way * CHUNK, end, ways * CHUNK):
+        entry = e + tl.arange(0, CHUNK)
+        column, inside = positions(columns, entry, end, length)
+        total = nothing(x, CHUNK, ROWS)
+        for tile in range(first_tile, tl.minimum(first_tile + share, all_tiles)):
+            item = tile * PIXELS + tl.arange(0, PIXELS)
+            tile_x = gathered_rows(x, item, items, column, inside, length, INDEX)
+            place = item[:, None].to(INDEX) * outputs + (block * V + row[None, :])
+            there = (item[:, None] < items) & (row[None, :] < V)
+            g = tl.load(grad + place, mask=there, other=0.0)
+            total = multiplied(tl.trans(tile_x), g, total, PRECISION)
+        place = (split.to(tl.int64) * entries + entry[:, None]) * V + row[None, :]
+        there = (entry[:, None] < end) & (row[None, :] < V)
+        tl.store(partial + place, narrowed(total, partial.dtype.element_ty), mask=there)
+
+
+def sparse_matmul(
+    x: Tensor,
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    transposed: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "none",
+    **tile: int,
+) -> Tensor:
+    """See `sparse_matmul` in the schemas; `tile` overrides the sizes of a program's tile."""
+    (entries, v), blocks = values.shape, starts.numel() - 1
+    y = x.new_empty((*x.shape[:-1], blocks * v))
+    if y.numel() == 0:
+        return y
+    items = y.numel() // (blocks * v)
+    parts = blocks * triton.cdiv(v, min(triton.next_power_of_2(v), 64))
+    sizes = tile_sizes(x, v, 1, items, parts, residual is not None) | tile
+    row_tiles = triton.cdiv(v, sizes["ROWS"])
+    with torch.cuda.device_of(x):
+        multiply[(triton.cdiv(items, sizes["PIXELS"]) * blocks * row_tiles,)](
+            x, values, columns, starts, bias, residual, y, entries, x.shape[-1], blocks * v, items,
+            blocks * row_tiles, row_tiles, ACTIVATION=activation, PRECISION=precision(x.dtype), V=v,
+            INDEX=index_of(x.numel(), y.numel(), entries * v), **sizes,
+        )  # fmt: skip
+    return y
+
+
+def sparse_matmul_values_grad(
+    x: Tensor, grad: Tensor, columns: Tensor, starts: Tensor, v: int, **tile: int
+) -> Tensor:
+    """See `sparse_matmul_values_grad` in the schemas; `tile` overrides sizes of a tile."""
+    length, entries, blocks = x.shape[-1], columns.numel(), starts.numel() - 1
+    items = grad.numel() // (blocks * v)
+    rows, pixels = min(triton.next_power_of_2(v), 64), tile.pop("PIXELS", GRAD_PIXELS)
+    row_tiles, all_tiles = triton.cdiv(v, rows), triton.cdiv(items, pixels)
+    ways, splits, share = shares(entries, v, blocks * v * length, blocks * row_tiles, all_tiles)
+    kind = torch.float32 if splits > 1 and x.dtype != torch.float64 else x.dtype
+    partial = torch.empty((splits, entries, v), dtype=kind, device=x.device)
+    if entries == 0:
+        return partial[0]
+    with torch.cuda.device_of(x):
+        multiply_values_grad[(ways * blocks * row_tiles * splits,)](
+            x, grad, columns, starts, partial, entries, length, blocks * v, items, all_tiles,
+            blocks * row_tiles, row_tiles, ways, share, PRECISION=precision(x.dtype), V=v, ROWS=rows,
+            CHUNK=GRAD_CHUNK, PIXELS=pixels, INDEX=index_of(x.numel(), grad.numel(), entries * v),
+            **launch(0),
+        )  # fmt: skip
+        return summed(partial, x)
