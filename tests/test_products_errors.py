@@ -1,0 +1,304 @@
+"""Wrong input to products, packing and layers: one clear sentence of the right kind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import issp
+from issp import Keep, checks_products, ops, products
+from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear, convert
+from issp.packing import NMTensor, SparseRows
+from tests.product_cases import ConvCase, MatmulCase, Weight
+from tests.test_products import _restore_capability, op_of  # noqa: F401
+from tests.under_test import BACK_ENDS
+
+CONV = ConvCase("wrong", Weight(8, 6, (3, 3), 0.4, 4), residual=True, padding=(1, 1))
+MATMUL = MatmulCase("wrong", Weight(8, 6, pattern=0.8, v=4), residual=True)
+CONV_NAMES = (
+    *("x", "values", "columns", "starts", "transposed", "bias", "residual"),
+    *("kernel", "stride", "padding", "dilation", "upsample", "size", "activation"),
+)
+
+
+def moved(index, by):
+    """The list with one entry changed."""
+
+    def change(t):
+        t = t.clone()
+        t[index] += by
+        return t
+
+    return change
+
+
+def swapped(t):
+    t = t.clone()
+    t[0], t[1] = t[1].item(), t[0].item()
+    return t
+
+
+# argument: (what is done to it, kind of error, words); the same for both products.
+BAD = {
+    "x: a list": (lambda t: t.tolist(), TypeError, "x must be a tensor, not list"),
+    "x: integers": (lambda t: t.int(), TypeError, "x has dtype torch.int32: use float32"),
+    "x: not contiguous": (lambda t: t.transpose(0, -1), ValueError, "x is not contiguous"),
+    "x: another dtype": (lambda t: t.double(), TypeError, "float32 but x is torch.float64"),
+    "x: fewer channels": (lambda t: t.narrow(CHANNEL[t.dim()], 0, 2).contiguous(), ValueError,
+                          r"columns must lie in 0\.\.\d+.*same number of channels"),
+    "values: one dimension": (lambda t: t.flatten(), ValueError, r"must be \[entries, v\]"),
+    "values: too few": (lambda t: t[1:].contiguous(), ValueError, "rows of values for"),
+    "values: another device": (lambda t: t.to("meta"), ValueError, "values are on meta"),
+    "bias: another device": (lambda t: t.to("meta"), ValueError, "bias is on meta but x is on cpu"),
+    "columns: int64": (lambda t: t.long(), TypeError, "columns has dtype torch.int64.*int32"),
+    "columns: None": (lambda t: None, TypeError, "columns must be a tensor"),
+    "columns: two dimensions": (lambda t: t[None], ValueError, "columns must be contiguous"),
+    "columns: too large": (moved(-1, 1000), ValueError, "columns must lie in"),
+    "columns: negative": (moved(0, -1000), ValueError, "columns must lie in"),
+    "columns: not ascending": (swapped, ValueError, "ascend strictly within each block"),
+    "columns: twice": (lambda t: torch.cat([t[1:2], t[1:]]), ValueError, "ascend strictly"),
+    "starts: int64": (lambda t: t.long(), TypeError, "starts has dtype torch.int64"),
+    "starts: no block": (lambda t: t[:1], ValueError, "starts has no block"),
+    "starts: not from 0": (moved(0, 1), ValueError, "starts must ascend from 0"),
+    "starts: beyond the end": (moved(-1, 1), ValueError, "starts must ascend from 0"),
+    "starts: descending": (moved(1, 1000), ValueError, "starts must ascend from 0"),
+    "transposed: two lists": (lambda t: t[:2], ValueError, "transposed must be empty or hold"),
+    "transposed: another weight's": (lambda t: [t[0][1:], *t[1:]], ValueError,
+                                     "transposed columns has .* belongs to another weight"),
+    "transposed: int64": (lambda t: [x.long() for x in t], TypeError, "transposed columns has"),
+    "bias: too short": (lambda t: t[1:], ValueError, r"bias has shape \(7,\): it must be \(8,\)"),
+    "bias: another dtype": (lambda t: t.half(), TypeError, "bias has dtype torch.float16"),
+    "residual: another shape": (lambda t: t[..., :1].contiguous(), ValueError, "residual has sha"),
+    "residual: not contiguous": (lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+                                 ValueError, "residual is not contiguous"),
+    "activation: unknown": (lambda t: "tanh", ValueError, 'activation is "tanh": use one of none'),
+}  # fmt: skip
+CHANNEL = {4: 1, 2: 1}
+BAD_CONV = {
+    "x: three dimensions": (lambda t: t[0], ValueError, r"x must be \[N, C, H, W\]"),
+    "kernel: zero": (lambda t: (3, 0), ValueError, r"kernel is \(3, 0\)"),
+    "kernel: smaller": (lambda t: (1, 1), ValueError, "columns must lie in"),
+    "stride: zero": (lambda t: (0, 1), ValueError, r"stride is \(0, 1\): it must be two"),
+    "dilation: negative": (lambda t: (1, -1), ValueError, "dilation is"),
+    "upsample: zero": (lambda t: (0, 0), ValueError, "upsample is"),
+    "size: zero": (lambda t: (0, 4), ValueError, "size is"),
+    "size: another": (lambda t: (3, 4), ValueError, "residual has shape"),
+}
+
+
+def spoilt(case, name, change):
+    arguments = dict(zip(CONV_NAMES, case.build().args(), strict=False)) | {"activation": "none"}
+    which = name.partition(":")[0]
+    arguments[which] = change(arguments[which])
+    return tuple(arguments.values())
+
+
+def refuses(op, check, args, kind, words):
+    """Native code refuses in its own words; the check behind it finds the exact ones."""
+    with pytest.raises((RuntimeError, TypeError, ValueError)):
+        op(*args)
+    with pytest.raises(kind, match=words) as caught:
+        check(*args)
+    assert "\n" not in str(caught.value).strip()
+
+
+@pytest.mark.parametrize("name", [*BAD, *BAD_CONV])
+@pytest.mark.parametrize("back_end", [b for b in BACK_ENDS if b.device == "cpu"], ids=str)
+def test_conv2d_refuses(back_end, name):
+    change, kind, words = (BAD | BAD_CONV)[name]
+    args = spoilt(CONV, name, change)
+    refuses(op_of(back_end, "sparse_conv2d"), checks_products.sparse_conv2d, args, kind, words)
+    with pytest.raises(kind, match=words):
+        products._conv2d(*args)
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("back_end", [b for b in BACK_ENDS if b.device == "cpu"], ids=str)
+def test_matmul_refuses(back_end, name):
+    change, kind, words = BAD[name]
+    args = spoilt(MATMUL, name, change)
+    refuses(op_of(back_end, "sparse_matmul"), checks_products.sparse_matmul, args, kind, words)
+    with pytest.raises(kind, match=words):
+        products._matmul(*args)
+
+
+BAD_GRAD = {
+    "x: integers": (lambda t: t.int(), TypeError, "x has dtype"),
+    "x: fewer channels": (lambda t: t[:, :2].contiguous(), ValueError, "columns must lie in"),
+    "grad: another dtype": (lambda t: t.double(), TypeError, "grad has dtype torch.float64"),
+    "grad: other rows": (lambda t: t[:, 1:].contiguous(), ValueError, "grad has shape"),
+    "grad: not contiguous": (lambda t: t.transpose(0, -1), ValueError, "grad is not contiguous"),
+    "columns: not ascending": (swapped, ValueError, "ascend strictly"),
+    "starts: descending": (moved(1, 1000), ValueError, "starts must ascend"),
+    "v: zero": (lambda v: 0, ValueError, "v is 0"),
+    "v: another": (lambda v: 2, ValueError, "grad has shape"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRAD)
+@pytest.mark.parametrize("case", [CONV, MATMUL], ids=["conv2d", "matmul"])
+@pytest.mark.parametrize("back_end", [b for b in BACK_ENDS if b.device == "cpu"], ids=str)
+def test_values_grad_refuses(back_end, case, name):
+    change, kind, words = BAD_GRAD[name]
+    p, which = case.build(), name.partition(":")[0]
+    arguments = dict(x=p.x, grad=p.grad, columns=p.columns, starts=p.starts, v=4)
+    arguments[which] = change(arguments[which])
+    op = f"sparse_{'conv2d' if case is CONV else 'matmul'}_values_grad"
+    args = (*arguments.values(), *case.tail()[:4])
+    refuses(op_of(back_end, op), getattr(checks_products, op), args, kind, words)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
+def test_public_functions_refuse(grad):
+    """The same sentences whether gradients are wanted or not."""
+    x = torch.randn(2, 6, 5, 7, requires_grad=grad)
+    y = torch.randn(3, 6, requires_grad=grad)
+    conv, linear = ops.sparse_pack(torch.randn(8, 6, 3, 3)), ops.sparse_pack(torch.randn(8, 6))
+    residual = torch.randn(2, 8, 1, 1)
+    for call, kind, words in (
+        (lambda: ops.sparse_conv2d(x[0], conv), ValueError, r"without a batch: pass x\[None\]"),
+        (lambda: ops.sparse_conv2d(y, conv), ValueError, r"it must be \[N, C, H, W\]"),
+        (lambda: ops.sparse_conv2d(x[:, 1:], conv), ValueError, "has 5 channels.*needs 6"),
+        (lambda: ops.sparse_conv2d(x, linear), ValueError, r"is \[O, I, kh, kw\], not \(8, 6\)"),
+        (lambda: ops.sparse_conv2d(x, conv.to_dense()), TypeError, "pack the weight, issp.ops.sp"),
+        (lambda: ops.nm_conv2d(x, conv), TypeError, "is SparseRows, not NMTensor.*nm_pack"),
+        (lambda: ops.sparse_conv2d([x], conv), TypeError, "x must be a tensor, not list"),
+        (lambda: ops.sparse_conv2d(x.double(), conv), TypeError, "convert one of them"),
+        (lambda: ops.sparse_conv2d(x, conv, stride=0), ValueError, "stride is 0: it must be at"),
+        (lambda: ops.sparse_conv2d(x, conv, padding=-1), ValueError, "padding is -1"),
+        (lambda: ops.sparse_conv2d(x, conv, padding="same"), TypeError, "an int or two of them"),
+        (lambda: ops.sparse_conv2d(x, conv, dilation=(1, 2, 3)), TypeError, "dilation is"),
+        (lambda: ops.sparse_conv2d(x, conv, dilation=4), ValueError, "does not fit.*pad more"),
+        (lambda: ops.sparse_conv2d(x, conv, torch.ones(7)), ValueError, "bias has shape"),
+        (lambda: ops.sparse_conv2d(x, conv, residual=residual), ValueError, "residual has shape"),
+        (lambda: ops.sparse_conv2d(x, conv, activation="silu"), ValueError, 'is "silu": use one'),
+        (lambda: ops.sparse_matmul(y, conv), ValueError, r"is \[O, I\], not \(8, 6, 3, 3\)"),
+        (lambda: ops.sparse_matmul(y[:, 1:], linear), ValueError, "has 5 channels.*needs 6"),
+        (lambda: ops.sparse_matmul(y[0, 0], linear), ValueError, r"it must be \[\.\.\., I\]"),
+        (lambda: ops.nm_matmul(y, linear), TypeError, "not NMTensor"),
+        (lambda: ops.sparse_matmul(y, linear, residual=torch.ones(8)), ValueError, "residual has"),
+    ):
+        with pytest.raises(kind, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("op", ["sparse_conv2d", "sparse_matmul"])
+def test_the_ops_refuse_gradients_through_their_epilogues(op):
+    case = CONV if op == "sparse_conv2d" else MATMUL
+    call = getattr(torch.ops.issp, op)
+    p = case.build()
+    args = p.args()
+    p.residual.requires_grad_()
+    with pytest.raises(RuntimeError, match=f"{op} has no gradient.*use issp.ops.{op}"):
+        call(*args)
+    p.residual.requires_grad_(False)
+    p.x.requires_grad_()
+    call(*args)
+    with pytest.raises(RuntimeError, match="no gradient through activation"):
+        call(*args, "relu")
+    with torch.no_grad():
+        call(*args, "relu")
+
+
+def test_the_op_refuses_the_gradient_of_values_under_an_input_spread_by_zeros():
+    p = ConvCase("spread", Weight(8, 6, (3, 3), 0.4), padding=(1, 1), upsample=(2, 2)).build()
+    p.values.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"needs upsample 1, not \(2, 2\)"):
+        torch.ops.issp.sparse_conv2d(*p.args())
+
+
+def test_packing_refuses():
+    weight = torch.randn(8, 12, 3, 3)
+    pruned = ops.nm_prune(weight, Keep(2, of=4))
+    p = ops.nm_pack(pruned, Keep(2, of=4))
+    parts = (p.values, p.columns, p.starts)
+    for call, kind, words in (
+        (lambda: ops.nm_pack(weight, Keep(1, of=4)), ValueError,
+         r"24 groups hold more than 1 weights per 4 \(the first: row 0, channels 0\.\.\.3\): "
+         r"prune first, issp.ops.nm_prune\(weight, Keep\(n=1, of=4"),
+        (lambda: ops.nm_pack(pruned, Keep(2, of=4, v=2)), ValueError, "groups hold more than 2"),
+        (lambda: ops.nm_pack(weight, Keep(1, of=5)), ValueError, "does not divide into groups"),
+        (lambda: ops.nm_pack(weight, Keep(1, of=4, layout="flat")), ValueError,
+         "unstructured, use issp.ops.sparse_pack"),
+        (lambda: ops.nm_pack(weight, 4), TypeError, "keep must be an issp.Keep, not int"),
+        (lambda: ops.sparse_pack(weight, v=3), ValueError, "v = 3 does not divide the 8 rows"),
+        (lambda: ops.sparse_pack(weight, v=0), ValueError, "v = 0 does not divide"),
+        (lambda: ops.sparse_pack(weight[0]), ValueError, r"it must be \[O, I\] or"),
+        (lambda: ops.sparse_pack(weight[:0]), ValueError, "every size must be at least 1"),
+        (lambda: ops.sparse_pack(weight.int()), TypeError, "dtype torch.int32: use float32"),
+        (lambda: ops.sparse_pack([1.0]), TypeError, "must be a tensor, not list"),
+        (lambda: SparseRows(*parts, (9, 12, 3, 3)), ValueError, "describe 8 rows, but the shape"),
+        (lambda: SparseRows(*parts, (8, 6, 3, 3)), ValueError, r"columns must lie in 0\.\.53"),
+        (lambda: SparseRows(*parts, (8, 108, 1)), ValueError, "it must be"),
+        (lambda: NMTensor(*parts, p.shape, Keep(1, of=4)), ValueError, "do not keep 1 of every 4"),
+        (lambda: NMTensor(*parts, p.shape, Keep(2, of=4, v=2)), ValueError, "values have v = 1"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_layers_refuse():
+    conv = nn.Conv2d(8, 6, 3)
+    keep = Keep(1, of=4)
+    for call, kind, words in (
+        (lambda: NMConv2d.from_dense(conv, keep), ValueError, "prune first, issp.ops.nm_prune"),
+        (lambda: NMConv2d.from_dense(conv, Keep(1, of=3), mask="ste"), ValueError,
+         r"NMConv2d's weight \(6, 8, 3, 3\) does not divide"),
+        (lambda: NMConv2d.from_dense(nn.Linear(8, 6), keep), TypeError,
+         "NMConv2d is made from nn.Conv2d, not Linear"),
+        (lambda: NMLinear(8, 6, keep=Keep(1, of=4, layout="flat")), ValueError, "sparse_pack"),
+        (lambda: NMLinear(8, 6, keep=keep, mask="moving"), ValueError, 'mask is "moving": use'),
+        (lambda: NMLinear(8, 6, keep=keep, activation="silu"), ValueError, "use one of none"),
+        (lambda: NMConv2d(8, 8, 3, groups=2, keep=keep), ValueError, "groups = 1 only, not 2"),
+        (lambda: NMConv2d(8, 8, 3, padding_mode="reflect", keep=keep), ValueError,
+         'by zeros only, not by "reflect"'),
+        (lambda: NMConv2d(8, 8, 2, padding="same", keep=keep), ValueError, "both sides"),
+        (lambda: NMLinear(8, 8, device="meta", keep=keep), ValueError, "meta device"),
+        (lambda: SparseConv2d(8, 6, 3, sparsity=0.5, v=4), ValueError, "v = 4 does not divide"),
+        (lambda: SparseLinear(8, 6, sparsity=1.5), ValueError, "it must lie in 0..1"),
+        (lambda: SparseLinear.from_dense(nn.Linear(8, 6), mask="ste"), ValueError,
+         "a moving mask needs one"),
+        (lambda: SparseLinear.from_dense(nn.Linear(8, 6), sparsity=0.5), ValueError,
+         "a fixed one keeps what is not zero"),
+        (lambda: convert(nn.Linear(8, 6), keep=keep), ValueError, "itself one layer"),
+        (lambda: convert(nn.Sequential(conv), keep=keep, exclude="x"), ValueError, "matches no"),
+        (lambda: convert(nn.Sequential(conv), keep=keep, v=2), ValueError, "leave sparsity and v"),
+    ):  # fmt: skip
+        with pytest.raises(kind, match=words) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_loading_checks_the_pattern_and_changes_nothing():
+    layer = NMLinear(8, 6, keep=Keep(1, of=4))
+    other = NMLinear(8, 6, keep=Keep(2, of=4)).state_dict()
+    good = NMLinear(8, 6, keep=Keep(1, of=4)).state_dict()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    shifted = dict(good, columns=(good["columns"] + 4) % 8)
+    for state, words in (
+        (other, "do not keep 1 of every 4 channels"),
+        (shifted, "ascend strictly|do not keep"),
+        (dict(good, starts=good["starts"].long()), "starts has dtype torch.int64"),
+        (nn.Linear(8, 6).state_dict(), "holds no packed weight.*NMLinear.from_dense"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            layer.load_state_dict(state)
+        for name, tensor in layer.state_dict().items():
+            assert torch.equal(tensor, before[name]), f"{name} has changed"
+    rows = SparseLinear(8, 6, sparsity=0.5)
+    with pytest.raises(RuntimeError, match="values have v = 2, the layer has v = 1"):
+        rows.load_state_dict(SparseLinear(8, 6, sparsity=0.5, v=2).state_dict())
+
+
+def test_a_layer_in_a_model_is_named_when_its_state_does_not_fit():
+    model = nn.Sequential(nn.ReLU(), NMLinear(8, 6, keep=Keep(1, of=4)))
+    other = nn.Sequential(nn.ReLU(), NMLinear(8, 6, keep=Keep(2, of=4)))
+    with pytest.raises(RuntimeError, match="1: the positions do not keep"):
+        model.load_state_dict(other.state_dict())
+
+
+def test_the_package_names_its_layers():
+    assert issp.nn.NMLinear is NMLinear and issp.ops.nm_pack is products.nm_pack
