@@ -10,6 +10,8 @@ from tests import cuda_emulator
 from tests.asserts import assert_bitwise_equal
 from tests.cuda_emulator.model import NAN, Model, normal, share
 from tests.test_cuda_resident import update_many, use
+from tests.test_nm_step_cuda import MIXES, model_of
+from tests.test_nm_step_cuda import update_many as update_groups
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
@@ -38,6 +40,9 @@ def _streamed(seed: int, removed: int) -> None:
     few[::31] = 3.0
     model = Model([few], [int((few.abs() < 3).sum()) + 40], previous=3.0)
     model.step()  # ties among the candidates
+    wide = [(normal(40_000, seed=seed)[0] * 4).round() / 4]  # more tiles than a block has threads
+    model = Model(wide, share(wide, 0.5))
+    model.step(bracket=False)
     assert_bitwise_equal(
         cuda_emulator.nm_prune(large[0], 3, 450, 1, "flat")[0],
         reference.nm_prune(large[0], 3, 450, 1, "flat")[0],
@@ -77,7 +82,19 @@ def _resident_update(seed: int, removed: int) -> None:
     update_many("adam", "coupled decay", None, [seed], steps=1)
 
 
-WORKS = (_streamed, _streamed_update, _resident, _resident_update)
+def _grouped(seed: int, removed: int) -> None:
+    """N:M tensors of one box and of several, by comparison and by warps."""
+    cuda_emulator.seed(seed, removed=removed, small=True)
+    for mix in MIXES:
+        model = model_of(*mix, seed=seed)
+        model.step()
+
+
+def _grouped_update(seed: int, removed: int) -> None:
+    update_groups("adam", "coupled decay", [seed], steps=1, removed=removed)
+
+
+WORKS = (_streamed, _streamed_update, _resident, _resident_update, _grouped, _grouped_update)
 
 
 def _is_noticed(site: int) -> bool:
@@ -98,7 +115,7 @@ def test_every_barrier_fence_and_wait_is_needed():
         library = cuda_emulator.library(small=True)
         names = [library.emulator_site_name(i).decode() for i in range(library.emulator_sites())]
         own = [i for i, name in enumerate(names) if not name.startswith("planted")]
-        assert {"resident", "streamed"} <= {n.split(".")[0] for n in names}
+        assert {"resident", "streamed", "nm_shrink"} <= {n.split(".")[0] for n in names}
         assert [names[site] for site in own if not _is_noticed(site)] == []
     finally:
         cuda_emulator.machine()

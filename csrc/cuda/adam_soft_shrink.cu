@@ -13,10 +13,10 @@ void adam_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grad
                            Tensor k, double shrink, Tensor thresholds, Tensor masks, Tensor flips,
                            Tensor scratch, std::optional<Tensor> found_inf, bool frozen,
                            bool bracket, std::vector<int64_t> patterns) {
-  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const Update update = check_adam_soft_shrink(
       weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, lr_tensor,
       grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);
+  const std::vector<Pattern> checked = check_patterns(weights, update.pruned.size(), patterns);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const Optimizer<AdamRule> adam = {{{lr, beta1, beta2, eps, weight_decay, decoupled}},
                                     rate_of(lr, lr_tensor),
@@ -29,7 +29,7 @@ void adam_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grad
     entry.second = beside.second;
     entry.step = beside.step;
   };
-  update_and_shrink(items_of(update), update.pruned.size(),
+  update_and_shrink(items_of(update), checked, update.pruned.size(),
                     call_of(k, shrink, thresholds, masks, flips, scratch, found_inf, bracket), adam,
                     complete, current_stream(weights[0]), may_stay_resident());
 }

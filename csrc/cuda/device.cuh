@@ -96,6 +96,17 @@ ISSP_DEVICE uint32_t add(uint32_t* p, uint32_t value) {
 ISSP_DEVICE void add(int64_t* p, int64_t value) {
   atomicAdd(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
 }
+// Flips these bits of a word that other blocks flip bits of.
+ISSP_DEVICE void flip(uint32_t* p, uint32_t bits) {
+  atomicXor(p, bits);
+}
+// Maximum, as an integer.
+ISSP_DEVICE void raise(uint32_t* p, uint32_t value) {
+  atomicMax(p, value);
+}
+ISSP_DEVICE void raise(uint64_t* p, uint64_t value) {
+  atomicMax(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(value));
+}
 
 // A window of the block's dynamic shared memory, in words.
 struct Shared {

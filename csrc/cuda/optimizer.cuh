@@ -42,6 +42,7 @@ template <typename Rule>
 struct Optimizer {
   using Entry = typename Rule::Entry;
   static constexpr bool kUpdates = true;
+  static constexpr uint32_t kBatch = Rule::kMoments == 2 ? 2 : 4;  // of update_strided
 
   Rule rule;
   Rate rate;
@@ -84,7 +85,33 @@ struct Optimizer {
     }
   }
 
+  // Elements that a call in which nothing is frozen selects from.
+  template <typename T, typename Sink>
+  ISSP_DEVICE void update_strided(const Entry& entry, const uint32_t* weights, uint32_t first,
+                                  uint32_t stride, uint32_t count, const Sink& sink,
+                                  Shared shared) const {
+    if (entry.extra & kBFloat16Gradient) {
+      update_strided_by<BFloat16>(entry, weights, first, stride, count, sink, shared);
+    } else {
+      update_strided_by<Float32>(entry, weights, first, stride, count, sink, shared);
+    }
+  }
+
  private:
+  template <typename G, typename Sink>
+  ISSP_DEVICE void update_strided_by(const Entry& entry, const uint32_t* weights, uint32_t first,
+                                     uint32_t stride, uint32_t count, const Sink& sink,
+                                     Shared shared) const {
+    uint32_t bits[kBatch];
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      bits[i] = i < count ? load(weights + first + stride * i) : 0u;
+    }
+    update_batch<G, kBatch>(
+        entry, first, stride, [&](uint32_t i) { return i < count; }, [](uint32_t) { return true; },
+        [&](uint32_t i) { return bits[i]; }, sink, shared);
+  }
+
   template <typename G, typename Rows, typename Sink>
   ISSP_DEVICE void update_tile_by(const Entry& entry, uint32_t tile, const uint32_t* mask,
                                   const Rows& rows, const Sink& sink, Shared shared) const {
@@ -92,8 +119,13 @@ struct Optimizer {
     const uint32_t own_row = tile * kTile + warp() * kWarpTile + 32 * lane();
     if (freezes(entry) && lane() < kRows && own_row < entry.numel) kept = load(mask + own_row / 32);
 #pragma unroll 1
-    for (uint32_t row = 0; row < kRows; row += kBatch<Rows>) {
-      update_rows<G>(row, entry, tile, kept, rows, sink, shared);
+    for (uint32_t row = 0; row < kRows; row += kRowsAtOnce<Rows>) {
+      const uint32_t start = column(tile) + 32 * row;
+      update_batch<G, kRowsAtOnce<Rows>>(
+          entry, start, 32, [&](uint32_t i) { return start + 32 * i < entry.numel; },
+          [&](uint32_t i) { return (shuffle(kept, row + i) >> lane() & 1u) != 0; },
+          [&](uint32_t i) { return rows[row + i]; },
+          [&](uint32_t i, uint32_t bits) { sink(row + i, bits); }, shared);
     }
   }
 
@@ -101,44 +133,44 @@ struct Optimizer {
   // weights, which need no registers if they come from a slot; more rows spill. The streamed kernel
   // runs one block per SM, with twice the registers.
   template <typename Rows>
-  static constexpr uint32_t kBatch =
+  static constexpr uint32_t kRowsAtOnce =
       Rule::kMoments == 2 && !std::is_same_v<Rows, GlobalRows<Float32>> ? 2 : 4;
 
-  template <typename G, typename Rows, typename Sink>
-  ISSP_DEVICE void update_rows(uint32_t first_row, const Entry& entry, uint32_t tile, uint32_t kept,
-                               const Rows& rows, const Sink& sink, Shared shared) const {
-    constexpr uint32_t kRowsAtOnce = Optimizer::template kBatch<Rows>;
-    const uint32_t start = column(tile) + 32 * first_row;
+  // Elements first + stride * i that are inside(i); what keeps(i) denies becomes zero.
+  template <typename G, uint32_t kCount, typename Inside, typename Keeps, typename Weights,
+            typename Sink>
+  ISSP_DEVICE void update_batch(const Entry& entry, uint32_t first, uint32_t stride,
+                                const Inside& inside, const Keeps& keeps, const Weights& weights,
+                                const Sink& sink, Shared shared) const {
     // Pointers of this lane, so that rows are constants away.
-    const auto gradients = static_cast<const typename G::Bits*>(entry.grad) + start;
+    const auto gradients = static_cast<const typename G::Bits*>(entry.grad) + first;
     const bool moments_mean = rule.reads_moments(entry);
-    float moments[kRowsAtOnce][Rule::kMoments];
-    typename G::Bits g[kRowsAtOnce];
+    float moments[kCount][Rule::kMoments];
+    typename G::Bits g[kCount];
 #pragma unroll
-    for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
-      const bool inside = start + 32 * i < entry.numel;
-      g[i] = inside ? load(gradients + 32 * i) : typename G::Bits(0);
+    for (uint32_t i = 0; i < kCount; ++i) {
+      g[i] = inside(i) ? load(gradients + stride * i) : typename G::Bits(0);
 #pragma unroll
       for (uint32_t j = 0; j < Rule::kMoments; ++j) {
-        const float* moment = rule.moment(entry, j) + start;
-        moments[i][j] = inside && moments_mean ? load(moment + 32 * i) : 0.0f;
+        const float* moment = rule.moment(entry, j) + first;
+        moments[i][j] = inside(i) && moments_mean ? load(moment + stride * i) : 0.0f;
       }
     }
     // Read anew for every batch: shared memory has room for them, registers have not.
     const auto by = shared_value<Numbers>(shared.from(kStepArea));
 #pragma unroll
-    for (uint32_t i = 0; i < kRowsAtOnce; ++i) {
-      const bool keeps = shuffle(kept, first_row + i) >> lane() & 1u;
+    for (uint32_t i = 0; i < kCount; ++i) {
+      const bool kept = keeps(i);
       float gradient = widen(G{}, g[i]);
       if (by.divisor != 1.0f) gradient = over(gradient, by.divisor);
-      const float w = bit_as<float>(rows[first_row + i]);
+      const float w = bit_as<float>(weights(i));
       const float updated = rule.updated(w, gradient, moments[i], entry, by.step);
-      if (start + 32 * i >= entry.numel) continue;
-      sink(first_row + i, keeps ? bit_as<uint32_t>(updated) : 0u);
+      if (!inside(i)) continue;
+      sink(i, kept ? bit_as<uint32_t>(updated) : 0u);
 #pragma unroll
       for (uint32_t j = 0; j < Rule::kMoments; ++j) {
         float* moment = rule.moment(entry, j);
-        if (moment) store(moment + start + 32 * i, keeps ? moments[i][j] : 0.0f);
+        if (moment) store(moment + first + stride * i, kept ? moments[i][j] : 0.0f);
       }
     }
   }
@@ -153,13 +185,13 @@ void complete_entry(typename Rule::Entry& entry, const Beside& beside, bool prun
                  (first ? kFirstStep : 0);
 }
 
-// The first `pruned` of the items are pruned, the others only updated.
+// The first `pruned` of the items are pruned, the others only updated; patterns as in soft_shrink.
 template <typename Rule, typename Complete>
-void update_and_shrink(const std::vector<Item>& items, size_t pruned, const Call<Float32>& call,
-                       const Optimizer<Rule>& optimizer, const Complete& complete, Stream stream,
-                       bool resident = true) {
+void update_and_shrink(const std::vector<Item>& items, const std::vector<Pattern>& patterns,
+                       size_t pruned, const Call<Float32>& call, const Optimizer<Rule>& optimizer,
+                       const Complete& complete, Stream stream, bool resident = true) {
   const size_t selected_from = optimizer.frozen ? 0 : pruned;
-  shrink_model(items, selected_from, call, optimizer, complete, stream, resident);
+  shrink_model(items, patterns, selected_from, call, optimizer, complete, stream, resident);
 }
 
 }  // namespace issp

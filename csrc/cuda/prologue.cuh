@@ -4,6 +4,7 @@
 //   freezes(entry)   whether the mask is applied to it instead
 //   prepare(entry)   the numbers of this step, once per part, by the whole block
 //   update_tile      hands out the updated weights of a tile; its other tensors are written back
+//   update_strided   the same for up to kBatch of the `count` elements first, first + stride, ...
 //   finish(entry)    one thread, once per call and tensor, when no block reads the step any more
 #pragma once
 
@@ -14,10 +15,26 @@ namespace issp {
 struct NoUpdate {
   using Entry = issp::Entry;
   static constexpr bool kUpdates = false;
+  static constexpr uint32_t kBatch = 8;
   uint32_t nothing = 0;
 
   ISSP_DEVICE bool selects(const Entry&) const { return true; }
   ISSP_DEVICE void finish(const Entry&) const {}
+
+  // All loads are on their way before sink(i, bits) takes the first.
+  template <typename T, typename Sink>
+  ISSP_DEVICE void update_strided(const Entry&, const typename T::Bits* weights, uint32_t first,
+                                  uint32_t stride, uint32_t count, const Sink& sink, Shared) const {
+    typename T::Bits bits[kBatch];
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      bits[i] = i < count ? load(weights + first + i * stride) : typename T::Bits(0);
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      if (i < count) sink(i, bits[i]);
+    }
+  }
 };
 
 }  // namespace issp

@@ -13,10 +13,10 @@ void sgd_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads
                           Tensor thresholds, Tensor masks, Tensor flips, Tensor scratch,
                           std::optional<Tensor> found_inf, bool frozen, bool bracket,
                           std::vector<int64_t> patterns) {
-  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const Update update = check_sgd_soft_shrink(
       weights, grads, momentum_buffers, first, lr, momentum, dampening, weight_decay, nesterov,
       lr_tensor, grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);
+  const std::vector<Pattern> checked = check_patterns(weights, update.pruned.size(), patterns);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const Optimizer<SgdRule> sgd = {{{lr, momentum, dampening, weight_decay, nesterov}},
                                   rate_of(lr, lr_tensor),
@@ -27,7 +27,7 @@ void sgd_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads
     complete_entry<SgdRule>(entry, update.beside[i], i < update.pruned.size(),
                             !first.empty() && first[i]);
   };
-  update_and_shrink(items_of(update), update.pruned.size(),
+  update_and_shrink(items_of(update), checked, update.pruned.size(),
                     call_of(k, shrink, thresholds, masks, flips, scratch, found_inf, bracket), sgd,
                     complete, current_stream(weights[0]), may_stay_resident());
 }

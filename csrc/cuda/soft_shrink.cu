@@ -8,9 +8,9 @@ namespace issp {
 void soft_shrink_cuda(std::vector<Tensor> weights, Tensor k, double shrink, Tensor thresholds,
                       Tensor masks, Tensor flips, Tensor scratch, std::optional<Tensor> found_inf,
                       bool bracket, std::vector<int64_t> patterns) {
-  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const std::vector<Item> items =
       check_soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf);
+  const std::vector<Pattern> checked = check_patterns(weights, weights.size(), patterns);
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   with_dtype(weights[0].scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -19,7 +19,7 @@ void soft_shrink_cuda(std::vector<Tensor> weights, Tensor k, double shrink, Tens
         pointer<uint32_t>(masks),   pointer<int64_t>(flips),
         pointer<uint32_t>(scratch), found_inf ? pointer<const float>(*found_inf) : nullptr,
         typename T::Wide(shrink),   bracket};
-    soft_shrink<T>(items, call, current_stream(weights[0]), may_stay_resident());
+    soft_shrink<T>(items, checked, call, current_stream(weights[0]), may_stay_resident());
   });
 }
 

@@ -1,9 +1,11 @@
 // soft_shrink_: exact per-tensor selection, shrinkage, packed mask and flips for the whole model
 // (issp/schemas.py has the semantics). One launch for all tensors that fit in the shared memory of
-// the blocks that run at a time (resident.cuh), two more if there are others (streamed.cuh).
+// the blocks that run at a time (resident.cuh), two more if there are others (streamed.cuh), one
+// for all that have an N:M pattern (nm_shrink.cuh).
 // Nothing waits on the host: k, thresholds, found_inf are read on the device.
 #pragma once
 
+#include "nm_shrink.cuh"
 #include "resident.cuh"
 #include "streamed.cuh"
 
@@ -54,26 +56,33 @@ void launch_streamed(const std::vector<Item>& items, const std::vector<uint32_t>
   });
 }
 
-// The first `pruned` items are selected from, the others only updated. `resident`: where it fits.
+// The first `pruned` items are selected from, the others only updated. patterns: of the pruned
+// items, or empty. `resident`: where it fits.
 template <typename T, typename Update, typename Complete>
-void shrink_model(const std::vector<Item>& items, size_t pruned, const Call<T>& call,
-                  const Update& update, const Complete& complete, Stream stream, bool resident) {
+void shrink_model(const std::vector<Item>& items, const std::vector<Pattern>& patterns,
+                  size_t pruned, const Call<T>& call, const Update& update,
+                  const Complete& complete, Stream stream, bool resident) {
   check_sizes(items);
   const Residency room = residency<T, Update>();
-  std::vector<uint32_t> stay, stream_through;
+  std::vector<uint32_t> grouped, stay, stream_through;
   for (size_t i = 0; i < items.size(); ++i) {
+    if (i < pruned && i < patterns.size() && patterns[i].m) {
+      grouped.push_back(uint32_t(i));
+      continue;
+    }
     const bool fits = resident && parts_of(items[i].numel, room.slots) <= room.blocks;
     (fits || i >= pruned ? stay : stream_through).push_back(uint32_t(i));
   }
+  launch_grouped<T>(items, patterns, grouped, {call, nullptr}, update, complete, stream);
   launch_resident(items, stay, call, update, complete, room, stream);
   launch_streamed(items, stream_through, call, update, complete, stream);
 }
 
 template <typename T>
-void soft_shrink(const std::vector<Item>& items, const Call<T>& call, Stream stream,
-                 bool resident = true) {
+void soft_shrink(const std::vector<Item>& items, const std::vector<Pattern>& patterns,
+                 const Call<T>& call, Stream stream, bool resident = true) {
   const auto complete = [](Entry&, size_t) {};
-  shrink_model(items, items.size(), call, NoUpdate{}, complete, stream, resident);
+  shrink_model(items, patterns, items.size(), call, NoUpdate{}, complete, stream, resident);
 }
 
 }  // namespace issp

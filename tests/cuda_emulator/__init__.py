@@ -59,11 +59,10 @@ def machine(processors: int = 4, shared: int | None = None, streamed: bool = Fal
 
 
 @functools.cache
-def library(small: bool = False) -> ctypes.CDLL:
-    """The kernels as a shared library, built once per state of their sources."""
-    sources = [
-        HERE / f"{part}.cpp" for part in ("emulator", "order", "kernels", "planted", "optimizers")
-    ]
+def library(small: bool = False, products: bool = False) -> ctypes.CDLL:
+    """The kernels, or those of the products, as a library built once per state of their sources."""
+    own = ("products",) if products else ("kernels", "planted", "optimizers")
+    sources = [HERE / f"{part}.cpp" for part in ("emulator", "order", "control", *own)]
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DISSP_EMULATOR"]
     flags += ["-DISSP_SMALL_SHAPES"] if small else []
@@ -79,9 +78,7 @@ def library(small: bool = False) -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         _compile([*flags, *map(str, sources)], built)
     loaded = ctypes.CDLL(str(built))
-    for name in implementations():
-        getattr(loaded, f"emulated_{name.removesuffix('_')}").restype = ctypes.c_char_p
-    for name in ("emulator_site_name", "planted_name", "run_planted"):
+    for name in ("emulator_site_name", *(() if products else ("planted_name", "run_planted"))):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.emulator_switches.restype = ctypes.c_uint64
     loaded.emulator_launches.restype = ctypes.c_uint64
@@ -124,8 +121,8 @@ def launches() -> int:
     return library(_options["small"]).emulator_launches()
 
 
-def _call(name: str, *arguments) -> None:
-    loaded = library(_options["small"])
+def _call(name: str, *arguments, products: bool = False) -> None:
+    loaded = library(_options["small"], products)
     loaded.emulator_options(
         ctypes.c_uint64(_options["seed"]),
         ctypes.c_uint32(_options["resident"]),
@@ -134,7 +131,9 @@ def _call(name: str, *arguments) -> None:
         ctypes.c_uint32(_options["shared"] or (10 if _options["small"] else 228) * 1024),
         ctypes.c_int(_options["streamed"]),
     )
-    message = getattr(loaded, f"emulated_{name}")(*arguments)
+    call = getattr(loaded, f"emulated_{name}")
+    call.restype = ctypes.c_char_p
+    message = call(*arguments)
     if message is not None:
         raise RuntimeError(message.decode())
 
@@ -168,13 +167,20 @@ def soft_shrink_(
     """See schemas.py."""
     state = (k, shrink, thresholds, masks, flips, scratch)
     checks.soft_shrink(weights, *state, found_inf, bracket, patterns)
-    if patterns:
-        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
-    unchecked_soft_shrink_(weights, *state, found_inf, bracket)
+    unchecked_soft_shrink_(weights, *state, found_inf, bracket, patterns)
 
 
 def unchecked_soft_shrink_(
-    weights, k, shrink, thresholds, masks, flips, scratch, found_inf=None, bracket=True
+    weights,
+    k,
+    shrink,
+    thresholds,
+    masks,
+    flips,
+    scratch,
+    found_inf=None,
+    bracket=True,
+    patterns=(),
 ) -> None:
     """As on a GPU, where k is not checked on the host."""
     _call(
@@ -185,7 +191,36 @@ def unchecked_soft_shrink_(
         ctypes.c_double(shrink),
         *map(_pointer, (thresholds, masks, flips, scratch, found_inf)),
         int(bracket),
+        _fields(weights, patterns),
     )
+
+
+def _pattern(weight: Tensor, n: int, m: int, v: int) -> list[int]:
+    """The fields of struct Pattern in csrc/layout.h; v == 0: layout "flat"."""
+    if v == 0 or m == 0:
+        return [n, m, 1, 1, weight.numel(), 1]
+    rows, channels = weight.shape[:2]
+    return [n, m, v, rows, channels, weight.numel() // (rows * channels)]
+
+
+def _fields(weights: list[Tensor], patterns: Sequence[int]) -> ctypes.Array | None:
+    if not patterns:
+        return None
+    found = []
+    for t in range(len(patterns) // 3):
+        found += _pattern(weights[t], *patterns[3 * t : 3 * t + 3])
+    return (ctypes.c_int64 * len(found))(*found)
+
+
+def boxes(weight: Tensor, n: int, m: int, v: int) -> tuple[int, int]:
+    """Boxes that an N:M weight takes, and columns of one; 0 columns: a warp takes a group."""
+    values = [ctypes.c_uint32() for _ in range(2)]
+    pattern = _fields([weight], (n, m, v))
+    pointers = map(ctypes.byref, values)
+    library(_options["small"]).emulator_boxes(
+        _DTYPES[weight.dtype], pattern, ctypes.c_int64(weight.numel()), *pointers
+    )
+    return values[0].value, values[1].value
 
 
 def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
@@ -233,14 +268,13 @@ def nm_prune(
     """See schemas.py."""
     checks.nm_prune(weight, n, m, v, layout, shrink)
     numel = weight.numel()
-    rows, channels = (1, numel) if layout == "flat" else weight.shape[:2]
     pruned, mask = torch.empty_like(weight), torch.empty(mask_words(numel), dtype=torch.int32)
-    sizes = (numel, channels, numel // rows // channels, n, m, v)
     _call(
         "nm_prune",
         _DTYPES[weight.dtype],
         _pointer(weight),
-        *map(ctypes.c_int64, sizes),
+        ctypes.c_int64(numel),
+        _fields([weight], (n, m, 0 if layout == "flat" else v)),
         ctypes.c_double(shrink),
         _pointer(pruned),
         _pointer(mask),
@@ -260,6 +294,7 @@ class _Group(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("k", "thresholds", "masks", "flips", "scratch")),
         *(("found_inf", ctypes.c_void_p), ("shrink", ctypes.c_double)),
         *(("frozen", ctypes.c_int64), ("bracket", ctypes.c_int64)),
+        ("patterns", ctypes.c_void_p),
     )
 
 
@@ -283,10 +318,10 @@ def _update(
     bracket: bool = True,
     patterns: Sequence[int] = (),
 ) -> None:
-    if patterns:
-        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
     count, pointers, numels = _list(weights)
     arrays = {"weights": pointers, "numels": numels}
+    if patterns:
+        arrays["patterns"] = _fields(weights, patterns)
     for name, values in lists.items():
         if values and isinstance(values[0], Tensor):
             arrays[name] = _list(values)[1]
@@ -347,6 +382,8 @@ def sgd_soft_shrink_(
 
 def implementations() -> dict[str, Callable]:
     """The ops by name, with the arguments of their schemas."""
+    from tests.cuda_emulator import products
+
     return {
         "soft_shrink_": soft_shrink_,
         "adam_soft_shrink_": adam_soft_shrink_,
@@ -357,4 +394,5 @@ def implementations() -> dict[str, Callable]:
         "regularize_": regularize_,
         "magnitude_statistics": magnitude_statistics,
         "count_zeros": count_zeros,
+        **products.implementations(),
     }

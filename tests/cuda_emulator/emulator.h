@@ -15,6 +15,7 @@
 // Any barrier or fence can be taken out by its number, to show that the tests would notice.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <cstring>
@@ -155,19 +156,29 @@ inline void store_release(uint32_t* p, uint32_t value) {
   emulator::touch_global(p, sizeof(*p), emulator::Global::store_release);
   *p = value;
 }
+// An atomic: the old value; nothing comes between this access and the caller's store.
 template <typename T>
-T atomic_add(T* p, T value) {
+T exclusive(T* p) {
   emulator::perhaps_yield();
   emulator::touch_global(p, sizeof(T), emulator::Global::atomic);
-  const T old = *p;
+  return *p;
+}
+inline uint32_t add(uint32_t* p, uint32_t value) {
+  const uint32_t old = exclusive(p);
   *p = old + value;
   return old;
 }
-inline uint32_t add(uint32_t* p, uint32_t value) {
-  return atomic_add(p, value);
-}
 inline void add(int64_t* p, int64_t value) {
-  atomic_add(p, value);
+  *p = exclusive(p) + value;
+}
+inline void flip(uint32_t* p, uint32_t bits) {
+  *p = exclusive(p) ^ bits;
+}
+inline void raise(uint32_t* p, uint32_t value) {
+  *p = std::max(exclusive(p), value);
+}
+inline void raise(uint64_t* p, uint64_t value) {
+  *p = std::max(exclusive(p), value);
 }
 
 struct Shared {

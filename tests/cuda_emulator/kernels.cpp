@@ -33,33 +33,8 @@ uint64_t bytes_of(int dtype) {
 
 }  // namespace
 
-bool& issp::keep_resident() {
-  static bool resident = true;
-  return resident;
-}
-
 #pragma GCC visibility push(default)
 extern "C" {
-
-void emulator_options(uint64_t seed, uint32_t resident, int removed, uint32_t processors,
-                      uint32_t shared_bytes, int streamed) {
-  emulator::options() = {seed, resident, removed, processors, shared_bytes};
-  keep_resident() = !streamed;
-}
-uint64_t emulator_launches() {
-  return emulator::launch_count();
-}
-int emulator_sites() {
-  return emulator::site_count();
-}
-const char* emulator_site_name(int number) {
-  static std::string name;
-  name = emulator::site_name(number);
-  return name.c_str();
-}
-uint64_t emulator_switches() {
-  return emulator::switch_count();
-}
 
 // The shapes the kernels were built with.
 void emulator_shapes(uint32_t* tile, uint32_t* bins, uint32_t* tables) {
@@ -67,10 +42,20 @@ void emulator_shapes(uint32_t* tile, uint32_t* bins, uint32_t* tables) {
   *bins = kBins;
   *tables = kLargeTable;
 }
+// Boxes of an N:M tensor, and columns of one; 0: its groups have no room in a box.
+void emulator_boxes(int dtype, const int64_t* pattern, int64_t numel, uint32_t* boxes,
+                    uint32_t* columns) {
+  with_dtype(dtype, [&](auto type) {
+    const Grouping groups = grouping_of<decltype(type)>(patterns_of(pattern, 1)[0], numel);
+    *boxes = groups.boxes;
+    *columns = groups.width * groups.bands;
+  });
+}
 
 const char* emulated_soft_shrink(int dtype, int count, void** data, const int64_t* numels, void* k,
                                  double shrink, void* thresholds, void* masks, void* flips,
-                                 void* scratch, void* found_inf, int bracket) {
+                                 void* scratch, void* found_inf, int bracket,
+                                 const int64_t* patterns) {
   return guarded([&] {
     const std::vector<Item> items = items_of(data, numels, count);
     for (const Item& item : items) emulator::allow(item.data, item.numel * bytes_of(dtype));
@@ -84,7 +69,7 @@ const char* emulated_soft_shrink(int dtype, int count, void** data, const int64_
                             found_inf ? allowed<const float>(found_inf, 1) : nullptr,
                             typename T::Wide(shrink),
                             uint32_t(bracket)};
-      soft_shrink<T>(items, call, nullptr, keep_resident());
+      soft_shrink<T>(items, patterns_of(patterns, items.size()), call, nullptr, keep_resident());
     });
   });
 }
@@ -162,20 +147,14 @@ const char* emulated_count_zeros(const int* dtypes, int count, void** data, cons
   });
 }
 
-const char* emulated_nm_prune(int dtype, void* weight, int64_t numel, int64_t channels,
-                              int64_t positions, int64_t n, int64_t m, int64_t v, double shrink,
-                              void* pruned, void* mask) {
+const char* emulated_nm_prune(int dtype, void* weight, int64_t numel, const int64_t* pattern,
+                              double shrink, void* pruned, void* mask) {
   return guarded([&] {
-    const Groups groups = {uint32_t(channels), uint32_t(positions), uint32_t(m),
-                           uint32_t(v),        uint32_t(m - n),     uint32_t(numel)};
-    std::vector<uint32_t> cuts;
-    if (needs_cuts(groups)) cuts.resize(size_t(group_count(groups)) * kCutWords, 0xdeadbeefu);
     with_dtype(dtype, [&](auto type) {
       using T = decltype(type);
-      nm_prune<T>(allowed<const typename T::Bits>(weight, numel), groups, shrink,
-                  allowed<typename T::Bits>(pruned, numel),
-                  allowed<uint32_t>(mask, mask_words(numel)),
-                  cuts.empty() ? nullptr : allowed<uint32_t>(cuts.data(), cuts.size()), nullptr);
+      nm_prune<T>(allowed<const typename T::Bits>(weight, numel), numel, patterns_of(pattern, 1)[0],
+                  shrink, allowed<typename T::Bits>(pruned, numel),
+                  allowed<uint32_t>(mask, mask_words(numel)), nullptr);
     });
   });
 }

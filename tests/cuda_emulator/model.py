@@ -24,6 +24,7 @@ class Model:
     k: list[int]
     previous: float = NAN
     shrink: float = 0.95
+    patterns: list[int] = field(default_factory=list)  # as soft_shrink_ takes them
     sides: list[dict] = field(init=False)
 
     def __post_init__(self):
@@ -49,7 +50,8 @@ class Model:
         calls = (_reference, cuda_emulator.unchecked_soft_shrink_)
         for call, side in zip(calls, self.sides, strict=True):
             arguments = [side[name] for name in ("thresholds", "masks", "flips", "scratch")]
-            call(side["weights"], side["k"], self.shrink, *arguments, finite, bracket)
+            arguments += [finite, bracket, self.patterns]
+            call(side["weights"], side["k"], self.shrink, *arguments)
         expected, actual = self.sides
         for i, pair in enumerate(zip(actual["weights"], expected["weights"], strict=True)):
             assert_bitwise_equal(*pair, f"weights[{i}] of {pair[0].numel()}")
@@ -80,17 +82,20 @@ class Model:
         return int(self.sides[1]["scratch"][0])
 
 
-def _reference(weights, k, shrink, thresholds, masks, flips, scratch, found_inf, bracket):
+def _reference(weights, k, shrink, thresholds, masks, flips, scratch, found_inf, bracket, patterns):
     """The oracle checks k as on a CPU; a GPU leaves the tensor of a bad k unmodified."""
     if found_inf is not None and found_inf.item() != 0:
         return
     starts, total = mask_layout([w.numel() for w in weights])
     for t, (w, start, end) in enumerate(zip(weights, starts, [*starts[1:], total], strict=True)):
-        if 0 <= int(k[t]) <= w.numel():
+        n, m, _ = reference.pattern_of(patterns, t)
+        possible = (0, w.numel() // m * (m - n)) if m else range(w.numel() + 1)
+        if int(k[t]) in possible:
             own = scratch_words([w.numel()])
             reference.soft_shrink_(
                 *([w], k[t : t + 1], shrink, thresholds[t : t + 1], masks[start:end]),
                 *(flips[t : t + 1], torch.zeros(own, dtype=torch.int32)),
+                patterns=patterns[3 * t : 3 * t + 3],
             )
 
 

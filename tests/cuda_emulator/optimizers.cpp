@@ -30,6 +30,7 @@ struct Group {
   void *k, *thresholds, *masks, *flips, *scratch, *found_inf;
   double shrink;
   int64_t frozen, bracket;
+  const int64_t* patterns;
 };
 
 struct Beside {
@@ -67,7 +68,8 @@ void run(const Group& group, const Rule& rule, const Complete& complete) {
                                      one(group.grad_scale),
                                      uint32_t(group.maximize),
                                      uint32_t(group.frozen)};
-  update_and_shrink(items, pruned.size(), call, optimizer, complete, nullptr, keep_resident());
+  update_and_shrink(items, patterns_of(group.patterns, pruned.size()), pruned.size(), call,
+                    optimizer, complete, nullptr, keep_resident());
 }
 
 }  // namespace
