@@ -1,6 +1,6 @@
 """Compiles every kernel for NVIDIA targets, without a GPU: registers, shared memory, spills.
 
-    python -m triton_kernels.compile [--targets 80 90 100] [--dtypes float32 ...]
+    python -m triton_kernels.compile [--targets 80 90 100] [--dtypes float32 ...] [--kernels step]
 
 prints one row per kernel, dtype and target as JSON lines. It needs a process without
 TRITON_INTERPRET, since the interpreter replaces the compiler.
@@ -9,6 +9,7 @@ TRITON_INTERPRET, since the interpreter replaces the compiler.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import subprocess
@@ -23,6 +24,7 @@ from triton.compiler import ASTSource
 
 from .adam_soft_shrink import adam
 from .apply_masks import apply_masks
+from .compile_products import PRODUCT_ARGUMENTS, PRODUCT_KERNELS, product_variants
 from .count_zeros import zeros
 from .magnitude_statistics import CHUNK, MERGE_LAUNCH, merge, parts
 from .nm_prune import LAUNCH as SMALL_LAUNCH
@@ -37,8 +39,10 @@ from .updates import LAUNCH as UPDATE_LAUNCH
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _BITS = {"float32": "*i32", "float16": "*i16", "bfloat16": "*i16", "float64": "*i64"}
+_VALUES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64": "*fp64"}
 
-# Types of the arguments by name; `bits` stands for a pointer to the weights' bits.
+# Types of the arguments by name; `bits` stands for a pointer to the weights' bits, and in a product
+# `values` for one to numbers of their dtype, `sums` for one to sums of them.
 _ARGUMENTS = {
     "rows": "*i64", "tiles": "*i32", "k": "*i64", "work": "*i64", "flips": "*i64",
     "thresholds": "bits", "weight": "bits", "out": "bits", "scores": "bits",
@@ -74,11 +78,18 @@ def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     yield rank_groups, small | {"INDEX": tl.int32}, SMALL_LAUNCH
 
 
+_SHOWN = ("PRECISION", "V", "ROWS", "PIXELS")  # constants of a product
+
+KERNELS = {"step": _variants, "products": product_variants}
+
+
 def _source(kernel, constants: dict, dtype: str) -> ASTSource:
-    types = {}
+    sums = "*fp64" if dtype == "float64" else "*fp32"
+    pointers, types = {"bits": _BITS[dtype], "values": _VALUES[dtype], "sums": sums}, {}
+    known = PRODUCT_ARGUMENTS if kernel in PRODUCT_KERNELS else _ARGUMENTS
     for name in kernel.arg_names:
-        kind = "constexpr" if name in constants else _ARGUMENTS.get(name, "i32")
-        types[name] = _BITS[dtype] if kind == "bits" else kind
+        kind = "constexpr" if name in constants else known.get(name, "i32")
+        types[name] = pointers.get(kind, kind)
     if "factors" in types:
         types["factors"] = "*fp64" if dtype == "float64" else "*fp32"
     if kernel is sum_rows:
@@ -92,29 +103,42 @@ def _source(kernel, constants: dict, dtype: str) -> ASTSource:
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers and local memory (stack and spills) per thread, from the cubin itself."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Registers and local memory (stack and spills) per thread, tensor core instructions."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        usage = subprocess.run(
-            [cuobjdump, "-res-usage", file], capture_output=True, text=True, check=True
-        ).stdout
+        usage, code = (
+            subprocess.run(
+                [tools / tool, option, file], capture_output=True, text=True, check=True
+            ).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return {"registers": found["REG"], "local_bytes": found["STACK"] + found["LOCAL"]}
+    return {
+        "registers": found["REG"],
+        "local_bytes": found["STACK"] + found["LOCAL"],
+        "matrix": len(re.findall(r"\b(?:H|D|HG|UTCH|UTCQ)MMA\b", code)),
+    }
 
 
-def compile_all(targets: Sequence[int] = (80, 90, 100), dtypes: Sequence[str] = DTYPES) -> list:
+def compile_all(
+    targets: Sequence[int] = (80, 90, 100),
+    dtypes: Sequence[str] = DTYPES,
+    kernels: Sequence[str] = tuple(KERNELS),
+) -> list:
     """Compiles every kernel for every target and dtype.
 
     Args:
         targets: compute capabilities, 90 for sm_90.
         dtypes: names of the weights' dtypes.
+        kernels: which of `KERNELS`.
 
     Returns:
         One dictionary per compiled kernel: kernel, dtype, target, registers, local_bytes (0 when
         nothing spills), shared_bytes, wide_loads (16-byte loads in the PTX), ftz and fma (float
-        instructions that would break bitwise equality; 0).
+        instructions that would break the step's bitwise equality; 0), matrix (tensor core
+        instructions), and the constants of a product.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, so there is no compiler.
@@ -123,25 +147,24 @@ def compile_all(targets: Sequence[int] = (80, 90, 100), dtypes: Sequence[str] = 
         raise RuntimeError("TRITON_INTERPRET is set: compile in a process without it")
     rows = []
     for dtype in dtypes:
-        for kernel, constants, options in _variants(dtype):
-            for target in targets:
-                source = _source(kernel, constants, dtype)
-                built = triton.compile(
-                    source, target=GPUTarget("cuda", target, 32), options=options
-                )
-                ptx = built.asm["ptx"]
-                rows.append(
-                    {
-                        "kernel": kernel.__name__,
-                        "dtype": dtype,
-                        "target": target,
-                        **_resources(built.asm["cubin"]),
-                        "shared_bytes": built.metadata.shared,
-                        "wide_loads": len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
-                        "ftz": ptx.count(".ftz"),
-                        "fma": len(re.findall(r"\bfma\.\S*f(?:32|64)", ptx)),
-                    }
-                )
+        found = (variant for name in kernels for variant in KERNELS[name](dtype))
+        for (kernel, constants, options), target in itertools.product(found, targets):
+            source = _source(kernel, constants, dtype)
+            built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+            ptx = built.asm["ptx"]
+            rows.append(
+                {
+                    "kernel": kernel.__name__,
+                    "dtype": dtype,
+                    "target": target,
+                    **_resources(built.asm["cubin"]),
+                    "shared_bytes": built.metadata.shared,
+                    "wide_loads": len(re.findall(r"ld\.global\S*\.v(?:4\.b32|2\.b64)", ptx)),
+                    "ftz": ptx.count(".ftz"),
+                    "fma": len(re.findall(r"\bfma\.\S*f(?:32|64)", ptx)),
+                    **{name: constants[name] for name in _SHOWN if name in constants},
+                }
+            )
     return rows
 
 
@@ -149,8 +172,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="compile every kernel without a GPU")
     parser.add_argument("--targets", type=int, nargs="+", default=[80, 90, 100])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     arguments = parser.parse_args()
-    for row in compile_all(arguments.targets, arguments.dtypes):
+    for row in compile_all(arguments.targets, arguments.dtypes, arguments.kernels):
         print(json.dumps(row))
 
 

@@ -20,7 +20,6 @@ TENSOR_CORE_ROWS = 16  # of v: a block fills the rows of one tensor core instruc
 CHUNK = 16  # entries per step, the least K of 16-bit types: blocks with few entries waste least
 PROGRAMS = 528  # four for each SM of the largest GPUs; below it tiles are made smaller
 GRAD_CHUNK = 32  # entries of a gradient's tile, which share what is worked out per pixel
-GRAD_PIXELS = 128
 SUM_TILE = 1024
 
 
@@ -41,25 +40,35 @@ def precision(x_dtype: torch.dtype) -> str:
     return "tf32" if x_dtype == torch.float32 and allowed else "ieee"
 
 
-def tile_sizes(x: Tensor, v: int, images: int, pixels: int, blocks: int, residual: bool) -> dict:
+def tile_sizes(
+    x_dtype: torch.dtype, v: int, images: int, pixels: int, blocks: int, residual: bool
+) -> dict:
     """ROWS and PIXELS of a product's tile, and its launch options.
 
     Two pixels per thread share what is worked out per entry. Tiles of 8192 sums leave room for
     three programs on an SM (168 registers), those of 4096 for four (128), both without spills. A
-    residual comes in another layout than the sums, and does not fit beside 8192 of them.
+    residual comes in another layout than the sums: beside it 4096 take 168 registers.
     """
     rows = min(triton.next_power_of_2(v), 64)
-    most = (4096 if residual else 8192) // (2 if x.dtype == torch.float64 else 1)
+    most = (4096 if residual else 8192) // (2 if x_dtype == torch.float64 else 1)
     columns = min(256, most // rows)
     while columns > 64 and images * triton.cdiv(pixels, columns) * blocks < PROGRAMS:
         columns //= 2
-    return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, **launch(rows * columns)}
+    registers = 168 if residual or rows * columns > 4096 else 128
+    return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, **launch(registers)}
 
 
-def launch(sums: int) -> dict:
-    """Launch options for tiles of that many sums."""
+def grad_sizes(x_dtype: torch.dtype, v: int) -> dict:
+    """ROWS and PIXELS of a gradient's tile, and its launch options; 190 registers at most."""
+    rows = min(triton.next_power_of_2(v), 32)
+    pixels = 128 if rows <= 16 and x_dtype != torch.float64 else 64
+    return {"ROWS": rows, "PIXELS": pixels, "CHUNK": GRAD_CHUNK, **launch(None)}
+
+
+def launch(registers: int | None) -> dict:
+    """Launch options."""
     # One stage: copies that run ahead would take two more instructions per gathered element.
-    return {"num_warps": 4, "num_stages": 1, "maxnreg": 168 if sums > 4096 else 128}
+    return {"num_warps": 4, "num_stages": 1, "maxnreg": registers}
 
 
 def shares(entries: int, v: int, dense: int, blocks: int, tiles: int) -> tuple[int, int, int]:
@@ -78,6 +87,12 @@ def shares(entries: int, v: int, dense: int, blocks: int, tiles: int) -> tuple[i
     most = max(1, min(tiles, dense // max(1, entries * v)))
     share = triton.cdiv(tiles, min(most, triton.cdiv(PROGRAMS, blocks * ways)))
     return ways, max(1, triton.cdiv(tiles, share or 1)), share
+
+
+def partial_sums(x: Tensor, splits: int, entries: int, v: int) -> Tensor:
+    """Room for [splits, entries, v]: a single split writes the result itself."""
+    several = splits > 1 and x.dtype != torch.float64
+    return x.new_empty((splits, entries, v), dtype=torch.float32 if several else x.dtype)
 
 
 def summed(partial: Tensor, x: Tensor) -> Tensor:
@@ -180,7 +195,7 @@ def activated(total, bias, row, exists, ACTIVATION: tl.constexpr):
 def store(total, y, residual, place, inside):
     """Stores total + residual, rounded once."""
     if residual is not None:
-        tl.debug_barrier()  # or the compiler would load it in front of gelu and run out of registers
+        tl.debug_barrier()  # or it would be loaded in front of gelu, and registers would run out
         total += wide(tl.load(residual + place, mask=inside, other=0.0))
     tl.store(y + place, narrowed(total, y.dtype.element_ty), mask=inside)
 
@@ -188,17 +203,17 @@ def store(total, y, residual, place, inside):
 @triton.jit
 def narrowed(total, DTYPE: tl.constexpr):
     """Rounded to nearest even."""
-    if INTERPRETED:
-        if DTYPE == tl.bfloat16:  # noqa: SIM102 (decided by the compiler)
-            # It would cut the bits off.
-            bits = narrow(total, "bfloat16") | tl.where(total == total, 0, 0x40).to(tl.int16)
-            return bits.to(tl.bfloat16, bitcast=True)
-    return total.to(DTYPE)
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        # It would cut the bits off.
+        bits = narrow(total, "bfloat16") | tl.where(total == total, 0, 0x40).to(tl.int16)
+        return bits.to(tl.bfloat16, bitcast=True)
+    else:
+        return total.to(DTYPE)
 
 
 @triton.jit
-def sum_splits(partial, out, count, splits, TILE: tl.constexpr):
-    """out[i] = the sum of partial[s, i] over s in ascending order."""
+def sum_splits(partial, target, count, splits, TILE: tl.constexpr):
+    """target[i] = the sum of partial[s, i] over s in ascending order."""
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = place < count
     total = tl.load(partial + place, mask=inside, other=0.0)
@@ -206,4 +221,4 @@ def sum_splits(partial, out, count, splits, TILE: tl.constexpr):
         place += count
         total += tl.load(partial + place, mask=inside, other=0.0)
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    tl.store(out + place, narrowed(total, out.dtype.element_ty), mask=inside)
+    tl.store(target + place, narrowed(total, target.dtype.element_ty), mask=inside)

@@ -22,15 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .products import (
-    GRAD_CHUNK,
-    GRAD_PIXELS,
     activated,
     block_entries,
+    grad_sizes,
     index_of,
-    launch,
     multiplied,
     narrowed,
     nothing,
+    partial_sums,
     positions,
     precision,
     shares,
@@ -244,7 +243,7 @@ def sparse_conv2d(
     if y.numel() == 0:
         return y
     parts = blocks * triton.cdiv(v, min(triton.next_power_of_2(v), 64))
-    sizes = tile_sizes(x, v, images, size[0] * size[1], parts, residual is not None) | tile
+    sizes = tile_sizes(x.dtype, v, images, size[0] * size[1], parts, residual is not None) | tile
     row_tiles = triton.cdiv(v, sizes["ROWS"])
     geometry = _geometry(x, kernel, size, sizes["PIXELS"])
     with torch.cuda.device_of(x):
@@ -272,13 +271,11 @@ def sparse_conv2d_values_grad(
 ) -> Tensor:
     """See `sparse_conv2d_values_grad` in the schemas; `tile` overrides sizes of a tile."""
     images, size, entries, blocks = x.shape[0], grad.shape[2:], columns.numel(), starts.numel() - 1
-    rows, columns_of_tile = min(triton.next_power_of_2(v), 64), tile.pop("PIXELS", GRAD_PIXELS)
-    row_tiles = triton.cdiv(v, rows)
-    geometry = _geometry(x, kernel, size, columns_of_tile)
+    sizes = grad_sizes(x.dtype, v) | tile
+    row_tiles, geometry = triton.cdiv(v, sizes["ROWS"]), _geometry(x, kernel, size, sizes["PIXELS"])
     all_tiles, dense = images * geometry["tiles"], blocks * v * geometry["length"]
     ways, splits, share = shares(entries, v, dense, blocks * row_tiles, all_tiles)
-    kind = torch.float32 if splits > 1 and x.dtype != torch.float64 else x.dtype
-    partial = torch.empty((splits, entries, v), dtype=kind, device=x.device)
+    partial = partial_sums(x, splits, entries, v)
     if entries == 0:
         return partial[0]
     with torch.cuda.device_of(x):
@@ -287,7 +284,6 @@ def sparse_conv2d_values_grad(
             all_tiles=all_tiles, parts=blocks * row_tiles, row_tiles=row_tiles, ways=ways,
             share=share, **geometry, KERNEL=tuple(kernel), STRIDE=tuple(stride),
             PADDING=tuple(padding), DILATION=tuple(dilation), PRECISION=precision(x.dtype), V=v,
-            ROWS=rows, CHUNK=GRAD_CHUNK, PIXELS=columns_of_tile,
-            INDEX=_index(x, v, size, entries), **launch(0),
+            INDEX=_index(x, v, size, entries), **sizes,
         )  # fmt: skip
         return summed(partial, x)

@@ -19,15 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .products import (
-    GRAD_CHUNK,
-    GRAD_PIXELS,
     activated,
     block_entries,
+    grad_sizes,
     index_of,
-    launch,
     multiplied,
     narrowed,
     nothing,
+    partial_sums,
     positions,
     precision,
     shares,
@@ -116,7 +115,7 @@ def sparse_matmul(
         return y
     items = y.numel() // (blocks * v)
     parts = blocks * triton.cdiv(v, min(triton.next_power_of_2(v), 64))
-    sizes = tile_sizes(x, v, 1, items, parts, residual is not None) | tile
+    sizes = tile_sizes(x.dtype, v, 1, items, parts, residual is not None) | tile
     row_tiles = triton.cdiv(v, sizes["ROWS"])
     with torch.cuda.device_of(x):
         multiply[(triton.cdiv(items, sizes["PIXELS"]) * blocks * row_tiles,)](
@@ -133,18 +132,16 @@ def sparse_matmul_values_grad(
     """See `sparse_matmul_values_grad` in the schemas; `tile` overrides sizes of a tile."""
     length, entries, blocks = x.shape[-1], columns.numel(), starts.numel() - 1
     items = grad.numel() // (blocks * v)
-    rows, pixels = min(triton.next_power_of_2(v), 64), tile.pop("PIXELS", GRAD_PIXELS)
-    row_tiles, all_tiles = triton.cdiv(v, rows), triton.cdiv(items, pixels)
+    sizes = grad_sizes(x.dtype, v) | tile
+    row_tiles, all_tiles = triton.cdiv(v, sizes["ROWS"]), triton.cdiv(items, sizes["PIXELS"])
     ways, splits, share = shares(entries, v, blocks * v * length, blocks * row_tiles, all_tiles)
-    kind = torch.float32 if splits > 1 and x.dtype != torch.float64 else x.dtype
-    partial = torch.empty((splits, entries, v), dtype=kind, device=x.device)
+    partial = partial_sums(x, splits, entries, v)
     if entries == 0:
         return partial[0]
     with torch.cuda.device_of(x):
         multiply_values_grad[(ways * blocks * row_tiles * splits,)](
             x, grad, columns, starts, partial, entries, length, blocks * v, items, all_tiles,
-            blocks * row_tiles, row_tiles, ways, share, PRECISION=precision(x.dtype), V=v, ROWS=rows,
-            CHUNK=GRAD_CHUNK, PIXELS=pixels, INDEX=index_of(x.numel(), grad.numel(), entries * v),
-            **launch(0),
+            blocks * row_tiles, row_tiles, ways, share, PRECISION=precision(x.dtype), V=v,
+            INDEX=index_of(x.numel(), grad.numel(), entries * v), **sizes,
         )  # fmt: skip
         return summed(partial, x)
