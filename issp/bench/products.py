@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +36,7 @@ from issp.bench.timing import CpuClock, CudaClock, Mode, Task, interleave
 SPARSITIES = (0.5, 0.75, 0.9, 0.9375, 0.95, 0.99)
 MODELS = ("swinir-light", "edsr-l", "cat-r")
 _SMALLEST_PROBE = 4 << 20  # bytes; on less, the call itself would be what is timed
+_WARM_UP = 3e-3  # seconds
 _WORK = {"forward": 1, "step": 3}  # products: forward, dX, dW
 
 
@@ -183,7 +186,7 @@ def _timed(data: Data, packed, settings: Settings, threads: int, notes: list[str
     torch.set_num_threads(threads)
     on_gpu = settings.device == "cuda"
     clock = (CudaClock if on_gpu else CpuClock)(settings.flush_bytes)
-    # Warm on a CPU: a layer's input is what the layer before has just written.
+    # Warm on a CPU: a layer's input is what the layer before it has just written.
     modes = [m for m in clock.modes if m.name in ("warm", "graph", "eager")]
     modes.sort(key=lambda mode: mode.name == "eager")
     machine = machine_line(settings.device)
@@ -193,7 +196,9 @@ def _timed(data: Data, packed, settings: Settings, threads: int, notes: list[str
         settings.device, settings.probe_bytes or (None if on_gpu else max(nbytes, _SMALLEST_PROBE))
     )
     side = settings.probe_side or (4096 if on_gpu else 1024)
-    peaks = {p: _matrix_product(p, side, settings.device) for p in _precisions(entries)}
+    peaks = {p: _matrix_product(p, side, settings) for p in _precisions(entries)}
+    for task in probe.tasks:
+        task.prepare = task.prepare if on_gpu else functools.partial(_warm, task.call)
     tasks = [*(e.task for e in entries), *probe.tasks, *peaks.values()]
     interleave(tasks, clock, settings.rounds, settings.seconds, modes)
     basis = modes[0].name
@@ -203,7 +208,7 @@ def _timed(data: Data, packed, settings: Settings, threads: int, notes: list[str
         machine=machine,
         modes=[mode.name for mode in modes],
         roof=probe.roof(basis),
-        peaks={p: 2.0 * side**3 / task.median(basis) for p, task in peaks.items()},
+        peaks={p: 2.0 * side**3 / task.best(basis) for p, task in peaks.items()},
         entries=entries,
     )
     report.notes = [*notes, *failed, *_notes(report, settings, modes)]
@@ -224,7 +229,7 @@ def _entries(data: Data, packed, settings: Settings) -> tuple[list[Entry], list[
                     precision=variant.precision,
                     flops=2.0 * work * math.prod(layer.weight) * layer.applications,
                     nbytes=float(work * size * (activations + math.prod(layer.weight))),
-                    task=_dense_task(data, variant, pass_),
+                    task=_dense_task(data, variant, pass_, settings),
                     dense=True,
                 )
             )
@@ -237,7 +242,7 @@ def _entries(data: Data, packed, settings: Settings) -> tuple[list[Entry], list[
                     precision=form.precision,
                     flops=2.0 * work * sparse.weights * layer.applications,
                     nbytes=float(work * (size * activations + sparse.nbytes)),
-                    task=_task(sparse_call(data, sparse, pass_), form.precision, required=True),
+                    task=_task(sparse_call(data, sparse, pass_), form.precision, settings, True),
                     sparsity=sparsity,
                     actual=1 - sparse.weights / math.prod(layer.weight),
                     label=sparse.label,
@@ -256,7 +261,7 @@ def _peers(data: Data, packed, settings: Settings) -> tuple[list[Entry], list[st
 
     def add(name: str, make_call, precision: str, sparsity: float, kept: float, label: str) -> None:
         try:
-            task = _task(make_call(), precision)
+            task = _task(make_call(), precision, settings)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             failed[name] = (str(error).splitlines() or [type(error).__name__])[0]
             return
@@ -291,24 +296,44 @@ def _peers(data: Data, packed, settings: Settings) -> tuple[list[Entry], list[st
     return entries, [f"{name}: left out, {why}." for name, why in failed.items()]
 
 
-def _dense_task(data: Data, variant: Dense, pass_: str) -> Task:
+def _dense_task(data: Data, variant: Dense, pass_: str, settings: Settings) -> Task:
     call = dense_call(data, variant, pass_)
     # The plainest dense product must run: it is the yardstick where nothing is better.
     plain = variant == Dense(label=variant.label)
-    return _task(call, variant.precision, plain, variant.search)
+    return _task(call, variant.precision, settings, plain, variant.search)
 
 
-def _task(call, precision: str, required: bool = False, search: bool = True) -> Task:
-    return Task(call, lambda: set_precision(precision, search), required)
+def _task(
+    call: Callable[[], object],
+    precision: str,
+    settings: Settings,
+    required: bool = False,
+    search: bool = True,
+) -> Task:
+    def prepare() -> None:
+        set_precision(precision, search)
+        if settings.device == "cpu":
+            _warm(call)
+
+    return Task(call, prepare, required)
+
+
+def _warm(call: Callable[[], object]) -> None:
+    """Calls until caches and clock rate are as in a loop of this call: they take turns."""
+    end = time.perf_counter() + _WARM_UP
+    call()
+    while time.perf_counter() < end:
+        call()
 
 
 def _precisions(entries: Sequence[Entry]) -> list[str]:
     return list(dict.fromkeys(entry.precision for entry in entries))
 
 
-def _matrix_product(precision: str, side: int, device: str) -> Task:
-    a, b = (torch.ones(side, side, dtype=DTYPES[precision], device=device) for _ in range(2))
-    return _task(lambda: a @ b, precision)
+def _matrix_product(precision: str, side: int, settings: Settings) -> Task:
+    shape, place = (side, side), {"dtype": DTYPES[precision], "device": settings.device}
+    a, b = (torch.ones(shape, **place) for _ in range(2))
+    return _task(lambda: a @ b, precision, settings)
 
 
 def _notes(report: Report, settings: Settings, modes: Sequence[Mode]) -> list[str]:

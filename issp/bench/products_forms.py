@@ -11,7 +11,7 @@ from torch import Tensor
 from issp import ops
 from issp.keep import Keep
 
-_CLOSE = 0.1  # a pattern that keeps this share more than asked is close enough to be the smallest
+_CLOSE = 0.02  # a pattern that keeps this share more than asked is as good as exact
 _FARTHEST = 1.0  # one that keeps twice as much as asked is not that sparsity any more
 
 
@@ -44,7 +44,7 @@ class Sparse:
     Attributes:
         p: NMTensor or SparseRows.
         dense: the same weight with its zeros, [O, I, ...].
-        label: the pattern and what it prunes: "7:64 (89.06 %)".
+        label: the pattern and what it prunes: "13:128 (89.84 %)".
     """
 
     p: Any
@@ -82,8 +82,8 @@ def forms(device: str, rows: list[int] | None = None) -> list[Form]:
 def pattern(channels: int, sparsity: float) -> tuple[int, int] | None:
     """N and M with M a divisor of `channels`: the smallest M that prunes nearly as much as asked.
 
-    Never more than asked, so that a time is not flattered: 90 % of 256 channels is 7:64 (89.06 %),
-    of 60 channels 1:10. None where the sparsest pattern keeps more than twice as much as asked.
+    Never more than asked, so that a time is not flattered: 90 % of 256 channels is 13:128
+    (89.84 %), of 60 channels 1:10. None where the sparsest keeps more than twice as much as asked.
     """
     wanted = round(1 - sparsity, 12)
     found = []
@@ -91,13 +91,10 @@ def pattern(channels: int, sparsity: float) -> tuple[int, int] | None:
         n = math.ceil(wanted * m - 1e-9)
         if n < m:
             found.append((n / m / wanted - 1, m, n))
-    excess, m, n = min(found, default=(math.inf, 0, 0))
-    if excess > _FARTHEST:
+    least = min(found, default=(math.inf,))[0]
+    if least > _FARTHEST:
         return None
-    for other, m, n in found:
-        if other <= max(_CLOSE, excess):
-            return n, m
-    return n, m
+    return next((n, m) for excess, m, n in found if excess <= max(_CLOSE, least))
 
 
 def unfit(form: Form, shape: tuple[int, ...], sparsity: float) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from issp.bench.roof import Roof
 from issp.bench.timing import Task
 
 _MARKS = "os^Dv*"
+_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Report:
         unit: "us".
         modes: names of the timed modes; the first is what all ratios refer to.
         roof: memory bandwidth of the same rounds.
-        peaks: precision -> operations per second of a large matrix product in the same rounds.
+        peaks: precision -> operations per second of a large matrix product, of its shortest call.
         entries: in the order of printing.
         notes: sentences under the tables.
     """
@@ -271,7 +272,13 @@ def _draw(panel, report: Report, pass_: str, names, style: str, seen: dict[str, 
             ratio = report.over(best, yard)
             drawn = panel.axhline(ratio, color="gray", linestyle=style, linewidth=1)
             panel.annotate(
-                best.name, (0, ratio), xycoords=("axes fraction", "data"), fontsize="x-small"
+                best.name.removeprefix("dense ") + threads,
+                (0.01, ratio),
+                (0, 2),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                fontsize="xx-small",
+                color="gray",
             )
             seen.setdefault("dense, other precisions" + threads, drawn)
 
@@ -285,7 +292,7 @@ def _axes(panel, title: str) -> None:
     panel.minorticks_off()
     panel.invert_xaxis()
     low, high = panel.get_ylim()
-    values = [v for v in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= v <= high]
+    values = [v for v in _TICKS if low <= v <= high]
     panel.set_yticks(values, [f"{v:g}" for v in values])
     panel.set_xlabel("sparsity")
     panel.set_ylabel("speed over best dense fp32")
@@ -295,9 +302,3 @@ def _axes(panel, title: str) -> None:
 
 def _inside(limits: tuple[float, float], x: float) -> bool:
     return limits[0] <= x <= limits[1]
-
-
-def by_mode(tasks: Sequence[Task], work: float, mode: str) -> Callable[[], float]:
-    """Operations per second of the fastest task."""
-    found = [t.median(mode) for t in tasks]
-    return work / min(t for t in found if t is not None)
