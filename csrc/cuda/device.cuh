@@ -59,6 +59,17 @@ ISSP_DEVICE int bit_length(uint64_t x) {
   return 64 - __clzll(x);
 }
 
+// One rounding, as update.h's of floats.
+ISSP_DEVICE double fused(double a, double b, double c) {
+  return __fma_rn(a, b, c);
+}
+ISSP_DEVICE float error_function(float x) {
+  return erff(x);
+}
+ISSP_DEVICE double error_function(double x) {
+  return erf(x);
+}
+
 // A spin loop calls this, so that the block it waits for gets the issue slots.
 ISSP_DEVICE void relax() {
   __nanosleep(64);

@@ -123,6 +123,16 @@ inline int bit_length(uint64_t x) {
   return x ? 64 - __builtin_clzll(x) : 0;
 }
 
+inline double fused(double a, double b, double c) {
+  return __builtin_fma(a, b, c);
+}
+inline float error_function(float x) {
+  return __builtin_erff(x);
+}
+inline double error_function(double x) {
+  return __builtin_erf(x);
+}
+
 inline void relax() {
   emulator::wait_in_turn();
 }

@@ -1,0 +1,26 @@
+// torch.ops.issp.sparse_matmul_values_grad on a GPU.
+#include "sparse_matmul_values_grad.cuh"
+
+#include "product_grad_call.h"
+
+namespace issp {
+
+Tensor sparse_matmul_values_grad_cuda(Tensor x, Tensor grad, Tensor columns, Tensor starts,
+                                      int64_t v) {
+  const Convolution call = check_sparse_matmul_values_grad(x, grad, columns, starts, v);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const uint64_t tokens = uint64_t(grad.numel() / call.geometry.rows);
+  const Lists lists = lists_of(call, columns, starts);
+  const Storage storage = storage_of(x.scalar_type());
+  const uint32_t splits = choose_splits(lists, token_tiles(tokens, storage));
+  return summed_values(x, lists, splits, [&](void* totals) {
+    sparse_matmul_values_grad(tokens, lists, storage, pointer<const void>(x),
+                              pointer<const void>(grad), totals, current_stream(x));
+  });
+}
+
+}  // namespace issp
+
+STABLE_TORCH_LIBRARY_IMPL(issp, CUDA, m) {
+  m.impl("sparse_matmul_values_grad", TORCH_BOX(&issp::sparse_matmul_values_grad_cuda));
+}
