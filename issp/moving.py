@@ -31,8 +31,8 @@ def kept_magnitudes(weight: Tensor, kept: int, v: int) -> Tensor:
     threshold = reference.key(ops.magnitude_threshold([flat], [flat.numel() - kept]))
     key = reference.key(flat)
     above, ties = key > threshold, key == threshold
-    behind = ties.sum() - ties.cumsum(0)
-    return (above | (ties & (behind < kept - above.sum()))).view_as(scores)
+    surplus = ties.sum() + above.sum() - kept
+    return (above | (ties & (ties.cumsum(0, dtype=torch.int32) > surplus))).view_as(scores)
 
 
 class StraightThrough(torch.autograd.Function):

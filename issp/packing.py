@@ -297,8 +297,8 @@ def taken(
     if entries is None:
         block, column = kept.nonzero(as_tuple=True)
     else:
-        block, column = torch.nonzero_static(kept, size=entries).unbind(1)
-    starts = torch.zeros(kept.shape[0] + 1, dtype=torch.int32, device=kept.device)
-    starts[1:] = kept.sum(1).cumsum(0)
+        block, column = torch.nonzero_static(kept, size=entries).t().contiguous()
+    begins = torch.arange(kept.shape[0] + 1, device=kept.device)
+    starts = torch.searchsorted(block, begins, out_int32=True)
     values = _blocks(weight, weight.shape[0] // kept.shape[0])[block, :, column]
     return values.contiguous(), column.int(), starts

@@ -16,7 +16,6 @@ from tests.product_cases import CONVS, FEW_CONVS, FEW_MATMULS, MATMULS, ConvCase
 from tests.under_test import BACK_ENDS, FAST, BackEnd
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
-FLOAT32 = (torch.float32,)
 # The oracle puts the dense weight together by the lists: it is compared like the others.
 ORACLE = BackEnd("reference", "cpu", lambda: issp.backends.implementations("reference"))
 TESTED = [ORACLE, *BACK_ENDS]
@@ -75,14 +74,15 @@ def dense_matmul(p, case: MatmulCase, dtype: torch.dtype) -> torch.Tensor:
 
 
 def pairs(cases, few):
-    """(back end, case, dtypes): everything where it is fast, one of each kind where it is slow."""
-    small = {case.name for case in few}
+    """(back end, case, dtypes): everything where it is fast, one of each kind where it is slow.
+
+    Slow back ends see more in test_cuda_products.py and test_triton_products.py.
+    """
     chosen = []
     for back_end in TESTED:
-        for case in cases:
-            dtypes = DTYPES if not back_end.slow or case.name in small else FLOAT32
-            if not back_end.slow or case.work < 3e4 or case.name in small:
-                chosen.append(pytest.param(back_end, case, dtypes, id=f"{back_end}-{case.name}"))
+        dtypes = (torch.float32, torch.bfloat16) if back_end.slow else DTYPES
+        for case in few if back_end.slow else cases:
+            chosen.append(pytest.param(back_end, case, dtypes, id=f"{back_end}-{case.name}"))
     return chosen
 
 
