@@ -79,8 +79,9 @@ def machine(device: str) -> str:
         parts.append(f"kernels {torch.ops.issp._cpu_capability()}")
     if device == "cuda":
         gpu = info["gpu"]
-        tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        parts = [gpu["name"], f"CUDA {gpu['cuda']}", f"TF32 {tf32[0]:d}{tf32[1]:d}"]
+        precise = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+        words = " ".join(x.fp32_precision for x in precise)
+        parts = [gpu["name"], f"CUDA {gpu['cuda']}", f"float32 by {words}"]
         parts.append(f"cudnn.benchmark {torch.backends.cudnn.benchmark:d}")
     parts += [f"torch {torch.__version__}", f"issp {info['issp']} {back_end} {_fingerprint()}"]
     return "; ".join(parts)

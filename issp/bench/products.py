@@ -24,6 +24,7 @@ from issp.bench.products_calls import (
     dense_variants,
     set_precision,
     sparse_call,
+    switches,
     two_four_call,
 )
 from issp.bench.products_forms import Form, Sparse, forms, make, unfit
@@ -163,23 +164,29 @@ def measure(layer: Layer, settings: Settings) -> list[Report]:
         ParityError: a product is further from float64 than dense; nothing was timed.
     """
     data = Data.of(layer, settings.device)
+    before = torch.get_num_threads()
+    try:
+        with switches():
+            packed, notes = _checked(data, settings)
+            return [_timed(data, packed, settings, n, notes) for n in settings.threads]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _checked(data: Data, settings: Settings) -> tuple[dict, list[str]]:
+    """The packed weights of all forms and sparsities, found right; and what cannot be."""
     packed: dict[tuple[Form, float], Sparse] = {}
     notes = []
     for form in settings.forms:
         for sparsity in settings.sparsities:
-            why = unfit(form, layer.weight, sparsity)
+            why = unfit(form, data.layer.weight, sparsity)
             if why:
                 notes.append(f"{form.name} at {100 * sparsity:g} %: left out, {why}.")
                 continue
             sparse = make(data.weight.to(DTYPES[form.precision]), form, sparsity)
             check(data, sparse, form)
             packed[form, sparsity] = sparse
-    before = torch.get_num_threads()
-    try:
-        return [_timed(data, packed, settings, n, notes) for n in settings.threads]
-    finally:
-        torch.set_num_threads(before)
-        set_precision("fp32", search=False)
+    return packed, notes
 
 
 def _timed(data: Data, packed, settings: Settings, threads: int, notes: list[str]) -> Report:

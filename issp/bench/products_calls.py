@@ -5,8 +5,9 @@ A step is forward, the gradient of the input and that of the weight (its kept va
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -90,8 +91,24 @@ def dense_variants(layer: Layer, device: str) -> list[Dense]:
 
 def set_precision(precision: str, search: bool = True) -> None:
     """Sets torch's switches for what is called next: TF32, cudnn.benchmark."""
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    allowed = "tf32" if precision == "tf32" else "ieee"
+    _switch(allowed, allowed, search)
+
+
+@contextlib.contextmanager
+def switches() -> Iterator[None]:
+    """Leaves torch's switches as they were."""
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision, torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        _switch(*before)
+
+
+def _switch(matmul: str, conv: str, search: bool) -> None:
+    torch.backends.cuda.matmul.fp32_precision = matmul
+    torch.backends.cudnn.conv.fp32_precision = conv
     torch.backends.cudnn.benchmark = search
 
 
