@@ -207,6 +207,10 @@ inline std::vector<Pattern> check_patterns(const std::vector<Tensor>& weights, s
   return found;
 }
 
+inline Pattern at(const std::vector<Pattern>& patterns, size_t i) {
+  return patterns.empty() ? Pattern{} : patterns[i];
+}
+
 inline void check_rank(int64_t k, const Item& item, const Pattern& by, size_t i) {
   if (!by.m) return check_rank(k, item, i);
   if (k != 0 && k != by.pruned()) {

@@ -17,11 +17,12 @@ void adam_soft_shrink_(const std::vector<Tensor>& weights, const std::vector<Ten
                        const Tensor& thresholds, const Tensor& masks, const Tensor& flips,
                        const Tensor& scratch, const std::optional<Tensor>& found_inf, bool frozen,
                        bool bracket, const std::vector<int64_t>& patterns) {
-  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const Update update = check_adam_soft_shrink(
       weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, lr_tensor,
       grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);
-  const Pruning pruning{k, shrink, thresholds, masks, flips, scratch, frozen, bracket};
+  const Pruning pruning{k,      shrink,  thresholds,
+                        masks,  flips,   scratch,
+                        frozen, bracket, check_patterns(weights, update.pruned.size(), patterns)};
   check_ranks(update, pruning);
   if (stopped(found_inf)) return;
 

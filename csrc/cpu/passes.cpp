@@ -13,6 +13,7 @@
 #include "lanes_avx2.h"
 #include "lanes_avx512.h"
 #endif
+#include "nm_lanes.h"
 
 namespace issp {
 
@@ -33,6 +34,8 @@ static inline uint64_t lowest(uint64_t bits, int64_t count) {
 #include "passes.inc.h"
 #include "speculate.inc.h"
 #include "update.inc.h"
+
+#include "nm_passes.inc.h"
 #undef ISSP_ISA
 #undef ISSP_TARGET
 
@@ -42,6 +45,8 @@ static inline uint64_t lowest(uint64_t bits, int64_t count) {
 #include "passes.inc.h"
 #include "speculate.inc.h"
 #include "update.inc.h"
+
+#include "nm_passes.inc.h"
 #undef ISSP_ISA
 #undef ISSP_TARGET
 
@@ -50,6 +55,8 @@ static inline uint64_t lowest(uint64_t bits, int64_t count) {
 #include "passes.inc.h"
 #include "speculate.inc.h"
 #include "update.inc.h"
+
+#include "nm_passes.inc.h"
 #undef ISSP_ISA
 #undef ISSP_TARGET
 #endif
@@ -90,9 +97,9 @@ std::string cpu_capability(std::string want) {
   return kNames[level()];
 }
 
-#define ISSP_PASSES(isa)                                                          \
-  {isa::speculate<T>, isa::restore<T>,   isa::settle<T>, isa::count_less<Key<T>>, \
-   isa::census<T>,    isa::histogram<T>, isa::apply<T>,  isa::clear<T>}
+#define ISSP_PASSES(isa)                                                                        \
+  {isa::speculate<T>, isa::restore<T>, isa::settle<T>, isa::count_less<Key<T>>, isa::census<T>, \
+   isa::histogram<T>, isa::apply<T>,   isa::clear<T>,  isa::shrink_groups<T>}
 
 template <typename T>
 const Passes<T>& passes(bool exact) {

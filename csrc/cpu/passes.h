@@ -6,6 +6,7 @@
 
 #include "../semantics.h"
 #include "../update.h"
+#include "nm_shape.h"
 
 namespace issp {
 
@@ -83,6 +84,8 @@ struct Passes {
   void (*histogram)(const Bits*, int64_t, Key<T>, Key<T>, int, int64_t*);
   int64_t (*apply)(Bits*, int64_t, Range, uint64_t*, const Selection<T>&, typename T::Wide);
   void (*clear)(Bits*, int64_t, Range, const uint64_t*);
+  int64_t (*shrink_groups)(Bits*, int64_t, const NmShape&, Range, const TensorUpdate*,
+                           typename T::Wide, const NmDesk<T>&, uint64_t*, Key<T>*);
 };
 
 // The optimizer's update without a selection: of weights that are not pruned, and (mask given) of

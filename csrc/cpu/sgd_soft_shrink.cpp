@@ -15,11 +15,12 @@ void sgd_soft_shrink_(const std::vector<Tensor>& weights, const std::vector<Tens
                       const Tensor& thresholds, const Tensor& masks, const Tensor& flips,
                       const Tensor& scratch, const std::optional<Tensor>& found_inf, bool frozen,
                       bool bracket, const std::vector<int64_t>& patterns) {
-  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const Update update = check_sgd_soft_shrink(
       weights, grads, momentum_buffers, first, lr, momentum, dampening, weight_decay, nesterov,
       lr_tensor, grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);
-  const Pruning pruning{k, shrink, thresholds, masks, flips, scratch, frozen, bracket};
+  const Pruning pruning{k,      shrink,  thresholds,
+                        masks,  flips,   scratch,
+                        frozen, bracket, check_patterns(weights, update.pruned.size(), patterns)};
   check_ranks(update, pruning);
   if (stopped(found_inf)) return;
 

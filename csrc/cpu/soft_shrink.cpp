@@ -4,6 +4,7 @@
 
 #include "../checks.h"
 #include "dtypes.h"
+#include "nm_item.h"
 #include "shrink_item.h"
 
 namespace issp {
@@ -13,11 +14,11 @@ void soft_shrink_(const std::vector<Tensor>& weights, const Tensor& k, double sh
                   const Tensor& thresholds, const Tensor& masks, const Tensor& flips,
                   const Tensor& scratch, const std::optional<Tensor>& found_inf, bool bracket,
                   const std::vector<int64_t>& patterns) {
-  if (!patterns.empty()) refuse("N:M patterns are not served here yet: prune by ratios");
   const std::vector<Item> items =
       check_soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf);
   const auto* counts = static_cast<const int64_t*>(k.const_data_ptr());
-  for (size_t i = 0; i < items.size(); ++i) check_rank(counts[i], items[i], i);
+  const std::vector<Pattern> groups = check_patterns(weights, items.size(), patterns);
+  for (size_t i = 0; i < items.size(); ++i) check_rank(counts[i], items[i], at(groups, i), i);
   if (found_inf && *static_cast<const float*>(found_inf->const_data_ptr()) != 0.0f) return;
 
   const Scratch room(scratch.mutable_data_ptr(), scratch.numel(), items.size());
@@ -28,6 +29,10 @@ void soft_shrink_(const std::vector<Tensor>& weights, const Tensor& k, double sh
     auto* const taus = static_cast<typename T::Bits*>(thresholds.mutable_data_ptr());
     const Split split(items, sizeof(typename T::Bits));
     for_each_item(items, split, [&](size_t i, int64_t member, Team team) {
+      if (counts[i] && at(groups, i).m) {
+        const NmItem<T> item(items[i], groups[i], shrink, team, nullptr);
+        return item.run(nullptr, call.masks + items[i].mask_start, taus[i], changed[i]);
+      }
       const Space space = team.size > 1 ? room.space : room.space.share(member, split.members());
       ShrinkItem<T>(items[i], call, team, space, nullptr)
           .run(counts[i], taus[i], changed[i], room.trends[i]);

@@ -4,6 +4,7 @@
 
 #include "../checks_update.h"
 #include "dtypes.h"
+#include "nm_item.h"
 #include "shrink_item.h"
 
 namespace issp {
@@ -40,12 +41,15 @@ struct Pruning {
   const Tensor& flips;
   const Tensor& scratch;
   bool frozen, bracket;
+  std::vector<Pattern> patterns;
 };
 
 inline void check_ranks(const Update& update, const Pruning& pruning) {
   if (pruning.frozen) return;
   const auto* const k = static_cast<const int64_t*>(pruning.k.const_data_ptr());
-  for (size_t i = 0; i < update.pruned.size(); ++i) check_rank(k[i], update.pruned[i], i);
+  for (size_t i = 0; i < update.pruned.size(); ++i) {
+    check_rank(k[i], update.pruned[i], at(pruning.patterns, i), i);
+  }
 }
 
 // Updates without a selection; masks: null, or the fixed masks of the items.
@@ -73,6 +77,11 @@ inline void shrink_updated(const std::vector<Item>& items, const TensorUpdate* u
             static_cast<int32_t*>(pruning.masks.mutable_data_ptr())};
   const Split split(items, sizeof(float));
   for_each_item(items, split, [&](size_t i, int64_t member, Team team) {
+    const Pattern by = at(pruning.patterns, i);
+    if (k[i] && by.m) {
+      const NmItem<Float32> item(items[i], by, pruning.shrink, team, updates + i);
+      return item.run(nullptr, call.masks + items[i].mask_start, taus[i], flips[i]);
+    }
     const Space space = team.size > 1 ? room.space : room.space.share(member, split.members());
     ShrinkItem<Float32>(items[i], call, team, space, updates + i)
         .run(k[i], taus[i], flips[i], room.trends[i]);
