@@ -49,12 +49,11 @@ def tile_sizes(
     three programs on an SM (168 registers), those of 4096 for four (128), both without spills. A
     residual comes in another layout than the sums: beside it 4096 take 168 registers.
     """
-    rows = min(triton.next_power_of_2(v), 64)
-    most = (4096 if residual else 8192) // (2 if x_dtype == torch.float64 else 1)
-    columns = min(256, most // rows)
+    rows, words = min(triton.next_power_of_2(v), 64), 2 if x_dtype == torch.float64 else 1
+    columns = min(256, (4096 if residual else 8192) // (rows * words))
     while columns > 64 and images * triton.cdiv(pixels, columns) * blocks < PROGRAMS:
         columns //= 2
-    registers = 168 if residual or rows * columns > 4096 else 128
+    registers = 168 if residual or rows * columns * words > 4096 else 128
     return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, **launch(registers)}
 
 
