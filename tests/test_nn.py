@@ -193,6 +193,8 @@ def test_moving_to_another_dtype_or_device_takes_everything_along(made):
     y = layer(x.bfloat16())
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, layer.to_dense()(x.bfloat16()))
+    assert {t.device.type for t in layer.transposed} == {"cpu"}
+    assert {t.device.type for t in layer.to("meta").transposed} == {"meta"}
 
 
 @pytest.mark.parametrize("mask", MASKS)
