@@ -16,23 +16,30 @@
 
 namespace issp {
 
-// Gradual underflow and round-to-nearest while a kernel runs, whatever the caller's mode: the
-// rules are stated for it, and bits must not depend on torch.set_flush_denormal.
+// The floating-point mode of this thread until the end of a scope. By default gradual underflow and
+// round-to-nearest, whatever the caller's mode: the rules of selection and shrinkage are stated for
+// it, and bits must not depend on torch.set_flush_denormal.
 class FloatMode {
  public:
 #if defined(__x86_64__)
-  FloatMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  using State = unsigned;
+  static State current() { return _mm_getcsr(); }
+  explicit FloatMode(State mode = 0x1f80) : saved_(current()) { _mm_setcsr(mode); }
   ~FloatMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
 #else
-  FloatMode() { std::feholdexcept(&saved_), std::fesetenv(FE_DFL_ENV); }
+  using State = std::fenv_t;
+  static State current() {
+    State mode;
+    std::fegetenv(&mode);
+    return mode;
+  }
+  FloatMode() : saved_(current()) { std::fesetenv(FE_DFL_ENV); }
+  explicit FloatMode(const State& mode) : saved_(current()) { std::fesetenv(&mode); }
   ~FloatMode() { std::fesetenv(&saved_); }
+#endif
 
  private:
-  std::fenv_t saved_;
-#endif
+  State saved_;
 };
 
 // The threads that share one piece of work.

@@ -1,0 +1,56 @@
+// The vectorised parts of the sparse products and the run-time choice of their instruction set.
+//
+// Everything happens in a tile: some output pixels and all input channels they see, copied (and
+// widened) into memory of the thread's own, so that padding, stride, dilation, upsampling and the
+// order of the axes in x cost something once per tile instead of once per entry. What remains of an
+// entry is an offset into the tile and a weight. Pixels lie in the tile in such an order that every
+// vector an entry needs is aligned: lane l of a vector holds column segment * l + j, so the vector
+// of the next column (j + 1) is the next one in memory, not one that straddles two cache lines. On
+// Sapphire Rapids a straddling 64-byte load costs two; of a 3x3 kernel's loads two thirds would.
+#pragma once
+
+#include <cstdint>
+
+namespace issp {
+
+constexpr int kMaxSegment = 4;  // vectors per row of a register block
+constexpr int kMaxRows = 16;    // rows of a register block
+
+// Real: float, or double for double.
+template <typename Real>
+struct ProductKernels {
+  // acc[i * acc_stride + (r * S + s) * lanes + lane] = bias[i] + sum over e of
+  // values[e * value_stride + i] * tile[offsets[e] + r * row_stride + s * lanes + lane], for i rows
+  // of the weight (1, 2 or 4), r rows and s vectors of pixels. bias null: 0.
+  using Multiply = void (*)(const Real* tile, int64_t row_stride, const int32_t* offsets,
+                            const Real* values, int64_t value_stride, int64_t count,
+                            const Real* bias, Real* acc, int64_t acc_stride);
+  // sums[e * sum_stride + i] += sum over r, s, lanes of grad[i][r][s] * tile[offsets[e] + ...].
+  using Dot = void (*)(const Real* tile, int64_t row_stride, const int32_t* offsets, int64_t count,
+                       const Real* grad, Real* sums, int64_t sum_stride);
+
+  int lanes;
+  int segment[3];            // longest segment, by log2 of the weight's rows
+  int rows[3][kMaxSegment];  // most rows of a register block, by segment - 1
+  Multiply multiply[3][kMaxSegment][kMaxRows];
+  Dot dot[3][kMaxSegment][kMaxRows];
+  // out[left + j][lane] = the pixel at column j + segment * lane of a row, -left <= j < segment +
+  // right; its columns 0 .. segment * lanes - 1 are own[], those before them before[-left .. -1],
+  // those behind them after[0 .. right - 1].
+  void (*spread)(const Real* own, int64_t segment, const Real* before, int64_t left,
+                 const Real* after, int64_t right, Real* out);
+  // line[j + segment * lane] = acc[j][lane], j < segment.
+  void (*collect)(const Real* acc, int64_t segment, Real* line);
+  // out[c][lane] = in[lane * in_stride + c], c < count, lane < lanes; and back.
+  void (*gather_tokens)(const Real* in, int64_t in_stride, int64_t count, Real* out,
+                        int64_t out_stride);
+  void (*scatter_tokens)(const Real* in, int64_t in_stride, int64_t count, Real* out,
+                         int64_t out_stride);
+  // line = activation(line) + residual (null: none); relu, gelu by erf.
+  void (*activate)(Real* line, int64_t count, int activation, const Real* residual);
+};
+
+template <typename Real>
+const ProductKernels<Real>& product_kernels();
+
+}  // namespace issp
