@@ -150,14 +150,14 @@ def _target(value: Any) -> Any:
         return _keep(Keep(**value))
     except TypeError:
         raise ValueError(
-            f"sparsity.overrides: {value} must have n, of and maybe v, layout"
+            f"sparsity.overrides: {value} must have n, of and maybe v, layout, tail"
         ) from None
 
 
 def _keep(entry: Keep) -> Any:
     from issp.keep import Keep as Pattern
 
-    return Pattern(entry.n, of=entry.of, v=entry.v, layout=entry.layout)
+    return Pattern(entry.n, of=entry.of, v=entry.v, layout=entry.layout, tail=entry.tail)
 
 
 def loss(config: Config) -> Any:

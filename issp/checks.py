@@ -108,7 +108,7 @@ def soft_shrink(
     _separate(
         [(w, f"weights[{i}]") for i, w in enumerate(weights)] + [(x, n) for n, x in state.items()]
     )
-    _patterns(weights, patterns)
+    divisible(weights, patterns)
     if device.type == "cpu":
         ranks(k.tolist(), numels, "weights", patterns)
 
@@ -222,7 +222,7 @@ def _update(
     _state(masks, "masks", torch.int32, mask_layout(numels)[1], device)
     _state(flips, "flips", torch.int64, count, device)
     _state(scratch, "scratch", torch.int32, scratch_words(numels), device)
-    _patterns(weights[:count], patterns)
+    divisible(weights[:count], patterns)
     if device.type == "cpu" and not frozen:
         ranks(k.tolist(), numels, "weights", patterns)
     lists = {"weights": weights, **moments, "steps": steps or ()}
@@ -291,7 +291,8 @@ def ranks(k: Sequence[int], numels: Sequence[int], name: str, patterns: Sequence
             )
 
 
-def _patterns(weights: Sequence[Tensor], patterns: Sequence[int]) -> None:
+def divisible(weights: Sequence[Tensor], patterns: Sequence[int]) -> None:
+    """Whether the ops' `patterns` divide the weights."""
     if patterns and len(patterns) != 3 * len(weights):
         raise ValueError(
             f"patterns has {len(patterns)} numbers for {len(weights)} pruned weights: give n, m, v "

@@ -141,6 +141,7 @@ class Keep:
     of: int = 0
     v: int = 1
     layout: str = "channels"
+    tail: str = "error"
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from issp import checks, ops, reference
+from issp import ops, reference
 from issp.keep import Keep
 from issp.layers import Layer
 from issp.ops import ShrinkState
@@ -36,7 +36,7 @@ class Record:
 
 
 class Group:
-    """Weights that share an optimizer, a device and a dtype, and are all ratios or all N:M.
+    """Weights that share an optimizer, a device and a dtype, unstructured and N:M ones alike.
 
     Args:
         layers: their order is the order of the state.
@@ -44,26 +44,27 @@ class Group:
         part: number of the parameter group that has them all, where that matters.
 
     Raises:
-        ValueError: a weight that no permutation of its dimensions makes contiguous.
+        ValueError: a weight that no permutation of its dimensions makes contiguous, or an N:M one
+            in an order other than contiguous and channels_last.
     """
 
     def __init__(self, layers: Sequence[Layer], index: int, part: int | None = None) -> None:
         self.layers = list(layers)
         self.index = index
         self.part = part
-        self.patterned = isinstance(layers[0].target, Keep)
         self._stores = [layer.module._parameters for layer in layers]
         self._orders = [_memory_order(layer) for layer in layers]
-        if self.patterned:
-            for layer in layers:
-                _check_pattern(layer)
+        self._patterns = [x.target if isinstance(x.target, Keep) else None for x in layers]
+        self._folds = [_folds(x, order) for x, order in zip(layers, self._orders, strict=True)]
         self._plain = not any(self._orders)
         weights = self.parameters()
         self._shapes = [tuple(w.shape) for w in weights]
         self._pointers = _pointers(weights)
         self._sizes = [(layer.target, w.numel()) for layer, w in zip(layers, weights, strict=True)]
         self.k = [0] * len(weights)
-        self.state = ShrinkState(self.views(weights), k=self.k)
+        views = self.views(weights)
+        self._view_shapes = [v.shape for v in views]
+        self.state = ShrinkState(self.folded(views), self.k, self._patterns)
         starts, _ = mask_layout(self.state.numels)
         self._spans = [
             (s, s + mask_words(n)) for s, n in zip(starts, self.state.numels, strict=True)
@@ -88,6 +89,17 @@ class Group:
                 for t, order in zip(tensors, self._orders, strict=True)
             ]
 
+    def folded(self, views: list[Tensor]) -> list[Tensor]:
+        """Views of the weights as the selection wants them.
+
+        An N:M pattern groups input channels, dimension 1 of [O, I, ...]. In a channels_last weight,
+        [O, kh, kw, I] in memory, m of them lie side by side: [O, kh * kw * I] has the same groups.
+        """
+        if not any(self._folds):
+            return views
+        with torch.no_grad():
+            return [v.flatten(1) if fold else v for v, fold in zip(views, self._folds, strict=True)]
+
     def moved(self) -> bool:
         """Whether a weight has other memory than at the last call."""
         return _pointers(self.parameters()) != self._pointers
@@ -99,7 +111,7 @@ class Group:
         if any(w.device != home or w.dtype != first for w in weights):
             return False
         views = self.views(weights)
-        if first != self.state.thresholds.dtype or [v.shape for v in views] != self.state.shapes:
+        if first != self.state.thresholds.dtype or [v.shape for v in views] != self._view_shapes:
             return False
         if not all(v.is_contiguous() for v in views):
             return False
@@ -124,33 +136,8 @@ class Group:
         home = self.state.k.device
         if found_inf is not None and found_inf.device != home:
             found_inf = found_inf.to(home, non_blocking=True)
-        weights = self.views(self.parameters())
-        if self.patterned:
-            self._shrink_patterned(factor, found_inf)
-        else:
-            ops.soft_shrink_(weights, self.state, factor, found_inf)
-
-    @torch.no_grad()
-    def _shrink_patterned(self, factor: float, found_inf: Tensor | None) -> None:
-        for t, (layer, weight) in enumerate(zip(self.layers, self.parameters(), strict=True)):
-            if not self.k[t]:
-                continue
-            shrunk, kept = ops.nm_prune_with_mask(weight.contiguous(), layer.target, factor)
-            largest = weight.abs().masked_fill_(kept, 0).max()
-            if self._orders[t] is not None:
-                kept = kept.permute(self._orders[t])
-            packed = reference.pack(kept.flatten())
-            changed = reference.unpack(self._words(t) ^ packed, weight.numel()).sum()
-            for old, new in (
-                (weight, shrunk),
-                (self._words(t), packed),
-                (self.state.flips[t], changed),
-                (self.state.thresholds[t], largest),
-            ):
-                # A choice on the device instead of a branch, which would wait for it.
-                old.copy_(
-                    new if found_inf is None else torch.where(found_inf.view(()) != 0, old, new)
-                )
+        weights = self.folded(self.views(self.parameters()))
+        ops.soft_shrink_(weights, self.state, factor, found_inf)
 
     def mask(
         self, optimizer: torch.optim.Optimizer | None = None, average: list[Tensor] | None = None
@@ -192,8 +179,10 @@ class Group:
     def masks(self) -> list[Tensor]:
         """Bool masks in the weights' shapes, True = kept."""
         return [
-            mask if order is None else mask.permute(_inverse(order))
-            for mask, order in zip(self.state.masks(), self._orders, strict=True)
+            mask if order is None else mask.view(shape).permute(_inverse(order))
+            for mask, order, shape in zip(
+                self.state.masks(), self._orders, self._view_shapes, strict=True
+            )
         ]
 
     def chosen(self) -> list[bool]:
@@ -202,10 +191,9 @@ class Group:
 
     def set_masks(self, masks: Sequence[Tensor]) -> None:
         """Fixes given masks as if a step had selected them: bool in the weights' shapes."""
-        self.state.set_masks(self.views(list(masks)))
+        self.state.set_masks(self.folded([v.contiguous() for v in self.views(list(masks))]))
         self.state.thresholds.zero_()
-        self.k = [int((~mask).sum()) for mask in masks]
-        self.state.set_k(self.k)
+        self._set_k([int((~mask).sum()) for mask in masks])
 
     def records(self) -> dict[str, Record]:
         """Copies of everything, by layer name."""
@@ -214,7 +202,7 @@ class Group:
         for t, layer in enumerate(self.layers):
             packed = self._words(t).clone()
             if self._orders[t] is not None:
-                kept = reference.unpack(packed, self.state.numels[t]).view(self.state.shapes[t])
+                kept = reference.unpack(packed, self.state.numels[t]).view(self._view_shapes[t])
                 packed = reference.pack(kept.permute(_inverse(self._orders[t])).flatten())
             records[layer.name] = Record(
                 self._shapes[t], self.k[t], thresholds[t], flips[t], packed
@@ -245,6 +233,14 @@ class Group:
             self.state.thresholds[t] = record.threshold
             self.state.flips[t] = record.flips
             self.k[t] = record.k
+        self._set_k(self.k)
+
+    def _set_k(self, k: list[int]) -> None:
+        """Takes over counts; masks from elsewhere may prune any number of an N:M weight."""
+        self.k = [
+            keep.pruned(numel) if keep is not None and count else count
+            for count, keep, numel in zip(k, self._patterns, self.state.numels, strict=True)
+        ]
         self.state.set_k(self.k)
 
 
@@ -267,9 +263,9 @@ class Turn:
     done: list[Group] = field(default_factory=list)
 
     def within(self, part: int) -> Group | None:
-        """The group of a parameter group, if it has one that an op can take."""
+        """The group of a parameter group, if it has one."""
         for group in self.groups:
-            if group.part == part and not group.patterned:
+            if group.part == part:
                 return group
         return None
 
@@ -343,17 +339,22 @@ class _Moments:
 def _count(target: float | Keep, numel: int, ratio: float, final: float) -> int:
     if isinstance(target, Keep):
         # A pattern has no stages in between: it holds as soon as anything is pruned.
-        return numel // target.of * (target.of - target.n) if ratio > 0 else 0
+        return target.pruned(numel) if ratio > 0 else 0
     # Not target * (ratio / final) throughout: its rounding error could cost or add one weight.
     return ops.num_pruned(numel, ratio if target == final else target * (ratio / final))
 
 
-def _check_pattern(layer: Layer) -> None:
+def _folds(layer: Layer, order: list[int] | None) -> bool:
+    """Whether an N:M weight is channels_last, where the selection reads it as [O, kh * kw * I]."""
     keep = layer.target
-    try:
-        checks.nm_prune(layer.weight.contiguous(), keep.n, keep.of, keep.v, keep.layout)
-    except ValueError as error:
-        raise ValueError(f"{layer.name}: {error}") from None
+    if order is None or not isinstance(keep, Keep) or keep.layout == "flat" or order[:2] == [0, 1]:
+        return False
+    if order[0] != 0 or order[-1] != 1:
+        raise ValueError(
+            f"{layer.name}: its weight is neither contiguous nor channels_last in memory, so that "
+            "an N:M pattern finds no groups of input channels: replace it by weight.contiguous()"
+        )
+    return True
 
 
 def _pointers(tensors: list[Tensor]) -> list[int]:

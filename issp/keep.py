@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Keep:
         v: consecutive output rows that share one pattern.
         layout: "channels" groups consecutive input channels at a fixed kernel position; "flat"
             groups consecutive elements in memory order, the order of the authors' code.
+        tail: what `issp.attach` does with a layer that the pattern does not divide: "error", or
+            "dense", which leaves it dense and says so in the summary.
 
     Raises:
         ValueError: when the numbers do not make a pattern.
@@ -25,6 +27,8 @@ class Keep:
     of: int
     v: int = 1
     layout: str = "channels"
+    # Not part of the pattern: a saved state's targets are compared by repr.
+    tail: str = field(default="error", repr=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.of:
@@ -35,8 +39,18 @@ class Keep:
             raise ValueError(f'Keep(layout="{self.layout}"): use "channels" or "flat"')
         if self.layout == "flat" and self.v != 1:
             raise ValueError('Keep(layout="flat") has no rows to share a pattern: use v=1')
+        if self.tail not in ("error", "dense"):
+            raise ValueError(f'Keep(tail="{self.tail}"): use "error" or "dense"')
 
     @property
     def sparsity(self) -> float:
         """Share of weights that the pattern prunes, 1 - n / of."""
         return 1.0 - self.n / self.of
+
+    def pruned(self, numel: int) -> int:
+        """How many of a divisible weight's `numel` elements the pattern prunes."""
+        return numel // self.of * (self.of - self.n)
+
+    def numbers(self) -> tuple[int, int, int]:
+        """(n, of, v) as the ops take it; v is 0 for layout "flat"."""
+        return self.n, self.of, self.v if self.layout == "channels" else 0

@@ -29,12 +29,14 @@ class Layer:
         module: the module that owns the parameter `weight`.
         target: sparsity in 0..1, or the N:M pattern.
         aliases: names of the other modules that share this very parameter.
+        dense: why it is left dense, "" when it is pruned.
     """
 
     name: str
     module: nn.Module
     target: float | Keep
     aliases: tuple[str, ...] = ()
+    dense: str = ""
 
     @property
     def weight(self) -> nn.Parameter:
@@ -61,7 +63,7 @@ def select(
     types: type | tuple[type, ...],
     exclude: str | Iterable[str],
     overrides: Mapping[str, float | Keep],
-    sparsity: float,
+    sparsity: float | Keep,
 ) -> list[Layer]:
     """The layers to prune, in the order of `model.named_modules()`, tied weights once.
 
@@ -71,11 +73,12 @@ def select(
         exclude: globs ("body.*.conv1"), or "re:" and a regular expression for the whole name. A
             pattern that matches a container holds for everything inside it.
         overrides: patterns of the same kind -> sparsity in 0..1 or `Keep`; the last match wins.
-        sparsity: for all other layers, 0..1.
+        sparsity: for all other layers, 0..1 or `Keep`.
 
     Raises:
         ValueError: a pattern that matches nothing; no layer left; a ratio outside 0..1; tied
-            weights with different targets; a weight that cannot be pruned.
+            weights with different targets; a weight that cannot be pruned; an N:M pattern that
+            does not divide its weight, unless its tail is "dense".
     """
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     for value in (sparsity, *overrides.values()):
@@ -106,7 +109,28 @@ def select(
             f"no layer to prune: the model has {len(eligible)} modules of types {wanted} and "
             f"{len(excluded & eligible.keys())} of them are excluded; pass other types"
         )
+    for layer in layers:
+        layer.dense = _tail(layer)
+    if all(layer.dense for layer in layers):
+        raise ValueError(f"no layer to prune: {layers[0].name}, as all others, {layers[0].dense}")
     return layers
+
+
+def _tail(layer: Layer) -> str:
+    """Why an N:M layer stays dense, "" if its pattern divides it (or it has none)."""
+    keep = layer.target
+    if not isinstance(keep, Keep):
+        return ""
+    try:
+        checks.pattern(layer.weight, "weight", keep.n, keep.of, keep.v, keep.layout)
+    except ValueError as error:
+        if keep.tail == "dense":
+            return f"stays dense: {error}"
+        raise ValueError(
+            f'{layer.name}: {error}; Keep(..., tail="dense") leaves such layers dense, or name '
+            "them in exclude= or overrides="
+        ) from None
+    return ""
 
 
 def _matching(pattern: str, names: Iterable[str], argument: str) -> set[str]:

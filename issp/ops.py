@@ -40,6 +40,12 @@ class ShrinkState:
         weights: the tensors that every later call will get, in this order: one device, one dtype
             (float32, float16, bfloat16, float64), contiguous, none empty, none overlapping.
         k: how many of the smallest magnitudes to select, one int in 0..n per tensor.
+        patterns: None, or one entry per tensor: None for an unstructured one, `Keep` for N:M. The k
+            of an N:M tensor is 0 or `keep.pruned(numel)`.
+
+    Raises:
+        ValueError: wrong number of entries, an impossible k, a pattern that does not divide its
+            weight.
 
     Attributes:
         k: int64 [T], on the weights' device; change it with `set_k`.
@@ -48,13 +54,21 @@ class ShrinkState:
         flips: int64 [T]; mask bits that the latest step changed (before the first, all is kept).
         packed: int32; the packed masks, see `issp.schemas.mask_layout`.
         scratch: int32; working memory, at most half a byte per weight.
+        patterns: the ints that the ops take; empty when all tensors are unstructured.
     """
 
-    def __init__(self, weights: Sequence[Tensor], k: Sequence[int]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        k: Sequence[int],
+        patterns: Sequence[Keep | None] | None = None,
+    ) -> None:
         weights = list(weights)
         checks.tensors(weights, "weights")
         self.shapes = [w.shape for w in weights]
         self.numels = [w.numel() for w in weights]
+        self.patterns = _numbers(patterns)
+        checks.divisible(weights, self.patterns)
         first = weights[0]
         self.k = torch.empty(len(weights), dtype=torch.int64, device=first.device)
         self.set_k(k)
@@ -69,9 +83,9 @@ class ShrinkState:
         """Changes the counts, in place (a captured CUDA graph sees the new ones).
 
         Raises:
-            ValueError: wrong number of entries, or one outside 0..n.
+            ValueError: wrong number of entries, one outside 0..n, or one that its pattern excludes.
         """
-        checks.ranks(k, self.numels, "weights")
+        checks.ranks(k, self.numels, "weights", self.patterns)
         self.k.copy_(torch.tensor(k, dtype=torch.int64))
 
     def masks(self) -> list[Tensor]:
@@ -112,9 +126,15 @@ class ShrinkState:
             mine, theirs = getattr(self, name), saved.get(name)
             if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
                 raise ValueError(f"the saved state's {name} does not belong to these weights")
-        checks.ranks(saved["k"].tolist(), self.numels, "weights")
+        checks.ranks(saved["k"].tolist(), self.numels, "weights", self.patterns)
         for name in _SAVED:
             getattr(self, name).copy_(saved[name])
+
+
+def _numbers(patterns: Sequence[Keep | None] | None) -> list[int]:
+    if patterns is None or not any(patterns):
+        return []
+    return [x for keep in patterns for x in ((0, 0, 0) if keep is None else keep.numbers())]
 
 
 def _all_kept(numels: Sequence[int]) -> Tensor:
@@ -177,8 +197,9 @@ def soft_shrink_(
 ) -> None:
     """One ISS-P step in place: the k smallest magnitudes of each tensor are multiplied by `shrink`.
 
-    Selection is exact (ties: lowest flat index first) and the result bitwise the same on every back
-    end. Updates `state`: thresholds, masks, flips.
+    Of an N:M tensor (`state.patterns`) it is the smallest of every group. Selection is exact (ties:
+    lowest flat index first) and the result bitwise the same on every back end. Updates `state`:
+    thresholds, masks, flips.
 
     Args:
         weights: the tensors `state` was built for.
@@ -203,6 +224,7 @@ def soft_shrink_(
         state.scratch,
         found_inf,
         bracket,
+        state.patterns,
     )
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(weights)

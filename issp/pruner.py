@@ -29,6 +29,7 @@ def attach(
     method: str = "iss-p",
     types: type | tuple[type, ...] = (nn.Conv2d, nn.Linear),
     exclude: str | Iterable[str] = (),
+    pattern: Keep | None = None,
     overrides: Mapping[str, float | Keep] | None = None,
     schedule: Schedule | None = None,
     freeze_at: int | None = None,
@@ -52,6 +53,9 @@ def attach(
         types: module classes whose `weight` is pruned.
         exclude: globs, or "re:" and a regular expression, for whole module names; a container
             stands for everything inside it.
+        pattern: the N:M pattern of all layers, instead of a sparsity. A layer that it does not
+            divide is an error, or with `Keep(..., tail="dense")` stays dense and says so in the
+            summary.
         overrides: patterns -> sparsity in 0..1 or `issp.Keep`; the last match wins. A schedule
             scales these ratios too; an N:M pattern holds as soon as the schedule is above 0.
         schedule: `issp.Cubic`, `issp.Linear`, `issp.Constant`, in optimizer steps.
@@ -64,13 +68,17 @@ def attach(
 
     Raises:
         ValueError: a pattern that matches nothing, no layer to prune, an impossible ratio or
-            schedule, an optimizer without any of the weights.
+            schedule, a pattern that does not divide a layer, an optimizer without any of the
+            weights.
         TypeError: opt or ema of a wrong kind.
 
     Source: ISS-P, figure 1.
     """
+    if pattern is not None and sparsity is not None:
+        raise ValueError(f"sparsity is {sparsity} beside pattern {pattern}: give one of them")
     sparsity = final_sparsity(sparsity, schedule, freeze_at, from_zeros)
-    layers = select(unwrap(model), types, exclude, overrides or {}, sparsity)
+    target = sparsity if pattern is None else pattern
+    layers = select(unwrap(model), types, exclude, overrides or {}, target)
     pruner = Pruner(
         model,
         optimizers(opt),
@@ -245,7 +253,7 @@ class Pruner:
         Raises:
             ValueError: no weight of the pruned layers is zero.
         """
-        kept = {layer.name: layer.weight.detach() != 0 for layer in self._roster.layers}
+        kept = {layer.name: layer.weight.detach() != 0 for layer in self._roster.prunable}
         if all(bool(mask.all()) for mask in kept.values()):
             raise ValueError(
                 "from_zeros: no weight to prune is zero; load the sparse weights before attaching"

@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from issp.averages import Average
 from issp.groups import Group, Record
-from issp.keep import Keep
 from issp.layers import Layer, unwrap
 
 
@@ -21,7 +20,7 @@ class Roster:
     parameter group, since that is what it updates in one pass.
 
     A layer joins when its weight is trained: it requires gradients and an optimizer has it. From
-    then on it stays, or a mask would vanish with a frozen weight.
+    then on it stays, or a mask would vanish with a frozen weight. One that stays dense never joins.
 
     Args:
         layers: all layers to prune, in the model's order.
@@ -33,6 +32,7 @@ class Roster:
 
     def __init__(self, layers: list[Layer], optimizers: list[Optimizer]) -> None:
         self.layers = layers
+        self.prunable = [layer for layer in layers if not layer.dense]
         self.optimizers = optimizers
         self.joined: set[str] = set()
         self.groups: list[Group] = []
@@ -52,9 +52,9 @@ class Roster:
         return False
 
     def _newcomers(self) -> bool:
-        if len(self.joined) == len(self.layers):
+        if len(self.joined) == len(self.prunable):
             return False
-        outside = [x for x in self.layers if x.name not in self.joined and x.weight.requires_grad]
+        outside = [x for x in self.prunable if x.name not in self.joined and x.weight.requires_grad]
         if not outside:
             return False
         owners = self._owners()
@@ -69,7 +69,7 @@ class Roster:
             for parameter in group["params"]
         }
         owners = {}
-        for layer in self.layers:
+        for layer in self.prunable:
             owner = held.get(id(layer.weight)) if self.optimizers else (0, None)
             owners[layer.name] = owner if layer.weight.requires_grad else None
         return owners
@@ -83,11 +83,10 @@ class Roster:
         """Forms the groups anew; masks and counts come from the records."""
         owners = self._owners()
         parts: dict[tuple, list[Layer]] = {}
-        for layer in self.layers:
+        for layer in self.prunable:
             owner = owners[layer.name]
             if owner is not None or layer.name in self.joined:
-                weight, patterned = layer.weight, isinstance(layer.target, Keep)
-                place = (owner or (0, None), weight.device, weight.dtype, patterned)
+                place = (owner or (0, None), layer.weight.device, layer.weight.dtype)
                 parts.setdefault(place, []).append(layer)
         if all(owner is None for owner in owners.values()):
             raise ValueError(
@@ -136,11 +135,10 @@ class Roster:
         return {name: r for group in self.groups for name, r in group.records().items()}
 
     def notes(self) -> dict[str, str]:
-        """Why the layers that have not joined have not."""
+        """Why the layers that are not pruned are not."""
         return {
-            layer.name: "not in the optimizer"
-            if layer.weight.requires_grad
-            else "requires_grad is False"
+            layer.name: layer.dense
+            or ("not in the optimizer" if layer.weight.requires_grad else "requires_grad is False")
             for layer in self.layers
             if layer.name not in self.joined
         }

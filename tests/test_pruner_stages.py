@@ -242,7 +242,7 @@ def test_patterned_layers_shrink_and_freeze_like_the_others(keep):
 def test_patterned_layer_obeys_found_inf():
     model = net()
     pruner = attach(model, sparsity=0.9, overrides={"2.0": Keep(2, of=8)})
-    group = next(g for g in pruner._roster.groups if g.patterned)
+    (group,) = pruner._roster.groups  # N:M and unstructured layers together
     group.set_ratio(1.0, 1.0)
     before, state = weights(model), group.state.state_dict()
     group.shrink(0.5, torch.ones(()))
@@ -251,4 +251,4 @@ def test_patterned_layer_obeys_found_inf():
         {k: v.nan_to_num() for k, v in state.items()},
     )
     group.shrink(0.5, torch.zeros(()))
-    assert group.state.flips.item() == 432 and not same(weights(model), before)
+    assert group.state.flips[1] == 432 and not same(weights(model), before)

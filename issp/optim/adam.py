@@ -58,7 +58,7 @@ class _AdamStep(FusedStep):
     def _launch(self, group, plan, grads, rate, rest) -> None:
         beta1, beta2 = group["betas"]
         ops.adam_soft_shrink_(
-            plan.views(plan.weights),
+            plan.folded(),
             grads,
             *(plan.views([state[key] for state in plan.states]) for key in _MOMENTS),
             [state["step"] for state in plan.states],

@@ -91,6 +91,13 @@ class Plan:
             for x, turn in zip(tensors, self._turns, strict=True)
         ]
 
+    def folded(self) -> list[Tensor]:
+        """The weights as the op wants them: as `views`, N:M weights as their pattern reads them."""
+        views = self.views(self.weights)
+        return (
+            self.pruned.folded(views[: self.count]) + views[self.count :] if self.whole else views
+        )
+
     def settle(self, state: dict, key: str, t: int) -> None:
         """Gives a moment the memory layout of its weight, where loading has brought another.
 

@@ -48,7 +48,7 @@ class SGD(FusedStep, torch.optim.SGD):
                 for b, w in zip(buffers, plan.weights, strict=True)
             ]
         ops.sgd_soft_shrink_(
-            plan.views(plan.weights),
+            plan.folded(),
             grads,
             plan.views(buffers),
             first,
@@ -59,7 +59,7 @@ class SGD(FusedStep, torch.optim.SGD):
             group["nesterov"],
             *rest,
         )
-        found_inf = rest[-2]
+        found_inf = rest[-4]
         # A buffer counts as filled once a step was not skipped; only a first step waits to know.
         if new and (found_inf is None or found_inf.item() == 0):
             for state, buffer in zip(plan.states, buffers, strict=True):

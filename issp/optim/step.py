@@ -212,9 +212,11 @@ class FusedStep:
         if not plan.weights:
             return
         device = plan.weights[0].device
+        patterns: list[int] = []
         if plan.whole:
             state = plan.pruned.state
             tensors = (state.k, state.thresholds, state.packed, state.flips, state.scratch)
+            patterns = state.patterns
         else:
             if device not in self._nothing:
                 self._nothing[device] = no_state(device)
@@ -228,12 +230,13 @@ class FusedStep:
         if found_inf is not None:
             found_inf = found_inf.to(device, torch.float32, non_blocking=True)
         k, *rest = tensors
+        tail = (found_inf, turn.frozen, True, patterns)
         self._launch(
             group,
             plan,
             plan.grads(grads),
             rate,
-            (group["maximize"], rate[1], scale, k, turn.factor, *rest, found_inf, turn.frozen),
+            (group["maximize"], rate[1], scale, k, turn.factor, *rest, *tail),
         )
         torch.autograd.graph.increment_version(plan.weights)
         if plan.whole:
