@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from dataclasses import dataclass, field, replace
 
@@ -367,6 +368,31 @@ FEW_MATMULS = tuple(
         *("two leading dimensions", "odd rows, v=3", "v=32, 2:32"),
     )
 )
+
+
+def random_convs(count: int) -> tuple[ConvCase, ...]:
+    """Random shapes, patterns and geometries, every one with at least one output."""
+    draw, cases = random.Random(count), []
+    while len(cases) < count:
+        v = draw.choice([1, 1, 1, 2, 4, 4, 5, 8])
+        kernel = (draw.choice([1, 1, 2, 3, 3, 5]), draw.choice([1, 1, 2, 3, 3, 7]))
+        density = draw.choice([1.0, 0.5, 0.1, 0.05, 0.01])
+        weight = Weight(v * draw.randint(1, 7), draw.randint(1, 30), kernel, density, v)
+        case = ConvCase(
+            *(f"random {len(cases)}", weight, draw.random() < 0.5, draw.random() < 0.3),
+            **{
+                "activation": draw.choice(["none", "none", "relu", "gelu"]),
+                "image": (draw.randint(1, 13), draw.randint(1, 40)),
+                "batch": draw.randint(1, 3),
+                "stride": (draw.choice([1, 1, 1, 2, 3]), draw.choice([1, 1, 1, 2, 3])),
+                "padding": (draw.randint(-1, 5), draw.randint(-1, 5)),
+                "dilation": (draw.choice([1, 1, 2]), draw.choice([1, 1, 3])),
+                "upsample": draw.choice([(1, 1), (1, 1), (1, 1), (2, 2), (1, 3)]),
+            },
+        )
+        if min(case.outputs()) >= 1:
+            cases.append(case)
+    return tuple(cases)
 
 
 def names(cases) -> list[str]:

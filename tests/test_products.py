@@ -12,7 +12,16 @@ import issp
 from issp import ops
 from tests.asserts import assert_as_close_as_dense, assert_bitwise_equal
 from tests.cases import DTYPES
-from tests.product_cases import CONVS, FEW_CONVS, FEW_MATMULS, MATMULS, ConvCase, MatmulCase
+from tests.product_cases import (
+    CONVS,
+    FEW_CONVS,
+    FEW_MATMULS,
+    MATMULS,
+    ConvCase,
+    MatmulCase,
+    names,
+    random_convs,
+)
 from tests.under_test import BACK_ENDS, FAST, BackEnd
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
@@ -106,6 +115,18 @@ def test_matmul(back_end, case, dtypes):
     check(back_end, case, dtypes, "sparse_matmul", dense_matmul)
 
 
+RANDOM = random_convs(60)
+
+
+@pytest.mark.parametrize("case", RANDOM, ids=names(RANDOM))
+@pytest.mark.parametrize("back_end", [ORACLE, *FAST], ids=str)
+def test_random_convolutions(back_end, case):
+    dtypes = (torch.float32, torch.bfloat16)
+    check(back_end, case, dtypes, "sparse_conv2d", dense_conv)
+    if case in PLAIN:
+        check_values_grad(back_end, case, dtypes, "sparse_conv2d_values_grad", dense_conv_grad)
+
+
 def taken(weight, p, v):
     """The stored positions of a dense gradient, [E, v]."""
     blocks = torch.repeat_interleave(p.starts.diff().long())
@@ -124,7 +145,8 @@ def dense_matmul_grad(p, case, dtype):
     return taken(torch.autograd.grad(y, weight, p.grad.to(dtype))[0], p, case.weight.v)
 
 
-PLAIN_CONVS = [c for c in CONVS if c.upsample == (1, 1) and c.activation == "none"]
+PLAIN = [c for c in (*CONVS, *RANDOM) if c.upsample == (1, 1) and c.activation == "none"]
+PLAIN_CONVS = [c for c in PLAIN if c in CONVS]
 PLAIN_MATMULS = [c for c in MATMULS if c.activation == "none"]
 
 
