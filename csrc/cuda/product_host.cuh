@@ -44,12 +44,12 @@ Team choose_team(uint32_t rows, uint32_t strip_rows, uint64_t tiles, uint32_t pr
                  uint32_t exchanged) {
   Team team = {kProductWarps, kWarpRows / strip_rows, 0, rows / strip_rows};
   const auto groups = [&] { return parts_of_size(team.strips, uint64_t(team.warps) * team.each); };
-  const auto wanting = [&] {
-    return tiles * groups() < 2 * uint64_t(processors) ||
-           exchange_bytes<Wide>(team, strip_rows) > exchanged;
-  };
-  while (team.each > 1 && (wanting() || team.strips <= team.warps * team.each / 2)) team.each /= 2;
-  while (team.warps > 1 && team.strips > team.warps / 2 && wanting()) team.warps /= 2;
+  const auto idle = [&] { return tiles * groups() < 2 * uint64_t(processors); };
+  const auto crowded = [&] { return exchange_bytes<Wide>(team, strip_rows) > exchanged; };
+  while (team.each > 1 && (idle() || crowded() || team.strips <= team.warps * team.each / 2)) {
+    team.each /= 2;
+  }
+  while (team.warps > 1 && (crowded() || (idle() && team.strips > team.warps / 2))) team.warps /= 2;
   team.groups = groups();
   if (tiles * team.groups > 2147483647u) {
     throw std::runtime_error("the product has more than 2^31 tiles: cut the batch into parts");
