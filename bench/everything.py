@@ -47,7 +47,7 @@ PACE = {
 SCRIPT = Path(__file__).with_name("run.py")
 _MOST_ERRORS = 4000  # characters
 LIMIT = {"cpu": 1800, "cuda": 110}
-LIMITS = {"cuda": {"conv": 220, "matmul": 150}}
+LIMITS = {"cpu": {"conv": 7200, "matmul": 3600}, "cuda": {"conv": 220, "matmul": 150}}
 
 
 @dataclass

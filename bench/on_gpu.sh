@@ -122,7 +122,8 @@ part_bench() {
 
 part_ncu() {
   tool ncu || return 4
-  run 90 ncu.txt ncu --clock-control none --profile-from-start off --metrics "$(tr '\n' ',' <<'END' | sed 's/,$//'
+  local metrics status=0
+  metrics=$(tr '\n' ',' <<'END' | sed 's/,$//'
 gpu__time_duration.sum
 dram__bytes_read.sum
 dram__bytes_write.sum
@@ -131,8 +132,13 @@ sm__warps_active.avg.pct_of_peak_sustained_active
 launch__registers_per_thread
 launch__occupancy_limit_shared_mem
 smsp__sass_inst_executed_op_local_ld.sum
+sm__throughput.avg.pct_of_peak_sustained_elapsed
 END
-)" "$PYTHON" bench/profile_step.py --steps 1
+)
+  local ncu=(ncu --clock-control none --profile-from-start off --metrics "$metrics")
+  run 90 ncu.txt "${ncu[@]}" "$PYTHON" bench/profile_step.py --steps 1 || status=1
+  run 90 ncu.txt "${ncu[@]}" "$PYTHON" bench/profile_products.py || status=1
+  return $status
 }
 
 part_suite() {

@@ -1,9 +1,9 @@
-"""Small cases of every op, compared with the reference bit for bit: what compute-sanitizer runs.
+"""Small cases of every op, compared with the reference bit for bit, products with float64.
 
     compute-sanitizer --tool racecheck python bench/sanitize.py --device cuda
 
-Few kernels and small tensors, since the sanitizer slows each of them down by orders of magnitude.
-The sizes end in every way a tile or a mask word can end.
+This is what compute-sanitizer runs. Few kernels and small tensors, since the sanitizer slows each
+of them down by orders of magnitude. The sizes end in every way a tile or a mask word can end.
 """
 
 import argparse
@@ -18,6 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import issp  # noqa: E402  (found through the line above, also before installation)
 from issp import backends, ops, reference  # noqa: E402
+from issp.bench.products_calls import DTYPES as PRECISIONS  # noqa: E402
+from issp.bench.products_calls import Data  # noqa: E402
+from issp.bench.products_forms import Form, make  # noqa: E402
+from issp.bench.products_layers import Layer  # noqa: E402
+from issp.bench.products_parity import check  # noqa: E402
+from issp.bench.registry import ParityError  # noqa: E402
 from issp.bench.trainees import FAMILIES, Family, tail  # noqa: E402
 
 SIZES = (1, 2, 31, 33, 1000, 4096, 4097, 70_001)
@@ -129,6 +135,32 @@ def nm_cases(device: str, dtype: torch.dtype):
         yield f"nm_prune {dtype} {n}:{m}:{v} {layout}", equal(mine, theirs)
 
 
+# Ends of tiles in every way: a lone pixel, odd images, more outputs than inputs and the reverse.
+LAYERS = (
+    Layer((16, 12, 3, 3), (2, 12, 7, 9)),
+    Layer((32, 60, 3, 3), (1, 60, 1, 1)),
+    Layer((16, 20, 1, 1), (1, 20, 5, 33)),
+    Layer((64, 4), (3, 43, 4)),
+)
+
+
+def product_cases(device: str, dtype: torch.dtype):
+    """Sparse products, forward and both gradients, against float64: (name, right) pairs."""
+    plain = next(name for name, kind in PRECISIONS.items() if kind == dtype)
+    tensor_cores = "tf32" if dtype == torch.float32 and device == "cuda" else plain
+    for layer in LAYERS:
+        data = Data.of(layer, device)
+        for form in (Form(1, False, plain), Form(4, True, plain), Form(16, True, tensor_cores)):
+            sparse = make(data.weight.to(dtype), form, 0.5)
+            try:
+                check(data, sparse, form)
+                right = True
+            except ParityError as error:
+                print(error)
+                right = False
+            yield f"products {layer.name} {form.name}", right
+
+
 def main() -> int:
     """Exit status 1 when any result differs from the reference, 3 without the device."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -140,7 +172,7 @@ def main() -> int:
     results = [
         result
         for dtype in DTYPES
-        for cases in (step_cases, update_cases, pass_cases, nm_cases)
+        for cases in (step_cases, update_cases, pass_cases, nm_cases, product_cases)
         for result in cases(device, dtype)
     ]
     wrong = [name for name, right in results if not right]

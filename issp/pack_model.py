@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from issp import choice, layers
+from issp import choice, layers, pack_paths
 from issp import nn as sparse_nn
 from issp.checks import DTYPES
 from issp.keep import Keep
@@ -160,24 +160,6 @@ def _swap_if_faster(
     return found
 
 
-class _ChannelsLast(nn.Conv2d):
-    """A convolution computed in channels_last, from and to contiguous tensors."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
-        return super().forward(x).contiguous()
-
-
-def _channels_last(module: nn.Conv2d) -> nn.Module:
-    twin = copy.copy(module)
-    twin.__class__ = _ChannelsLast
-    twin._parameters = dict(module._parameters)
-    twin.weight = nn.Parameter(
-        module.weight.detach().to(memory_format=torch.channels_last), module.weight.requires_grad
-    )
-    return twin
-
-
 def _packed(
     name: str, module: nn.Module, inputs: Sequence[tuple], keep: Keep | None, cache: choice.Cache
 ) -> tuple[Line, nn.Module | None]:
@@ -198,8 +180,11 @@ def _packed(
         return line, None
     dense = {"dense": module}
     if isinstance(module, nn.Conv2d):
-        dense["dense channels_last"] = _channels_last(module)
+        dense["dense channels_last"] = pack_paths.channels_last(module)
     samples = [_random(*spec, weight.device) for spec in inputs]
+    if isinstance(module, nn.Linear) and keep in (None, Keep(2, of=4)):
+        two_four = pack_paths.two_four(module, samples[0])
+        sparse |= {} if two_four is None else {"torch 2:4": two_four}
     calls = ({n: _call(m, samples) for n, m in group.items()} for group in (dense, sparse))
     found = choice.choose(_key(module, inputs, sparse), *calls, weight.device.type, cache)
     line.fill(found, list(sparse))
@@ -280,7 +265,8 @@ def _key(module: nn.Module, inputs: Sequence[tuple], sparse: Mapping[str, Any]) 
     numel = module.weight.numel()
     for name, new in sparse.items():
         # Two digits: layers that differ in a handful of weights share a measurement.
-        parts.append(f"{name} keeps {new.values.numel() / numel:.2g}")
+        share = new.values.numel() / numel if hasattr(new, "values") else 0.5
+        parts.append(f"{name} keeps {share:.2g}")
     return ", ".join(parts)
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import re
+import time
 from dataclasses import replace
 
 import pytest
@@ -169,6 +170,17 @@ class TestMeasure:
         monkeypatch.setattr(products_calls, "_UNFOLDED", 100)
         (found,) = products.measure(CONV, FAST)
         assert any(note.startswith("torch CSR of unfold: left out, the") for note in found.notes)
+
+    def test_a_short_call_is_repeated_and_a_slow_one_is_not(self):
+        calls = []
+        warm_up = products._WarmUp(lambda: calls.append(1))
+        warm_up()
+        assert len(calls) > 10
+        slow = []
+        warm_up = products._WarmUp(lambda: (slow.append(1), time.sleep(products._SLOW * 1.1)))
+        for _ in range(3):
+            warm_up()
+        assert len(slow) == 1
 
     def test_every_number_of_threads_has_its_report(self):
         before = torch.get_num_threads()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from issp import backends, bench, reference
+from issp import backends, bench, ops, reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
@@ -138,7 +138,19 @@ def test_sanitizer_cases_equal_the_reference(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
     assert runpy.run_path(path)["main"]() == 0
-    assert "46 of 46 cases equal" in capsys.readouterr().out
+    assert "70 of 70 cases equal" in capsys.readouterr().out
+
+
+def test_sanitizer_cases_find_a_wrong_product(monkeypatch, capsys):
+    path = str(ROOT / "bench" / "sanitize.py")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
+    right = ops.nm_matmul
+    monkeypatch.setattr(ops, "nm_matmul", lambda *args: right(*args) * 1.05)
+    assert runpy.run_path(path)["main"]() == 1
+    shown = capsys.readouterr().out
+    assert "differs from the reference: products linear 4->64, 129 tokens N:M v=4" in shown
+    assert "66 of 70 cases equal" in shown
 
 
 @pytest.mark.skipif(

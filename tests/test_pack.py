@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import issp
-from issp import choice, pack_model
+from issp import choice, pack_model, semi_structured
 from tests.small_models import every_small
 
 
@@ -209,6 +209,65 @@ class TestForms:
         net[1].weight.data = issp.ops.nm_prune(net[1].weight.data, issp.Keep(2, of=4))
         packed = issp.pack(net, torch.randn(4, 8), keep={"1": issp.Keep(2, of=4)}, cache=cache)
         assert kinds(packed) == {"0": "SparseLinear", "1": "NMLinear"}
+
+
+class TestTwoFour:
+    """torch's 2:4 product, which needs a GPU: its place in a model, with a stand-in for it."""
+
+    @pytest.fixture
+    def stand_in(self, monkeypatch):
+        calls = []
+
+        def pack(weight):
+            calls.append(weight.shape)
+            return weight.detach().clone()
+
+        monkeypatch.setattr(semi_structured, "usable", lambda x, shape, dtype: None)
+        monkeypatch.setattr(semi_structured, "pack", pack)
+        monkeypatch.setattr(semi_structured, "linear", F.linear)
+        return calls
+
+    def layer(self):
+        layer = nn.Linear(16, 16)
+        layer.weight.data = issp.ops.nm_prune(layer.weight.data, issp.Keep(2, of=4))
+        return layer
+
+    def test_is_chosen_where_it_is_fastest(self, cache, timed, stand_in):
+        timed["torch 2:4"] = 0.5
+        layer, x = self.layer(), torch.randn(4, 16)
+        packed = issp.pack(layer, x, cache=cache)
+        assert packed.report.lines[0].choice == "torch 2:4"
+        with torch.no_grad():
+            assert torch.equal(packed(x), layer(x))
+        assert packed.state_dict().keys() == layer.state_dict().keys()
+
+    def test_is_compressed_once_and_never_saved(self, cache, timed, stand_in):
+        timed["torch 2:4"] = 0.5
+        packed = issp.pack(self.layer(), x := torch.randn(4, 16), cache=cache)
+        with torch.no_grad():
+            packed(x)
+            before = len(stand_in)
+            packed(x)
+            assert len(stand_in) == before
+            for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+                assert twin.__dict__["_compressed"] is None
+                assert torch.equal(twin(x), packed(x))
+            packed.load_state_dict(other := self.layer().state_dict())
+            torch.testing.assert_close(packed(x), F.linear(x, other["weight"], other["bias"]))
+
+    def test_has_no_derivative_and_says_so(self, cache, timed, stand_in):
+        timed["torch 2:4"] = 0.5
+        packed = issp.pack(self.layer(), torch.randn(4, 16), cache=cache)
+        with pytest.raises(RuntimeError, match="has no derivative: call the packed model under"):
+            packed(torch.randn(4, 16))
+
+    def test_is_no_candidate_for_other_weights_or_machines(self, cache, timed, stand_in):
+        issp.pack(prune_(nn.Linear(16, 16), 0.5), torch.randn(4, 16), cache=cache)
+        assert timed["measured"][0] == ("dense", "rows")
+
+    def test_is_no_candidate_without_its_gpu(self, cache, timed):
+        issp.pack(self.layer(), torch.randn(4, 16), cache=cache)
+        assert timed["measured"][0] == ("dense", "rows")
 
 
 class TestReport:

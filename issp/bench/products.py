@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ from issp.bench.timing import CpuClock, CudaClock, Mode, Task, interleave
 SPARSITIES = (0.5, 0.75, 0.9, 0.9375, 0.95, 0.99)
 MODELS = ("swinir-light", "edsr-l", "cat-r")
 _SMALLEST_PROBE = 4 << 20  # bytes; on less, the call itself would be what is timed
-_WARM_UP = 3e-3  # seconds
+_WARM_UP, _SLOW = 3e-3, 0.1  # seconds
 _WORK = {"forward": 1, "step": 3}  # products: forward, dX, dW
 
 
@@ -205,7 +204,7 @@ def _timed(data: Data, packed, settings: Settings, threads: int, notes: list[str
     side = settings.probe_side or (4096 if on_gpu else 1024)
     peaks = {p: _matrix_product(p, side, settings) for p in _precisions(entries)}
     for task in probe.tasks:
-        task.prepare = task.prepare if on_gpu else functools.partial(_warm, task.call)
+        task.prepare = task.prepare if on_gpu else _WarmUp(task.call)
     tasks = [*(e.task for e in entries), *probe.tasks, *peaks.values()]
     interleave(tasks, clock, settings.rounds, settings.seconds, modes)
     basis = modes[0].name
@@ -317,20 +316,31 @@ def _task(
     required: bool = False,
     search: bool = True,
 ) -> Task:
+    # The calls take turns: caches and clock rate are to be as in a loop of this call.
+    warm_up = _WarmUp(call) if settings.device == "cpu" else _nothing
+
     def prepare() -> None:
         set_precision(precision, search)
-        if settings.device == "cpu":
-            _warm(call)
+        warm_up()
 
     return Task(call, prepare, required)
 
 
-def _warm(call: Callable[[], object]) -> None:
-    """Calls until caches and clock rate are as in a loop of this call: they take turns."""
-    end = time.perf_counter() + _WARM_UP
-    call()
-    while time.perf_counter() < end:
-        call()
+class _WarmUp:
+    """Repeats a call for 3 ms; one that takes far longer is called once and then never again."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call, self._slow = call, False
+
+    def __call__(self) -> None:
+        begin = time.perf_counter()
+        while not self._slow and time.perf_counter() - begin < _WARM_UP:
+            self._call()
+            self._slow = time.perf_counter() - begin > _SLOW
+
+
+def _nothing() -> None:
+    return None
 
 
 def _precisions(entries: Sequence[Entry]) -> list[str]:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from issp import ops
+from issp import ops, semi_structured
 from issp.bench.products_forms import Sparse
 from issp.bench.products_layers import Layer
+from issp.keep import Keep
 
 PASSES = ("forward", "step")
 DTYPES = {
@@ -201,14 +202,11 @@ def two_four_call(data: Data, dtype: torch.dtype) -> Callable[[], object]:
     """torch's semi-structured 2:4 product of a linear layer, forward, on a GPU.
 
     Raises:
-        ValueError, RuntimeError: torch refuses the shape.
+        ValueError: torch cannot, and why.
     """
-    if data.layer.conv:
-        raise ValueError("it has no convolution")
-    groups = data.weight.abs().view(-1, 4)
-    mask = torch.zeros_like(groups, dtype=torch.bool)
-    mask.scatter_(1, groups.topk(2, dim=1).indices, True)
-    weight = torch.where(mask.view_as(data.weight), data.weight, 0).to(dtype)
-    packed = torch.sparse.to_sparse_semi_structured(weight)
-    x = data.x.flatten(0, -2).to(dtype)
-    return torch.no_grad()(lambda: F.linear(x, packed))
+    x = data.x.to(dtype)
+    reason = semi_structured.usable(x, data.layer.weight, dtype)
+    if reason:
+        raise ValueError(reason)
+    packed = semi_structured.pack(ops.nm_prune(data.weight.to(dtype), Keep(2, of=4)))
+    return lambda: semi_structured.linear(x, packed)

@@ -1,0 +1,73 @@
+"""Ways to compute a layer that are torch's own, but not nn.Conv2d's and nn.Linear's."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from issp import semi_structured
+
+
+class ChannelsLastConv2d(nn.Conv2d):
+    """A convolution computed in channels_last, from any layout to contiguous tensors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)
+        return super().forward(x).contiguous()
+
+
+def channels_last(module: nn.Conv2d) -> ChannelsLastConv2d:
+    """The same layer with its weight in channels_last; shares the bias, not the weight."""
+    weight = module.weight.detach().to(memory_format=torch.channels_last)
+    return _twin(module, ChannelsLastConv2d, weight)
+
+
+class TwoFourLinear(nn.Linear):
+    """A 2:4 linear layer by torch's semi-structured product, for inference.
+
+    The parameter stays the dense weight with its zeros, and so does what is saved; the compressed
+    one is made from it at the first call.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+            raise RuntimeError(
+                "torch's 2:4 product has no derivative: call the packed model under "
+                "torch.no_grad(), or pack it with keep=Keep(2, of=4) for training"
+            )
+        if self.__dict__.get("_compressed") is None:
+            self._compressed = semi_structured.pack(self.weight)
+        return semi_structured.linear(x, self._compressed, self.bias)
+
+    def _apply(self, *args, **kwargs):
+        self._compressed = None
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args) -> None:
+        self._compressed = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict:
+        # A compressed weight belongs to one kind of GPU: it is never saved.
+        return {**self.__dict__, "_compressed": None}
+
+
+def two_four(module: nn.Linear, x: Tensor) -> TwoFourLinear | None:
+    """The same layer by torch's 2:4 product, where weight and input allow it; or None."""
+    weight = module.weight.detach()
+    with torch.no_grad():
+        if semi_structured.usable(x, weight.shape, weight.dtype):
+            return None
+    if (weight.reshape(-1, 4).ne(0).sum(1) > 2).any():
+        return None
+    return _twin(module, TwoFourLinear, weight)
+
+
+def _twin(module: nn.Module, kind: type, weight: Tensor) -> nn.Module:
+    twin = copy.copy(module)
+    twin.__class__ = kind
+    twin._parameters = dict(module._parameters)
+    twin.weight = nn.Parameter(weight, module.weight.requires_grad)
+    return twin
