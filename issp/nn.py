@@ -212,7 +212,7 @@ def _stays_dense(layer: layers.Layer, keep: Keep | None, mask: str) -> str | Non
         return f"groups = {module.groups}"
     if getattr(module, "padding_mode", "zeros") != "zeros":
         return f'padding_mode "{module.padding_mode}"'
-    if keep is not None and getattr(keep, "tail", "error") == "dense":
+    if keep is not None and keep.tail == "dense":
         rows, inputs = weight.shape[:2]
         if inputs % keep.of or rows % keep.v:
             return f"{keep} does not divide its weight {tuple(weight.shape)}"

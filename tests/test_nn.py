@@ -332,13 +332,30 @@ def test_convert_changes_nothing_where_one_layer_does_not_suit():
     assert [type(m) for m in net.modules()] == kinds
 
 
-@pytest.mark.skipif("tail" not in Keep.__dataclass_fields__, reason="Keep has no tail yet")
 def test_convert_leaves_tails_dense_where_asked():
     keep = Keep(2, of=4, tail="dense")
     net = pruned_net(keep)
     dense = convert(net, keep=keep)
     assert "does not divide its weight (8, 3, 3, 3)" in dense["head"]
     assert isinstance(net.out, NMLinear)
+
+
+def test_a_pruned_model_becomes_one_of_sparse_layers():
+    """ISS-P in N:M from the first step to sparse layers, whose results are the dense ones."""
+    keep = Keep(1, of=4, v=2, tail="dense")
+    net, x = Net(), torch.randn(2, 3, 6, 5)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    pruner = issp.attach(net, optimizer, sparsity=keep, shrink=0.5)
+    for _ in range(4):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+    pruner.finalize()
+    expected = net(x)
+    dense = convert(net, keep=keep)
+    assert set(dense) == {"head", "grouped", "mirrored", "tied", "tied_too"}
+    assert net.body[0].sparsity == 0.75
+    torch.testing.assert_close(net(x), expected)
 
 
 def test_second_derivatives_of_a_moving_mask_say_why_not():
