@@ -16,6 +16,18 @@ namespace issp {
 constexpr int kMaxSegment = 4;  // vectors per row of a register block
 constexpr int kMaxRows = 16;    // rows of a register block
 
+// Entries that are summed before the sum is added to the result: a single run over all of them
+// would lose two to three times the precision of a dense convolution, which blocks its sums.
+constexpr int64_t kRun = 32;
+
+// Most rows of a register block of `i` rows of the weight and `segment` vectors, where `registers`
+// accumulators leave room for operands. Sixteen hide the latency of a multiply-add; more of them
+// save loads where several rows of the weight share a pixel.
+constexpr int most_rows(int i, int segment, int registers) {
+  const int rows = (i == 1 ? registers * 2 / 3 : registers) / (i * segment);
+  return rows < kMaxRows ? rows : kMaxRows;
+}
+
 // Real: float, or double for double.
 template <typename Real>
 struct ProductKernels {

@@ -23,10 +23,7 @@ ISSP_INLINE void store(const typename Simd<Real>::Vector& from, Real* to) {
 
 // Per entry: I broadcasts, R * S loads and I * R * S multiply-adds, whose accumulators stay in
 // registers. With I = 1 the loads are the limit (two per cycle, as many as multiply-adds), with
-// I = 4 the multiply-adds. Sums are taken in runs of kRun entries and the runs added up: a single
-// run would lose two to three times the precision of a dense convolution, which blocks its sums.
-constexpr int64_t kRun = 32;
-
+// I = 4 the multiply-adds. Sums are taken in runs of kRun entries and the runs added up.
 template <typename Real, int I, int S, int R>
 ISSP_TARGET void multiply(const Real* tile, int64_t row_stride, const int32_t* offsets,
                           const Real* values, int64_t value_stride, int64_t count, const Real* bias,
@@ -304,14 +301,6 @@ ISSP_TARGET void activate(Real* line, int64_t count, int activation, const Real*
   for (int64_t i = 0; i < count; ++i) line[i] += residual[i];
 }
 
-// Most rows of a register block; 16 accumulators hide the latency of a multiply-add, more of them
-// save loads where several rows of the weight share a pixel.
-constexpr int most_rows(int i, int segment) {
-  const int budget = i == 1 ? ISSP_REGISTERS * 2 / 3 : ISSP_REGISTERS;
-  const int rows = budget / (i * segment);
-  return rows < kMaxRows ? rows : kMaxRows;
-}
-
 template <typename Real, int I, int S, int R>
 void fill_rows(ProductKernels<Real>& kernels, int log) {
   if constexpr (R > 0) {
@@ -323,7 +312,7 @@ void fill_rows(ProductKernels<Real>& kernels, int log) {
 
 template <typename Real, int I, int S = 1>
 void fill(ProductKernels<Real>& kernels, int log) {
-  constexpr int rows = most_rows(I, S);
+  constexpr int rows = most_rows(I, S, ISSP_REGISTERS);
   if constexpr (rows > 0) {
     kernels.segment[log] = S;
     kernels.rows[log][S - 1] = rows;

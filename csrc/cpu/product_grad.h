@@ -18,7 +18,7 @@ struct GradRun {
   const ProductKernels<Real>& kernels;
   const Convolution& call;
   const Tiling& tiling;
-  const Lists<Real>& lists;
+  const Lists<int32_t>& lists;
 
   // The gradient as an image of its own, cut like the product's result.
   Geometry grad_geometry() const {
@@ -54,7 +54,7 @@ struct GradRun {
                       size_t(size) * sizeof(Real));
         }
         kernels.dot[log][tiling.segment - 1][rows - 1](tile, tiling.row_stride,
-                                                       lists.offsets.get() + first, count, packed,
+                                                       lists.entries.get() + first, count, packed,
                                                        sums + first * v + i, v);
         i += int64_t(1) << log;
       }
@@ -114,7 +114,8 @@ inline void values_grad(const Convolution& call, bool tokens, const Tensor& x, c
     const ProductKernels<Real>& kernels = product_kernels<Real>();
     const Tiling tiling =
         choose_tiling(kernels, call.geometry, rows_log(call.product.v), tokens, 1);
-    const Lists<Real> lists = translate<Real>(call.geometry, tiling, call.product, columns, starts);
+    const Lists<int32_t> lists =
+        translate(call.product, columns, starts, tile_offsets(call.geometry, tiling));
     const GradRun<T> run = {kernels, call, tiling, lists};
     run(x.const_data_ptr(), grad.const_data_ptr(),
         static_cast<typename T::Bits*>(to.mutable_data_ptr()),

@@ -9,14 +9,14 @@
 
 namespace issp {
 
-// The sparse weight as the kernels read it.
-template <typename Real>
+// The sparse weight as the kernels read it; Entry says where an entry finds its pixels.
+template <typename Entry>
 struct Lists {
-  std::unique_ptr<int32_t[]> offsets;  // [E], into a tile
-  const int32_t* starts;               // [blocks + 1]
+  std::unique_ptr<Entry[]> entries;  // [E]
+  const int32_t* starts;             // [blocks + 1]
 };
 
-// Offsets of all positions of a row of the weight.
+// Offsets into a tile of all positions of a row of the weight.
 inline std::vector<int32_t> tile_offsets(const Geometry& by, const Tiling& tiling) {
   std::vector<int32_t> at(size_t(by.length()));
   for (int64_t tap = 0; tap < by.taps(); ++tap) {
@@ -28,15 +28,15 @@ inline std::vector<int32_t> tile_offsets(const Geometry& by, const Tiling& tilin
   return at;
 }
 
-// Checks every position and translates it. Two plain loops over a block, which the compiler can
-// turn into vectors: 0.4 ns per entry on one thread.
-template <typename Real>
-Lists<Real> translate(const Geometry& by, const Tiling& tiling, const Product& product,
-                      const Tensor& columns, const Tensor& starts) {
+// Checks every position and translates it by the table `at`. Plain loops, which the compiler can
+// turn into vectors.
+template <typename Entry>
+Lists<Entry> translate(const Product& product, const Tensor& columns, const Tensor& starts,
+                       const std::vector<Entry>& at) {
   const auto* const column = static_cast<const int32_t*>(columns.const_data_ptr());
-  Lists<Real> lists;
+  Lists<Entry> lists;
   lists.starts = static_cast<const int32_t*>(starts.const_data_ptr());
-  lists.offsets.reset(new int32_t[size_t(product.entries) + 1]);
+  lists.entries.reset(new Entry[size_t(product.entries) + 1]);
   bool ascending = lists.starts[0] == 0 && lists.starts[product.blocks] == product.entries;
   for (int64_t b = 0; b < product.blocks; ++b) {
     ascending &= lists.starts[b] <= lists.starts[b + 1];
@@ -44,7 +44,6 @@ Lists<Real> translate(const Geometry& by, const Tiling& tiling, const Product& p
   if (!ascending) {
     refuse("starts must ascend from 0 to the ", product.entries, " entries of columns");
   }
-  const std::vector<int32_t> at = tile_offsets(by, tiling);
   const auto length = uint32_t(at.size());
   bool inside = true;
   for (int64_t e = 0; e < product.entries; ++e) inside &= uint32_t(column[e]) < length;
@@ -58,7 +57,7 @@ Lists<Real> translate(const Geometry& by, const Tiling& tiling, const Product& p
     }
   }
   if (!ascending) refuse("columns must ascend strictly within each block: sort the entries");
-  for (int64_t e = 0; e < product.entries; ++e) lists.offsets[e] = at[uint32_t(column[e])];
+  for (int64_t e = 0; e < product.entries; ++e) lists.entries[e] = at[uint32_t(column[e])];
   return lists;
 }
 
@@ -123,7 +122,7 @@ struct ProductRun {
   const ProductKernels<Real>& kernels;
   const Convolution& call;
   const Tiling& tiling;
-  const Lists<Real>& lists;
+  const Lists<int32_t>& lists;
   const Real* values;
   const Real* bias;  // null: none
 
@@ -140,7 +139,7 @@ struct ProductRun {
         Real* const direct = keep ? nullptr : writer.direct(at, o, rows);
         Real* const to = direct ? direct : keep ? acc + o * size : acc;
         kernels.multiply[log][tiling.segment - 1][rows - 1](
-            tile, tiling.row_stride, lists.offsets.get() + first, values + first * v + i, v, count,
+            tile, tiling.row_stride, lists.entries.get() + first, values + first * v + i, v, count,
             bias ? bias + o : nullptr, to, direct ? Tiling::pixels(call.geometry) : size);
         if (!keep && !direct) {
           for (int64_t k = 0; k < 1 << log; ++k) writer.write(at, o + k, rows, acc + k * size);

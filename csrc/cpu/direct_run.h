@@ -1,0 +1,175 @@
+// A sparse product without tiles: which calls it suits, and its run over the units of the result.
+#pragma once
+
+#include <unistd.h>
+
+#include <numeric>
+
+#include "direct.h"
+#include "product_run.h"
+
+namespace issp {
+
+class DirectRun {
+ public:
+  // A pointwise convolution knows no rows: its pixels are seen as rows of one vector.
+  static Geometry seen(const Geometry& by, int64_t lanes) {
+    Geometry g = by;
+    if (is_pointwise(by) && Tiling::pixels(by) % lanes == 0) {
+      g.input = g.size = {Tiling::pixels(by) / lanes, lanes};
+    }
+    return g;
+  }
+
+  DirectRun(const DirectKernels& direct, const ProductKernels<float>& kernels,
+            const Convolution& call, int64_t members)
+      : direct_(direct),
+        kernels_(kernels),
+        product_(call.product),
+        by_(seen(call.geometry, kernels.lanes)) {
+    const int log = rows_log(product_.v);
+    segment_ = choose_segment(kernels, log, by_, 0);
+    across_ = parts(by_.size[1], segment_ * kernels.lanes);
+    const int64_t most = std::min<int64_t>(kernels.rows[log][segment_ - 1], by_.size[0]);
+    const int64_t wanted = parts(members, std::max<int64_t>(1, by_.batch * across_));
+    const int64_t down = std::max(parts(by_.size[0], most), std::min(wanted, by_.size[0]));
+    rows_ = parts(by_.size[0], down);
+    down_ = parts(by_.size[0], rows_);
+    for (int64_t a = 0; a < across_; ++a) {
+      for (int64_t kx = 0; kx < by_.kernel[1]; ++kx) {
+        const int64_t first = a * width() + shift(1, kx);
+        const int64_t last = first + (segment_of(a) - 1) * kernels_.lanes;
+        columns_.push_back({lanes_within(first, by_.input[1]), lanes_within(last, by_.input[1])});
+      }
+    }
+  }
+
+  // Whether masks at both ends of a row are all that the borders need, and whether what a unit sees
+  // stays in L2: planes a large power of two apart fall into a few of its sets.
+  bool suits() const {
+    const int64_t plane = by_.input[0] * by_.input[1];
+    if (by_.stride != Pair{1, 1} || by_.upsample != Pair{1, 1}) return false;
+    if (by_.channels * plane + plane > INT32_MAX || by_.kernel[1] > UINT16_MAX ||
+        by_.kernel[0] > UINT16_MAX) {
+      return false;
+    }
+    for (int64_t a = 0; a < across_; ++a) {
+      for (int64_t kx = 0; kx < by_.kernel[1]; ++kx) {
+        const int64_t begin = a * width() + kernels_.lanes + shift(1, kx);
+        const int64_t end = begin + (segment_of(a) - 2) * kernels_.lanes;
+        if (begin < end && (begin < 0 || end > by_.input[1])) return false;
+      }
+    }
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    const int64_t cache = found > 0 ? found : 1 << 20, sets = cache / 16;
+    const int64_t apart = std::gcd(plane * int64_t(sizeof(float)), sets);
+    const int64_t seen =
+        (rows_ + (by_.kernel[0] - 1) * by_.dilation[0]) * by_.input[1] * int64_t(sizeof(float));
+    return by_.channels * seen <= std::min(sets, sets / apart * seen) * 8;
+  }
+
+  // What every position of a row of the weight means for a unit.
+  std::vector<DirectEntry> positions() const {
+    std::vector<DirectEntry> at;
+    at.reserve(size_t(by_.length()));
+    for (int64_t c = 0; c < by_.channels; ++c) {
+      for (int64_t ky = 0; ky < by_.kernel[0]; ++ky) {
+        for (int64_t kx = 0; kx < by_.kernel[1]; ++kx) {
+          const int64_t row = c * by_.input[0] + shift(0, ky);
+          at.push_back({int32_t(row * by_.input[1] + shift(1, kx)), uint16_t(kx), uint16_t(ky)});
+        }
+      }
+    }
+    return at;
+  }
+
+  void operator()(const Lists<DirectEntry>& lists, const float* x, const float* values,
+                  const float* bias, const float* residual, float* y, int64_t members) const {
+    const int64_t units = by_.batch * across_ * down_, count = std::min(members, units);
+    for_members(count, [&](int64_t member) {
+      std::vector<uint16_t> within(size_t(by_.kernel[0] * kMaxRows));
+      for (int64_t u = units * member / count; u < units * (member + 1) / count; ++u) {
+        unit(u, lists, x, values, bias, residual, y, within.data());
+      }
+    });
+  }
+
+ private:
+  static int64_t parts(int64_t whole, int64_t part) {
+    return std::max<int64_t>(1, (whole + part - 1) / std::max<int64_t>(1, part));
+  }
+  int64_t width() const { return segment_ * kernels_.lanes; }
+  int64_t segment_of(int64_t a) const {
+    return std::min(segment_, parts(by_.size[1] - a * width(), kernels_.lanes));
+  }
+  int64_t shift(int axis, int64_t tap) const {
+    return tap * by_.dilation[size_t(axis)] - by_.padding[size_t(axis)];
+  }
+
+  // Lanes of the vector at `column` that lie in 0..limit - 1.
+  uint16_t lanes_within(int64_t column, int64_t limit) const {
+    unsigned mask = 0;
+    for (int l = 0; l < kernels_.lanes; ++l) {
+      mask |= unsigned(column + l >= 0 && column + l < limit) << l;
+    }
+    return uint16_t(mask);
+  }
+
+  // One register block of the result, all rows of the weight.
+  void unit(int64_t u, const Lists<DirectEntry>& lists, const float* x, const float* values,
+            const float* bias, const float* residual, float* y, uint16_t* within) const {
+    const int64_t image = u / (across_ * down_), a = u / down_ % across_, top = u % down_ * rows_;
+    const int64_t rows = std::min(rows_, by_.size[0] - top), segment = segment_of(a);
+    const int64_t reach = (by_.kernel[0] - 1) * by_.dilation[0];
+    const bool edge = top + shift(0, 0) < 0 || top + rows - 1 + shift(0, 0) + reach >= by_.input[0];
+    for (int64_t ky = 0; edge && ky < by_.kernel[0]; ++ky) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = top + r + shift(0, ky);
+        within[ky * kMaxRows + r] = at >= 0 && at < by_.input[0] ? 0xffff : 0;
+      }
+    }
+    const int64_t plane = by_.size[0] * by_.size[1], corner = top * by_.size[1] + a * width();
+    const int64_t last = a * width() + (segment - 1) * kernels_.lanes;
+    const DirectCall call = {
+        &columns_[size_t(a * by_.kernel[1])], within, by_.input[1], by_.size[1], plane,
+        lanes_within(last, by_.size[1])};
+    const float* const seen =
+        x + image * by_.channels * by_.input[0] * by_.input[1] + top * by_.input[1] + a * width();
+    const auto& table = edge ? direct_.edge : direct_.inner;
+    for (int64_t b = 0; b < product_.blocks; ++b) {
+      const int64_t first = lists.starts[b], count = lists.starts[b + 1] - first;
+      for (int64_t i = 0; i < product_.v;) {
+        const int log = rows_log(product_.v - i);
+        const int64_t o = b * product_.v + i, at = (image * by_.rows + o) * plane + corner;
+        table[log][segment - 1][rows - 1](call, seen, lists.entries.get() + first,
+                                          values + first * product_.v + i, product_.v, count,
+                                          bias ? bias + o : nullptr, y + at);
+        if (product_.activation != Activation::kNone || residual) {
+          finish(1 << log, rows, std::min(width(), by_.size[1] - a * width()), plane,
+                 residual ? residual + at : nullptr, y + at);
+        }
+        i += int64_t(1) << log;
+      }
+    }
+  }
+
+  void finish(int count, int64_t rows, int64_t columns, int64_t plane, const float* residual,
+              float* y) const {
+    for (int i = 0; i < count; ++i) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = i * plane + r * by_.size[1];
+        kernels_.activate(y + at, columns, int(product_.activation),
+                          residual ? residual + at : nullptr);
+      }
+    }
+  }
+
+  const DirectKernels& direct_;
+  const ProductKernels<float>& kernels_;
+  const Product product_;
+  const Geometry by_;
+  int64_t segment_, across_, rows_, down_;
+  std::vector<DirectColumn> columns_;  // [across][kernel width]
+};
+
+}  // namespace issp
