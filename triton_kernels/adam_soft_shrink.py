@@ -31,6 +31,7 @@ from .updates import (
     power,
     rate,
     run,
+    selects,
 )
 
 
@@ -89,7 +90,7 @@ def adam(
                 tl.store(flips + t, 0)
     if COUNT:
         tl.debug_barrier()  # what follows reads the tiles in another layout than they were written
-        if t < pruned:
+        if (t < pruned) & selects(beside):
             wanted = tl.load(k + t)
             if (wanted >= 0) & (wanted <= n):
                 source = pointer(address, "float32", False)
@@ -130,8 +131,6 @@ def adam_soft_shrink_(
     span: int | None = None,
 ) -> None:
     """See `adam_soft_shrink_` in the schemas."""
-    if patterns:
-        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
     scalars = [x for value in (lr, beta1, beta2, eps, weight_decay) for x in halves(value)]
     rule = {
         "COUPLED": weight_decay != 0 and not decoupled,
@@ -141,5 +140,5 @@ def adam_soft_shrink_(
     run(
         adam, scalars, rule, weights, grads, [exp_avgs, exp_avg_sqs, steps], lr_tensor,
         grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf, frozen, bracket,
-        tile, span,
+        patterns, tile, span,
     )  # fmt: skip

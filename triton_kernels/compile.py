@@ -27,9 +27,9 @@ from .apply_masks import apply_masks
 from .compile_products import PRODUCT_ARGUMENTS, PRODUCT_KERNELS, product_variants
 from .count_zeros import zeros
 from .magnitude_statistics import CHUNK, MERGE_LAUNCH, merge, parts
-from .nm_prune import LAUNCH as SMALL_LAUNCH
-from .nm_prune import TILE as SMALL_TILE
-from .nm_prune import rank_groups, sum_rows
+from .nm_shrink import LAUNCH as GROUP_LAUNCH
+from .nm_shrink import TILE as GROUP_TILE
+from .nm_shrink import shrink_groups
 from .regularize import regularize
 from .select import radix_pass
 from .sgd_soft_shrink import sgd
@@ -45,7 +45,7 @@ _VALUES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64
 # `values` for one to numbers of their dtype, `sums` for one to sums of them.
 _ARGUMENTS = {
     "rows": "*i64", "tiles": "*i32", "k": "*i64", "work": "*i64", "flips": "*i64",
-    "thresholds": "bits", "weight": "bits", "out": "bits", "scores": "bits",
+    "thresholds": "bits", "patterns": "*i64", "offset": "i64",
     "masks": "*i32", "scratch": "*i32", "found_inf": "*fp32", "counts": "*i64",
     "sums": "*fp64", "statistics": "*fp64", "table": "*i64", "arrivals": "*i32",
     "lr_tensor": "*fp32", "grad_scale": "*fp32",
@@ -73,9 +73,10 @@ def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
         frozen = update | {"FROZEN": True, "COUNT": False, "TILE": TILE // 2}
         yield adam, frozen | {"COUPLED": False, "DECOUPLED": True}, UPDATE_LAUNCH
         yield sgd, update | {"DECAY": True, "MOMENTUM": True, "NESTEROV": True}, UPDATE_LAUNCH
-    small = {"DTYPE": dtype, "TILE": SMALL_TILE}
-    yield sum_rows, small, SMALL_LAUNCH
-    yield rank_groups, small | {"INDEX": tl.int32}, SMALL_LAUNCH
+    for places in (4, 32, 128):
+        shape = {"DTYPE": dtype, "PLACES": places, "GROUPS": GROUP_TILE // places}
+        yield shrink_groups, shape | {"INDEX": tl.int32}, GROUP_LAUNCH
+    yield shrink_groups, shape | {"INDEX": tl.int64}, GROUP_LAUNCH
 
 
 _SHOWN = ("PRECISION", "V", "ROWS", "PIXELS")  # constants of a product
@@ -92,8 +93,6 @@ def _source(kernel, constants: dict, dtype: str) -> ASTSource:
         types[name] = pointers.get(kind, kind)
     if "factors" in types:
         types["factors"] = "*fp64" if dtype == "float64" else "*fp32"
-    if kernel is sum_rows:
-        types["scores"] = "*i64" if dtype == "float64" else "*i32"
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)

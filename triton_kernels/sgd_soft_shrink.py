@@ -15,7 +15,7 @@ from torch import Tensor
 from .semantics import factor
 from .soft_shrink import count_span
 from .tables import TILE, halves, locate, overflowed, pointer
-from .updates import float_pointer, gradient, kept_tile, rate, run, sgd_updated
+from .updates import float_pointer, gradient, kept_tile, rate, run, selects, sgd_updated
 
 
 @triton.jit(
@@ -63,7 +63,7 @@ def sgd(
             tl.store(flips + t, 0)
     if COUNT:
         tl.debug_barrier()  # what follows reads the tiles in another layout than they were written
-        if t < pruned:
+        if (t < pruned) & selects(beside):
             wanted = tl.load(k + t)
             if (wanted >= 0) & (wanted <= n):
                 source = pointer(address, "float32", False)
@@ -102,8 +102,6 @@ def sgd_soft_shrink_(
     span: int | None = None,
 ) -> None:
     """See `sgd_soft_shrink_` in the schemas."""
-    if patterns:
-        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
     scalars = [x for value in (lr, momentum, dampening, weight_decay) for x in halves(value)]
     rule = {
         "DECAY": weight_decay != 0,
@@ -114,5 +112,5 @@ def sgd_soft_shrink_(
     columns = [momentum_buffers, first] if momentum else []
     run(
         sgd, scalars, rule, weights, grads, columns, lr_tensor, grad_scale, k, shrink, thresholds,
-        masks, flips, scratch, found_inf, frozen, bracket, tile, span,
+        masks, flips, scratch, found_inf, frozen, bracket, patterns, tile, span,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """soft_shrink_: select the k smallest |w| of every tensor, shrink them, refresh masks and flips.
 
-Two launches for the whole model, steady state or not:
+Two launches for the whole model, steady state or not, and one for its N:M tensors (nm_shrink.py):
 
 1. count   a program per tile, or per 8 tiles of a large model. The previous threshold tau brackets
            the next one: right after a shrink the k-th magnitude is exactly fl(alpha tau), and one
@@ -32,6 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .nm_shrink import TILE as GROUP_TILE
+from .nm_shrink import grouped, shrink_all
 from .select import (
     bit_length,
     conclude,
@@ -276,12 +278,19 @@ def soft_shrink_(
     span: int | None = None,
 ) -> None:
     """See `soft_shrink_` in the schemas. The first call of a run is quicker with bracket=False."""
-    if patterns:
-        raise NotImplementedError("N:M patterns are not served here yet: prune by ratios")
     if scratch.data_ptr() % 8:
         raise ValueError("scratch does not start on 8 bytes: allocate it as a tensor of its own")
     dtype = weights[0].dtype
-    found = tables(weights, tile, span)
+    by_groups = grouped(patterns, len(weights))
+    if by_groups:
+        shrink_all(
+            weights, patterns, k, shrink, thresholds, masks, flips, scratch, found_inf,
+            tile=min(tile, GROUP_TILE),
+        )  # fmt: skip
+        if len(by_groups) == len(weights):
+            return
+    rest = [t for t in range(len(weights)) if t not in by_groups] if by_groups else None
+    found = tables(weights, tile, span, rest)
     name = name_of(dtype)
     options = {"DTYPE": name, "SPAN": found.span, "TILE": tile, **launch(name, found.aligned)}
     factors = halves(shrink)

@@ -96,10 +96,37 @@ def tables(
     device = tensors[0].device
 
     def build() -> Tables:
-        found = _build(pointers, numels, tile, span or _span(numels, tile), keep)
+        own = span or _span(numels, tile)
+        found = _build(pointers, numels, [-(-n // (tile * own)) for n in numels], own, keep)
         return found._replace(rows=found.rows.to(device), tiles=found.tiles.to(device))
 
     return _remembered(name, device, build)
+
+
+def group_tables(
+    tensors: Sequence[Tensor],
+    patterns: Sequence[tuple[int, ...]],
+    keep: Sequence[int],
+    groups: int,
+) -> tuple[Tables, Tensor]:
+    """The tables of tensors in groups of weights, and a table of one row of numbers per tensor.
+
+    Args:
+        tensors: as in `tables`.
+        patterns: 8 numbers for every tensor, of which the sixth counts its groups.
+        keep: which tensors get programs.
+        groups: how many a program takes.
+    """
+    pointers, numels = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
+    device = tensors[0].device
+
+    def build() -> tuple[Tables, Tensor]:
+        programs = [-(-pattern[5] // groups) for pattern in patterns]
+        found = _build(pointers, numels, programs, 1, keep)
+        found = found._replace(rows=found.rows.to(device), tiles=found.tiles.to(device))
+        return found, torch.tensor(patterns, dtype=torch.int64).to(device)
+
+    return _remembered((pointers, numels, groups, tuple(patterns), tuple(keep)), device, build)
 
 
 def uploaded(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -143,14 +170,13 @@ def _span(numels: Sequence[int], tile: int) -> int:
 def _build(
     pointers: Sequence[int],
     numels: Sequence[int],
-    tile: int,
+    programs: Sequence[int],
     span: int,
     keep: Sequence[int] | None,
 ) -> Tables:
     # Largest first: what the last program of a tensor adds at the end (the selection) is short for
     # the tensors that finish the launch.
     order = sorted(range(len(numels)) if keep is None else keep, key=lambda t: -numels[t])
-    programs = [-(-n // (tile * span)) for n in numels]
     first = dict(zip(order, starts([programs[t] for t in order]), strict=True))
     masks = starts([mask_words(n) for n in numels])
     regions = starts([region_words(n) for n in numels], SCRATCH_HEADER)

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .apply_masks import pruned_in_tile
+from .nm_shrink import TILE as GROUP_TILE
+from .nm_shrink import grouped, shrink_all
 from .select import radix_search
 from .semantics import factor
 from .soft_shrink import AXIS, apply
@@ -30,12 +32,21 @@ COLUMNS = 5  # of the table of what stands beside a weight: gradient, its dtype,
 
 
 def rows_beside(
-    grads: Sequence[Tensor], columns: Sequence[Sequence[Tensor | bool]]
+    grads: Sequence[Tensor],
+    columns: Sequence[Sequence[Tensor | bool]],
+    grouped: Sequence[int] = (),
 ) -> list[tuple[int, ...]]:
-    """Per weight: the gradient's address, 1 if it is bfloat16, then addresses or flags."""
+    """Per weight: the gradient's address, what it is, then addresses or flags.
+
+    What it is: 1 if it is bfloat16, plus 2 if the weight is among the `grouped`, which have an N:M
+    pattern.
+    """
     lists = [[x.data_ptr() if isinstance(x, Tensor) else int(x) for x in c] for c in columns]
     lists += [[0] * len(grads)] * (COLUMNS - 2 - len(lists))
-    own = [(g.data_ptr(), int(g.element_size() == 2)) for g in grads]
+    own = [
+        (g.data_ptr(), int(g.element_size() == 2) + 2 * int(t in grouped))
+        for t, g in enumerate(grads)
+    ]
     return [(*mine, *others) for mine, *others in zip(own, *lists, strict=True)]
 
 
@@ -93,10 +104,16 @@ def float_pointer(row, column):
 
 
 @triton.jit
+def selects(row):
+    """Whether the update's launch counts what is to be selected of a pruned weight."""
+    return (tl.load(row + 1) & 2) == 0
+
+
+@triton.jit
 def gradient(row, at, place, inside, grad_scale, MAXIMIZE: tl.constexpr):
     """The tile at `at` of the gradient: widened, unscaled, its sign turned to maximize."""
     address = tl.load(row)
-    if tl.load(row + 1) == 1:
+    if (tl.load(row + 1) & 1) == 1:
         narrow = tl.load(address.to(tl.pointer_type(tl.int16)) + at + place, mask=inside, other=0)
         g = (narrow.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
@@ -163,7 +180,8 @@ def run(
     kernel: Callable, scalars: list[int], rule: dict[str, bool], weights: list[Tensor],
     grads: list[Tensor], columns: list[list], lr_tensor: Tensor | None, grad_scale: Tensor | None,
     k: Tensor, shrink: float, thresholds: Tensor, masks: Tensor, flips: Tensor, scratch: Tensor,
-    found_inf: Tensor | None, frozen: bool, bracket: bool, tile: int, span: int | None,
+    found_inf: Tensor | None, frozen: bool, bracket: bool, patterns: Sequence[int], tile: int,
+    span: int | None,
 ) -> None:  # fmt: skip
     """Launches an optimizer's kernel, and behind it what it leaves of the selection.
 
@@ -172,14 +190,19 @@ def run(
         scalars: the optimizer's numbers, each as two halves.
         rule: its constants.
         columns: the further lists that stand beside the weights; see `rows_beside`.
+        patterns: as in the schemas; what has one is updated only, then selected from by a launch of
+            its own, for which the weights are read and written once more.
     """
     if scratch.data_ptr() % 8:
         raise ValueError("scratch does not start on 8 bytes: allocate it as a tensor of its own")
+    by_groups = set() if frozen else set(grouped(patterns, k.numel()))
     if frozen:
         tile //= 2  # the masks take what 4 of 8 elements leave
     found = tables(weights, tile, span)
-    table, arrivals = uploaded(rows_beside(grads, columns), weights[0].device)
-    count, select = k.numel(), k.numel() > 0 and not frozen
+    table, arrivals = uploaded(rows_beside(grads, columns, by_groups), weights[0].device)
+    count = k.numel()
+    rest = [t for t in range(count) if t not in by_groups]
+    select = len(rest) > 0 and not frozen
     bits, factors = thresholds.view(torch.int32), halves(shrink)
     with torch.cuda.device_of(k):
         kernel[found.grid](
@@ -189,7 +212,7 @@ def run(
             AXIS=AXIS, **rule, **LAUNCH,
         )  # fmt: skip
         if select:
-            own = tables(weights[:count], tile, span)
+            own = tables(weights[:count], tile, span, rest)
             if not bracket:
                 radix_search(own, k, thresholds, tile, flips, scratch, found_inf)
             apply[own.grid](
@@ -197,3 +220,6 @@ def run(
                 DTYPE="float32", SPAN=own.span, TILE=tile, ALIGNED=own.aligned,
                 **launch("float32", own.aligned),
             )  # fmt: skip
+    if by_groups:
+        state = (thresholds, masks, flips, scratch, found_inf)
+        shrink_all(weights[:count], patterns, k, shrink, *state, tile=min(tile, GROUP_TILE))

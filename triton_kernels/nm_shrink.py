@@ -1,0 +1,266 @@
+"""N:M tensors of a call in one launch: whole groups per program, selected and shrunk in place.
+
+A program takes GROUPS groups that lie side by side, in tiles [PLACES, GROUPS] of 1024 weights; the
+size of groups and the rows that share a pattern are the tensor's, so that one launch serves all
+patterns of a model. A group of up to RANKED places is one tile, whose scores are compared with
+every other's; a larger one is cut where halving the range of scores leaves as many as are selected
+(31 rounds for float32, 15 for 16-bit weights, 63 for float64), then ranked among ties.
+
+Traffic per float32 weight: 4 bytes from and 4 to DRAM. A program reads its weights again, out of
+the L1 or L2 cache, for every comparison or round, and once more to shrink them, since no group of
+any size fits the registers. Masks change bit by bit, by an atomic for every bit that flips, which
+in training few do: 1/8 byte of mask is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .select import last_to_arrive
+from .semantics import factor, key, shrunk, widen
+from .tables import (
+    INTEGER,
+    group_tables,
+    halves,
+    locate,
+    mask_start,
+    name_of,
+    overflowed,
+    pointer,
+    region,
+)
+
+# Small, since every weight holds its score, rank, address and mask bit in registers.
+TILE = 1024
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+RANKED: tl.constexpr = tl.constexpr(32)
+
+
+@triton.jit
+def score_at(source, at, valid, v, columns, DTYPE: tl.constexpr):
+    """Keys of the weights at `at`; with v > 1 those of |w| summed over v rows in row order."""
+    bits = tl.load(source + at, mask=valid, other=0)
+    score = key(bits)
+    if v > 1:
+        total = tl.abs(widen(bits, DTYPE))
+        for row in range(1, v):
+            below = tl.load(source + at + row * columns, mask=valid, other=0)
+            total += tl.abs(widen(below, DTYPE))
+        if DTYPE == "float64":
+            score = tl.where(total != total, 0x7FFFFFFFFFFFFFFF, total.to(tl.int64, bitcast=True))
+        else:
+            score = tl.where(total != total, 0x7FFFFFFF, total.to(tl.int32, bitcast=True))
+    return score
+
+
+@triton.jit
+def cut_groups(
+    source, first, valid, m, inner, v, columns, chosen, DTYPE: tl.constexpr, PLACES: tl.constexpr
+):  # fmt: skip
+    """tau and end of every group: selected is what is below tau, or equal at a place before end."""
+    WIDE: tl.constexpr = DTYPE == "float64"
+    SCORE: tl.constexpr = 63 if WIDE else 31
+    KEY: tl.constexpr = SCORE if WIDE or DTYPE == "float32" else 15
+    bits = tl.where(v == 1, KEY, SCORE)
+    base = tl.zeros_like(first).to(tl.int64 if WIDE else tl.int32)
+    rank = tl.zeros_like(first).to(tl.int32) + chosen
+    place = tl.arange(0, PLACES)[:, None]
+    for done in range(bits):
+        half = (base * 0 + 1) << (bits - 1 - done)
+        count = tl.zeros_like(rank)
+        for start in range(0, m, PLACES):
+            there = valid & (start + place < m)
+            at = first + (start + place).to(first.dtype) * inner
+            ahead = score_at(source, at, there, v, columns, DTYPE) - base
+            count += tl.sum((there & (ahead >= 0) & (ahead < half)).to(tl.int32), 0)[None, :]
+        above = count < rank
+        base = tl.where(above, base + half, base)
+        rank = tl.where(above, rank - count, rank)
+    end = tl.zeros_like(rank)
+    for start in range(0, m, PLACES):
+        there = valid & (start + place < m)
+        at = first + (start + place).to(first.dtype) * inner
+        equal = (there & (score_at(source, at, there, v, columns, DTYPE) == base)).to(tl.int32)
+        last = (equal == 1) & (tl.cumsum(equal, 0) == rank)
+        end += tl.sum(tl.where(last, start + place + 1, 0), 0)[None, :]
+        rank -= tl.sum(equal, 0)[None, :]
+    return base, end
+
+
+@triton.jit
+def rank_groups(
+    source, first, valid, m, inner, v, columns, chosen, DTYPE: tl.constexpr, PLACES: tl.constexpr
+):  # fmt: skip
+    """Of a tile of whole groups: what is selected."""
+    place = tl.arange(0, PLACES)[:, None]
+    there = valid & (place < m)
+    score = score_at(source, first + place.to(first.dtype) * inner, there, v, columns, DTYPE)
+    smaller = tl.zeros_like(score).to(tl.int32)
+    for j in range(m):
+        other = score_at(source, first + j * inner, valid, v, columns, DTYPE)
+        smaller += ((other < score) | ((other == score) & (j < place))).to(tl.int32)
+    return there & (smaller < chosen)
+
+
+@triton.jit
+def flip_bits(words, at, valid, kept):
+    """Makes the mask bits at `at` what `kept` says; returns how many change in each column."""
+    bit = (at & 31).to(tl.int32)
+    old = (tl.load(words + (at >> 5), mask=valid, other=0) >> bit) & 1
+    changed = valid & ((old == 1) != kept)
+    one = tl.zeros_like(bit) + 1
+    tl.atomic_xor(words + (at >> 5), one << bit, mask=changed, sem="relaxed")
+    return tl.sum(changed.to(tl.int32), 0)
+
+
+@triton.jit
+def clear_padding(words, n):
+    """Bits of a tensor's last line of mask words behind its last element."""
+    word = n // 32 + tl.arange(0, 16)
+    rest = tl.maximum(n - word * 32, 0).to(tl.int32)
+    owned = word < (n + 511) // 512 * 16
+    tl.atomic_and(words + word, (tl.zeros_like(rest) + 1 << rest) - 1, mask=owned, sem="relaxed")
+
+
+@triton.jit
+def settle(rows, t, programs, scratch, thresholds, flips, flipped, largest):
+    """Gathers flips and threshold in scratch; the tensor's last program hands them over."""
+    words, _ = region(rows, t, scratch)
+    counters = words.to(tl.pointer_type(tl.int64))  # arrivals, flips, largest key
+    tl.atomic_add(counters + 1, flipped.to(tl.int64), sem="relaxed")
+    tl.atomic_max(counters + 2, largest.to(tl.int64), sem="relaxed")
+    if last_to_arrive(counters, programs):
+        total = tl.load(counters + 1, cache_modifier=".cg")
+        threshold = tl.load(counters + 2, cache_modifier=".cg")
+        tl.debug_barrier()  # every warp has read them before one thread clears them
+        tl.store(counters + 1, 0)
+        tl.store(counters + 2, 0)
+        tl.store(flips + t, total)
+        tl.store(thresholds + t, threshold.to(thresholds.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["offset", "shrink_high", "shrink_low"])
+def shrink_groups(
+    rows, tiles, patterns, k, thresholds, masks, flips, scratch, found_inf, offset, shrink_high,
+    shrink_low, DTYPE: tl.constexpr, PLACES: tl.constexpr, GROUPS: tl.constexpr,
+    INDEX: tl.constexpr,
+):  # fmt: skip
+    """offset: bytes from the weights to where they are written, 0 in place."""
+    if overflowed(found_inf):
+        return
+    t, address, n, index, programs = locate(rows, tiles, tl.program_id(0))
+    own = patterns + t.to(tl.int64) * 8
+    n = n.to(INDEX)
+    columns, inner = tl.load(own).to(INDEX), tl.load(own + 1).to(INDEX)
+    m, v = tl.load(own + 2).to(tl.int32), tl.load(own + 3).to(tl.int32)
+    chosen = tl.load(own + 4).to(tl.int32)
+    if k is not None:
+        wanted = tl.load(k + t)
+        if (wanted != 0) & (wanted != (n // m).to(tl.int64) * chosen):
+            return
+        chosen = tl.where(wanted == 0, 0, chosen)
+    source = pointer(address, DTYPE, False)
+    target = pointer(address + offset, DTYPE, False)
+    words = masks + mask_start(rows, t)
+    group = index.to(INDEX) * GROUPS + tl.arange(0, GROUPS)[None, :]
+    valid = group < n // m // v
+    span = group // inner
+    per_band = columns // (m * inner)
+    first = span // per_band * v * columns + span % per_band * m * inner + group % inner
+    place = tl.arange(0, PLACES)[:, None]
+    LIMIT: tl.constexpr = PLACES if PLACES < RANKED else RANKED
+    ranked = m <= LIMIT
+    tau = tl.zeros([1, GROUPS], tl.int64 if DTYPE == "float64" else tl.int32)
+    end = tl.zeros([1, GROUPS], tl.int32)
+    small = tl.zeros([PLACES, GROUPS], tl.int1)
+    if ranked:
+        small = rank_groups(source, first, valid, m, inner, v, columns, chosen, DTYPE, PLACES)
+    else:
+        tau, end = cut_groups(source, first, valid, m, inner, v, columns, chosen, DTYPE, PLACES)
+    tl.debug_barrier()  # the whole program has read its groups before a weight is written
+    shrink = factor(shrink_high, shrink_low, DTYPE)
+    flipped = tl.zeros([GROUPS], tl.int32)
+    largest = tl.zeros([PLACES, GROUPS], tau.dtype)
+    for start in range(0, m, PLACES):
+        there = valid & (start + place < m)
+        at = first + (start + place).to(first.dtype) * inner
+        gone = small
+        if ranked == 0:
+            score = score_at(source, at, there, v, columns, DTYPE)
+            gone = there & ((score < tau) | ((score == tau) & (start + place < end)))
+        for row in range(v):
+            here = at + row * columns
+            bits = tl.load(source + here, mask=there, other=0)
+            tl.store(target + here, tl.where(gone, shrunk(bits, shrink, DTYPE), bits), mask=there)
+            largest = tl.maximum(largest, tl.where(gone, key(bits), 0).to(largest.dtype))
+            flipped += flip_bits(words, here, there, gone == 0)
+    if index == 0:
+        clear_padding(words, n)
+    if flips is not None:
+        total = tl.sum(flipped, 0)
+        settle(rows, t, programs, scratch, thresholds, flips, total, tl.max(tl.max(largest, 0), 0))
+
+
+def grouping(weight: Tensor, n: int, m: int, v: int) -> tuple[int, ...]:
+    """Columns of a row, distance of a group's elements, m, rows of a pattern, selected, groups.
+
+    v == 0 is layout "flat": one row of all elements. m == 0: no pattern.
+    """
+    if m == 0:
+        return (0,) * 8
+    inner, columns = 1, weight.numel()
+    if v > 0:
+        inner = columns // (weight.shape[0] * weight.shape[1])
+        columns //= weight.shape[0]
+    return columns, inner, m, max(1, v), m - n, weight.numel() // m // max(1, v), 0, 0
+
+
+def grouped(patterns: Sequence[int], count: int) -> list[int]:
+    """Which of the first `count` tensors have a pattern; `patterns` as in the schemas."""
+    return [t for t in range(count) if patterns and patterns[3 * t + 1]]
+
+
+def shrink_all(
+    weights: list[Tensor],
+    patterns: Sequence[int],
+    k: Tensor | None,
+    shrink: float,
+    thresholds: Tensor | None,
+    masks: Tensor,
+    flips: Tensor | None,
+    scratch: Tensor | None,
+    found_inf: Tensor | None = None,
+    out: Tensor | None = None,
+    tile: int = TILE,
+) -> None:
+    """One launch over all weights that have a pattern.
+
+    Args:
+        weights: those that masks and scratch are laid out over.
+        patterns: (n, m, v) of each, m == 0 where it has none.
+        k, thresholds, flips, scratch: as in soft_shrink_; all None: every group is selected from,
+            and only `out` and the masks, zero before, are written.
+        out: where the only weight's result goes; None: in place.
+        tile: weights of a tile.
+    """
+    chosen = grouped(patterns, len(weights))
+    if not chosen:
+        return
+    own = [grouping(w, *patterns[3 * t : 3 * t + 3]) for t, w in enumerate(weights)]
+    places = min(128, max(4, *(triton.next_power_of_2(own[t][2]) for t in chosen)))
+    groups = tile // places
+    found, rows = group_tables(weights, own, chosen, groups)
+    offset = 0 if out is None else out.data_ptr() - weights[0].data_ptr()
+    dtype = weights[0].dtype
+    bits = None if thresholds is None else thresholds.view(INTEGER[dtype])
+    with torch.cuda.device_of(masks):
+        shrink_groups[found.grid](
+            found.rows, found.tiles, rows, k, bits, masks, flips, scratch, found_inf, offset,
+            *halves(shrink), DTYPE=name_of(dtype), PLACES=places, GROUPS=groups,
+            INDEX=tl.int64 if max(w.numel() for w in weights) >= 2**31 else tl.int32, **LAUNCH,
+        )  # fmt: skip
