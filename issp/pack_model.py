@@ -48,8 +48,8 @@ def pack(
         per layer, and `report.lines`. Its outputs equal the dense ones within twice their error.
 
     Raises:
-        TypeError, ValueError: no model, a pattern that matches no layer, or a model that has
-            something called `report`.
+        TypeError, ValueError: no model, one on another device than CPU and CUDA, a pattern that
+            matches no layer, or a model that has something called `report`.
         RuntimeError: a sparse layer's result is further from float64 than allowed.
     """
     if not isinstance(model, nn.Module):
@@ -57,6 +57,8 @@ def pack(
     if hasattr(model, "report"):
         raise ValueError('the model has an attribute "report" already: rename it')
     args = example if isinstance(example, tuple) else (example,)
+    if _device(model) not in _ROWS:
+        raise ValueError(f"the model is on {_device(model)}: move it to the CPU or a CUDA device")
     root = nn.Sequential(copy.deepcopy(layers.unwrap(model)))
     modes = {module: module.training for module in root.modules()}
     root.eval()
@@ -107,8 +109,8 @@ def _inputs(model: nn.Module, args: tuple) -> dict[nn.Module, list[tuple]]:
     """Distinct (shape, channels_last, dtype) of what each layer meets."""
     found: dict[nn.Module, list[tuple]] = {}
 
-    def note(module: nn.Module, given: tuple) -> None:
-        x = given[0]
+    def note(module: nn.Module, given: tuple, named: Mapping[str, Any]) -> None:
+        x = given[0] if given else named["input"]
         last = x.dim() == 4 and not x.is_contiguous()
         last = last and x.is_contiguous(memory_format=torch.channels_last)
         seen = found.setdefault(module, [])
@@ -116,7 +118,7 @@ def _inputs(model: nn.Module, args: tuple) -> dict[nn.Module, list[tuple]]:
             seen.append((tuple(x.shape), last, x.dtype))
 
     hooks = [
-        m.register_forward_pre_hook(note)
+        m.register_forward_pre_hook(note, with_kwargs=True)
         for m in model.modules()
         if isinstance(m, nn.Conv2d | nn.Linear)
     ]
@@ -262,7 +264,9 @@ def _key(module: nn.Module, inputs: Sequence[tuple], sparse: Mapping[str, Any]) 
     parts.append("bias" if module.bias is not None else "no bias")
     for shape, last, dtype in inputs:
         parts.append(f"x {'x'.join(map(str, shape))} {dtype}" + " channels_last" * last)
-    numel = module.weight.numel()
+    device, numel = module.weight.device.type, module.weight.numel()
+    if torch.is_autocast_enabled(device):
+        parts.append(f"autocast {torch.get_autocast_dtype(device)}")
     for name, new in sparse.items():
         # Two digits: layers that differ in a handful of weights share a measurement.
         share = new.values.numel() / numel if hasattr(new, "values") else 0.5

@@ -118,6 +118,13 @@ class TestReport:
         assert report.share(report.entries[0]) == pytest.approx(0.5)  # 2 GFLOP at 1 TFLOP/s
         assert report.share(report.entries[1]) == pytest.approx(0.75)  # 6 MB at 2 GB/s
 
+    def test_a_row_without_the_first_mode_is_judged_by_the_next(self):
+        report = report_of(entry("dense fp32", 4e-3, True), entry("torch CSR", 1.0))
+        report.modes = ["graph", "warm"]
+        report.entries[0].task.samples["graph"] = [2e-3]
+        assert [report.seconds(e) for e in report.entries] == [2e-3, 1.0]
+        assert report.seconds(report.entries[1], "graph") is None
+
     def test_what_could_not_be_timed_is_a_dash(self):
         failed = entry("issp rows", 1.0, sparsity=0.9, actual=0.9)
         failed.task.samples.clear()

@@ -160,6 +160,18 @@ class TestResults:
         packed = issp.pack(prune_(Two()), (torch.randn(4, 8), torch.randn(2, 3, 8)), cache=cache)
         assert line(packed, "linear").shape == "8x8 on 4x8 on 2x3x8"
 
+    def test_an_input_passed_by_name(self, cache, timed):
+        class Named(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(8, 8)
+
+            def forward(self, x):
+                return self.linear(input=x)
+
+        found = pack_model._inputs(net := Named(), (torch.randn(4, 8),))
+        assert found == {net.linear: [((4, 8), False, torch.float32)]}
+
     def test_copies_and_pickles(self, net, cache, timed):
         packed = issp.pack(net.eval(), torch.randn(EXAMPLE), cache=cache)
         x = torch.randn(EXAMPLE)
@@ -366,6 +378,7 @@ def test_with_a_real_clock_nothing_slower_is_chosen(make, cache, threads):
             ValueError,
             "matches no",
         ),
+        ((nn.Linear(4, 4, device="meta"), torch.zeros(1, 4)), ValueError, "the model is on meta"),
         ((nn.Sequential(nn.Linear(4, 4)), torch.zeros(1, 4), {"0": 0.5}), TypeError, "issp.Keep"),
     ],
 )

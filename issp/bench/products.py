@@ -268,6 +268,7 @@ def _peers(data: Data, packed, settings: Settings) -> tuple[list[Entry], list[st
     def add(name: str, make_call, precision: str, sparsity: float, kept: float, label: str) -> None:
         try:
             task = _task(make_call(), precision, settings)
+            task.capturable = False  # what a failed capture leaves behind would hit the others
         except (ValueError, RuntimeError, NotImplementedError) as error:
             failed[name] = (str(error).splitlines() or [type(error).__name__])[0]
             return
@@ -373,5 +374,7 @@ def _notes(report: Report, settings: Settings, modes: Sequence[Mode]) -> list[st
     if few:
         least = min(len(e.task.samples[modes[0].name]) for e in few)
         notes.append(f"Slow rows ran less often than {settings.rounds} times, at least {least}.")
+    if settings.device == "cuda" and any(not e.task.capturable for e in report.entries):
+        notes.append("torch's sparse products were timed eagerly alone; their ratios say so too.")
     failed = {e.name: e.task.error for e in report.entries if e.task.error}
     return notes + [f"{name} could not be timed, {why}." for name, why in failed.items()]

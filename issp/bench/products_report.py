@@ -86,8 +86,9 @@ class Report:
         return list(dict.fromkeys(entry.pass_ for entry in self.entries))
 
     def seconds(self, entry: Entry, mode: str | None = None) -> float | None:
-        """Median, None where it could not be timed."""
-        return entry.task.median(mode or self.modes[0])
+        """Median of a mode; by default of the first that was timed. None where it could not be."""
+        modes = self.modes if mode is None else [mode]
+        return next((s for m in modes if (s := entry.task.median(m)) is not None), None)
 
     def dense(self, pass_: str) -> list[Entry]:
         """The dense products of one pass that could be timed."""
