@@ -193,3 +193,76 @@ def beside(weights: list[Tensor], fill: str, seed: int, positive: bool = False) 
     source = torch.Generator().manual_seed(seed)
     made = [FILLS[fill](w.shape, source).to(w.device) for w in weights]
     return [x.abs() for x in made] if positive else made
+
+
+@dataclass(frozen=True)
+class GroupedCase(Case):
+    """A call with N:M weights; an entry of `patterns` is None where a weight is unstructured."""
+
+    patterns: tuple[issp.Keep | None, ...] = ()
+
+
+def grouped(name, *layers, fill="normal", shrink=0.95, selecting=True) -> GroupedCase:
+    """A case of layers (shape, what), where what is a pattern or the k of an unstructured weight.
+
+    Args:
+        selecting: False makes k zero everywhere: nothing is selected.
+    """
+    shapes = tuple(shape for shape, _ in layers)
+    patterns = tuple(what if isinstance(what, issp.Keep) else None for _, what in layers)
+    k = [
+        what.pruned(torch.Size(shape).numel()) if isinstance(what, issp.Keep) else what
+        for shape, what in layers
+    ]
+    return GroupedCase(
+        name, shapes, tuple(k if selecting else [0] * len(k)), fill, shrink, patterns
+    )
+
+
+def _everywhere(keep: issp.Keep) -> GroupedCase:
+    """A pattern on 3x3 and 1x1 convolutions and a linear layer, beside one of odd shape."""
+    v, of = keep.v, keep.of
+    kernels = ((2 * v, of, 3, 3), (v, 3 * of, 1, 1), (5 * v, 2 * of), (3 * v, of, 2, 5))
+    return grouped(f"{keep.n}:{of} v={v}", *((shape, keep) for shape in kernels))
+
+
+_KEEPS = ((1, 1), (2, 4), (1, 4), (2, 8), (1, 10), (1, 16), (1, 20), (2, 32), (4, 4), (3, 7))
+GROUPED = (
+    *(_everywhere(issp.Keep(n, of=of)) for n, of in _KEEPS),
+    *(_everywhere(issp.Keep(n, of=of, v=v)) for n, of in ((2, 4), (1, 10)) for v in (4, 16)),
+    *(_everywhere(issp.Keep(n, of=16)) for n in (4, 8, 15)),
+    *(_everywhere(issp.Keep(n, of=26)) for n in (9, 12, 20)),  # searched bit by bit
+    grouped(
+        "flat",
+        ((2, 45, 3, 3), issp.Keep(1, of=90, layout="flat")),
+        ((7, 5, 3, 3), issp.Keep(2, of=9, layout="flat")),
+        ((12,), issp.Keep(1, of=2, layout="flat")),
+        ((2, 1100), issp.Keep(3, of=1100, layout="flat")),
+    ),
+    *(
+        grouped(
+            f"grouped, {fill}",
+            ((4, 8, 3, 3), issp.Keep(2, of=8)),
+            ((6, 30), issp.Keep(3, of=10)),
+            ((8, 16, 3, 3), issp.Keep(2, of=16, v=4)),
+            ((40,), 17),
+            ((9, 24), issp.Keep(1, of=24, layout="flat")),
+            fill=fill,
+            shrink=shrink,
+        )
+        for fill, shrink in (("few", 0.95), ("equal", 0.95), ("zero", 0.5), ("special", 0.95))
+        + (("special", 0.0), ("magnitudes", 0.95), ("magnitudes", 0.0), ("normal", 1.0))
+    ),
+    grouped("grouped, nothing selected", ((4, 8), issp.Keep(1, of=4)), ((33,), 5), selecting=False),
+)
+GROUPED_LARGE = (
+    grouped(
+        "grouped, shared by threads",
+        ((512, 64, 3, 3), issp.Keep(2, of=32)),
+        ((900, 360), issp.Keep(1, of=20)),
+        ((300_000,), 200_000),
+        ((180, 180, 3, 3), issp.Keep(1, of=10, v=4)),
+        ((1000, 900), issp.Keep(1, of=90, layout="flat")),
+        ((12, 36), issp.Keep(2, of=4)),
+    ),
+)

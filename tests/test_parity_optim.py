@@ -61,7 +61,8 @@ class Training:
         self.second = beside(self.weights, fill, 12, positive=True)
         self.steps = [torch.full((), float(t), device=device) for _ in self.weights]
         self.fresh = t == 0
-        self.state = ShrinkState(pruned, case.k) if pruned else None
+        patterns = getattr(case, "patterns", None)
+        self.state = ShrinkState(pruned, case.k, patterns) if pruned else None
 
     def _scalar(self, name, device):
         value = self.options.pop(name, None)
@@ -75,7 +76,8 @@ class Training:
             else (s.k, s.thresholds, s.packed, s.flips, s.scratch)
         )
         scalars = (*self.options.values(), self.lr_tensor, self.scale)
-        tail = (*scalars, k, self.shrink, *state, found_inf, frozen, bracket)
+        patterns = [] if s is None else s.patterns
+        tail = (*scalars, k, self.shrink, *state, found_inf, frozen, bracket, patterns)
         if self.kind == "adam":
             lists = (grads, self.first, self.second, self.steps)
             table["adam_soft_shrink_"](self.weights, *lists, *tail)

@@ -1,0 +1,279 @@
+"""The fused step with N:M patterns on every back end: bitwise equal to the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import issp
+from issp import Keep, reference
+from issp.ops import ShrinkState
+from tests.asserts import assert_bitwise_equal
+from tests.cases import DTYPES, GROUPED, GROUPED_LARGE, grouped
+from tests.test_parity_optim import KINDS, check
+from tests.under_test import BACK_ENDS, FAST
+
+# Infinities and NaNs are provoked here; Triton's interpreter computes with numpy, which warns.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+REFERENCE = issp.backends.implementations("reference")
+BEST = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else ""
+MIXED = grouped(
+    "mixed",
+    ((12, 8, 3, 3), Keep(2, of=8)),
+    ((30, 21), 598),
+    ((8, 16, 3, 3), Keep(1, of=16, v=4)),
+    ((37,), 20),
+    ((9, 40), Keep(1, of=90, layout="flat")),
+)
+
+
+@pytest.fixture(autouse=True)
+def _restore_capability():
+    yield
+    if BEST:
+        torch.ops.issp._cpu_capability(BEST)
+
+
+def state_of(case, weights):
+    return ShrinkState(weights, case.k, case.patterns)
+
+
+def step(table, weights, state, shrink, found_inf=None):
+    table["soft_shrink_"](
+        *(weights, state.k, shrink, state.thresholds, state.packed, state.flips, state.scratch),
+        *(found_inf, True, state.patterns),
+    )
+
+
+def check_steps(back_end, case, dtype, steps=2):
+    expected, weights = case.build(dtype), case.build(dtype, back_end.device)
+    expected_state, state = state_of(case, expected), state_of(case, weights)
+    source = torch.Generator().manual_seed(7)
+    for number in range(steps):
+        step(REFERENCE, expected, expected_state, case.shrink)
+        step(back_end, weights, state, case.shrink)
+        when = f"after step {number} of {case.name} in {dtype} on {back_end}"
+        for i, (x, y) in enumerate(zip(weights, expected, strict=True)):
+            assert_bitwise_equal(x.cpu(), y, f"weights[{i}], {case.patterns[i]} {when}")
+        for name in ("thresholds", "packed", "flips"):
+            actual = getattr(state, name).cpu()
+            assert_bitwise_equal(actual, getattr(expected_state, name), f"{name} {when}")
+        for x, y in zip(expected, weights, strict=True):
+            x += (torch.randn(x.shape, generator=source) * 1e-2).to(dtype)
+            y.copy_(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GROUPED, ids=lambda case: case.name)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_soft_shrink(back_end, case, dtype):
+    check_steps(back_end, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("case", GROUPED_LARGE, ids=lambda case: case.name)
+@pytest.mark.parametrize("back_end", FAST, ids=str)
+def test_soft_shrink_large(back_end, case, count, dtype, threads):
+    threads(count)
+    check_steps(back_end, case, dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_behind_an_update_and_then_frozen(back_end, kind):
+    check(back_end, kind, "odd scale", MIXED, steps=4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("back_end", FAST, ids=str)
+def test_behind_an_update_large(back_end, kind, threads):
+    threads(2)
+    check(back_end, kind, "plain", GROUPED_LARGE[0], steps=1, rest=((513,),))
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_nm_prune(back_end):
+    for case in GROUPED:
+        for w, keep in zip(case.build(torch.float32), case.patterns, strict=True):
+            if keep is None:
+                continue
+            call = (keep.n, keep.of, keep.v, keep.layout, case.shrink)
+            expected, mask = REFERENCE["nm_prune"](w, *call)
+            pruned, packed = back_end["nm_prune"](w.to(back_end.device), *call)
+            assert_bitwise_equal(pruned.cpu(), expected, f"{back_end}, {keep} of {case.name}")
+            assert_bitwise_equal(packed.cpu(), mask, f"{back_end}, mask of {keep}, {case.name}")
+
+
+@pytest.mark.parametrize("flush", [False, True], ids=["gradual", "flush-to-zero"])
+@pytest.mark.parametrize("back_end", FAST, ids=str)
+def test_bits_do_not_depend_on_the_floating_point_mode(back_end, flush):
+    layers = (((8, 32, 3, 3), Keep(2, of=8)), ((8, 48), Keep(2, of=4, v=4)))
+    case = grouped("tiny and huge groups", *layers, fill="magnitudes")
+    weights = case.build(torch.float32, back_end.device)
+    expected = case.build(torch.float32)
+    step(REFERENCE, expected, state_of(case, expected), 0.95)
+    assert torch.set_flush_denormal(flush)
+    try:
+        step(back_end, weights, state_of(case, weights), 0.95)
+    finally:
+        torch.set_flush_denormal(False)
+    for x, y in zip(weights, expected, strict=True):
+        assert_bitwise_equal(x.cpu(), y, f"{back_end} with flush {flush}")
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_found_inf_leaves_everything_unmodified(back_end):
+    weights = MIXED.build(torch.float32, back_end.device)
+    state = state_of(MIXED, weights)
+    step(back_end, weights, state, 0.95)
+    before = [x.clone() for x in (*weights, state.thresholds, state.packed, state.flips)]
+    step(back_end, weights, state, 0.95, torch.ones(1, device=back_end.device))
+    after = [*weights, state.thresholds, state.packed, state.flips]
+    for x, y in zip(after, before, strict=True):
+        assert_bitwise_equal(x, y, f"{back_end} under found_inf")
+    step(back_end, weights, state, 0.95, torch.zeros(1, device=back_end.device))
+    assert not torch.equal(weights[0], before[0])
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_an_empty_list_and_no_pattern_at_all_are_the_plain_step(back_end):
+    case = grouped("no patterns", ((20, 30), 500), ((65,), 9))
+    found = []
+    for patterns in ([], [0, 0, 0] * 2, [3, 0, 7] * 2):
+        weights = case.build(torch.float32, back_end.device)
+        state = state_of(case, weights)
+        assert state.patterns == []
+        state.patterns = patterns
+        step(back_end, weights, state, 0.95)
+        found.append([*weights, state.thresholds, state.packed, state.flips])
+    for others in found[1:]:
+        for x, y in zip(others, found[0], strict=True):
+            assert_bitwise_equal(x, y, f"{back_end}, unstructured by name")
+
+
+# The oracle
+
+
+def brute_force(weight, keep):
+    """Pruned positions of a weight [O, I, kernel], by sorting each group in Python."""
+    pruned = torch.zeros(weight.shape, dtype=torch.bool)
+    rows, channels, kernels = weight.shape
+    for top in range(0, rows, keep.v):
+        for first in range(0, channels, keep.of):
+            for at in range(kernels):
+                block = weight[top : top + keep.v, first : first + keep.of, at].abs()
+                sums = [sum(column[1:], start=column[0]) for column in block.unbind(1)]
+                order = sorted(range(keep.of), key=lambda j: (sums[j].item(), j))
+                for j in order[: keep.of - keep.n]:
+                    pruned[top : top + keep.v, first + j, at] = True
+    return pruned
+
+
+@pytest.mark.parametrize("keep", [Keep(2, of=4), Keep(1, of=6, v=2), Keep(5, of=6, v=3)], ids=str)
+@pytest.mark.parametrize("fill", ["normal", "few"])
+def test_the_oracle_prunes_what_sorting_each_group_prunes(keep, fill):
+    (w,) = grouped("groups", ((6, 12, 3), keep), fill=fill).build(torch.float32)
+    expected = brute_force(w, keep)
+    before, state = w.clone(), ShrinkState([w], [keep.pruned(w.numel())], [keep])
+    step(REFERENCE, [w], state, 0.5)
+    assert torch.equal(state.masks()[0], ~expected)
+    assert torch.equal(w, torch.where(expected, reference.shrunk(before, 0.5), before))
+    assert state.thresholds.item() == before[expected].abs().max()
+    assert state.flips.item() == keep.pruned(w.numel())
+
+
+# What is refused
+
+
+REFUSED = (
+    ([2, 4], "patterns has 2 numbers for 1 pruned weights"),
+    ([2, 4, 1] * 2, "patterns has 6 numbers for 1 pruned weights"),
+    ([2, 3, 1], r"weights\[0\] \(4, 8, 3, 3\) does not divide into groups of m = 3"),
+    ([2, 4, 3], r"weights\[0\] \(4, 8, 3, 3\) does not divide .* v = 3"),
+    ([2, 7, 0], "m = 7 does not divide the 288 elements"),
+    ([0, 4, 1], "keep n = 0 of m = 4"),
+    ([5, 4, 1], "keep n = 5 of m = 4"),
+    ([2, -4, 1], "keep n = 2 of m = -4"),
+    ([2, 4, -1], "v is -1"),
+    ([1, 4, 1], r"k\[0\] is 144 but weights\[0\] keeps 1 of 4: use 0 or 216"),
+)
+
+
+@pytest.mark.parametrize(("patterns", "sentence"), REFUSED, ids=str)
+def test_impossible_patterns_are_refused_and_nothing_is_modified(patterns, sentence):
+    w = torch.randn(4, 8, 3, 3)
+    state = ShrinkState([w], [144])
+    state.patterns = patterns
+    before = [x.clone() for x in (w, state.packed, state.flips)]
+    with pytest.raises(ValueError, match=sentence):
+        issp.ops.soft_shrink_([w], state)
+    with pytest.raises((ValueError, RuntimeError)):
+        step({"soft_shrink_": torch.ops.issp.soft_shrink_}, [w], state, 0.95)
+    moments = [[torch.zeros_like(w)] for _ in range(3)]
+    arguments = (
+        *([w], *moments, [torch.zeros(())], 1e-3, 0.9, 0.99, 1e-8, 0.0, False, False, None, None),
+        *(state.k, 0.95, state.thresholds, state.packed, state.flips, state.scratch),
+        *(None, False, True, patterns),
+    )
+    with pytest.raises(ValueError, match=sentence):
+        issp.ops.adam_soft_shrink_(*arguments)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.issp.adam_soft_shrink_(*arguments)
+    for x, y in zip((w, state.packed, state.flips), before, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_the_state_refuses_what_does_not_fit():
+    w = torch.randn(4, 8)
+    with pytest.raises(ValueError, match="does not divide"):
+        ShrinkState([w], [0], [Keep(1, of=3)])
+    with pytest.raises(ValueError, match="needs a weight"):
+        ShrinkState([w.view(-1)], [0], [Keep(1, of=4)])
+    with pytest.raises(ValueError, match=r"k\[0\] is 5 .* use 0 or 24"):
+        ShrinkState([w], [5], [Keep(1, of=4)])
+    state = ShrinkState([w], [24], [Keep(1, of=4)])
+    with pytest.raises(ValueError, match="use 0 or 24"):
+        state.set_k([23])
+    with pytest.raises(ValueError, match="use 0 or 24"):
+        state.load_state_dict(state.state_dict() | {"k": torch.tensor([23])})
+    assert state.k.item() == 24
+
+
+# As torch sees them
+
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    weights = MIXED.build(torch.float32, device)
+    state = state_of(MIXED, weights)
+    tensors = (state.thresholds, state.packed, state.flips, state.scratch)
+    call = (weights, state.k, 0.95, *tensors, None, True, state.patterns)
+    opcheck(torch.ops.issp.soft_shrink_.default, call)
+    grads, first, second = ([w.abs() * x for w in weights] for x in (0.3, 0.2, 0.1))
+    tail = (state.k, 0.95, *tensors, None, False, True, state.patterns)
+    steps = [torch.zeros((), device=device) for _ in weights]
+    adam = (weights, grads, first, second, steps, 1e-3, 0.9, 0.99, 1e-8, 0.0, False, False)
+    opcheck(torch.ops.issp.adam_soft_shrink_.default, (*adam, None, None, *tail))
+    sgd = (weights, grads, first, [False] * len(weights), 1e-2, 0.9, 0.0, 0.0, False, False)
+    opcheck(torch.ops.issp.sgd_soft_shrink_.default, (*sgd, None, None, *tail))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_whole(device):
+    expected, weights = MIXED.build(torch.float32, device), MIXED.build(torch.float32, device)
+    expected_state, state = state_of(MIXED, expected), state_of(MIXED, weights)
+    compiled = torch.compile(
+        lambda w: issp.ops.soft_shrink_(w, state, 0.9), fullgraph=True, backend="aot_eager"
+    )
+    for _ in range(2):
+        issp.ops.soft_shrink_(expected, expected_state, 0.9)
+        compiled(weights)
+    for x, y in zip(weights, expected, strict=True):
+        assert_bitwise_equal(x, y, "compiled")
+    assert torch.equal(state.packed, expected_state.packed)
