@@ -43,8 +43,8 @@ def sparse_conv2d(
 
     Differentiable once in x, p.values, bias and residual. Where a gradient is wanted, activation
     and residual follow the product as torch's own ops; otherwise one kernel does everything. Under
-    torch.autocast all of them are cast to its dtype, as for F.conv2d.
-    torch.func transforms do not know ops of libraries.
+    torch.autocast all of them are cast to its dtype, as for F.conv2d. Not for torch.func, which
+    cannot differentiate ops that a library registers.
 
     Args:
         x: [N, I, H, W]; copied with .contiguous() where it is not (channels_last, slices).
