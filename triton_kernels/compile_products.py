@@ -22,11 +22,11 @@ _GEOMETRY = {"KERNEL": (3, 3), "STRIDE": (1, 1), "PADDING": (1, 1), "DILATION": 
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # v by dtype and precision; float32 in tensor cores where TF32 is allowed.
 _BLOCKS = {
-    ("float32", "ieee"): (1, 4, 32),
-    ("float32", "tf32"): (16, 32, 64),
-    ("float64", "ieee"): (1, 32),
+    ("float32", "ieee"): (4,),
+    ("float32", "tf32"): (16, 32),
+    ("float64", "ieee"): (32,),
     ("float16", "ieee"): (16,),
-    ("bfloat16", "ieee"): (1, 16, 32),
+    ("bfloat16", "ieee"): (16, 32),
 }
 
 
@@ -35,20 +35,22 @@ def product_variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dic
     for (name, precision), blocks in _BLOCKS.items():
         for v in blocks if name == dtype else ():
             common = {"PRECISION": precision, "V": v, "INDEX": tl.int32}
-            for residual in (True, False):
-                yield from _forward(getattr(torch, dtype), v, residual, common)
+            yield from _forward(getattr(torch, dtype), v, common)
             own, options = _split(grad_sizes(getattr(torch, dtype), v))
             yield convolve_values_grad, common | own | _GEOMETRY, options
             yield multiply_values_grad, common | own, options
     yield sum_splits, {"TILE": SUM_TILE}, {}
 
 
-def _forward(dtype: torch.dtype, v: int, residual: bool, common: dict):
-    # Of a large image, with the epilogue that takes most registers.
-    own, options = _split(tile_sizes(dtype, v, 1, 2**30, 1, residual))
-    own |= common | {"ACTIVATION": "gelu"} | ({} if residual else {"residual": None})
-    yield convolve, own | _GEOMETRY | {"UPSAMPLE": (1, 1)}, options
-    yield multiply, own, options
+def _forward(dtype: torch.dtype, v: int, common: dict):
+    # Of a large image, with everything behind the product or nothing.
+    for epilogue in (True, False):
+        own, options = _split(tile_sizes(dtype, v, 1, 2**30, 1, epilogue))
+        own |= common | {"ACTIVATION": "gelu" if epilogue else "relu"}
+        own |= {} if epilogue else {"residual": None}
+        yield convolve, own | _GEOMETRY | {"UPSAMPLE": (1, 1)}, options
+        if epilogue == (v != 32):
+            yield multiply, own, options
 
 
 def _split(sizes: dict) -> tuple[dict, dict]:

@@ -41,31 +41,32 @@ def precision(x_dtype: torch.dtype) -> str:
 
 
 def tile_sizes(
-    x_dtype: torch.dtype, v: int, images: int, pixels: int, blocks: int, residual: bool
+    x_dtype: torch.dtype, v: int, images: int, pixels: int, blocks: int, epilogue: bool
 ) -> dict:
     """ROWS and PIXELS of a product's tile, and its launch options.
 
     Two pixels per thread share what is worked out per entry. Tiles of 8192 sums leave room for
-    three programs on an SM (168 registers), those of 4096 for four (128), both without spills. A
-    residual comes in another layout than the sums: beside it 4096 take 168 registers.
+    three programs on an SM (168 registers), those of 4096 for four (128), both without spills. With
+    an epilogue, gelu or a residual, which comes in another layout, 4096 take 168 registers.
     """
-    rows, words = min(triton.next_power_of_2(v), 64), 2 if x_dtype == torch.float64 else 1
-    columns = min(256, (4096 if residual else 8192) // (rows * words))
+    # Of float64, sums and operands take two registers each.
+    rows, words = min(triton.next_power_of_2(v), 64), 4 if x_dtype == torch.float64 else 1
+    columns = min(256, (4096 if epilogue else 8192) // (rows * words))
     while columns > 64 and images * triton.cdiv(pixels, columns) * blocks < PROGRAMS:
         columns //= 2
-    registers = 168 if residual or rows * columns * words > 4096 else 128
+    registers = 168 if epilogue or rows * columns * words > 4096 else 128
     return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, **launch(registers)}
 
 
 def grad_sizes(x_dtype: torch.dtype, v: int) -> dict:
-    """ROWS and PIXELS of a gradient's tile, and its launch options; 190 registers at most."""
+    """ROWS and PIXELS of a gradient's tile, and its launch options."""
     rows = min(triton.next_power_of_2(v), 32)
     pixels = 128 if rows <= 16 and x_dtype != torch.float64 else 64
-    return {"ROWS": rows, "PIXELS": pixels, "CHUNK": GRAD_CHUNK, **launch(None)}
+    return {"ROWS": rows, "PIXELS": pixels, "CHUNK": GRAD_CHUNK, **launch(224)}
 
 
-def launch(registers: int | None) -> dict:
-    """Launch options."""
+def launch(registers: int) -> dict:
+    """Launch options; left to itself the compiler spills to make room for more programs."""
     # One stage: copies that run ahead would take two more instructions per gathered element.
     return {"num_warps": 4, "num_stages": 1, "maxnreg": registers}
 

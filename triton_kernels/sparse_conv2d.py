@@ -243,7 +243,8 @@ def sparse_conv2d(
     if y.numel() == 0:
         return y
     parts = blocks * triton.cdiv(v, min(triton.next_power_of_2(v), 64))
-    sizes = tile_sizes(x.dtype, v, images, size[0] * size[1], parts, residual is not None) | tile
+    epilogue = residual is not None or activation == "gelu"
+    sizes = tile_sizes(x.dtype, v, images, size[0] * size[1], parts, epilogue) | tile
     row_tiles = triton.cdiv(v, sizes["ROWS"])
     geometry = _geometry(x, kernel, size, sizes["PIXELS"])
     with torch.cuda.device_of(x):

@@ -115,7 +115,8 @@ def sparse_matmul(
         return y
     items = y.numel() // (blocks * v)
     parts = blocks * triton.cdiv(v, min(triton.next_power_of_2(v), 64))
-    sizes = tile_sizes(x.dtype, v, 1, items, parts, residual is not None) | tile
+    epilogue = residual is not None or activation == "gelu"
+    sizes = tile_sizes(x.dtype, v, 1, items, parts, epilogue) | tile
     row_tiles = triton.cdiv(v, sizes["ROWS"])
     with torch.cuda.device_of(x):
         multiply[(triton.cdiv(items, sizes["PIXELS"]) * blocks * row_tiles,)](
