@@ -221,10 +221,18 @@ class TestCommand:
             "3x3 8->8 at 6x6, 2 threads",
             "1x1 8->8 at 6x6, 1 thread",
             "1x1 8->8 at 6x6, 2 threads",
+            "Speed over the best dense fp32 layout, and break-even, all layers",
         ]
+        rows = cells(text[text.index("### Speed") :])
+        assert rows[0] == [
+            *("layer", "pass", "threads", "form", "50 %", "90 %"),
+            *("over fp32 from", "over any from"),
+        ]
+        # Three forms, twice in each pass, and torch's CSR forward: two layers, two threads.
+        assert len(rows) == 2 + 4 * (2 * 3 + 1) and {len(row) for row in rows} == {8}
         assert files["png"].read_bytes().startswith(b"\x89PNG")
         records = json.loads(files["json"].read_text())
-        assert len(records) == 4 and all(x["seconds"]["warm"] for x in records[0]["seconds"])
+        assert len(records) == 5 and all(x["seconds"]["warm"] for x in records[0]["seconds"])
 
     def test_matmul_of_a_network(self, quick, capsys):
         words = ["--model", "swinir-light", "--size", "8", "--sparsity", "0.9", "--v", "1"]
@@ -233,7 +241,7 @@ class TestCommand:
         assert titles == [
             f"linear {x}, 64 tokens (swinir-light), 1 thread"
             for x in ("60->180", "60->60", "60->120", "120->60")
-        ]
+        ] + ["Speed over the best dense fp32 layout, and break-even, all layers"]
 
     def test_grouped_convolutions_are_named(self, capsys, monkeypatch):
         layers = [Layer((180, 1, 3, 3), (1, 180, 16, 16), ("cat-r",), groups=180), CONV]

@@ -29,7 +29,7 @@ from issp.bench.products_calls import (
 from issp.bench.products_forms import Form, Sparse, forms, make, unfit
 from issp.bench.products_layers import Layer
 from issp.bench.products_parity import WHOLE, check
-from issp.bench.products_report import Entry, Report, plot
+from issp.bench.products_report import Entry, Overview, Report, plot
 from issp.bench.roof import Probe
 from issp.bench.timing import CpuClock, CudaClock, Mode, Task, interleave
 
@@ -112,7 +112,10 @@ def run(args: argparse.Namespace, conv: bool) -> list:
         for report in measure(layer, settings):
             tables.append(report)
             print(report.markdown(), flush=True)
-    options.deliver(args, tables, plot)
+    overview = Overview(tables) if tables else None
+    if overview:
+        print(overview.markdown(), flush=True)
+        options.deliver(args, [*tables, overview], lambda all_, path: plot(all_[:-1], path))
     return tables
 
 

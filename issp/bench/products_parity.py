@@ -14,7 +14,7 @@ from issp.bench.products_calls import Data, product, set_precision, sparse_produ
 from issp.bench.products_forms import Form, Sparse
 from issp.bench.registry import ParityError
 
-WHOLE = 6e9  # operations of a dense product; a larger one is checked on a part of its input
+WHOLE = 3e9  # operations of a dense product; a larger one is checked on a part of its input
 _NAMES = ("y", "the gradient of x", "the gradient of the values")
 # The unit of the last place, where the number of bits is not that of the tensors' dtype.
 _ROUNDING = {"tf32": 2.0**-10}

@@ -164,9 +164,18 @@ class Report:
         return grid(head, rows)
 
     def _summary(self) -> list[str]:
-        asked = sorted({e.sparsity for e in self.entries if e.sparsity is not None})
-        head = ["form", *(f"{100 * s:g} %" for s in asked), "over fp32 from", "over any from"]
-        rows = []
+        asked = self.asked()
+        head = ["form", *(f"{100 * s:g} %" for s in asked), *_ENDS]
+        lines = self.speeds(asked)
+        return grid(head, [[f"{name}, {pass_}", *cells] for name, pass_, cells in lines])
+
+    def asked(self) -> list[float]:
+        """The sparsities that were asked for."""
+        return sorted({e.sparsity for e in self.entries if e.sparsity is not None})
+
+    def speeds(self, asked: Sequence[float]) -> list[tuple[str, str, list[str]]]:
+        """Form, pass, and as text: speed over the best fp32 layout, where it breaks even."""
+        lines = []
         for pass_ in self.passes():
             base = self.best(pass_, "fp32")
             for name in self.forms(pass_):
@@ -176,8 +185,8 @@ class Report:
                     if (e.name, e.pass_) == (name, pass_)
                 }
                 ends = [break_even(self.curve(name, pass_, p)) for p in ("fp32", None)]
-                rows.append([f"{name}, {pass_}", *(number(mine.get(s)) for s in asked), *ends])
-        return grid(head, rows)
+                lines.append((name, pass_, [*(number(mine.get(s)) for s in asked), *ends]))
+        return lines
 
     def record(self) -> dict[str, Any]:
         """Title, machine and every measured time in seconds, for JSON."""
@@ -200,6 +209,30 @@ class Report:
         }
 
 
+@dataclass
+class Overview:
+    """One table over all layers: how fast each form is, and from which sparsity on it pays."""
+
+    reports: Sequence[Report]
+
+    def markdown(self) -> str:
+        """The table."""
+        asked = sorted({s for report in self.reports for s in report.asked()})
+        head = ["layer", "pass", "threads", "form", *(f"{100 * s:g} %" for s in asked), *_ENDS]
+        rows = [
+            [report.layer.name, pass_, str(report.threads), name, *cells]
+            for report in self.reports
+            for name, pass_, cells in report.speeds(asked)
+        ]
+        title = "### Speed over the best dense fp32 layout, and break-even, all layers"
+        return "\n".join([title, "", self.reports[0].machine, "", *grid(head, rows), ""])
+
+    def record(self) -> dict[str, Any]:
+        """Nothing that the layers' own records do not hold."""
+        return {"title": "overview", "layers": [report.title for report in self.reports]}
+
+
+_ENDS = ("over fp32 from", "over any from")
 WORDS = {"forward": "Forward", "step": "Training step: forward, dX, dW"}
 
 
