@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -93,6 +94,13 @@ def pairs(cases, few):
     return chosen
 
 
+@cache
+def yardstick(dense: Callable, case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result in float64 and by torch's dense product in `dtype`, once for all back ends."""
+    p = case.build(dtype)
+    return dense(p, case, torch.float64), dense(p, case, dtype)
+
+
 def check(back_end, case, dtypes, name, dense):
     call = op_of(back_end, name)
     for dtype in dtypes:
@@ -100,7 +108,7 @@ def check(back_end, case, dtypes, name, dense):
         before = [t.clone() for t in (p.x, p.values, p.columns, p.starts)]
         y = call(*p.args(), case.activation)
         what = f"{back_end}, {case.name} in {dtype}"
-        assert_as_close_as_dense(y, dense(p, case, torch.float64), dense(p, case, dtype), what)
+        assert_as_close_as_dense(y, *yardstick(dense, case, dtype), what)
         for kept, now in zip(before, (p.x, p.values, p.columns, p.starts), strict=True):
             assert_bitwise_equal(now, kept, f"an input of {what}")
 
@@ -158,7 +166,7 @@ def check_values_grad(back_end, case, dtypes, name, dense):
         geometry = case.tail()[:4]
         grad = call(*given, *geometry)
         what = f"{back_end}, gradient of {case.name} in {dtype}"
-        assert_as_close_as_dense(grad, dense(p, case, torch.float64), dense(p, case, dtype), what)
+        assert_as_close_as_dense(grad, *yardstick(dense, case, dtype), what)
 
 
 @pytest.mark.parametrize("back_end, case, dtypes", pairs(PLAIN_CONVS, FEW_CONVS))
