@@ -222,7 +222,9 @@ def grouped(name, *layers, fill="normal", shrink=0.95, selecting=True) -> Groupe
 def _everywhere(keep: issp.Keep) -> GroupedCase:
     """A pattern on 3x3 and 1x1 convolutions and a linear layer, beside one of odd shape."""
     v, of = keep.v, keep.of
-    kernels = ((2 * v, of, 3, 3), (v, 3 * of, 1, 1), (5 * v, 2 * of), (3 * v, of, 2, 5))
+    kernels = [(2 * v, of, 3, 3), (v, 3 * of, 1, 1)]
+    if v == 1:
+        kernels += [(5, 2 * of), (3, of, 2, 5)]
     return grouped(f"{keep.n}:{of} v={v}", *((shape, keep) for shape in kernels))
 
 
@@ -237,7 +239,7 @@ GROUPED = (
         ((2, 45, 3, 3), issp.Keep(1, of=90, layout="flat")),
         ((7, 5, 3, 3), issp.Keep(2, of=9, layout="flat")),
         ((12,), issp.Keep(1, of=2, layout="flat")),
-        ((2, 1100), issp.Keep(3, of=1100, layout="flat")),
+        ((1, 1100), issp.Keep(3, of=1100, layout="flat")),
     ),
     *(
         grouped(
