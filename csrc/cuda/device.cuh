@@ -140,6 +140,13 @@ ISSP_DEVICE void copy_async(Shared to, const T* from) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to.words));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
+// One word, wherever it lies; a zero where there is none, and nothing is read.
+ISSP_DEVICE void copy_word_async(Shared to, const void* from, bool there) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to.words));
+  const uint32_t bytes = there ? 4u : 0u;
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+}
 ISSP_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }

@@ -20,6 +20,8 @@
 // device: the bits depend on nothing else.
 #pragma once
 
+#include <type_traits>
+
 #include "device.cuh"
 #include "update.h"  // fused
 
@@ -143,6 +145,46 @@ ISSP_DEVICE void each_pair(Held<Wide, V>& held, const Body& body) {
   }
 }
 
+// Element k of x[from + k * stride] to to[k * step], or zeros: there for this thread after
+// wait_for_copies. float32 is copied without a register in between, so that all of a chunk is on
+// its way at once; what must be widened is loaded eight at a time.
+template <typename T>
+ISSP_DEVICE void fetch_run(Staged<typename T::Wide> to, uint32_t step, const void* x, uint64_t from,
+                           uint64_t stride, uint32_t count, bool there) {
+  if constexpr (std::is_same_v<T, Float32>) {
+    const uint32_t* at = static_cast<const uint32_t*>(x) + (there ? from : 0);
+#pragma unroll 4
+    for (uint32_t k = 0; k < count; ++k) {
+      copy_word_async(to.words.from(k * step), at, there);
+      if (there) at += stride;
+    }
+  } else {
+    using Wide = typename T::Wide;
+    for (uint32_t first = 0; first < count; first += 8) {
+      Wide values[8];
+#pragma unroll
+      for (uint32_t k = 0; k < 8; ++k) {
+        const bool one = there && first + k < count;
+        values[k] = one ? load_wide<T>(x, from + (first + k) * stride) : Wide(0);
+      }
+#pragma unroll
+      for (uint32_t k = 0; k < 8; ++k) {
+        if (first + k < count) to.set((first + k) * step, values[k]);
+      }
+    }
+  }
+}
+
+template <typename T>
+ISSP_DEVICE void fetch(Staged<typename T::Wide> to, const void* x, uint64_t from, bool there) {
+  if constexpr (std::is_same_v<T, Float32>) {
+    const uint32_t* const at = static_cast<const uint32_t*>(x) + (there ? from : 0);
+    copy_word_async(to.words, at, there);
+  } else {
+    to.set(0, there ? load_wide<T>(x, from) : typename T::Wide(0));
+  }
+}
+
 ISSP_DEVICE float shuffle_wide(float value, uint32_t from) {
   return bit_as<float>(shuffle(bit_as<uint32_t>(value), from));
 }
@@ -204,16 +246,19 @@ ISSP_DEVICE uint32_t lowest_bit(uint32_t x) {
   return popcount((x & (0u - x)) - 1u);
 }
 
-// Calls body(batch) until the list ends or reaches a column behind the staged ones, and moves `at`
-// there. Columns outside the weight are passed over.
-template <typename Body>
+// Calls body(batch, what the lane loads of its entry) until the list ends or reaches a column
+// behind the staged ones, and moves `at` there. Columns outside the weight are passed over.
+// load_entry(entry, whether there is one) is on its way beside the column: both come from L2, one
+// wait is enough.
+template <typename Load, typename Body>
 ISSP_DEVICE void each_batch(const Lists& lists, Columns staged, uint32_t& at, uint32_t end,
-                            const Body& body) {
+                            const Load& load_entry, const Body& body) {
   uint32_t passed = 32;
   while (passed == 32) {
     Batch batch = {at + lane(), staged.begin, 0};
     const bool listed = batch.entry < end;
     const uint32_t column = listed ? uint32_t(load(lists.columns + batch.entry)) : 0u;
+    auto loaded = load_entry(batch.entry, listed);
     const uint32_t waiting = ballot(!listed || (column >= staged.end && column < lists.length));
     passed = waiting ? lowest_bit(waiting) : 32;
     const bool mine = lane() < passed && column >= staged.begin && column < staged.end;
@@ -226,9 +271,10 @@ ISSP_DEVICE void each_batch(const Lists& lists, Columns staged, uint32_t& at, ui
       batch.entry = shuffle(batch.entry, from);
       batch.column = shuffle(batch.column, from);
       if (lane() >= batch.count) batch.column = staged.begin;
+      loaded = load_entry(batch.entry, lane() < batch.count);
     }
     at += passed;
-    if (batch.count) body(batch);
+    if (batch.count) body(batch, loaded);
   }
 }
 

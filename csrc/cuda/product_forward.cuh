@@ -5,22 +5,51 @@
 
 namespace issp {
 
-template <typename T>
-ISSP_DEVICE void store_result(const Ends& ends, typename T::Wide value, uint64_t i) {
-  if (ends.residual) value += load_wide<T>(ends.residual, i);
-  store(static_cast<typename T::Bits*>(ends.result) + i, rounded<T>(value));
+// An entry's values in the rows of a strip.
+template <typename Wide, int V>
+struct Weights {
+  Wide of[V];
+};
+
+struct alignas(16) FourFloats {
+  float of[4];
+};
+
+// 16 bytes at a time where that is possible: v is a multiple of V, and V of four.
+template <typename Wide, int V>
+ISSP_DEVICE Weights<Wide, V> load_weights(const void* values, uint64_t from, Storage storage,
+                                          bool there) {
+  Weights<Wide, V> weights = {};
+  if (!there) return weights;
+  if constexpr (V % 4 == 0) {
+    if (storage == Storage::kFloat32 && reinterpret_cast<uintptr_t>(values) % 16 == 0) {
+      const auto* const four = static_cast<const FourFloats*>(values) + from / 4;
+#pragma unroll
+      for (uint32_t i = 0; i < V / 4; ++i) {
+        const FourFloats some = load(four + i);
+#pragma unroll
+        for (uint32_t k = 0; k < 4; ++k) weights.of[4 * i + k] = some.of[k];
+      }
+      return weights;
+    }
+  }
+  with_storage<Wide>(storage, [&](auto type) {
+#pragma unroll
+    for (uint32_t r = 0; r < V; ++r) weights.of[r] = load_wide<decltype(type)>(values, from + r);
+  });
+  return weights;
 }
 
 template <typename Wide, int V, typename Place>
 ISSP_DEVICE void multiply_batch(Wide (&sums)[V][kPixels<Wide>], const Place& place,
-                                const Batch& batch, const Wide (&weights)[V], uint32_t offset,
-                                Staged<Wide> inputs) {
+                                const Batch& batch, const Weights<Wide, V>& weights,
+                                uint32_t offset, Staged<Wide> inputs) {
 #pragma unroll(V == 1 ? 4 : V == 4 ? 2 : 1)
   for (uint32_t i = 0; i < batch.count; ++i) {
     const Staged<Wide> from = inputs.from(shuffle(offset, i));
     Wide weight[V];
 #pragma unroll
-    for (uint32_t r = 0; r < V; ++r) weight[r] = shuffle_wide(weights[r], i);
+    for (uint32_t r = 0; r < V; ++r) weight[r] = shuffle_wide(weights.of[r], i);
 #pragma unroll
     for (uint32_t j = 0; j < kPixels<Wide>; ++j) {
       const Wide x = from.from(place.step(j)).get(place.side_step(j));
@@ -51,15 +80,24 @@ ISSP_DEVICE void finish_pixels(const Pixels& place, ImageTile tile, const uint32
     values[k][1] = activated(values[k][1], ends.finish);
   }
   with_storage<Wide>(storage, [&](auto type) {
+    using T = decltype(type);
+    // A store might change what a later load reads, as far as a compiler knows: loads come first.
+    const auto each = [&](const auto& body) {
 #pragma unroll
-    for (uint32_t k = 0; k < kRows; ++k) {
-      const uint64_t start = place.row_start(tile, rows[k]);
+      for (uint32_t k = 0; k < kRows; ++k) {
+        const uint64_t start = place.row_start(tile, rows[k]);
 #pragma unroll
-      for (uint32_t p = 0; p < 2; ++p) {
-        if (rows[k] == place.window.rows || !inside[p]) continue;
-        store_result<decltype(type)>(ends, values[k][p], start + pixels[p]);
+        for (uint32_t p = 0; p < 2; ++p) {
+          if (rows[k] < place.window.rows && inside[p]) body(values[k][p], start + pixels[p]);
+        }
       }
+    };
+    if (ends.residual) {
+      each([&](Wide& value, uint64_t i) { value += load_wide<T>(ends.residual, i); });
     }
+    each([&](Wide& value, uint64_t i) {
+      store(static_cast<typename T::Bits*>(ends.result) + i, rounded<T>(value));
+    });
   });
 }
 
@@ -93,6 +131,31 @@ ISSP_DEVICE void finish_block(Held<Wide, V>& sums, const Pixels& place, ImageTil
   });
 }
 
+template <typename Wide>
+ISSP_DEVICE void finish_tokens(uint32_t row, const Exchanged& found, Staged<Wide> exchange,
+                               Storage storage, const Ends& ends) {
+  Wide values[4], bias = 0;
+  with_storage<Wide>(storage, [&](auto type) {
+    if (ends.bias) bias = load_wide<decltype(type)>(ends.bias, row);
+  });
+#pragma unroll
+  for (uint32_t k = 0; k < 4; ++k) {
+    values[k] = activated(exchange.get(found.place[k]) + bias, ends.finish);
+  }
+  with_storage<Wide>(storage, [&](auto type) {
+    using T = decltype(type);
+#pragma unroll
+    for (uint32_t k = 0; k < 4; ++k) {
+      if (ends.residual && found.inside[k]) values[k] += load_wide<T>(ends.residual, found.at[k]);
+    }
+#pragma unroll
+    for (uint32_t k = 0; k < 4; ++k) {
+      if (!found.inside[k]) continue;
+      store(static_cast<typename T::Bits*>(ends.result) + found.at[k], rounded<T>(values[k]));
+    }
+  });
+}
+
 template <typename Wide, int V>
 ISSP_DEVICE void finish_block(Held<Wide, V>& sums, const Tokens& place, TokenTile tile,
                               const Team& team, uint32_t group, Storage storage, const Ends& ends,
@@ -117,19 +180,10 @@ ISSP_DEVICE void finish_block(Held<Wide, V>& sums, const Tokens& place, TokenTil
       }
     }
     barrier();
-    each_exchanged<Wide>(
-        place, tile, first_row, rows, round, team,
-        [&](uint32_t from, uint32_t row, uint32_t token, uint64_t at, bool inside) {
-          if (!inside) return;
-          Wide value = exchange.get(from * kExchangePitch<Wide> + token);
-          with_storage<Wide>(storage, [&](auto type) {
-            if (ends.bias) value += load_wide<decltype(type)>(ends.bias, row);
-          });
-          value = activated(value, ends.finish);
-          with_storage<Wide>(storage, [&](auto type) {
-            store_result<decltype(type)>(ends, value, at * place.rows + row);
-          });
-        });
+    each_exchanged<Wide>(place, tile, first_row, rows, round, team,
+                         [&](uint32_t row, const Exchanged& found) {
+                           if (row < place.rows) finish_tokens(row, found, exchange, storage, ends);
+                         });
   }
 }
 
@@ -155,29 +209,24 @@ product_kernel(const ISSP_PARAM Place place, const ISSP_PARAM Lists lists,
     with_storage<Wide>(storage, [&](auto type) {
       place.template stage<decltype(type)>(staged, x, tile, first, count, team.threads());
     });
+    wait_for_copies();
     barrier();
     const Columns columns = {first * place.columns_per_unit,
                              (first + count) * place.columns_per_unit};
 #pragma unroll 1
     for (uint32_t s = 0; s < team.each; ++s) {
       uint32_t at = shuffle(bound, s);
-      each_batch(lists, columns, at, shuffle(bound, 16 + s), [&](const Batch& batch) {
-        Wide weights[V] = {};
-        if (lane() < batch.count) {
-          const uint64_t from =
-              uint64_t(batch.entry) * lists.v + strip_number(team, group, s) * V % lists.v;
-          with_storage<Wide>(storage, [&](auto type) {
-#pragma unroll
-            for (uint32_t r = 0; r < V; ++r) {
-              weights[r] = load_wide<decltype(type)>(values, from + r);
-            }
-          });
-        }
-        const uint32_t offset = place.offset(shared, batch.column, first);
-        with_strip<Wide, V>(sums, s, [&](auto& rows) {
-          multiply_batch<Wide, V>(rows, place, batch, weights, offset, inputs);
-        });
-      });
+      const uint32_t inner = strip_number(team, group, s) * V % lists.v;
+      const auto load_entry = [&](uint32_t entry, bool there) {
+        return load_weights<Wide, V>(values, uint64_t(entry) * lists.v + inner, storage, there);
+      };
+      each_batch(lists, columns, at, shuffle(bound, 16 + s), load_entry,
+                 [&](const Batch& batch, const Weights<Wide, V>& weights) {
+                   const uint32_t offset = place.offset(shared, batch.column, first);
+                   with_strip<Wide, V>(sums, s, [&](auto& rows) {
+                     multiply_batch<Wide, V>(rows, place, batch, weights, offset, inputs);
+                   });
+                 });
       if (lane() == s) bound = at;
     }
   }

@@ -62,12 +62,14 @@ ISSP_DEVICE void hold_grads(Held<typename T::Wide, V>& held, const void* grad, c
   const uint32_t rows = team.warps * team.each * V, first_row = group * rows;
 #pragma unroll
   for (uint32_t round = 0; round < kPixels<Wide> / kRound<Wide>; ++round) {
-    each_exchanged<Wide>(place, tile, first_row, rows, round, team,
-                         [&](uint32_t to, uint32_t row, uint32_t token, uint64_t at, bool inside) {
-                           exchange.set(
-                               to * kExchangePitch<Wide> + token,
-                               inside ? load_wide<T>(grad, at * place.rows + row) : Wide(0));
-                         });
+    each_exchanged<Wide>(
+        place, tile, first_row, rows, round, team, [&](uint32_t, const Exchanged& found) {
+#pragma unroll
+          for (uint32_t k = 0; k < 4; ++k) {
+            fetch<T>(exchange.from(found.place[k]), grad, found.at[k], found.inside[k]);
+          }
+        });
+    wait_for_copies();
     barrier();
 #pragma unroll
     for (uint32_t s = 0; s < kWarpRows / V; ++s) {
@@ -180,13 +182,15 @@ values_grad_kernel(const ISSP_PARAM Place place, const ISSP_PARAM Lists lists,
     with_storage<Wide>(storage, [&](auto type) {
       place.template stage<decltype(type)>(staged, x, tile, first, count, team.threads());
     });
+    wait_for_copies();
     barrier();
 #pragma unroll 1
     for (uint32_t s = 0; s < team.each; ++s) {
       uint32_t at = shuffle(bound, s);
       const uint32_t end = shuffle(bound, 16 + s);
       const uint32_t inner = strip_number(team, group, s) * V % lists.v;
-      each_batch(lists, columns, at, end, [&](const Batch& batch) {
+      const auto nothing = [](uint32_t, bool) { return 0; };
+      each_batch(lists, columns, at, end, nothing, [&](const Batch& batch, int) {
         const uint32_t offset = place.offset(shared, batch.column, first);
         with_strip<Wide, V>(held, s, [&](const auto& rows) {
           add_batch<Wide, V>(rows, place, batch, offset, inputs, lists.v, mine + inner);

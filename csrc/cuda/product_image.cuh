@@ -95,11 +95,10 @@ struct Planes : Pixels {
   ISSP_DEVICE uint32_t step(uint32_t j) const { return j / kTileSteps * 4 * pitch; }
   ISSP_DEVICE static constexpr uint32_t side_step(uint32_t j) { return j % kTileSteps * 8; }
 
-  // Four loads of a thread in flight; neighbouring threads load neighbours.
+  // Neighbouring threads fetch neighbours; all of a chunk is on its way at once.
   template <typename T>
   ISSP_DEVICE void stage(Staged<typename T::Wide> to, const void* x, ImageTile tile, uint32_t first,
                          uint32_t count, uint32_t threads) const {
-    using Wide = typename T::Wide;
     const uint32_t across = window.stride[1] * phase[1], all = window.stride[0] * phase[0] * across;
     const int32_t top = int32_t(tile.top * window.stride[0]) - window.padding[0];
     const int32_t left = int32_t(tile.left * window.stride[1]) - window.padding[1];
@@ -113,18 +112,7 @@ struct Planes : Pixels {
           find(0, top + int32_t(down), y) & find(1, left + int32_t(right), across_x);
       const uint64_t from = (uint64_t(tile.image) * window.channels + first) * channel +
                             uint64_t(y) * window.input[1] + across_x;
-      const Staged<Wide> mine = to.from(row * pitch + column);
-      for (uint32_t c = 0; c < count; c += 4) {
-        Wide values[4];
-#pragma unroll
-        for (uint32_t k = 0; k < 4; ++k) {
-          values[k] = inside && c + k < count ? load_wide<T>(x, from + (c + k) * channel) : Wide(0);
-        }
-#pragma unroll
-        for (uint32_t k = 0; k < 4; ++k) {
-          if (c + k < count) mine.set((c + k) * plane, values[k]);
-        }
-      }
+      fetch_run<T>(to.from(row * pitch + column), plane, x, from, channel, count, inside);
     }
   }
 };
@@ -149,7 +137,6 @@ struct Gathered : Pixels {
   template <typename T>
   ISSP_DEVICE void stage(Staged<typename T::Wide> to, const void* x, ImageTile tile, uint32_t first,
                          uint32_t count, uint32_t threads) const {
-    using Wide = typename T::Wide;
     const uint32_t taps = window.kernel[0] * window.kernel[1];
     for (uint32_t i = thread(); i < count * tile_pixels; i += threads) {
       const uint32_t unit = first + i / tile_pixels, slot = i % tile_pixels;
@@ -160,7 +147,7 @@ struct Gathered : Pixels {
       const bool inside = find(0, position(0, down, tap / window.kernel[1]), y) &
                           find(1, position(1, right, tap % window.kernel[1]), across);
       const uint64_t from = (uint64_t(tile.image) * window.channels + channel) * channel_pixels();
-      to.set(i, inside ? load_wide<T>(x, from + uint64_t(y) * window.input[1] + across) : Wide(0));
+      fetch<T>(to.from(i), x, from + uint64_t(y) * window.input[1] + across, inside);
     }
   }
   ISSP_DEVICE int32_t position(uint32_t axis, uint32_t pixel, uint32_t tap) const {

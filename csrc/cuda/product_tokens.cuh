@@ -40,13 +40,11 @@ struct Tokens {
   template <typename T>
   ISSP_DEVICE void stage(Staged<typename T::Wide> to, const void* x, TokenTile tile, uint32_t first,
                          uint32_t count, uint32_t threads) const {
-    using Wide = typename T::Wide;
     const uint32_t tokens_on = threads / count, features_on = threads - tokens_on * count;
     uint32_t token = thread() / count, feature = thread() - token * count;
     while (token < tile_tokens) {
       const uint64_t at = tile.first + token;
-      to.set(feature * pitch() + token,
-             at < tokens ? load_wide<T>(x, at * inputs + first + feature) : Wide(0));
+      fetch<T>(to.from(feature * pitch() + token), x, at * inputs + first + feature, at < tokens);
       token += tokens_on;
       feature += features_on;
       if (feature >= count) feature -= count, ++token;
@@ -60,15 +58,30 @@ constexpr uint32_t kRound = kPixels<Wide> / 2;
 template <typename Wide>
 constexpr uint32_t kExchangePitch = 32 * kRound<Wide> + 1;
 
-// Calls body(row within the group's rows, its place among the rows of the result, token within the
-// round, its place among all) for every element of a round, the rows of a token next to each other.
+// Four tokens of a row, which a thread exchanges at a time: loads of several are on their way.
+struct Exchanged {
+  uint32_t place[4];  // in shared memory
+  uint64_t at[4];     // among the results
+  bool inside[4];
+};
+
+// Calls body(row, its elements) for every row and token of a round; the lanes of a warp have
+// neighbouring rows.
 template <typename Wide, typename Body>
 ISSP_DEVICE void each_exchanged(const Tokens& place, TokenTile tile, uint32_t first_row,
                                 uint32_t rows, uint32_t round, const Team& team, const Body& body) {
-  for (uint32_t token = warp(); token < 32 * kRound<Wide>; token += team.warps) {
-    const uint64_t at = tile.first + round * 32 * kRound<Wide> + token;
+  for (uint32_t token = warp(); token < 32 * kRound<Wide>; token += 4 * team.warps) {
     for (uint32_t row = lane(); row < rows; row += 32) {
-      body(row, first_row + row, token, at, at < place.tokens && first_row + row < place.rows);
+      Exchanged found;
+#pragma unroll
+      for (uint32_t k = 0; k < 4; ++k) {
+        const uint32_t mine = token + k * team.warps;
+        const uint64_t at = tile.first + round * 32 * kRound<Wide> + mine;
+        found.place[k] = row * kExchangePitch<Wide> + mine;
+        found.at[k] = at * place.rows + first_row + row;
+        found.inside[k] = at < place.tokens && first_row + row < place.rows;
+      }
+      body(first_row + row, found);
     }
   }
 }

@@ -49,8 +49,9 @@ struct Block {
 
 struct Copy {
   uint32_t first;  // shared word
-  const char* from;
-  uint32_t bytes;  // per element
+  const char* from;  // null: zeros
+  uint32_t bytes;    // per element
+  uint32_t words;
 };
 
 struct Fiber {
@@ -426,13 +427,13 @@ uint32_t* shared_word(uint32_t i, Access access) {
   return &block.shared[i];
 }
 
-void start_copy(uint32_t first, const void* from, uint32_t bytes) {
-  if (first % 4 || reinterpret_cast<uintptr_t>(from) % 16) fail("misaligned copy");
-  for (uint32_t i = 0; i < 4; ++i) {
+void start_copy(uint32_t first, const void* from, uint32_t bytes, uint32_t words) {
+  if (first % words || reinterpret_cast<uintptr_t>(from) % (4 * words)) fail("misaligned copy");
+  for (uint32_t i = 0; i < words; ++i) {
     *shared_word(first + i, Access::write) = 0xdeadbeefu;
     machine.current->block->shadow[first + i].written = false;
   }
-  machine.current->copies.push_back({first, static_cast<const char*>(from), bytes});
+  machine.current->copies.push_back({first, static_cast<const char*>(from), bytes, words});
 }
 
 void finish_copies(const char* file, int line) {
@@ -440,12 +441,12 @@ void finish_copies(const char* file, int line) {
   Fiber& fiber = *machine.current;
   for (const Copy& copy : fiber.copies) {
     if (int(site) == machine.options.removed) break;
-    for (uint32_t i = 0; i < 16; i += copy.bytes) {
+    for (uint32_t i = 0; copy.from && i < 4 * copy.words; i += copy.bytes) {
       touch_global(copy.from + i, copy.bytes, Global::load);
     }
-    for (uint32_t i = 0; i < 4; ++i) {
-      uint32_t word;
-      memcpy(&word, copy.from + 4 * i, 4);
+    for (uint32_t i = 0; i < copy.words; ++i) {
+      uint32_t word = 0;
+      if (copy.from) memcpy(&word, copy.from + 4 * i, 4);
       *shared_word(copy.first + i, Access::write) = word;
     }
   }

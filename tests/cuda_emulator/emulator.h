@@ -71,8 +71,8 @@ const std::array<uint32_t, 32>& exchange(uint32_t value, int kind);
 
 enum class Access { read, write, atomic };
 uint32_t* shared_word(uint32_t i, Access access);
-// Elements of `bytes` bytes, 16 in all, on their way to shared words.
-void start_copy(uint32_t first, const void* from, uint32_t bytes);
+// Elements of `bytes` bytes on their way to `words` shared words, four or one; null: zeros are.
+void start_copy(uint32_t first, const void* from, uint32_t bytes, uint32_t words = 4);
 void finish_copies(const char* file, int line);
 
 }  // namespace emulator
@@ -211,6 +211,9 @@ inline Shared shared_memory() {
 template <typename T>
 void copy_async(Shared to, const T* from) {
   emulator::start_copy(to.first, from, sizeof(T));
+}
+inline void copy_word_async(Shared to, const void* from, bool there) {
+  emulator::start_copy(to.first, there ? from : nullptr, 4, 1);
 }
 inline void wait_for_copies(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::finish_copies(file, line);
