@@ -33,10 +33,11 @@ template <typename Real>
 struct ProductKernels {
   // acc[i * acc_stride + (r * S + s) * lanes + lane] = bias[i] + sum over e of
   // values[e * value_stride + i] * tile[offsets[e] + r * row_stride + s * lanes + lane], for i rows
-  // of the weight (1, 2 or 4), r rows and s vectors of pixels. bias null: 0.
+  // of the weight (1, 2 or 4), r rows and s vectors of pixels. bias null: 0. more: instead of bias,
+  // what acc holds already.
   using Multiply = void (*)(const Real* tile, int64_t row_stride, const int32_t* offsets,
                             const Real* values, int64_t value_stride, int64_t count,
-                            const Real* bias, Real* acc, int64_t acc_stride);
+                            const Real* bias, Real* acc, int64_t acc_stride, bool more);
   // sums[e * sum_stride + i] += sum over r, s, lanes of grad[i][r][s] * tile[offsets[e] + ...].
   using Dot = void (*)(const Real* tile, int64_t row_stride, const int32_t* offsets, int64_t count,
                        const Real* grad, Real* sums, int64_t sum_stride);

@@ -27,13 +27,18 @@ ISSP_INLINE void store(const typename Simd<Real>::Vector& from, Real* to) {
 template <typename Real, int I, int S, int R>
 ISSP_TARGET void multiply(const Real* tile, int64_t row_stride, const int32_t* offsets,
                           const Real* values, int64_t value_stride, int64_t count, const Real* bias,
-                          Real* acc, int64_t acc_stride) {
+                          Real* acc, int64_t acc_stride, bool more) {
   using Vector = typename Simd<Real>::Vector;
   constexpr int lanes = Simd<Real>::lanes;
   Vector total[I][R][S];
+#pragma GCC unroll 4
+  for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 64
-  for (int p = 0; p < I * R * S; ++p) {
-    (&total[0][0][0])[p] = bias ? bias[p / (R * S)] - Vector{} : Vector{};
+    for (int p = 0; p < R * S; ++p) {
+      Vector& first = (&total[i][0][0])[p];
+      first = bias ? bias[i] - Vector{} : Vector{};
+      if (more) load<Real>(acc + i * acc_stride + p * lanes, first);
+    }
   }
   for (int64_t begin = 0; begin < count; begin += kRun) {
     const int64_t end = begin + kRun < count ? begin + kRun : count;

@@ -39,7 +39,8 @@ inline void multiply(const Convolution& call, bool tokens, const Tensor& x, cons
         translate(call.product, columns, starts, tile_offsets(call.geometry, tiling));
     if (!y.numel()) return;
     const Widened<T> wide(values), first = bias ? Widened<T>(*bias) : Widened<T>();
-    const ProductRun<T> run = {kernels, call, tiling, lists, wide.data(), first.data()};
+    const ChannelRuns runs(call, tiling, columns, lists.starts, Real());
+    const ProductRun<T> run = {kernels, call, tiling, lists, runs, wide.data(), first.data()};
     run(x.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr(),
         members);
   });

@@ -116,6 +116,42 @@ inline int64_t worthy_members(double work) {
   return std::max<int64_t>(1, std::min<int64_t>(whole_team().size, int64_t(work / 2e5)));
 }
 
+// Runs of channels whose part of a tile stays in the L1 cache while all rows of the weight pass by:
+// without them every load of a tile of many channels comes from L2, which halves the speed of v
+// = 1. With more rows to a load (v >= 4) the multiply-adds are the limit, and with few entries in a
+// run carrying sums from run to run costs more than it saves.
+struct ChannelRuns {
+  int64_t count = 1;
+  std::vector<int32_t> bounds;  // [count + 1][blocks] entries; empty for a single run
+
+  static constexpr int64_t kBytes = 56 << 10, kLeastEntries = 6;
+
+  template <typename Real>
+  ChannelRuns(const Convolution& call, const Tiling& t, const Tensor& columns,
+              const int32_t* starts, Real) {
+    const Geometry& by = call.geometry;
+    const int64_t seen = t.phases[0] * (t.rows + t.reach[0]) * t.row_stride * int64_t(sizeof(Real));
+    const int64_t channels = std::max<int64_t>(1, kBytes / seen);
+    const int64_t runs = (by.channels + channels - 1) / channels;
+    const int64_t blocks = call.product.blocks;
+    if (call.product.v >= 4 || runs < 2 || call.product.entries < kLeastEntries * blocks * runs) {
+      return;
+    }
+    count = runs;
+    bounds.resize(size_t((runs + 1) * blocks));
+    const auto* const column = static_cast<const int32_t*>(columns.const_data_ptr());
+    for (int64_t b = 0; b < blocks; ++b) {
+      int32_t e = starts[b];
+      for (int64_t run = 0; run < runs; ++run) {
+        bounds[size_t(run * blocks + b)] = e;
+        const int64_t limit = (run + 1) * channels * by.taps();
+        while (e < starts[b + 1] && column[e] < limit) ++e;
+      }
+      bounds[size_t(runs * blocks + b)] = starts[b + 1];
+    }
+  }
+};
+
 template <typename T>
 struct ProductRun {
   using Real = typename T::Wide;
@@ -123,31 +159,49 @@ struct ProductRun {
   const Convolution& call;
   const Tiling& tiling;
   const Lists<int32_t>& lists;
+  const ChannelRuns& runs;
   const Real* values;
   const Real* bias;  // null: none
+
+  bool keeps() const { return tiling.order == Tiling::kTokens || runs.count > 1; }
+
+  // The entries first..last of block b, into acc or straight into the result.
+  void block(const Real* tile, int64_t rows, const Place& at, const TileWriter<T>& writer,
+             Real* acc, int64_t b, int64_t first, int64_t last, bool more) const {
+    const int64_t v = call.product.v, size = rows * tiling.segment * tiling.lanes;
+    for (int64_t i = 0; i < v;) {
+      const int log = rows_log(v - i);
+      const int64_t o = b * v + i;
+      Real* const direct = keeps() ? nullptr : writer.direct(at, o, rows);
+      Real* const to = direct ? direct : keeps() ? acc + o * size : acc;
+      kernels.multiply[log][tiling.segment - 1][rows - 1](
+          tile, tiling.row_stride, lists.entries.get() + first, values + first * v + i, v,
+          last - first, bias ? bias + o : nullptr, to,
+          direct ? Tiling::pixels(call.geometry) : size, more);
+      for (int64_t k = 0; !keeps() && !direct && k < 1 << log; ++k) {
+        writer.write(at, o + k, rows, acc + k * size);
+      }
+      i += int64_t(1) << log;
+    }
+  }
 
   // One register block of the result, all rows of the weight.
   void multiply(const Real* tile, int64_t rows, const Place& at, const TileWriter<T>& writer,
                 Real* acc) const {
-    const int64_t v = call.product.v, size = rows * tiling.segment * tiling.lanes;
-    const bool keep = tiling.order == Tiling::kTokens;
-    for (int64_t b = 0; b < call.product.blocks; ++b) {
-      const int64_t first = lists.starts[b], count = lists.starts[b + 1] - first;
-      for (int64_t i = 0; i < v;) {
-        const int log = rows_log(v - i);
-        const int64_t o = b * v + i;
-        Real* const direct = keep ? nullptr : writer.direct(at, o, rows);
-        Real* const to = direct ? direct : keep ? acc + o * size : acc;
-        kernels.multiply[log][tiling.segment - 1][rows - 1](
-            tile, tiling.row_stride, lists.entries.get() + first, values + first * v + i, v, count,
-            bias ? bias + o : nullptr, to, direct ? Tiling::pixels(call.geometry) : size);
-        if (!keep && !direct) {
-          for (int64_t k = 0; k < 1 << log; ++k) writer.write(at, o + k, rows, acc + k * size);
-        }
-        i += int64_t(1) << log;
+    const int64_t blocks = call.product.blocks;
+    for (int64_t run = 0; run < runs.count; ++run) {
+      const int32_t* const first =
+          runs.count > 1 ? &runs.bounds[size_t(run * blocks)] : lists.starts;
+      const int32_t* const last = runs.count > 1 ? first + blocks : lists.starts + 1;
+      for (int64_t b = 0; b < blocks; ++b) {
+        block(tile, rows, at, writer, acc, b, first[b], last[b], run > 0);
       }
     }
-    if (keep) writer.write_tokens(at, rows, acc);
+    if (tiling.order == Tiling::kTokens) return writer.write_tokens(at, rows, acc);
+    const int64_t size = rows * tiling.segment * tiling.lanes;
+    for (int64_t o = 0; keeps() && o < call.geometry.rows; ++o) {
+      writer.write(at, o, rows, acc + o * size);
+    }
   }
 
   void operator()(const void* x, const void* residual, void* y, int64_t members) const {
@@ -156,8 +210,7 @@ struct ProductRun {
     for_members(std::min(members, units), [&](int64_t member) {
       static thread_local Workspace<Real> memory;
       const int64_t tile_size = tiling.tile_size(by) + kMaxSegment * tiling.lanes;
-      const int64_t acc_size =
-          tiling.block_size() * (tiling.order == Tiling::kTokens ? by.rows : 4);
+      const int64_t acc_size = tiling.block_size() * (keeps() ? by.rows : 4);
       const int64_t read = TileReader<T>::line_size(by, tiling);
       Real* const tile =
           memory.get(tile_size + acc_size + read + TileWriter<T>::line_size(by, tiling));
