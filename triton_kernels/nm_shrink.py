@@ -7,9 +7,10 @@ every other's; a larger one is cut where halving the range of scores leaves as m
 (31 rounds for float32, 15 for 16-bit weights, 63 for float64), then ranked among ties.
 
 Traffic per float32 weight: 4 bytes from and 4 to DRAM. A program reads its weights again, out of
-the L1 or L2 cache, for every comparison or round, and once more to shrink them, since no group of
-any size fits the registers. Masks change bit by bit, by an atomic for every bit that flips, which
-in training few do: 1/8 byte of mask is read.
+the L1 or L2 cache: once for the comparisons, or in every round what a group has beyond one tile,
+and once more to shrink them, since a group of any size would not fit the registers. Masks change
+bit by bit, by an atomic for every bit that flips, which in training few do: 1/8 byte of mask is
+read.
 """
 
 from __future__ import annotations
@@ -70,10 +71,12 @@ def cut_groups(
     base = tl.zeros_like(first).to(tl.int64 if WIDE else tl.int32)
     rank = tl.zeros_like(first).to(tl.int32) + chosen
     place = tl.arange(0, PLACES)[:, None]
+    near = valid & (place < m)
+    held = score_at(source, first + place.to(first.dtype) * inner, near, v, columns, DTYPE)
     for done in range(bits):
         half = (base * 0 + 1) << (bits - 1 - done)
-        count = tl.zeros_like(rank)
-        for start in range(0, m, PLACES):
+        count = tl.sum((near & (held >= base) & (held - base < half)).to(tl.int32), 0)[None, :]
+        for start in range(PLACES, m, PLACES):
             there = valid & (start + place < m)
             at = first + (start + place).to(first.dtype) * inner
             ahead = score_at(source, at, there, v, columns, DTYPE) - base
