@@ -85,6 +85,33 @@ def pack(
     return packed
 
 
+def unpack(model: nn.Module) -> nn.Module:
+    """A copy with torch's own layers, zeros where nothing is stored: what can be saved and loaded.
+
+    Args:
+        model: packed, or with layers of `issp.nn`; is left as it is.
+    """
+    root = nn.Sequential(copy.deepcopy(model))
+    dense: dict[nn.Module, nn.Module] = {}
+    for parent in list(root.modules()):
+        for attribute, child in parent._modules.items():
+            if isinstance(child, _SPARSE):
+                parent._modules[attribute] = dense.setdefault(child, child.to_dense())
+            elif isinstance(child, _PATHS):
+                pack_paths.restore_(child)
+    root[0].__dict__.pop("report", None)
+    return root[0]
+
+
+_SPARSE = (
+    sparse_nn.SparseConv2d,
+    sparse_nn.SparseLinear,
+    sparse_nn.NMConv2d,
+    sparse_nn.NMLinear,
+)
+_PATHS = (pack_paths.ChannelsLastConv2d, pack_paths.TwoFourLinear)
+
+
 def _device(model: nn.Module) -> str:
     return next((p.device.type for p in model.parameters()), "cpu")
 

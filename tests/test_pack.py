@@ -6,83 +6,20 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import issp
-from issp import choice, pack_model, semi_structured
+from issp import choice, pack_model
+from tests.packed_nets import (  # noqa: F401
+    EXAMPLE,
+    cache_fixture,
+    kinds,
+    line,
+    net_fixture,
+    prune_,
+    timed_fixture,
+)
 from tests.small_models import every_small
-
-
-def prune_(model: nn.Module, sparsity: float = 0.9) -> nn.Module:
-    """Hard zeros in every Conv2d and Linear."""
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                k = issp.num_pruned(module.weight.numel(), sparsity)
-                if k:
-                    flat = module.weight.view(-1)
-                    flat[flat.abs().topk(k, largest=False).indices] = 0
-    return model
-
-
-class Net(nn.Module):
-    """A convolution of every kind, a linear layer, one layer used twice, and one never used."""
-
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Conv2d(3, 8, 3, padding=1)
-        self.strided = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
-        self.same = nn.Conv2d(16, 16, 3, padding="same", dilation=2)
-        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
-        self.mirrored = nn.Conv2d(16, 16, 3, padding=1, padding_mode="reflect")
-        self.twice = nn.Linear(16, 16)
-        self.unused = nn.Linear(4, 4)
-        self.norm = nn.BatchNorm2d(16)
-
-    def forward(self, x):
-        x = self.mirrored(self.grouped(self.same(self.strided(F.relu(self.head(x))))))
-        x = self.norm(x).permute(0, 2, 3, 1)
-        return self.twice(F.gelu(self.twice(x)))
-
-
-EXAMPLE = (2, 3, 12, 10)
-
-
-@pytest.fixture
-def net():
-    return prune_(Net())
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return choice.Cache(tmp_path / "choices.json")
-
-
-@pytest.fixture
-def timed(monkeypatch):
-    """Times come from a table, name -> seconds, not from a clock; the keys that were measured."""
-    table = {"dense": 3.0, "dense channels_last": 4.0, "rows": 1.0, "rows v=4": 2.0}
-    table |= {"packed": 1.0}
-    table["measured"] = []
-
-    def measured(dense, sparse, *args, **kwargs):
-        table["measured"].append(tuple([*dense, *sparse]))
-        for call in [*dense.values(), *sparse.values()]:
-            call()
-        samples = {name: [table.get(name, 1.0)] * 5 for name in (*dense, *sparse)}
-        return choice.decide(samples, list(dense))
-
-    monkeypatch.setattr(choice, "measured", measured)
-    return table
-
-
-def kinds(model: nn.Module) -> dict[str, str]:
-    return {name: type(module).__name__ for name, module in model.named_children()}
-
-
-def line(packed: nn.Module, name: str):
-    return next(line for line in packed.report.lines if line.name == name)
 
 
 class TestResults:
@@ -221,65 +158,6 @@ class TestForms:
         net[1].weight.data = issp.ops.nm_prune(net[1].weight.data, issp.Keep(2, of=4))
         packed = issp.pack(net, torch.randn(4, 8), keep={"1": issp.Keep(2, of=4)}, cache=cache)
         assert kinds(packed) == {"0": "SparseLinear", "1": "NMLinear"}
-
-
-class TestTwoFour:
-    """torch's 2:4 product, which needs a GPU: its place in a model, with a stand-in for it."""
-
-    @pytest.fixture
-    def stand_in(self, monkeypatch):
-        calls = []
-
-        def pack(weight):
-            calls.append(weight.shape)
-            return weight.detach().clone()
-
-        monkeypatch.setattr(semi_structured, "usable", lambda x, shape, dtype: None)
-        monkeypatch.setattr(semi_structured, "pack", pack)
-        monkeypatch.setattr(semi_structured, "linear", F.linear)
-        return calls
-
-    def layer(self):
-        layer = nn.Linear(16, 16)
-        layer.weight.data = issp.ops.nm_prune(layer.weight.data, issp.Keep(2, of=4))
-        return layer
-
-    def test_is_chosen_where_it_is_fastest(self, cache, timed, stand_in):
-        timed["torch 2:4"] = 0.5
-        layer, x = self.layer(), torch.randn(4, 16)
-        packed = issp.pack(layer, x, cache=cache)
-        assert packed.report.lines[0].choice == "torch 2:4"
-        with torch.no_grad():
-            assert torch.equal(packed(x), layer(x))
-        assert packed.state_dict().keys() == layer.state_dict().keys()
-
-    def test_is_compressed_once_and_never_saved(self, cache, timed, stand_in):
-        timed["torch 2:4"] = 0.5
-        packed = issp.pack(self.layer(), x := torch.randn(4, 16), cache=cache)
-        with torch.no_grad():
-            packed(x)
-            before = len(stand_in)
-            packed(x)
-            assert len(stand_in) == before
-            for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
-                assert twin.__dict__["_compressed"] is None
-                assert torch.equal(twin(x), packed(x))
-            packed.load_state_dict(other := self.layer().state_dict())
-            torch.testing.assert_close(packed(x), F.linear(x, other["weight"], other["bias"]))
-
-    def test_has_no_derivative_and_says_so(self, cache, timed, stand_in):
-        timed["torch 2:4"] = 0.5
-        packed = issp.pack(self.layer(), torch.randn(4, 16), cache=cache)
-        with pytest.raises(RuntimeError, match="has no derivative: call the packed model under"):
-            packed(torch.randn(4, 16))
-
-    def test_is_no_candidate_for_other_weights_or_machines(self, cache, timed, stand_in):
-        issp.pack(prune_(nn.Linear(16, 16), 0.5), torch.randn(4, 16), cache=cache)
-        assert timed["measured"][0] == ("dense", "rows")
-
-    def test_is_no_candidate_without_its_gpu(self, cache, timed):
-        issp.pack(self.layer(), torch.randn(4, 16), cache=cache)
-        assert timed["measured"][0] == ("dense", "rows")
 
 
 class TestReport:
