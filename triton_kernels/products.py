@@ -211,7 +211,7 @@ def narrowed(total, DTYPE: tl.constexpr):
         return total.to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "splits"])
 def sum_splits(partial, target, count, splits, TILE: tl.constexpr):
     """target[i] = the sum of partial[s, i] over s in ascending order."""
     place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)

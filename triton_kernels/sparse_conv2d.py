@@ -133,7 +133,13 @@ def gathered(
     return tl.load((image + place) + (packed >> 5), mask=seen, other=0.0)
 
 
-@triton.jit
+# One compilation for all values of the counts, which change no instruction that matters.
+@triton.jit(
+    do_not_specialize=[
+        "entries", "length", "outputs", "image_size", "plane", "height", "width", "out_width",
+        "tiles", "parts", "row_tiles",
+    ]
+)  # fmt: skip
 def convolve(
     x, values, columns, starts, bias, residual, y, entries, length, outputs, image_size, plane,
     height, width, pixels, out_width, tiles, parts, row_tiles,
@@ -167,7 +173,12 @@ def convolve(
     store(total, y + first, residual, place, (row[:, None] < V) & (pixel[None, :] < pixels))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "entries", "length", "outputs", "image_size", "plane", "height", "width", "out_width",
+        "tiles", "all_tiles", "parts", "row_tiles", "ways", "share",
+    ]
+)  # fmt: skip
 def convolve_values_grad(
     x, grad, columns, starts, partial, entries, length, outputs, image_size, plane, height, width,
     pixels, out_width, tiles, all_tiles, parts, row_tiles, ways, share,

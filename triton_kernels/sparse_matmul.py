@@ -44,7 +44,8 @@ def gathered_rows(x, item, items, column, inside, length, INDEX: tl.constexpr):
     return tl.load(x + place, mask=(item[:, None] < items) & inside[None, :], other=0.0)
 
 
-@triton.jit
+# One compilation for all values of the counts, which change no instruction that matters.
+@triton.jit(do_not_specialize=["entries", "length", "items", "parts", "row_tiles"])
 def multiply(
     x, values, columns, starts, bias, residual, y, entries, length, outputs, items, parts,
     row_tiles, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, V: tl.constexpr,
@@ -68,7 +69,11 @@ def multiply(
     store(total, y, residual, place, (item[:, None] < items) & (row[None, :] < V))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "entries", "length", "items", "all_tiles", "parts", "row_tiles", "ways", "share",
+    ]
+)  # fmt: skip
 def multiply_values_grad(
     x, grad, columns, starts, partial, entries, length, outputs, items, all_tiles, parts,
     row_tiles, ways, share, PRECISION: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
