@@ -99,11 +99,18 @@ class DirectRun {
 
   void operator()(const Lists<DirectEntry>& lists, const float* x, const float* values,
                   const float* bias, const float* residual, float* y, int64_t members) const {
-    const int64_t units = by_.batch * across_ * down_, count = std::min(members, units);
+    // Threads share the rows of the weight where one row's pixels are few: two threads that write
+    // to one page take its lines from each other, because prefetchers run ahead within a page.
+    const int64_t units = by_.batch * across_ * down_, blocks = product_.blocks;
+    const bool by_rows = blocks >= members;
+    const int64_t count = std::min(members, by_rows ? blocks : units);
     for_members(count, [&](int64_t member) {
-      const int64_t end = units * (member + 1) / count;
-      for (int64_t u = units * member / count; u < end; u += together_) {
-        group(u, std::min(end, u + together_), lists, x, values, bias, residual, y);
+      const int64_t whole = by_rows ? blocks : units;
+      const int64_t first = whole * member / count, last = whole * (member + 1) / count;
+      const int64_t end = by_rows ? units : last;
+      for (int64_t u = by_rows ? 0 : first; u < end; u += together_) {
+        group(u, std::min(end, u + together_), by_rows ? first : 0, by_rows ? last : blocks, lists,
+              x, values, bias, residual, y);
       }
     });
   }
@@ -164,12 +171,13 @@ class DirectRun {
 
   // Units that lie one below the other, row by row of the weight: its entries are read once for
   // all, and a row's results are written in one go.
-  void group(int64_t first, int64_t last, const Lists<DirectEntry>& lists, const float* x,
-             const float* values, const float* bias, const float* residual, float* y) const {
+  void group(int64_t first, int64_t last, int64_t first_block, int64_t last_block,
+             const Lists<DirectEntry>& lists, const float* x, const float* values,
+             const float* bias, const float* residual, float* y) const {
     std::vector<Unit> units;
     for (int64_t u = first; u < last; ++u) units.push_back(unit(u));
     const int64_t v = product_.v, plane = by_.size[0] * by_.size[1];
-    for (int64_t b = 0; b < product_.blocks; ++b) {
+    for (int64_t b = first_block; b < last_block; ++b) {
       const int64_t begin = lists.starts[b], count = lists.starts[b + 1] - begin;
       for (int64_t i = 0; i < v;) {
         const int log = rows_log(v - i);
