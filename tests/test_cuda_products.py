@@ -102,8 +102,9 @@ def test_matmul(case):
 
 @pytest.mark.parametrize("case", (*PLAIN_CONVS, *PLAIN_MATMULS), ids=lambda case: case.name)
 def test_values_grad(case):
-    cuda_emulator.seed(len(case.name))
-    grad_check(case, (torch.float32,))
+    if case.work < 5e6:  # else seconds
+        cuda_emulator.seed(len(case.name))
+        grad_check(case, (torch.float32,))
     use("planes", len(case.name))
     grad_check(case, (DTYPES[len(case.name) % 4],))
 

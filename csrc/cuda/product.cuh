@@ -11,10 +11,14 @@
 // may reach 2 / 10 of the float32 peak, v = 4 8 / 13, v = 8 16 / 17. Its addresses are four
 // additions and constants. More pixels per thread would shave the shuffles (v = 1: 9 words per 8
 // products instead of 10) and stage every channel for fewer rows: at 99 % that costs more than it
-// brings. Traffic per weight: 4 (1 + V) / V bytes per 256 multiplications, from L2; the inputs are
-// read from L2 once for every 64 rows. Occupancy: two blocks of 256 threads at 128 registers; while
-// one block waits for its inputs, the other multiplies. Half of an SM's shared memory then is a
-// block's: 60 channels of a 3x3 tile on sm_90, so that one or a few chunks hold all channels.
+// brings.
+//
+// Traffic per weight: 4 (1 + V) / V bytes per 256 multiplications, from L2. The inputs are read
+// from L2 once for every 64 rows, by asynchronous copies.
+//
+// Occupancy: two blocks of 256 threads at 128 registers; while one waits for its inputs, the other
+// multiplies. Half of an SM's shared memory is a block's: 66 channels of a 3x3 tile on sm_90, so
+// that one or a few chunks hold all channels.
 //
 // Every sum is taken by one thread in the order of its list, whatever the tiles, the chunks or the
 // device: the bits depend on nothing else.
@@ -218,6 +222,13 @@ struct Strip {
 
 ISSP_DEVICE uint32_t at_most(uint32_t x, uint32_t most) {
   return x < most ? x : most;
+}
+
+// Where a strip begins within the rows of its block of the weight.
+template <int V>
+ISSP_DEVICE uint32_t strip_offset(const Lists& lists, const Team& team, uint32_t group,
+                                  uint32_t i) {
+  return lists.v == V ? 0 : strip_number(team, group, i) * V % lists.v;
 }
 
 // Nothing for numbers behind the last. Starts that are no positions are cut off: a GPU's lists are

@@ -216,7 +216,7 @@ product_kernel(const ISSP_PARAM Place place, const ISSP_PARAM Lists lists,
 #pragma unroll 1
     for (uint32_t s = 0; s < team.each; ++s) {
       uint32_t at = shuffle(bound, s);
-      const uint32_t inner = strip_number(team, group, s) * V % lists.v;
+      const uint32_t inner = strip_offset<V>(lists, team, group, s);
       const auto load_entry = [&](uint32_t entry, bool there) {
         return load_weights<Wide, V>(values, uint64_t(entry) * lists.v + inner, storage, there);
       };

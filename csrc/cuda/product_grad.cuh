@@ -188,7 +188,7 @@ values_grad_kernel(const ISSP_PARAM Place place, const ISSP_PARAM Lists lists,
     for (uint32_t s = 0; s < team.each; ++s) {
       uint32_t at = shuffle(bound, s);
       const uint32_t end = shuffle(bound, 16 + s);
-      const uint32_t inner = strip_number(team, group, s) * V % lists.v;
+      const uint32_t inner = strip_offset<V>(lists, team, group, s);
       const auto nothing = [](uint32_t, bool) { return 0; };
       each_batch(lists, columns, at, end, nothing, [&](const Batch& batch, int) {
         const uint32_t offset = place.offset(shared, batch.column, first);

@@ -37,14 +37,15 @@ uint32_t exchange_bytes(const Team& team, uint32_t strip_rows) {
   return team.warps * team.each * strip_rows * kExchangePitch<Wide> * uint32_t(sizeof(Wide));
 }
 
-// As many rows per block as leave blocks for the whole device: inputs are staged once per block.
+// As many rows per block as leave three blocks for every two processors, which have room for four:
+// inputs are staged once per block.
 // exchanged: bytes within which a block's rows must be exchanged.
 template <typename Wide>
 Team choose_team(uint32_t rows, uint32_t strip_rows, uint64_t tiles, uint32_t processors,
                  uint32_t exchanged) {
   Team team = {kProductWarps, kWarpRows / strip_rows, 0, rows / strip_rows};
   const auto groups = [&] { return parts_of_size(team.strips, uint64_t(team.warps) * team.each); };
-  const auto idle = [&] { return tiles * groups() < 2 * uint64_t(processors); };
+  const auto idle = [&] { return 2 * tiles * groups() < 3 * uint64_t(processors); };
   const auto crowded = [&] { return exchange_bytes<Wide>(team, strip_rows) > exchanged; };
   while (team.each > 1 && (idle() || crowded() || team.strips <= team.warps * team.each / 2)) {
     team.each /= 2;

@@ -42,8 +42,9 @@ struct Pixels {
   // Where a position of the spread input lies in the input; false where there is a zero.
   ISSP_DEVICE bool find(uint32_t axis, int32_t at, uint32_t& found) const {
     if (at < 0) return false;
-    found = uint32_t(at) / window.upsample[axis];
-    return found * window.upsample[axis] == uint32_t(at) && found < window.input[axis];
+    const uint32_t spread = window.upsample[axis];
+    found = spread == 1 ? uint32_t(at) : uint32_t(at) / spread;
+    return found * spread == uint32_t(at) && found < window.input[axis];
   }
   ISSP_DEVICE static uint32_t pixel_row(uint32_t lane, uint32_t j) {
     return lane / 8 + 4 * (j / kTileSteps);
@@ -95,6 +96,11 @@ struct Planes : Pixels {
   ISSP_DEVICE uint32_t step(uint32_t j) const { return j / kTileSteps * 4 * pitch; }
   ISSP_DEVICE static constexpr uint32_t side_step(uint32_t j) { return j % kTileSteps * 8; }
 
+  // The distance from the tile's first line to the one that lies at `line`.
+  ISSP_DEVICE uint32_t unsorted(uint32_t axis, uint32_t line) const {
+    if (window.stride[axis] == 1) return line;
+    return line % phase[axis] * window.stride[axis] + line / phase[axis];
+  }
   // Neighbouring threads fetch neighbours; all of a chunk is on its way at once.
   template <typename T>
   ISSP_DEVICE void stage(Staged<typename T::Wide> to, const void* x, ImageTile tile, uint32_t first,
@@ -105,8 +111,7 @@ struct Planes : Pixels {
     const uint64_t channel = channel_pixels();
     for (uint32_t i = thread(); i < all; i += threads) {
       const uint32_t row = i / across, column = i - row * across;
-      const uint32_t down = row % phase[0] * window.stride[0] + row / phase[0];
-      const uint32_t right = column % phase[1] * window.stride[1] + column / phase[1];
+      const uint32_t down = unsorted(0, row), right = unsorted(1, column);
       uint32_t y = 0, across_x = 0;
       const bool inside =
           find(0, top + int32_t(down), y) & find(1, left + int32_t(right), across_x);
