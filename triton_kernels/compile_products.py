@@ -26,7 +26,7 @@ _BLOCKS = {
     ("float32", "tf32"): (16, 32),
     ("float64", "ieee"): (32,),
     ("float16", "ieee"): (16,),
-    ("bfloat16", "ieee"): (16, 32),
+    ("bfloat16", "ieee"): (32,),
 }
 
 
