@@ -25,6 +25,7 @@ from issp.bench.products_layers import Layer  # noqa: E402
 from issp.bench.products_parity import check  # noqa: E402
 from issp.bench.registry import ParityError  # noqa: E402
 from issp.bench.trainees import FAMILIES, Family, tail  # noqa: E402
+from tests.product_cases import ConvCase, MatmulCase, Weight  # noqa: E402
 
 SIZES = (1, 2, 31, 33, 1000, 4096, 4097, 70_001)
 DTYPES = (torch.float32, torch.bfloat16)
@@ -161,6 +162,43 @@ def product_cases(device: str, dtype: torch.dtype):
             yield f"products {layer.name} {form.name}", right
 
 
+# Kernels that no layer above reaches: eight rows that share positions, rows that neither eight nor
+# four divides, strides that sort the inputs or leave no room for a plane of them, both epilogues.
+GEOMETRIES = (
+    ConvCase("v=8, stride 2", Weight(24, 9, (3, 3), 0.3, 8), image=(20, 37), stride=(2, 2)),
+    ConvCase("v=3", Weight(9, 5, (3, 3), 0.3, 3), padding=(1, 1), residual=True),
+    ConvCase("patches", Weight(4, 2, (16, 16), 0.05), image=(35, 50), stride=(16, 16)),
+    MatmulCase("v=8", Weight(24, 70, pattern=0.2, v=8), lead=(300,), residual=True),
+    MatmulCase("gelu", Weight(9, 33, pattern=0.2), lead=(5,), activation="gelu"),
+)
+
+
+def geometry_cases(device: str, dtype: torch.dtype):
+    """The products' ops themselves, against the oracle in float64: (name, right) pairs."""
+    for case in GEOMETRIES:
+        mine, exact = case.build(dtype, device), case.build(dtype)
+        op = "sparse_conv2d" if isinstance(case, ConvCase) else "sparse_matmul"
+        lists, tail_ = (exact.columns, exact.starts), (case.weight.v, *case.tail()[:4])
+        x, values, bias = exact.x.double(), exact.values.double(), exact.bias.double()
+        residual = None if exact.residual is None else exact.residual.double()
+        expected = REFERENCE[op](
+            x, values, *lists, [], bias, residual, *exact.tail, case.activation
+        )
+        found = getattr(torch.ops.issp, op)(*mine.args(), case.activation)
+        yield f"{op} {dtype} {case.name}", near(found, expected)
+        expected = REFERENCE[f"{op}_values_grad"](x, exact.grad.double(), *lists, *tail_)
+        found = getattr(torch.ops.issp, f"{op}_values_grad")(
+            *(mine.x, mine.grad, mine.columns, mine.starts, *tail_)
+        )
+        yield f"{op}_values_grad {dtype} {case.name}", near(found, expected)
+
+
+def near(mine: torch.Tensor, exact: torch.Tensor) -> bool:
+    """Sums of a few hundred numbers in another order, rounded once."""
+    allowed = 16 * torch.finfo(mine.dtype).eps * exact.abs().max()
+    return bool(((mine.cpu().double() - exact).abs() <= allowed).all())
+
+
 def main() -> int:
     """Exit status 1 when any result differs from the reference, 3 without the device."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -172,7 +210,7 @@ def main() -> int:
     results = [
         result
         for dtype in DTYPES
-        for cases in (step_cases, update_cases, pass_cases, nm_cases, product_cases)
+        for cases in (step_cases, update_cases, pass_cases, nm_cases, product_cases, geometry_cases)
         for result in cases(device, dtype)
     ]
     wrong = [name for name, right in results if not right]
