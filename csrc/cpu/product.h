@@ -47,13 +47,16 @@ struct ProductKernels {
   int rows[3][kMaxSegment];  // most rows of a register block, by segment - 1
   Multiply multiply[3][kMaxSegment][kMaxRows];
   Dot dot[3][kMaxSegment][kMaxRows];
-  // out[left + j][lane] = the pixel at column j + segment * lane of a row, -left <= j < segment +
-  // right; its columns 0 .. segment * lanes - 1 are own[], those before them before[-left .. -1],
-  // those behind them after[0 .. right - 1].
-  void (*spread)(const Real* own, int64_t segment, const Real* before, int64_t left,
-                 const Real* after, int64_t right, Real* out);
-  // line[j + segment * lane] = acc[j][lane], j < segment.
-  void (*collect)(const Real* acc, int64_t segment, Real* line);
+  // Row r of out, [left + segment + right][lanes] from out_stride * r on: vector left + j holds in
+  // lane l the pixel at column j + segment * l, -left <= j < segment + right, of the row that
+  // begins at own + r * stride. before, after: whether columns below 0 and from segment * lanes on
+  // are there; they are 0 otherwise. By segment - 1.
+  using Spread = void (*)(const Real* own, int64_t stride, int64_t rows, int64_t left, bool before,
+                          int64_t right, bool after, Real* out, int64_t out_stride);
+  Spread spread[kMaxSegment];
+  // line[r * stride + j + segment * lane] = acc[r][j][lane], j < segment. By segment - 1.
+  using Collect = void (*)(const Real* acc, int64_t rows, Real* line, int64_t stride);
+  Collect collect[kMaxSegment];
   // out[c][lane] = in[lane * in_stride + c], c < count, lane < lanes; and back.
   void (*gather_tokens)(const Real* in, int64_t in_stride, int64_t count, Real* out,
                         int64_t out_stride);

@@ -161,13 +161,13 @@ struct Pick {
   }
 };
 
-// A row of pixels in the tile's order. Columns left and right of the segments' own are those of the
+// Rows of pixels in the tile's order. Columns left and right of the segments' own are those of the
 // neighbouring lane, so a vector for them is another one moved by a lane, with one pixel from
-// outside. Everything stays in registers: a copy of the row with its halo in front of the loads
-// would be read back across its stores' borders, which takes four times as long.
+// beside. Whole rows at a time: the orders stay in registers.
 template <typename Real, int S>
-ISSP_TARGET void spread_segments(const Real* own, const Real* before, int64_t left,
-                                 const Real* after, int64_t right, Real* out) {
+ISSP_TARGET void spread_segments(const Real* own, int64_t stride, int64_t rows, int64_t left,
+                                 bool before, int64_t right, bool after, Real* out,
+                                 int64_t out_stride) {
   constexpr int lanes = Simd<Real>::lanes;
   using Vector = typename Simd<Real>::Vector;
   Vector v[S], chosen;
@@ -176,62 +176,47 @@ ISSP_TARGET void spread_segments(const Real* own, const Real* before, int64_t le
     up[l] = l ? l - 1 : lanes;
     down[l] = l + 1;
   }
-  out += left * lanes;
+  for (int64_t r = 0; r < rows; ++r, own += stride, out += out_stride) {
+    Real* const to = out + left * lanes;
 #pragma GCC unroll 4
-  for (int s = 0; s < S; ++s) load<Real>(own + s * lanes, v[s]);
+    for (int s = 0; s < S; ++s) load<Real>(own + s * lanes, v[s]);
 #pragma GCC unroll 4
-  for (int j = 0; j < S; ++j) {
-    const Pick<Real, S> pick([j](int l) { return S * l + j; });
-    pick(v, chosen);
-    store<Real>(chosen, out + j * lanes);
-  }
-  for (int64_t h = 1; h <= left; ++h) {
-    Vector near;
-    load<Real>(out + (S - h) * lanes, near);
-    store<Real>(__builtin_shuffle(near, before[-h] - Vector{}, up), out - h * lanes);
-  }
-  for (int64_t h = 0; h < right; ++h) {
-    Vector near;
-    load<Real>(out + h * lanes, near);
-    store<Real>(__builtin_shuffle(near, after[h] - Vector{}, down), out + (S + h) * lanes);
+    for (int j = 0; j < S; ++j) {
+      const Pick<Real, S> pick([j](int l) { return S * l + j; });
+      pick(v, chosen);
+      store<Real>(chosen, to + j * lanes);
+    }
+    for (int64_t h = 1; h <= left; ++h) {
+      Vector near;
+      load<Real>(to + (S - h) * lanes, near);
+      const Real beside = before ? own[-h] : Real(0);
+      store<Real>(__builtin_shuffle(near, beside - Vector{}, up), to - h * lanes);
+    }
+    for (int64_t h = 0; h < right; ++h) {
+      Vector near;
+      load<Real>(to + h * lanes, near);
+      const Real beside = after ? own[S * lanes + h] : Real(0);
+      store<Real>(__builtin_shuffle(near, beside - Vector{}, down), to + (S + h) * lanes);
+    }
   }
 }
 
 template <typename Real, int S>
-ISSP_TARGET void collect_segments(const Real* acc, Real* line) {
+ISSP_TARGET void collect_segments(const Real* acc, int64_t rows, Real* line, int64_t stride) {
   constexpr int lanes = Simd<Real>::lanes;
   typename Simd<Real>::Vector v[S], chosen;
+  for (int64_t r = 0; r < rows; ++r, acc += S * lanes, line += stride) {
 #pragma GCC unroll 4
-  for (int s = 0; s < S; ++s) load<Real>(acc + s * lanes, v[s]);
+    for (int s = 0; s < S; ++s) load<Real>(acc + s * lanes, v[s]);
 #pragma GCC unroll 4
-  for (int k = 0; k < S; ++k) {
-    const Pick<Real, S> pick([k](int l) {
-      const int column = k * lanes + l;
-      return column % S * lanes + column / S;
-    });
-    pick(v, chosen);
-    store<Real>(chosen, line + k * lanes);
-  }
-}
-
-template <typename Real>
-ISSP_TARGET void spread(const Real* own, int64_t segment, const Real* before, int64_t left,
-                        const Real* after, int64_t right, Real* out) {
-  switch (segment) {
-    case 1: return spread_segments<Real, 1>(own, before, left, after, right, out);
-    case 2: return spread_segments<Real, 2>(own, before, left, after, right, out);
-    case 3: return spread_segments<Real, 3>(own, before, left, after, right, out);
-    default: return spread_segments<Real, 4>(own, before, left, after, right, out);
-  }
-}
-
-template <typename Real>
-ISSP_TARGET void collect(const Real* acc, int64_t segment, Real* line) {
-  switch (segment) {
-    case 1: return collect_segments<Real, 1>(acc, line);
-    case 2: return collect_segments<Real, 2>(acc, line);
-    case 3: return collect_segments<Real, 3>(acc, line);
-    default: return collect_segments<Real, 4>(acc, line);
+    for (int k = 0; k < S; ++k) {
+      const Pick<Real, S> pick([k](int l) {
+        const int column = k * lanes + l;
+        return column % S * lanes + column / S;
+      });
+      pick(v, chosen);
+      store<Real>(chosen, line + k * lanes);
+    }
   }
 }
 
@@ -331,8 +316,14 @@ ProductKernels<Real> kernels() {
   ProductKernels<Real> table = {};
   table.lanes = Simd<Real>::lanes;
   fill<Real, 1>(table, 0), fill<Real, 2>(table, 1), fill<Real, 4>(table, 2);
-  table.spread = spread<Real>;
-  table.collect = collect<Real>;
+  table.spread[0] = spread_segments<Real, 1>;
+  table.spread[1] = spread_segments<Real, 2>;
+  table.spread[2] = spread_segments<Real, 3>;
+  table.spread[3] = spread_segments<Real, 4>;
+  table.collect[0] = collect_segments<Real, 1>;
+  table.collect[1] = collect_segments<Real, 2>;
+  table.collect[2] = collect_segments<Real, 3>;
+  table.collect[3] = collect_segments<Real, 4>;
   table.gather_tokens = gather_tokens<Real>;
   table.scatter_tokens = scatter_tokens<Real>;
   table.activate = activate<Real>;

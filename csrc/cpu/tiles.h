@@ -109,22 +109,28 @@ class TileReader {
     std::fill(to + there, to + count, Real(0));
   }
 
-  // Columns of a tile row, in the order of the image, and room for what lies beside them.
+  // Columns of a tile row in the order of the image.
   static int64_t line_count(const Tiling& t) {
-    return (t.segment * t.lanes + t.reach[1] + 1) * t.phases[1];
+    return (t.segment * t.lanes + t.reach[1]) * t.phases[1];
   }
 
   void fill_plane(const Bits* plane, const Place& at, int64_t rows, bool fresh, Real* to) const {
-    const int64_t top = at.row * by_.stride[0] - by_.padding[0];
+    const int64_t top = at.row * by_.stride[0] - by_.padding[0], height = rows + t_.reach[0];
     if (fresh) std::fill(line_, line_ + line_size(by_, t_), Real(0));
+    if (t_.phases == Pair{1, 1} && by_.upsample == Pair{1, 1} && whole(at.column)) {
+      const int64_t first = std::clamp<int64_t>(-top, 0, height);
+      const int64_t last = std::clamp<int64_t>(by_.input[0] - top, first, height);
+      std::fill(to, to + first * t_.row_stride, Real(0));
+      spread_rows(reinterpret_cast<const Real*>(plane) + (top + first) * by_.input[1], at.column,
+                  last - first, to + first * t_.row_stride);
+      return std::fill(to + last * t_.row_stride, to + height * t_.row_stride, Real(0));
+    }
     for (int64_t phase = 0; phase < t_.phases[0]; ++phase) {
-      for (int64_t i = 0; i < rows + t_.reach[0]; ++i) {
+      for (int64_t i = 0; i < height; ++i) {
         const int64_t u = top + i * t_.phases[0] + phase;
         Real* const row = to + (phase * t_.phase_rows + i) * t_.row_stride;
         if (u < 0 || u % by_.upsample[0] || u / by_.upsample[0] >= by_.input[0]) {
           std::fill(row, row + t_.row_stride, Real(0));
-        } else if (t_.phases[1] == 1 && by_.upsample[1] == 1) {
-          fill_row(plane + u / by_.upsample[0] * by_.input[1], at.column, row);
         } else {
           fill_phases(plane + u / by_.upsample[0] * by_.input[1], at.column, row);
         }
@@ -132,40 +138,38 @@ class TileReader {
     }
   }
 
-  // The common case: taps one pixel apart.
-  void fill_row(const Bits* row, int64_t column, Real* out) const {
-    const int64_t left = std::clamp<int64_t>(by_.padding[1], 0, t_.reach[1]);
-    const int64_t right = t_.reach[1] - left, width = t_.segment * t_.lanes;
-    const int64_t first = column - by_.padding[1] + left, last = first + width;
-    Real* const before = line_ + width + left;
-    Real* const after = before;
-    for (int64_t h = 1; h <= left; ++h) before[-h] = pixel(row, first - h);
-    for (int64_t h = 0; h < right; ++h) after[h] = pixel(row, last + h);
-    const Real* own = line_;
-    if (sizeof(Bits) == sizeof(Real) && first >= 0 && last <= by_.input[1]) {
-      own = reinterpret_cast<const Real*>(row + first);
-    } else {
-      read_line(row, first, width);
-    }
-    kernels_.spread(own, t_.segment, before, left, after, right, out);
+  // Columns left of a tile's own that the taps see; the others of its reach lie right of them.
+  int64_t left() const { return std::clamp<int64_t>(by_.padding[1], 0, t_.reach[1]); }
+  int64_t first_column(int64_t column) const { return column - by_.padding[1] + left(); }
+
+  // Whether rows of x can be read where they lie: all of a tile's own columns exist, and what is
+  // beside them either exists or is padding altogether.
+  bool whole(int64_t column) const {
+    const int64_t first = first_column(column), last = first + t_.segment * t_.lanes;
+    const int64_t right = t_.reach[1] - left();
+    return sizeof(Bits) == sizeof(Real) && first >= 0 && last <= by_.input[1] &&
+           (first >= left() || first == 0) &&
+           (last + right <= by_.input[1] || last == by_.input[1]);
   }
 
-  Real pixel(const Bits* row, int64_t column) const {
-    return column >= 0 && column < by_.input[1] ? widen(T{}, row[column]) : Real(0);
+  void spread_rows(const Real* row, int64_t column, int64_t rows, Real* out) const {
+    const int64_t first = first_column(column), right = t_.reach[1] - left();
+    kernels_.spread[t_.segment - 1](row + first, by_.input[1], rows, left(), first >= left(), right,
+                                    first + t_.segment * t_.lanes + right <= by_.input[1], out,
+                                    t_.row_stride);
   }
 
-  // Stride or upsampling: the row is laid out as the taps see it, then each phase on its own.
+  // Everything else: a row is laid out as the taps see it, then each phase on its own.
   void fill_phases(const Bits* row, int64_t column, Real* out) const {
-    const int64_t count = line_count(t_), width = t_.segment * t_.lanes;
-    const int64_t vectors = t_.segment + t_.reach[1];
+    const int64_t count = line_count(t_), vectors = t_.segment + t_.reach[1];
     read_line(row, column * by_.stride[1] - by_.padding[1], count);
-    Real* const every = line_ + count;
+    Real* const every = t_.phases[1] == 1 ? line_ : line_ + count;
     for (int64_t phase = 0; phase < t_.phases[1]; ++phase) {
-      for (int64_t i = 0; i * t_.phases[1] + phase < count; ++i) {
+      for (int64_t i = 0; every != line_ && i * t_.phases[1] + phase < count; ++i) {
         every[i] = line_[i * t_.phases[1] + phase];
       }
-      kernels_.spread(every, t_.segment, nullptr, 0, every + width, t_.reach[1],
-                      out + phase * vectors * t_.lanes);
+      kernels_.spread[t_.segment - 1](every, 0, 1, 0, false, t_.reach[1], true,
+                                      out + phase * vectors * t_.lanes, 0);
     }
   }
 
@@ -244,14 +248,14 @@ class TileWriter {
     }
     const int64_t width = t_.segment * t_.lanes;
     const int64_t count = std::min(width, by_.size[1] - at.column);
+    const auto collect = kernels_.collect[t_.segment - 1];
+    const int64_t to = plane + at.row * by_.size[1] + at.column;
+    if (plain() && count == width) {
+      return collect(acc, rows, reinterpret_cast<Real*>(y_ + to), by_.size[1]);
+    }
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t to = plane + (at.row + r) * by_.size[1] + at.column;
-      if (plain() && count == width) {
-        kernels_.collect(acc + r * width, t_.segment, reinterpret_cast<Real*>(y_ + to));
-      } else {
-        kernels_.collect(acc + r * width, t_.segment, line_);
-        finish(line_, count, to);
-      }
+      collect(acc + r * width, 1, line_, 0);
+      finish(line_, count, to + r * by_.size[1]);
     }
   }
 
