@@ -76,7 +76,7 @@ inline uint64_t tiles_of(const Tokens& place) {
   return (place.tokens + place.tile_tokens - 1) / place.tile_tokens;
 }
 
-// Words of shared memory per unit, and before the first.
+// Bytes of shared memory that a chunk of inputs takes.
 template <typename Wide>
 uint32_t staged_bytes(const Planes& place) {
   return place.taps * 4 + place.chunk * place.plane * uint32_t(sizeof(Wide));
