@@ -48,7 +48,7 @@ struct Block {
 };
 
 struct Copy {
-  uint32_t first;  // shared word
+  uint32_t first;    // shared word
   const char* from;  // null: zeros
   uint32_t bytes;    // per element
   uint32_t words;

@@ -33,7 +33,7 @@ struct Extent {
 };
 
 Extent extent_of(const Window& window) {
-  const auto image = [](const uint32_t(&sides)[2]) { return uint64_t(sides[0]) * sides[1]; };
+  const auto image = [](const uint32_t (&sides)[2]) { return uint64_t(sides[0]) * sides[1]; };
   return {window.batch * window.channels * image(window.input),
           window.batch * window.rows * image(window.output)};
 }
