@@ -40,7 +40,7 @@ struct NmShape {
   int64_t units(int64_t numel) const { return (numel + unit - 1) / unit; }
 
  private:
-  static constexpr int64_t kPiece = 1024;
+  static constexpr int64_t kPiece = 512;
 
  public:
   static constexpr int64_t kLanes = 16;  // of the widest vector
