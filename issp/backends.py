@@ -1,12 +1,14 @@
 """Loads the native libraries, registers the implementations, chooses: the only file that knows all.
 
-Order on the CPU: cpp, reference. On a GPU: cuda, triton, reference. `ISSP_BACKEND` forces one of
-reference, cpp, triton, cuda; `ISSP_STRICT=1` turns a fall-back to the reference into an error.
+Order on the CPU: cpp, reference. On a GPU: cuda, triton, reference; products that tensor cores may
+compute go to Triton beside cuda. `ISSP_BACKEND` forces one of reference, cpp, triton, cuda;
+`ISSP_STRICT=1` turns a fall-back to the reference into an error.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -124,6 +126,37 @@ def _try(name: str) -> bool:
     return problem is None
 
 
+def _share_with_triton(key: str = "CUDA") -> None:
+    """Products that tensor cores may compute go to Triton, the others stay where they are."""
+    try:
+        triton = _import_triton()
+        native = {op: torch.library.get_kernel(f"issp::{op}", key) for op in PRODUCTS}
+    except (ImportError, AttributeError) as error:
+        _problems["tensor cores"] = f"products run without them: {error}"
+        return
+    table = triton.implementations()
+    for op, check in PRODUCTS.items():
+        call = _either(op, check, table[op], native[op], triton.prefers_tensor_cores)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that a kernel is replaced
+            schemas.library.impl(op, call, key, with_keyset=True, allow_override=True)
+
+
+def _either(op: str, check: Callable, by_triton: Callable, native, prefers: Callable) -> Callable:
+    # torch leaves trailing defaults out, but a boxed kernel of the stable ABI needs them all.
+    defaults = [p.default for p in inspect.signature(check).parameters.values()]
+    sums = op.endswith("values_grad")
+
+    def call(keys, *args):
+        v = args[4] if sums else args[1].shape[1]
+        if prefers(args[0].dtype, v):
+            check(*args)
+            return by_triton(*args)
+        return native.call_boxed(keys, *args, *defaults[len(args) :])
+
+    return call
+
+
 def _choose(device: str, order: tuple[str, ...], forced: str | None) -> None:
     wanted = [name for name in order if forced in (None, name)]
     _active[device] = next((name for name in wanted if _try(name)), "reference")
@@ -147,5 +180,7 @@ def register() -> None:
     _choose("cpu", ("cpp",), forced if forced in ("reference", "cpp") else None)
     if torch.cuda.is_available():
         _choose("cuda", ("cuda", "triton"), forced if forced != "cpp" else None)
+        if active("cuda") == "cuda" and forced is None:
+            _share_with_triton()
     else:
         _problems["cuda"] = "torch sees no CUDA device"

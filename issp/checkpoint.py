@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from issp import report
+from issp import pack_model, report
 
 _METADATA = "issp"
 
@@ -54,7 +54,8 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
     """Writes a model as safetensors, with what `load` needs to rebuild it.
 
     Args:
-        model: a network of `issp.models` (it has `.config` and `.scale`).
+        model: a network of `issp.models` (it has `.config` and `.scale`), packed or not: a file
+            holds dense weights with their zeros, whatever path a machine found the fastest.
         path: file to write.
         **extra: more plain values for the metadata, such as iteration=1000.
 
@@ -68,6 +69,8 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
             f"cannot save {type(model).__name__} with its architecture: it has no .config; "
             "use torch.save(model.state_dict(), path)"
         )
+    if pack_model.is_packed(model):
+        model = pack_model.unpack(model)
     # Copies: safetensors refuses tensors that share memory, and tied weights load back equal.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     about = {"config": model.config, "arch": model.arch, "scale": model.scale}

@@ -85,6 +85,11 @@ def pack(
     return packed
 
 
+def is_packed(model: nn.Module) -> bool:
+    """Whether a model has layers that `unpack` would change."""
+    return any(isinstance(module, (*_SPARSE, *_PATHS)) for module in model.modules())
+
+
 def unpack(model: nn.Module) -> nn.Module:
     """A copy with torch's own layers, zeros where nothing is stored: what can be saved and loaded.
 

@@ -1,0 +1,48 @@
+"""Products that tensor cores may compute go to Triton beside the native kernels, others stay."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+PROGRAM = """
+import torch
+import issp
+from issp import backends, reference_products
+from tests.product_cases import CONVS, MATMULS
+
+backends._share_with_triton("CPU")
+assert "tensor cores" not in backends.problems(), backends.problems()
+triton = backends._import_triton()
+torch.backends.cuda.matmul.allow_tf32 = True
+cases = sorted((*CONVS, *MATMULS), key=lambda c: c.work)
+wanted = [c for v in (1, 16) for c in [c for c in cases if c.weight.v == v and c.work > 500][:4]]
+assert [c.weight.v for c in wanted] == [1] * 4 + [16] * 4
+for case in wanted:
+    p = case.build(torch.float32)
+    name = "sparse_matmul" if len(p.args()) == 7 else "sparse_conv2d"
+    by_op = getattr(torch.ops.issp, name)(*p.args())
+    by_triton = triton.implementations()[name](*p.args())
+    same = torch.equal(by_op, by_triton)
+    expected = getattr(reference_products, name)(*p.args())
+    assert torch.allclose(by_op, expected, rtol=1e-2, atol=2e-2), case.name
+    assert same == (case.weight.v == 16), case.name
+    x = p.x.clone().requires_grad_()
+    getattr(torch.ops.issp, name)(x, *p.args()[1:5], None, None, *p.tail).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+print("shared", len(wanted))
+"""
+
+
+def test_tensor_core_products_go_to_triton_and_the_others_stay_native():
+    """On the CPU's key, with Triton interpreted: what a GPU's registration does."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "shared" in done.stdout
