@@ -71,15 +71,37 @@ ISSP_TARGET void multiply(const Real* tile, int64_t row_stride, const int32_t* o
   }
 }
 
+// Which element of two vectors in a row goes to each lane, as a table in memory: built at run time
+// it would cost more than the shuffle.
+template <typename Real>
+struct Order {
+  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+  typedef Index Indices __attribute__((vector_size(ISSP_BYTES)));
+  alignas(ISSP_BYTES) Index from[Simd<Real>::lanes];
+};
+
+template <typename Real, typename From>
+constexpr Order<Real> order(From from) {
+  Order<Real> table = {};
+  for (int l = 0; l < Simd<Real>::lanes; ++l) table.from[l] = from(l);
+  return table;
+}
+
+template <typename Real>
+ISSP_INLINE typename Order<Real>::Indices indices(const Order<Real>& table) {
+  typename Order<Real>::Indices loaded;
+  memcpy(&loaded, table.from, ISSP_BYTES);
+  return loaded;
+}
+
 // Sums of `lanes` vectors, one per lane of the result, by a fixed tree: neighbours are added and
 // the results of two vectors joined, level after level.
 template <typename Real>
 ISSP_INLINE void add_lanes(typename Simd<Real>::Vector* parts) {
   constexpr int lanes = Simd<Real>::lanes;
-  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
-  typedef Index Indices __attribute__((vector_size(ISSP_BYTES)));
-  Indices even, odd;
-  for (int l = 0; l < lanes; ++l) even[l] = 2 * l, odd[l] = 2 * l + 1;
+  static constexpr auto kEven = order<Real>([](int l) { return 2 * l; });
+  static constexpr auto kOdd = order<Real>([](int l) { return 2 * l + 1; });
+  const auto even = indices<Real>(kEven), odd = indices<Real>(kOdd);
 #pragma GCC unroll 8
   for (int left = lanes / 2; left; left /= 2) {
 #pragma GCC unroll 16
@@ -127,122 +149,120 @@ ISSP_TARGET void dot(const Real* tile, int64_t row_stride, const int32_t* offset
   }
 }
 
-// Where the lanes of a vector come from: lane l is element from(l) of a few vectors in a row. At
-// most two of them are joined by a shuffle: a pair (first), then a third one (chain) or a second
-// pair, of which `second` says the lanes.
-template <typename Real, int S>
-struct Pick {
-  static constexpr int lanes = Simd<Real>::lanes;
-  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
-  typedef Index Indices __attribute__((vector_size(ISSP_BYTES)));
-  Indices a, b, second;
-
-  template <typename From>
-  ISSP_TARGET explicit Pick(const From& from) {
-    for (int l = 0; l < lanes; ++l) {
-      const int source = from(l) / lanes, lane = from(l) % lanes;
-      a[l] = source < 2 ? source * lanes + lane : 0;
-      b[l] = S == 3 ? (source < 2 ? l : lanes + lane) : source < 2 ? 0 : from(l) - 2 * lanes;
-      second[l] = source < 2 ? 0 : -1;
+// A vector whose lane l is element from(l) of S vectors in a row. A shuffle takes from two: the
+// first pair, then a third one or a second pair.
+template <typename Real, int S, typename From>
+ISSP_INLINE typename Simd<Real>::Vector picked(const typename Simd<Real>::Vector (&v)[S], From) {
+  constexpr int lanes = Simd<Real>::lanes;
+  static constexpr From from = {};
+  static constexpr auto kFirst =
+      order<Real>([](int l) { return from(l) < 2 * lanes ? from(l) : 0; });
+  static constexpr auto kSecond = order<Real>([](int l) {
+    if (S == 3) return from(l) < 2 * lanes ? l : from(l) - lanes;
+    return from(l) < 2 * lanes ? 0 : from(l) - 2 * lanes;
+  });
+  static constexpr auto kBehind = order<Real>([](int l) { return from(l) < 2 * lanes ? 0 : -1; });
+  if constexpr (S == 1) {
+    return v[0];
+  } else {
+    auto out = __builtin_shuffle(v[0], v[1], indices<Real>(kFirst));
+    if constexpr (S == 3) out = __builtin_shuffle(out, v[2], indices<Real>(kSecond));
+    if constexpr (S == 4) {
+      const auto other = __builtin_shuffle(v[2], v[3], indices<Real>(kSecond));
+      out = indices<Real>(kBehind) ? other : out;
     }
+    return out;
   }
-  ISSP_INLINE void operator()(const typename Simd<Real>::Vector (&v)[S],
-                              typename Simd<Real>::Vector& out) const {
-    if constexpr (S == 1) {
-      out = v[0];
-    } else {
-      out = __builtin_shuffle(v[0], v[1], a);
-      if constexpr (S == 3) out = __builtin_shuffle(out, v[2], b);
-      if constexpr (S == 4) {
-        const auto other = __builtin_shuffle(v[2], v[3], b);
-        out = second ? other : out;
-      }
-    }
+}
+
+template <int S, int J>
+struct SpreadFrom {
+  constexpr int operator()(int l) const { return S * l + J; }
+};
+
+template <int S, int K, int Lanes>
+struct CollectFrom {
+  constexpr int operator()(int l) const {
+    return (K * Lanes + l) % S * Lanes + (K * Lanes + l) / S;
   }
 };
 
+template <typename Real, int S, int... J>
+ISSP_INLINE void spread_own(const Real* own, Real* to, std::integer_sequence<int, J...>) {
+  constexpr int lanes = Simd<Real>::lanes;
+  typename Simd<Real>::Vector v[S];
+  (load<Real>(own + J * lanes, v[J]), ...);
+  (store<Real>(picked<Real, S>(v, SpreadFrom<S, J>{}), to + J * lanes), ...);
+}
+
+template <typename Real, int S, int... K>
+ISSP_INLINE void collect_row(const Real* acc, Real* line, std::integer_sequence<int, K...>) {
+  constexpr int lanes = Simd<Real>::lanes;
+  typename Simd<Real>::Vector v[S];
+  (load<Real>(acc + K * lanes, v[K]), ...);
+  (store<Real>(picked<Real, S>(v, CollectFrom<S, K, lanes>{}), line + K * lanes), ...);
+}
+
 // Rows of pixels in the tile's order. Columns left and right of the segments' own are those of the
 // neighbouring lane, so a vector for them is another one moved by a lane, with one pixel from
-// beside. Whole rows at a time: the orders stay in registers.
+// beside.
 template <typename Real, int S>
 ISSP_TARGET void spread_segments(const Real* own, int64_t stride, int64_t rows, int64_t left,
                                  bool before, int64_t right, bool after, Real* out,
                                  int64_t out_stride) {
   constexpr int lanes = Simd<Real>::lanes;
-  using Vector = typename Simd<Real>::Vector;
-  Vector v[S], chosen;
-  typename Pick<Real, S>::Indices up, down;
-  for (int l = 0; l < lanes; ++l) {
-    up[l] = l ? l - 1 : lanes;
-    down[l] = l + 1;
-  }
+  static constexpr auto kUp = order<Real>([](int l) { return l ? l - 1 : lanes; });
+  static constexpr auto kDown = order<Real>([](int l) { return l + 1; });
+  typename Simd<Real>::Vector near;
   for (int64_t r = 0; r < rows; ++r, own += stride, out += out_stride) {
     Real* const to = out + left * lanes;
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) load<Real>(own + s * lanes, v[s]);
-#pragma GCC unroll 4
-    for (int j = 0; j < S; ++j) {
-      const Pick<Real, S> pick([j](int l) { return S * l + j; });
-      pick(v, chosen);
-      store<Real>(chosen, to + j * lanes);
-    }
+    spread_own<Real, S>(own, to, std::make_integer_sequence<int, S>{});
     for (int64_t h = 1; h <= left; ++h) {
-      Vector near;
       load<Real>(to + (S - h) * lanes, near);
       const Real beside = before ? own[-h] : Real(0);
-      store<Real>(__builtin_shuffle(near, beside - Vector{}, up), to - h * lanes);
+      near = __builtin_shuffle(near, beside - decltype(near){}, indices<Real>(kUp));
+      store<Real>(near, to - h * lanes);
     }
     for (int64_t h = 0; h < right; ++h) {
-      Vector near;
       load<Real>(to + h * lanes, near);
       const Real beside = after ? own[S * lanes + h] : Real(0);
-      store<Real>(__builtin_shuffle(near, beside - Vector{}, down), to + (S + h) * lanes);
+      near = __builtin_shuffle(near, beside - decltype(near){}, indices<Real>(kDown));
+      store<Real>(near, to + (S + h) * lanes);
     }
   }
 }
 
 template <typename Real, int S>
 ISSP_TARGET void collect_segments(const Real* acc, int64_t rows, Real* line, int64_t stride) {
-  constexpr int lanes = Simd<Real>::lanes;
-  typename Simd<Real>::Vector v[S], chosen;
-  for (int64_t r = 0; r < rows; ++r, acc += S * lanes, line += stride) {
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) load<Real>(acc + s * lanes, v[s]);
-#pragma GCC unroll 4
-    for (int k = 0; k < S; ++k) {
-      const Pick<Real, S> pick([k](int l) {
-        const int column = k * lanes + l;
-        return column % S * lanes + column / S;
-      });
-      pick(v, chosen);
-      store<Real>(chosen, line + k * lanes);
-    }
+  for (int64_t r = 0; r < rows; ++r, acc += S * Simd<Real>::lanes, line += stride) {
+    collect_row<Real, S>(acc, line, std::make_integer_sequence<int, S>{});
   }
 }
 
-// A square of lanes x lanes numbers turned over, in log2(lanes) rounds of shuffles.
+// One round of turning a square of lanes x lanes numbers over: numbers H rows and H lanes apart
+// change places.
+template <typename Real, int H>
+ISSP_INLINE void turn_round(typename Simd<Real>::Vector (&v)[Simd<Real>::lanes]) {
+  constexpr int lanes = Simd<Real>::lanes;
+  static constexpr auto kLow = order<Real>([](int l) { return l & H ? lanes + l - H : l; });
+  static constexpr auto kHigh = order<Real>([](int l) { return l & H ? lanes + l : l + H; });
+#pragma GCC unroll 16
+  for (int l = 0; l < lanes; ++l) {
+    if (l & H) continue;
+    const typename Simd<Real>::Vector a = v[l], b = v[l + H];
+    v[l] = __builtin_shuffle(a, b, indices<Real>(kLow));
+    v[l + H] = __builtin_shuffle(a, b, indices<Real>(kHigh));
+  }
+  if constexpr (2 * H < lanes) turn_round<Real, 2 * H>(v);
+}
+
 template <typename Real>
 ISSP_INLINE void turn(const Real* in, int64_t in_stride, Real* out, int64_t out_stride) {
   constexpr int lanes = Simd<Real>::lanes;
-  using Indices = typename Pick<Real, 2>::Indices;
   typename Simd<Real>::Vector v[lanes];
 #pragma GCC unroll 16
   for (int l = 0; l < lanes; ++l) load<Real>(in + l * in_stride, v[l]);
-#pragma GCC unroll 4
-  for (int h = 1; h < lanes; h *= 2) {
-    Indices low, high;
-    for (int l = 0; l < lanes; ++l) {
-      low[l] = l & h ? lanes + l - h : l;
-      high[l] = l & h ? lanes + l : l + h;
-    }
-#pragma GCC unroll 16
-    for (int l = 0; l < lanes; ++l) {
-      if (l & h) continue;
-      const typename Simd<Real>::Vector a = v[l], b = v[l + h];
-      v[l] = __builtin_shuffle(a, b, low);
-      v[l + h] = __builtin_shuffle(a, b, high);
-    }
-  }
+  turn_round<Real, 1>(v);
 #pragma GCC unroll 16
   for (int l = 0; l < lanes; ++l) store<Real>(v[l], out + l * out_stride);
 }
