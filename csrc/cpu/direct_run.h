@@ -37,12 +37,10 @@ class DirectRun {
         by_(seen(call.geometry, kernels.lanes)) {
     const int log = rows_log(product_.v);
     segment_ = choose_segment(kernels, log, by_, 0);
-    across_ = parts(by_.size[1], segment_ * kernels.lanes);
-    const int64_t most = std::min<int64_t>(kernels.rows[log][segment_ - 1], by_.size[0]);
-    const int64_t wanted = parts(members, std::max<int64_t>(1, by_.batch * across_));
-    const int64_t down = std::max(parts(by_.size[0], most), std::min(wanted, by_.size[0]));
-    rows_ = parts(by_.size[0], down);
-    down_ = parts(by_.size[0], rows_);
+    across_ = parts_of(by_.size[1], segment_ * kernels.lanes);
+    const int64_t wanted = parts_of(members, std::max<int64_t>(1, by_.batch * across_));
+    rows_ = choose_rows(by_.size[0], kernels.rows[log][segment_ - 1], wanted);
+    down_ = parts_of(by_.size[0], rows_);
     const int64_t row = std::max<int64_t>(1, by_.channels * width() * int64_t(sizeof(float)));
     together_ = std::clamp<int64_t>(kSeenBytes / row / rows_, 1, down_);
     for (int64_t a = 0; a < across_; ++a) {
@@ -116,12 +114,9 @@ class DirectRun {
   }
 
  private:
-  static int64_t parts(int64_t whole, int64_t part) {
-    return std::max<int64_t>(1, (whole + part - 1) / std::max<int64_t>(1, part));
-  }
   int64_t width() const { return segment_ * kernels_.lanes; }
   int64_t segment_of(int64_t a) const {
-    return std::min(segment_, parts(by_.size[1] - a * width(), kernels_.lanes));
+    return std::min(segment_, parts_of(by_.size[1] - a * width(), kernels_.lanes));
   }
   int64_t shift(int axis, int64_t tap) const {
     return tap * by_.dilation[size_t(axis)] - by_.padding[size_t(axis)];

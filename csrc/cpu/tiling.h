@@ -68,6 +68,22 @@ int64_t choose_segment(const ProductKernels<Real>& kernels, int log, const Geome
   return best;
 }
 
+inline int64_t parts_of(int64_t whole, int64_t part) {
+  return (whole + part - 1) / part;
+}
+
+// Rows of a register block: about as many as registers allow, such that the last block of an image
+// is not much shorter than the others, and that there are `wanted` blocks.
+inline int64_t choose_rows(int64_t height, int64_t most, int64_t wanted) {
+  height = std::max<int64_t>(1, height);
+  most = std::min({most, height, parts_of(height, std::max<int64_t>(1, wanted))});
+  int64_t best = most;
+  for (int64_t rows = most; rows >= 1 && rows >= most * 3 / 4; --rows) {
+    if (parts_of(height, rows) * rows < parts_of(height, best) * best) best = rows;
+  }
+  return best;
+}
+
 // log: log2 of the rows of the weight that share a load (0, 1, 2). members: threads that wait for
 // work, 1 where the cut must not depend on them.
 template <typename Real>
@@ -80,16 +96,11 @@ Tiling choose_tiling(const ProductKernels<Real>& kernels, const Geometry& by, in
   for (int i = 0; i < 2; ++i) t.reach[i] = (by.kernel[i] - 1) * by.dilation[i] / by.stride[i];
   t.segment = t.order == Tiling::kSegments ? choose_segment(kernels, log, by, t.reach[1]) : 1;
   const int64_t height = t.height(by);
-  t.across = t.order != Tiling::kSegments
-                 ? 1
-                 : (by.size[1] + t.segment * t.lanes - 1) / (t.segment * t.lanes);
+  t.across = t.order != Tiling::kSegments ? 1 : parts_of(by.size[1], t.segment * t.lanes);
   t.row_stride = t.phases[1] * (t.segment + t.reach[1]) * t.lanes;
-  const int64_t most = std::min<int64_t>(kernels.rows[log][t.segment - 1], height);
-  const int64_t wanted = std::max<int64_t>(1, members / std::max<int64_t>(1, by.batch * t.across));
-  int64_t down =
-      std::max((height + most - 1) / std::max<int64_t>(1, most), std::min(wanted, height));
-  t.rows = std::max<int64_t>(1, (height + down - 1) / std::max<int64_t>(1, down));
-  t.down = (height + t.rows - 1) / t.rows;
+  const int64_t wanted = parts_of(members, std::max<int64_t>(1, by.batch * t.across));
+  t.rows = choose_rows(height, kernels.rows[log][t.segment - 1], wanted);
+  t.down = parts_of(height, t.rows);
   const int64_t row_bytes =
       std::max<int64_t>(1, by.channels * t.phases[0] * t.row_stride) * int64_t(sizeof(Real));
   const int64_t room = kTileBytes / row_bytes - t.reach[0];
