@@ -124,12 +124,8 @@ def conv2d(x, p, bias, stride, padding, dilation, residual, activation) -> Tenso
     if len(p.shape) != 4:
         raise ValueError(f"the weight of a convolution is [O, I, kh, kw], not {p.shape}")
     _has_channels(x, p, 4, 1)
-    stride, padding, dilation = (
-        _pair(value, name, least)
-        for value, name, least in (
-            *((stride, "stride", 1), (padding, "padding", 0), (dilation, "dilation", 1)),
-        )
-    )
+    stride, padding = _pair(stride, "stride", 1), _pair(padding, "padding", 0)
+    dilation = _pair(dilation, "dilation", 1)
     geometry = (p.shape[2:], stride, padding, dilation)
     size = output_size(x.shape[2:], *geometry)
     return _finished(_conv2d, x, p, bias, residual, (*geometry, (1, 1), size), activation)
@@ -166,8 +162,9 @@ def _finished(call, x, p, bias, residual, geometry, activation) -> Tensor:
     x, values, bias, residual = _autocast(x, p.values, bias, residual)
     x = x.contiguous()
     weight = (values, p.columns, p.starts)
-    wanted = [t is not None and t.requires_grad for t in (x, values, bias, residual)]
-    if not (torch.is_grad_enabled() and any(wanted)):
+    if not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (x, values, bias, residual)
+    ):
         residual = None if residual is None else residual.contiguous()
         args = (x, *weight, [], bias, residual, *geometry, activation)
         if torch.compiler.is_compiling():
@@ -175,7 +172,7 @@ def _finished(call, x, p, bias, residual, geometry, activation) -> Tensor:
         # The detour over the registered gradient costs 9 us a call, as much as the rest of it.
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
-    y = call(x, *weight, p.transposed if wanted[0] else [], bias, None, *geometry, "none")
+    y = call(x, *weight, p.transposed if x.requires_grad else [], bias, None, *geometry, "none")
     return composed(y, residual, activation)
 
 

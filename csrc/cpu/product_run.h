@@ -1,6 +1,7 @@
 // A sparse product on the CPU: lists become offsets into a tile, threads take units of the result.
 #pragma once
 
+#include <atomic>
 #include <vector>
 
 #include "dtypes.h"
@@ -28,8 +29,46 @@ inline std::vector<int32_t> tile_offsets(const Geometry& by, const Tiling& tilin
   return at;
 }
 
-// Checks every position and translates it by the table `at`. Plain loops, which the compiler can
-// turn into vectors.
+// Runs work(member) on `members` threads in the caller's floating-point mode: whether denormals
+// are flushed is the caller's choice, but the same on every thread.
+template <typename F>
+void for_members(int64_t members, const F& work) {
+  if (members <= 1) return work(int64_t(0));
+  const FloatMode::State mode = FloatMode::current();
+  torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
+    const FloatMode scope(mode);
+    for (int64_t member = begin; member < end; ++member) work(member);
+  });
+}
+
+// Work on the weight blocks first..last, shared by threads where there are many entries.
+template <typename F>
+void for_blocks(const Product& product, const F& work) {
+  const int64_t members = std::clamp<int64_t>(product.entries / 8192, 1, whole_team().size);
+  for_members(members, [&](int64_t member) {
+    work(product.blocks * member / members, product.blocks * (member + 1) / members);
+  });
+}
+
+enum Fault { kNone, kOutside, kUnordered };
+
+// Checks the positions of entries begin..end, of which the blocks first..last consist, and
+// translates them by the table `at`. Plain loops, which the compiler can turn into vectors.
+template <typename Entry>
+Fault translate_blocks(const int32_t* column, const int32_t* starts, int64_t first, int64_t last,
+                       const std::vector<Entry>& at, Entry* to) {
+  const auto length = uint32_t(at.size());
+  const int64_t begin = starts[first], end = starts[last];
+  bool inside = true, ascending = true;
+  for (int64_t e = begin; e < end; ++e) inside &= uint32_t(column[e]) < length;
+  if (!inside) return kOutside;
+  for (int64_t b = first; b < last; ++b) {
+    for (int32_t e = starts[b] + 1; e < starts[b + 1]; ++e) ascending &= column[e] > column[e - 1];
+  }
+  for (int64_t e = begin; e < end; ++e) to[e] = at[uint32_t(column[e])];
+  return ascending ? kNone : kUnordered;
+}
+
 template <typename Entry>
 Lists<Entry> translate(const Product& product, const Tensor& columns, const Tensor& starts,
                        const std::vector<Entry>& at) {
@@ -44,20 +83,17 @@ Lists<Entry> translate(const Product& product, const Tensor& columns, const Tens
   if (!ascending) {
     refuse("starts must ascend from 0 to the ", product.entries, " entries of columns");
   }
-  const auto length = uint32_t(at.size());
-  bool inside = true;
-  for (int64_t e = 0; e < product.entries; ++e) inside &= uint32_t(column[e]) < length;
-  if (!inside) {
-    refuse("columns must lie in 0..", int64_t(length) - 1,
+  std::atomic<int> fault{kNone};
+  for_blocks(product, [&](int64_t first, int64_t last) {
+    const Fault found =
+        translate_blocks(column, lists.starts, first, last, at, lists.entries.get());
+    if (found != kNone) fault = found;
+  });
+  if (fault == kOutside) {
+    refuse("columns must lie in 0..", int64_t(at.size()) - 1,
            ": do the weight and x have the same number of channels?");
   }
-  for (int64_t b = 0; b < product.blocks; ++b) {
-    for (int32_t e = lists.starts[b] + 1; e < lists.starts[b + 1]; ++e) {
-      ascending &= column[e] > column[e - 1];
-    }
-  }
-  if (!ascending) refuse("columns must ascend strictly within each block: sort the entries");
-  for (int64_t e = 0; e < product.entries; ++e) lists.entries[e] = at[uint32_t(column[e])];
+  if (fault) refuse("columns must ascend strictly within each block: sort the entries");
   return lists;
 }
 
@@ -91,18 +127,6 @@ class Widened {
 // Rows of a block that go through a kernel together: 4 as long as there are, then 2, then 1.
 inline int rows_log(int64_t left) {
   return left >= 4 ? 2 : left >= 2 ? 1 : 0;
-}
-
-// Runs work(member) on `members` threads in the caller's floating-point mode: whether denormals
-// are flushed is the caller's choice, but the same on every thread.
-template <typename F>
-void for_members(int64_t members, const F& work) {
-  if (members <= 1) return work(int64_t(0));
-  const FloatMode::State mode = FloatMode::current();
-  torch::stable::parallel_for(0, members, 1, [&](int64_t begin, int64_t end) {
-    const FloatMode scope(mode);
-    for (int64_t member = begin; member < end; ++member) work(member);
-  });
 }
 
 inline double multiply_adds(const Convolution& call) {
@@ -140,15 +164,16 @@ struct ChannelRuns {
     count = runs;
     bounds.resize(size_t((runs + 1) * blocks));
     const auto* const column = static_cast<const int32_t*>(columns.const_data_ptr());
-    for (int64_t b = 0; b < blocks; ++b) {
-      int32_t e = starts[b];
-      for (int64_t run = 0; run < runs; ++run) {
-        bounds[size_t(run * blocks + b)] = e;
-        const int64_t limit = (run + 1) * channels * by.taps();
-        while (e < starts[b + 1] && column[e] < limit) ++e;
+    for_blocks(call.product, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        int32_t e = starts[b];
+        for (int64_t run = 0; run <= runs; ++run) {
+          bounds[size_t(run * blocks + b)] = e;
+          const int64_t limit = (run + 1) * channels * by.taps();
+          while (e < starts[b + 1] && column[e] < limit) ++e;
+        }
       }
-      bounds[size_t(runs * blocks + b)] = starts[b + 1];
-    }
+    });
   }
 };
 
