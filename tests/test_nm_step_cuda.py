@@ -255,7 +255,7 @@ def group() -> tuple[Case, list[int]]:
 
 def by_patterns(table: dict, patterns: list[int]) -> dict:
     """The ops with `patterns`, their last argument."""
-    return {name: lambda *args, op=op: op(*args, patterns) for name, op in table.items()}
+    return {name: lambda *args, op=op: op(*args[:-1], patterns) for name, op in table.items()}
 
 
 def update_many(kind: str, rule: str, seeds, steps: int = 2, removed: int = -1) -> None:
