@@ -136,6 +136,41 @@ def nm_cases(device: str, dtype: torch.dtype):
         yield f"nm_prune {dtype} {n}:{m}:{v} {layout}", equal(mine, theirs)
 
 
+# Groups that are compared, cut by a warp, shared by rows, and too large for a block; an
+# unstructured tensor among them.
+GROUPED = (
+    ((8, 64, 3, 3), issp.Keep(2, of=4)),
+    ((70, 90), issp.Keep(1, of=90)),
+    ((4097,), None),
+    ((32, 60), issp.Keep(2, of=10, v=4)),
+    ((2, 2048, 3, 3), issp.Keep(100, of=2048, v=2)),
+)
+
+
+def nm_step_cases(device: str, dtype: torch.dtype):
+    """Two steps of N:M and unstructured tensors in one call: (name, equal) pairs."""
+    random = torch.Generator().manual_seed(9)
+    theirs = [torch.randn(shape, generator=random).to(dtype) for shape, _ in GROUPED]
+    mine = [w.to(device, copy=True) for w in theirs]
+    keeps = [keep for _, keep in GROUPED]
+    k = [
+        w.numel() // 2 if x is None else x.pruned(w.numel())
+        for w, x in zip(mine, keeps, strict=True)
+    ]
+    state, oracle = ops.ShrinkState(mine, k, keeps), ops.ShrinkState(theirs, k, keeps)
+    for i in range(2):
+        ops.soft_shrink_(mine, state, 0.95)
+        reference.soft_shrink_(
+            theirs, oracle.k, 0.95, oracle.thresholds, oracle.packed, oracle.flips, oracle.scratch,
+            patterns=oracle.patterns,
+        )  # fmt: skip
+        pairs = list(zip(mine, theirs, strict=True))
+        pairs += [
+            (getattr(state, x), getattr(oracle, x)) for x in ("thresholds", "packed", "flips")
+        ]
+        yield f"N:M soft_shrink_ {dtype} step {i}", all(equal(*p) for p in pairs)
+
+
 # Ends of tiles in every way: a lone pixel, odd images, more outputs than inputs and the reverse.
 LAYERS = (
     Layer((16, 12, 3, 3), (2, 12, 7, 9)),

@@ -66,7 +66,7 @@ def implementations(name: str) -> dict[str, Callable]:
         return {op: _oracle(op) for op in _CHECKS}
     if name == "triton":
         table = _import_triton().implementations()
-        return {op: _checked(check, table[op]) for op, check in _CHECKS.items() if op in table}
+        return {op: _checked(check, table[op]) for op, check in _CHECKS.items()}
     if name not in _active.values():
         raise RuntimeError(
             f"back end {name} is not active here: {_problems.get(name, 'not loaded')}"

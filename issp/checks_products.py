@@ -33,14 +33,14 @@ def sparse_conv2d(
 ) -> None:
     """Checks of `sparse_conv2d`."""
     _image(x, "x")
-    rows = _weight(x, values, columns, starts)
+    rows = weight(x, values, columns, starts)
     _geometry(kernel, stride, dilation, upsample, size)
     taps = kernel[0] * kernel[1]
-    _positions(columns, starts, x.shape[1] * taps)
+    positions(columns, starts, x.shape[1] * taps)
     _transposed(transposed, columns.numel() * values.shape[1], x.shape[1], x.device)
-    _beside(x, bias, (rows,), "bias")
-    _beside(x, residual, (x.shape[0], rows, *size), "residual")
-    _activation(activation)
+    beside(x, bias, (rows,), "bias")
+    beside(x, residual, (x.shape[0], rows, *size), "residual")
+    known_activation(activation)
 
 
 def sparse_conv2d_values_grad(
@@ -51,8 +51,8 @@ def sparse_conv2d_values_grad(
     _image(grad, "grad")
     _geometry(kernel, stride, dilation, (1, 1), grad.shape[2:])
     _lists(x, columns, starts, v)
-    _positions(columns, starts, x.shape[1] * kernel[0] * kernel[1])
-    _beside(x, grad, (x.shape[0], (starts.numel() - 1) * v, *grad.shape[2:]), "grad")
+    positions(columns, starts, x.shape[1] * kernel[0] * kernel[1])
+    beside(x, grad, (x.shape[0], (starts.numel() - 1) * v, *grad.shape[2:]), "grad")
 
 
 def sparse_matmul(
@@ -62,12 +62,12 @@ def sparse_matmul(
     _data(x, "x")
     if x.dim() < 1:
         raise ValueError("x must have the shape [..., I], not be a single number")
-    rows = _weight(x, values, columns, starts)
-    _positions(columns, starts, x.shape[-1])
+    rows = weight(x, values, columns, starts)
+    positions(columns, starts, x.shape[-1])
     _transposed(transposed, columns.numel() * values.shape[1], x.shape[-1], x.device)
-    _beside(x, bias, (rows,), "bias")
-    _beside(x, residual, (*x.shape[:-1], rows), "residual")
-    _activation(activation)
+    beside(x, bias, (rows,), "bias")
+    beside(x, residual, (*x.shape[:-1], rows), "residual")
+    known_activation(activation)
 
 
 def sparse_matmul_values_grad(x, grad, columns, starts, v) -> None:
@@ -75,8 +75,8 @@ def sparse_matmul_values_grad(x, grad, columns, starts, v) -> None:
     _data(x, "x")
     _data(grad, "grad")
     _lists(x, columns, starts, v)
-    _positions(columns, starts, x.shape[-1])
-    _beside(x, grad, (*x.shape[:-1], (starts.numel() - 1) * v), "grad")
+    positions(columns, starts, x.shape[-1])
+    beside(x, grad, (*x.shape[:-1], (starts.numel() - 1) * v), "grad")
 
 
 def _data(x: Tensor, name: str) -> None:
@@ -94,7 +94,7 @@ def _image(x: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be [N, C, H, W], not of shape {tuple(x.shape)}")
 
 
-def _weight(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor) -> int:
+def weight(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor) -> int:
     """Checks the weight beside its input; returns its number of rows."""
     _data(values, "values")
     if values.dim() != 2 or values.shape[1] < 1:
@@ -129,8 +129,11 @@ def _integers(tensor: Tensor, name: str, device: torch.device) -> None:
         raise ValueError(f"{name} must be contiguous and of one dimension")
 
 
-def _positions(columns: Tensor, starts: Tensor, length: int) -> None:
-    """Read on the CPU only: a GPU's positions cannot be read without waiting for it."""
+def positions(columns: Tensor, starts: Tensor, length: int) -> None:
+    """Positions within 0..length - 1, ascending in each block, and starts that fit them.
+
+    Read on the CPU only: a GPU's cannot be read without waiting for it.
+    """
     if columns.device.type != "cpu":
         return
     counts = starts.diff()
@@ -169,7 +172,8 @@ def _geometry(kernel, stride, dilation, upsample, size) -> None:
             raise ValueError(f"{name} is {tuple(pair)}: it must be two numbers of at least 1")
 
 
-def _beside(x: Tensor, other: Tensor | None, shape: tuple[int, ...], name: str) -> None:
+def beside(x: Tensor, other: Tensor | None, shape: tuple[int, ...], name: str) -> None:
+    """A tensor (or none) of x's dtype and device and of a given shape."""
     if other is None:
         return
     _data(other, name)
@@ -181,6 +185,7 @@ def _beside(x: Tensor, other: Tensor | None, shape: tuple[int, ...], name: str) 
         raise ValueError(f"{name} has shape {tuple(other.shape)}: it must be {shape}")
 
 
-def _activation(activation: str) -> None:
+def known_activation(activation: str) -> None:
+    """One of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f'activation is "{activation}": use one of {", ".join(ACTIVATIONS)}')

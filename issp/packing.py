@@ -59,13 +59,13 @@ class SparseRows:
 
     def _check(self) -> None:
         _two_or_four(self.shape, "shape")
-        rows = checks_products._weight(self.values, self.values, self.columns, self.starts)
+        rows = checks_products.weight(self.values, self.values, self.columns, self.starts)
         if rows != self.shape[0]:
             raise ValueError(
                 f"starts and values describe {rows} rows, but the shape {self.shape} has "
                 f"{self.shape[0]}: pass the shape of the dense weight"
             )
-        checks_products._positions(self.columns, self.starts, torch.Size(self.shape[1:]).numel())
+        checks_products.positions(self.columns, self.starts, torch.Size(self.shape[1:]).numel())
 
     @classmethod
     def from_dense(cls, weight: Tensor, v: int = 1) -> SparseRows:

@@ -158,7 +158,7 @@ def output_size(image, kernel, stride, padding, dilation) -> tuple[int, int]:
 
 
 def _finished(call, x, p, bias, residual, geometry, activation) -> Tensor:
-    checks_products._activation(activation)
+    checks_products.known_activation(activation)
     x, values, bias, residual = _autocast(x, p.values, bias, residual)
     x = x.contiguous()
     weight = (values, p.columns, p.starts)
@@ -183,7 +183,7 @@ def composed(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
         return z
     (residual,) = _autocast(residual.contiguous())
     # The sum would broadcast in silence.
-    checks_products._beside(y, residual, tuple(y.shape), "residual")
+    checks_products.beside(y, residual, tuple(y.shape), "residual")
     return z + residual
 
 

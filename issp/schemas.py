@@ -132,7 +132,7 @@ def scratch_region(numel: int) -> int:
     return (numel // 10 // LINE_WORDS + 2) * LINE_WORDS
 
 
-def _one_device(tensors: Sequence[Tensor]) -> None:
+def one_device(tensors: Sequence[Tensor]) -> None:
     # A tensor without data (device "meta") among others sends the whole call to the fake.
     if len({x.device for x in tensors}) > 1:
         raise RuntimeError("the tensors are on several devices: group by device")
@@ -140,40 +140,40 @@ def _one_device(tensors: Sequence[Tensor]) -> None:
 
 @torch.library.register_fake("issp::soft_shrink_", lib=library)
 def _(weights: list[Tensor], *_) -> None:
-    _one_device(weights)
+    one_device(weights)
 
 
 @torch.library.register_fake("issp::adam_soft_shrink_", lib=library)
 @torch.library.register_fake("issp::sgd_soft_shrink_", lib=library)
 def _(weights: list[Tensor], grads: list[Tensor], *_) -> None:
-    _one_device([*weights, *grads])
+    one_device([*weights, *grads])
 
 
 @torch.library.register_fake("issp::magnitude_threshold", lib=library)
 def _(weights: list[Tensor], k: list[int]) -> Tensor:
-    _one_device(weights)
+    one_device(weights)
     return weights[0].new_empty(len(weights))
 
 
 @torch.library.register_fake("issp::apply_masks_", lib=library)
 def _(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
-    _one_device([*tensors, masks])
+    one_device([*tensors, masks])
 
 
 @torch.library.register_fake("issp::regularize_", lib=library)
 def _(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
-    _one_device([*grads, *weights, factors, masks])
+    one_device([*grads, *weights, factors, masks])
 
 
 @torch.library.register_fake("issp::magnitude_statistics", lib=library)
 def _(tensors: list[Tensor]) -> Tensor:
-    _one_device(tensors)
+    one_device(tensors)
     return tensors[0].new_empty((len(tensors), 4), dtype=torch.float64)
 
 
 @torch.library.register_fake("issp::count_zeros", lib=library)
 def _(tensors: list[Tensor]) -> Tensor:
-    _one_device(tensors)
+    one_device(tensors)
     return tensors[0].new_empty(len(tensors), dtype=torch.int64)
 
 

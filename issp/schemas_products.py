@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from issp.schemas import _one_device, library
+from issp.schemas import library, one_device
 
 # x [N, I, H, W] -> [N, O, size[0], size[1]]. Output (y, x) sees, at tap (ky, kx), the input at
 # u = y * stride - padding + ky * dilation (same for x) divided by `upsample`: zero where u is not
@@ -72,7 +72,7 @@ def _(
     size,
     activation="none",
 ) -> Tensor:
-    _one_device(
+    one_device(
         [t for t in (x, values, columns, starts, *transposed, bias, residual) if t is not None]
     )
     return x.new_empty((x.shape[0], (starts.shape[0] - 1) * values.shape[1], *size))
@@ -80,7 +80,7 @@ def _(
 
 @torch.library.register_fake("issp::sparse_matmul", lib=library)
 def _(x, values, columns, starts, transposed, bias, residual, activation="none") -> Tensor:
-    _one_device(
+    one_device(
         [t for t in (x, values, columns, starts, *transposed, bias, residual) if t is not None]
     )
     return x.new_empty((*x.shape[:-1], (starts.shape[0] - 1) * values.shape[1]))
@@ -89,5 +89,5 @@ def _(x, values, columns, starts, transposed, bias, residual, activation="none")
 @torch.library.register_fake("issp::sparse_conv2d_values_grad", lib=library)
 @torch.library.register_fake("issp::sparse_matmul_values_grad", lib=library)
 def _(x: Tensor, grad: Tensor, columns: Tensor, starts: Tensor, v: int, *_) -> Tensor:
-    _one_device([x, grad, columns, starts])
+    one_device([x, grad, columns, starts])
     return x.new_empty((columns.shape[0], v))
