@@ -248,12 +248,7 @@ def main() -> int:
     if device == "cuda" and not torch.cuda.is_available():
         print("torch sees no CUDA device: use --device cpu", file=sys.stderr)
         return 3
-    results = [
-        result
-        for dtype in DTYPES
-        for cases in CASES
-        for result in cases(device, dtype)
-    ]
+    results = [result for dtype in DTYPES for cases in CASES for result in cases(device, dtype)]
     wrong = [name for name, right in results if not right]
     for name in wrong:
         print(f"differs from the reference: {name}")
