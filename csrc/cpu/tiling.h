@@ -103,7 +103,9 @@ Tiling choose_tiling(const ProductKernels<Real>& kernels, const Geometry& by, in
   t.down = parts_of(height, t.rows);
   const int64_t row_bytes =
       std::max<int64_t>(1, by.channels * t.phases[0] * t.row_stride) * int64_t(sizeof(Real));
-  const int64_t room = kTileBytes / row_bytes - t.reach[0];
+  // A tile of several units saves the rows that two of them see; without such rows it only fills
+  // L2.
+  const int64_t room = t.reach[0] ? kTileBytes / row_bytes - t.reach[0] : 0;
   t.units_per_tile = std::clamp<int64_t>(room / t.rows, 1, std::max<int64_t>(1, t.down));
   t.phase_rows = t.units_per_tile * t.rows + t.reach[0];
   // An odd number of lines: channels whose planes are a multiple of 4 KB apart would share the
