@@ -31,8 +31,7 @@ def conv(name: str, weight: Weight, image=(9, 17), padding=(1, 1), **more) -> Co
     return ConvCase(name, weight, image=image, padding=padding, **more)
 
 
-# Over 20 loads a channel keep float32 in tiles on AVX-512 as well (64 for 1x1); six entries of a
-# row in each run of channels that fits the L1 cache make runs.
+# Over 20 loads a channel (64 for 1x1) keep to tiles; 6 entries in each L1 cache of channels: runs.
 DENSER = Weight(48, 320, (3, 3), 0.15)
 TILES = [
     *(conv(f"runs, v={v}", replace(DENSER, v=v)) for v in (1, 2, 3)),
