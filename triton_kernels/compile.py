@@ -27,8 +27,8 @@ from .apply_masks import apply_masks
 from .compile_products import PRODUCT_ARGUMENTS, PRODUCT_KERNELS, product_variants
 from .count_zeros import zeros
 from .magnitude_statistics import CHUNK, MERGE_LAUNCH, merge, parts
-from .nm_shrink import LAUNCH as GROUP_LAUNCH
 from .nm_shrink import TILE as GROUP_TILE
+from .nm_shrink import options as group_options
 from .nm_shrink import shrink_groups
 from .regularize import regularize
 from .select import radix_pass
@@ -75,8 +75,8 @@ def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
         yield sgd, update | {"DECAY": True, "MOMENTUM": True, "NESTEROV": True}, UPDATE_LAUNCH
     for places in (4, 32, 128):
         shape = {"DTYPE": dtype, "PLACES": places, "GROUPS": GROUP_TILE // places}
-        yield shrink_groups, shape | {"INDEX": tl.int32}, GROUP_LAUNCH
-    yield shrink_groups, shape | {"INDEX": tl.int64}, GROUP_LAUNCH
+        yield shrink_groups, shape | {"INDEX": tl.int32}, group_options(dtype)
+    yield shrink_groups, shape | {"INDEX": tl.int64}, group_options(dtype, wide=True)
 
 
 _SHOWN = ("PRECISION", "V", "ROWS", "PIXELS")  # constants of a product

@@ -38,7 +38,6 @@ from .tables import (
 
 # Small, since every weight holds its score, rank, address and mask bit in registers.
 TILE = 1024
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 RANKED: tl.constexpr = tl.constexpr(32)
 
 
@@ -209,6 +208,15 @@ def shrink_groups(
         settle(rows, t, programs, scratch, thresholds, flips, total, tl.max(tl.max(largest, 0), 0))
 
 
+def options(dtype: str, wide: bool = False) -> dict:
+    """Launch options; left to itself the compiler spills a word or two to save registers.
+
+    128 registers let four programs share an SM, 96 spill; float64 and indices of 64 bits take 168.
+    """
+    registers = 168 if wide or dtype == "float64" else 128
+    return {"num_warps": 4, "maxnreg": registers, "enable_fp_fusion": False}
+
+
 def grouping(weight: Tensor, n: int, m: int, v: int) -> tuple[int, ...]:
     """Columns of a row, distance of a group's elements, m, rows of a pattern, selected, groups.
 
@@ -261,9 +269,10 @@ def shrink_all(
     offset = 0 if out is None else out.data_ptr() - weights[0].data_ptr()
     dtype = weights[0].dtype
     bits = None if thresholds is None else thresholds.view(INTEGER[dtype])
+    name, wide = name_of(dtype), max(w.numel() for w in weights) >= 2**31
     with torch.cuda.device_of(masks):
         shrink_groups[found.grid](
             found.rows, found.tiles, rows, k, bits, masks, flips, scratch, found_inf, offset,
-            *halves(shrink), DTYPE=name_of(dtype), PLACES=places, GROUPS=groups,
-            INDEX=tl.int64 if max(w.numel() for w in weights) >= 2**31 else tl.int32, **LAUNCH,
+            *halves(shrink), DTYPE=name, PLACES=places, GROUPS=groups,
+            INDEX=tl.int64 if wide else tl.int32, **options(name, wide),
         )  # fmt: skip
