@@ -10,11 +10,6 @@
 
 namespace issp {
 
-// Loads per pixel of x above which a tile pays: it costs a copy, then every load is aligned.
-// Measured on 256 and 60 channels, 3x3: 6 loads 1.5 and 1.2 times faster without a tile, 29 loads
-// equal.
-constexpr double kUses = 20, kPointwiseUses = 64;
-
 constexpr int64_t kSeenBytes = 512
                                << 10;  // of x, for a group of units: L2 holds it and the results
 
@@ -34,12 +29,14 @@ class DirectRun {
       : direct_(direct),
         kernels_(kernels),
         product_(call.product),
+        few_(few_uses(call)),
         by_(seen(call.geometry, kernels.lanes)) {
     const int log = rows_log(product_.v);
     segment_ = choose_segment(kernels, log, by_, 0);
     across_ = parts_of(by_.size[1], segment_ * kernels.lanes);
     const int64_t wanted = parts_of(members, std::max<int64_t>(1, by_.batch * across_));
-    rows_ = choose_rows(by_.size[0], kernels.rows[log][segment_ - 1], wanted);
+    most_rows_ = choose_rows(by_.size[0], kernels.rows[log][segment_ - 1], 1);
+    rows_ = choose_rows(by_.size[0], most_rows_, wanted);
     down_ = parts_of(by_.size[0], rows_);
     const int64_t row = std::max<int64_t>(1, by_.channels * width() * int64_t(sizeof(float)));
     together_ = std::clamp<int64_t>(kSeenBytes / row / rows_, 1, down_);
@@ -52,13 +49,11 @@ class DirectRun {
     }
   }
 
-  // Whether masks at both ends of a row are all that the borders need; whether filling a tile would
-  // cost more than loads that straddle cache lines; and whether what a unit sees stays in L2:
+  // Whether pixels are loaded rarely; whether masks at both ends of a row are all that the borders
+  // need; and whether what a unit sees stays in L2:
   // planes a large power of two apart fall into a few of its sets.
   bool suits() const {
-    const double uses = double(product_.entries) * double((product_.v + 3) / 4) /
-                        double(std::max<int64_t>(1, by_.channels));
-    if (uses > (by_.taps() == 1 ? kPointwiseUses : kUses)) return false;
+    if (!few_) return false;
     const int64_t plane = by_.input[0] * by_.input[1];
     if (by_.stride != Pair{1, 1} || by_.upsample != Pair{1, 1}) return false;
     if (by_.channels * plane + plane > INT32_MAX || by_.kernel[1] > UINT16_MAX ||
@@ -75,8 +70,8 @@ class DirectRun {
     const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
     const int64_t cache = found > 0 ? found : 1 << 20, sets = cache / 16;
     const int64_t apart = std::gcd(plane * int64_t(sizeof(float)), sets);
-    const int64_t seen =
-        (rows_ + (by_.kernel[0] - 1) * by_.dilation[0]) * by_.input[1] * int64_t(sizeof(float));
+    const int64_t seen = (most_rows_ + (by_.kernel[0] - 1) * by_.dilation[0]) * by_.input[1] *
+                         int64_t(sizeof(float));
     return by_.channels * seen <= std::min(sets, sets / apart * seen) * 8;
   }
 
@@ -205,8 +200,9 @@ class DirectRun {
   const DirectKernels& direct_;
   const ProductKernels<float>& kernels_;
   const Product product_;
+  const bool few_;  // uses of a pixel
   const Geometry by_;
-  int64_t segment_, across_, rows_, down_;
+  int64_t segment_, across_, most_rows_, rows_, down_;
   int64_t together_;                   // units of a group
   std::vector<DirectColumn> columns_;  // [across][kernel width]
 };

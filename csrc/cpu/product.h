@@ -39,14 +39,16 @@ struct ProductKernels {
                             const Real* values, int64_t value_stride, int64_t count,
                             const Real* bias, Real* acc, int64_t acc_stride, bool more);
   // sums[e * sum_stride + i] += sum over r, s, lanes of grad[i][r][s] * tile[offsets[e] + ...].
+  // within: [s][lanes], all bits set where a lane lies in the result; read by partial_dot.
   using Dot = void (*)(const Real* tile, int64_t row_stride, const int32_t* offsets, int64_t count,
-                       const Real* grad, Real* sums, int64_t sum_stride);
+                       const Real* grad, const Real* within, double* sums, int64_t sum_stride);
 
   int lanes;
   int segment[3];            // longest segment, by log2 of the weight's rows
   int rows[3][kMaxSegment];  // most rows of a register block, by segment - 1
   Multiply multiply[3][kMaxSegment][kMaxRows];
   Dot dot[3][kMaxSegment][kMaxRows];
+  Dot partial_dot[3][kMaxSegment][kMaxRows];
   // Row r of out, [left + segment + right][lanes] from out_stride * r on: vector left + j holds in
   // lane l the pixel at column j + segment * l, -left <= j < segment + right, of the row that
   // begins at own + r * stride. before, after: whether columns below 0 and from segment * lanes on

@@ -112,38 +112,42 @@ ISSP_INLINE void add_lanes(typename Simd<Real>::Vector* parts) {
   }
 }
 
-// The gradient's pixels stay in registers; an entry reads its pixels once for I rows.
-template <typename Real, int I, int S, int R>
+// The gradient's pixels stay in registers; an entry reads its pixels once for I rows. Partial:
+// lanes beyond the result are cleared, since the gradient's zeros there would not undo a NaN of x.
+template <typename Real, int I, int S, int R, bool Partial>
 ISSP_TARGET void dot(const Real* tile, int64_t row_stride, const int32_t* offsets, int64_t count,
-                     const Real* grad, Real* sums, int64_t sum_stride) {
+                     const Real* grad, const Real* within, double* sums, int64_t sum_stride) {
   using Vector = typename Simd<Real>::Vector;
+  using Bits = typename Order<Real>::Indices;
   constexpr int lanes = Simd<Real>::lanes, kBatch = lanes > I ? lanes / I : 1;
-  Vector g[I][R][S];
+  Vector g[I][R][S], mask[S];
   memcpy(g, grad, sizeof(g));
+  if (Partial) memcpy(mask, within, sizeof(mask));
   for (int64_t begin = 0; begin < count; begin += kBatch) {
     Vector parts[kBatch * I > lanes ? kBatch * I : lanes];
     for (int k = 0; k < kBatch; ++k) {
       const int64_t e = begin + k < count ? begin + k : count - 1;
       const Real* const at = tile + offsets[e];
       Vector sum[I] = {};
-#pragma GCC unroll 64
+#pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 64
+#pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
           Vector pixels;
           load<Real>(at + r * row_stride + s * lanes, pixels);
-#pragma GCC unroll 64
+          if (Partial) pixels = Vector(Bits(pixels) & Bits(mask[s]));
+#pragma GCC unroll 4
           for (int i = 0; i < I; ++i) sum[i] = fma(g[i][r][s], pixels, sum[i]);
         }
       }
-#pragma GCC unroll 64
+#pragma GCC unroll 4
       for (int i = 0; i < I; ++i) parts[k * I + i] = sum[i];
     }
     for (int first = 0; first < kBatch * I; first += lanes) {
       add_lanes<Real>(parts + first);
       for (int l = 0; l < lanes; ++l) {
         const int64_t e = begin + (first + l) / I;
-        if (e < count) sums[e * sum_stride + (first + l) % I] += parts[first][l];
+        if (e < count) sums[e * sum_stride + (first + l) % I] += double(parts[first][l]);
       }
     }
   }
@@ -315,7 +319,8 @@ template <typename Real, int I, int S, int R>
 void fill_rows(ProductKernels<Real>& kernels, int log) {
   if constexpr (R > 0) {
     kernels.multiply[log][S - 1][R - 1] = multiply<Real, I, S, R>;
-    kernels.dot[log][S - 1][R - 1] = dot<Real, I, S, R>;
+    kernels.dot[log][S - 1][R - 1] = dot<Real, I, S, R, false>;
+    kernels.partial_dot[log][S - 1][R - 1] = dot<Real, I, S, R, true>;
     fill_rows<Real, I, S, R - 1>(kernels, log);
   }
 }

@@ -41,9 +41,26 @@ struct GradRun {
     return t;
   }
 
+  // All bits set in the lanes of a unit that lie in the result; empty where all do.
+  std::vector<Real> within(const Place& at) const {
+    const int64_t left = call.geometry.size[1] - at.column, size = tiling.segment * tiling.lanes;
+    if (tiling.order != Tiling::kSegments || left >= size) return {};
+    std::vector<Real> mask(size_t(size), Real(0));
+    for (int64_t j = 0; j < tiling.segment; ++j) {
+      for (int64_t lane = 0; lane < tiling.lanes; ++lane) {
+        if (tiling.segment * lane + j < left) {
+          std::memset(&mask[size_t(j * tiling.lanes + lane)], 0xff, sizeof(Real));
+        }
+      }
+    }
+    return mask;
+  }
+
   // sums[e * v + i] += the share of one register block; grad: [O][rows][segment][lanes].
-  void dot(const Real* tile, int64_t rows, const Real* grad, int64_t stride, Real* packed,
-           Real* sums) const {
+  void dot(const Real* tile, int64_t rows, const Place& at, const Real* grad, int64_t stride,
+           Real* packed, double* sums) const {
+    const std::vector<Real> mask = within(at);
+    const auto& table = mask.empty() ? kernels.dot : kernels.partial_dot;
     const int64_t v = call.product.v, size = rows * tiling.segment * tiling.lanes;
     for (int64_t b = 0; b < call.product.blocks; ++b) {
       const int64_t first = lists.starts[b], count = lists.starts[b + 1] - first;
@@ -53,16 +70,16 @@ struct GradRun {
           std::memcpy(packed + k * size, grad + (b * v + i + k) * stride,
                       size_t(size) * sizeof(Real));
         }
-        kernels.dot[log][tiling.segment - 1][rows - 1](tile, tiling.row_stride,
-                                                       lists.entries.get() + first, count, packed,
-                                                       sums + first * v + i, v);
+        table[log][tiling.segment - 1][rows - 1](tile, tiling.row_stride,
+                                                 lists.entries.get() + first, count, packed,
+                                                 mask.data(), sums + first * v + i, v);
         i += int64_t(1) << log;
       }
     }
   }
 
   // Adds the units first..last to sums [E, v].
-  void part(const void* x, const void* grad, int64_t first, int64_t last, Real* sums) const {
+  void part(const void* x, const void* grad, int64_t first, int64_t last, double* sums) const {
     static thread_local Workspace<Real> memory;
     const Geometry& by = call.geometry;
     const Geometry grad_by = grad_geometry();
@@ -81,7 +98,7 @@ struct GradRun {
         [&](const Place& at, int64_t rows) { reader.fill(at, rows, tile); },
         [&](const Place& at, int64_t rows, int64_t below) {
           grads.fill(at, rows, pixels);
-          dot(tile + below * tiling.row_stride, rows, pixels, grad_cut.channel_stride, packed,
+          dot(tile + below * tiling.row_stride, rows, at, pixels, grad_cut.channel_stride, packed,
               sums);
         });
   }
@@ -89,10 +106,11 @@ struct GradRun {
   void operator()(const void* x, const void* grad, typename T::Bits* to, int64_t members) const {
     const int64_t numel = call.product.entries * call.product.v,
                   units = tiling.units(call.geometry);
-    const int64_t dense = call.geometry.rows * call.geometry.length();
-    const int64_t parts = std::clamp<int64_t>(dense / std::max<int64_t>(1, numel), 1,
-                                              std::min(kParts, std::max<int64_t>(1, units)));
-    std::vector<Real> sums(size_t(numel * parts));
+    const int64_t dense = call.geometry.rows * call.geometry.length() * int64_t(sizeof(Real));
+    const int64_t bytes = std::max<int64_t>(1, numel) * int64_t(sizeof(double));
+    const int64_t parts =
+        std::clamp<int64_t>(dense / bytes, 1, std::min(kParts, std::max<int64_t>(1, units)));
+    std::vector<double> sums(size_t(numel * parts));
     members = std::min(members, parts);
     for_members(members, [&](int64_t member) {
       for (int64_t p = member; p < parts; p += members) {
@@ -102,7 +120,7 @@ struct GradRun {
     for (int64_t p = 1; p < parts; ++p) {
       for (int64_t e = 0; e < numel; ++e) sums[size_t(e)] += sums[size_t(p * numel + e)];
     }
-    round_run<T>(sums.data(), numel, to);
+    for (int64_t e = 0; e < numel; ++e) to[e] = rounded<T>(Real(sums[size_t(e)]));
   }
 };
 

@@ -17,7 +17,8 @@ class Workspace {
  public:
   Real* get(int64_t count) {
     if (count > room_) {
-      memory_.reset(static_cast<Real*>(std::aligned_alloc(64, size_t(count * 8 + 63) / 64 * 64)));
+      memory_.reset(static_cast<Real*>(
+          std::aligned_alloc(64, (size_t(count) * sizeof(Real) + 63) / 64 * 64)));
       room_ = memory_ ? count : 0;
       if (!memory_) throw std::bad_alloc();
     }

@@ -19,6 +19,7 @@ struct Tiling {
   // the channels innermost in memory.
   enum Order { kSegments, kFlat, kTokens } order;
   int64_t lanes, segment, rows;
+  int64_t most_rows;     // `rows` if no threads waited: what bits may depend on
   int64_t across, down;  // units over the width and the height of an image
   int64_t units_per_tile;
   Pair phases, reach;  // of rows and columns: stride, and how far taps go beyond the unit's own
@@ -99,7 +100,8 @@ Tiling choose_tiling(const ProductKernels<Real>& kernels, const Geometry& by, in
   t.across = t.order != Tiling::kSegments ? 1 : parts_of(by.size[1], t.segment * t.lanes);
   t.row_stride = t.phases[1] * (t.segment + t.reach[1]) * t.lanes;
   const int64_t wanted = parts_of(members, std::max<int64_t>(1, by.batch * t.across));
-  t.rows = choose_rows(height, kernels.rows[log][t.segment - 1], wanted);
+  t.most_rows = choose_rows(height, kernels.rows[log][t.segment - 1], 1);
+  t.rows = choose_rows(height, t.most_rows, wanted);
   t.down = parts_of(height, t.rows);
   const int64_t row_bytes =
       std::max<int64_t>(1, by.channels * t.phases[0] * t.row_stride) * int64_t(sizeof(Real));
