@@ -129,10 +129,11 @@ inline int rows_log(int64_t left) {
   return left >= 4 ? 2 : left >= 2 ? 1 : 0;
 }
 
+// What a call costs, in multiply-adds: a pixel that is copied, or turned over, costs about four.
 inline double multiply_adds(const Convolution& call) {
   const Geometry& by = call.geometry;
-  return double(call.product.entries + by.channels) * double(call.product.v) *
-         double(by.batch * Tiling::pixels(by));
+  const double products = double(call.product.entries) * double(call.product.v);
+  return (products + 4.0 * double(by.channels + by.rows)) * double(by.batch * Tiling::pixels(by));
 }
 
 // Threads worth waking for a number of multiply-adds: each has some 10 us to do.
