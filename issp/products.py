@@ -17,6 +17,10 @@ from issp.reference_products import ACTIVATIONS
 _op = torch.ops.issp
 _conv2d = _explained(checks_products.sparse_conv2d)(lambda *args: _op.sparse_conv2d(*args))
 _matmul = _explained(checks_products.sparse_matmul)(lambda *args: _op.sparse_matmul(*args))
+_DIFFERENTIABLE = {
+    _conv2d: _explained(checks_products.sparse_conv2d)(products_autograd.Conv2d.apply),
+    _matmul: _explained(checks_products.sparse_matmul)(products_autograd.Matmul.apply),
+}
 
 
 def nm_pack(weight: Tensor, keep: Keep) -> NMTensor:
@@ -172,6 +176,8 @@ def _finished(call, x, p, bias, residual, geometry, activation) -> Tensor:
         # The detour over the registered gradient costs 9 us a call, as much as the rest of it.
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
+    if not torch.compiler.is_compiling():
+        call = _DIFFERENTIABLE[call]
     y = call(x, *weight, p.transposed if x.requires_grad else [], bias, None, *geometry, "none")
     return composed(y, residual, activation)
 

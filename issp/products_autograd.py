@@ -136,6 +136,35 @@ def _matmul_gradients(ctx, grad: Tensor) -> list[Tensor | None]:
     return [grad_x, grad_values, grad_bias]
 
 
+class Conv2d(torch.autograd.Function):
+    """The op and its registered gradient without the detour that makes the op traceable.
+
+    Of a training step of 60 channels on 48x48 pixels that detour is half the time.
+    """
+
+    @staticmethod
+    def forward(ctx, *args) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = _op.sparse_conv2d(*args)
+        _conv2d_context(ctx, args, y)
+        return y
+
+    backward = staticmethod(_conv2d_backward)
+
+
+class Matmul(torch.autograd.Function):
+    """As `Conv2d`."""
+
+    @staticmethod
+    def forward(ctx, *args) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            y = _op.sparse_matmul(*args)
+        _matmul_context(ctx, args, y)
+        return y
+
+    backward = staticmethod(_matmul_backward)
+
+
 torch.library.register_autograd(
     "issp::sparse_conv2d", _conv2d_backward, setup_context=_conv2d_context, lib=library
 )
