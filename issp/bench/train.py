@@ -313,7 +313,7 @@ def make_lanes(network: nn.Module, data: Data, settings: Settings) -> list[Lane]
 
 
 def _notes(lanes: Sequence[Lane], rounds: int, settings: Settings) -> list[str]:
-    tf32 = f" (TF32 in convolutions: {torch.backends.cudnn.allow_tf32})"
+    tf32 = f" (float32 in convolutions: {torch.backends.cudnn.conv.fp32_precision})"
     return [
         "Medians. Ratios to the dense iteration, with quartiles, and the differences of "
         "optimizer and pruning to the dense optimizer are taken round by round. Update: optimizer "
