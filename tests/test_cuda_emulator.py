@@ -299,7 +299,7 @@ def test_planted_faults_are_found():
 def test_a_tensor_beyond_32_bits_is_refused():
     library, buffer = cuda_emulator.library(), (ctypes.c_byte * 64)()
     pointers, numels = (ctypes.c_void_p * 1)(ctypes.addressof(buffer)), (ctypes.c_int64 * 1)(2**32)
-    error = library.emulated_magnitude_threshold(
-        0, 1, pointers, numels, (ctypes.c_int64 * 1)(5), ctypes.byref(buffer)
-    )
+    call = library.emulated_magnitude_threshold
+    call.restype = ctypes.c_char_p
+    error = call(0, 1, pointers, numels, (ctypes.c_int64 * 1)(5), ctypes.byref(buffer))
     assert "fewer than 2**32" in error.decode()
