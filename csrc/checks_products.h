@@ -99,11 +99,37 @@ inline Product check_weight(const Tensor& x, const Tensor& values, const Tensor&
   return product;
 }
 
-inline Pair check_pair(const std::vector<int64_t>& pair, const char* name, int64_t least) {
-  if (pair.size() != 2 || pair[0] < least || pair[1] < least) {
+inline Pair check_pair(const int64_t* pair, const char* name, int64_t least) {
+  if (pair[0] < least || pair[1] < least) {
     refuse(name, " must be two numbers of at least ", least);
   }
   return {pair[0], pair[1]};
+}
+
+inline void check_count(const std::vector<int64_t>& numbers, size_t count, const char* names) {
+  if (numbers.size() != count) {
+    refuse("geometry has ", numbers.size(), " numbers: it must have ", count,
+           ", the height and width of ", names);
+  }
+}
+
+inline std::vector<int64_t> image_shape(const Geometry& by) {
+  return {by.batch, by.rows, by.size[0], by.size[1]};
+}
+
+// What both lists begin with: kernel, stride, padding, dilation.
+inline Geometry check_window(const Tensor& x, int64_t rows, const std::vector<int64_t>& numbers) {
+  const auto sizes = x.sizes();
+  return {sizes[0],
+          sizes[1],
+          rows,
+          {sizes[2], sizes[3]},
+          check_pair(&numbers[0], "kernel", 1),
+          check_pair(&numbers[2], "stride", 1),
+          {numbers[4], numbers[5]},
+          check_pair(&numbers[6], "dilation", 1),
+          {1, 1},
+          {1, 1}};
 }
 
 struct Convolution {
@@ -111,54 +137,34 @@ struct Convolution {
   Geometry geometry;
 };
 
-inline Convolution check_sparse_conv2d(
-    const Tensor& x, const Tensor& values, const Tensor& columns, const Tensor& starts,
-    const std::vector<Tensor>& transposed, const std::optional<Tensor>& bias,
-    const std::optional<Tensor>& residual, const std::vector<int64_t>& kernel,
-    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-    const std::vector<int64_t>& dilation, const std::vector<int64_t>& upsample,
-    const std::vector<int64_t>& size, const std::string& activation) {
+inline Convolution check_sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& columns,
+                                       const Tensor& starts, const std::vector<Tensor>& transposed,
+                                       const std::optional<Tensor>& bias,
+                                       const std::optional<Tensor>& residual,
+                                       const std::vector<int64_t>& numbers,
+                                       const std::string& activation) {
   check_image(x, "x");
   const Product product =
       check_weight(x, values, columns, starts, transposed, x.size(1), activation);
-  const Geometry geometry = {x.size(0),
-                             x.size(1),
-                             product.blocks * product.v,
-                             {x.size(2), x.size(3)},
-                             check_pair(kernel, "kernel", 1),
-                             check_pair(stride, "stride", 1),
-                             check_pair(padding, "padding", INT64_MIN),
-                             check_pair(dilation, "dilation", 1),
-                             check_pair(upsample, "upsample", 1),
-                             check_pair(size, "size", 1)};
+  check_count(numbers, 12, "kernel, stride, padding, dilation, upsample, size");
+  Geometry geometry = check_window(x, product.blocks * product.v, numbers);
+  geometry.upsample = check_pair(&numbers[8], "upsample", 1);
+  geometry.size = check_pair(&numbers[10], "size", 1);
   if (bias) check_like(x, *bias, "bias", {geometry.rows});
-  if (residual) {
-    check_like(x, *residual, "residual",
-               {geometry.batch, geometry.rows, geometry.size[0], geometry.size[1]});
-  }
+  if (residual) check_like(x, *residual, "residual", image_shape(geometry));
   return {product, geometry};
 }
 
 inline Convolution check_sparse_conv2d_values_grad(const Tensor& x, const Tensor& grad,
                                                    const Tensor& columns, const Tensor& starts,
-                                                   int64_t v, const std::vector<int64_t>& kernel,
-                                                   const std::vector<int64_t>& stride,
-                                                   const std::vector<int64_t>& padding,
-                                                   const std::vector<int64_t>& dilation) {
+                                                   int64_t v, const std::vector<int64_t>& numbers) {
   check_image(x, "x");
   check_image(grad, "grad");
   const Product product = check_lists(x, columns, starts, v);
-  const Geometry geometry = {x.size(0),
-                             x.size(1),
-                             product.blocks * v,
-                             {x.size(2), x.size(3)},
-                             check_pair(kernel, "kernel", 1),
-                             check_pair(stride, "stride", 1),
-                             check_pair(padding, "padding", INT64_MIN),
-                             check_pair(dilation, "dilation", 1),
-                             {1, 1},
-                             {grad.size(2), grad.size(3)}};
-  check_like(x, grad, "grad", {geometry.batch, geometry.rows, geometry.size[0], geometry.size[1]});
+  check_count(numbers, 8, "kernel, stride, padding, dilation");
+  Geometry geometry = check_window(x, product.blocks * v, numbers);
+  geometry.size = {grad.size(2), grad.size(3)};
+  check_like(x, grad, "grad", image_shape(geometry));
   return {product, geometry};
 }
 

@@ -11,47 +11,32 @@ import torch
 from torch import Tensor
 
 from issp.checks import DTYPES
+from issp.geometry import Geometry
 
 ACTIVATIONS = ("none", "relu", "gelu")
 
 
 def sparse_conv2d(
-    x,
-    values,
-    columns,
-    starts,
-    transposed,
-    bias,
-    residual,
-    kernel,
-    stride,
-    padding,
-    dilation,
-    upsample,
-    size,
-    activation="none",
+    x, values, columns, starts, transposed, bias, residual, geometry, activation="none"
 ) -> None:
     """Checks of `sparse_conv2d`."""
     _image(x, "x")
     rows = weight(x, values, columns, starts)
-    _geometry(kernel, stride, dilation, upsample, size)
-    taps = kernel[0] * kernel[1]
-    positions(columns, starts, x.shape[1] * taps)
+    by = _geometry(geometry, Geometry._fields)
+    positions(columns, starts, x.shape[1] * by.kernel[0] * by.kernel[1])
     _transposed(transposed, columns.numel() * values.shape[1], x.shape[1], x.device)
     beside(x, bias, (rows,), "bias")
-    beside(x, residual, (x.shape[0], rows, *size), "residual")
+    beside(x, residual, (x.shape[0], rows, *by.size), "residual")
     known_activation(activation)
 
 
-def sparse_conv2d_values_grad(
-    x, grad, columns, starts, v, kernel, stride, padding, dilation
-) -> None:
+def sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry) -> None:
     """Checks of `sparse_conv2d_values_grad`."""
     _image(x, "x")
     _image(grad, "grad")
-    _geometry(kernel, stride, dilation, (1, 1), grad.shape[2:])
+    by = _geometry(geometry, Geometry._fields[:4], size=tuple(grad.shape[2:]))
     _lists(x, columns, starts, v)
-    positions(columns, starts, x.shape[1] * kernel[0] * kernel[1])
+    positions(columns, starts, x.shape[1] * by.kernel[0] * by.kernel[1])
     beside(x, grad, (x.shape[0], (starts.numel() - 1) * v, *grad.shape[2:]), "grad")
 
 
@@ -165,11 +150,17 @@ def _transposed(tensors: Sequence[Tensor], entries: int, inputs: int, device) ->
             )
 
 
-def _geometry(kernel, stride, dilation, upsample, size) -> None:
-    named = {"kernel": kernel, "stride": stride, "dilation": dilation, "upsample": upsample}
-    for name, pair in {**named, "size": size}.items():
-        if len(pair) != 2 or min(pair) < 1:
-            raise ValueError(f"{name} is {tuple(pair)}: it must be two numbers of at least 1")
+def _geometry(numbers: Sequence[int], names: tuple[str, ...], **known) -> Geometry:
+    if len(numbers) != 2 * len(names):
+        raise ValueError(
+            f"geometry has {len(numbers)} numbers: it must have {2 * len(names)}, the height and "
+            f"width of {', '.join(names)}"
+        )
+    by = Geometry.of(numbers)._replace(**known)
+    for name, pair in by._asdict().items():
+        if name != "padding" and min(pair) < 1:
+            raise ValueError(f"{name} is {pair}: it must be two numbers of at least 1")
+    return by
 
 
 def beside(x: Tensor, other: Tensor | None, shape: tuple[int, ...], name: str) -> None:

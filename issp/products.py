@@ -9,6 +9,7 @@ from torch import Tensor
 
 from issp import checks_products
 from issp import products_autograd as products_autograd
+from issp.geometry import Geometry
 from issp.keep import Keep
 from issp.ops import _explained
 from issp.packing import NMTensor, SparseRows
@@ -132,7 +133,8 @@ def conv2d(x, p, bias, stride, padding, dilation, residual, activation) -> Tenso
     dilation = _pair(dilation, "dilation", 1)
     geometry = (p.shape[2:], stride, padding, dilation)
     size = output_size(x.shape[2:], *geometry)
-    return _finished(_conv2d, x, p, bias, residual, (*geometry, (1, 1), size), activation)
+    geometry = Geometry(*geometry, (1, 1), size).for_product()
+    return _finished(_conv2d, x, p, bias, residual, (geometry,), activation)
 
 
 def matmul(x, p, bias, residual, activation) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from issp.geometry import Geometry
 from issp.packing import transpose
 from issp.schemas import library
 
@@ -73,14 +74,14 @@ def _placed(ctx, gradients: list[Tensor | None]) -> tuple:
 
 
 def _conv2d_context(ctx, inputs, output) -> None:
-    x, values, columns, starts, transposed, bias, residual, *geometry, activation = inputs
+    x, values, columns, starts, transposed, bias, residual, geometry, activation = inputs
     _refuse("sparse_conv2d", residual, activation)
-    kernel, stride, padding, dilation, upsample, _ = geometry
-    if values.requires_grad and tuple(upsample) != (1, 1):
+    ctx.geometry = Geometry.of(geometry)
+    if values.requires_grad and ctx.geometry.upsample != (1, 1):
         raise RuntimeError(
-            f"the gradient of values needs upsample 1, not {tuple(upsample)}: spread x by zeros"
+            f"the gradient of values needs upsample 1, not {ctx.geometry.upsample}: spread x by "
+            "zeros"
         )
-    ctx.geometry = tuple(map(tuple, (kernel, stride, padding, dilation, upsample)))
     ctx.image = tuple(x.shape[2:])
     _save(ctx, x, values, columns, starts, transposed, x.shape[1])
 
@@ -93,18 +94,18 @@ def _conv2d_backward(ctx, grad: Tensor):
 
 
 def _conv2d_gradients(ctx, grad: Tensor) -> list[Tensor | None]:
-    kernel, stride, padding, dilation, upsample = ctx.geometry
+    kernel, stride, padding, dilation, upsample, _ = ctx.geometry
     grad_x = grad_values = grad_bias = None
     if ctx.wanted[0]:
         turned = [d * (k - 1) - p for k, p, d in zip(kernel, padding, dilation, strict=True)]
+        mirrored = Geometry(kernel, upsample, turned, dilation, stride, ctx.image)
         grad_x = _op.sparse_conv2d(
-            *(grad, *_gradient_weight(ctx, kernel), [], None, None),
-            *(kernel, upsample, turned, dilation, stride, ctx.image),
+            grad, *_gradient_weight(ctx, kernel), [], None, None, mirrored.for_product()
         )
     if ctx.wanted[1]:
         x, _, columns, starts = ctx.saved_tensors[:4]
         grad_values = _op.sparse_conv2d_values_grad(
-            *(x, grad, columns, starts, ctx.v, kernel, stride, padding, dilation)
+            x, grad, columns, starts, ctx.v, ctx.geometry.for_gradient()
         )
     if ctx.needs_input_grad[5]:
         grad_bias = grad.sum((0, 2, 3))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from issp import checks_products as checks
+from issp.geometry import Geometry
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 
@@ -37,37 +38,23 @@ def transpose(columns: Tensor, starts: Tensor, v: int, inputs: int, taps: int) -
 
 
 def sparse_conv2d(
-    x,
-    values,
-    columns,
-    starts,
-    transposed,
-    bias,
-    residual,
-    kernel,
-    stride,
-    padding,
-    dilation,
-    upsample,
-    size,
-    activation="none",
+    x, values, columns, starts, transposed, bias, residual, geometry, activation="none"
 ) -> Tensor:
     """See `sparse_conv2d` in schemas_products.py."""
     checks.sparse_conv2d(
-        *(x, values, columns, starts, transposed, bias, residual),
-        *(kernel, stride, padding, dilation, upsample, size, activation),
+        x, values, columns, starts, transposed, bias, residual, geometry, activation
     )
-    taps = kernel[0] * kernel[1]
-    wide = _wide(x)
+    by, wide = Geometry.of(geometry), _wide(x)
+    taps = by.kernel[0] * by.kernel[1]
     weight = dense(values, columns, starts, x.shape[1] * taps).to(wide)
-    weight = weight.view(-1, x.shape[1], *kernel)
+    weight = weight.view(-1, x.shape[1], *by.kernel)
     y = F.conv2d(
-        _placed(x.to(wide), kernel, stride, padding, dilation, upsample, size),
+        _placed(x.to(wide), by),
         weight,
         None if bias is None else bias.to(wide),
-        stride,
+        by.stride,
         0,
-        dilation,
+        by.dilation,
     )
     return _finished(y, residual, activation, x.dtype)
 
@@ -76,9 +63,10 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _placed(x: Tensor, kernel, stride, padding, dilation, upsample, size) -> Tensor:
+def _placed(x: Tensor, by: Geometry) -> Tensor:
     """The input with its zeros in place: all that a convolution without padding reads."""
     n, channels, height, width = x.shape
+    kernel, stride, padding, dilation, upsample, size = by
     spread = x.new_zeros(n, channels, height * upsample[0], width * upsample[1])
     spread[:, :, :: upsample[0], :: upsample[1]] = x
     extent = [(size[i] - 1) * stride[i] + (kernel[i] - 1) * dilation[i] + 1 for i in (0, 1)]
@@ -91,15 +79,14 @@ def _finished(y: Tensor, residual: Tensor | None, activation: str, dtype: torch.
     return (y if residual is None else y + residual.to(y.dtype)).to(dtype)
 
 
-def sparse_conv2d_values_grad(
-    x, grad, columns, starts, v, kernel, stride, padding, dilation
-) -> Tensor:
+def sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry) -> Tensor:
     """See `sparse_conv2d_values_grad` in schemas_products.py."""
-    checks.sparse_conv2d_values_grad(x, grad, columns, starts, v, kernel, stride, padding, dilation)
-    wide = _wide(x)
-    placed = _placed(x.to(wide), kernel, stride, padding, dilation, (1, 1), grad.shape[2:])
-    shape = (grad.shape[1], x.shape[1], *kernel)
-    weight = torch.nn.grad.conv2d_weight(placed, shape, grad.to(wide), stride, 0, dilation)
+    checks.sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry)
+    by, wide = Geometry.of(geometry)._replace(size=tuple(grad.shape[2:])), _wide(x)
+    shape = (grad.shape[1], x.shape[1], *by.kernel)
+    weight = torch.nn.grad.conv2d_weight(
+        _placed(x.to(wide), by), shape, grad.to(wide), by.stride, 0, by.dilation
+    )
     return _taken(weight.flatten(1), columns, starts, v).to(x.dtype)
 
 

@@ -17,6 +17,9 @@ Common to all products
                 flow to x, values and bias of calls without activation and residual.
     order       sums are taken in an order that depends on shapes and positions alone: the same bits
                 in every run and for any number of threads. Back ends differ in rounding.
+    geometry    of a convolution, height and width of each: kernel, stride, padding, dilation and,
+                but for the gradient of values, upsample, size. One list of 12 (8) numbers, as every
+                list adds 0.7 us to a call; issp/geometry.py names them.
     errors      everything is checked first. Positions are checked on the CPU; on a GPU, where a
                 check would wait for the device, a position outside the weight counts as zero.
 """
@@ -26,22 +29,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from issp.geometry import Geometry
 from issp.schemas import library, one_device
 
 # x [N, I, H, W] -> [N, O, size[0], size[1]]. Output (y, x) sees, at tap (ky, kx), the input at
 # u = y * stride - padding + ky * dilation (same for x) divided by `upsample`: zero where u is not
 # divisible, or lies outside. padding may be negative. upsample > 1 and stride = 1 make the
-# gradient of a strided convolution. residual: of the result's shape.
+# gradient of a strided convolution. residual: of the result's shape. geometry: 12 numbers.
 library.define(
     "sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor[] transposed, "
-    "Tensor? bias, Tensor? residual, int[2] kernel, int[2] stride, int[2] padding, "
-    'int[2] dilation, int[2] upsample, int[2] size, str activation="none") -> Tensor'
+    'Tensor? bias, Tensor? residual, int[] geometry, str activation="none") -> Tensor'
 )
 # [E, v]: the gradient of sum(grad * sparse_conv2d(x, values, ...)) with upsample 1, for every
-# entry; grad [N, O, oh, ow].
+# entry; grad [N, O, oh, ow]. geometry: 8 numbers.
 library.define(
     "sparse_conv2d_values_grad(Tensor x, Tensor grad, Tensor columns, Tensor starts, int v, "
-    "int[2] kernel, int[2] stride, int[2] padding, int[2] dilation) -> Tensor"
+    "int[] geometry) -> Tensor"
 )
 # x [..., I] -> [..., O]; a convolution's op with one tap and the channels innermost in memory.
 library.define(
@@ -57,25 +60,13 @@ library.define(
 
 @torch.library.register_fake("issp::sparse_conv2d", lib=library)
 def _(
-    x,
-    values,
-    columns,
-    starts,
-    transposed,
-    bias,
-    residual,
-    kernel,
-    stride,
-    padding,
-    dilation,
-    upsample,
-    size,
-    activation="none",
+    x, values, columns, starts, transposed, bias, residual, geometry, activation="none"
 ) -> Tensor:
     one_device(
         [t for t in (x, values, columns, starts, *transposed, bias, residual) if t is not None]
     )
-    return x.new_empty((x.shape[0], (starts.shape[0] - 1) * values.shape[1], *size))
+    rows = (starts.shape[0] - 1) * values.shape[1]
+    return x.new_empty((x.shape[0], rows, *Geometry.of(geometry).size))
 
 
 @torch.library.register_fake("issp::sparse_matmul", lib=library)

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from issp import Keep, reference_products
-
-Pair = tuple[int, int]
+from issp.geometry import Geometry, Pair
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,11 @@ class ProductCase:
         raise NotImplementedError
 
     def tail(self) -> tuple:
+        """What the op is told behind the tensors: a convolution's geometry."""
+        return ()
+
+    def grad_tail(self) -> tuple:
+        """The same of the op for the gradient of values."""
         return ()
 
     @property
@@ -171,11 +175,17 @@ class ConvCase(ProductCase):
             for i in (0, 1)
         )
 
-    def tail(self) -> tuple:
-        return (
+    def geometry(self) -> Geometry:
+        return Geometry(
             *(self.weight.kernel, self.stride, self.padding, self.dilation, self.upsample),
             self.outputs(),
         )
+
+    def tail(self) -> tuple:
+        return (self.geometry().for_product(),)
+
+    def grad_tail(self) -> tuple:
+        return (self.geometry().for_gradient(),)
 
 
 @dataclass(frozen=True)

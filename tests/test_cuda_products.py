@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from issp.geometry import Geometry
 from tests import cuda_emulator
 from tests.asserts import assert_as_close_as_dense, assert_bitwise_equal
 from tests.cases import DTYPES
@@ -195,8 +196,8 @@ def test_gradient_of_the_input(name):
     values = p.values.flatten()[order.long()].view(-1, 1)
     padding = [case.dilation[i] * (kernel[i] - 1) - case.padding[i] for i in (0, 1)]
     found = cuda_emulator.implementations()["sparse_conv2d"](
-        *(p.grad, values, columns, starts, [], None, None, kernel, (1, 1), padding),
-        *(case.dilation, case.stride, case.image),
+        *(p.grad, values, columns, starts, [], None, None),
+        Geometry(kernel, (1, 1), padding, case.dilation, case.stride, case.image).for_product(),
     )
     wanted = []
     for dtype in (torch.float64, torch.float32):
@@ -257,7 +258,7 @@ def test_positions_outside_the_weight_count_as_zero(case):
         with cuda_emulator.unchecked():
             found = table[f"sparse_{kind}"](p.x, values, columns, starts, *rest, case.activation)
             grad = table[f"sparse_{kind}_values_grad"](
-                *(p.x.nan_to_num(), p.grad, columns, starts, case.weight.v, *case.tail()[:4])
+                *(p.x.nan_to_num(), p.grad, columns, starts, case.weight.v, *case.grad_tail())
             )
         assert_bitwise_equal(found, expected, design)
         there = (columns >= 0) & (columns < case.weight.length)
@@ -276,7 +277,7 @@ def test_lists_that_make_no_sense_read_nothing_outside():
         with cuda_emulator.unchecked():
             table["sparse_conv2d"](p.x, p.values, columns, starts, *p.args()[4:])
             starts = starts.sort().values  # a value of two blocks would get two gradients
-            table["sparse_conv2d_values_grad"](p.x, p.grad, columns, starts, 1, *case.tail()[:4])
+            table["sparse_conv2d_values_grad"](p.x, p.grad, columns, starts, 1, *case.grad_tail())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -300,9 +301,9 @@ def test_what_is_too_large_and_what_is_no_number(dtype):
 def test_positions_beyond_31_bits_are_refused():
     case = SCHEDULED[0]
     p = case.build()
-    geometry = ((3, 3), (2**30, 1), (1, 1), (1, 1), (1, 1), (4, 4))
+    geometry = Geometry((3, 3), (2**30, 1), (1, 1), (1, 1), (1, 1), (4, 4)).for_product()
     with pytest.raises(RuntimeError, match="2\\^31: cut the image into parts"):
-        cuda_emulator.implementations()["sparse_conv2d"](*p.args()[:5], None, None, *geometry)
+        cuda_emulator.implementations()["sparse_conv2d"](*p.args()[:5], None, None, geometry)
 
 
 def _works(seed: int, removed: int) -> None:

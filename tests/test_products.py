@@ -163,7 +163,7 @@ def check_values_grad(back_end, case, dtypes, name, dense):
     for dtype in dtypes:
         p = case.build(dtype, back_end.device)
         given = (p.x, p.grad, p.columns, p.starts, case.weight.v)
-        geometry = case.tail()[:4]
+        geometry = case.grad_tail()
         grad = call(*given, *geometry)
         what = f"{back_end}, gradient of {case.name} in {dtype}"
         assert_as_close_as_dense(grad, *yardstick(dense, case, dtype), what)
@@ -188,7 +188,7 @@ def calls_of(back_end, case, dtype):
     forward = op_of(back_end, f"sparse_{kind}")
     backward = op_of(back_end, f"sparse_{kind}_values_grad")
     p = case.build(dtype, back_end.device)
-    given = (p.x, p.grad, p.columns, p.starts, case.weight.v, *case.tail()[:4])
+    given = (p.x, p.grad, p.columns, p.starts, case.weight.v, *case.grad_tail())
     return lambda: forward(*p.args(), case.activation), lambda: backward(*given)
 
 
@@ -217,7 +217,7 @@ def test_a_batch_of_nothing(back_end):
     p = case.build(torch.float32, back_end.device)
     empty = op_of(back_end, "sparse_conv2d")(p.x[:0], *p.args()[1:])
     assert empty.shape == (0, *p.grad.shape[1:])
-    given = (p.x[:0], p.grad[:0], p.columns, p.starts, case.weight.v, *case.tail()[:4])
+    given = (p.x[:0], p.grad[:0], p.columns, p.starts, case.weight.v, *case.grad_tail())
     grad = op_of(back_end, "sparse_conv2d_values_grad")(*given)
     assert_bitwise_equal(grad, torch.zeros_like(p.values), "the gradient of nothing")
 

@@ -214,7 +214,7 @@ def test_opcheck_matmul():
 def test_opcheck_values_grad_and_transpose():
     case = OPCHECKED[0]
     p, v = case.build(), case.weight.v
-    geometry = case.tail()[:4]
+    geometry = case.grad_tail()
     given = (p.x, p.grad, p.columns, p.starts, v)
     opcheck(op.sparse_conv2d_values_grad.default, (*given, *geometry))
     taps = case.weight.kernel[0] * case.weight.kernel[1]

@@ -127,13 +127,13 @@ def test_the_same_bits_for_any_number_of_threads_in_either_mode(back_end, case, 
 @pytest.mark.parametrize("case", [TILES[1], *STRAIGHT], ids=lambda c: c.name)
 def test_denormals_are_flushed_as_the_caller_asks(back_end, case, threads):
     """Every product is some 1e-42: none of the factors is."""
-    p, last = case.build(), case.tail()
+    p = case.build()
     x, values, grad = p.x * 1e-22, p.values * 1e-20, p.grad * 1e-20
     op = "sparse_conv2d"
     forward, backward = (products.op_of(back_end, op + of) for of in ("", "_values_grad"))
     for call in (
-        lambda: forward(x, values, p.columns, p.starts, p.transposed, None, None, *last),
-        lambda: backward(x, grad, p.columns, p.starts, case.weight.v, *last[:4]),
+        lambda: forward(x, values, p.columns, p.starts, p.transposed, None, None, *p.tail),
+        lambda: backward(x, grad, p.columns, p.starts, case.weight.v, *case.grad_tail()),
     ):
         kept = call()
         assert int(bits(kept.abs()).count_nonzero()) > 0.9 * kept.numel()
@@ -204,7 +204,7 @@ def test_an_output_depends_on_what_its_taps_see_alone(back_end, case):
 def test_a_gradient_depends_on_what_its_tap_sees_alone(back_end, case):
     """NaN in one pixel reaches the taps that meet it, as in the dense gradient, and no other."""
     p, call = case.build(), products.op_of(back_end, "sparse_conv2d_values_grad")
-    given = (p.grad, p.columns, p.starts, case.weight.v, *case.tail()[:4])
+    given = (p.grad, p.columns, p.starts, case.weight.v, *case.grad_tail())
     clean = call(p.x, *given)
     for at in ((0, 0), (3, 17), (18, 36), (18, 5), (4, 36)):
         x = p.x.clone()
@@ -222,7 +222,7 @@ def resident(what):
 def given(n, side):
     case = ConvCase("large", Weight(n, n, (3, 3), 0.1), image=(side, side), padding=(1, 1))
     p = case.build()
-    return p.args(), (p.x, p.grad, p.columns, p.starts, 1, *case.tail()[:4])
+    return p.args(), (p.x, p.grad, p.columns, p.starts, 1, *case.grad_tail())
 ops = torch.ops.issp.sparse_conv2d, torch.ops.issp.sparse_conv2d_values_grad
 for op, small, large in zip(ops, given(16, 96), given(256, 192)):
     for capability in sys.argv[1:]:

@@ -8,6 +8,7 @@ from torch import nn
 
 import issp
 from issp import Keep, checks_products, ops, products
+from issp.geometry import Geometry
 from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear, convert
 from issp.packing import NMTensor, SparseRows
 from tests.product_cases import ConvCase, MatmulCase, Weight
@@ -18,7 +19,7 @@ CONV = ConvCase("wrong", Weight(8, 6, (3, 3), 0.4, 4), residual=True, padding=(1
 MATMUL = MatmulCase("wrong", Weight(8, 6, pattern=0.8, v=4), residual=True)
 CONV_NAMES = (
     *("x", "values", "columns", "starts", "transposed", "bias", "residual"),
-    *("kernel", "stride", "padding", "dilation", "upsample", "size", "activation"),
+    *("geometry", "activation"),
 )
 
 
@@ -84,13 +85,22 @@ BAD_CONV = {
     "upsample: zero": (lambda t: (0, 0), ValueError, "upsample is"),
     "size: zero": (lambda t: (0, 4), ValueError, "size is"),
     "size: another": (lambda t: (3, 4), ValueError, "residual has shape"),
-}
+    "geometry: too short": (lambda t: t[:-1], ValueError, "geometry has 11 numbers: it must have "
+                            "12, the height and width of kernel, stride, padding, dilation, ups"),
+    "geometry: too long": (lambda t: (*t, 1), ValueError, "geometry has 13 numbers"),
+    "geometry: none": (lambda t: (), ValueError, "geometry has 0 numbers"),
+}  # fmt: skip
 
 
 def spoilt(case, name, change):
     arguments = dict(zip(CONV_NAMES, case.build().args(), strict=False)) | {"activation": "none"}
     which = name.partition(":")[0]
-    arguments[which] = change(arguments[which])
+    if which in Geometry._fields:
+        by = case.geometry()
+        changed = by._replace(**{which: change(getattr(by, which))})
+        arguments["geometry"] = changed.for_product()
+    else:
+        arguments[which] = change(arguments[which])
     return tuple(arguments.values())
 
 
@@ -145,8 +155,23 @@ def test_values_grad_refuses(back_end, case, name):
     arguments = dict(x=p.x, grad=p.grad, columns=p.columns, starts=p.starts, v=4)
     arguments[which] = change(arguments[which])
     op = f"sparse_{'conv2d' if case is CONV else 'matmul'}_values_grad"
-    args = (*arguments.values(), *case.tail()[:4])
+    args = (*arguments.values(), *case.grad_tail())
     refuses(op_of(back_end, op), getattr(checks_products, op), args, kind, words)
+
+
+BAD_GRAD_GEOMETRY = {
+    "twelve numbers": (CONV.tail()[0], r"has 12 numbers: it must have 8,.*padding, dilation$"),
+    "stride zero": ((3, 3, 0, 1, 1, 1, 1, 1), r"stride is \(0, 1\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_GRAD_GEOMETRY)
+@pytest.mark.parametrize("back_end", [b for b in BACK_ENDS if b.device == "cpu"], ids=str)
+def test_values_grad_refuses_a_geometry(back_end, name):
+    geometry, words = BAD_GRAD_GEOMETRY[name]
+    p, op = CONV.build(), "sparse_conv2d_values_grad"
+    args = (p.x, p.grad, p.columns, p.starts, 4, geometry)
+    refuses(op_of(back_end, op), getattr(checks_products, op), args, ValueError, words)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])

@@ -42,7 +42,7 @@ def product(case, p, **tile):
 
 
 def values_grad(case, p, **tile):
-    given = (p.x, p.grad, p.columns, p.starts, case.weight.v, *case.tail()[:4])
+    given = (p.x, p.grad, p.columns, p.starts, case.weight.v, *case.grad_tail())
     return OPS[f"{name_of(case)}_values_grad"](*given, **tile)
 
 

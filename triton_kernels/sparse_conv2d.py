@@ -216,7 +216,12 @@ def convolve_values_grad(
         tl.store(partial + place, narrowed(total, partial.dtype.element_ty), mask=there)
 
 
-def _geometry(x: Tensor, kernel: Sequence[int], size: Sequence[int], columns: int) -> dict:
+def _pairs(geometry: Sequence[int]) -> list[tuple[int, int]]:
+    """Height and width of each: kernel, stride, padding, dilation; upsample, size."""
+    return list(zip(geometry[::2], geometry[1::2], strict=True))
+
+
+def _image(x: Tensor, kernel: Sequence[int], size: Sequence[int], columns: int) -> dict:
     """Sizes that both kernels take, tiles of `columns` pixels per image included."""
     channels, height, width = x.shape[1:]
     return {
@@ -239,17 +244,13 @@ def sparse_conv2d(
     transposed: Sequence[Tensor],
     bias: Tensor | None,
     residual: Tensor | None,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    upsample: Sequence[int],
-    size: Sequence[int],
+    geometry: Sequence[int],
     activation: str = "none",
     **tile: int,
 ) -> Tensor:
     """See `sparse_conv2d` in the schemas; `tile` overrides the sizes of a program's tile."""
     images, (entries, v), blocks = x.shape[0], values.shape, starts.numel() - 1
+    kernel, stride, padding, dilation, upsample, size = _pairs(geometry)
     y = x.new_empty((images, blocks * v, *size))
     if y.numel() == 0:
         return y
@@ -257,13 +258,13 @@ def sparse_conv2d(
     epilogue = residual is not None or activation == "gelu"
     sizes = tile_sizes(x.dtype, v, images, size[0] * size[1], parts, epilogue) | tile
     row_tiles = triton.cdiv(v, sizes["ROWS"])
-    geometry = _geometry(x, kernel, size, sizes["PIXELS"])
+    image = _image(x, kernel, size, sizes["PIXELS"])
     with torch.cuda.device_of(x):
-        convolve[(images * geometry["tiles"] * blocks * row_tiles,)](
+        convolve[(images * image["tiles"] * blocks * row_tiles,)](
             x, values, columns, starts, bias, residual, y, entries=entries, outputs=blocks * v,
-            parts=blocks * row_tiles, row_tiles=row_tiles, **geometry, KERNEL=tuple(kernel),
-            STRIDE=tuple(stride), PADDING=tuple(padding), DILATION=tuple(dilation),
-            UPSAMPLE=tuple(upsample), ACTIVATION=activation, PRECISION=precision(x.dtype), V=v,
+            parts=blocks * row_tiles, row_tiles=row_tiles, **image, KERNEL=kernel, STRIDE=stride,
+            PADDING=padding, DILATION=dilation, UPSAMPLE=upsample, ACTIVATION=activation,
+            PRECISION=precision(x.dtype), V=v,
             INDEX=_index(x, v, size, entries), **sizes,
         )  # fmt: skip
     return y
@@ -275,17 +276,15 @@ def sparse_conv2d_values_grad(
     columns: Tensor,
     starts: Tensor,
     v: int,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    geometry: Sequence[int],
     **tile: int,
 ) -> Tensor:
     """See `sparse_conv2d_values_grad` in the schemas; `tile` overrides sizes of a tile."""
     images, size, entries, blocks = x.shape[0], grad.shape[2:], columns.numel(), starts.numel() - 1
+    kernel, stride, padding, dilation = _pairs(geometry)
     sizes = grad_sizes(x.dtype, v) | tile
-    row_tiles, geometry = triton.cdiv(v, sizes["ROWS"]), _geometry(x, kernel, size, sizes["PIXELS"])
-    all_tiles, dense = images * geometry["tiles"], blocks * v * geometry["length"]
+    row_tiles, image = triton.cdiv(v, sizes["ROWS"]), _image(x, kernel, size, sizes["PIXELS"])
+    all_tiles, dense = images * image["tiles"], blocks * v * image["length"]
     ways, splits, share = shares(entries, v, dense, blocks * row_tiles, all_tiles)
     partial = partial_sums(x, splits, entries, v)
     if entries == 0:
@@ -294,8 +293,8 @@ def sparse_conv2d_values_grad(
         convolve_values_grad[(ways * blocks * row_tiles * splits,)](
             x, grad, columns, starts, partial, entries=entries, outputs=blocks * v,
             all_tiles=all_tiles, parts=blocks * row_tiles, row_tiles=row_tiles, ways=ways,
-            share=share, **geometry, KERNEL=tuple(kernel), STRIDE=tuple(stride),
-            PADDING=tuple(padding), DILATION=tuple(dilation), PRECISION=precision(x.dtype), V=v,
+            share=share, **image, KERNEL=kernel, STRIDE=stride, PADDING=padding,
+            DILATION=dilation, PRECISION=precision(x.dtype), V=v,
             INDEX=_index(x, v, size, entries), **sizes,
         )  # fmt: skip
         return summed(partial, x)

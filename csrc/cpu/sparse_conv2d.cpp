@@ -9,15 +9,10 @@ namespace {
 Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& columns,
                      const Tensor& starts, const std::vector<Tensor>& transposed,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                     const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                     const std::vector<int64_t>& upsample, const std::vector<int64_t>& size,
-                     std::string activation) {
-  const Convolution call =
-      check_sparse_conv2d(x, values, columns, starts, transposed, bias, residual, kernel, stride,
-                          padding, dilation, upsample, size, activation);
-  const Geometry& by = call.geometry;
-  const Tensor y = torch::stable::new_empty(x, {by.batch, by.rows, by.size[0], by.size[1]});
+                     const std::vector<int64_t>& geometry, std::string activation) {
+  const Convolution call = check_sparse_conv2d(x, values, columns, starts, transposed, bias,
+                                               residual, geometry, activation);
+  const Tensor y = torch::stable::new_empty(x, image_shape(call.geometry));
   multiply(call, false, x, values, columns, starts, bias, residual, y);
   return y;
 }

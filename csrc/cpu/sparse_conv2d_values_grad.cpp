@@ -8,12 +8,8 @@ namespace {
 
 Tensor sparse_conv2d_values_grad(const Tensor& x, const Tensor& grad, const Tensor& columns,
                                  const Tensor& starts, int64_t v,
-                                 const std::vector<int64_t>& kernel,
-                                 const std::vector<int64_t>& stride,
-                                 const std::vector<int64_t>& padding,
-                                 const std::vector<int64_t>& dilation) {
-  const Convolution call = check_sparse_conv2d_values_grad(x, grad, columns, starts, v, kernel,
-                                                           stride, padding, dilation);
+                                 const std::vector<int64_t>& geometry) {
+  const Convolution call = check_sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry);
   const Tensor sums = torch::stable::new_empty(x, {call.product.entries, v});
   values_grad(call, false, x, grad, columns, starts, sums);
   return sums;

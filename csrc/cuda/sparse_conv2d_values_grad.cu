@@ -6,11 +6,8 @@
 namespace issp {
 
 Tensor sparse_conv2d_values_grad_cuda(Tensor x, Tensor grad, Tensor columns, Tensor starts,
-                                      int64_t v, std::vector<int64_t> kernel,
-                                      std::vector<int64_t> stride, std::vector<int64_t> padding,
-                                      std::vector<int64_t> dilation) {
-  const Convolution call = check_sparse_conv2d_values_grad(x, grad, columns, starts, v, kernel,
-                                                           stride, padding, dilation);
+                                      int64_t v, std::vector<int64_t> geometry) {
+  const Convolution call = check_sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Window window = window_of(call.geometry);
   const Lists lists = lists_of(call, columns, starts);

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from issp import checks_products as checks
+from issp.geometry import Geometry
 from tests import cuda_emulator as emulator
 
 _FINISHES = checks.ACTIVATIONS  # in the order of enum Finish
@@ -43,13 +44,13 @@ class _Ends(ctypes.Structure):
     )
 
 
-def _window(x, rows, kernel, stride, padding, dilation, upsample, size) -> _Window:
+def _window(x, rows, by: Geometry) -> _Window:
     def pair(numbers, kind=ctypes.c_uint32):
         return (kind * 2)(*numbers)
 
     n, channels, *image = x.shape
-    pairs = map(pair, (image, size, kernel, stride, dilation, upsample))
-    return _Window(n, channels, rows, *pairs, pair(padding, ctypes.c_int32))
+    pairs = map(pair, (image, by.size, by.kernel, by.stride, by.dilation, by.upsample))
+    return _Window(n, channels, rows, *pairs, pair(by.padding, ctypes.c_int32))
 
 
 def _lists(columns: Tensor, starts: Tensor, v: int, length: int) -> _Lists:
@@ -72,32 +73,18 @@ def _run(op: str, sizes, lists: _Lists, x: Tensor, *rest) -> None:
 
 
 def sparse_conv2d(
-    x,
-    values,
-    columns,
-    starts,
-    transposed,
-    bias,
-    residual,
-    kernel,
-    stride,
-    padding,
-    dilation,
-    upsample,
-    size,
-    activation="none",
+    x, values, columns, starts, transposed, bias, residual, geometry, activation="none"
 ) -> Tensor:
     """See schemas_products.py."""
-    geometry = (kernel, stride, padding, dilation, upsample, size)
     if emulator._options["checked"]:
         checks.sparse_conv2d(
-            *(x, values, columns, starts, transposed, bias, residual, *geometry, activation)
+            x, values, columns, starts, transposed, bias, residual, geometry, activation
         )
-    rows = (starts.numel() - 1) * values.shape[1]
-    y = x.new_empty((x.shape[0], rows, *size))
-    lists = _lists(columns, starts, values.shape[1], x.shape[1] * math.prod(kernel))
+    by, rows = Geometry.of(geometry), (starts.numel() - 1) * values.shape[1]
+    y = x.new_empty((x.shape[0], rows, *by.size))
+    lists = _lists(columns, starts, values.shape[1], x.shape[1] * math.prod(by.kernel))
     ends = ctypes.byref(_ends(bias, residual, y, activation))
-    _run("sparse_conv2d", _window(x, rows, *geometry), lists, x, emulator._pointer(values), ends)
+    _run("sparse_conv2d", _window(x, rows, by), lists, x, emulator._pointer(values), ends)
     return y
 
 
@@ -116,16 +103,14 @@ def sparse_matmul(
     return y
 
 
-def sparse_conv2d_values_grad(
-    x, grad, columns, starts, v, kernel, stride, padding, dilation
-) -> Tensor:
+def sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry) -> Tensor:
     """See schemas_products.py."""
-    geometry = (kernel, stride, padding, dilation)
     if emulator._options["checked"]:
-        checks.sparse_conv2d_values_grad(x, grad, columns, starts, v, *geometry)
+        checks.sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry)
+    by = Geometry.of(geometry)._replace(size=grad.shape[2:])
     found = x.new_empty((columns.numel(), v))
-    window = _window(x, grad.shape[1], *geometry, (1, 1), grad.shape[2:])
-    lists = _lists(columns, starts, v, x.shape[1] * math.prod(kernel))
+    window = _window(x, grad.shape[1], by)
+    lists = _lists(columns, starts, v, x.shape[1] * math.prod(by.kernel))
     pointers = map(emulator._pointer, (grad, found))
     _run("sparse_conv2d_values_grad", window, lists, x, *pointers)
     return found
