@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from issp.keep import Keep
 from issp.ops import _explained
 from issp.packing import NMTensor, SparseRows
 from issp.reference_products import ACTIVATIONS
+
+Shape = tuple[int, ...]
 
 _op = torch.ops.issp
 _conv2d = _explained(checks_products.sparse_conv2d)(lambda *args: _op.sparse_conv2d(*args))
@@ -126,22 +129,43 @@ def nm_matmul(
 
 def conv2d(x, p, bias, stride, padding, dilation, residual, activation) -> Tensor:
     """What `sparse_conv2d` and `nm_conv2d` share."""
-    if len(p.shape) != 4:
-        raise ValueError(f"the weight of a convolution is [O, I, kh, kw], not {p.shape}")
-    _has_channels(x, p, 4, 1)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    geometry = _geometry(x.shape, p.shape, stride, padding, dilation)
+    return _finished(_conv2d, x, p, bias, residual, (geometry,), activation)
+
+
+def _geometry(image, weight, stride, padding, dilation) -> tuple[int, ...]:
+    """The op's `geometry`, which the layers of a network ask for with few different arguments."""
+    if not torch.compiler.is_compiling():
+        try:
+            return _known_geometry(image, weight, stride, padding, dilation)
+        except TypeError:
+            pass  # a list, or what is refused here, in a sentence that names no second error
+    return _new_geometry(image, weight, stride, padding, dilation)
+
+
+def _new_geometry(image, weight, stride, padding, dilation) -> tuple[int, ...]:
+    if len(weight) != 4:
+        raise ValueError(f"the weight of a convolution is [O, I, kh, kw], not {weight}")
+    _has_channels(image, weight, 4, 1)
     stride, padding = _pair(stride, "stride", 1), _pair(padding, "padding", 0)
     dilation = _pair(dilation, "dilation", 1)
-    geometry = (p.shape[2:], stride, padding, dilation)
-    size = output_size(x.shape[2:], *geometry)
-    geometry = Geometry(*geometry, (1, 1), size).for_product()
-    return _finished(_conv2d, x, p, bias, residual, (geometry,), activation)
+    given = (weight[2:], stride, padding, dilation)
+    return Geometry(*given, size=output_size(image[2:], *given)).for_product()
+
+
+# Typed: 1.0 is equal to 1, but refused.
+_known_geometry = functools.lru_cache(maxsize=4096, typed=True)(_new_geometry)
 
 
 def matmul(x, p, bias, residual, activation) -> Tensor:
     """What `sparse_matmul` and `nm_matmul` share."""
     if len(p.shape) != 2:
         raise ValueError(f"the weight of a matrix product is [O, I], not {p.shape}")
-    _has_channels(x, p, None, -1)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+    _has_channels(x.shape, p.shape, None, -1)
     return _finished(_matmul, x, p, bias, residual, (), activation)
 
 
@@ -165,11 +189,16 @@ def output_size(image, kernel, stride, padding, dilation) -> tuple[int, int]:
 
 def _finished(call, x, p, bias, residual, geometry, activation) -> Tensor:
     checks_products.known_activation(activation)
-    x, values, bias, residual = _autocast(x, p.values, bias, residual)
+    values = p.values
+    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
+        x, values, bias, residual = _autocast(x, values, bias, residual)
     x = x.contiguous()
     weight = (values, p.columns, p.starts)
-    if not torch.is_grad_enabled() or not any(
-        t is not None and t.requires_grad for t in (x, values, bias, residual)
+    if not torch.is_grad_enabled() or not (
+        x.requires_grad
+        or values.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
         residual = None if residual is None else residual.contiguous()
         args = (x, *weight, [], bias, residual, *geometry, activation)
@@ -212,18 +241,16 @@ def _is(p, kind: type, remedy: str) -> None:
         raise TypeError(f"p is {type(p).__name__}, not {kind.__name__}: pack the weight, {remedy}")
 
 
-def _has_channels(x: Tensor, p: SparseRows, dims: int | None, channel: int) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
-    if dims is not None and x.dim() == dims - 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}, without a batch: pass x[None]")
-    if x.dim() < 1 or dims is not None and x.dim() != dims:
+def _has_channels(x: Shape, weight: Shape, dims: int | None, channel: int) -> None:
+    if dims is not None and len(x) == dims - 1:
+        raise ValueError(f"x has shape {tuple(x)}, without a batch: pass x[None]")
+    if len(x) < 1 or dims is not None and len(x) != dims:
         wanted = "[..., I]" if dims is None else "[N, C, H, W]"
-        raise ValueError(f"x has shape {tuple(x.shape)}: it must be {wanted}")
-    if x.shape[channel] != p.shape[1]:
+        raise ValueError(f"x has shape {tuple(x)}: it must be {wanted}")
+    if x[channel] != weight[1]:
         raise ValueError(
-            f"x of shape {tuple(x.shape)} has {x.shape[channel]} channels, but the weight of shape "
-            f"{p.shape} needs {p.shape[1]}"
+            f"x of shape {tuple(x)} has {x[channel]} channels, but the weight of shape "
+            f"{weight} needs {weight[1]}"
         )
 
 

@@ -1,6 +1,7 @@
 // sparse_conv2d on the CPU; see product.h for how.
 #include <torch/csrc/stable/library.h>
 
+#include "fresh.h"
 #include "product_call.h"
 
 namespace issp {
@@ -12,7 +13,7 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
                      const std::vector<int64_t>& geometry, std::string activation) {
   const Convolution call = check_sparse_conv2d(x, values, columns, starts, transposed, bias,
                                                residual, geometry, activation);
-  const Tensor y = torch::stable::new_empty(x, image_shape(call.geometry));
+  const Tensor y = fresh_like(x, image_shape(call.geometry));
   multiply(call, false, x, values, columns, starts, bias, residual, y);
   return y;
 }

@@ -1,6 +1,7 @@
 // sparse_conv2d_values_grad on the CPU; see product_grad.h for how.
 #include <torch/csrc/stable/library.h>
 
+#include "fresh.h"
 #include "product_grad.h"
 
 namespace issp {
@@ -10,7 +11,7 @@ Tensor sparse_conv2d_values_grad(const Tensor& x, const Tensor& grad, const Tens
                                  const Tensor& starts, int64_t v,
                                  const std::vector<int64_t>& geometry) {
   const Convolution call = check_sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry);
-  const Tensor sums = torch::stable::new_empty(x, {call.product.entries, v});
+  const Tensor sums = fresh_like(x, {call.product.entries, v});
   values_grad(call, false, x, grad, columns, starts, sums);
   return sums;
 }

@@ -1,6 +1,7 @@
 // sparse_matmul on the CPU: the convolution with one tap, channels innermost; see product.h.
 #include <torch/csrc/stable/library.h>
 
+#include "fresh.h"
 #include "product_call.h"
 
 namespace issp {
@@ -12,7 +13,7 @@ Tensor sparse_matmul(const Tensor& x, const Tensor& values, const Tensor& column
                      std::string activation) {
   const Convolution call =
       check_sparse_matmul(x, values, columns, starts, transposed, bias, residual, activation);
-  const Tensor y = torch::stable::new_empty(x, token_shape(x, call.geometry.rows));
+  const Tensor y = fresh_like(x, token_shape(x, call.geometry.rows));
   multiply(call, true, x, values, columns, starts, bias, residual, y);
   return y;
 }

@@ -1,6 +1,7 @@
 // sparse_matmul_values_grad on the CPU; see product_grad.h for how.
 #include <torch/csrc/stable/library.h>
 
+#include "fresh.h"
 #include "product_grad.h"
 
 namespace issp {
@@ -9,7 +10,7 @@ namespace {
 Tensor sparse_matmul_values_grad(const Tensor& x, const Tensor& grad, const Tensor& columns,
                                  const Tensor& starts, int64_t v) {
   const Convolution call = check_sparse_matmul_values_grad(x, grad, columns, starts, v);
-  const Tensor sums = torch::stable::new_empty(x, {call.product.entries, v});
+  const Tensor sums = fresh_like(x, {call.product.entries, v});
   values_grad(call, true, x, grad, columns, starts, sums);
   return sums;
 }
