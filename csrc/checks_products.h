@@ -3,13 +3,21 @@
 // which can read them without waiting for a device.
 #pragma once
 
-#include <array>
-
 #include "checks.h"
 
 namespace issp {
 
-using Pair = std::array<int64_t, 2>;
+// Height and width; std::array would compare them by a call of memcmp, for every plane of a tile.
+struct Pair {
+  int64_t height, width;
+
+  int64_t& operator[](size_t axis) { return axis == 0 ? height : width; }
+  const int64_t& operator[](size_t axis) const { return axis == 0 ? height : width; }
+  friend bool operator==(const Pair& a, const Pair& b) {
+    return a.height == b.height && a.width == b.width;
+  }
+  friend bool operator!=(const Pair& a, const Pair& b) { return !(a == b); }
+};
 
 // What a convolution sees of its input; see sparse_conv2d in issp/schemas_products.py.
 struct Geometry {
@@ -89,11 +97,13 @@ inline Product check_weight(const Tensor& x, const Tensor& values, const Tensor&
       }
     }
   }
-  if (activation == "relu") {
+  if (activation == "none") {
+    product.activation = Activation::kNone;
+  } else if (activation == "relu") {
     product.activation = Activation::kRelu;
   } else if (activation == "gelu") {
     product.activation = Activation::kGelu;
-  } else if (activation != "none") {
+  } else {
     refuse("activation is \"", activation, "\": use none, relu or gelu");
   }
   return product;

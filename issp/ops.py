@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -156,7 +155,6 @@ def _explained(check: Callable[..., None]) -> Callable:
     """Native ops refuse with a RuntimeError; `check` finds the exact sentence and kind of error."""
 
     def wrap(call: Callable) -> Callable:
-        @functools.wraps(call)
         def explained(*args):
             try:
                 return call(*args)

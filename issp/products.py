@@ -10,6 +10,7 @@ from torch import Tensor
 
 from issp import checks_products
 from issp import products_autograd as products_autograd
+from issp import schemas_products as schemas_products
 from issp.geometry import Geometry
 from issp.keep import Keep
 from issp.ops import _explained
@@ -19,8 +20,8 @@ from issp.reference_products import ACTIVATIONS
 Shape = tuple[int, ...]
 
 _op = torch.ops.issp
-_conv2d = _explained(checks_products.sparse_conv2d)(lambda *args: _op.sparse_conv2d(*args))
-_matmul = _explained(checks_products.sparse_matmul)(lambda *args: _op.sparse_matmul(*args))
+_conv2d = _explained(checks_products.sparse_conv2d)(_op.sparse_conv2d)
+_matmul = _explained(checks_products.sparse_matmul)(_op.sparse_matmul)
 _DIFFERENTIABLE = {
     _conv2d: _explained(checks_products.sparse_conv2d)(products_autograd.Conv2d.apply),
     _matmul: _explained(checks_products.sparse_matmul)(products_autograd.Matmul.apply),
@@ -141,7 +142,7 @@ def _geometry(image, weight, stride, padding, dilation) -> tuple[int, ...]:
         try:
             return _known_geometry(image, weight, stride, padding, dilation)
         except TypeError:
-            pass  # a list, or what is refused here, in a sentence that names no second error
+            pass  # a list cannot be looked up; what is refused is refused again, without a context
     return _new_geometry(image, weight, stride, padding, dilation)
 
 
@@ -156,7 +157,7 @@ def _new_geometry(image, weight, stride, padding, dilation) -> tuple[int, ...]:
 
 
 # Typed: 1.0 is equal to 1, but refused.
-_known_geometry = functools.lru_cache(maxsize=4096, typed=True)(_new_geometry)
+_known_geometry = functools.lru_cache(maxsize=1024, typed=True)(_new_geometry)
 
 
 def matmul(x, p, bias, residual, activation) -> Tensor:

@@ -209,6 +209,23 @@ def test_public_functions_refuse(grad):
         assert "\n" not in str(caught.value)
 
 
+def test_what_is_refused_does_not_depend_on_earlier_calls():
+    """Geometries are looked up: 1.0 is equal to 1, and a list cannot be looked up."""
+    x, p = torch.randn(2, 6, 5, 7), ops.sparse_pack(torch.randn(8, 6, 3, 3))
+    expected = ops.sparse_conv2d(x, p, padding=1)
+    for same in ((1, 1), [1, 1]):
+        assert torch.equal(ops.sparse_conv2d(x, p, padding=same), expected)
+    for _ in range(2):
+        for wrong in (1.0, [1, 1, 1], "11"):
+            with pytest.raises(
+                TypeError, match="padding is .*: it must be an int or two"
+            ) as caught:
+                ops.sparse_conv2d(x, p, padding=wrong)
+            assert caught.value.__context__ is None
+        with pytest.raises(ValueError, match="has 5 channels"):
+            ops.sparse_conv2d(x[:, 1:], p, padding=1)
+
+
 @pytest.mark.parametrize("op", ["sparse_conv2d", "sparse_matmul"])
 def test_the_ops_refuse_gradients_through_their_epilogues(op):
     case = CONV if op == "sparse_conv2d" else MATMUL
