@@ -28,16 +28,30 @@ constexpr int most_rows(int i, int segment, int registers) {
   return rows < kMaxRows ? rows : kMaxRows;
 }
 
+// Blocks of rows of the weight that a kernel works through in one call, and where their sums go.
+template <typename Real>
+struct Work {
+  const int32_t* offsets;  // into the tile, per entry
+  const Real* values;      // entry e: i numbers from values + e * v on
+  int64_t v;
+  const int32_t *first, *last;  // entries of a block
+  int64_t blocks;
+  const Real* bias;     // + v per block; null: none
+  const Real* from;     // sums that the entries are added to, instead of bias; null: none
+  int64_t from_stride;  // between rows of the weight, v of which are a block
+  Real* to;
+  int64_t to_stride;
+  // 0: a register block is stored as it is, [rows][segment][lanes]. Otherwise pixels are put in
+  // order and rows lie `line` apart.
+  int64_t line;
+};
+
 // Real: float, or double for double.
 template <typename Real>
 struct ProductKernels {
-  // acc[i * acc_stride + (r * S + s) * lanes + lane] = bias[i] + sum over e of
-  // values[e * value_stride + i] * tile[offsets[e] + r * row_stride + s * lanes + lane], for i rows
-  // of the weight (1, 2 or 4), r rows and s vectors of pixels. bias null: 0. more: instead of bias,
-  // what acc holds already.
-  using Multiply = void (*)(const Real* tile, int64_t row_stride, const int32_t* offsets,
-                            const Real* values, int64_t value_stride, int64_t count,
-                            const Real* bias, Real* acc, int64_t acc_stride, bool more);
+  // For each block, i rows of the weight (1, 2 or 4), r rows and s vectors of pixels: bias[i] + sum
+  // over e of values[e][i] * tile[offsets[e] + r * row_stride + s * lanes + lane].
+  using Multiply = void (*)(const Real* tile, int64_t row_stride, const Work<Real>& work);
   // sums[e * sum_stride + i] += sum over r, s, lanes of grad[i][r][s] * tile[offsets[e] + ...].
   // within: [s][lanes], all bits set where a lane lies in the result; read by partial_dot.
   using Dot = void (*)(const Real* tile, int64_t row_stride, const int32_t* offsets, int64_t count,
@@ -52,13 +66,18 @@ struct ProductKernels {
   // Row r of out, [left + segment + right][lanes] from out_stride * r on: vector left + j holds in
   // lane l the pixel at column j + segment * l, -left <= j < segment + right, of the row that
   // begins at own + r * stride. before, after: whether columns below 0 and from segment * lanes on
-  // are there; they are 0 otherwise. By segment - 1.
-  using Spread = void (*)(const Real* own, int64_t stride, int64_t rows, int64_t left, bool before,
-                          int64_t right, bool after, Real* out, int64_t out_stride);
+  // are there; they are 0 otherwise. The same for each of `planes`, own_plane and out_plane apart.
+  // By segment - 1.
+  using Spread = void (*)(const Real* own, int64_t stride, int64_t own_plane, int64_t rows,
+                          int64_t planes, int64_t left, bool before, int64_t right, bool after,
+                          Real* out, int64_t out_stride, int64_t out_plane);
   Spread spread[kMaxSegment];
   // line[r * stride + j + segment * lane] = acc[r][j][lane], j < segment. By segment - 1.
   using Collect = void (*)(const Real* acc, int64_t rows, Real* line, int64_t stride);
   Collect collect[kMaxSegment];
+  // out[c * out_stride + i] = in[c * in_stride + i], c < count, i < vectors * lanes.
+  void (*copy)(const Real* in, int64_t in_stride, int64_t count, int64_t vectors, Real* out,
+               int64_t out_stride);
   // out[c][lane] = in[lane * in_stride + c], c < count, lane < lanes; and back.
   void (*gather_tokens)(const Real* in, int64_t in_stride, int64_t count, Real* out,
                         int64_t out_stride);

@@ -21,52 +21,40 @@ ISSP_INLINE void store(const typename Simd<Real>::Vector& from, Real* to) {
   memcpy(to, &from, ISSP_BYTES);
 }
 
-// Per entry: I broadcasts, R * S loads and I * R * S multiply-adds, whose accumulators stay in
-// registers. With I = 1 the loads are the limit (two per cycle, as many as multiply-adds), with
-// I = 4 the multiply-adds. Sums are taken in runs of kRun entries and the runs added up.
+// The compiler takes the address from a register of its own: it would otherwise add up row and
+// column anew for every load, and the additions contend with the multiply-adds.
+template <typename Real>
+ISSP_INLINE const Real* next_row(const Real* row, int64_t stride) {
+  row += stride;
+#ifdef __GNUC__
+  asm("" : "+r"(row));
+#endif
+  return row;
+}
+
+// The sum of the entries begin..end - 1. Per entry: I broadcasts, R * S loads and I * R * S
+// multiply-adds, whose accumulators stay in registers. With I = 1 the loads are the limit (two per
+// cycle, as many as multiply-adds), with I = 4 the multiply-adds.
 template <typename Real, int I, int S, int R>
-ISSP_TARGET void multiply(const Real* tile, int64_t row_stride, const int32_t* offsets,
-                          const Real* values, int64_t value_stride, int64_t count, const Real* bias,
-                          Real* acc, int64_t acc_stride, bool more) {
+ISSP_INLINE void add_entries(const Real* tile, int64_t row_stride, const int32_t* offsets,
+                             const Real* values, int64_t value_stride, int64_t begin, int64_t end,
+                             typename Simd<Real>::Vector (&sum)[I][R][S]) {
   using Vector = typename Simd<Real>::Vector;
-  constexpr int lanes = Simd<Real>::lanes;
-  Vector total[I][R][S];
+  for (int64_t e = begin; e < end; ++e) {
+    const Real* row = tile + offsets[e];
+    Vector weight[I];
 #pragma GCC unroll 4
-  for (int i = 0; i < I; ++i) {
-#pragma GCC unroll 64
-    for (int p = 0; p < R * S; ++p) {
-      Vector& first = (&total[i][0][0])[p];
-      first = bias ? bias[i] - Vector{} : Vector{};
-      if (more) load<Real>(acc + i * acc_stride + p * lanes, first);
-    }
-  }
-  for (int64_t begin = 0; begin < count; begin += kRun) {
-    const int64_t end = begin + kRun < count ? begin + kRun : count;
-    Vector sum[I][R][S] = {};
-    for (int64_t e = begin; e < end; ++e) {
-      const Real* const at = tile + offsets[e];
-      Vector weight[I];
-#pragma GCC unroll 4
-      for (int i = 0; i < I; ++i) weight[i] = values[e * value_stride + i] - Vector{};
+    for (int i = 0; i < I; ++i) weight[i] = values[e * value_stride + i] - Vector{};
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
-        for (int s = 0; s < S; ++s) {
-          Vector pixels;
-          load<Real>(at + r * row_stride + s * lanes, pixels);
+      for (int s = 0; s < S; ++s) {
+        Vector pixels;
+        load<Real>(row + s * Simd<Real>::lanes, pixels);
 #pragma GCC unroll 4
-          for (int i = 0; i < I; ++i) sum[i][r][s] = fma(weight[i], pixels, sum[i][r][s]);
-        }
+        for (int i = 0; i < I; ++i) sum[i][r][s] = fma(weight[i], pixels, sum[i][r][s]);
       }
-    }
-#pragma GCC unroll 64
-    for (int p = 0; p < I * R * S; ++p) (&total[0][0][0])[p] += (&sum[0][0][0])[p];
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < I; ++i) {
-#pragma GCC unroll 64
-    for (int p = 0; p < R * S; ++p) {
-      store<Real>((&total[i][0][0])[p], acc + i * acc_stride + p * lanes);
+      if (r + 1 < R) row = next_row(row, row_stride);
     }
   }
 }
@@ -153,28 +141,21 @@ ISSP_TARGET void dot(const Real* tile, int64_t row_stride, const int32_t* offset
   }
 }
 
-// A vector whose lane l is element from(l) of S vectors in a row. A shuffle takes from two: the
-// first pair, then a third one or a second pair.
+// A vector whose lane l is element from(l) of S < 4 vectors in a row. A shuffle takes from two: the
+// first pair, then a third one.
 template <typename Real, int S, typename From>
 ISSP_INLINE typename Simd<Real>::Vector picked(const typename Simd<Real>::Vector (&v)[S], From) {
   constexpr int lanes = Simd<Real>::lanes;
   static constexpr From from = {};
   static constexpr auto kFirst =
       order<Real>([](int l) { return from(l) < 2 * lanes ? from(l) : 0; });
-  static constexpr auto kSecond = order<Real>([](int l) {
-    if (S == 3) return from(l) < 2 * lanes ? l : from(l) - lanes;
-    return from(l) < 2 * lanes ? 0 : from(l) - 2 * lanes;
-  });
-  static constexpr auto kBehind = order<Real>([](int l) { return from(l) < 2 * lanes ? 0 : -1; });
+  static constexpr auto kSecond =
+      order<Real>([](int l) { return from(l) < 2 * lanes ? l : from(l) - lanes; });
   if constexpr (S == 1) {
     return v[0];
   } else {
     auto out = __builtin_shuffle(v[0], v[1], indices<Real>(kFirst));
     if constexpr (S == 3) out = __builtin_shuffle(out, v[2], indices<Real>(kSecond));
-    if constexpr (S == 4) {
-      const auto other = __builtin_shuffle(v[2], v[3], indices<Real>(kSecond));
-      out = indices<Real>(kBehind) ? other : out;
-    }
     return out;
   }
 }
@@ -191,29 +172,91 @@ struct CollectFrom {
   }
 };
 
+// Four vectors at once, in two rounds of four shuffles where one after the other would take
+// twelve. Spread: the first round takes columns j and j + 1 of every segment, J = 0 or 2, into the
+// lower and upper half.
+template <typename Real>
+ISSP_INLINE void spread_four(typename Simd<Real>::Vector (&v)[4]) {
+  constexpr int half = Simd<Real>::lanes / 2;
+  static constexpr auto kPair = [](int j) {
+    return order<Real>([j](int l) { return l % half * 4 + j + l / half; });
+  };
+  static constexpr auto kLow = kPair(0), kHigh = kPair(2);
+  static constexpr auto kLower = order<Real>([](int l) { return l + l / half * half; });
+  static constexpr auto kUpper = order<Real>([](int l) { return l + l / half * half + half; });
+  const auto a = __builtin_shuffle(v[0], v[1], indices<Real>(kLow));
+  const auto b = __builtin_shuffle(v[2], v[3], indices<Real>(kLow));
+  const auto c = __builtin_shuffle(v[0], v[1], indices<Real>(kHigh));
+  const auto d = __builtin_shuffle(v[2], v[3], indices<Real>(kHigh));
+  v[0] = __builtin_shuffle(a, b, indices<Real>(kLower));
+  v[1] = __builtin_shuffle(a, b, indices<Real>(kUpper));
+  v[2] = __builtin_shuffle(c, d, indices<Real>(kLower));
+  v[3] = __builtin_shuffle(c, d, indices<Real>(kUpper));
+}
+
+// And back: first the neighbours 0 and 1, or 2 and 3, of every segment next to each other.
+template <typename Real>
+ISSP_INLINE void collect_four(typename Simd<Real>::Vector (&v)[4]) {
+  constexpr int lanes = Simd<Real>::lanes, half = lanes / 2;
+  static constexpr auto kZip = [](int first) {
+    return order<Real>([first](int l) { return first + l / 2 + l % 2 * lanes; });
+  };
+  static constexpr auto kJoin = [](int first) {
+    return order<Real>([first](int l) {
+      const int column = first + l;
+      return column / 4 * 2 + column % 2 + column % 4 / 2 * lanes;
+    });
+  };
+  static constexpr auto kLow = kZip(0), kHigh = kZip(half);
+  static constexpr auto kLower = kJoin(0), kUpper = kJoin(lanes);
+  const auto a = __builtin_shuffle(v[0], v[1], indices<Real>(kLow));
+  const auto b = __builtin_shuffle(v[2], v[3], indices<Real>(kLow));
+  const auto c = __builtin_shuffle(v[0], v[1], indices<Real>(kHigh));
+  const auto d = __builtin_shuffle(v[2], v[3], indices<Real>(kHigh));
+  v[0] = __builtin_shuffle(a, b, indices<Real>(kLower));
+  v[1] = __builtin_shuffle(a, b, indices<Real>(kUpper));
+  v[2] = __builtin_shuffle(c, d, indices<Real>(kLower));
+  v[3] = __builtin_shuffle(c, d, indices<Real>(kUpper));
+}
+
 template <typename Real, int S, int... J>
 ISSP_INLINE void spread_own(const Real* own, Real* to, std::integer_sequence<int, J...>) {
   constexpr int lanes = Simd<Real>::lanes;
   typename Simd<Real>::Vector v[S];
   (load<Real>(own + J * lanes, v[J]), ...);
-  (store<Real>(picked<Real, S>(v, SpreadFrom<S, J>{}), to + J * lanes), ...);
+  if constexpr (S == 4) {
+    spread_four<Real>(v);
+    (store<Real>(v[J], to + J * lanes), ...);
+  } else {
+    (store<Real>(picked<Real, S>(v, SpreadFrom<S, J>{}), to + J * lanes), ...);
+  }
 }
 
 template <typename Real, int S, int... K>
-ISSP_INLINE void collect_row(const Real* acc, Real* line, std::integer_sequence<int, K...>) {
+ISSP_INLINE void put_each(const typename Simd<Real>::Vector (&v)[S], Real* line,
+                          std::integer_sequence<int, K...>) {
   constexpr int lanes = Simd<Real>::lanes;
-  typename Simd<Real>::Vector v[S];
-  (load<Real>(acc + K * lanes, v[K]), ...);
-  (store<Real>(picked<Real, S>(v, CollectFrom<S, K, lanes>{}), line + K * lanes), ...);
+  if constexpr (S == 4) {
+    typename Simd<Real>::Vector four[4] = {v[0], v[1], v[2], v[3]};
+    collect_four<Real>(four);
+    (store<Real>(four[K], line + K * lanes), ...);
+  } else {
+    (store<Real>(picked<Real, S>(v, CollectFrom<S, K, lanes>{}), line + K * lanes), ...);
+  }
+}
+
+template <typename Real, int S>
+ISSP_INLINE void put_in_order(const typename Simd<Real>::Vector (&v)[S], Real* line) {
+  put_each<Real, S>(v, line, std::make_integer_sequence<int, S>{});
 }
 
 // Rows of pixels in the tile's order. Columns left and right of the segments' own are those of the
 // neighbouring lane, so a vector for them is another one moved by a lane, with one pixel from
 // beside.
 template <typename Real, int S>
-ISSP_TARGET void spread_segments(const Real* own, int64_t stride, int64_t rows, int64_t left,
-                                 bool before, int64_t right, bool after, Real* out,
-                                 int64_t out_stride) {
+ISSP_INLINE void spread_plane(const Real* own, int64_t stride, int64_t rows, int64_t left,
+                              bool before, int64_t right, bool after, Real* out,
+                              int64_t out_stride) {
   constexpr int lanes = Simd<Real>::lanes;
   static constexpr auto kUp = order<Real>([](int l) { return l ? l - 1 : lanes; });
   static constexpr auto kDown = order<Real>([](int l) { return l + 1; });
@@ -237,9 +280,89 @@ ISSP_TARGET void spread_segments(const Real* own, int64_t stride, int64_t rows, 
 }
 
 template <typename Real, int S>
+ISSP_TARGET void spread_segments(const Real* own, int64_t stride, int64_t own_plane, int64_t rows,
+                                 int64_t planes, int64_t left, bool before, int64_t right,
+                                 bool after, Real* out, int64_t out_stride, int64_t out_plane) {
+  for (int64_t p = 0; p < planes; ++p, own += own_plane, out += out_plane) {
+    spread_plane<Real, S>(own, stride, rows, left, before, right, after, out, out_stride);
+  }
+}
+
+template <typename Real, int S>
 ISSP_TARGET void collect_segments(const Real* acc, int64_t rows, Real* line, int64_t stride) {
-  for (int64_t r = 0; r < rows; ++r, acc += S * Simd<Real>::lanes, line += stride) {
-    collect_row<Real, S>(acc, line, std::make_integer_sequence<int, S>{});
+  constexpr int lanes = Simd<Real>::lanes;
+  for (int64_t r = 0; r < rows; ++r, acc += S * lanes, line += stride) {
+    typename Simd<Real>::Vector v[S];
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) load<Real>(acc + s * lanes, v[s]);
+    put_in_order<Real, S>(v, line);
+  }
+}
+
+template <typename Real>
+ISSP_TARGET void copy(const Real* in, int64_t in_stride, int64_t count, int64_t vectors, Real* out,
+                      int64_t out_stride) {
+  constexpr int lanes = Simd<Real>::lanes;
+  for (int64_t c = 0; c < count; ++c, in += in_stride, out += out_stride) {
+    for (int64_t i = 0; i < vectors; ++i) {
+      typename Simd<Real>::Vector v;
+      load<Real>(in + i * lanes, v);
+      store<Real>(v, out + i * lanes);
+    }
+  }
+}
+
+// totals of a register block: stored as they are, or with their pixels in order.
+template <typename Real, int S, int R>
+ISSP_INLINE void put(const typename Simd<Real>::Vector (&total)[R][S], int64_t line, Real* to) {
+  constexpr int lanes = Simd<Real>::lanes;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    if (line) {
+      put_in_order<Real, S>(total[r], to + r * line);
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) store<Real>(total[r][s], to + (r * S + s) * lanes);
+  }
+}
+
+// Sums are taken in runs of kRun entries and the runs added up in memory, which leaves the
+// registers to the accumulators. All blocks in one call: with few entries to a row a call for each
+// would cost as much as its products.
+template <typename Real, int I, int S, int R>
+ISSP_TARGET void multiply(const Real* tile, int64_t row_stride, const Work<Real>& work) {
+  using Vector = typename Simd<Real>::Vector;
+  constexpr int lanes = Simd<Real>::lanes, size = R * S * lanes;
+  alignas(ISSP_BYTES) Real held[I * size];
+  for (int64_t b = 0; b < work.blocks; ++b) {
+    int64_t begin = work.first[b];
+    const int64_t last = work.last[b];
+    Real* const to = work.to + b * work.v * work.to_stride;
+    const Real* from = work.from ? work.from + b * work.v * work.from_stride : nullptr;
+    if (from == to && begin == last) continue;
+    const Real* const bias = work.bias ? work.bias + b * work.v : nullptr;
+    int64_t from_stride = work.from_stride;
+    for (bool more = true; more;) {
+      const int64_t end = begin + kRun < last ? begin + kRun : last;
+      Vector sum[I][R][S] = {};
+      add_entries<Real, I, S, R>(tile, row_stride, work.offsets, work.values, work.v, begin, end,
+                                 sum);
+      begin = end, more = begin < last;
+#pragma GCC unroll 4
+      for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 64
+        for (int p = 0; p < R * S; ++p) {
+          Vector total = bias ? bias[i] - Vector{} : Vector{};
+          if (from) load<Real>(from + i * from_stride + p * lanes, total);
+          Vector& own = (&sum[i][0][0])[p];
+          own = total + own;
+        }
+        put<Real, S, R>(sum[i], more ? 0 : work.line,
+                        more ? held + i * size : to + i * work.to_stride);
+      }
+      from = held, from_stride = size;
+    }
   }
 }
 
@@ -349,6 +472,7 @@ ProductKernels<Real> kernels() {
   table.collect[1] = collect_segments<Real, 2>;
   table.collect[2] = collect_segments<Real, 3>;
   table.collect[3] = collect_segments<Real, 4>;
+  table.copy = copy<Real>;
   table.gather_tokens = gather_tokens<Real>;
   table.scatter_tokens = scatter_tokens<Real>;
   table.activate = activate<Real>;

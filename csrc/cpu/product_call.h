@@ -33,13 +33,14 @@ inline void multiply(const Convolution& call, bool tokens, const Tensor& x, cons
     using T = decltype(type);
     using Real = typename T::Wide;
     const ProductKernels<Real>& kernels = product_kernels<Real>();
-    const Tiling tiling =
+    Tiling tiling =
         choose_tiling(kernels, call.geometry, rows_log(call.product.v), tokens, members);
+    cut_to_runs<Real>(call, tiling);
     const Lists<int32_t> lists =
         translate(call.product, columns, starts, tile_offsets(call.geometry, tiling));
     if (!y.numel()) return;
     const Widened<T> wide(values), first = bias ? Widened<T>(*bias) : Widened<T>();
-    const ChannelRuns runs(call, tiling, columns, lists.starts, Real());
+    const ChannelRuns runs(call, tiling, columns, lists.starts);
     const ProductRun<T> run = {kernels, call, tiling, lists, runs, wide.data(), first.data()};
     run(x.const_data_ptr(), residual ? residual->const_data_ptr() : nullptr, y.mutable_data_ptr(),
         members);

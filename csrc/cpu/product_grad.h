@@ -35,6 +35,7 @@ struct GradRun {
     t.phases = {1, 1};
     t.reach = {0, 0};
     t.units_per_tile = 1;
+    t.channels = call.geometry.rows;
     t.row_stride = t.segment * t.lanes;
     t.phase_rows = t.rows;
     t.channel_stride = t.block_size();
@@ -84,7 +85,7 @@ struct GradRun {
     const Geometry& by = call.geometry;
     const Geometry grad_by = grad_geometry();
     const Tiling grad_cut = grad_tiling();
-    const int64_t tile_size = tiling.tile_size(by), grad_size = grad_cut.tile_size(grad_by);
+    const int64_t tile_size = tiling.tile_size(), grad_size = grad_cut.tile_size();
     const int64_t line = TileReader<T>::line_size(by, tiling);
     Real* const tile = memory.get(tile_size + grad_size + 4 * tiling.block_size() + line +
                                   TileReader<T>::line_size(grad_by, grad_cut));
@@ -95,9 +96,9 @@ struct GradRun {
                               packed + 4 * tiling.block_size() + line);
     for_each_tile(
         tiling, by, first, last,
-        [&](const Place& at, int64_t rows) { reader.fill(at, rows, tile); },
+        [&](const Place& at, int64_t rows) { reader.fill(at, rows, 0, by.channels, tile); },
         [&](const Place& at, int64_t rows, int64_t below) {
-          grads.fill(at, rows, pixels);
+          grads.fill(at, rows, 0, by.rows, pixels);
           dot(tile + below * tiling.row_stride, rows, at, pixels, grad_cut.channel_stride, packed,
               sums);
         });

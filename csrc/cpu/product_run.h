@@ -23,7 +23,8 @@ inline std::vector<int32_t> tile_offsets(const Geometry& by, const Tiling& tilin
   for (int64_t tap = 0; tap < by.taps(); ++tap) {
     const int64_t first = tiling.offset(by, tap);
     for (int64_t c = 0; c < by.channels; ++c) {
-      at[size_t(c * by.taps() + tap)] = int32_t(first + c * tiling.channel_stride);
+      const int64_t plane = c % tiling.channels * tiling.channel_stride;
+      at[size_t(c * by.taps() + tap)] = int32_t(first + plane);
     }
   }
   return at;
@@ -141,47 +142,50 @@ inline int64_t worthy_members(double work) {
   return std::max<int64_t>(1, std::min<int64_t>(whole_team().size, int64_t(work / 2e5)));
 }
 
-// Whether a pixel of x is loaded so rarely that filling a tile may cost more than loads that
-// straddle cache lines. Measured on 256 and 60 channels, 3x3: with 6 loads 1.5 and 1.2 times faster
-// without a tile, with 29 loads equal. Pointwise no load straddles a line.
+// Whether a pixel of x is loaded so rarely that filling a tile costs more than loads that straddle
+// cache lines. Measured on 60 and 256 channels, 3x3: with 6 loads 1.3 times faster without a tile,
+// with 13 equal, with 27 half as fast; pointwise with 3 loads 1.3 times faster, with 8 slower.
 inline bool few_uses(const Convolution& call) {
   const double uses = double(call.product.entries) * double((call.product.v + 3) / 4) /
                       double(std::max<int64_t>(1, call.geometry.channels));
-  return uses <= (call.geometry.taps() == 1 ? 64 : 20);
+  return uses <= (call.geometry.taps() == 1 ? 6 : 12);
 }
 
-// Runs of channels whose part of a tile stays in the L1 cache while all rows of the weight pass by:
-// without them every load of a tile of many channels comes from L2, which halves the speed of v
-// = 1. With more rows to a load (v >= 4) the multiply-adds are the limit, and with few entries in a
-// run carrying sums from run to run costs more than it saves.
+// Cuts tiles to runs of channels that stay in the L1 cache while all rows of the weight pass by: a
+// tile of many channels is written to L2 and every load of it comes from there, which halves the
+// speed of v = 1. With more rows to a load (v >= 4) the multiply-adds are the limit, and with few
+// entries in a run carrying sums from run to run costs more than it saves.
+template <typename Real>
+void cut_to_runs(const Convolution& call, Tiling& t) {
+  constexpr int64_t kLeastEntries = 6;
+  const Geometry& by = call.geometry;
+  const int64_t seen =
+      t.phases[0] * (t.most_rows + t.reach[0]) * t.row_stride * int64_t(sizeof(Real));
+  const int64_t most = std::max<int64_t>(1, kNearBytes / seen), runs = parts_of(by.channels, most);
+  const bool many = call.product.entries >= kLeastEntries * call.product.blocks * runs;
+  if (call.product.v < 4 && runs > 1 && many && !few_uses(call)) {
+    t.cut(by, parts_of(by.channels, runs), 1);
+  }
+}
+
+// Which entries belong to a run of channels.
 struct ChannelRuns {
-  int64_t count = 1;
+  int64_t count;
   std::vector<int32_t> bounds;  // [count + 1][blocks] entries; empty for a single run
 
-  static constexpr int64_t kBytes = 56 << 10, kLeastEntries = 6;
-
-  template <typename Real>
   ChannelRuns(const Convolution& call, const Tiling& t, const Tensor& columns,
-              const int32_t* starts, Real) {
-    const Geometry& by = call.geometry;
-    const int64_t seen =
-        t.phases[0] * (t.most_rows + t.reach[0]) * t.row_stride * int64_t(sizeof(Real));
-    const int64_t channels = std::max<int64_t>(1, kBytes / seen);
-    const int64_t runs = (by.channels + channels - 1) / channels;
+              const int32_t* starts)
+      : count(parts_of(call.geometry.channels, std::max<int64_t>(1, t.channels))) {
+    if (count <= 1) return;
     const int64_t blocks = call.product.blocks;
-    if (call.product.v >= 4 || runs < 2 || few_uses(call) ||
-        call.product.entries < kLeastEntries * blocks * runs) {
-      return;
-    }
-    count = runs;
-    bounds.resize(size_t((runs + 1) * blocks));
+    bounds.resize(size_t((count + 1) * blocks));
     const auto* const column = static_cast<const int32_t*>(columns.const_data_ptr());
     for_blocks(call.product, [&](int64_t first, int64_t last) {
       for (int64_t b = first; b < last; ++b) {
         int32_t e = starts[b];
-        for (int64_t run = 0; run <= runs; ++run) {
+        for (int64_t run = 0; run <= count; ++run) {
           bounds[size_t(run * blocks + b)] = e;
-          const int64_t limit = (run + 1) * channels * by.taps();
+          const int64_t limit = (run + 1) * t.channels * call.geometry.taps();
           while (e < starts[b + 1] && column[e] < limit) ++e;
         }
       }
@@ -200,67 +204,98 @@ struct ProductRun {
   const Real* values;
   const Real* bias;  // null: none
 
+  // What a unit is worked on with: a tile, sums that are kept from run to run [O][block], and
+  // register blocks of a few rows that the writer must finish.
+  struct Memory {
+    Real *tile, *kept, *scratch;
+  };
+  int64_t scratch_rows() const { return std::max<int64_t>(16, call.product.v); }
+
+  // Whether sums of all rows are kept until the last run, or until all can be written together.
   bool keeps() const { return tiling.order == Tiling::kTokens || runs.count > 1; }
 
-  // The entries first..last of block b, into acc or straight into the result.
-  void block(const Real* tile, int64_t rows, const Place& at, const TileWriter<T>& writer,
-             Real* acc, int64_t b, int64_t first, int64_t last, bool more) const {
-    const int64_t v = call.product.v, size = rows * tiling.segment * tiling.lanes;
-    for (int64_t i = 0; i < v;) {
-      const int log = rows_log(v - i);
-      const int64_t o = b * v + i;
-      Real* const direct = keeps() ? nullptr : writer.direct(at, o, rows);
-      Real* const to = direct ? direct : keeps() ? acc + o * size : acc;
-      kernels.multiply[log][tiling.segment - 1][rows - 1](
-          tile, tiling.row_stride, lists.entries.get() + first, values + first * v + i, v,
-          last - first, bias ? bias + o : nullptr, to,
-          direct ? Tiling::pixels(call.geometry) : size, more);
-      for (int64_t k = 0; !keeps() && !direct && k < 1 << log; ++k) {
-        writer.write(at, o + k, rows, acc + k * size);
-      }
-      i += int64_t(1) << log;
+  // Rows of a block go through the kernels 4, 2 or 1 at a time.
+  void multiply(const Real* tile, int64_t rows, Work<Real> work) const {
+    for (int64_t i = 0; i < work.v;) {
+      const int log = rows_log(work.v - i);
+      kernels.multiply[log][tiling.segment - 1][rows - 1](tile, tiling.row_stride, work);
+      const int64_t done = int64_t(1) << log;
+      i += done, work.values += done, work.to += done * work.to_stride;
+      if (work.bias) work.bias += done;
+      if (work.from) work.from += done * work.from_stride;
     }
   }
 
-  // One register block of the result, all rows of the weight.
-  void multiply(const Real* tile, int64_t rows, const Place& at, const TileWriter<T>& writer,
-                Real* acc) const {
-    const int64_t blocks = call.product.blocks;
-    for (int64_t run = 0; run < runs.count; ++run) {
-      const int32_t* const first =
-          runs.count > 1 ? &runs.bounds[size_t(run * blocks)] : lists.starts;
-      const int32_t* const last = runs.count > 1 ? first + blocks : lists.starts + 1;
-      for (int64_t b = 0; b < blocks; ++b) {
-        block(tile, rows, at, writer, acc, b, first[b], last[b], run > 0);
+  // The entries first..last of all blocks in one run of channels; after the last run into the
+  // result, by way of scratch memory where the kernels cannot write it themselves.
+  void blocks(const Memory& memory, const Real* tile, int64_t rows, const Place& at,
+              const TileWriter<T>& writer, int64_t run, const int32_t* first,
+              const int32_t* last) const {
+    const int64_t v = call.product.v, size = rows * tiling.segment * tiling.lanes;
+    const bool finish = run + 1 == runs.count && tiling.order != Tiling::kTokens;
+    Real* const direct = finish ? writer.direct(at, rows) : nullptr;
+    Work<Real> work = {
+        lists.entries.get(),         values, v,           first, last, call.product.blocks, bias,
+        run ? memory.kept : nullptr, size,   memory.kept, size,  0};
+    if (direct) {
+      work.to = direct, work.to_stride = Tiling::pixels(call.geometry), work.line = writer.line();
+    }
+    if (direct || !finish) return multiply(tile, rows, work);
+    const int64_t turn = scratch_rows() / v;
+    for (int64_t b = 0; b < call.product.blocks; b += turn) {
+      work.blocks = std::min(turn, call.product.blocks - b);
+      work.first = first + b, work.last = last + b, work.to = memory.scratch;
+      if (bias) work.bias = bias + b * v;
+      if (run) work.from = memory.kept + b * v * size;
+      multiply(tile, rows, work);
+      for (int64_t o = 0; o < work.blocks * v; ++o) {
+        writer.write(at, b * v + o, rows, memory.scratch + o * size);
       }
     }
-    if (tiling.order == Tiling::kTokens) return writer.write_tokens(at, rows, acc);
-    const int64_t size = rows * tiling.segment * tiling.lanes;
-    for (int64_t o = 0; keeps() && o < call.geometry.rows; ++o) {
-      writer.write(at, o, rows, acc + o * size);
+  }
+
+  // One register block of the result, all rows of the weight. tile: where its first row lies.
+  void unit(const Memory& memory, const Real* tile, int64_t rows, const Place& at,
+            const TileReader<T>& reader, const TileWriter<T>& writer) const {
+    const int64_t channels = call.geometry.channels;
+    for (int64_t run = 0; run < runs.count; ++run) {
+      const bool whole = runs.count == 1;
+      const int32_t* const first =
+          whole ? lists.starts : &runs.bounds[size_t(run * call.product.blocks)];
+      const int32_t* const last = first + (whole ? 1 : call.product.blocks);
+      if (!whole) {
+        const int64_t from = run * tiling.channels;
+        reader.fill(at, rows, from, std::min(channels, from + tiling.channels), memory.tile);
+      }
+      blocks(memory, tile, rows, at, writer, run, first, last);
     }
+    if (tiling.order == Tiling::kTokens) writer.write_tokens(at, rows, memory.kept);
   }
 
   void operator()(const void* x, const void* residual, void* y, int64_t members) const {
     const Geometry& by = call.geometry;
     const int64_t units = tiling.units(by);
     for_members(std::min(members, units), [&](int64_t member) {
-      static thread_local Workspace<Real> memory;
-      const int64_t tile_size = tiling.tile_size(by) + kMaxSegment * tiling.lanes;
-      const int64_t acc_size = tiling.block_size() * (keeps() ? by.rows : 4);
+      static thread_local Workspace<Real> workspace;
+      const int64_t tile_size = tiling.tile_size() + kMaxSegment * tiling.lanes;
+      const int64_t kept_size = keeps() ? by.rows * tiling.block_size() : 0;
+      const int64_t scratch_size = scratch_rows() * tiling.block_size();
       const int64_t read = TileReader<T>::line_size(by, tiling);
-      Real* const tile =
-          memory.get(tile_size + acc_size + read + TileWriter<T>::line_size(by, tiling));
-      Real* const acc = tile + tile_size;
-      const TileReader<T> reader(kernels, by, tiling, x, acc + acc_size);
+      Real* const tile = workspace.get(tile_size + kept_size + scratch_size + read +
+                                       TileWriter<T>::line_size(by, tiling));
+      const Memory memory = {tile, tile + tile_size, tile + tile_size + kept_size};
+      Real* const lines = memory.scratch + scratch_size;
+      const TileReader<T> reader(kernels, by, tiling, x, lines);
       const TileWriter<T> writer(kernels, by, tiling, call.product.activation, residual, y,
-                                 acc + acc_size + read);
+                                 lines + read);
       const int64_t count = std::min(members, units);
       for_each_tile(
           tiling, by, units * member / count, units * (member + 1) / count,
-          [&](const Place& at, int64_t rows) { reader.fill(at, rows, tile); },
+          [&](const Place& at, int64_t rows) {
+            if (runs.count == 1) reader.fill(at, rows, 0, by.channels, tile);
+          },
           [&](const Place& at, int64_t rows, int64_t below) {
-            multiply(tile + below * tiling.row_stride, rows, at, writer, acc);
+            unit(memory, tile + below * tiling.row_stride, rows, at, reader, writer);
           });
     });
   }

@@ -82,32 +82,45 @@ class TileReader {
   // `by` and `tiling` describe how x is seen; scratch has line_size() elements.
   TileReader(const ProductKernels<Real>& kernels, const Geometry& by, const Tiling& tiling,
              const void* x, Real* scratch)
-      : kernels_(kernels), by_(by), t_(tiling), x_(static_cast<const Bits*>(x)), line_(scratch) {}
+      : kernels_(kernels),
+        by_(by),
+        t_(tiling),
+        x_(static_cast<const Bits*>(x)),
+        line_(scratch),
+        dense_(tiling.phases == Pair{1, 1} && by.upsample == Pair{1, 1}) {}
 
   static int64_t line_size(const Geometry& by, const Tiling& t) {
     if (t.order == Tiling::kTokens) return t.lanes * by.channels;
     return 2 * line_count(t);
   }
 
-  // All that the units of a tile see, the first of which is at `at`; `rows` of their own.
-  void fill(const Place& at, int64_t rows, Real* tile) const {
-    if (t_.order == Tiling::kTokens) return fill_tokens(at, rows, tile);
-    for (int64_t c = 0; c < by_.channels; ++c) {
-      const Bits* const plane = x_ + (at.image * by_.channels + c) * by_.input[0] * by_.input[1];
-      Real* const to = tile + c * t_.channel_stride;
-      if (t_.order == Tiling::kFlat) {
-        fill_flat(plane, at.row * t_.lanes, rows * t_.lanes, to);
-      } else {
-        fill_plane(plane, at, rows, c == 0, to);
-      }
+  // What the units of a tile, the first of which is at `at`, see of the channels first..last - 1;
+  // `rows` of their own.
+  void fill(const Place& at, int64_t rows, int64_t first, int64_t last, Real* tile) const {
+    if (t_.order == Tiling::kTokens) return fill_tokens(at, rows, first, last, tile);
+    const int64_t plane = by_.input[0] * by_.input[1], count = last - first;
+    const Bits* const from = x_ + (at.image * by_.channels + first) * plane;
+    if (t_.order == Tiling::kFlat) return fill_flat(from, at, rows, count, tile);
+    if (dense_ && whole(at.column)) return spread_planes(from, at, rows, count, tile);
+    std::fill(line_, line_ + line_size(by_, t_), Real(0));
+    for (int64_t c = 0; c < count; ++c) {
+      fill_plane(from + c * plane, at, rows, tile + c * t_.channel_stride);
     }
   }
 
  private:
-  void fill_flat(const Bits* plane, int64_t first, int64_t count, Real* to) const {
-    const int64_t there = std::min(count, Tiling::pixels(by_) - first);
-    widen_run<T>(plane + first, there, to);
-    std::fill(to + there, to + count, Real(0));
+  void fill_flat(const Bits* from, const Place& at, int64_t rows, int64_t channels,
+                 Real* to) const {
+    const int64_t plane = Tiling::pixels(by_), first = at.row * t_.lanes, count = rows * t_.lanes;
+    if (sizeof(Bits) == sizeof(Real) && first + count <= plane) {
+      const auto* const in = reinterpret_cast<const Real*>(from) + first;
+      return kernels_.copy(in, plane, channels, rows, to, t_.channel_stride);
+    }
+    const int64_t there = std::min(count, plane - first);
+    for (int64_t c = 0; c < channels; ++c, from += plane, to += t_.channel_stride) {
+      widen_run<T>(from + first, there, to);
+      std::fill(to + there, to + count, Real(0));
+    }
   }
 
   // Columns of a tile row in the order of the image.
@@ -115,17 +128,28 @@ class TileReader {
     return (t.segment * t.lanes + t.reach[1]) * t.phases[1];
   }
 
-  void fill_plane(const Bits* plane, const Place& at, int64_t rows, bool fresh, Real* to) const {
+  // Rows read where they lie; what lies above and below the image is 0.
+  void spread_planes(const Bits* from, const Place& at, int64_t rows, int64_t channels,
+                     Real* to) const {
     const int64_t top = at.row * by_.stride[0] - by_.padding[0], height = rows + t_.reach[0];
-    if (fresh) std::fill(line_, line_ + line_size(by_, t_), Real(0));
-    if (t_.phases == Pair{1, 1} && by_.upsample == Pair{1, 1} && whole(at.column)) {
-      const int64_t first = std::clamp<int64_t>(-top, 0, height);
-      const int64_t last = std::clamp<int64_t>(by_.input[0] - top, first, height);
-      std::fill(to, to + first * t_.row_stride, Real(0));
-      spread_rows(reinterpret_cast<const Real*>(plane) + (top + first) * by_.input[1], at.column,
-                  last - first, to + first * t_.row_stride);
-      return std::fill(to + last * t_.row_stride, to + height * t_.row_stride, Real(0));
+    const int64_t first = std::clamp<int64_t>(-top, 0, height);
+    const int64_t last = std::clamp<int64_t>(by_.input[0] - top, first, height);
+    for (int64_t c = 0; c < channels && last - first < height; ++c) {
+      Real* const plane = to + c * t_.channel_stride;
+      std::fill(plane, plane + first * t_.row_stride, Real(0));
+      std::fill(plane + last * t_.row_stride, plane + height * t_.row_stride, Real(0));
     }
+    const int64_t column = first_column(at.column), right = t_.reach[1] - left();
+    const bool after = column + t_.segment * t_.lanes + right <= by_.input[1];
+    const auto* const own = reinterpret_cast<const Real*>(from) + column;
+    kernels_.spread[t_.segment - 1](own + (top + first) * by_.input[1], by_.input[1],
+                                    by_.input[0] * by_.input[1], last - first, channels, left(),
+                                    column >= left(), right, after, to + first * t_.row_stride,
+                                    t_.row_stride, t_.channel_stride);
+  }
+
+  void fill_plane(const Bits* plane, const Place& at, int64_t rows, Real* to) const {
+    const int64_t top = at.row * by_.stride[0] - by_.padding[0], height = rows + t_.reach[0];
     for (int64_t phase = 0; phase < t_.phases[0]; ++phase) {
       for (int64_t i = 0; i < height; ++i) {
         const int64_t u = top + i * t_.phases[0] + phase;
@@ -153,13 +177,6 @@ class TileReader {
            (last + right <= by_.input[1] || last == by_.input[1]);
   }
 
-  void spread_rows(const Real* row, int64_t column, int64_t rows, Real* out) const {
-    const int64_t first = first_column(column), right = t_.reach[1] - left();
-    kernels_.spread[t_.segment - 1](row + first, by_.input[1], rows, left(), first >= left(), right,
-                                    first + t_.segment * t_.lanes + right <= by_.input[1], out,
-                                    t_.row_stride);
-  }
-
   // Everything else: a row is laid out as the taps see it, then each phase on its own.
   void fill_phases(const Bits* row, int64_t column, Real* out) const {
     const int64_t count = line_count(t_), vectors = t_.segment + t_.reach[1];
@@ -169,8 +186,8 @@ class TileReader {
       for (int64_t i = 0; every != line_ && i * t_.phases[1] + phase < count; ++i) {
         every[i] = line_[i * t_.phases[1] + phase];
       }
-      kernels_.spread[t_.segment - 1](every, 0, 1, 0, false, t_.reach[1], true,
-                                      out + phase * vectors * t_.lanes, 0);
+      kernels_.spread[t_.segment - 1](every, 0, 0, 1, 1, 0, false, t_.reach[1], true,
+                                      out + phase * vectors * t_.lanes, 0, 0);
     }
   }
 
@@ -186,20 +203,23 @@ class TileReader {
   }
 
   // Channels are innermost in x: squares of tokens x channels are turned over.
-  void fill_tokens(const Place& at, int64_t rows, Real* tile) const {
-    const int64_t channels = by_.channels, tokens = Tiling::pixels(by_);
+  void fill_tokens(const Place& at, int64_t rows, int64_t first, int64_t last, Real* tile) const {
+    const int64_t count = last - first, tokens = Tiling::pixels(by_);
     for (int64_t r = 0; r < rows; ++r) {
-      const int64_t first = (at.row + r) * t_.lanes;
-      const int64_t there = std::min(t_.lanes, tokens - first);
-      const Bits* const from = x_ + first * channels;
-      const Real* in = line_;
+      const int64_t token = (at.row + r) * t_.lanes;
+      const int64_t there = std::min(t_.lanes, tokens - token);
+      const Bits* const from = x_ + token * by_.channels + first;
+      Real* const to = tile + r * t_.lanes;
       if (sizeof(Bits) == sizeof(Real) && there == t_.lanes) {
-        in = reinterpret_cast<const Real*>(from);
-      } else {
-        widen_run<T>(from, there * channels, line_);
-        std::fill(line_ + there * channels, line_ + t_.lanes * channels, Real(0));
+        const auto* const in = reinterpret_cast<const Real*>(from);
+        kernels_.gather_tokens(in, by_.channels, count, to, t_.channel_stride);
+        continue;
       }
-      kernels_.gather_tokens(in, channels, channels, tile + r * t_.lanes, t_.channel_stride);
+      for (int64_t l = 0; l < there; ++l) {
+        widen_run<T>(from + l * by_.channels, count, line_ + l * count);
+      }
+      std::fill(line_ + there * count, line_ + t_.lanes * count, Real(0));
+      kernels_.gather_tokens(line_, count, count, to, t_.channel_stride);
     }
   }
 
@@ -208,6 +228,7 @@ class TileReader {
   const Tiling& t_;
   const Bits* x_;
   Real* line_;
+  bool dense_;  // neither stride nor upsampling
 };
 
 // Writes what a register block holds, one row of the weight after the other.
@@ -232,13 +253,18 @@ class TileWriter {
     return 2 * (t.order == Tiling::kTokens ? t.lanes * by.rows : t.block_size());
   }
 
-  // Where the kernel may write a row of the weight itself: null where its result needs more work.
-  Real* direct(const Place& at, int64_t o, int64_t rows) const {
-    const bool whole = (at.row + rows) * t_.lanes <= Tiling::pixels(by_);
-    if (t_.order != Tiling::kFlat || !plain() || !whole) return nullptr;
-    return reinterpret_cast<Real*>(y_ + (at.image * by_.rows + o) * Tiling::pixels(by_) +
-                                   at.row * t_.lanes);
+  // Where the kernel may write row 0 of the weight itself, the others Tiling::pixels apart: null
+  // where its result needs more work.
+  Real* direct(const Place& at, int64_t rows) const {
+    const bool flat = t_.order == Tiling::kFlat;
+    const bool whole = flat ? (at.row + rows) * t_.lanes <= Tiling::pixels(by_)
+                            : at.column + t_.segment * t_.lanes <= by_.size[1];
+    if (t_.order == Tiling::kTokens || !plain() || !whole) return nullptr;
+    const int64_t pixel = flat ? at.row * t_.lanes : at.row * by_.size[1] + at.column;
+    return reinterpret_cast<Real*>(y_ + at.image * by_.rows * Tiling::pixels(by_) + pixel);
   }
+  // Elements between rows of a register block there: 0 where they follow each other.
+  int64_t line() const { return t_.order == Tiling::kFlat ? 0 : by_.size[1]; }
 
   // acc: [rows][segment][lanes] of row o. Not for kTokens.
   void write(const Place& at, int64_t o, int64_t rows, const Real* acc) const {
@@ -251,9 +277,6 @@ class TileWriter {
     const int64_t count = std::min(width, by_.size[1] - at.column);
     const auto collect = kernels_.collect[t_.segment - 1];
     const int64_t to = plane + at.row * by_.size[1] + at.column;
-    if (plain() && count == width) {
-      return collect(acc, rows, reinterpret_cast<Real*>(y_ + to), by_.size[1]);
-    }
     for (int64_t r = 0; r < rows; ++r) {
       collect(acc + r * width, 1, line_, 0);
       finish(line_, count, to + r * by_.size[1]);
