@@ -220,15 +220,16 @@ ISSP_INLINE void collect_four(typename Simd<Real>::Vector (&v)[4]) {
 }
 
 template <typename Real, int S, int... J>
-ISSP_INLINE void spread_own(const Real* own, Real* to, std::integer_sequence<int, J...>) {
+ISSP_INLINE void spread_own(const Real* own, typename Simd<Real>::Vector (&to)[S],
+                            std::integer_sequence<int, J...>) {
   constexpr int lanes = Simd<Real>::lanes;
   typename Simd<Real>::Vector v[S];
   (load<Real>(own + J * lanes, v[J]), ...);
   if constexpr (S == 4) {
     spread_four<Real>(v);
-    (store<Real>(v[J], to + J * lanes), ...);
+    ((to[J] = v[J]), ...);
   } else {
-    (store<Real>(picked<Real, S>(v, SpreadFrom<S, J>{}), to + J * lanes), ...);
+    ((to[J] = picked<Real, S>(v, SpreadFrom<S, J>{})), ...);
   }
 }
 
@@ -254,28 +255,29 @@ ISSP_INLINE void put_in_order(const typename Simd<Real>::Vector (&v)[S], Real* l
 // neighbouring lane, so a vector for them is another one moved by a lane, with one pixel from
 // beside.
 template <typename Real, int S>
-ISSP_INLINE void spread_plane(const Real* own, int64_t stride, int64_t rows, int64_t left,
-                              bool before, int64_t right, bool after, Real* out,
-                              int64_t out_stride) {
+ISSP_INLINE void spread_row(const Real* own, int64_t left, bool before, int64_t right, bool after,
+                            Real* to) {
   constexpr int lanes = Simd<Real>::lanes;
   static constexpr auto kUp = order<Real>([](int l) { return l ? l - 1 : lanes; });
   static constexpr auto kDown = order<Real>([](int l) { return l + 1; });
-  typename Simd<Real>::Vector near;
-  for (int64_t r = 0; r < rows; ++r, own += stride, out += out_stride) {
-    Real* const to = out + left * lanes;
-    spread_own<Real, S>(own, to, std::make_integer_sequence<int, S>{});
-    for (int64_t h = 1; h <= left; ++h) {
-      load<Real>(to + (S - h) * lanes, near);
-      const Real beside = before ? own[-h] : Real(0);
-      near = __builtin_shuffle(near, beside - decltype(near){}, indices<Real>(kUp));
-      store<Real>(near, to - h * lanes);
-    }
-    for (int64_t h = 0; h < right; ++h) {
-      load<Real>(to + h * lanes, near);
-      const Real beside = after ? own[S * lanes + h] : Real(0);
-      near = __builtin_shuffle(near, beside - decltype(near){}, indices<Real>(kDown));
-      store<Real>(near, to + (S + h) * lanes);
-    }
+  using Vector = typename Simd<Real>::Vector;
+  Vector v[S];
+  spread_own<Real, S>(own, v, std::make_integer_sequence<int, S>{});
+#pragma GCC unroll 4
+  for (int s = 0; s < S; ++s) store<Real>(v[s], to + s * lanes);
+  Vector near = v[S - 1];
+  for (int64_t h = 1; h <= left; ++h) {
+    if (h > 1) load<Real>(to + (S - h) * lanes, near);
+    const Real beside = before ? own[-h] : Real(0);
+    near = __builtin_shuffle(near, beside - Vector{}, indices<Real>(kUp));
+    store<Real>(near, to - h * lanes);
+  }
+  near = v[0];
+  for (int64_t h = 0; h < right; ++h) {
+    if (h) load<Real>(to + h * lanes, near);
+    const Real beside = after ? own[S * lanes + h] : Real(0);
+    near = __builtin_shuffle(near, beside - Vector{}, indices<Real>(kDown));
+    store<Real>(near, to + (S + h) * lanes);
   }
 }
 
@@ -283,8 +285,19 @@ template <typename Real, int S>
 ISSP_TARGET void spread_segments(const Real* own, int64_t stride, int64_t own_plane, int64_t rows,
                                  int64_t planes, int64_t left, bool before, int64_t right,
                                  bool after, Real* out, int64_t out_stride, int64_t out_plane) {
+  constexpr int lanes = Simd<Real>::lanes;
+  // A reach of one on either side, as of every 3x3 kernel, needs no loops.
+  const bool near = left == 1 && right == 1;
   for (int64_t p = 0; p < planes; ++p, own += own_plane, out += out_plane) {
-    spread_plane<Real, S>(own, stride, rows, left, before, right, after, out, out_stride);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Real* const row = own + r * stride;
+      Real* const to = out + r * out_stride + left * lanes;
+      if (near) {
+        spread_row<Real, S>(row, 1, before, 1, after, to);
+      } else {
+        spread_row<Real, S>(row, left, before, right, after, to);
+      }
+    }
   }
 }
 
