@@ -137,12 +137,25 @@ SCHEDULED = (
     MatmulCase("tokens, v=16", Weight(48, 40, pattern=0.3, v=16), lead=(90,), activation="gelu"),
 )
 
+# Rows of several runs (kRun of product.cuh), some of them of exactly one or two.
+SEVERAL_RUNS = (
+    ConvCase("runs, v=1", Weight(9, 48, (3, 3), 0.8), image=(5, 18), residual=True),
+    ConvCase("runs, v=4", Weight(12, 150, (1, 3), "uneven", 4), image=(20, 5), stride=(1, 2)),
+    ConvCase("runs, v=8", Weight(16, 256, (1, 1), "uneven", 8), image=(3, 40), batch=2),
+    ConvCase("whole runs, v=2", Weight(6, 64, (1, 4), 1.0, 2), image=(4, 7), activation="gelu"),
+    MatmulCase("runs of tokens, v=1", Weight(19, 300, pattern=0.9), lead=(75,), residual=True),
+    MatmulCase("runs of tokens, v=4", Weight(76, 200, pattern=0.9, v=4), lead=(67,)),
+    MatmulCase("runs of tokens, v=16", Weight(48, 256, pattern=1.0, v=16), lead=(3, 5)),
+)
+
 # The gradient's blocks have more than one tile each.
 MANY_TILES = ConvCase("more tiles than parts", Weight(4, 3, (3, 3), 0.5, 4), image=(72, 130))
 
 
 @pytest.mark.parametrize("dtype, schedules", [(torch.float32, 15), (torch.float64, 2)], ids=str)
-@pytest.mark.parametrize("case", (*SCHEDULED, MANY_TILES), ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", (*SCHEDULED, *SEVERAL_RUNS, MANY_TILES), ids=lambda case: case.name
+)
 def test_schedules(case, dtype, schedules):
     """The same bits in any order of threads, for any machine, chunk and team."""
     for call in calls_of(EMULATED, case, dtype):
@@ -156,7 +169,7 @@ def test_schedules(case, dtype, schedules):
             assert_bitwise_equal(call(), expected, f"{case.name}, {design}, schedule {seed}")
 
 
-@pytest.mark.parametrize("case", SCHEDULED, ids=names(SCHEDULED))
+@pytest.mark.parametrize("case", (*SCHEDULED, *SEVERAL_RUNS), ids=lambda case: case.name)
 def test_the_bits_of_a_product_do_not_depend_on_the_tile(case):
     call = calls_of(EMULATED, case, torch.float32)[0]
     use("planes")
@@ -166,10 +179,36 @@ def test_the_bits_of_a_product_do_not_depend_on_the_tile(case):
     assert_bitwise_equal(call(), expected, case.name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SEVERAL_RUNS, ids=names(SEVERAL_RUNS))
+def test_rows_of_several_runs(case, dtype):
+    """In every design, and in real shapes."""
+    kind, dense = ("conv2d", dense_conv) if isinstance(case, ConvCase) else ("matmul", dense_matmul)
+    for design in DESIGNS:
+        use(design)
+        check(EMULATED, case, (dtype,), f"sparse_{kind}", dense)
+    cuda_emulator.machine()
+    cuda_emulator.seed(3)
+    check(EMULATED, case, (dtype,), f"sparse_{kind}", dense)
+
+
+@pytest.mark.parametrize("v", [1, 2, 4, 8, 16])
+def test_long_rows_are_as_exact_as_those_of_a_dense_product(v):
+    """A single chain over 2304 entries has up to five times the error."""
+    use("planes")
+    weight = Weight(16, 256, (3, 3), 1.0, v)
+    case = ConvCase(f"long rows, v={v}", weight, padding=(1, 1), image=(12, 12), bias=False)
+    check(EMULATED, case, (torch.float32,), "sparse_conv2d", dense_conv)
+    case = MatmulCase(f"long rows, v={v}", Weight(16, 4608, pattern=1.0, v=v), False, lead=(64,))
+    check(EMULATED, case, (torch.float32,), "sparse_matmul", dense_matmul)
+
+
+@pytest.mark.parametrize("inputs", [6, 60])
 @pytest.mark.parametrize("v", [2, 3, 4, 8, 12, 16, 32])
-def test_rows_that_share_positions_have_the_bits_of_rows_that_do_not(v):
-    """Specialised strips, composed ones and the generic one take the same sums."""
-    case = ConvCase(f"shared by {v}", Weight(2 * v, 6, (3, 3), 0.3, v), padding=(1, 1), bias=False)
+def test_rows_that_share_positions_have_the_bits_of_rows_that_do_not(v, inputs):
+    """Specialised strips, composed ones and the generic one take the same sums and runs."""
+    weight = Weight(2 * v, inputs, (3, 3), 0.3, v)
+    case = ConvCase(f"shared by {v}", weight, padding=(1, 1), bias=False)
     p = case.build()
     use("planes")
     table = cuda_emulator.implementations()

@@ -20,8 +20,13 @@
 // multiplies. Half of an SM's shared memory is a block's: 66 channels of a 3x3 tile on sm_90, so
 // that one or a few chunks hold all channels.
 //
-// Every sum is taken by one thread in the order of its list, whatever the tiles, the chunks or the
-// device: the bits depend on nothing else.
+// Every sum is taken by one thread in the order of its list, in runs of kRun entries whose sums are
+// added up: one chain of 2304 additions has several times the error of a dense product, which
+// blocks its sums. Where runs end depends on the list alone, not on tiles, chunks or the device,
+// and so do the bits. 64 sums leave no registers for 64 totals, so these wait where the results
+// will be: 8 V words written and read back per thread and run, against kRun (8 + 1 + V) words of
+// shared memory, and nothing at all for rows of one run. Sums of 16-bit types, which their rounding
+// to storage would hide, are one run.
 #pragma once
 
 #include <type_traits>
@@ -33,6 +38,9 @@ namespace issp {
 
 constexpr uint32_t kProductWarps = 8, kProductThreads = 32 * kProductWarps;
 constexpr uint32_t kWarpRows = 8;  // rows of the result that a warp may own
+// Entries of a run. For rows of 2304 to 9216 entries 128 is best: shorter runs make more totals,
+// whose sum is a chain again.
+constexpr uint32_t kRun = 128;
 
 #if defined(ISSP_SMALL_SHAPES)
 constexpr uint32_t kPixelWords = 2;
@@ -129,23 +137,25 @@ ISSP_DEVICE void with_strip(Held<Wide, V>& held, uint32_t strip, const Body& bod
   }
 }
 
-// Calls body(j) while pixels j and j + 1 are held[..][..][0] and [1]; then the others move up and,
-// if they are kept, these to the end. Registers cannot be counted through, and 64 copies of what
-// happens to a value in each dtype would neither stay in the instruction cache nor do with 128
-// registers.
+// Pixel j + 2 of a row becomes pixel j; the first two go to the end, if they are kept.
+template <typename Wide, bool kKept>
+ISSP_DEVICE void move_up(Wide (&row)[kPixels<Wide>]) {
+  const Wide pair[2] = {row[0], row[1]};
+#pragma unroll
+  for (uint32_t k = 2; k < kPixels<Wide>; ++k) row[k - 2] = row[k];
+  if (kKept) row[kPixels<Wide> - 2] = pair[0], row[kPixels<Wide> - 1] = pair[1];
+}
+
+// Calls body(j) while pixels j and j + 1 are held[..][..][0] and [1]. Registers cannot be counted
+// through, and 64 copies of what happens to a value in each dtype would neither stay in the
+// instruction cache nor do with 128 registers.
 template <typename Wide, int V, bool kKept, typename Body>
 ISSP_DEVICE void each_pair(Held<Wide, V>& held, const Body& body) {
 #pragma unroll 1
   for (uint32_t j = 0; j < kPixels<Wide>; j += 2) {
     body(j);
 #pragma unroll
-    for (uint32_t i = 0; i < kWarpRows; ++i) {
-      Wide(&row)[kPixels<Wide>] = held[i / V][i % V];
-      const Wide pair[2] = {row[0], row[1]};
-#pragma unroll
-      for (uint32_t k = 2; k < kPixels<Wide>; ++k) row[k - 2] = row[k];
-      if (kKept) row[kPixels<Wide> - 2] = pair[0], row[kPixels<Wide> - 1] = pair[1];
-    }
+    for (uint32_t i = 0; i < kWarpRows; ++i) move_up<Wide, kKept>(held[i / V][i % V]);
   }
 }
 
@@ -231,15 +241,15 @@ ISSP_DEVICE uint32_t strip_offset(const Lists& lists, const Team& team, uint32_t
   return lists.v == V ? 0 : strip_number(team, group, i) * V % lists.v;
 }
 
-// Nothing for numbers behind the last. Starts that are no positions are cut off: a GPU's lists are
-// not checked by the host.
+// Nothing for numbers behind the last. Starts that are no positions are cut off, and those that
+// descend are nothing: a GPU's lists are not checked by the host.
 template <int V>
 ISSP_DEVICE Strip find_strip(const Lists& lists, const Team& team, uint32_t group, uint32_t i) {
   const uint32_t number = strip_number(team, group, i);
   if (i >= team.each || number >= team.strips) return {};
   const int32_t* const owner = lists.starts + number * V / lists.v;
-  return {at_most(uint32_t(load(owner)), lists.entries),
-          at_most(uint32_t(load(owner + 1)), lists.entries)};
+  const uint32_t end = at_most(uint32_t(load(owner + 1)), lists.entries);
+  return {at_most(uint32_t(load(owner)), end), end};
 }
 
 // Columns that the staged part of the input holds.

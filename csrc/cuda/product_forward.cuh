@@ -187,21 +187,107 @@ ISSP_DEVICE void finish_block(Held<Wide, V>& sums, const Tokens& place, TokenTil
   }
 }
 
+// Calls body(r, p, place of a total) for the totals of this thread's pixels j and j + 1 in strip s,
+// which wait between runs where results will be.
+template <int V, typename Body>
+ISSP_DEVICE void each_total(const Pixels& place, ImageTile tile, const Team& team, uint32_t group,
+                            uint32_t s, uint32_t j, const Body& body) {
+  uint64_t at, behind;
+  const bool inside[2] = {place.find_pixel(tile, j, at), place.find_pixel(tile, j + 1, behind)};
+  at += place.row_start(tile, strip_number(team, group, s) * V);
+#pragma unroll
+  for (uint32_t r = 0; r < V; ++r) {
+    if (inside[0]) body(r, 0, at);
+    if (inside[1]) body(r, 1, at + place.pixel_column(0, 1));
+    at += place.result_pixels();
+  }
+}
+
+// The results of a warp's tokens in one row are far apart. So what the block will write is taken
+// for an array [its rows, its tokens]; finish_block has a barrier between the last total that is
+// read and the first result.
+template <int V, typename Body>
+ISSP_DEVICE void each_total(const Tokens& place, TokenTile tile, const Team& team, uint32_t group,
+                            uint32_t s, uint32_t j, const Body& body) {
+  const uint32_t most = team.warps * team.each * V, first_row = group * most;
+  const uint32_t rows = at_most(place.rows - first_row, most);
+  const uint64_t behind = place.tokens - tile.first;
+  const uint32_t tokens = behind < place.tile_tokens ? uint32_t(behind) : place.tile_tokens;
+  // Divides by the rows: for fewer than 2^14 numbers and 2^6 rows the error stays below one.
+  const uint32_t inverse = ((1u << 20) + rows - 1) / rows;
+#pragma unroll
+  for (uint32_t r = 0; r < V; ++r) {
+#pragma unroll
+    for (uint32_t p = 0; p < 2; ++p) {
+      const uint32_t token = 32 * (j + p) + lane();
+      const uint32_t number = ((s * team.warps + warp()) * V + r) * tokens + token;
+      const uint32_t line = number * inverse >> 20;
+      const uint64_t at = (tile.first + line) * place.rows + first_row + (number - line * rows);
+      if (token < tokens) body(r, p, at);
+    }
+  }
+}
+
+enum class Run : uint32_t { kFirst, kMiddle, kLast };
+
+// Adds the sums of a run of strip s to the totals; of the last run, the totals to them. Two pixels
+// at a time, as in finish_block.
+template <typename Wide, int V, typename Place, typename Tile>
+ISSP_DEVICE void end_run(Wide (&sums)[V][kPixels<Wide>], const Place& place, Tile tile,
+                         const Team& team, uint32_t group, uint32_t s, Run run, void* result) {
+  Wide* const totals = static_cast<Wide*>(result);
+#pragma unroll 1
+  for (uint32_t j = 0; j < kPixels<Wide>; j += 2) {
+    each_total<V>(place, tile, team, group, s, j, [&](uint32_t r, uint32_t p, uint64_t at) {
+      if (run != Run::kFirst) sums[r][p] = load(totals + at) + sums[r][p];
+      if (run != Run::kLast) store(totals + at, sums[r][p]);
+    });
+#pragma unroll
+    for (uint32_t r = 0; r < V; ++r) {
+      if (run != Run::kLast) sums[r][0] = sums[r][1] = 0;
+      move_up<Wide, true>(sums[r]);
+    }
+  }
+}
+
+// How far a warp is in its strips: lanes s, 8 + s, 16 + s and 24 + s hold of strip s the next
+// entry, the end of its run, its end and its beginning. Registers are for sums.
+struct Progress {
+  uint32_t own;
+
+  ISSP_DEVICE Progress(Strip strip, uint32_t run) {
+    const uint32_t kind = lane() / 8;
+    const uint32_t run_end = strip.begin + at_most(strip.end - strip.begin, run);
+    own = kind == 1 ? run_end : kind == 2 ? strip.end : strip.begin;
+  }
+  ISSP_DEVICE uint32_t next(uint32_t s) const { return shuffle(own, s); }
+  ISSP_DEVICE uint32_t run_end(uint32_t s) const { return shuffle(own, 8 + s); }
+  ISSP_DEVICE uint32_t end(uint32_t s) const { return shuffle(own, 16 + s); }
+  ISSP_DEVICE uint32_t begin(uint32_t s) const { return shuffle(own, 24 + s); }
+  ISSP_DEVICE void set(uint32_t s, uint32_t next, uint32_t run_end) {
+    if (lane() == s) own = next;
+    if (lane() == 8 + s) own = run_end;
+  }
+};
+
 template <typename Wide, int V, typename Place>
 ISSP_KERNEL(kProductThreads, 2)
 product_kernel(const ISSP_PARAM Place place, const ISSP_PARAM Lists lists,
                const ISSP_PARAM Team team, const void* x, const void* values, Storage storage,
                const ISSP_PARAM Ends ends) {
-  constexpr uint32_t kStrips = kWarpRows / V;
   const Shared shared = shared_memory();
   const Staged<Wide> staged = place.template staged<Wide>(shared);
   const Staged<Wide> inputs = staged.from(place.base());
   const uint32_t group = block() % team.groups;
   const auto tile = place.template tile<Wide>(block() / team.groups);
+  const uint32_t run = storage == Storage::kFloat16 || storage == Storage::kBFloat16 ? ~0u : kRun;
   Held<Wide, V> sums = {};
-  // Lane s holds how far strip s is, lane 16 + s its end: registers are for sums.
-  const Strip strip = find_strip<V>(lists, team, group, lane() % kStrips);
-  uint32_t bound = lane() < 16 ? strip.begin : strip.end;
+  Progress progress(find_strip<V>(lists, team, group, lane() % (kWarpRows / V)), run);
+  const auto end_run_of = [&](uint32_t s, Run which) {
+    with_strip<Wide, V>(sums, s, [&](auto& rows) {
+      end_run<Wide, V>(rows, place, tile, team, group, s, which, ends.result);
+    });
+  };
   place.prepare(shared, team.threads());
   for (uint32_t first = 0; first < place.units; first += place.chunk) {
     const uint32_t count = at_most(place.units - first, place.chunk);
@@ -215,20 +301,29 @@ product_kernel(const ISSP_PARAM Place place, const ISSP_PARAM Lists lists,
                              (first + count) * place.columns_per_unit};
 #pragma unroll 1
     for (uint32_t s = 0; s < team.each; ++s) {
-      uint32_t at = shuffle(bound, s);
+      uint32_t next = progress.next(s), run_end = progress.run_end(s);
       const uint32_t inner = strip_offset<V>(lists, team, group, s);
       const auto load_entry = [&](uint32_t entry, bool there) {
         return load_weights<Wide, V>(values, uint64_t(entry) * lists.v + inner, storage, there);
       };
-      each_batch(lists, columns, at, shuffle(bound, 16 + s), load_entry,
-                 [&](const Batch& batch, const Weights<Wide, V>& weights) {
-                   const uint32_t offset = place.offset(shared, batch.column, first);
-                   with_strip<Wide, V>(sums, s, [&](auto& rows) {
-                     multiply_batch<Wide, V>(rows, place, batch, weights, offset, inputs);
+      while (true) {
+        each_batch(lists, columns, next, run_end, load_entry,
+                   [&](const Batch& batch, const Weights<Wide, V>& weights) {
+                     const uint32_t offset = place.offset(shared, batch.column, first);
+                     with_strip<Wide, V>(sums, s, [&](auto& rows) {
+                       multiply_batch<Wide, V>(rows, place, batch, weights, offset, inputs);
+                     });
                    });
-                 });
-      if (lane() == s) bound = at;
+        if (next < run_end || run_end == progress.end(s)) break;
+        end_run_of(s, run_end - progress.begin(s) == kRun ? Run::kFirst : Run::kMiddle);
+        run_end = at_most(run_end + kRun, progress.end(s));
+      }
+      progress.set(s, next, run_end);
     }
+  }
+#pragma unroll 1
+  for (uint32_t s = 0; s < team.each; ++s) {
+    if (progress.end(s) - progress.begin(s) > run) end_run_of(s, Run::kLast);
   }
   finish_block<Wide, V>(sums, place, tile, team, group, storage, ends, shared);
 }
