@@ -24,6 +24,7 @@ from issp.schemas import mask_words
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
+_EMULATOR = ("emulator", "memory", "order", "control")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _options = {"seed": 0, "resident": 0, "removed": -1, "small": False}
 _options |= {"processors": 4, "shared": None, "streamed": False, "checked": True}
@@ -62,7 +63,7 @@ def machine(processors: int = 4, shared: int | None = None, streamed: bool = Fal
 def library(small: bool = False, products: bool = False) -> ctypes.CDLL:
     """The kernels, or those of the products, as a library built once per state of their sources."""
     own = ("products",) if products else ("kernels", "planted", "optimizers")
-    sources = [HERE / f"{part}.cpp" for part in ("emulator", "order", "control", *own)]
+    sources = [HERE / f"{part}.cpp" for part in (*_EMULATOR, *own)]
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DISSP_EMULATOR"]
     flags += ["-DISSP_SMALL_SHAPES"] if small else []

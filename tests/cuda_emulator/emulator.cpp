@@ -1,106 +1,22 @@
 // The scheduler of emulator.h.
-#include "emulator.h"
-
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <memory>
 
-#include "fiber.h"
-#include "order.h"
+#include "machine.h"
 
 namespace issp::emulator {
+
+Machine machine;
+
 namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr uint64_t kPatience = 200000;  // switches in a row in which every fiber only waited
-constexpr uint32_t kNobody = ~0u, kSeveral = ~1u;
-
-// The last accesses to a shared word. `era` counts the barriers that the thread had passed.
-struct Touch {
-  uint32_t thread = kNobody;
-  uint32_t era = 0;
-  bool atomic = false;
-};
-struct Shadow {
-  bool written = false;
-  Touch writer, reader, other_reader;
-};
-
-struct Fiber;
-struct Block {
-  uint32_t number = 0;
-  uint32_t running = 0;  // threads that have not returned
-  uint32_t arrived = 0;
-  int site = -1;
-  uint32_t era = 0;
-  std::vector<uint32_t> shared;
-  std::vector<Shadow> shadow;
-  std::vector<Fiber*> waiting;
-  std::vector<Fiber>* fibers = nullptr;
-  struct Warp {
-    uint32_t arrived = 0, left = 0;
-    int kind = -1;
-    std::array<uint32_t, 32> values, results;
-    std::vector<Fiber*> waiting;
-  };
-  std::vector<Warp> warps;
-};
-
-struct Copy {
-  uint32_t first;    // shared word
-  const char* from;  // null: zeros
-  uint32_t bytes;    // per element
-  uint32_t words;
-};
-
-struct Fiber {
-  FiberContext context;
-  Block* block = nullptr;
-  uint32_t thread = 0;
-  Witness witness;
-  std::vector<Copy> copies;  // on their way
-};
-
-struct Machine {
-  Options options;
-  uint64_t random = 1;
-  uint64_t switches = 0, idle = 0, launches = 0;
-  uint32_t blocks = 0, threads = 0;
-  uint32_t yield_odds = 16;
-  const std::function<void()>* kernel = nullptr;
-  FiberContext scheduler;
-  Fiber* current = nullptr;
-  std::vector<Fiber*> ready;
-  std::vector<char*> stacks;
-  std::string error;
-  std::vector<std::pair<uintptr_t, uintptr_t>> buffers;
-  std::pair<uintptr_t, uintptr_t> last_buffer{0, 0};
-  bool sorted = false;
-  std::vector<std::pair<std::string, int>> sites;  // barriers and fences
-  GlobalOrder order;
-};
-Machine machine;
-
-uint64_t draw() {  // xorshift64*
-  machine.random ^= machine.random >> 12;
-  machine.random ^= machine.random << 25;
-  machine.random ^= machine.random >> 27;
-  return (machine.random * 2685821657736338717ull) >> 32;
-}
 
 void leave() {
   ++machine.switches;
   switch_fiber(machine.current->context, machine.scheduler);
-}
-
-[[noreturn]] void fail(const std::string& what) {
-  if (!machine.current) throw std::runtime_error(what);
-  const Fiber& fiber = *machine.current;
-  machine.error = "block " + std::to_string(fiber.block->number) + ", thread " +
-                  std::to_string(fiber.thread) + ": " + what;
-  leave();  // for good: the scheduler abandons every fiber
-  std::abort();
 }
 
 void wake(std::vector<Fiber*>& fibers) {
@@ -198,42 +114,6 @@ void schedule(uint32_t shared_words, bool together) {
   }
 }
 
-bool ordered(const Touch& touch, uint32_t thread, uint32_t era) {
-  return touch.thread == kNobody || touch.thread == thread || touch.era != era;
-}
-
-void check_race(const Touch& touch, const Fiber& fiber, uint32_t i, const char* what) {
-  if (!ordered(touch, fiber.thread, fiber.block->era)) {
-    fail("race on shared word " + std::to_string(i) + ": " + what + " thread " +
-         (touch.thread == kSeveral ? "several" : std::to_string(touch.thread)) +
-         " with no barrier between");
-  }
-}
-
-void check_bounds(const void* p, uint64_t bytes) {
-  const auto begin = reinterpret_cast<uintptr_t>(p), end = begin + bytes;
-  auto& last = machine.last_buffer;
-  if (begin < last.first || end > last.second) {
-    auto after = std::upper_bound(machine.buffers.begin(), machine.buffers.end(),
-                                  std::make_pair(begin, ~uintptr_t(0)));
-    if (after == machine.buffers.begin() || end > (after - 1)->second) {
-      fail("global access of " + std::to_string(bytes) + " bytes out of bounds");
-    }
-    last = *(after - 1);
-  }
-  if (begin % bytes) fail("misaligned global access");
-}
-
-size_t site_of(const char* file, int line) {
-  size_t site = 0;
-  while (site < machine.sites.size() &&
-         (machine.sites[site].second != line || machine.sites[site].first != file)) {
-    ++site;
-  }
-  if (site == machine.sites.size()) machine.sites.emplace_back(file, line);
-  return site;
-}
-
 // After a barrier every thread knows what any of them knew.
 void share_knowledge(Block& block) {
   SharedClock all;
@@ -245,6 +125,25 @@ void share_knowledge(Block& block) {
 }
 
 }  // namespace
+
+void fail(const std::string& what) {
+  if (!machine.current) throw std::runtime_error(what);
+  const Fiber& fiber = *machine.current;
+  machine.error = "block " + std::to_string(fiber.block->number) + ", thread " +
+                  std::to_string(fiber.thread) + ": " + what;
+  leave();  // for good: the scheduler abandons every fiber
+  std::abort();
+}
+
+size_t site_of(const char* file, int line) {
+  size_t site = 0;
+  while (site < machine.sites.size() &&
+         (machine.sites[site].second != line || machine.sites[site].first != file)) {
+    ++site;
+  }
+  if (site == machine.sites.size()) machine.sites.emplace_back(file, line);
+  return site;
+}
 
 Options& options() {
   return machine.options;
@@ -261,16 +160,6 @@ int site_count() {
 std::string site_name(int number) {
   const auto& [file, line] = machine.sites.at(size_t(number));
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(line);
-}
-
-void allow(const void* begin, uint64_t bytes) {
-  const auto address = reinterpret_cast<uintptr_t>(begin);
-  machine.buffers.emplace_back(address, address + bytes);
-  machine.sorted = false;
-}
-void forget_buffers() {
-  machine.buffers.clear();
-  machine.last_buffer = {0, 0};
 }
 
 uint32_t blocks_per_processor(uint32_t threads, uint32_t shared_bytes) {
@@ -370,87 +259,6 @@ const std::array<uint32_t, 32>& exchange(uint32_t value, int kind) {
     wake(warp.waiting);
   }
   return warp.results;
-}
-
-void touch_global(const void* p, uint64_t bytes, Global how) {
-  check_bounds(p, bytes);
-  const auto address = reinterpret_cast<uintptr_t>(p);
-  Witness& witness = machine.current->witness;
-  std::string race;
-  const bool strong = how != Global::load && how != Global::store;
-  if (how == Global::load || how == Global::load_acquire) {
-    race = machine.order.read(witness, address, strong);
-  } else {
-    race = machine.order.write(witness, address, strong);
-    machine.idle = 0;
-  }
-  if (!race.empty()) fail("race on global memory: " + race + ", with nothing to order them");
-  if (how == Global::load_acquire) machine.order.acquire(witness, address);
-  if (how == Global::store_release) machine.order.release(witness, address);
-  if (how == Global::atomic) machine.order.atomic(witness, address);
-}
-
-bool is_ordered(const void* p, uint64_t bytes) {
-  check_bounds(p, bytes);
-  return machine.order.is_ordered(machine.current->witness, reinterpret_cast<uintptr_t>(p));
-}
-
-uint32_t* shared_word(uint32_t i, Access access) {
-  Fiber& fiber = *machine.current;
-  Block& block = *fiber.block;
-  if (i >= block.shared.size()) fail("shared word " + std::to_string(i) + " is out of bounds");
-  perhaps_yield();
-  machine.idle = 0;
-  Shadow& shadow = block.shadow[i];
-  const Touch touch = {fiber.thread, block.era, access == Access::atomic};
-  if (!(touch.atomic && shadow.writer.atomic)) {
-    check_race(shadow.writer, fiber, i,
-               access == Access::read ? "read after a write by" : "written after a write by");
-  }
-  if (access == Access::read) {
-    if (!shadow.written) fail("shared word " + std::to_string(i) + " is read before it is written");
-    if (shadow.reader.era != block.era || shadow.reader.thread == kNobody) {
-      shadow.reader = touch;
-      shadow.other_reader = {};
-    } else if (shadow.reader.thread != fiber.thread) {
-      shadow.other_reader = touch;
-    }
-  } else {
-    check_race(shadow.reader, fiber, i, "written after a read by");
-    check_race(shadow.other_reader, fiber, i, "written after a read by");
-    if (access == Access::atomic && !shadow.written) fail("an atomic on an unwritten shared word");
-    const bool another = !ordered(shadow.writer, fiber.thread, block.era);
-    shadow.writer = touch;
-    if (another) shadow.writer.thread = kSeveral;  // atomics of several threads
-    shadow.written = true;
-  }
-  return &block.shared[i];
-}
-
-void start_copy(uint32_t first, const void* from, uint32_t bytes, uint32_t words) {
-  if (first % words || reinterpret_cast<uintptr_t>(from) % (4 * words)) fail("misaligned copy");
-  for (uint32_t i = 0; i < words; ++i) {
-    *shared_word(first + i, Access::write) = 0xdeadbeefu;
-    machine.current->block->shadow[first + i].written = false;
-  }
-  machine.current->copies.push_back({first, static_cast<const char*>(from), bytes, words});
-}
-
-void finish_copies(const char* file, int line) {
-  const size_t site = site_of(file, line);
-  Fiber& fiber = *machine.current;
-  for (const Copy& copy : fiber.copies) {
-    if (int(site) == machine.options.removed) break;
-    for (uint32_t i = 0; copy.from && i < 4 * copy.words; i += copy.bytes) {
-      touch_global(copy.from + i, copy.bytes, Global::load);
-    }
-    for (uint32_t i = 0; i < copy.words; ++i) {
-      uint32_t word = 0;
-      if (copy.from) memcpy(&word, copy.from + 4 * i, 4);
-      *shared_word(copy.first + i, Access::write) = word;
-    }
-  }
-  fiber.copies.clear();
 }
 
 }  // namespace issp::emulator
