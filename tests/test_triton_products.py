@@ -51,7 +51,7 @@ def calls_of(case, only=""):
     convolves = isinstance(case, ConvCase)
     if only != "gradient":
         yield product, dense_conv if convolves else dense_matmul
-    if not convolves or case.upsample == (1, 1):
+    if only != "product" and (not convolves or case.upsample == (1, 1)):
         yield values_grad, dense_conv_grad if convolves else dense_matmul_grad
 
 
@@ -78,6 +78,18 @@ def test_entries_around_a_chunk(kept):
     weight = Weight(8, 100, (1, 1), Keep(kept, of=100, v=4), 4)
     check(conv(f"{kept} entries", weight, image=(2, 3)))
     check(MatmulCase(f"{kept} entries", weight, lead=(5,)))
+
+
+LONG_ROWS = (
+    conv("long rows", Weight(1, 256, (3, 3), 1.0), image=(6, 7), bias=False),
+    MatmulCase("long rows", Weight(8, 2304, pattern=1.0, v=8), False, lead=(64,)),
+)
+
+
+@pytest.mark.parametrize("case", LONG_ROWS, ids=name_of)
+def test_long_rows_are_as_exact_as_those_of_a_dense_product(case):
+    """With chunks of one entry the interpreter adds up in a chain, as compiled code does."""
+    check(case, only="product", **({"CHUNK": 1} if INTERPRETED else {}))
 
 
 @pytest.mark.parametrize("pixels", [15, 16, 17, 33])
@@ -290,7 +302,8 @@ def test_large_tensors_get_offsets_of_64_bits():
 
 
 def test_tiles_shrink_until_there_are_programs_enough():
-    sizes = [products.tile_sizes(torch.float32, 16, n, 48 * 48, 16, False) for n in (1, 3, 16)]
+    call = (torch.float32, "ieee", 16)
+    sizes = [products.tile_sizes(*call, n, 48 * 48, 16, False) for n in (1, 3, 16)]
     assert [tile["PIXELS"] for tile in sizes] == [64, 128, 256]
 
 

@@ -22,7 +22,7 @@ _GEOMETRY = {"KERNEL": (3, 3), "STRIDE": (1, 1), "PADDING": (1, 1), "DILATION": 
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 # v by dtype and precision; float32 in tensor cores where TF32 is allowed.
 _BLOCKS = {
-    ("float32", "ieee"): (4,),
+    ("float32", "ieee"): (4, 32),
     ("float32", "tf32"): (16, 32),
     ("float64", "ieee"): (32,),
     ("float16", "ieee"): (16,),
@@ -45,7 +45,7 @@ def product_variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dic
 def _forward(dtype: torch.dtype, v: int, common: dict):
     # Of a large image, with everything behind the product or nothing.
     for epilogue in (True, False):
-        own, options = _split(tile_sizes(dtype, v, 1, 2**30, 1, epilogue))
+        own, options = _split(tile_sizes(dtype, common["PRECISION"], v, 1, 2**30, 1, epilogue))
         own |= common | {"ACTIVATION": "gelu" if epilogue else "relu"}
         own |= {} if epilogue else {"residual": None}
         yield convolve, own | _GEOMETRY | {"UPSAMPLE": (1, 1)}, options

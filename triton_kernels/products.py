@@ -19,6 +19,12 @@ from .updates import INTERPRETED
 TENSOR_CORE_ROWS = 16  # of v: a block fills the rows of one tensor core instruction
 CHUNK = 16  # entries per step, the least K of 16-bit types: blocks with few entries waste least
 PROGRAMS = 528  # four for each SM of the largest GPUs; below it tiles are made smaller
+# Entries of a run of float32. A tl.dot of fused multiply-adds continues the chain of its total, and
+# a chain of 2304 has several times the error of a dense product: runs are summed and added up. In
+# other types roundings of inputs or results hide it, or there are digits to spare.
+RUN = 128
+ONE_RUN: tl.constexpr = tl.constexpr(65536)  # no runs
+GRAD_RUN: tl.constexpr = tl.constexpr(256)  # pixels of a run of a gradient, of all types
 GRAD_CHUNK = 32  # entries of a gradient's tile, which share what is worked out per pixel
 SUM_TILE = 1024
 
@@ -41,21 +47,31 @@ def precision(x_dtype: torch.dtype) -> str:
 
 
 def tile_sizes(
-    x_dtype: torch.dtype, v: int, images: int, pixels: int, blocks: int, epilogue: bool
+    x_dtype: torch.dtype,
+    precision: str,
+    v: int,
+    images: int,
+    pixels: int,
+    blocks: int,
+    epilogue: bool,
 ) -> dict:
-    """ROWS and PIXELS of a product's tile, and its launch options.
+    """ROWS, PIXELS, CHUNK and RUN of a product's tile, and its launch options.
 
     Two pixels per thread share what is worked out per entry. Tiles of 8192 sums leave room for
     three programs on an SM (168 registers), those of 4096 for four (128), both without spills. With
-    an epilogue, gelu or a residual, which comes in another layout, 4096 take 168 registers.
+    an epilogue, gelu or a residual, which comes in another layout, or with runs, which have sums of
+    their own, 4096 take 168 registers.
     """
     # Of float64, sums and operands take two registers each.
     rows, words = min(triton.next_power_of_2(v), 64), 4 if x_dtype == torch.float64 else 1
-    columns = min(256, (4096 if epilogue else 8192) // (rows * words))
+    runs = x_dtype == torch.float32 and precision == "ieee"
+    columns = min(256, (4096 if epilogue or runs else 8192) // (rows * words))
     while columns > 64 and images * triton.cdiv(pixels, columns) * blocks < PROGRAMS:
         columns //= 2
-    registers = 168 if epilogue or rows * columns * words > 4096 else 128
-    return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, **launch(registers)}
+    most = 2048 if runs else 4096  # sums of a program that has 128 registers
+    registers = 168 if epilogue or rows * columns * words > most else 128
+    run = RUN if runs else ONE_RUN.value
+    return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, "RUN": run, **launch(registers)}
 
 
 def grad_sizes(x_dtype: torch.dtype, v: int) -> dict:
@@ -148,6 +164,24 @@ def nothing(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         return tl.zeros([ROWS, COLUMNS], tl.float64)
     else:
         return tl.zeros([ROWS, COLUMNS], tl.float32)
+
+
+@triton.jit
+def run_of(total, RUN: tl.constexpr):
+    """Where a run's sums begin: at zero, or without runs where the total is."""
+    if RUN < ONE_RUN:
+        return tl.zeros_like(total)
+    else:
+        return total
+
+
+@triton.jit
+def added(total, run, RUN: tl.constexpr):
+    """The total after a run."""
+    if RUN < ONE_RUN:
+        return total + run
+    else:
+        return run
 
 
 @triton.jit

@@ -22,7 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .products import (
+    GRAD_RUN,
     activated,
+    added,
     block_entries,
     grad_sizes,
     index_of,
@@ -32,6 +34,7 @@ from .products import (
     partial_sums,
     positions,
     precision,
+    run_of,
     shares,
     store,
     summed,
@@ -145,7 +148,8 @@ def convolve(
     height, width, pixels, out_width, tiles, parts, row_tiles,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     UPSAMPLE: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, V: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr, PIXELS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """A tile of an image's pixels for rows of a block."""
     part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts
@@ -158,13 +162,16 @@ def convolve(
     image = x + n * image_size
     begin, end = block_entries(starts, block, entries)
     total = nothing(x, ROWS, PIXELS)
-    for e in range(begin, end, CHUNK):
-        entry = e + tl.arange(0, CHUNK)
-        column, inside = positions(columns, entry, end, length)
-        taps = taps_of(column, inside, plane, width, KERNEL, DILATION, UPSAMPLE, INDEX)
-        w = weights(values, entry[None, :], end, row[:, None], V, INDEX)
-        tile_x = gathered(image, taps, seen_from, height, width, KERNEL, UPSAMPLE)
-        total = multiplied(w, tile_x, total, PRECISION)
+    for r in range(begin, end, RUN):
+        run = run_of(total, RUN)
+        for e in range(r, tl.minimum(r + RUN, end), CHUNK):
+            entry = e + tl.arange(0, CHUNK)
+            column, inside = positions(columns, entry, end, length)
+            taps = taps_of(column, inside, plane, width, KERNEL, DILATION, UPSAMPLE, INDEX)
+            w = weights(values, entry[None, :], end, row[:, None], V, INDEX)
+            tile_x = gathered(image, taps, seen_from, height, width, KERNEL, UPSAMPLE)
+            run = multiplied(w, tile_x, run, PRECISION)
+        total = added(total, run, RUN)
     total = activated(total, bias, block * V + row[:, None], row[:, None] < V, ACTIVATION)
     first = (n * outputs + block * V) * pixels
     if residual is not None:
@@ -198,19 +205,24 @@ def convolve_values_grad(
         column, inside = positions(columns, entry, end, length)
         taps = taps_of(column, inside, plane, width, KERNEL, DILATION, (1, 1), INDEX)
         total = nothing(x, CHUNK, ROWS)
-        for tile in range(first_tile, tl.minimum(first_tile + share, all_tiles)):
-            n = (tile // tiles).to(tl.int64)
-            pixel = tile % tiles * PIXELS + tl.arange(0, PIXELS)
-            seen_from = pixels_of(
-                pixel, pixels, out_width, height, width, KERNEL, STRIDE, PADDING, DILATION, (1, 1)
-            )
-            image = x + n * image_size
-            tile_x = gathered(image, taps, seen_from, height, width, KERNEL, (1, 1))
-            own = grad + (n * outputs + block * V) * pixels
-            place = row[:, None].to(INDEX) * pixels + pixel[None, :]
-            there = (row[:, None] < V) & (pixel[None, :] < pixels)
-            g = tl.load(own + place, mask=there, other=0.0)
-            total = multiplied(tile_x, tl.trans(g), total, PRECISION)
+        last = tl.minimum(first_tile + share, all_tiles)
+        for r in range(first_tile, last, GRAD_RUN // PIXELS):
+            run = nothing(x, CHUNK, ROWS)
+            for tile in range(r, tl.minimum(r + GRAD_RUN // PIXELS, last)):
+                n = (tile // tiles).to(tl.int64)
+                pixel = tile % tiles * PIXELS + tl.arange(0, PIXELS)
+                seen_from = pixels_of(
+                    pixel, pixels, out_width, height, width, KERNEL, STRIDE, PADDING, DILATION,
+                    (1, 1),
+                )  # fmt: skip
+                image = x + n * image_size
+                tile_x = gathered(image, taps, seen_from, height, width, KERNEL, (1, 1))
+                own = grad + (n * outputs + block * V) * pixels
+                place = row[:, None].to(INDEX) * pixels + pixel[None, :]
+                there = (row[:, None] < V) & (pixel[None, :] < pixels)
+                g = tl.load(own + place, mask=there, other=0.0)
+                run = multiplied(tile_x, tl.trans(g), run, PRECISION)
+            total += run
         place = (split.to(tl.int64) * entries + entry[:, None]) * V + row[None, :]
         there = (entry[:, None] < end) & (row[None, :] < V)
         tl.store(partial + place, narrowed(total, partial.dtype.element_ty), mask=there)
@@ -256,7 +268,8 @@ def sparse_conv2d(
         return y
     parts = blocks * triton.cdiv(v, min(triton.next_power_of_2(v), 64))
     epilogue = residual is not None or activation == "gelu"
-    sizes = tile_sizes(x.dtype, v, images, size[0] * size[1], parts, epilogue) | tile
+    how = precision(x.dtype)
+    sizes = tile_sizes(x.dtype, how, v, images, size[0] * size[1], parts, epilogue) | tile
     row_tiles = triton.cdiv(v, sizes["ROWS"])
     image = _image(x, kernel, size, sizes["PIXELS"])
     with torch.cuda.device_of(x):
@@ -264,7 +277,7 @@ def sparse_conv2d(
             x, values, columns, starts, bias, residual, y, entries=entries, outputs=blocks * v,
             parts=blocks * row_tiles, row_tiles=row_tiles, **image, KERNEL=kernel, STRIDE=stride,
             PADDING=padding, DILATION=dilation, UPSAMPLE=upsample, ACTIVATION=activation,
-            PRECISION=precision(x.dtype), V=v,
+            PRECISION=how, V=v,
             INDEX=_index(x, v, size, entries), **sizes,
         )  # fmt: skip
     return y

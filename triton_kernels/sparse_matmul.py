@@ -19,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .products import (
+    GRAD_RUN,
     activated,
+    added,
     block_entries,
     grad_sizes,
     index_of,
@@ -29,6 +31,7 @@ from .products import (
     partial_sums,
     positions,
     precision,
+    run_of,
     shares,
     store,
     summed,
@@ -49,7 +52,8 @@ def gathered_rows(x, item, items, column, inside, length, INDEX: tl.constexpr):
 def multiply(
     x, values, columns, starts, bias, residual, y, entries, length, outputs, items, parts,
     row_tiles, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, V: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, RUN: tl.constexpr, PIXELS: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
     """A tile of rows of x for rows of a block."""
     part, tile = tl.program_id(0) % parts, tl.program_id(0) // parts
@@ -58,12 +62,15 @@ def multiply(
     item = tile * PIXELS + tl.arange(0, PIXELS)
     begin, end = block_entries(starts, block, entries)
     total = nothing(x, PIXELS, ROWS)
-    for e in range(begin, end, CHUNK):
-        entry = e + tl.arange(0, CHUNK)
-        column, inside = positions(columns, entry, end, length)
-        w = weights(values, entry[:, None], end, row[None, :], V, INDEX)
-        tile_x = gathered_rows(x, item, items, column, inside, length, INDEX)
-        total = multiplied(tile_x, w, total, PRECISION)
+    for r in range(begin, end, RUN):
+        run = run_of(total, RUN)
+        for e in range(r, tl.minimum(r + RUN, end), CHUNK):
+            entry = e + tl.arange(0, CHUNK)
+            column, inside = positions(columns, entry, end, length)
+            w = weights(values, entry[:, None], end, row[None, :], V, INDEX)
+            tile_x = gathered_rows(x, item, items, column, inside, length, INDEX)
+            run = multiplied(tile_x, w, run, PRECISION)
+        total = added(total, run, RUN)
     total = activated(total, bias, block * V + row[None, :], row[None, :] < V, ACTIVATION)
     place = item[:, None].to(INDEX) * outputs + (block * V + row[None, :])
     store(total, y, residual, place, (item[:, None] < items) & (row[None, :] < V))
@@ -90,13 +97,17 @@ def multiply_values_grad(
         entry = e + tl.arange(0, CHUNK)
         column, inside = positions(columns, entry, end, length)
         total = nothing(x, CHUNK, ROWS)
-        for tile in range(first_tile, tl.minimum(first_tile + share, all_tiles)):
-            item = tile * PIXELS + tl.arange(0, PIXELS)
-            tile_x = gathered_rows(x, item, items, column, inside, length, INDEX)
-            place = item[:, None].to(INDEX) * outputs + (block * V + row[None, :])
-            there = (item[:, None] < items) & (row[None, :] < V)
-            g = tl.load(grad + place, mask=there, other=0.0)
-            total = multiplied(tl.trans(tile_x), g, total, PRECISION)
+        last = tl.minimum(first_tile + share, all_tiles)
+        for r in range(first_tile, last, GRAD_RUN // PIXELS):
+            run = nothing(x, CHUNK, ROWS)
+            for tile in range(r, tl.minimum(r + GRAD_RUN // PIXELS, last)):
+                item = tile * PIXELS + tl.arange(0, PIXELS)
+                tile_x = gathered_rows(x, item, items, column, inside, length, INDEX)
+                place = item[:, None].to(INDEX) * outputs + (block * V + row[None, :])
+                there = (item[:, None] < items) & (row[None, :] < V)
+                g = tl.load(grad + place, mask=there, other=0.0)
+                run = multiplied(tl.trans(tile_x), g, run, PRECISION)
+            total += run
         place = (split.to(tl.int64) * entries + entry[:, None]) * V + row[None, :]
         there = (entry[:, None] < end) & (row[None, :] < V)
         tl.store(partial + place, narrowed(total, partial.dtype.element_ty), mask=there)
@@ -121,12 +132,13 @@ def sparse_matmul(
     items = y.numel() // (blocks * v)
     parts = blocks * triton.cdiv(v, min(triton.next_power_of_2(v), 64))
     epilogue = residual is not None or activation == "gelu"
-    sizes = tile_sizes(x.dtype, v, 1, items, parts, epilogue) | tile
+    how = precision(x.dtype)
+    sizes = tile_sizes(x.dtype, how, v, 1, items, parts, epilogue) | tile
     row_tiles = triton.cdiv(v, sizes["ROWS"])
     with torch.cuda.device_of(x):
         multiply[(triton.cdiv(items, sizes["PIXELS"]) * blocks * row_tiles,)](
             x, values, columns, starts, bias, residual, y, entries, x.shape[-1], blocks * v, items,
-            blocks * row_tiles, row_tiles, ACTIVATION=activation, PRECISION=precision(x.dtype), V=v,
+            blocks * row_tiles, row_tiles, ACTIVATION=activation, PRECISION=how, V=v,
             INDEX=index_of(x.numel(), y.numel(), entries * v), **sizes,
         )  # fmt: skip
     return y
