@@ -143,12 +143,13 @@ inline int64_t worthy_members(double work) {
 }
 
 // Whether a pixel of x is loaded so rarely that filling a tile costs more than loads that straddle
-// cache lines. Measured on 60 and 256 channels, 3x3: with 6 loads 1.3 times faster without a tile,
-// with 13 equal, with 27 half as fast; pointwise with 3 loads 1.3 times faster, with 8 slower.
+// cache lines. Measured on 60 and 256 channels: with 4 to 6 loads up to 1.3 times faster without a
+// tile, with 7 to 9 equal, with 27 half as fast; pointwise, with 3 loads 1.3 times faster, with 8
+// slower.
 inline bool few_uses(const Convolution& call) {
   const double uses = double(call.product.entries) * double((call.product.v + 3) / 4) /
                       double(std::max<int64_t>(1, call.geometry.channels));
-  return uses <= (call.geometry.taps() == 1 ? 6 : 12);
+  return uses <= (call.geometry.taps() == 1 ? 6 : 8);
 }
 
 // Cuts tiles to runs of channels that stay in the L1 cache while all rows of the weight pass by: a

@@ -60,7 +60,7 @@ struct Tiling {
   }
 };
 
-constexpr int64_t kTileBytes = 768 << 10;  // of 2 MB of L2; weights and results want the rest
+constexpr int64_t kTileBytes = 256 << 10;  // of 2 MB of L2; x, weights and results want the rest
 // A tile that is as good as in the L1 cache. Its 48 KB lose less to a quarter of the loads from L2
 // than to sums that are carried more often.
 constexpr int64_t kNearBytes = 64 << 10;
