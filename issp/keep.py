@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+
+_WRITTEN = re.compile(r"(\d+):(\d+)(?::(\d+)|:(flat))?")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,30 @@ class Keep:
             raise ValueError('Keep(layout="flat") has no rows to share a pattern: use v=1')
         if self.tail not in ("error", "dense"):
             raise ValueError(f'Keep(tail="{self.tail}"): use "error" or "dense"')
+
+    @classmethod
+    def parse(cls, text: str, tail: str = "error") -> Keep:
+        """The pattern that a command line writes as "n:of", "n:of:v" or "n:of:flat".
+
+        Args:
+            text: such as "2:4", "1:10:4" for v = 4, "1:20:flat" for layout "flat".
+            tail: of the pattern; it has no notation.
+
+        Raises:
+            ValueError: text of another form, or numbers that do not make a pattern.
+        """
+        found = _WRITTEN.fullmatch(text)
+        if not found:
+            raise ValueError(
+                f'pattern "{text}": write n:of, such as 2:4, with v as 1:10:4, or as 1:20:flat'
+            )
+        n, of, v, flat = found.groups()
+        return cls(int(n), int(of), int(v or 1), "flat" if flat else "channels", tail)
+
+    @property
+    def name(self) -> str:
+        """As tables print it: "1:10 v=4", "1:20 flat"."""
+        return f"{self.n}:{self.of} " + ("flat" if self.layout == "flat" else f"v={self.v}")
 
     @property
     def sparsity(self) -> float:

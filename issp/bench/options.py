@@ -62,7 +62,16 @@ def check_pace(args: argparse.Namespace) -> None:
         raise ValueError("torch sees no CUDA device: use --device cpu")
     if args.seconds is not None and not args.seconds > 0:
         raise ValueError(f"--seconds is {args.seconds}: it must be above 0")
-    for path in filter(None, (args.out, args.plot, args.samples)):
+    folders_exist(args.out, args.plot, args.samples)
+
+
+def folders_exist(*paths: Path | None) -> None:
+    """Checks where files will be written.
+
+    Raises:
+        ValueError: a path lies in no folder.
+    """
+    for path in filter(None, paths):
         if not path.parent.is_dir():
             raise ValueError(f"the folder of {path} does not exist: create {path.parent}")
 
