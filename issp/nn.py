@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from issp import layers
+from issp import handover, layers
 from issp.keep import Keep
 from issp.sparse_layers import DECAY, NM, ConvProduct, LinearProduct, Rows
 
@@ -160,6 +160,9 @@ def convert(
 ) -> dict[str, str]:
     """Replaces the model's convolutions and linear layers by sparse ones, in place.
 
+    Hooks on calls (forward and full backward, with their handles), attributes, the mode and
+    requires_grad follow. Parameters are new: build the optimizer afterwards.
+
     Args:
         model: its Conv2d and Linear layers, not subclasses of them, are replaced.
         keep: the pattern of all of them; none for unstructured weights.
@@ -170,7 +173,9 @@ def convert(
 
     Returns:
         Name of every layer that stays dense -> why: groups, another padding mode, a subclass, a
-        shared weight, nothing to leave out, a pattern with tail="dense" that does not divide it.
+        shared weight, nothing to leave out, a pattern with tail="dense" that does not divide it,
+        or something that cannot follow: more parameters (torch.nn.utils.prune), hooks on the
+        weight or the state, a `forward` of its own.
 
     Raises:
         ValueError: a pattern matches nothing, or a layer does not suit; nothing has been replaced.
@@ -196,6 +201,7 @@ def convert(
         except (TypeError, ValueError) as error:
             raise ValueError(f"{layer.name}: {error}") from None
     for name, module in fresh.items():
+        handover.carry(model.get_submodule(name), module)
         model.set_submodule(name, module)
     return dense
 
@@ -208,6 +214,8 @@ def _stays_dense(layer: layers.Layer, keep: Keep | None, mask: str) -> str | Non
         return f"{type(module).__name__} is a kind of its own"
     if layer.aliases:
         return f"its weight is shared by {', '.join((layer.name, *layer.aliases))}"
+    if obstacle := handover.obstacle(module):
+        return obstacle
     if getattr(module, "groups", 1) != 1:
         return f"groups = {module.groups}"
     if getattr(module, "padding_mode", "zeros") != "zeros":

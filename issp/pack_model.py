@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from issp import choice, layers, pack_paths
+from issp import choice, handover, layers, pack_paths
 from issp import nn as sparse_nn
 from issp.checks import DTYPES
 from issp.keep import Keep
@@ -33,7 +33,8 @@ def pack(
     Every Conv2d and Linear whose weight has zeros is timed on the shapes that it meets in the
     example: dense, channels_last, and sparse in each form that its zeros allow. It stays dense
     where sparse is not faster beyond doubt; so does the whole model. Choices are remembered per
-    machine and shape, see `issp.choice`.
+    machine and shape, see `issp.choice`. Hooks on calls follow and are not called while a layer is
+    timed alone; a layer with something that cannot follow (see `issp.nn.convert`) stays dense.
 
     Args:
         model: any module; it is left as it is. Threads, device and dtype are those of later use.
@@ -68,9 +69,12 @@ def pack(
     lines, replacements = [], {}
     for name, module in root[0].named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            line, new = _packed(name, module, inputs.get(module, []), patterns.get(name), cache)
+            with handover.bare(module):
+                line, new = _packed(name, module, inputs.get(module, []), patterns.get(name), cache)
             lines.append(line)
             if new is not None:
+                handover.carry(module, new)
+                modes[new] = modes[module]
                 replacements[module] = new
     report = Report(lines, choice.machine(_device(root)))
     if replacements:
@@ -79,7 +83,7 @@ def pack(
             for line in lines:
                 line.stay_dense()
     for module in root.modules():
-        module.training = modes.get(module, modes[root])
+        module.training = modes[module]
     packed = root[0]
     packed.report = report
     return packed
@@ -93,6 +97,8 @@ def is_packed(model: nn.Module) -> bool:
 def unpack(model: nn.Module) -> nn.Module:
     """A copy with torch's own layers, zeros where nothing is stored: what can be saved and loaded.
 
+    Hooks on calls and attributes of sparse layers follow.
+
     Args:
         model: packed, or with layers of `issp.nn`; is left as it is.
     """
@@ -101,7 +107,10 @@ def unpack(model: nn.Module) -> nn.Module:
     for parent in list(root.modules()):
         for attribute, child in parent._modules.items():
             if isinstance(child, _SPARSE):
-                parent._modules[attribute] = dense.setdefault(child, child.to_dense())
+                if child not in dense:
+                    dense[child] = child.to_dense()
+                    handover.carry(child, dense[child])
+                parent._modules[attribute] = dense[child]
             elif isinstance(child, _PATHS):
                 pack_paths.restore_(child)
     root[0].__dict__.pop("report", None)
@@ -233,6 +242,8 @@ def _unfit(module: nn.Module, inputs: Sequence[tuple]) -> str:
     """Why a layer cannot have a sparse product at all, or ""."""
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"it is a {type(module).__name__}, which may compute something else"
+    if obstacle := handover.obstacle(module):
+        return obstacle
     weight = module.weight
     if weight.dtype not in DTYPES:
         return f"its weight is {weight.dtype}"

@@ -23,6 +23,8 @@ class SparseLayer(nn.Module):
     """
 
     dense: type[nn.Module]
+    # Attributes of an instance that the dense layer does not have.
+    STATE = frozenset({"mask", "activation", "decay", "shape", "_transposed"})
 
     def _build(self, layer: nn.Module, mask: str, activation: str, decay: float) -> None:
         """Takes everything over from a dense layer; the pattern has been set before."""
@@ -215,6 +217,7 @@ class ConvProduct(SparseLayer):
 
 class NM(SparseLayer):
     keep: Keep
+    STATE = SparseLayer.STATE | {"keep"}
 
     def _begin(self, layer, keep, mask, activation, decay, prune: bool) -> None:
         self._suits(layer)
@@ -273,6 +276,8 @@ class NM(SparseLayer):
 
 
 class Rows(SparseLayer):
+    STATE = SparseLayer.STATE | {"_v", "_chosen"}
+
     def _begin(self, layer, sparsity, v, mask, activation, decay, prune: bool) -> None:
         self._suits(layer)
         rows = layer.weight.shape[0]

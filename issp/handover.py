@@ -1,0 +1,84 @@
+"""What was set on a layer follows it when a sparse layer takes its place.
+
+Hooks on calls and attributes of the user's own follow. Hooks keep the very dicts that they are
+registered in, so that the handles which registered them still remove them.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from issp.sparse_layers import NM, ConvProduct, LinearProduct, Rows, SparseLayer
+
+_CALLS = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_backward_pre_hooks", "_backward_hooks"),
+)
+_STATES = (
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+_DENSE = {
+    nn.Conv2d: frozenset(vars(nn.Conv2d(1, 1, 1, device="meta"))),
+    nn.Linear: frozenset(vars(nn.Linear(1, 1, device="meta"))),
+}
+# What a sparse layer calls its own: an attribute of that name cannot follow.
+_TAKEN = frozenset({"values", "columns", "starts"}).union(
+    NM.STATE, Rows.STATE, *map(dir, (NM, Rows, LinearProduct, ConvProduct))
+)
+
+
+def obstacle(layer: nn.Module) -> str:
+    """Why a sparse layer cannot take the place of an nn.Conv2d or nn.Linear, or ""."""
+    more = [*layer._parameters, *layer._buffers, *layer._modules]
+    more = [name for name in more if name not in ("weight", "bias")]
+    if more:
+        return f"it has {', '.join(more)} besides weight and bias: remove the parametrization"
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and (
+            parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+        ):
+            return f"its {name} has hooks of its own, and a sparse layer's is another tensor"
+    if any(getattr(layer, name) for name in _STATES):
+        return "it has hooks on its state_dict, and a sparse layer's has other entries"
+    if layer._backward_hooks and not layer._is_full_backward_hook:
+        return "its backward hooks see torch's own operation alone: use register_full_backward_hook"
+    clash = [name for name in _own(layer) if name in _TAKEN or hasattr(type(layer), name)]
+    if clash:
+        return f"its attribute {', '.join(clash)} means something else in a sparse layer"
+    return ""
+
+
+def carry(old: nn.Module, new: nn.Module) -> None:
+    """Gives the layer that takes another's place its hooks on calls and its user's attributes."""
+    for name in (*_CALLS, "_is_full_backward_hook"):
+        setattr(new, name, getattr(old, name))
+    for name in _own(old):
+        setattr(new, name, vars(old)[name])
+
+
+@contextmanager
+def bare(layer: nn.Module) -> Iterator[None]:
+    """The layer without its hooks on calls: what is measured inside disturbs nobody."""
+    before = {name: getattr(layer, name) for name in _CALLS}
+    for name in _CALLS:
+        setattr(layer, name, OrderedDict())
+    try:
+        yield
+    finally:
+        for name, hooks in before.items():
+            setattr(layer, name, hooks)
+
+
+def _own(layer: nn.Module) -> list[str]:
+    """Attributes that the user has set: those that a new layer of the kind does not have."""
+    if isinstance(layer, SparseLayer):
+        known = _DENSE[layer.dense] | layer.STATE
+    else:
+        known = _DENSE[type(layer)]
+    return [name for name in vars(layer) if name not in known]
