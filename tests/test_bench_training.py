@@ -303,4 +303,4 @@ def test_help_shows_an_example_that_parses(name, capsys):
     bench.add_arguments(parser)
     own = [words.split() for words in examples if words.startswith(name)]
     assert own and all(parser.parse_args(words).benchmark == name for words in own)
-    assert step.EXAMPLE.count("issp bench step") == 2
+    assert step.EXAMPLE.count("issp bench step") == 3

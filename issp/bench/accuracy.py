@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from issp import checks
 from issp.bench import options
 from issp.bench.machine import machine_line
 from issp.bench.report import grid, write_atomically
+from issp.bench.workload import divides
 from issp.interrupt import Interrupted
 from issp.keep import Keep
 
@@ -114,20 +114,13 @@ def stay_dense(model: nn.Module, keeps: Sequence[Keep]) -> list[str]:
     Raises:
         ValueError: these are all layers.
     """
-    found = {n: m for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    dense = [n for n, m in found.items() if not all(_divides(keep, m.weight) for keep in keeps)]
-    if len(dense) == len(found):
+    kinds = nn.Conv2d | nn.Linear
+    shapes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, kinds)}
+    dense = [n for n, shape in shapes.items() if not all(divides(keep, shape) for keep in keeps)]
+    if len(dense) == len(shapes):
         names = ", ".join(keep.name for keep in keeps)
         raise ValueError(f"no layer is divided by every pattern ({names}): leave some out")
     return dense
-
-
-def _divides(keep: Keep, weight: torch.Tensor) -> bool:
-    try:
-        checks.pattern(weight, "weight", keep.n, keep.of, keep.v, keep.layout)
-    except ValueError:
-        return False
-    return True
 
 
 def _unstructured(sparsity: float) -> str:

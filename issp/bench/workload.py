@@ -8,11 +8,22 @@ from collections.abc import Sequence
 
 import torch
 
-from issp import ops
+from issp import checks, ops
+from issp.keep import Keep
 
 LEARNING_RATE = 2e-4
 _POOL_SLACK = 1 << 16
 _PIECE = 1 << 22
+
+
+def divides(keep: Keep, shape: tuple[int, ...]) -> bool:
+    """Whether a weight of that shape can have the pattern."""
+    try:
+        weight = torch.empty(shape, device="meta")
+        checks.pattern(weight, "weight", keep.n, keep.of, keep.v, keep.layout)
+    except ValueError:
+        return False
+    return True
 
 
 class Workload:
@@ -24,6 +35,7 @@ class Workload:
         dtype: of the weights.
         device: where they live.
         seed: of the initial values and the drift.
+        keep: the N:M pattern of all weights, which it divides; `sparsity` then says nothing.
 
     Attributes:
         weights: initialised as `kaiming_uniform_(a=sqrt(5))` does, PyTorch's default.
@@ -41,13 +53,14 @@ class Workload:
         device: str = "cpu",
         shrink: float = 0.95,
         seed: int = 0,
+        keep: Keep | None = None,
     ) -> None:
         self.shrink = shrink
         self._random = torch.Generator(device).manual_seed(seed)
         numels = [math.prod(shape) for shape in shapes]
-        self.k = [ops.num_pruned(n, sparsity) for n in numels]
+        self.k = [keep.pruned(n) if keep else ops.num_pruned(n, sparsity) for n in numels]
         self.weights = [self._kaiming(shape, dtype, device) for shape in shapes]
-        self.state = ops.ShrinkState(self.weights, self.k)
+        self.state = ops.ShrinkState(self.weights, self.k, [keep] * len(numels) if keep else None)
         # Drawing 43 M normal numbers takes longer than the step: every tensor of every step gets
         # a piece of one pool, from a random place; a huge tensor gets several.
         self._pieces = [x for w in self.weights for x in w.view(-1).split(_PIECE)]
