@@ -16,7 +16,14 @@ from pathlib import Path
 
 import torch
 
-from issp import checks, checks_products, reference, reference_products, schemas
+from issp import (
+    checks,
+    checks_products,
+    checks_update,
+    reference,
+    reference_products,
+    schemas,
+)
 from issp import schemas_products as schemas_products
 
 NAMES = ("reference", "cpp", "triton", "cuda")
@@ -28,8 +35,8 @@ OPS = {
     "regularize_": checks.regularize,
     "magnitude_statistics": checks.magnitude_statistics,
     "count_zeros": checks.count_zeros,
-    "adam_soft_shrink_": checks.adam_soft_shrink,
-    "sgd_soft_shrink_": checks.sgd_soft_shrink,
+    "adam_soft_shrink_": checks_update.adam_soft_shrink,
+    "sgd_soft_shrink_": checks_update.sgd_soft_shrink,
 }
 # The sparse products; their files stand beside those of the passes.
 PRODUCTS = {

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from issp import checkpoint, data, models, optim
-from issp.config import Config, EvalData, Keep, Scheduler, TrainData, nearest
+from issp.config import nearest
+from issp.config_keys import Config, EvalData, Keep, Scheduler, TrainData
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
 Pairs = data.PairedFolder | data.PairedArrays

@@ -1,13 +1,13 @@
 """Argument checks of the ops: one clear sentence with the remedy, before anything is written.
 
 csrc/checks.h makes the same checks at native speed; `issp.ops` comes here for the exact sentence
-and kind of error when a native op refuses.
+and kind of error when a native op refuses. The optimizer ops' stand in checks_update.py, the
+products' in checks_products.py.
 """
 
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Sequence
 
 import torch
@@ -63,7 +63,8 @@ def _separate(named: Sequence[tuple[Tensor, str]]) -> None:
                 raise ValueError(f"{left} and {right} overlap in memory: pass shared weights once")
 
 
-def _state(x: Tensor, name: str, dtype: torch.dtype, length: int, device: torch.device) -> None:
+def vector(x: Tensor, name: str, dtype: torch.dtype, length: int, device: torch.device) -> None:
+    """One contiguous dimension of so many elements, on the weights' device."""
     if x.dtype != dtype:
         raise TypeError(f"{name} has dtype {x.dtype}: it must be {dtype}")
     if x.device != device:
@@ -75,7 +76,8 @@ def _state(x: Tensor, name: str, dtype: torch.dtype, length: int, device: torch.
         )
 
 
-def _shrink(shrink: float) -> None:
+def shrink_factor(shrink: float) -> None:
+    """Whether alpha lies in 0..1."""
     if not 0.0 <= shrink <= 1.0:
         raise ValueError(f"shrink is {shrink}: it must lie in 0..1 (0 is hard thresholding)")
 
@@ -94,16 +96,16 @@ def soft_shrink(
 ):
     """Checks of `soft_shrink_`; `bracket` needs none."""
     tensors(weights, "weights")
-    _shrink(shrink)
+    shrink_factor(shrink)
     numels = [w.numel() for w in weights]
     device, count = weights[0].device, len(weights)
-    _state(k, "k", torch.int64, count, device)
-    _state(thresholds, "thresholds", weights[0].dtype, count, device)
-    _state(masks, "masks", torch.int32, mask_layout(numels)[1], device)
-    _state(flips, "flips", torch.int64, count, device)
-    _state(scratch, "scratch", torch.int32, scratch_words(numels), device)
+    vector(k, "k", torch.int64, count, device)
+    vector(thresholds, "thresholds", weights[0].dtype, count, device)
+    vector(masks, "masks", torch.int32, mask_layout(numels)[1], device)
+    vector(flips, "flips", torch.int64, count, device)
+    vector(scratch, "scratch", torch.int32, scratch_words(numels), device)
     if found_inf is not None:
-        _state(found_inf.view(-1), "found_inf", torch.float32, 1, device)
+        vector(found_inf.view(-1), "found_inf", torch.float32, 1, device)
     state = {"k": k, "thresholds": thresholds, "masks": masks, "flips": flips, "scratch": scratch}
     _separate(
         [(w, f"weights[{i}]") for i, w in enumerate(weights)] + [(x, n) for n, x in state.items()]
@@ -113,129 +115,7 @@ def soft_shrink(
         ranks(k.tolist(), numels, "weights", patterns)
 
 
-def adam_soft_shrink(
-    weights,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    steps,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    weight_decay,
-    decoupled,
-    maximize,
-    lr_tensor,
-    grad_scale,
-    *state,
-):
-    """Checks of `adam_soft_shrink_`; `state` begins with k and goes on as the schema does."""
-    for beta, name in ((beta1, "beta1"), (beta2, "beta2")):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"{name} is {beta}: it must lie in 0..1, 1 excluded")
-    _not_negative(eps, "eps")
-    moments = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    _update(weights, grads, moments, steps, lr, weight_decay, lr_tensor, grad_scale, *state)
-
-
-def sgd_soft_shrink(
-    weights,
-    grads,
-    momentum_buffers,
-    first,
-    lr,
-    momentum,
-    dampening,
-    weight_decay,
-    nesterov,
-    maximize,
-    lr_tensor,
-    grad_scale,
-    *state,
-):
-    """Checks of `sgd_soft_shrink_`; `state` begins with k and goes on as the schema does."""
-    _not_negative(momentum, "momentum")
-    if not math.isfinite(dampening):
-        raise ValueError(f"dampening is {dampening}: it must be finite")
-    if nesterov and not momentum:
-        raise ValueError("nesterov needs a momentum above 0")
-    if len(first) != len(momentum_buffers):
-        raise ValueError(
-            f"first has {len(first)} entries for {len(momentum_buffers)} momentum buffers"
-        )
-    if not momentum and momentum_buffers:
-        raise ValueError("momentum is 0: momentum_buffers and first must be empty lists")
-    moments = {"momentum_buffers": momentum_buffers} if momentum else {}
-    _update(weights, grads, moments, None, lr, weight_decay, lr_tensor, grad_scale, *state)
-
-
-def _not_negative(value: float, name: str) -> None:
-    if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name} is {value}: it must be 0 or a positive number")
-
-
-def _update(
-    weights,
-    grads,
-    moments,
-    steps,
-    lr,
-    weight_decay,
-    lr_tensor,
-    grad_scale,
-    k,
-    shrink,
-    thresholds,
-    masks,
-    flips,
-    scratch,
-    found_inf=None,
-    frozen=False,
-    bracket=True,
-    patterns=(),
-):
-    """Checks that the optimizer ops share; `bracket` needs none."""
-    _not_negative(lr, "lr")
-    _not_negative(weight_decay, "weight_decay")
-    _shrink(shrink)
-    tensors(weights, "weights")
-    device = weights[0].device
-    if weights[0].dtype != torch.float32:
-        raise TypeError(f"weights have dtype {weights[0].dtype}: the optimizer ops take float32")
-    _beside(weights, grads, "grads", (torch.float32, torch.bfloat16))
-    for name, values in moments.items():
-        _beside(weights, values, name, (torch.float32,))
-    if steps is not None:
-        _beside(weights, steps, "steps", (torch.float32,), numel=1)
-    for x, name in ((lr_tensor, "lr_tensor"), (grad_scale, "grad_scale"), (found_inf, "found_inf")):
-        if x is not None:
-            if name == "lr_tensor" and x.dtype not in DTYPES:
-                raise TypeError(f"lr_tensor has dtype {x.dtype}: use a float dtype")
-            _state(x.view(-1), name, x.dtype if name == "lr_tensor" else torch.float32, 1, device)
-    count = k.numel()
-    if count > len(weights):
-        raise ValueError(f"k has {count} entries but there are {len(weights)} weights")
-    numels = [w.numel() for w in weights[:count]]
-    _state(k, "k", torch.int64, count, device)
-    _state(thresholds, "thresholds", torch.float32, count, device)
-    _state(masks, "masks", torch.int32, mask_layout(numels)[1], device)
-    _state(flips, "flips", torch.int64, count, device)
-    _state(scratch, "scratch", torch.int32, scratch_words(numels), device)
-    divisible(weights[:count], patterns)
-    if device.type == "cpu" and not frozen:
-        ranks(k.tolist(), numels, "weights", patterns)
-    lists = {"weights": weights, **moments, "steps": steps or ()}
-    written = [(x, f"{n}[{i}]") for n, values in lists.items() for i, x in enumerate(values)]
-    written += [(thresholds, "thresholds"), (masks, "masks"), (flips, "flips")]
-    written.append((scratch, "scratch"))
-    scalars = ((k, "k"), (lr_tensor, "lr_tensor"), (grad_scale, "grad_scale"))
-    read = [(x, f"grads[{i}]") for i, x in enumerate(grads)]
-    read += [(x, name) for x, name in (*scalars, (found_inf, "found_inf")) if x is not None]
-    _separate_from(written, read)
-
-
-def _beside(weights, values, name, dtypes, numel=None) -> None:
+def beside(weights, values, name, dtypes, numel=None) -> None:
     """One contiguous tensor per weight, on its device and (unless `numel` says) of its size."""
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a list of tensors, not {type(values).__name__}")
@@ -257,7 +137,7 @@ def _beside(weights, values, name, dtypes, numel=None) -> None:
             raise ValueError(f"{name}[{i}] is not contiguous: pass {name}[{i}].contiguous()")
 
 
-def _separate_from(
+def separate_from(
     written: Sequence[tuple[Tensor, str]], read: Sequence[tuple[Tensor, str]]
 ) -> None:
     """What is written overlaps nothing; what is only read may be shared."""
@@ -325,7 +205,7 @@ def apply_masks(values, masks, sets=1) -> None:
                 f"tensors[{i}] has {numel} elements but shares the mask of tensors[{i % count}] "
                 f"with {numels[i % count]}: give the sets in the order of the weights"
             )
-    _state(masks, "masks", torch.int32, mask_layout(numels[:count])[1], values[0].device)
+    vector(masks, "masks", torch.int32, mask_layout(numels[:count])[1], values[0].device)
     _separate([(x, f"tensors[{i}]") for i, x in enumerate(values)] + [(masks, "masks")])
 
 
@@ -333,7 +213,7 @@ def regularize(grads, weights, factors, masks) -> None:
     """Checks of `regularize_`."""
     tensors(weights, "weights")
     dtype, device = weights[0].dtype, weights[0].device
-    _beside(weights, grads, "grads", (dtype,))
+    beside(weights, grads, "grads", (dtype,))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     if not isinstance(factors, Tensor):
         raise TypeError(f"factors must be a tensor, not {type(factors).__name__}")
@@ -346,9 +226,9 @@ def regularize(grads, weights, factors, masks) -> None:
             f"factors must be contiguous with {len(weights)} elements, one per weight, not shape "
             f"{tuple(factors.shape)}"
         )
-    _state(masks, "masks", torch.int32, mask_layout([w.numel() for w in weights])[1], device)
+    vector(masks, "masks", torch.int32, mask_layout([w.numel() for w in weights])[1], device)
     read = [(w, f"weights[{i}]") for i, w in enumerate(weights)]
-    _separate_from(
+    separate_from(
         [(g, f"grads[{i}]") for i, g in enumerate(grads)],
         [*read, (factors, "factors"), (masks, "masks")],
     )
@@ -367,7 +247,7 @@ def count_zeros(values) -> None:
 def nm_prune(weight, n, m, v, layout, shrink=0.0) -> None:
     """Checks of `nm_prune`; a dimension that the pattern does not divide is an error."""
     tensors([weight], "weight")
-    _shrink(shrink)
+    shrink_factor(shrink)
     pattern(weight, "weight", n, m, v, layout)
 
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from issp import builders, checkpoint, config, data, evaluate, floats, logs, plots
 from issp.commands.common import table
+from issp.config_keys import Config
 from issp.train import train
 
 SCALE, MODEL, BATCH, PATCH, LEARNING_RATE = 2, "edsr-tiny", 8, 64, 1e-3
@@ -102,7 +103,7 @@ def run(options: Options) -> list[Row]:
     return rows
 
 
-def settings(options: Options, name: str, iterations: int, sparsity: float | None) -> config.Config:
+def settings(options: Options, name: str, iterations: int, sparsity: float | None) -> Config:
     """The configuration of one of the demo's trainings; the same keys as a YAML file."""
     freeze = max(1, iterations * 2 // 5)
     tree: dict[str, Any] = {
@@ -168,7 +169,7 @@ def fitting_iterations(options: Options, probe: int = 12) -> int:
     return max(20, int(0.9 * 60 * options.minutes / each))
 
 
-def _train(settings: config.Config, held_out: data.EvalDataset) -> tuple[nn.Module, Row]:
+def _train(settings: Config, held_out: data.EvalDataset) -> tuple[nn.Module, Row]:
     # A repeated demo replaces its own earlier run.
     shutil.rmtree(settings.folder, ignore_errors=True)
     model = train(settings)

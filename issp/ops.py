@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from issp import checks, reference
+from issp import checks, checks_update, reference
 from issp.keep import Keep
 from issp.schemas import mask_layout, mask_words, scratch_words
 
@@ -175,8 +175,12 @@ _statistics = _explained(checks.magnitude_statistics)(lambda x: _op.magnitude_st
 _zeros = _explained(checks.count_zeros)(lambda x: _op.count_zeros(x))
 _nm_prune = _explained(checks.nm_prune)(lambda *args: _op.nm_prune(*args))
 # For `issp.optim`, which knows when a weight's version has to be counted up; see schemas.py.
-adam_soft_shrink_ = _explained(checks.adam_soft_shrink)(lambda *args: _op.adam_soft_shrink_(*args))
-sgd_soft_shrink_ = _explained(checks.sgd_soft_shrink)(lambda *args: _op.sgd_soft_shrink_(*args))
+adam_soft_shrink_ = _explained(checks_update.adam_soft_shrink)(
+    lambda *args: _op.adam_soft_shrink_(*args)
+)
+sgd_soft_shrink_ = _explained(checks_update.sgd_soft_shrink)(
+    lambda *args: _op.sgd_soft_shrink_(*args)
+)
 
 
 def _numels(tensors: Sequence[Tensor], name: str) -> list[int]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from issp import checks, reference_updates
+from issp import checks, checks_update, reference_updates
 from issp.reference_passes import count_zeros as count_zeros
 from issp.reference_passes import magnitude_statistics as magnitude_statistics
 from issp.reference_passes import regularized
@@ -149,7 +149,7 @@ def adam_soft_shrink_(
     """See `adam_soft_shrink_` in schemas.py; the rule stands in reference_updates.py."""
     state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
     scalars = (lr, beta1, beta2, eps, weight_decay, decoupled)
-    checks.adam_soft_shrink(
+    checks_update.adam_soft_shrink(
         *(weights, grads, exp_avgs, exp_avg_sqs, steps),
         *(*scalars, maximize, lr_tensor, grad_scale, *state, frozen, bracket, patterns),
     )
@@ -194,7 +194,7 @@ def sgd_soft_shrink_(
     """See `sgd_soft_shrink_` in schemas.py; the rule stands in reference_updates.py."""
     state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
     scalars = (lr, momentum, dampening, weight_decay, nesterov)
-    checks.sgd_soft_shrink(
+    checks_update.sgd_soft_shrink(
         *(weights, grads, momentum_buffers, first),
         *(*scalars, maximize, lr_tensor, grad_scale, *state, frozen, bracket, patterns),
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from issp import checkpoint
-from issp.config import Config, dump
+from issp.config import dump
+from issp.config_keys import Config
 
 
 class RunFolder:

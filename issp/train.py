@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from issp import builders, checkpoint, evaluate, floats, gradients, logs
-from issp.config import Config
+from issp.config_keys import Config
 from issp.data import write_image
 from issp.interrupt import Interrupted, StopRequest
 from issp.rundir import RunFolder
@@ -37,7 +37,7 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
     """Trains, prunes and fine-tunes what a configuration says.
 
     Args:
-        config: see `issp.config`.
+        config: see `issp.config_keys`.
         resume: continue from `path.resume_state`, or else from the latest state of the run's
             folder. On a CPU the result is bitwise that of a run without a break.
         quiet: print nothing.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import issp
-from issp import Keep, attach, builders, config, ops
+from issp import Keep, attach, builders, config_keys, ops
 from tests.optim_twins import assert_twins, network, together, twins
 from tests.pruned_nets import adam, net, same, step, train, weights
 from tests.small_models import (
@@ -268,7 +268,7 @@ def test_a_ratio_becomes_a_pattern_when_loaded_loosely():
 
 
 def test_driver_configuration_has_a_tail():
-    section = config.Keep(n=2, of=4, tail="dense")
+    section = config_keys.Keep(n=2, of=4, tail="dense")
     assert builders._keep(section) == Keep(2, of=4, tail="dense")
     assert builders._target({"n": 1, "of": 4, "tail": "dense"}).tail == "dense"
 

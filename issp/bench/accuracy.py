@@ -175,8 +175,8 @@ class Report:
         line.kept = about["weights"] - about["zeros"]
 
     def settings(self, variant: Variant, seed: int, folder: Path):
-        """The demo's configuration (`issp.config.Config`) with this variant's pruning."""
-        from issp import config, demo
+        """The demo's configuration (`issp.config_keys.Config`) with this variant's pruning."""
+        from issp import config_keys, demo
 
         chosen = demo.Options(folder, seed=seed)
         settings = demo.settings(chosen, "run", self.iterations, variant.sparsity or None)
@@ -185,7 +185,7 @@ class Report:
             settings.sparsity.exclude = list(self.dense)
             keep = variant.keep
             if keep:
-                settings.sparsity.keep = config.Keep(keep.n, keep.of, keep.v, keep.layout)
+                settings.sparsity.keep = config_keys.Keep(keep.n, keep.of, keep.v, keep.layout)
         return settings
 
     def against_unstructured(self, line: Line) -> list[float]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from issp import checks
+from issp import checks, checks_update
 from issp.schemas import mask_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -356,7 +356,7 @@ def adam_soft_shrink_(
 ) -> None:
     """See schemas.py."""
     if _options["checked"]:
-        checks.adam_soft_shrink(
+        checks_update.adam_soft_shrink(
             *(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps),
             *(weight_decay, decoupled, *rest),
         )
@@ -371,7 +371,7 @@ def sgd_soft_shrink_(
 ) -> None:
     """See schemas.py."""
     if _options["checked"]:
-        checks.sgd_soft_shrink(
+        checks_update.sgd_soft_shrink(
             *(weights, grads, momentum_buffers, first, lr, momentum, dampening),
             *(weight_decay, nesterov, *rest),
         )
