@@ -1,8 +1,14 @@
 """Layers with sparse weights, in place of torch's: NMLinear, NMConv2d, SparseLinear, SparseConv2d.
 
-mask "fixed": the stored values are the parameter, their positions are buffers. mask "ste" and
-"sr-ste": the dense weight is the parameter; each forward keeps its largest magnitudes and
-multiplies by those alone, and the gradient reaches all of it, see issp/moving.py.
+Their constructors take the arguments of torch's layer (a convolution with groups = 1 and
+padding_mode "zeros" alone), initialise as it does and then prune by magnitude; `from_dense` takes
+over a layer that exists. All of them take:
+    mask        "fixed": the stored values are the parameter, their positions are buffers.
+                "ste", "sr-ste": the dense weight is the parameter; each forward keeps its largest
+                magnitudes and multiplies by those alone, and the gradient reaches all of it, see
+                issp/moving.py.
+    activation  "none", "relu" or "gelu" behind the product, fused outside training.
+    decay       of "sr-ste": how strongly weights that are not kept are pulled to zero.
 """
 
 from __future__ import annotations
@@ -20,12 +26,8 @@ class NMLinear(NM, LinearProduct):
     """nn.Linear of which every `keep.of` inputs have `keep.n` weights.
 
     Args:
-        in_features, out_features, bias, device, dtype: as nn.Linear; initialised as it, then
-            pruned by magnitude.
-        keep: the pattern; it must divide the weight.
-        mask: "fixed", "ste" or "sr-ste", see issp/nn.py.
-        activation: "none", "relu" or "gelu" behind the product, fused outside training.
-        decay: of "sr-ste".
+        in_features, ..., dtype, mask, activation, decay: see `issp.nn`.
+        keep: the pattern, of layout "channels"; it must divide the weight.
     """
 
     def __init__(
@@ -49,10 +51,7 @@ class NMLinear(NM, LinearProduct):
 class NMConv2d(NM, ConvProduct):
     """nn.Conv2d that keeps `keep.n` of every `keep.of` input channels at each kernel position.
 
-    Args:
-        in_channels, ..., dtype: as nn.Conv2d, with groups = 1 and padding_mode "zeros" alone;
-            initialised as it, then pruned by magnitude.
-        keep, mask, activation, decay: see `NMLinear`.
+    The arguments are those of nn.Conv2d and of `NMLinear`.
     """
 
     def __init__(
@@ -86,11 +85,9 @@ class SparseLinear(Rows, LinearProduct):
     """nn.Linear that keeps the largest weights.
 
     Args:
-        in_features, out_features, bias, device, dtype: as nn.Linear; initialised as it, then
-            pruned by magnitude.
+        in_features, ..., dtype, mask, activation, decay: see `issp.nn`.
         sparsity: share of the weights that is pruned, see `issp.num_pruned`.
         v: consecutive output rows that share their positions.
-        mask, activation, decay: see `NMLinear`.
     """
 
     def __init__(
@@ -115,11 +112,7 @@ class SparseLinear(Rows, LinearProduct):
 class SparseConv2d(Rows, ConvProduct):
     """nn.Conv2d that keeps the largest weights.
 
-    Args:
-        in_channels, ..., dtype: as nn.Conv2d, with groups = 1 and padding_mode "zeros" alone;
-            initialised as it, then pruned by magnitude.
-        sparsity, v: see `SparseLinear`.
-        mask, activation, decay: see `NMLinear`.
+    The arguments are those of nn.Conv2d and of `SparseLinear`.
     """
 
     def __init__(

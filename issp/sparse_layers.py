@@ -243,11 +243,9 @@ class NM(SparseLayer):
 
         Args:
             layer: torch's layer. mask "fixed": its weight must be N:M already, which
-                `issp.ops.nm_prune` makes it.
+                `issp.ops.nm_prune` makes it. Its hooks are not taken over.
             keep: the pattern, of layout "channels".
-            mask: "fixed", "ste" or "sr-ste".
-            activation: "none", "relu" or "gelu", behind the product.
-            decay: of "sr-ste".
+            mask, activation, decay: see `issp.nn`.
 
         Raises:
             TypeError, ValueError: the layer cannot have this pattern; why.
@@ -309,12 +307,11 @@ class Rows(SparseLayer):
         """The layer with a sparse weight; copies, the dense layer stays as it is.
 
         Args:
-            layer: torch's layer. mask "fixed": what is not zero in its weight is kept.
+            layer: torch's layer. mask "fixed": what is not zero in its weight is kept. Its hooks
+                are not taken over.
             v: consecutive output rows that share their positions.
-            mask: "fixed", "ste" or "sr-ste".
             sparsity: share that a moving mask prunes, 0..1; none for "fixed".
-            activation: "none", "relu" or "gelu", behind the product.
-            decay: of "sr-ste".
+            mask, activation, decay: see `issp.nn`.
 
         Raises:
             TypeError, ValueError: the layer cannot become one; why.
