@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+# `accuracy` is left out: it trains for half an hour and times nothing.
 # Bar charts say less than their tables: no picture of step, optim and train, since what a rented
 # GPU machine gives back is a handful of files.
 BENCHMARKS = {

@@ -266,9 +266,9 @@ def _sparse(name: str, module: nn.Module, keep: Keep | None) -> tuple[dict[str, 
     if keep is not None:
         kind = sparse_nn.NMConv2d if conv else sparse_nn.NMLinear
         try:
-            return {f"{keep.n}:{keep.of} v={keep.v}": kind.from_dense(module, keep)}, ""
+            return {keep.name: kind.from_dense(module, keep)}, ""
         except ValueError as error:
-            return {}, f"{keep.n}:{keep.of} v={keep.v} does not fit {name}: {error}"
+            return {}, f"{keep.name} does not fit {name}: {error}"
     kind = sparse_nn.SparseConv2d if conv else sparse_nn.SparseLinear
     kept = int((module.weight != 0).sum())
     found = {}

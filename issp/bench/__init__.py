@@ -1,4 +1,4 @@
-"""`issp bench`: tables of measured times, each beside its peers from the same run."""
+"""`issp bench`: tables of what was measured, beside its peers from the same run."""
 
 from __future__ import annotations
 
