@@ -1,4 +1,4 @@
-// Argument checks of the optimizer ops, CPU and CUDA; issp/checks.py makes the same ones.
+// Argument checks of the optimizer ops, CPU and CUDA; issp/checks_update.py makes the same ones.
 #pragma once
 
 #include <cmath>
