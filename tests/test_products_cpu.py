@@ -31,7 +31,7 @@ def conv(name: str, weight: Weight, image=(9, 17), padding=(1, 1), **more) -> Co
     return ConvCase(name, weight, image=image, padding=padding, **more)
 
 
-# Over 20 loads a channel (64 for 1x1) keep to tiles; 6 entries in each L1 cache of channels: runs.
+# Over 8 loads a channel (6 for 1x1) keep to tiles; 6 entries in each L1 cache of channels: runs.
 DENSER = Weight(48, 320, (3, 3), 0.15)
 TILES = [
     *(conv(f"runs, v={v}", replace(DENSER, v=v)) for v in (1, 2, 3)),
@@ -42,11 +42,16 @@ TILES = [
     conv("no runs, v=4", Weight(48, 320, (3, 3), 0.3, 4)),
     conv("no runs, few channels", Weight(64, 8, (3, 3), 0.5), (20, 50), batch=2),
     conv("no runs, 1x1", Weight(160, 12, (1, 1), 0.7), (20, 16), (0, 0)),
+    conv("no runs, 1x1, few rows to a tile", Weight(48, 200, (1, 1), 0.5), (20, 21), (0, 0)),
     conv("no runs, last tile narrower", Weight(64, 60, (3, 3), 0.2), (37, 100)),
     conv("runs, upsampled", DENSER, (4, 9), upsample=(2, 2)),
 ]
 MATMULS = [
-    MatmulCase(f"tokens {v}", Weight(48, 512, pattern=0.3, v=v), lead=(2, 37)) for v in (1, 2, 3, 4)
+    *(
+        MatmulCase(f"tokens {v}", Weight(48, 512, pattern=0.3, v=v), lead=(2, 37))
+        for v in (1, 2, 3, 4)
+    ),
+    MatmulCase("tokens, few rows to a tile", Weight(48, 200, pattern=0.5), lead=(2, 67)),
 ]
 
 
@@ -65,7 +70,8 @@ def few(i: int, image, kernel=(3, 3), padding=(1, 1), dilation=(1, 1), **more) -
     more |= {"activation": ("none", "none", "relu", "gelu")[i % 4]}
     more |= {"bias": i % 5 > 0, "residual": i % 3 == 0, "dilation": dilation}
     name = f"{kernel} padded {padding} dilated {dilation} on {image}, {i}"
-    return conv(name, Weight(2 * v, 40, kernel, 0.09, v), image, padding, **more)
+    density = 0.04 if kernel[0] * kernel[1] > 9 else 0.09
+    return conv(name, Weight(2 * v, 40, kernel, density, v), image, padding, **more)
 
 
 WIDTHS = [few(w, (1 + 7 * w % 19, w), batch=1 + w % 2) for w in (*range(1, 71), 80, 112, 127, 128)]
@@ -99,9 +105,9 @@ def test_straight_from_x(back_end, cases):
 
 
 STRAIGHT = [
-    conv("straight, shared rows", Weight(12, 60, (3, 3), 0.1), (40, 52)),
-    conv("straight, shared units", Weight(2, 60, (3, 3), 0.5), (40, 52), batch=2),
-    conv("straight, one block", Weight(4, 60, (3, 3), 0.9, 4), (33, 29)),
+    conv("straight, shared rows", Weight(12, 60, (3, 3), 0.07), (40, 52)),
+    conv("straight, shared units", Weight(2, 60, (3, 3), 0.4), (40, 52), batch=2),
+    conv("straight, one block", Weight(4, 60, (3, 3), 0.8, 4), (33, 29)),
     conv("straight, 1x1", Weight(16, 60, (1, 1), 0.3, 2), (40, 52), (0, 0)),
 ]
 THREADED = [
@@ -109,7 +115,7 @@ THREADED = [
     # One or two units where one thread works, more where several do: runs must not follow.
     conv("runs of few pixels", Weight(96, 256, (3, 3), 0.1), (8, 16)),
     # What a unit of one thread sees does not fit the cache, half of it does.
-    conv("many channels", Weight(40, 1024, (3, 3), 0.045), (16, 16)),
+    conv("many channels", Weight(40, 1024, (3, 3), 0.02), (16, 16)),
 ]
 
 
@@ -239,11 +245,11 @@ for op, small, large in zip(ops, given(16, 96), given(256, 192)):
 
 
 def test_memory():
-    """Beside the result at most the dense weights and 2 MB of tile for each of two threads."""
+    """Beside the result, which is seen, at most the dense weights and 2 MB of tile a thread."""
     sets = [back_end.name.removeprefix("cpp-") for back_end in CPP]
     fresh = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what was freed before is not reused
     command = [sys.executable, "-c", MEMORY, *sets]
     done = subprocess.run(command, capture_output=True, text=True, env=fresh)
     assert done.returncode == 0 and done.stdout.count("\n") == 2 * len(sets), done.stderr
     for *name, more in (line.split(",") for line in done.stdout.splitlines()):
-        assert 1 << 16 < int(more) < 4 * 256 * 256 * 9 + 2 * (2 << 20), f"{name}: {more} bytes"
+        assert -(1 << 18) < int(more) < 4 * 256 * 256 * 9 + 2 * (2 << 20), f"{name}: {more} bytes"
