@@ -31,6 +31,11 @@ class Line:
     choice: str = "dense"
     reason: str = ""
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a sparse form computes it now."""
+        return self.choice not in _DENSE
+
     def fill(self, found: Choice, sparse: Sequence[str]) -> None:
         """Takes over what was measured; `sparse` names the sparse candidates."""
         times = found.microseconds
@@ -73,7 +78,7 @@ class Report:
 
     def summary(self) -> str:
         """One sentence on the whole model."""
-        sparse = [line for line in self.lines if line.choice not in _DENSE]
+        sparse = [line for line in self.lines if line.is_sparse]
         count = f"{len(sparse)} of {len(self.lines)} layers are sparse"
         if self.whole is None:
             return f"{count}: the model computes as before."

@@ -251,7 +251,9 @@ def _entries(data: Data, packed, settings: Settings) -> tuple[list[Entry], list[
                     precision=form.precision,
                     flops=2.0 * work * sparse.weights * layer.applications,
                     nbytes=float(work * (size * activations + sparse.nbytes)),
-                    task=_task(sparse_call(data, sparse, pass_), form.precision, settings, True),
+                    task=task(
+                        sparse_call(data, sparse, pass_), form.precision, settings.device, True
+                    ),
                     sparsity=sparsity,
                     actual=1 - sparse.weights / math.prod(layer.weight),
                     label=sparse.label,
@@ -270,8 +272,8 @@ def _peers(data: Data, packed, settings: Settings) -> tuple[list[Entry], list[st
 
     def add(name: str, make_call, precision: str, sparsity: float, kept: float, label: str) -> None:
         try:
-            task = _task(make_call(), precision, settings)
-            task.capturable = False  # what a failed capture leaves behind would hit the others
+            peer = task(make_call(), precision, settings.device)
+            peer.capturable = False  # what a failed capture leaves behind would hit the others
         except (ValueError, RuntimeError, NotImplementedError) as error:
             failed[name] = (str(error).splitlines() or [type(error).__name__])[0]
             return
@@ -279,7 +281,7 @@ def _peers(data: Data, packed, settings: Settings) -> tuple[list[Entry], list[st
         size = DTYPES[precision].itemsize
         nbytes = float(size * (activations + kept))
         entries.append(
-            Entry(name, "forward", precision, flops, nbytes, task, False, sparsity, sparsity, label)
+            Entry(name, "forward", precision, flops, nbytes, peer, False, sparsity, sparsity, label)
         )
 
     for (form, sparsity), sparse in packed.items():
@@ -310,18 +312,26 @@ def _dense_task(data: Data, variant: Dense, pass_: str, settings: Settings) -> T
     call = dense_call(data, variant, pass_)
     # The plainest dense product must run: it is the yardstick where nothing is better.
     plain = variant == Dense(label=variant.label)
-    return _task(call, variant.precision, settings, plain, variant.search)
+    return task(call, variant.precision, settings.device, plain, variant.search)
 
 
-def _task(
+def task(
     call: Callable[[], object],
     precision: str,
-    settings: Settings,
+    device: str,
     required: bool = False,
     search: bool = True,
 ) -> Task:
+    """A call to be timed among others, at its precision and, on a CPU, with warm caches.
+
+    Args:
+        call: what is timed.
+        precision, search: see `issp.bench.products_calls.set_precision`.
+        device: "cpu" or "cuda".
+        required: see `issp.bench.timing.Task`.
+    """
     # The calls take turns: caches and clock rate are to be as in a loop of this call.
-    warm_up = _WarmUp(call) if settings.device == "cpu" else _nothing
+    warm_up = _WarmUp(call) if device == "cpu" else _nothing
 
     def prepare() -> None:
         set_precision(precision, search)
@@ -354,7 +364,7 @@ def _precisions(entries: Sequence[Entry]) -> list[str]:
 def _matrix_product(precision: str, side: int, settings: Settings) -> Task:
     shape, place = (side, side), {"dtype": DTYPES[precision], "device": settings.device}
     a, b = (torch.ones(shape, **place) for _ in range(2))
-    return _task(lambda: a @ b, precision, settings)
+    return task(lambda: a @ b, precision, settings.device)
 
 
 def _notes(report: Report, settings: Settings, modes: Sequence[Mode]) -> list[str]:

@@ -14,6 +14,7 @@ _BENCHMARKS = {
     "train": "issp.bench.train",
     "matmul": "issp.bench.products_matmul",
     "conv": "issp.bench.products_conv",
+    "network": "issp.bench.network",
     "accuracy": "issp.bench.accuracy",
 }
 
