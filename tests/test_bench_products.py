@@ -120,6 +120,16 @@ class TestForms:
         assert smallest <= weight.abs()[sparse.dense != 0].min()
         assert torch.equal(sparse.p.to_dense(), sparse.dense)
 
+    def test_rows_that_share_what_they_keep_are_exact_too(self):
+        weight = torch.randn(16, 8, 3, 3)
+        sparse = products_forms.make(weight, Form(4, nm=False), 0.9)
+        sums = weight.view(4, 4, 72).abs().sum(1)
+        kept = (sparse.dense.view(4, 4, 72) != 0).all(1)
+        assert kept.sum() == 288 - num_pruned(288, 0.9) and sparse.label == "90.28 %"
+        assert sums[~kept].max() <= sums[kept].min()
+        assert sparse.weights == 4 * kept.sum() and sparse.p.values.shape[1] == 4
+        assert torch.equal(sparse.p.to_dense(), sparse.dense)
+
     @pytest.mark.parametrize("v", [1, 4])
     def test_nm_is_the_pattern(self, v):
         weight = torch.randn(16, 20, 3, 3)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from issp import ops
@@ -21,7 +22,7 @@ class Form:
 
     Attributes:
         v: output rows that share a pattern.
-        nm: N:M along the input channels; otherwise unstructured.
+        nm: N:M along the input channels; otherwise unstructured, by the rows' summed magnitudes.
         precision: "fp32", "tf32" (float32 tensors, the products of a GPU's tensor cores), "bf16"
             or "fp16".
     """
@@ -33,7 +34,9 @@ class Form:
     @property
     def name(self) -> str:
         """As printed."""
-        kind = f"N:M v={self.v}" if self.nm else "unstructured"
+        kind = "N:M" if self.nm else "unstructured"
+        if self.nm or self.v > 1:
+            kind += f" v={self.v}"
         return kind if self.precision == "fp32" else f"{kind} {self.precision}"
 
 
@@ -120,9 +123,12 @@ def make(weight: Tensor, form: Form, sparsity: float) -> Sparse:
         return Sparse(
             ops.nm_pack(pruned, keep), pruned, f"{keep.n}:{keep.of} ({100 * keep.sparsity:.4g} %)"
         )
-    k = ops.num_pruned(weight.numel(), sparsity)
-    pruned = weight.clone()
+    shared = weight.view(-1, form.v, weight[0].numel())
+    sums = shared.abs().sum(1, keepdim=True)
+    k = ops.num_pruned(sums.numel(), sparsity)
+    keep = torch.ones_like(sums)
     if k:
-        smallest = weight.flatten().abs().topk(k, largest=False).indices
-        pruned.view(-1)[smallest] = 0
-    return Sparse(ops.sparse_pack(pruned), pruned, f"{100 * k / weight.numel():.4g} %")
+        keep.view(-1)[sums.flatten().topk(k, largest=False).indices] = 0
+    pruned = (shared * keep).view(weight.shape)
+    label = f"{100 * k / sums.numel():.4g} %"
+    return Sparse(ops.sparse_pack(pruned, form.v), pruned, label)

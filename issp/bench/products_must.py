@@ -42,11 +42,13 @@ class Column:
 
 
 _PLAIN = ((4, 7, 16), (5, 8, 20), (4, 6, 9))
+_SHARED = ((6, 10, 25), (7, 11, 30), (6, 9, 14))  # by four rows of the weight
 COLUMNS = {
     "cpu": (
         Column(Form(nm=False), "fp32", _PLAIN, _STEP_TARGET),
         Column(Form(1), "fp32", _PLAIN, _STEP_TARGET),
-        Column(Form(4), "fp32", ((6, 10, 25), (7, 11, 30), (6, 9, 14)), _STEP_TARGET),
+        Column(Form(4, nm=False), "fp32", _SHARED, _STEP_TARGET),
+        Column(Form(4), "fp32", _SHARED, _STEP_TARGET),
     ),
     "cuda": (
         Column(Form(4), "fp32", ((9, 15, 35), (4, 6, 10), None)),
