@@ -92,10 +92,11 @@ class DirectRun {
 
   void operator()(const Lists<DirectEntry>& lists, const float* x, const float* values,
                   const float* bias, const float* residual, float* y, int64_t members) const {
-    // Threads share the rows of the weight where one row's pixels are few: two threads that write
-    // to one page take its lines from each other, because prefetchers run ahead within a page.
+    // Threads share pixels, so that each has its part of x in its L2. Pointwise they share the rows
+    // of the weight: two threads that write to one page take its lines from each other, because
+    // prefetchers run ahead within a page.
     const int64_t units = by_.batch * across_ * down_, blocks = product_.blocks;
-    const bool by_rows = blocks >= members && (by_.taps() == 1 || members <= 4);
+    const bool by_rows = blocks >= members && by_.taps() == 1;
     const int64_t count = std::min(members, by_rows ? blocks : units);
     for_members(count, [&](int64_t member) {
       const int64_t whole = by_rows ? blocks : units;
