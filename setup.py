@@ -12,7 +12,7 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -134,6 +134,7 @@ if nvcc() and list(ROOT.glob("csrc/cuda/*.cu")):
     extensions.append(CudaLibrary(nvcc()))
 
 setup(
+    packages=[*find_packages(include=["issp", "issp.*"]), "issp.triton_kernels"],
     ext_modules=extensions,
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from issp.bench import registry
+from bench.harness import registry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from issp.bench import options
-from issp.bench.machine import machine_line
-from issp.bench.report import grid, write_atomically
-from issp.bench.workload import divides
-from issp.interrupt import Interrupted
-from issp.keep import Keep
+from bench.harness import options
+from bench.harness.machine import machine_line
+from bench.harness.report import grid, write_atomically
+from bench.harness.workload import divides
+from issp.ops.keep import Keep
+from issp.sr.interrupt import Interrupted
 
 EXAMPLE = """examples:
   issp bench accuracy --pattern 3:32 3:32:4 --iters 300 --seeds 0
@@ -136,7 +136,7 @@ class Report:
     """
 
     def __init__(self, rows: Sequence[Variant], iterations: int) -> None:
-        from issp import builders, data, demo, evaluate
+        from issp.sr import builders, data, demo, evaluate
 
         self.lines = [Line(variant) for variant in rows]
         self.iterations = iterations
@@ -164,8 +164,8 @@ class Report:
         self.seeds.append(seed)
 
     def _train(self, line: Line, seed: int) -> None:
-        from issp import checkpoint, evaluate
-        from issp.train import train
+        from issp.sr import checkpoint, evaluate
+        from issp.sr.train import train
 
         with tempfile.TemporaryDirectory() as folder:
             model = train(self.settings(line.variant, seed, Path(folder)), quiet=True)
@@ -175,8 +175,8 @@ class Report:
         line.kept = about["weights"] - about["zeros"]
 
     def settings(self, variant: Variant, seed: int, folder: Path):
-        """The demo's configuration (`issp.config_keys.Config`) with this variant's pruning."""
-        from issp import config_keys, demo
+        """The demo's configuration (`issp.sr.config_keys.Config`) with this variant's pruning."""
+        from issp.sr import config_keys, demo
 
         chosen = demo.Options(folder, seed=seed)
         settings = demo.settings(chosen, "run", self.iterations, variant.sparsity or None)
@@ -196,7 +196,7 @@ class Report:
 
     def markdown(self) -> str:
         """The table with its machine line, and what has to be known to read or repeat it."""
-        from issp import demo
+        from issp.sr import demo
 
         head = ["what", "kept weights", *(f"PSNR, seed {seed}" for seed in self.seeds)]
         head += ["mean", "SSIM", "against unstructured, dB"]
@@ -217,7 +217,7 @@ class Report:
         return [*cells, f"{_mean(apart):+.2f} ({min(apart):+.2f} to {max(apart):+.2f})"]
 
     def _notes(self) -> list[str]:
-        from issp import demo
+        from issp.sr import demo
 
         sparse = next((x.variant for x in self.lines if x.variant.sparsity), None)
         freeze = self.settings(sparse, 0, Path()).sparsity.freeze_iter if sparse else 0

@@ -1,6 +1,6 @@
 """All benchmarks, each in a process of its own: one that fails or hangs does not stop the others.
 
-    python bench/run.py all --device cuda --folder bench/results/gpu-2026-11-22
+    python -m bench all --device cuda --folder bench/results/gpu-2026-11-22
 
 Leaves bench.md (tables as far as they got, and what failed), samples.json (every measured time) and
 one picture per benchmark in the folder. Exit status 1 when a benchmark failed.
@@ -47,7 +47,8 @@ PACE = {
         "network": ["--model", "edsr-baseline", "--sparsity", "0.95", "--seconds", "2"],
     },
 }
-SCRIPT = Path(__file__).with_name("run.py")
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = ("-m", "bench")
 _MOST_ERRORS = 4000  # characters
 LIMIT = {"cpu": 1800, "cuda": 110}
 LIMITS = {"cpu": {"conv": 7200, "matmul": 3600}, "cuda": {"conv": 220, "matmul": 150}}
@@ -86,7 +87,7 @@ def run(name: str, options: Sequence[str], picture: Path | None, limit: float) -
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out, err, samples = (Path(folder, x) for x in ("out.md", "err.txt", "samples.json"))
-        command = [sys.executable, SCRIPT, *BENCHMARKS[name], *options]
+        command = [sys.executable, *COMMAND, *BENCHMARKS[name], *options]
         command += ["--samples", samples]
         command += ["--plot", picture] if picture else []
         with open(out, "wb") as stdout, open(err, "wb") as stderr:

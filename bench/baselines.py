@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from bench.harness import cub
+from bench.harness.registry import Row
+from bench.harness.workload import Workload
 from issp import ops
-from issp.bench import cub
-from issp.bench.registry import Row
-from issp.bench.workload import Workload
 
 
 def _step(bracket: bool):

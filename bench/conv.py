@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 
-from issp.bench import products
+from bench.products import measure
 
 EXAMPLE = """examples:
   issp bench conv --model edsr-l --size 48 --threads 1 2 --plot conv.png
@@ -19,7 +19,7 @@ EXAMPLE = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `issp bench conv`."""
-    products.add_arguments(parser, conv=True)
+    measure.add_arguments(parser, conv=True)
     parser.add_argument(
         "--must-show",
         action="store_true",
@@ -28,5 +28,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> list:
-    """See `issp.bench.products.run`."""
-    return products.run(args, conv=True)
+    """See `bench.products.measure.run`."""
+    return measure.run(args, conv=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from issp.bench import products
+from bench.products import measure
 
 EXAMPLE = """examples:
   issp bench matmul --model swinir-light --size 64 --threads 1 2 --plot matmul.png
@@ -19,9 +19,9 @@ EXAMPLE = """examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `issp bench matmul`."""
-    products.add_arguments(parser, conv=False)
+    measure.add_arguments(parser, conv=False)
 
 
 def run(args: argparse.Namespace) -> list:
-    """See `issp.bench.products.run`."""
-    return products.run(args, conv=False)
+    """See `bench.products.measure.run`."""
+    return measure.run(args, conv=False)

@@ -21,16 +21,19 @@ import torch
 from torch import Tensor, nn
 
 import issp
-from issp import checkpoint, choice, models
-from issp.bench import options, products, products_calls, products_layers
-from issp.bench.machine import machine_line
-from issp.bench.network_report import Dense, Packed, Report, Where, plot
-from issp.bench.products_calls import DTYPES
-from issp.bench.products_forms import pattern
-from issp.bench.products_layers import Layer
-from issp.bench.registry import ParityError
-from issp.bench.timing import CpuClock, CudaClock, interleave
-from issp.keep import Keep
+from bench.harness import options
+from bench.harness.machine import machine_line
+from bench.harness.registry import ParityError
+from bench.network_report import Dense, Packed, Report, Where, plot
+from bench.products import calls, layers
+from bench.products import measure as products
+from bench.products.calls import DTYPES
+from bench.products.forms import pattern
+from bench.products.layers import Layer
+from issp.deploy import autotune
+from issp.ops.keep import Keep
+from issp.sr import checkpoint, models
+from issp.utils.timing import CpuClock, CudaClock, interleave
 
 EXAMPLE = """examples:
   issp bench network --model edsr-baseline --sparsity 0.95
@@ -57,7 +60,7 @@ class Settings:
         rounds: calls of each network.
         seconds: limit per row; slow ones get fewer calls, at least one.
         seed: of the weights and the image.
-        flush_bytes: see `issp.bench.step.Settings`.
+        flush_bytes: see `bench.step.Settings`.
     """
 
     sparsities: Sequence[float] = (0.9, 0.95, 0.99)
@@ -127,7 +130,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
     quick = {"sparsities": (0.95,), "rounds": 5, "seconds": 2.0} if args.quick else {}
     given = {"sparsities": args.sparsity, "rows": args.v, "seconds": args.seconds}
     quick |= {name: value for name, value in given.items() if value is not None}
-    size = products_layers.size(args.size)
+    size = layers.size(args.size)
     return Settings(size=size, device=args.device, seed=args.seed, **quick)
 
 
@@ -157,8 +160,8 @@ def measure(name: str, model: nn.Module, settings: Settings) -> Report:
     clock = (CudaClock if settings.device == "cuda" else CpuClock)(settings.flush_bytes)
     packed: list[Packed] = []
     unshared: dict[str, list[str]] = {}
-    with products_calls.switches(), tempfile.TemporaryDirectory() as folder:
-        cache = choice.Cache(Path(folder) / "choices.json")
+    with calls.switches(), tempfile.TemporaryDirectory() as folder:
+        cache = autotune.Cache(Path(folder) / "choices.json")
         for v, sparsity in itertools.product(settings.rows, settings.sparsities):
             pruned = copy.deepcopy(model)
             left = prune(pruned, sparsity, v)
@@ -179,10 +182,10 @@ def measure(name: str, model: nn.Module, settings: Settings) -> Report:
 
 
 def _packed(
-    name: str, pruned: nn.Module, x: Tensor, sparsity: float, v: int, cache: choice.Cache
+    name: str, pruned: nn.Module, x: Tensor, sparsity: float, v: int, cache: autotune.Cache
 ) -> Packed:
     """The row of a pruned network, packed and found right."""
-    products_calls.set_precision("fp32")
+    calls.set_precision("fp32")
     packed = issp.pack(pruned, example=x, cache=cache)
     about = checkpoint.sparsity(pruned)
     row = Packed(
@@ -297,7 +300,7 @@ def where(packed: nn.Module, x: Tensor) -> Where:
 def _dense(model: nn.Module, x: Tensor) -> list[Dense]:
     """The dense network in every precision and layout that this machine offers."""
     rows = []
-    for variant in products_calls.dense_variants(_ANY, x.device.type):
+    for variant in calls.dense_variants(_ANY, x.device.type):
         if variant.precision not in PRECISIONS:
             continue
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format

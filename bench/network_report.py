@@ -8,9 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from issp import pack_report
-from issp.bench.report import UNITS, bars, grid, new_figure, number, percent, save_figure
-from issp.bench.timing import Task
+from bench.harness.report import (
+    UNITS,
+    bars,
+    grid,
+    new_figure,
+    number,
+    percent,
+    save_figure,
+)
+from issp.deploy import report as pack_report
+from issp.utils.timing import Task
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ class Report:
     Attributes:
         model: with its scale: "edsr-l x4".
         shape: of the input.
-        machine: see `issp.bench.machine`.
+        machine: see `bench.harness.machine`.
         mode: name of the timed mode.
         dense, packed: the rows.
         notes: sentences under the table.

@@ -15,13 +15,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from issp import backends, models
-from issp.bench import optim_parity, options
-from issp.bench.machine import machine_line
-from issp.bench.report import Table, exceptions, measured, plot
-from issp.bench.roof import Probe
-from issp.bench.timing import CpuClock, CudaClock, Task, interleave
-from issp.bench.trainees import FAMILIES, Family, Gradients, Trainee, settled
+from bench import optim_parity
+from bench.harness import options
+from bench.harness.bandwidth import Probe
+from bench.harness.machine import machine_line
+from bench.harness.report import Table, exceptions, measured, plot
+from bench.harness.training import FAMILIES, Family, Gradients, Trainee, settled
+from issp.ops import backends
+from issp.sr import models
+from issp.utils.timing import CpuClock, CudaClock, Task, interleave
 
 EXAMPLE = "example: issp bench optim --model edsr-l --optimizer adam --threads 2 --quick"
 _MODELS = ("swinir-light", "edsr-baseline", "edsr-l", "cat-r")
@@ -37,7 +39,7 @@ class Settings:
         rounds: calls of each row in each mode.
         seconds: limit per row and mode; slow rows get fewer calls, at least one.
         settle: optimizer steps before the first timed one.
-        flush_bytes, probe_bytes: see `issp.bench.step.Settings`.
+        flush_bytes, probe_bytes: see `bench.step.Settings`.
     """
 
     sparsity: float = 0.95

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from issp import backends, ops
-from issp.bench.registry import ParityError
-from issp.bench.trainees import FAMILIES, Family, Gradients, Trainee, tail
+from bench.harness.registry import ParityError
+from bench.harness.training import FAMILIES, Family, Gradients, Trainee, tail
+from issp import ops
+from issp.ops import backends
 
 _PRUNED = ((7, 9), (16, 16, 3, 3), (1, 4097))
 _REST = ((3,), (130,))

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from profile_step import profiled  # noqa: E402
 
-from issp.bench import products_calls, products_forms  # noqa: E402  (found through the line above)
-from issp.bench.products_must import LAYERS, STEP_AT  # noqa: E402
+from bench.products import calls, forms  # noqa: E402  (found through the line above)
+from bench.products.targets import LAYERS, STEP_AT  # noqa: E402
 
 
 def main() -> int:
@@ -24,15 +24,15 @@ def main() -> int:
         print("torch sees no CUDA device: profiling needs one", file=sys.stderr)
         return 3
     for layer in LAYERS:
-        data = products_calls.Data.of(layer, "cuda")
-        for form in products_forms.forms("cuda"):
-            if products_forms.unfit(form, layer.weight, args.sparsity):
+        data = calls.Data.of(layer, "cuda")
+        for form in forms.forms("cuda"):
+            if forms.unfit(form, layer.weight, args.sparsity):
                 continue
-            products_calls.set_precision(form.precision)
-            weight = data.weight.to(products_calls.DTYPES[form.precision])
-            sparse = products_forms.make(weight, form, args.sparsity)
+            calls.set_precision(form.precision)
+            weight = data.weight.to(calls.DTYPES[form.precision])
+            sparse = forms.make(weight, form, args.sparsity)
             for name in args.passes:
-                call = products_calls.sparse_call(data, sparse, name)
+                call = calls.sparse_call(data, sparse, name)
                 call()
                 print(f"{layer.name}, {form.name}, {sparse.label}, {name}", flush=True)
                 profiled(call)

@@ -9,9 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from issp import models, shapes  # noqa: E402  (found through the line above)
-from issp.bench.trainees import FAMILIES, settled  # noqa: E402
-from issp.bench.workload import Workload  # noqa: E402
+from bench.harness.training import FAMILIES, settled  # noqa: E402
+from bench.harness.workload import Workload  # noqa: E402
+from issp.sr import models, shapes  # noqa: E402  (found through the line above)
 
 
 def profiled(call: Callable[[], object]) -> None:

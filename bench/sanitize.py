@@ -17,15 +17,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import issp  # noqa: E402  (found through the line above, also before installation)
-from issp import backends, ops, reference  # noqa: E402
-from issp.bench.products_calls import DTYPES as PRECISIONS  # noqa: E402
-from issp.bench.products_calls import Data  # noqa: E402
-from issp.bench.products_forms import Form, make  # noqa: E402
-from issp.bench.products_layers import Layer  # noqa: E402
-from issp.bench.products_parity import check  # noqa: E402
-from issp.bench.registry import ParityError  # noqa: E402
-from issp.bench.trainees import FAMILIES, Family, tail  # noqa: E402
-from tests.product_cases import ConvCase, MatmulCase, Weight  # noqa: E402
+from bench.harness.registry import ParityError  # noqa: E402
+from bench.harness.training import FAMILIES, Family, tail  # noqa: E402
+from bench.products.calls import DTYPES as PRECISIONS  # noqa: E402
+from bench.products.calls import Data  # noqa: E402
+from bench.products.forms import Form, make  # noqa: E402
+from bench.products.layers import Layer  # noqa: E402
+from bench.products.parity import check  # noqa: E402
+from issp import ops  # noqa: E402
+from issp.ops import backends, reference  # noqa: E402
+from tests.ops.sparse.cases import ConvCase, MatmulCase, Weight  # noqa: E402
 
 SIZES = (1, 2, 31, 33, 1000, 4096, 4097, 70_001)
 DTYPES = (torch.float32, torch.bfloat16)

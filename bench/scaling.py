@@ -11,25 +11,26 @@ from typing import Any
 
 import torch
 
-from issp.bench import options, peers
-from issp.bench.machine import free_bytes, machine_line
-from issp.bench.report import UNITS, grid, new_figure, number, percent, save_figure
-from issp.bench.roof import Probe, Roof
-from issp.bench.timing import CpuClock, CudaClock, Task, interleave
-from issp.bench.workload import Workload
+from bench import baselines
+from bench.harness import options
+from bench.harness.bandwidth import Probe, Roof
+from bench.harness.machine import free_bytes, machine_line
+from bench.harness.report import UNITS, grid, new_figure, number, percent, save_figure
+from bench.harness.workload import Workload
+from issp.utils.timing import CpuClock, CudaClock, Task, interleave
 
 COUNTS = (1, 3, 10, 30, 100, 300, 1000)
-_SIZE_ROWS = (peers.STEP, peers.COLD, peers.FLAT, peers.TOPK, "torch.kthvalue")
-_COUNT_ROWS = (peers.STEP, peers.COLD, peers.BASE, peers.FLAT, peers.TOPK)
+_SIZE_ROWS = (baselines.STEP, baselines.COLD, baselines.FLAT, baselines.TOPK, "torch.kthvalue")
+_COUNT_ROWS = (baselines.STEP, baselines.COLD, baselines.BASE, baselines.FLAT, baselines.TOPK)
 # Bytes per weight at once beyond weights and copy: |w|, values and indices, and on a CPU topk's
 # pairs of value and index.
-_NEEDS = {peers.TOPK: 32, "torch.kthvalue": 20}
+_NEEDS = {baselines.TOPK: 32, "torch.kthvalue": 20}
 _STYLES = {
-    peers.STEP: {"color": "tab:orange", "linewidth": 2.5},
-    peers.COLD: {"color": "tab:orange", "linestyle": "--", "markersize": 4},
-    peers.FLAT: {"color": "tab:gray", "markersize": 4},
-    peers.BASE: {"color": "tab:gray", "linestyle": "--", "markersize": 4},
-    peers.TOPK: {"color": "tab:blue", "markersize": 4},
+    baselines.STEP: {"color": "tab:orange", "linewidth": 2.5},
+    baselines.COLD: {"color": "tab:orange", "linestyle": "--", "markersize": 4},
+    baselines.FLAT: {"color": "tab:gray", "markersize": 4},
+    baselines.BASE: {"color": "tab:gray", "linestyle": "--", "markersize": 4},
+    baselines.TOPK: {"color": "tab:blue", "markersize": 4},
     "torch.kthvalue": {"color": "tab:blue", "linestyle": "--", "markersize": 4},
 }
 _FAN_IN = 1000
@@ -84,7 +85,7 @@ class Curve:
 
     def markdown(self) -> str:
         """The table: medians of every row, then the step's rate and its ratios."""
-        multiply = peers.FLAT
+        multiply = baselines.FLAT
         head = [self.axis, *(f"{name} {self.unit}" for name in self.names)]
         head += ["step ns/weight", "GB/s", "of roofline", f"step / {multiply}", "topk / step"]
         text = [f"### {self.title}", "", self.machine, "", f"Roofline: {self.roof}.", ""]
@@ -121,7 +122,7 @@ class Curve:
         times = [point.seconds(name) for name in self.names]
         factor = UNITS[self.unit]
         cells = [str(point.x), *(number(None if t is None else t * factor) for t in times)]
-        step, multiply, topk = map(point.seconds, (peers.STEP, peers.FLAT, peers.TOPK))
+        step, multiply, topk = map(point.seconds, (baselines.STEP, baselines.FLAT, baselines.TOPK))
         if step is None:
             return [*cells, "-", "-", "-", "-", "-"]
         traffic = (2 * self.size + 1 / 8) * point.numel
@@ -142,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, settings) -> list[Curve]:
-    """Measures, prints and writes both curves; `settings`: see `issp.bench.step.Settings`."""
+    """Measures, prints and writes both curves; `settings`: see `bench.step.Settings`."""
     largest = (10**7 if args.quick else 10**9) if args.largest is None else args.largest
     budget = (40.0 if args.quick else 240.0) if args.budget is None else args.budget
     if largest < 1000:
@@ -186,7 +187,7 @@ def measure(
         axis: "weights" or "tensors".
         names: of rows in `peers.ROWS`.
         places: what the axis counts -> shapes of the weights.
-        settings: see `issp.bench.step.Settings`.
+        settings: see `bench.step.Settings`.
         budget: seconds for everything.
     """
     clock = (CudaClock if settings.device == "cuda" else CpuClock)(settings.flush_bytes)
@@ -194,7 +195,7 @@ def measure(
     # tensors would all take the same 0.2 ms.
     wanted = "graph" if settings.device == "cuda" else "warm"
     mode = next(mode for mode in clock.modes if mode.name == wanted)
-    rows = [row for row in peers.ROWS if row.name in names]
+    rows = [row for row in baselines.ROWS if row.name in names]
     machine = machine_line(settings.device)
     probe = Probe(settings.device, settings.probe_bytes)
     interleave(probe.tasks, clock, settings.rounds, settings.seconds, [mode])

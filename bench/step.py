@@ -16,15 +16,17 @@ from dataclasses import dataclass
 
 import torch
 
-from issp import backends, reference, shapes
-from issp.bench import options, peers, scaling
-from issp.bench.machine import machine_line
-from issp.bench.registry import ParityError, Row
-from issp.bench.report import Table, exceptions, measured, plot
-from issp.bench.roof import Probe
-from issp.bench.timing import CpuClock, CudaClock, Task, interleave, peak_bytes
-from issp.bench.workload import Workload, divides
-from issp.keep import Keep
+from bench import baselines, scaling
+from bench.harness import options
+from bench.harness.bandwidth import Probe
+from bench.harness.machine import machine_line
+from bench.harness.registry import ParityError, Row
+from bench.harness.report import Table, exceptions, measured, plot
+from bench.harness.workload import Workload, divides
+from issp.ops import backends, reference
+from issp.ops.keep import Keep
+from issp.sr import shapes
+from issp.utils.timing import CpuClock, CudaClock, Task, interleave, peak_bytes
 
 EXAMPLE = """examples:
   issp bench step --model swinir-light --sparsity 0.95 --quick
@@ -49,7 +51,7 @@ class Settings:
             factor alpha each, then drift and shrinkage balance: training is in that second state.
         whole: the parity check includes the largest tensor whole.
         flush_bytes: read between calls to empty the caches; None: the clock's choice.
-        probe_bytes: of the buffers that give the roofline; None: `issp.bench.roof`'s choice.
+        probe_bytes: of the buffers that give the roofline; None: the default of `Probe`.
         keep: the N:M pattern; None: unstructured.
     """
 
@@ -132,7 +134,9 @@ def run(args: argparse.Namespace) -> list:
     for model_shapes in models.values():
         check_parity(model_shapes, settings)
     # Groups are selected without a bracket, so their step has no cold start.
-    rows = [row for row in peers.rows(args.device) if keep is None or row.name != peers.COLD]
+    rows = [
+        row for row in baselines.rows(args.device) if keep is None or row.name != baselines.COLD
+    ]
     tables = []
     for name, model_shapes in models.items():
         tables.append(measure(name, model_shapes, settings, rows))
@@ -217,7 +221,7 @@ def measure(
     name: str,
     model_shapes: Sequence[tuple[int, ...]],
     settings: Settings,
-    rows: Sequence[Row] = peers.ROWS,
+    rows: Sequence[Row] = baselines.ROWS,
 ) -> Table:
     """Times every row on weights of these shapes. Call `check_parity` first.
 
@@ -242,7 +246,7 @@ def measure(
         machine=machine,
         unit=clock.unit,
         basis=clock.basis,
-        base=peers.BASE,
+        base=baselines.BASE,
         numel=work.numel,
         roof=probe.roof(clock.basis),
     )
@@ -286,7 +290,7 @@ def _extra_bytes(row: Row, work: Workload, settings: Settings) -> int:
         if row.ours:
             raise
         return 0
-    fused = row.name.startswith(peers.STEP)
+    fused = row.name.startswith(baselines.STEP)
     return allocated + (work.state.scratch.nbytes if fused else 0)
 
 
@@ -296,7 +300,7 @@ def _notes(rows: Sequence[Row], work: Workload, clock, settings: Settings) -> li
         counted.setdefault(row.counted, []).append(row.name)
     notes = [
         "Medians, all rows in turn in one run; ratio: time over that of "
-        f"`{peers.BASE}` in the same column. GB/s, roofline share, spread (quartile distance "
+        f"`{baselines.BASE}` in the same column. GB/s, roofline share, spread (quartile distance "
         f"over median) and best (shortest call): column {clock.basis}.",
         "Bytes counted: "
         + "; ".join(f"{what} ({', '.join(names)})" for what, names in counted.items())

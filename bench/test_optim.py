@@ -6,9 +6,9 @@ The same variants, copies of the network and gradients as `issp bench optim`.
 import pytest
 import torch
 
-from issp import models
-from issp.bench import optim, optim_parity
-from issp.bench.trainees import FAMILIES, settled
+from bench import optim, optim_parity
+from bench.harness.training import FAMILIES, settled
+from issp.sr import models
 
 SETTINGS = optim.Settings()
 SETTLE = 60

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from issp.bench import products_calls, products_forms
-from issp.bench.products_calls import Data
-from issp.bench.products_layers import Layer
-from issp.bench.products_must import LAYERS
-from issp.bench.products_parity import check
+from bench.products import calls, forms
+from bench.products.calls import Data
+from bench.products.layers import Layer
+from bench.products.parity import check
+from bench.products.targets import LAYERS
 
 SPARSITIES = (0.9, 0.95, 0.99)
 TIMED = (*LAYERS, Layer((180, 60), (1, 64 * 64, 60)), Layer((60, 120), (1, 64 * 64, 120)))
@@ -41,24 +41,24 @@ def measured(benchmark, data, threads, pass_, call, flops):
     benchmark.pedantic(call, rounds=10)
 
 
-@pytest.mark.parametrize("pass_", products_calls.PASSES)
+@pytest.mark.parametrize("pass_", calls.PASSES)
 @pytest.mark.parametrize("place", range(6))
 def bench_products_dense(benchmark, data, threads, pass_, place):
-    variants = products_calls.dense_variants(data.layer, "cpu")
+    variants = calls.dense_variants(data.layer, "cpu")
     if place >= len(variants):
         pytest.skip(f"{data.layer.name} has {len(variants)} dense variants")
-    call = products_calls.dense_call(data, variants[place], pass_)
+    call = calls.dense_call(data, variants[place], pass_)
     benchmark.name = f"dense {variants[place].name}"
     flops = 2 * math.prod(data.layer.weight) * data.layer.applications
     measured(benchmark, data, threads, pass_, call, flops)
 
 
-@pytest.mark.parametrize("pass_", products_calls.PASSES)
+@pytest.mark.parametrize("pass_", calls.PASSES)
 @pytest.mark.parametrize("sparsity", SPARSITIES)
-@pytest.mark.parametrize("form", products_forms.forms("cpu"), ids=lambda form: form.name)
+@pytest.mark.parametrize("form", forms.forms("cpu"), ids=lambda form: form.name)
 def bench_products_sparse(benchmark, data, threads, form, sparsity, pass_):
-    sparse = products_forms.make(data.weight, form, sparsity)
+    sparse = forms.make(data.weight, form, sparsity)
     check(data, sparse, form)
-    call = products_calls.sparse_call(data, sparse, pass_)
+    call = calls.sparse_call(data, sparse, pass_)
     benchmark.name = f"issp {form.name}, {sparse.label}"
     measured(benchmark, data, threads, pass_, call, 2 * sparse.weights * data.layer.applications)

@@ -6,9 +6,9 @@ its files (--benchmark-autosave) and its comparisons between two revisions (--be
 
 import pytest
 
-from issp import shapes
-from issp.bench import peers, step
-from issp.bench.workload import Workload
+from bench import baselines, step
+from bench.harness.workload import Workload
+from issp.sr import shapes
 
 SETTINGS = step.Settings(whole=False)
 SETTLE = 100
@@ -25,7 +25,7 @@ def work(request):
     return work
 
 
-@pytest.mark.parametrize("row", peers.ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", baselines.ROWS, ids=lambda row: row.name)
 def bench_step(benchmark, work, row):
     benchmark.extra_info["bytes"] = row.traffic(work.numel, work.flat.element_size())
     benchmark.group = f"step, {work.numel} weights"

@@ -7,8 +7,8 @@ hit one of them alone. Use it to compare two revisions; ratios come from `issp b
 import pytest
 import torch
 
-from issp import models
-from issp.bench import optim_parity, train
+from bench import optim_parity, train
+from issp.sr import models
 
 SETTINGS = train.Settings(0.95, 0.95, "cpu", batch=1, patch=24, settle=10)
 ROUNDS = {train.AUTHORS: 2}

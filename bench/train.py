@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from issp import models, ops
-from issp.bench import optim_parity, options, peers, step
-from issp.bench.machine import machine_line
-from issp.bench.report import grid, new_figure, number, percent, save_figure
-from issp.bench.trainees import FAMILIES, Trainee
+from bench import baselines, optim_parity, step
+from bench.harness import options
+from bench.harness.machine import machine_line
+from bench.harness.report import grid, new_figure, number, percent, save_figure
+from bench.harness.training import FAMILIES, Trainee
+from issp import ops
+from issp.sr import models
 
 EXAMPLE = "example: issp bench train --model swinir-light --batch 2 --patch 32 --quick"
 _MODELS = ("edsr-baseline", "swinir-light", "edsr-l")
@@ -37,7 +39,7 @@ _SHARE_OF_AUTHORS = 0.25
 DENSE = "dense, torch Adam fused"
 AFTER = "torch Adam fused, then issp step"
 FUSED = "issp Adam, pruner attached"
-AUTHORS = f"torch Adam fused, then {peers.AUTHORS}"
+AUTHORS = f"torch Adam fused, then {baselines.AUTHORS}"
 
 
 @dataclass(frozen=True)
@@ -308,7 +310,7 @@ def make_lanes(network: nn.Module, data: Data, settings: Settings) -> list[Lane]
     weights = [w.detach() for w in lanes[-1].trainee.prunable()]
     flat = [w.as_strided((w.numel(),), (1,)) for w in weights]  # whatever its memory format
     k = [ops.num_pruned(w.numel(), settings.sparsity) for w in weights]
-    lanes[-1].after = lambda: peers.authors_step(flat, k, settings.shrink)
+    lanes[-1].after = lambda: baselines.authors_step(flat, k, settings.shrink)
     return lanes
 
 

@@ -1,38 +1,63 @@
 """issp: super-resolution networks that are sparse from the first iteration.
 
-`issp.attach(model, optimizer, sparsity=0.95)` is the whole of it for most users; see the README.
+`issp.attach(model, optimizer, sparsity=0.95)` is all that most users need; see the README.
 """
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
-from issp import backends
+from issp import ops
+from issp.ops import backends
+from issp.ops.keep import Keep
+from issp.ops.pruning import num_pruned
 
-backends.register()
-
-from issp import ops  # noqa: E402  (the ops exist only after registration)
-from issp.keep import Keep  # noqa: E402
-from issp.ops import num_pruned  # noqa: E402
+if TYPE_CHECKING:
+    from issp import data, metrics, models, nn, optim
+    from issp.deploy.pack import pack
+    from issp.ops.info import info
+    from issp.pruning.pruner import Pruner, attach
+    from issp.pruning.schedules import Constant, Cubic, Linear
+    from issp.sr.checkpoint import load, save
 
 __version__ = "0.1.0"
 
-# Public names and the module of each, imported at first use: `import issp` needs torch and numpy.
+# Module of each public name, imported at first use: `import issp` needs torch and numpy alone.
 _LAZY = {
-    "attach": "issp.pruner",
-    "Pruner": "issp.pruner",
-    "Constant": "issp.schedules",
-    "Cubic": "issp.schedules",
-    "Linear": "issp.schedules",
-    "save": "issp.checkpoint",
-    "load": "issp.checkpoint",
-    "info": "issp.about",
-    "pack": "issp.pack_model",
+    "attach": "issp.pruning.pruner",
+    "Pruner": "issp.pruning.pruner",
+    "Constant": "issp.pruning.schedules",
+    "Cubic": "issp.pruning.schedules",
+    "Linear": "issp.pruning.schedules",
+    "save": "issp.sr.checkpoint",
+    "load": "issp.sr.checkpoint",
+    "info": "issp.ops.info",
+    "pack": "issp.deploy.pack",
 }
 _MODULES = ("data", "metrics", "models", "nn", "optim")
 
-__all__ = ["Keep", "backends", "num_pruned", "ops", *_LAZY, *_MODULES]
+__all__ = [
+    "Constant",
+    "Cubic",
+    "Keep",
+    "Linear",
+    "Pruner",
+    "attach",
+    "backends",
+    "data",
+    "info",
+    "load",
+    "metrics",
+    "models",
+    "nn",
+    "num_pruned",
+    "ops",
+    "optim",
+    "pack",
+    "save",
+]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name]), name)
     elif name in _MODULES:

@@ -39,7 +39,7 @@ def _cpp(capability: str) -> Callable[[], dict[str, Callable]]:
 
 
 def _emulator() -> dict[str, Callable]:
-    from tests import cuda_emulator
+    from tests.kernels import cuda_emulator
 
     cuda_emulator.seed(1)  # no test inherits another's schedule or planted fault
     return cuda_emulator.implementations()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from issp.bench.timing import Task
+from issp.utils.timing import Task
 
 # The working set of the large networks, so that what the caches keep of it is the same for both.
 _DEFAULT = {"cpu": 256 << 20, "cuda": 1 << 30}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from issp import backends
+from issp.ops import backends
 
 
 def machine_line(device: str) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
+from bench.harness.report import write_atomically
 from issp import ops
-from issp.bench.report import write_atomically
 
 
 def add_arguments(parser: argparse.ArgumentParser, seconds: str) -> None:

@@ -9,13 +9,13 @@ from types import ModuleType
 from typing import Any
 
 _BENCHMARKS = {
-    "step": "issp.bench.step",
-    "optim": "issp.bench.optim",
-    "train": "issp.bench.train",
-    "matmul": "issp.bench.products_matmul",
-    "conv": "issp.bench.products_conv",
-    "network": "issp.bench.network",
-    "accuracy": "issp.bench.accuracy",
+    "step": "bench.step",
+    "optim": "bench.optim",
+    "train": "bench.train",
+    "matmul": "bench.matmul",
+    "conv": "bench.conv",
+    "network": "bench.network",
+    "accuracy": "bench.accuracy",
 }
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from issp.bench.roof import Roof
-from issp.bench.timing import CpuClock, CudaClock, Task
+from bench.harness.bandwidth import Roof
+from issp.utils.timing import CpuClock, CudaClock, Task
 
 UNITS = {"ms": 1e3, "us": 1e6}
 _WIDE = 20
@@ -53,7 +53,7 @@ class Table:
 
     Attributes:
         title: model, tensors, weights, dtype, settings.
-        machine: see `issp.bench.machine`.
+        machine: see `bench.harness.machine`.
         unit: "ms" or "us".
         basis: the mode that GB/s, roofline share and spread refer to.
         base: name of the line that the ratios refer to.

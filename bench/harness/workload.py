@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from issp import checks, ops
-from issp.keep import Keep
+from issp import ops
+from issp.ops.keep import Keep
+from issp.ops.validation import pruning as checks
 
 LEARNING_RATE = 2e-4
 _POOL_SLACK = 1 << 16

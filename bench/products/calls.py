@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from issp import ops, semi_structured
-from issp.bench.products_forms import Sparse
-from issp.bench.products_layers import Layer
-from issp.keep import Keep
+from bench.products.forms import Sparse
+from bench.products.layers import Layer
+from issp import ops
+from issp.ops import semi_structured
+from issp.ops.keep import Keep
 
 PASSES = ("forward", "step")
 DTYPES = {

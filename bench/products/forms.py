@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from issp import ops
-from issp.keep import Keep
+from issp.ops.keep import Keep
 
 _CLOSE = 0.02  # a pattern that keeps this share more than asked is as good as exact
 _FARTHEST = 1.0  # one that keeps twice as much as asked is not that sparsity any more

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from issp import models
+from issp.sr import models
 
 Shape = tuple[int, ...]
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from issp import shapes
-from issp.bench import options, products_layers, products_must
-from issp.bench.machine import machine_line
-from issp.bench.products_calls import (
+from bench.harness import options
+from bench.harness.bandwidth import Probe
+from bench.harness.machine import machine_line
+from bench.products import layers as products_layers
+from bench.products import targets
+from bench.products.calls import (
     DTYPES,
     PASSES,
     Data,
@@ -26,12 +28,12 @@ from issp.bench.products_calls import (
     switches,
     two_four_call,
 )
-from issp.bench.products_forms import Form, Sparse, forms, make, unfit
-from issp.bench.products_layers import Layer
-from issp.bench.products_parity import WHOLE, check
-from issp.bench.products_report import Entry, Overview, Report, plot
-from issp.bench.roof import Probe
-from issp.bench.timing import CpuClock, CudaClock, Mode, Task, interleave
+from bench.products.forms import Form, Sparse, forms, make, unfit
+from bench.products.layers import Layer
+from bench.products.parity import WHOLE, check
+from bench.products.report import Entry, Overview, Report, plot
+from issp.sr import shapes
+from issp.utils.timing import CpuClock, CudaClock, Mode, Task, interleave
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.9375, 0.95, 0.99)
 MODELS = ("swinir-light", "edsr-l", "cat-r")
@@ -46,14 +48,14 @@ class Settings:
 
     Attributes:
         sparsities: of the weights.
-        forms: see `issp.bench.products_forms`.
+        forms: see `bench.products.forms`.
         passes: of `PASSES`.
         threads: of the CPU; every layer is timed with each.
         device: "cpu" or "cuda".
         rounds: calls of each entry in each mode.
         seconds: limit per entry and mode; slow ones get fewer calls, at least one.
         peers: torch's sparse products as well.
-        flush_bytes, probe_bytes: see `issp.bench.step.Settings`.
+        flush_bytes, probe_bytes: see `bench.step.Settings`.
         probe_side: of the square matrices whose product gives the roofline.
     """
 
@@ -103,8 +105,8 @@ def run(args: argparse.Namespace, conv: bool) -> list:
     options.check_pace(args)
     settings = settings_of(args)
     if "must_show" in args and args.must_show:
-        tables = products_must.run(args, settings, measure)
-        options.deliver(args, tables, products_must.plot)
+        tables = targets.run(args, settings, measure)
+        options.deliver(args, tables, targets.plot)
         return tables
     layers = _layers(args, conv)
     tables = []
@@ -326,9 +328,9 @@ def task(
 
     Args:
         call: what is timed.
-        precision, search: see `issp.bench.products_calls.set_precision`.
+        precision, search: see `bench.products.calls.set_precision`.
         device: "cpu" or "cuda".
-        required: see `issp.bench.timing.Task`.
+        required: see `issp.utils.timing.Task`.
     """
     # The calls take turns: caches and clock rate are to be as in a loop of this call.
     warm_up = _WarmUp(call) if device == "cpu" else _nothing

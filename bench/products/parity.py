@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from issp.bench.products_calls import Data, product, set_precision, sparse_product
-from issp.bench.products_forms import Form, Sparse
-from issp.bench.registry import ParityError
+from bench.harness.registry import ParityError
+from bench.products.calls import Data, product, set_precision, sparse_product
+from bench.products.forms import Form, Sparse
 
 WHOLE = 3e9  # operations of a dense product; a larger one is checked on a part of its input
 _NAMES = ("y", "the gradient of x", "the gradient of the values")

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from issp.bench.products_layers import Layer
-from issp.bench.report import UNITS, grid, new_figure, number, percent, save_figure
-from issp.bench.roof import Roof
-from issp.bench.timing import Task
+from bench.harness.bandwidth import Roof
+from bench.harness.report import UNITS, grid, new_figure, number, percent, save_figure
+from bench.products.layers import Layer
+from issp.utils.timing import Task
 
 _MARKS = "os^Dv*"
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
@@ -57,7 +57,7 @@ class Report:
     Attributes:
         layer: what was timed.
         threads: of the CPU.
-        machine: see `issp.bench.machine`.
+        machine: see `bench.harness.machine`.
         unit: "us".
         modes: names of the timed modes; the first is what all ratios refer to.
         roof: memory bandwidth of the same rounds.

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from issp.bench import products_report
-from issp.bench.products_forms import Form
-from issp.bench.products_layers import Layer
-from issp.bench.products_report import Entry, Report
-from issp.bench.report import UNITS, grid, number
+from bench.harness.report import UNITS, grid, number
+from bench.products import report as products_report
+from bench.products.forms import Form
+from bench.products.layers import Layer
+from bench.products.report import Entry, Report
 
 SPARSITIES = (0.9, 0.95, 0.99)
 STEP_AT = 0.95
@@ -167,8 +167,8 @@ def run(
 
     Args:
         args: for the device.
-        settings: how long to measure, see `issp.bench.products.Settings`.
-        measure: `issp.bench.products.measure`.
+        settings: how long to measure, see `bench.products.measure.Settings`.
+        measure: `bench.products.measure.measure`.
     """
     columns = COLUMNS[args.device]
     settings = replace(

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from issp.interrupt import Interrupted
+from issp.sr.interrupt import Interrupted
 
 COMMANDS = ("demo", "train", "test", "upscale", "bench", "plot", "prepare-data", "info")
 # What bad input raises here and in the libraries below; anything else is a bug and shows itself.
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
         print(f"issp: error: there is no command {name}: {hint}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"issp.commands.{name.replace('-', '_')}")
+    command = importlib.import_module(f"issp.cli.{name.replace('-', '_')}")
     try:
         args = _parse(_command_parser(name, command), argv[1:])
     except SystemExit as stop:
@@ -91,14 +91,14 @@ def _top_parser() -> argparse.ArgumentParser:
         usage="issp COMMAND [OPTIONS]",
         allow_abbrev=False,
     )
-    from issp.about import version
+    from issp.ops.info import version
 
     parser.add_argument("--version", action="version", version=f"issp {version()}")
     return parser
 
 
 def _help_line(name: str) -> str:
-    return importlib.import_module(f"issp.commands.{name.replace('-', '_')}").HELP
+    return importlib.import_module(f"issp.cli.{name.replace('-', '_')}").HELP
 
 
 def _command_parser(name: str, command) -> _Parser:

@@ -71,7 +71,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load_model(args: argparse.Namespace) -> Any:
     """The model that the options of `add_model_arguments` name, on its device."""
-    from issp import builders, checkpoint
+    from issp.sr import builders, checkpoint
 
     model = checkpoint.load(args.model, args.arch, args.scale)
     if args.scale not in (None, model.scale):

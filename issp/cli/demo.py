@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Trains, prints one table, leaves a model and two pictures."""
-    from issp.demo import Options, run
+    from issp.sr.demo import Options, run
 
     run(Options(Path(args.out), args.iters, args.minutes, args.dense, args.sparsity, args.seed))
     return 0

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints what `issp.info()` returns."""
-    from issp.about import info
+    from issp.ops.info import info
 
     facts = info()
     if args.json:

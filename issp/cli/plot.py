@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Writes the pictures and prints their paths."""
-    from issp import plots
+    from issp.sr import plots
 
     for path in plots.of_run(args.run, args.out):
         print(path)

@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Writes the data set; a repeated call goes on where an interrupted one stopped."""
-    from issp import data
-    from issp.commands.common import Counter
+    from issp.cli.common import Counter
+    from issp.sr import data
 
     with Counter("images") as counter:
         result = data.prepare(

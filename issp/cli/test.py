@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from issp.commands.common import Counter, add_model_arguments, load_model, table
+from issp.cli.common import Counter, add_model_arguments, load_model, table
 
 HELP = "PSNR and SSIM of a model on test sets"
 EXAMPLE = "issp test --model net_g_latest.safetensors --data Set5 Set14=benchmarks/Set14 --save out"
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints a table with one row per set."""
-    from issp import checkpoint, data, evaluate
+    from issp.sr import checkpoint, data, evaluate
 
     model = load_model(args)
     folders = dict(_named(entry) for entry in args.data)

@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from issp import config
+from issp.sr import config
 
 HELP = "train a network and prune it on the way, from a YAML file or flags"
 EXAMPLE = (
@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     _apply_flags(tree, args)
     settings = config.parse(tree)
 
-    from issp.train import train
+    from issp.sr.train import train
 
     train(settings, resume=args.resume, quiet=args.quiet)
     return 0

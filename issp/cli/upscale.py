@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from issp.commands.common import Counter, add_model_arguments, load_model
+from issp.cli.common import Counter, add_model_arguments, load_model
 
 HELP = "super-resolve images or folders of images"
 EXAMPLE = "issp upscale photo.png scans/ --model runs/demo/model.safetensors -o upscaled"
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Writes one PNG per image."""
-    from issp import data, evaluate
+    from issp.sr import data, evaluate
 
     files = [Path(f) for name in args.images for f in data.ImageFolder(name).files]
     model = load_model(args)

@@ -21,8 +21,9 @@ from typing import Any
 
 import torch
 
-from issp import about, backends
-from issp.bench.timing import CpuClock, CudaClock, Task, interleave
+from issp.ops import backends
+from issp.ops import info as about
+from issp.utils.timing import CpuClock, CudaClock, Task, interleave
 
 try:
     import fcntl
@@ -90,8 +91,8 @@ def machine(device: str) -> str:
 @functools.cache
 def _fingerprint() -> str:
     """Checksum of the kernels: the version of the package stands still while they change."""
-    root = Path(__file__).parent
-    sources = [*root.glob("_C*"), *root.glob("_CUDA*"), root / "reference_products.py"]
+    root = Path(__file__).parents[1]
+    sources = [*root.glob("_C*"), *root.glob("_CUDA*"), root / "ops" / "reference" / "sparse.py"]
     for name in ("triton_kernels", "../triton_kernels"):
         sources += (root / name).glob("*.py")
     value = 0

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from issp import choice, handover, layers, pack_paths
 from issp import nn as sparse_nn
-from issp.checks import DTYPES
-from issp.keep import Keep
-from issp.pack_report import Line, Report
+from issp.deploy import autotune, paths
+from issp.deploy.report import Line, Report
+from issp.nn import module_swap, selection
+from issp.ops.keep import Keep
+from issp.ops.validation.pruning import DTYPES
 
 _ROWS = {"cpu": (1, 4), "cuda": (1, 4, 8, 16, 32)}
 _CROWDED = 1.25  # rows that share positions may store this many times the weights that are not zero
@@ -26,15 +27,16 @@ def pack(
     model: nn.Module,
     example: Tensor | tuple,
     keep: Keep | Mapping[str, Keep] | None = None,
-    cache: choice.Cache | None = None,
+    cache: autotune.Cache | None = None,
 ) -> nn.Module:
     """A copy of a model whose layers with zeros sit on their fastest measured path.
 
     Every Conv2d and Linear whose weight has zeros is timed on the shapes that it meets in the
     example: dense, channels_last, and sparse in each form that its zeros allow. It stays dense
     where sparse is not faster beyond doubt; so does the whole model. Choices are remembered per
-    machine and shape, see `issp.choice`. Hooks on calls follow and are not called while a layer is
-    timed alone; a layer with something that cannot follow (see `issp.nn.convert`) stays dense.
+    machine and shape, see `issp.deploy.autotune`. Hooks on calls follow and are not called while a
+    layer is timed alone; a layer with something that cannot follow (see `issp.nn.convert`) stays
+    dense.
 
     Args:
         model: any module; it is left as it is. Threads, device and dtype are those of later use.
@@ -60,23 +62,23 @@ def pack(
     args = example if isinstance(example, tuple) else (example,)
     if _device(model) not in _ROWS:
         raise ValueError(f"the model is on {_device(model)}: move it to the CPU or a CUDA device")
-    root = nn.Sequential(copy.deepcopy(layers.unwrap(model)))
+    root = nn.Sequential(copy.deepcopy(selection.unwrap(model)))
     modes = {module: module.training for module in root.modules()}
     root.eval()
     patterns = _patterns(root[0], keep)
     inputs = _inputs(root[0], args)
-    cache = choice.Cache() if cache is None else cache
+    cache = autotune.Cache() if cache is None else cache
     lines, replacements = [], {}
     for name, module in root[0].named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            with handover.bare(module):
+            with module_swap.bare(module):
                 line, new = _packed(name, module, inputs.get(module, []), patterns.get(name), cache)
             lines.append(line)
             if new is not None:
-                handover.carry(module, new)
+                module_swap.carry(module, new)
                 modes[new] = modes[module]
                 replacements[module] = new
-    report = Report(lines, choice.machine(_device(root)))
+    report = Report(lines, autotune.machine(_device(root)))
     if replacements:
         report.whole = _swap_if_faster(root, replacements, args)
         if report.whole.name == "dense":
@@ -109,10 +111,10 @@ def unpack(model: nn.Module) -> nn.Module:
             if isinstance(child, _SPARSE):
                 if child not in dense:
                     dense[child] = child.to_dense()
-                    handover.carry(child, dense[child])
+                    module_swap.carry(child, dense[child])
                 parent._modules[attribute] = dense[child]
             elif isinstance(child, _PATHS):
-                pack_paths.restore_(child)
+                paths.restore_(child)
     root[0].__dict__.pop("report", None)
     return root[0]
 
@@ -123,7 +125,7 @@ _SPARSE = (
     sparse_nn.NMConv2d,
     sparse_nn.NMLinear,
 )
-_PATHS = (pack_paths.ChannelsLastConv2d, pack_paths.TwoFourLinear)
+_PATHS = (paths.ChannelsLastConv2d, paths.TwoFourLinear)
 
 
 def _device(model: nn.Module) -> str:
@@ -141,7 +143,7 @@ def _patterns(model: nn.Module, keep: Keep | Mapping[str, Keep] | None) -> dict[
     for pattern, value in keep.items():
         if not isinstance(value, Keep):
             raise TypeError(f'keep: "{pattern}" is {value!r}: it must be an issp.Keep')
-        found |= dict.fromkeys(layers._matching(pattern, every, "keep") & set(names), value)
+        found |= dict.fromkeys(selection._matching(pattern, every, "keep") & set(names), value)
     return found
 
 
@@ -173,7 +175,7 @@ def _inputs(model: nn.Module, args: tuple) -> dict[nn.Module, list[tuple]]:
 
 def _swap_if_faster(
     root: nn.Module, replacements: Mapping[nn.Module, nn.Module], args: tuple
-) -> choice.Choice:
+) -> autotune.Choice:
     """Replaces the layers, unless the whole model is slower for it; the times of both."""
     places = [
         (parent, attribute, child)
@@ -196,7 +198,7 @@ def _swap_if_faster(
 
     device = _device(root)
     # The burden of proof is on dense: layer by layer, sparse has already won.
-    found = choice.measured(
+    found = autotune.measured(
         {"packed": call(True)}, {"dense": call(False)}, device, _ROUNDS, _SECONDS, least=_LEAST
     )
     swap(found.name == "packed")
@@ -204,7 +206,7 @@ def _swap_if_faster(
 
 
 def _packed(
-    name: str, module: nn.Module, inputs: Sequence[tuple], keep: Keep | None, cache: choice.Cache
+    name: str, module: nn.Module, inputs: Sequence[tuple], keep: Keep | None, cache: autotune.Cache
 ) -> tuple[Line, nn.Module | None]:
     """A layer's line of the report, and what replaces it, if anything does."""
     line = Line(name or "(model)", _shape(module, inputs), None)
@@ -223,13 +225,13 @@ def _packed(
         return line, None
     dense = {"dense": module}
     if isinstance(module, nn.Conv2d):
-        dense["dense channels_last"] = pack_paths.channels_last(module)
+        dense["dense channels_last"] = paths.channels_last(module)
     samples = [_random(*spec, weight.device) for spec in inputs]
     if isinstance(module, nn.Linear) and keep in (None, Keep(2, of=4)):
-        two_four = pack_paths.two_four(module, samples[0])
+        two_four = paths.two_four(module, samples[0])
         sparse |= {} if two_four is None else {"torch 2:4": two_four}
     calls = ({n: _call(m, samples) for n, m in group.items()} for group in (dense, sparse))
-    found = choice.choose(_key(module, inputs, sparse), *calls, weight.device.type, cache)
+    found = autotune.choose(_key(module, inputs, sparse), *calls, weight.device.type, cache)
     line.fill(found, list(sparse))
     if found.name == "dense":
         return line, None
@@ -242,7 +244,7 @@ def _unfit(module: nn.Module, inputs: Sequence[tuple]) -> str:
     """Why a layer cannot have a sparse product at all, or ""."""
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"it is a {type(module).__name__}, which may compute something else"
-    if obstacle := handover.obstacle(module):
+    if obstacle := module_swap.obstacle(module):
         return obstacle
     weight = module.weight
     if weight.dtype not in DTYPES:

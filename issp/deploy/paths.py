@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from issp import semi_structured
+from issp.ops import semi_structured
 
 
 class ChannelsLastConv2d(nn.Conv2d):

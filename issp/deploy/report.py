@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from issp.choice import Choice
+from issp.deploy.autotune import Choice
 
 
 @dataclass

@@ -17,9 +17,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from issp import handover, layers
-from issp.keep import Keep
-from issp.sparse_layers import DECAY, NM, ConvProduct, LinearProduct, Rows
+from issp.nn import module_swap, selection
+from issp.nn.layers import DECAY, NM, ConvProduct, LinearProduct, Rows
+from issp.ops.keep import Keep
 
 
 class NMLinear(NM, LinearProduct):
@@ -176,7 +176,7 @@ def convert(
     if keep is not None and (sparsity is not None or v != 1):
         raise ValueError("keep says what is kept: leave sparsity and v out")
     fresh, dense = {}, {}
-    for layer in layers.select(model, (nn.Conv2d, nn.Linear), exclude, {}, 0.0):
+    for layer in selection.select(model, (nn.Conv2d, nn.Linear), exclude, {}, 0.0):
         reason = _stays_dense(layer, keep, mask)
         if reason:
             dense |= dict.fromkeys((layer.name, *layer.aliases), reason)
@@ -194,12 +194,12 @@ def convert(
         except (TypeError, ValueError) as error:
             raise ValueError(f"{layer.name}: {error}") from None
     for name, module in fresh.items():
-        handover.carry(model.get_submodule(name), module)
+        module_swap.carry(model.get_submodule(name), module)
         model.set_submodule(name, module)
     return dense
 
 
-def _stays_dense(layer: layers.Layer, keep: Keep | None, mask: str) -> str | None:
+def _stays_dense(layer: selection.Layer, keep: Keep | None, mask: str) -> str | None:
     module, weight = layer.module, layer.weight
     if not layer.name:
         raise ValueError("the model is itself one layer: use from_dense")
@@ -207,7 +207,7 @@ def _stays_dense(layer: layers.Layer, keep: Keep | None, mask: str) -> str | Non
         return f"{type(module).__name__} is a kind of its own"
     if layer.aliases:
         return f"its weight is shared by {', '.join((layer.name, *layer.aliases))}"
-    if obstacle := handover.obstacle(module):
+    if obstacle := module_swap.obstacle(module):
         return obstacle
     if getattr(module, "groups", 1) != 1:
         return f"groups = {module.groups}"

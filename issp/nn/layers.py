@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from issp import moving, products
-from issp.keep import Keep
-from issp.ops import num_pruned
-from issp.packing import NMTensor, SparseRows, check_pattern, taken, transpose
-from issp.reference_products import ACTIVATIONS
+from issp.nn import ste
+from issp.ops import num_pruned, sparse
+from issp.ops.formats import NMTensor, SparseRows, check_pattern, taken, transpose
+from issp.ops.keep import Keep
+from issp.ops.reference.sparse import ACTIVATIONS
 
 MASKS = ("fixed", "ste", "sr-ste")
 DECAY = 2e-4  # lambda_W of SR-STE, Zhou et al. 2021
@@ -99,10 +99,10 @@ class SparseLayer(nn.Module):
             return self._product(x, rows, residual, self.activation)
         y = self._product(x, rows, None, "none")
         decayed = kept if self.mask == "sr-ste" else None
-        y = moving.StraightThrough.apply(
+        y = ste.StraightThrough.apply(
             y, self.weight, x.detach(), decayed, self.decay, self._convolved()
         )
-        return products.composed(y, residual, self.activation)
+        return sparse.composed(y, residual, self.activation)
 
     def packed(self) -> SparseRows:
         """A copy of the weight as products read it, without its graph."""
@@ -170,7 +170,7 @@ class LinearProduct(SparseLayer):
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def _product(self, x, p, residual, activation) -> Tensor:
-        return products.matmul(x, p, self.bias, residual, activation)
+        return sparse.matmul(x, p, self.bias, residual, activation)
 
     def _convolved(self) -> tuple:
         return ()
@@ -195,7 +195,7 @@ class ConvProduct(SparseLayer):
 
     def _product(self, x, p, residual, activation) -> Tensor:
         geometry = (self.stride, self.padding, self.dilation)
-        return products.conv2d(x, p, self.bias, *geometry, residual, activation)
+        return sparse.conv2d(x, p, self.bias, *geometry, residual, activation)
 
     def _convolved(self) -> tuple:
         return (self.stride, self.padding, self.dilation)
@@ -225,7 +225,7 @@ class NM(SparseLayer):
         self.keep = keep
         self._build(layer, mask, activation, decay)
         if mask == "fixed" and prune:
-            self._store(self._typed(*taken(layer.weight, moving.kept_nm(layer.weight, keep))), True)
+            self._store(self._typed(*taken(layer.weight, ste.kept_nm(layer.weight, keep))), True)
         elif mask == "fixed":
             p = NMTensor.from_dense(layer.weight, keep)
             self._store(p, layer.weight.requires_grad)
@@ -264,7 +264,7 @@ class NM(SparseLayer):
         return torch.Size(self.shape).numel() // keep.v // keep.of * keep.n
 
     def _kept(self) -> Tensor:
-        return moving.kept_nm(self.weight, self.keep)
+        return ste.kept_nm(self.weight, self.keep)
 
     def _typed(self, values, columns, starts) -> NMTensor:
         return NMTensor(values, columns, starts, self.shape, self.keep)
@@ -289,7 +289,7 @@ class Rows(SparseLayer):
         if sparsity is not None:
             self._chosen = positions - num_pruned(positions, sparsity)
         if mask == "fixed" and prune:
-            kept = moving.kept_magnitudes(layer.weight, self._chosen, v)
+            kept = ste.kept_magnitudes(layer.weight, self._chosen, v)
             self._store(self._typed(*taken(layer.weight, kept)), True)
         elif mask == "fixed":
             self._store(SparseRows.from_dense(layer.weight, v), layer.weight.requires_grad)
@@ -334,7 +334,7 @@ class Rows(SparseLayer):
         return self.columns.shape[0] if self.mask == "fixed" else self._chosen
 
     def _kept(self) -> Tensor:
-        return moving.kept_magnitudes(self.weight, self._chosen, self._v)
+        return ste.kept_magnitudes(self.weight, self._chosen, self._v)
 
     def _typed(self, values, columns, starts) -> SparseRows:
         p = SparseRows(values, columns, starts, self.shape)

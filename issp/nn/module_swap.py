@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from issp.sparse_layers import NM, ConvProduct, LinearProduct, Rows, SparseLayer
+from issp.nn.layers import NM, ConvProduct, LinearProduct, Rows, SparseLayer
 
 _CALLS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from issp import checks
-from issp.keep import Keep
+from issp.ops.keep import Keep
+from issp.ops.validation import pruning as checks
 
 _WRAPPERS = (
     nn.parallel.DistributedDataParallel,

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from issp import ops, reference
-from issp.keep import Keep
-from issp.products_autograd import first_order
+from issp import ops
+from issp.ops import reference
+from issp.ops.autograd import first_order
+from issp.ops.keep import Keep
 
 
 def kept_nm(weight: Tensor, keep: Keep) -> Tensor:

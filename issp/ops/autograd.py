@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from issp.geometry import Geometry
-from issp.packing import transpose
-from issp.schemas import library
+from issp.ops.formats import transpose
+from issp.ops.geometry import Geometry
+from issp.ops.schemas import library
 
 _op = torch.ops.issp
 

@@ -16,15 +16,16 @@ from pathlib import Path
 
 import torch
 
-from issp import (
-    checks,
-    checks_products,
-    checks_update,
-    reference,
-    reference_products,
-    schemas,
+from issp.ops import reference, schemas
+from issp.ops.validation import (
+    pruning as checks,
 )
-from issp import schemas_products as schemas_products
+from issp.ops.validation import (
+    sparse as checks_products,
+)
+from issp.ops.validation import (
+    updates as checks_update,
+)
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 OPS = {
@@ -82,7 +83,7 @@ def implementations(name: str) -> dict[str, Callable]:
 
 
 def _oracle(op: str) -> Callable:
-    return getattr(reference_products if op in PRODUCTS else reference, op)
+    return getattr(reference, op)
 
 
 def _checked(check: Callable, call: Callable) -> Callable:
@@ -105,7 +106,7 @@ def _import_triton():
 
 def _load_library(name: str) -> str | None:
     """Loads issp/_C or issp/_CUDA; returns what stopped it, or None."""
-    found = sorted(Path(__file__).parent.glob(f"{_LIBRARIES[name]}.*"))
+    found = sorted(Path(__file__).parents[1].glob(f"{_LIBRARIES[name]}.*"))
     found = [path for path in found if path.suffix in (".so", ".pyd")]
     if not found:
         return f"issp/{_LIBRARIES[name]} was not built (no compiler at installation time)"

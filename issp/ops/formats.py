@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from issp import checks, checks_products, reference_products
-from issp.keep import Keep
-from issp.schemas import library
+from issp.ops.keep import Keep
+from issp.ops.reference import sparse as reference_products
+from issp.ops.schemas import library
+from issp.ops.validation import pruning as checks
+from issp.ops.validation import sparse as checks_products
 
 # Opaque to torch.compile, which could not know the sizes in between. See reference_products.py.
 library.define(

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from issp import backends, floats
+from issp.ops import backends
+from issp.utils import denormals
 
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "amx_bf16", "amx_tile")
 _PACKAGES = ("numpy", "triton", "Pillow", "PyYAML", "safetensors", "rich", "matplotlib")
@@ -42,7 +43,7 @@ def info() -> dict[str, Any]:
             "torch": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "denormals": floats.mode(),
+            "denormals": denormals.mode(),
         },
         "gpu": gpu,
     }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from issp import checks, checks_update, reference
-from issp.keep import Keep
-from issp.schemas import mask_layout, mask_words, scratch_words
+from issp.ops import reference
+from issp.ops.keep import Keep
+from issp.ops.schemas import mask_layout, mask_words, scratch_words
+from issp.ops.validation import pruning as checks
+from issp.ops.validation import raise_python_error
+from issp.ops.validation import updates as checks_update
 
 _op = torch.ops.issp
 
@@ -51,7 +54,7 @@ class ShrinkState:
         thresholds: [T] in the weights' dtype; magnitude of the last selected weight of the latest
             step; NaN before the first.
         flips: int64 [T]; mask bits that the latest step changed (before the first, all is kept).
-        packed: int32; the packed masks, see `issp.schemas.mask_layout`.
+        packed: int32; the packed masks, see `issp.ops.schemas.mask_layout`.
         scratch: int32; working memory, at most half a byte per weight.
         patterns: the ints that the ops take; empty when all tensors are unstructured.
     """
@@ -151,34 +154,20 @@ def _all_kept(numels: Sequence[int]) -> Tensor:
 _SAVED = ("k", "thresholds", "flips", "packed")
 
 
-def _explained(check: Callable[..., None]) -> Callable:
-    """Native ops refuse with a RuntimeError; `check` finds the exact sentence and kind of error."""
-
-    def wrap(call: Callable) -> Callable:
-        def explained(*args):
-            try:
-                return call(*args)
-            except (RuntimeError, TypeError):
-                check(*args)
-                raise
-
-        return explained
-
-    return wrap
-
-
-_soft_shrink = _explained(checks.soft_shrink)(lambda *args: _op.soft_shrink_(*args))
-_threshold = _explained(checks.magnitude_threshold)(lambda w, k: _op.magnitude_threshold(w, k))
-_apply_masks = _explained(checks.apply_masks)(lambda *args: _op.apply_masks_(*args))
-_regularize = _explained(checks.regularize)(lambda *args: _op.regularize_(*args))
-_statistics = _explained(checks.magnitude_statistics)(lambda x: _op.magnitude_statistics(x))
-_zeros = _explained(checks.count_zeros)(lambda x: _op.count_zeros(x))
-_nm_prune = _explained(checks.nm_prune)(lambda *args: _op.nm_prune(*args))
+_soft_shrink = raise_python_error(checks.soft_shrink)(lambda *args: _op.soft_shrink_(*args))
+_threshold = raise_python_error(checks.magnitude_threshold)(
+    lambda w, k: _op.magnitude_threshold(w, k)
+)
+_apply_masks = raise_python_error(checks.apply_masks)(lambda *args: _op.apply_masks_(*args))
+_regularize = raise_python_error(checks.regularize)(lambda *args: _op.regularize_(*args))
+_statistics = raise_python_error(checks.magnitude_statistics)(lambda x: _op.magnitude_statistics(x))
+_zeros = raise_python_error(checks.count_zeros)(lambda x: _op.count_zeros(x))
+_nm_prune = raise_python_error(checks.nm_prune)(lambda *args: _op.nm_prune(*args))
 # For `issp.optim`, which knows when a weight's version has to be counted up; see schemas.py.
-adam_soft_shrink_ = _explained(checks_update.adam_soft_shrink)(
+adam_soft_shrink_ = raise_python_error(checks_update.adam_soft_shrink)(
     lambda *args: _op.adam_soft_shrink_(*args)
 )
-sgd_soft_shrink_ = _explained(checks_update.sgd_soft_shrink)(
+sgd_soft_shrink_ = raise_python_error(checks_update.sgd_soft_shrink)(
     lambda *args: _op.sgd_soft_shrink_(*args)
 )
 
@@ -212,7 +201,7 @@ def soft_shrink_(
         bracket: search around the previous threshold first. Never changes the result.
 
     Raises:
-        TypeError, ValueError: see `issp.checks`; nothing has been modified.
+        TypeError, ValueError: see `issp.ops.validation.pruning`; nothing has been modified.
 
     Source: ISS-P, figure 1 and section 2.
     """
@@ -257,7 +246,7 @@ def apply_masks_(tensors: list[Tensor], state: ShrinkState) -> None:
         state: whose masks to apply.
 
     Raises:
-        TypeError, ValueError: see `issp.checks`; nothing has been modified.
+        TypeError, ValueError: see `issp.ops.validation.pruning`; nothing has been modified.
     """
     sets = max(1, len(tensors) // len(state.numels))
     if _numels(tensors, "tensors") != state.numels * sets:
@@ -283,7 +272,7 @@ def regularize_(
         state: whose masks say which weights are unimportant.
 
     Raises:
-        TypeError, ValueError: see `issp.checks`; nothing has been modified.
+        TypeError, ValueError: see `issp.ops.validation.pruning`; nothing has been modified.
 
     Source: ISS-R, the regularisation variant of ISS-P; the authors add lambda * w to the gradient.
     """
@@ -307,7 +296,7 @@ def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
         in every run.
 
     Raises:
-        TypeError, ValueError: see `issp.checks`.
+        TypeError, ValueError: see `issp.ops.validation.pruning`.
 
     Source: the authors' gradient record: norm, variance, mean and deviation per pruned layer.
     """
@@ -325,7 +314,7 @@ def count_zeros(tensors: list[Tensor]) -> Tensor:
         int64 [T].
 
     Raises:
-        TypeError, ValueError: see `issp.checks`.
+        TypeError, ValueError: see `issp.ops.validation.pruning`.
     """
     return _zeros(tensors)
 
@@ -353,14 +342,3 @@ def nm_prune_with_mask(weight: Tensor, keep: Keep, shrink: float = 0.0) -> tuple
     """As `nm_prune`; returns also the bool mask in the weight's shape, True = kept."""
     pruned, packed = _nm_prune(weight, keep.n, keep.of, keep.v, keep.layout, shrink)
     return pruned, reference.unpack(packed, weight.numel()).view(weight.shape)
-
-
-# At the end: the products explain their errors by `_explained`.
-from issp.products import (  # noqa: E402, F401
-    nm_conv2d,
-    nm_matmul,
-    nm_pack,
-    sparse_conv2d,
-    sparse_matmul,
-    sparse_pack,
-)

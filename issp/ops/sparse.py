@@ -8,23 +8,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from issp import checks_products
-from issp import products_autograd as products_autograd
-from issp import schemas_products as schemas_products
-from issp.geometry import Geometry
-from issp.keep import Keep
-from issp.ops import _explained
-from issp.packing import NMTensor, SparseRows
-from issp.reference_products import ACTIVATIONS
+from issp.ops import autograd as products_autograd
+from issp.ops.formats import NMTensor, SparseRows
+from issp.ops.geometry import Geometry
+from issp.ops.keep import Keep
+from issp.ops.reference.sparse import ACTIVATIONS
+from issp.ops.validation import raise_python_error
+from issp.ops.validation import sparse as checks_products
 
 Shape = tuple[int, ...]
 
 _op = torch.ops.issp
-_conv2d = _explained(checks_products.sparse_conv2d)(_op.sparse_conv2d)
-_matmul = _explained(checks_products.sparse_matmul)(_op.sparse_matmul)
+_conv2d = raise_python_error(checks_products.sparse_conv2d)(_op.sparse_conv2d)
+_matmul = raise_python_error(checks_products.sparse_matmul)(_op.sparse_matmul)
 _DIFFERENTIABLE = {
-    _conv2d: _explained(checks_products.sparse_conv2d)(products_autograd.Conv2d.apply),
-    _matmul: _explained(checks_products.sparse_matmul)(products_autograd.Matmul.apply),
+    _conv2d: raise_python_error(checks_products.sparse_conv2d)(products_autograd.Conv2d.apply),
+    _matmul: raise_python_error(checks_products.sparse_matmul)(products_autograd.Matmul.apply),
 }
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from issp.groups import Group, memory_order
-from issp.schemas import SCRATCH_HEADER
+from issp.ops.schemas import SCRATCH_HEADER
+from issp.pruning.buckets import Group, memory_order
 
 GRADIENTS = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from issp import backends
-from issp.groups import Turn
+from issp.ops import backends
 from issp.optim.plan import DEVICES, Plan, Unsuited, no_state, same
+from issp.pruning.buckets import Turn
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from issp import ops, reference
-from issp.keep import Keep
-from issp.layers import Layer
-from issp.ops import ShrinkState
-from issp.schemas import mask_layout, mask_words
+from issp import ops
+from issp.nn.selection import Layer
+from issp.ops import ShrinkState, reference
+from issp.ops.keep import Keep
+from issp.ops.schemas import mask_layout, mask_words
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Record:
         threshold: 0-dim tensor in the weight's dtype; NaN before the first selection.
         flips: mask bits that the latest step changed.
         packed: int32 words of the mask in the order of the weight's indices, whatever its memory
-            order, as in `issp.schemas`.
+            order, as in `issp.ops.schemas`.
     """
 
     shape: tuple[int, ...]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from issp.layers import Layer
+from issp.nn.selection import Layer
 
 
 class Average:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from issp.groups import Turn
+from issp.pruning.buckets import Turn
 
 _watchers: weakref.WeakSet[Hooks] = weakref.WeakSet()
 

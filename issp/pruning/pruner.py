@@ -9,15 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from issp import methods, pruner_state, report
-from issp.averages import Average
-from issp.counter import StepCounter, skipped
-from issp.groups import Turn
-from issp.hooks import Hooks, optimizers
-from issp.keep import Keep
-from issp.layers import Layer, select, unwrap
-from issp.roster import Roster
-from issp.schedules import Schedule, final_sparsity
+from issp.nn.selection import Layer, select, unwrap
+from issp.ops.keep import Keep
+from issp.pruning import methods
+from issp.pruning import state as pruner_state
+from issp.pruning import summary as report
+from issp.pruning.buckets import Turn
+from issp.pruning.ema import Average
+from issp.pruning.hooks import Hooks, optimizers
+from issp.pruning.roster import Roster
+from issp.pruning.schedules import Schedule, final_sparsity
+from issp.pruning.step_counter import StepCounter, skipped
 
 
 def attach(

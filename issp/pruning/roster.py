@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.optim import Optimizer
 
-from issp.averages import Average
-from issp.groups import Group, Record
-from issp.layers import Layer, unwrap
+from issp.nn.selection import Layer, unwrap
+from issp.pruning.buckets import Group, Record
+from issp.pruning.ema import Average
 
 
 class Roster:

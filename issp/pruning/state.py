@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from issp.groups import Record
-from issp.layers import Layer
-from issp.schemas import mask_words
+from issp.nn.selection import Layer
+from issp.ops.schemas import mask_words
+from issp.pruning.buckets import Record
 
 _LAYER = ("shape", "k", "threshold", "flips", "mask")
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from issp import checks, ops
-from issp.groups import Group
-from issp.keep import Keep
-from issp.layers import Layer
+from issp import ops
+from issp.nn.selection import Layer
+from issp.ops.keep import Keep
+from issp.ops.validation import pruning as checks
+from issp.pruning.buckets import Group
 
 
 def by_name(layers: Sequence[Layer], found: Mapping, default: Callable[[Layer], object]) -> dict:

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from issp import checkpoint, data, models, optim
-from issp.config import nearest
-from issp.config_keys import Config, EvalData, Keep, Scheduler, TrainData
+from issp import optim
+from issp.sr import checkpoint, data, models
+from issp.sr.config import nearest
+from issp.sr.config_keys import Config, EvalData, Keep, Scheduler, TrainData
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
 Pairs = data.PairedFolder | data.PairedArrays
@@ -122,7 +123,7 @@ def pruner(
     config: Config, model: nn.Module, opt: torch.optim.Optimizer, ema: nn.Module | None
 ) -> Any:
     """`issp.attach` with the `sparsity` section; None for dense training."""
-    from issp.pruner import attach
+    from issp.pruning.pruner import attach
 
     section = config.sparsity
     if section is None:
@@ -156,7 +157,7 @@ def _target(value: Any) -> Any:
 
 
 def _keep(entry: Keep) -> Any:
-    from issp.keep import Keep as Pattern
+    from issp.ops.keep import Keep as Pattern
 
     return Pattern(entry.n, of=entry.of, v=entry.v, layout=entry.layout, tail=entry.tail)
 

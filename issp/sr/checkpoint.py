@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from issp import pack_model, report
+from issp.deploy import pack
+from issp.pruning import summary
 
 _METADATA = "issp"
 
@@ -69,8 +70,8 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
             f"cannot save {type(model).__name__} with its architecture: it has no .config; "
             "use torch.save(model.state_dict(), path)"
         )
-    if pack_model.is_packed(model):
-        model = pack_model.unpack(model)
+    if pack.is_packed(model):
+        model = pack.unpack(model)
     # Copies: safetensors refuses tensors that share memory, and tied weights load back equal.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
     about = {"config": model.config, "arch": model.arch, "scale": model.scale}
@@ -94,7 +95,7 @@ def load(path: str | os.PathLike, arch: str | None = None, scale: int | None = N
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or cut short, or of another architecture.
     """
-    from issp import models
+    from issp.sr import models
 
     tensors, about = read_tensors(path)
     if arch is not None:
@@ -165,7 +166,7 @@ def sparsity(model: nn.Module) -> dict[str, Any]:
     """
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     total = sum(w.numel() for w in weights)
-    zeros = sum(report.zeros(weights))
+    zeros = sum(summary.zeros(weights))
     return {"weights": total, "zeros": zeros, "ratio": zeros / total if total else 0.0}
 
 

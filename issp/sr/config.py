@@ -1,6 +1,6 @@
 """The training configuration: YAML text to checked dataclasses, before anything starts, and back.
 
-`issp.config_keys` is the list of keys. An unknown key is an error that names the nearest one.
+`issp.sr.config_keys` is the list of keys. An unknown key is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from issp.config_keys import CHOICES, HARMLESS, Config, EvalData, TrainData
+from issp.sr.config_keys import CHOICES, HARMLESS, Config, EvalData, TrainData
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:

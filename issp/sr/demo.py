@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from issp import builders, checkpoint, config, data, evaluate, floats, logs, plots
-from issp.commands.common import table
-from issp.config_keys import Config
-from issp.train import train
+from issp.cli.common import table
+from issp.sr import builders, checkpoint, config, data, evaluate, logging, plots
+from issp.sr.config_keys import Config
+from issp.sr.train import train
+from issp.utils import denormals
 
 SCALE, MODEL, BATCH, PATCH, LEARNING_RATE = 2, "edsr-tiny", 8, 64, 1e-3
 ITERATIONS = 3000  # under three minutes on two idle cores
@@ -71,7 +72,7 @@ def run(options: Options) -> list[Row]:
     if options.minutes is not None and options.minutes <= 0:
         raise ValueError(f"--minutes is {options.minutes}: give each training some, such as 4")
     started = time.perf_counter()
-    floats.flush_denormals()
+    denormals.flush_denormals()
     iterations = options.iterations or ITERATIONS
     if options.minutes is not None:
         iterations = fitting_iterations(options)
@@ -86,7 +87,7 @@ def run(options: Options) -> list[Row]:
         rows.append(_train(settings(options, "dense", iterations, None), held_out)[1])
 
     checkpoint.save(sparse, options.out / "model.safetensors", iteration=iterations)
-    log = logs.read_csv(options.out / "iss-p" / "log" / "train.csv")
+    log = logging.read_csv(options.out / "iss-p" / "log" / "train.csv")
     title = f"{MODEL} x{SCALE}, ISS-P at {100 * options.sparsity:g} % sparsity"
     plots.curves(log, options.out / "curves.png", title, evaluate.mean(cubic).psnr)
     label = f"ISS-P, {100 * options.sparsity:g} % zeros"
@@ -176,7 +177,7 @@ def _train(settings: Config, held_out: data.EvalDataset) -> tuple[nn.Module, Row
     scores = evaluate.evaluate(evaluate.of_model(model), held_out)
     about = checkpoint.sparsity(model)
     kept = about["weights"] - about["zeros"]
-    rows = logs.read_csv(settings.folder / "log" / "train.csv")
+    rows = logging.read_csv(settings.folder / "log" / "train.csv")
     pruning = [r for r in rows if r["stage"] == "pruning"]
     rows = pruning or rows
     share = sum(r["update_share"] * r["seconds"] for r in rows) / sum(r["seconds"] for r in rows)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from issp import data, metrics, models
+from issp.sr import data, metrics, models
 
 
 @dataclass(frozen=True)

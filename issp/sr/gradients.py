@@ -6,8 +6,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from issp import logs, ops, report
-from issp.pruner import Pruner
+from issp import ops
+from issp.pruning import summary
+from issp.pruning.pruner import Pruner
+from issp.sr import logging
 
 COLUMNS = ("iteration", "layer", "norm", "variance", "mean", "std")
 
@@ -18,20 +20,20 @@ class GradientLog:
     Norm is that of the gradient; variance, mean and std are those of its absolute values.
 
     Args:
-        path, upto: see `issp.logs.CsvLog`.
+        path, upto: see `issp.sr.logging.CsvLog`.
         weights: by layer name.
 
     Source: the authors' gradient record, see `issp.ops.magnitude_statistics`.
     """
 
     def __init__(self, path: Path, weights: dict[str, Tensor], upto: int = 0):
-        self._csv, self._weights = logs.CsvLog(path, COLUMNS, upto), weights
+        self._csv, self._weights = logging.CsvLog(path, COLUMNS, upto), weights
 
     def add(self, iteration: int) -> None:
         """Records the gradients as the backward pass left them; waits for the GPU."""
         grads = {name: w.grad for name, w in self._weights.items() if w.grad is not None}
         if grads:
-            found = ops.magnitude_statistics([report.in_memory_order(g) for g in grads.values()])
+            found = ops.magnitude_statistics([summary.in_memory_order(g) for g in grads.values()])
             rows = zip(grads, found.tolist(), strict=True)
             places = ({"iteration": iteration, "layer": name} | _named(row) for name, row in rows)
             self._csv.add(*places)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from issp.checkpoint import atomic_write
+from issp.sr.checkpoint import atomic_write
 
 COLUMNS = (
     "iteration",

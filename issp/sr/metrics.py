@@ -6,7 +6,7 @@ from math import inf, log10
 
 import numpy as np
 
-from .data.resize import check_uint8_image
+from issp.sr.data.resize import check_uint8_image
 
 _Y_WEIGHTS = np.array([65.481, 128.553, 24.966])  # of R, G, B in ITU-R BT.601, studio range
 _WINDOW, _SIGMA = 11, 1.5

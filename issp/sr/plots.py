@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from issp import logs
-from issp.data.images import write_bytes
+from issp.sr import logging
+from issp.sr.data.images import write_bytes
 
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9731a", "#777777"
 
@@ -37,7 +37,7 @@ def curves(
     """PSNR, flips per iteration and mean threshold against iterations, the freeze marked.
 
     Args:
-        rows: of train.csv, see `issp.logs.read_csv`.
+        rows: of train.csv, see `issp.sr.logging.read_csv`.
         path: PNG to write.
         title: above the plots.
         bicubic: PSNR of bicubic interpolation on the validation set, drawn as a line.
@@ -71,7 +71,7 @@ def gradients(
     """Norm and variance of every layer's gradient against iterations, coloured by depth.
 
     Args:
-        rows: of gradients.csv, see `issp.logs.read_csv`.
+        rows: of gradients.csv, see `issp.sr.logging.read_csv`.
         training: of train.csv, for the freeze.
         path: PNG to write.
     """
@@ -122,7 +122,7 @@ def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     """Sparsity of every layer, from the latest rows of layers.csv.
 
     Args:
-        rows: see `issp.logs.read_csv`.
+        rows: see `issp.sr.logging.read_csv`.
         path: PNG to write.
     """
     if not rows:
@@ -257,7 +257,7 @@ def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
         raise FileNotFoundError(f"{folder} is no run of `issp train`: it has no log/train.csv")
     out = Path(out) if out else folder / "visualization"
     written = [out / "curves.png"]
-    training = logs.read_csv(log / "train.csv")
+    training = logging.read_csv(log / "train.csv")
     curves(training, written[0], title=folder.name)
     pruned, recorded = (_rows(log / name) for name in ("layers.csv", "gradients.csv"))
     if pruned:
@@ -270,4 +270,4 @@ def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return logs.read_csv(path) if path.is_file() else []
+    return logging.read_csv(path) if path.is_file() else []

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from issp import checkpoint
-from issp.config import dump
-from issp.config_keys import Config
+from issp.sr import checkpoint
+from issp.sr.config import dump
+from issp.sr.config_keys import Config
 
 
 class RunFolder:
@@ -80,7 +80,7 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """What `issp info` tells, the command line, and the git revision of the working folder."""
-    from issp.about import info
+    from issp.ops.info import info
 
     return {"command": sys.argv, "git": git_revision(), **info()}
 

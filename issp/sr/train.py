@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from issp import builders, checkpoint, evaluate, floats, gradients, logs
-from issp.config_keys import Config
-from issp.data import write_image
-from issp.interrupt import Interrupted, StopRequest
-from issp.rundir import RunFolder
+from issp.sr import builders, checkpoint, evaluate, gradients, logging
+from issp.sr.config_keys import Config
+from issp.sr.data import write_image
+from issp.sr.interrupt import Interrupted, StopRequest
+from issp.sr.run_folder import RunFolder
+from issp.utils import denormals
 
 VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim")
 LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", "threshold")
@@ -37,7 +38,7 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
     """Trains, prunes and fine-tunes what a configuration says.
 
     Args:
-        config: see `issp.config_keys`.
+        config: see `issp.sr.config_keys`.
         resume: continue from `path.resume_state`, or else from the latest state of the run's
             folder. On a CPU the result is bitwise that of a run without a break.
         quiet: print nothing.
@@ -51,7 +52,7 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
         ValueError, RuntimeError, OSError: bad input, a loss that is not finite, a full disk.
     """
     # Before the first parallel operation: the worker threads inherit it.
-    flushed = floats.flush_denormals()
+    flushed = denormals.flush_denormals()
     builders.seed_everything(config.manual_seed)
     device = builders.device(config.device)
     model = builders.network(config).to(device, memory_format=torch.channels_last)
@@ -60,7 +61,7 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
     validation = builders.validation_sets(config)
     loss_function = builders.loss(config)
     optimizer = builders.optimizer(config, model)
-    meter = logs.Meter(device)
+    meter = logging.Meter(device)
     pruner = builders.pruner(config, model, optimizer, ema)
     meter.timer.watch(optimizer)
 
@@ -127,7 +128,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         pruner: Any,
         batches: Any,
-        meter: logs.Meter,
+        meter: logging.Meter,
         validation: dict[str, Any],
     ):
         self.config, self.model, self.ema, self.pruner = config, model, ema, pruner
@@ -180,19 +181,19 @@ class Run:
         self.folder.reopen(self.config)
         return iteration
 
-    def open_logs(self, start: int, quiet: bool) -> logs.Progress:
+    def open_logs(self, start: int, quiet: bool) -> logging.Progress:
         """Opens the logs, cut back to the iteration `start`."""
         log, total = self.folder.log, self.config.train.total_iter
-        self.csv = logs.CsvLog(log / "train.csv", logs.COLUMNS, upto=start)
-        self.scores = logs.CsvLog(log / "validation.csv", VALIDATION_COLUMNS, upto=start)
-        self.layers = logs.CsvLog(log / "layers.csv", LAYER_COLUMNS, upto=start)
+        self.csv = logging.CsvLog(log / "train.csv", logging.COLUMNS, upto=start)
+        self.scores = logging.CsvLog(log / "validation.csv", VALIDATION_COLUMNS, upto=start)
+        self.layers = logging.CsvLog(log / "layers.csv", LAYER_COLUMNS, upto=start)
         self.gradients = None
         if self.config.logger.grad_stats_freq:
             weights = gradients.weights_to_record(self.model, self.pruner)
             self.gradients = gradients.GradientLog(log / "gradients.csv", weights, upto=start)
         wanted = self.config.logger.use_tb_logger
-        self.board = logs.TensorBoard(log / "tensorboard", start + 1, wanted)
-        self.screen = logs.Progress(total, start, quiet)
+        self.board = logging.TensorBoard(log / "tensorboard", start + 1, wanted)
+        self.screen = logging.Progress(total, start, quiet)
         model = self.evaluated
         parameters = sum(p.numel() for p in model.parameters())
         todo = f"iterations {start + 1} to {total}" if start < total else "finished already"

@@ -10,12 +10,17 @@ import pytest
 import torch
 from torch import nn
 
+import bench
 import issp
-from issp import bench, models, num_pruned, pack_report
-from issp.bench import network, products_calls, registry, timing
-from issp.bench.network_report import Dense, Packed, Report, Where
-from tests.packed_nets import timed_fixture  # noqa: F401
-from tests.small_models import one_thread, small_edsr, small_swinir  # noqa: F401
+from bench import network
+from bench.harness import registry
+from bench.network_report import Dense, Packed, Report, Where
+from bench.products import calls
+from issp import models, num_pruned
+from issp.deploy import report as pack_report
+from issp.utils import timing
+from tests.deploy.networks import timed_fixture  # noqa: F401
+from tests.sr.networks import one_thread, small_edsr, small_swinir  # noqa: F401
 
 FAST = network.Settings(
     sparsities=(0.75,), size=(8, 8), rounds=4, seconds=0.05, flush_bytes=1 << 12
@@ -84,7 +89,7 @@ class TestCheck:
     def test_a_packed_network_passes(self, make, v, timed, tmp_path):
         model, x = make().eval(), torch.rand(1, 3, 16, 16)
         network.prune(model, 0.75, v)
-        cache = issp.choice.Cache(tmp_path / "choices.json")
+        cache = issp.deploy.autotune.Cache(tmp_path / "choices.json")
         packed = issp.pack(model, x, cache=cache)
         assert any(line.is_sparse for line in packed.report.lines)
         network.check("tiny", model, packed, x)
@@ -213,7 +218,9 @@ class TestReport:
 
     def test_a_network_that_stays_dense_says_why(self):
         report = self.report()
-        report.packed[0].layers.whole = issp.choice.Choice("packed", {"packed": 1.0, "dense": 2.0})
+        report.packed[0].layers.whole = issp.deploy.autotune.Choice(
+            "packed", {"packed": 1.0, "dense": 2.0}
+        )
         notes = [n for n in network._exceptions(report, FAST, {}) if "left it dense" in n]
         assert len(notes) == 1 and notes[0].startswith("v=4 at 99 %: `issp.pack` left it dense.")
 
@@ -242,7 +249,7 @@ class TestMeasure:
     def test_dense_has_the_pruned_weights_in_every_layout(self):
         model, x = small_edsr().eval(), torch.rand(1, 3, 8, 8)
         rows = network._dense(model, x)
-        names = [v.name for v in products_calls.dense_variants(network._ANY, "cpu")]
+        names = [v.name for v in calls.dense_variants(network._ANY, "cpu")]
         assert [row.variant for row in rows] == names
         for row in rows:
             row.task.call()

@@ -6,9 +6,13 @@ import math
 import pytest
 import torch
 
-from issp import Keep, bench, ops, shapes
-from issp.bench import peers, registry, roof, step, timing
-from issp.bench.workload import Workload, divides
+import bench
+from bench import baselines, step
+from bench.harness import bandwidth, registry
+from bench.harness.workload import Workload, divides
+from issp import Keep, ops
+from issp.sr import shapes
+from issp.utils import timing
 
 MODEL = [(32, 16), (5, 2), (16, 16, 3, 3)]
 FAST = {"rounds": 2, "seconds": 0.05, "settle": 2, "whole": False}
@@ -30,7 +34,7 @@ def tiny_model(monkeypatch):
     """`swinir-light` becomes three small tensors."""
     monkeypatch.setattr(shapes, "prunable_shapes", lambda name, scale: MODEL)
     monkeypatch.setattr(step, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
-    monkeypatch.setitem(roof._DEFAULT, "cpu", 1 << 16)
+    monkeypatch.setitem(bandwidth._DEFAULT, "cpu", 1 << 16)
 
 
 def command(*words: str) -> int:
@@ -92,11 +96,11 @@ def test_a_step_that_ignores_the_groups_is_refused(monkeypatch, tiny_model, caps
 
 def test_the_table_names_the_pattern_and_what_is_left_out():
     settings = step.Settings(keep=Keep(1, of=8, v=4), **FAST)
-    text = step.measure("tiny", MODEL, settings, peers.ROWS[:4]).markdown()
+    text = step.measure("tiny", MODEL, settings, baselines.ROWS[:4]).markdown()
     assert "### tiny: 2 tensors, 2816 weights, float32, 1:8 v=4 (87.5 %), shrink 0.95" in text
     assert "The step prunes 1:8 v=4 groups" in text and "The bracket around" not in text
     assert "1 of 3 tensors, which the pattern does not divide, are left out" in text
-    plain = step.measure("tiny", MODEL, step.Settings(**FAST), peers.ROWS[:4]).markdown()
+    plain = step.measure("tiny", MODEL, step.Settings(**FAST), baselines.ROWS[:4]).markdown()
     assert "groups" not in plain and "The bracket around" in plain
 
 
@@ -104,7 +108,7 @@ def test_command_times_the_pattern(tiny_model, capsys):
     assert command("--quick", "--pattern", "2:4", "--seconds", "0.01", "--settle", "1") == 0
     text = capsys.readouterr().out
     assert "2 tensors, 2816 weights, float32, 2:4 v=1 (50 %)" in text
-    assert rows(text) == [row.name for row in peers.ROWS if row.name != peers.COLD]
+    assert rows(text) == [row.name for row in baselines.ROWS if row.name != baselines.COLD]
 
 
 @pytest.mark.parametrize(

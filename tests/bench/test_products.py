@@ -5,18 +5,14 @@ import math
 import pytest
 import torch
 
-from issp import Keep, num_pruned, ops, shapes
-from issp.bench import (
-    products,
-    products_calls,
-    products_forms,
-    products_layers,
-    products_parity,
-    registry,
-)
-from issp.bench.products_calls import Data, Dense
-from issp.bench.products_forms import Form
-from issp.bench.products_layers import Layer
+from bench.harness import registry
+from bench.products import calls, forms, measure, parity
+from bench.products import layers as products_layers
+from bench.products.calls import Data, Dense
+from bench.products.forms import Form
+from bench.products.layers import Layer
+from issp import Keep, num_pruned, ops
+from issp.sr import shapes
 
 CONV = Layer((8, 8, 3, 3), (1, 8, 6, 5), ("tiny",))
 LINEAR = Layer((8, 8), (2, 5, 8))
@@ -31,7 +27,7 @@ def one_thread():
 
 
 class TestLayers:
-    @pytest.mark.parametrize("model", products.MODELS)
+    @pytest.mark.parametrize("model", measure.MODELS)
     def test_every_prunable_shape_is_met(self, model):
         both = [
             layer
@@ -59,7 +55,7 @@ class TestLayers:
     @pytest.mark.parametrize("layer", [CONV, LINEAR, Layer((4, 2, 1, 1), (1, 2, 3, 7))])
     def test_output_shape_is_torchs(self, layer):
         x, weight = torch.zeros(layer.x), torch.zeros(layer.weight)
-        assert products_calls.product(layer)(x, weight).shape == layer.y
+        assert calls.product(layer)(x, weight).shape == layer.y
         assert layer.applications * layer.weight[0] == math.prod(layer.y)
 
     def test_a_large_layer_is_cut_for_the_check(self):
@@ -100,12 +96,12 @@ class TestForms:
         ],
     )
     def test_pattern(self, channels, sparsity, pattern):
-        assert products_forms.pattern(channels, sparsity) == pattern
+        assert forms.pattern(channels, sparsity) == pattern
 
     @pytest.mark.parametrize("channels", [2, 3, 5, 60, 64, 120, 180, 256, 720])
-    @pytest.mark.parametrize("sparsity", products.SPARSITIES)
+    @pytest.mark.parametrize("sparsity", measure.SPARSITIES)
     def test_patterns_divide_and_never_prune_more_than_asked(self, channels, sparsity):
-        found = products_forms.pattern(channels, sparsity)
+        found = forms.pattern(channels, sparsity)
         if found:
             n, m = found
             assert channels % m == 0 and 1 - n / m <= sparsity + 1e-12
@@ -113,7 +109,7 @@ class TestForms:
 
     def test_unstructured_is_exact(self):
         weight = torch.randn(16, 8, 3, 3)
-        sparse = products_forms.make(weight, Form(nm=False), 0.9)
+        sparse = forms.make(weight, Form(nm=False), 0.9)
         kept = weight.numel() - num_pruned(weight.numel(), 0.9)
         assert sparse.weights == kept and sparse.label == "90.02 %"
         smallest = weight.abs()[sparse.dense == 0].max()
@@ -122,7 +118,7 @@ class TestForms:
 
     def test_rows_that_share_what_they_keep_are_exact_too(self):
         weight = torch.randn(16, 8, 3, 3)
-        sparse = products_forms.make(weight, Form(4, nm=False), 0.9)
+        sparse = forms.make(weight, Form(4, nm=False), 0.9)
         sums = weight.view(4, 4, 72).abs().sum(1)
         kept = (sparse.dense.view(4, 4, 72) != 0).all(1)
         assert kept.sum() == 288 - num_pruned(288, 0.9) and sparse.label == "90.28 %"
@@ -133,22 +129,22 @@ class TestForms:
     @pytest.mark.parametrize("v", [1, 4])
     def test_nm_is_the_pattern(self, v):
         weight = torch.randn(16, 20, 3, 3)
-        sparse = products_forms.make(weight, Form(v), 0.9)
+        sparse = forms.make(weight, Form(v), 0.9)
         assert sparse.label == "1:10 (90 %)" and sparse.p.keep == Keep(1, of=10, v=v)
         assert sparse.weights == weight.numel() // 10
         assert torch.equal(sparse.p.to_dense(), sparse.dense)
 
     def test_what_does_not_fit_is_named(self):
-        assert products_forms.unfit(Form(4), (3, 64), 0.5) == "v=4 does not divide 3 outputs"
-        why = products_forms.unfit(Form(1), (64, 3, 3, 3), 0.95)
+        assert forms.unfit(Form(4), (3, 64), 0.5) == "v=4 does not divide 3 outputs"
+        why = forms.unfit(Form(1), (64, 3, 3, 3), 0.95)
         assert why == "no N:M of 3 input channels prunes about 95 %"
-        assert products_forms.unfit(Form(nm=False), (3, 3), 0.95) is None
+        assert forms.unfit(Form(nm=False), (3, 3), 0.95) is None
 
     def test_gpus_time_tensor_cores_from_v_16_on(self):
-        assert [form.name for form in products_forms.forms("cpu")] == [
+        assert [form.name for form in forms.forms("cpu")] == [
             *("unstructured", "N:M v=1", "N:M v=4")
         ]
-        names = [form.name for form in products_forms.forms("cuda")]
+        names = [form.name for form in forms.forms("cuda")]
         assert names[-5:] == [
             *("N:M v=8", "N:M v=16 tf32", "N:M v=16 bf16", "N:M v=32 tf32", "N:M v=32 bf16")
         ]
@@ -158,9 +154,9 @@ class TestCalls:
     @pytest.mark.parametrize("layer", [CONV, LINEAR, Layer((8, 4, 1, 1), (1, 4, 5, 3))])
     def test_every_dense_variant_computes_the_same(self, layer):
         data = Data.of(layer, "cpu")
-        for name in products_calls.PASSES:
-            variants = products_calls.dense_variants(layer, "cpu")
-            found = [products_calls.dense_call(data, v, name)() for v in variants]
+        for name in calls.PASSES:
+            variants = calls.dense_variants(layer, "cpu")
+            found = [calls.dense_call(data, v, name)() for v in variants]
             for variant, result in zip(variants, found, strict=True):
                 result, first = ((r,) if name == "forward" else r for r in (result, found[0]))
                 close = {"rtol": 0.05, "atol": 0.1} if variant.precision == "bf16" else {}
@@ -171,28 +167,28 @@ class TestCalls:
     @pytest.mark.parametrize("form", [Form(nm=False), Form(1), Form(4)])
     def test_a_step_gives_the_gradients_of_input_and_kept_weights(self, layer, form):
         data = Data.of(layer, "cpu")
-        sparse = products_forms.make(data.weight, form, 0.5)
-        dx, dw = products_calls.sparse_call(data, sparse, "step")()
+        sparse = forms.make(data.weight, form, 0.5)
+        dx, dw = calls.sparse_call(data, sparse, "step")()
         data.weight = sparse.dense
-        dense_dx, dense_dw = products_calls.dense_call(data, Dense(), "step")()
+        dense_dx, dense_dw = calls.dense_call(data, Dense(), "step")()
         torch.testing.assert_close(dx, dense_dx)
-        torch.testing.assert_close(dw, products_parity.kept(dense_dw, sparse))
+        torch.testing.assert_close(dw, parity.kept(dense_dw, sparse))
 
     @pytest.mark.parametrize("layer", [CONV, LINEAR, Layer((8, 4, 1, 1), (1, 4, 5, 3))])
     def test_torchs_sparse_product_is_the_same_product(self, layer):
         data = Data.of(layer, "cpu")
-        sparse = products_forms.make(data.weight, Form(nm=False), 0.5)
-        found = products_calls.csr_call(data, sparse)().view(layer.y)
-        torch.testing.assert_close(found, products_calls.product(layer)(data.x, sparse.dense))
+        sparse = forms.make(data.weight, Form(nm=False), 0.5)
+        found = calls.csr_call(data, sparse)().view(layer.y)
+        torch.testing.assert_close(found, calls.product(layer)(data.x, sparse.dense))
 
     def test_a_large_unfolded_input_is_left_out(self, monkeypatch):
-        monkeypatch.setattr(products_calls, "_UNFOLDED", 100)
-        sparse = products_forms.make(torch.randn(CONV.weight), Form(nm=False), 0.5)
+        monkeypatch.setattr(calls, "_UNFOLDED", 100)
+        sparse = forms.make(torch.randn(CONV.weight), Form(nm=False), 0.5)
         with pytest.raises(ValueError, match="the unfolded input takes"):
-            products_calls.csr_call(Data.of(CONV, "cpu"), sparse)
+            calls.csr_call(Data.of(CONV, "cpu"), sparse)
 
     def test_one_by_one_is_also_timed_as_a_matrix_product(self):
-        names = [v.name for v in products_calls.dense_variants(Layer((8, 4, 1, 1), CONV.x), "cpu")]
+        names = [v.name for v in calls.dense_variants(Layer((8, 4, 1, 1), CONV.x), "cpu")]
         assert names[:2] == ["fp32", "fp32 channels_last"] and "fp32 as matmul" in names
 
 
@@ -201,8 +197,8 @@ class TestParity:
     @pytest.mark.parametrize("form", [Form(nm=False), Form(1), Form(4), Form(4, precision="bf16")])
     def test_passes(self, layer, form):
         data = Data.of(layer, "cpu")
-        weight = data.weight.to(products_calls.DTYPES[form.precision])
-        products_parity.check(data, products_forms.make(weight, form, 0.5), form)
+        weight = data.weight.to(calls.DTYPES[form.precision])
+        parity.check(data, forms.make(weight, form, 0.5), form)
 
     @pytest.mark.parametrize(
         ("op", "wrong", "named"),
@@ -217,9 +213,9 @@ class TestParity:
         right = getattr(ops, op)
         monkeypatch.setattr(ops, op, lambda *args, **kw: wrong(right(*args, **kw)))
         data = Data.of(CONV, "cpu")
-        sparse = products_forms.make(data.weight, Form(nm=False), 0.5)
+        sparse = forms.make(data.weight, Form(nm=False), 0.5)
         with pytest.raises(registry.ParityError, match=named):
-            products_parity.check(data, sparse, Form(nm=False))
+            parity.check(data, sparse, Form(nm=False))
 
     def test_a_wrong_gradient_of_the_values_is_refused(self, monkeypatch):
         right = ops.sparse_matmul
@@ -229,9 +225,9 @@ class TestParity:
 
         monkeypatch.setattr(ops, "sparse_matmul", wrong)
         data = Data.of(LINEAR, "cpu")
-        sparse = products_forms.make(data.weight, Form(nm=False), 0.5)
+        sparse = forms.make(data.weight, Form(nm=False), 0.5)
         with pytest.raises(registry.ParityError, match="the gradient of the values is off"):
-            products_parity.check(data, sparse, Form(nm=False))
+            parity.check(data, sparse, Form(nm=False))
 
 
 def _one_element(y: torch.Tensor, value: float) -> torch.Tensor:

@@ -10,22 +10,31 @@ from dataclasses import replace
 import pytest
 import torch
 
-from issp import bench, ops
-from issp.bench import (
-    products,
-    products_calls,
-    products_layers,
-    products_must,
-    products_report,
-    roof,
-    timing,
+import bench
+from bench.harness import bandwidth as roof
+from bench.products import (
+    calls as products_calls,
 )
-from issp.bench.products_forms import Form
-from issp.bench.products_layers import Layer
+from bench.products import (
+    layers as products_layers,
+)
+from bench.products import (
+    measure,
+)
+from bench.products import (
+    report as products_report,
+)
+from bench.products import (
+    targets as products_must,
+)
+from bench.products.forms import Form
+from bench.products.layers import Layer
+from issp import ops
+from issp.utils import timing
 
 CONV = Layer((8, 8, 3, 3), (1, 8, 6, 5), ("tiny",))
 LINEAR = Layer((8, 8), (2, 5, 8))
-FAST = products.Settings(
+FAST = measure.Settings(
     sparsities=(0.5, 0.75),
     threads=(1,),
     rounds=4,
@@ -46,10 +55,10 @@ def one_thread():
 @pytest.fixture
 def quick(monkeypatch):
     """The command's probes become small."""
-    monkeypatch.setattr(products, "_SMALLEST_PROBE", 1 << 16)
-    original = products.settings_of
+    monkeypatch.setattr(measure, "_SMALLEST_PROBE", 1 << 16)
+    original = measure.settings_of
     monkeypatch.setattr(
-        products,
+        measure,
         "settings_of",
         lambda args: replace(original(args), rounds=4, probe_side=16),
     )
@@ -135,7 +144,7 @@ class TestReport:
 
 @pytest.fixture(scope="module", params=[CONV, LINEAR], ids=["conv", "linear"])
 def report(request, one_thread):
-    (found,) = products.measure(request.param, FAST)
+    (found,) = measure.measure(request.param, FAST)
     return found
 
 
@@ -169,22 +178,22 @@ class TestMeasure:
 
     def test_what_does_not_fit_is_a_note(self):
         settings = replace(FAST, passes=("forward",), forms=(Form(nm=False), Form(4)))
-        (found,) = products.measure(Layer((6, 8), (3, 8)), settings)
+        (found,) = measure.measure(Layer((6, 8), (3, 8)), settings)
         assert "N:M v=4 at 50 %: left out, v=4 does not divide 6 outputs." in found.notes
         assert {e.name for e in found.entries if not e.dense} == {"issp unstructured", "torch CSR"}
 
     def test_a_peer_that_fails_is_a_note(self, monkeypatch):
         monkeypatch.setattr(products_calls, "_UNFOLDED", 100)
-        (found,) = products.measure(CONV, FAST)
+        (found,) = measure.measure(CONV, FAST)
         assert any(note.startswith("torch CSR of unfold: left out, the") for note in found.notes)
 
     def test_a_short_call_is_repeated_and_a_slow_one_is_not(self):
         calls = []
-        warm_up = products._WarmUp(lambda: calls.append(1))
+        warm_up = measure._WarmUp(lambda: calls.append(1))
         warm_up()
         assert len(calls) > 10
         slow = []
-        warm_up = products._WarmUp(lambda: (slow.append(1), time.sleep(products._SLOW * 1.1)))
+        warm_up = measure._WarmUp(lambda: (slow.append(1), time.sleep(measure._SLOW * 1.1)))
         for _ in range(3):
             warm_up()
         assert len(slow) == 1
@@ -192,7 +201,7 @@ class TestMeasure:
     def test_every_number_of_threads_has_its_report(self):
         before = torch.get_num_threads()
         settings = replace(FAST, threads=(1, 2), passes=("forward",), sparsities=(0.5,))
-        one, two = products.measure(CONV, settings)
+        one, two = measure.measure(CONV, settings)
         assert (one.threads, two.threads) == (1, 2) and "2 threads" in two.machine
         assert torch.get_num_threads() == before
 
@@ -246,7 +255,7 @@ class TestCommand:
     def test_grouped_convolutions_are_named(self, capsys, monkeypatch):
         layers = [Layer((180, 1, 3, 3), (1, 180, 16, 16), ("cat-r",), groups=180), CONV]
         monkeypatch.setattr(products_layers, "of_models", lambda *args: layers)
-        monkeypatch.setattr(products, "measure", lambda layer, settings: [])
+        monkeypatch.setattr(measure, "measure", lambda layer, settings: [])
         assert command("conv", "--model", "cat-r", "--size", "16") == 0
         assert "3x3 180->180 in 180 groups at 16x16: not timed" in capsys.readouterr().out
 
@@ -323,6 +332,6 @@ def test_cuda_tables_have_every_precision():
     forms = (Form(nm=False), Form(4), Form(16, precision="tf32"), Form(16, precision="bf16"))
     settings = replace(FAST, device="cuda", forms=forms, probe_bytes=None)
     layer = Layer((32, 32, 3, 3), (1, 32, 16, 16))
-    (found,) = products.measure(layer, settings)
+    (found,) = measure.measure(layer, settings)
     assert found.modes == ["graph", "eager"]
     assert {"fp32", "tf32", "bf16", "fp16"} <= set(found.peaks)

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from issp import backends, bench, ops, reference
+import bench
+from issp import backends, ops
+from issp.ops import reference
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
 
 

@@ -9,9 +9,13 @@ import re
 import pytest
 import torch
 
-from issp import bench, num_pruned, ops, shapes
-from issp.bench import cub, peers, report, roof, scaling, step, timing
-from issp.bench.workload import Workload
+import bench
+from bench import baselines, scaling, step
+from bench.harness import bandwidth, cub, report
+from bench.harness.workload import Workload
+from issp import num_pruned, ops
+from issp.sr import shapes
+from issp.utils import timing
 
 TINY = [(32, 16), (5, 2), (16, 16, 3, 3)]
 FAST = step.Settings(
@@ -33,7 +37,7 @@ def tiny_model(monkeypatch):
     monkeypatch.setattr(shapes, "prunable_shapes", lambda name, scale: TINY)
     for module in (step, scaling):
         monkeypatch.setattr(module, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
-    monkeypatch.setitem(roof._DEFAULT, "cpu", 1 << 16)
+    monkeypatch.setitem(bandwidth._DEFAULT, "cpu", 1 << 16)
 
 
 def command(*words: str) -> int:
@@ -102,7 +106,7 @@ class TestTable:
         rows = cells(table.markdown())
         assert {len(row) for row in rows} == {len(rows[0])}
         assert set(rows[1]) == {"---", "---:"}
-        assert [row[0] for row in rows[2:]] == [row.name for row in peers.ROWS]
+        assert [row[0] for row in rows[2:]] == [row.name for row in baselines.ROWS]
         numbers = [cell.rstrip(" %") for row in rows[2:] for cell in row[1:]]
         assert all(cell == "-" or math.isfinite(float(cell)) for cell in numbers)
 
@@ -116,12 +120,12 @@ class TestTable:
                 assert line.seconds[mode] > 0 and table.ratio(line, mode) > 0
             assert table.rate(line) == line.traffic / line.seconds["cold"]
             assert table.share(line) == table.rate(line) / table.roof.rate
-        assert table.ratio(table.line(peers.BASE), "cold") == 1
+        assert table.ratio(table.line(baselines.BASE), "cold") == 1
 
     def test_memory_of_the_step_is_its_scratch_and_of_argsort_its_indices(self, table):
         state = Workload(TINY, FAST.sparsity).state
         scratch = state.scratch.nbytes / sum(state.numels)
-        assert table.line(peers.STEP).extra >= scratch
+        assert table.line(baselines.STEP).extra >= scratch
         largest = max(map(math.prod, TINY))
         indices = 8 * largest / sum(map(math.prod, TINY))
         assert table.line("authors' numpy argsort").extra > indices
@@ -133,19 +137,19 @@ class TestTable:
 
             return call
 
-        broken = peers.Row(
+        broken = baselines.Row(
             "broken", traffic=lambda n, size: n, counted="nothing", make=fail,
             prepare=Workload.restore,
         )  # fmt: skip
-        table = step.measure("tiny", TINY, FAST, [*peers.ROWS[:6], broken])
+        table = step.measure("tiny", TINY, FAST, [*baselines.ROWS[:6], broken])
         assert "broken could not be timed, cold: not for this dtype" in table.markdown()
         assert cells(table.markdown())[-1][1] == "-"
 
     def test_what_is_not_installed_is_named(self, monkeypatch):
-        monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(cub.shutil, "which", lambda name: None)
-        rows = [row for row in peers.rows("cuda") if row not in peers.ROWS]
-        table = step.measure("tiny", TINY, FAST, [*peers.ROWS[:4], *rows])
+        rows = [row for row in baselines.rows("cuda") if row not in baselines.ROWS]
+        table = step.measure("tiny", TINY, FAST, [*baselines.ROWS[:4], *rows])
         last = {row[0]: row[1] for row in cells(table.markdown())[-2:]}
         assert last == {
             "FlashInfer top_k_mask_logits": "not installed",
@@ -155,7 +159,14 @@ class TestTable:
     def test_roofline_is_counted_bytes_over_the_best_bandwidth(self):
         line = report.Line("op", {"cold": [0.5]}, {"cold": 0.5}, 0.5, None, traffic=10e9)
         table = report.Table(
-            "title", "machine", "ms", "cold", "op", 10**9, roof.Roof(30e9, 40e9, 8), lines=[line]
+            "title",
+            "machine",
+            "ms",
+            "cold",
+            "op",
+            10**9,
+            bandwidth.Roof(30e9, 40e9, 8),
+            lines=[line],
         )
         assert table.roof.rate == 40e9 and table.rate(line) == 20e9 and table.share(line) == 0.5
         found = dict(zip(*(cells(table.markdown())[i] for i in (0, 2)), strict=True))
@@ -165,16 +176,16 @@ class TestTable:
         )
 
     def test_bandwidth_is_that_of_both_buffers(self):
-        probe = roof.Probe("cpu", 1 << 12)
+        probe = bandwidth.Probe("cpu", 1 << 12)
         for task, seconds in zip(probe.tasks, (2.0, 4.0), strict=True):
             task.call()
             task.samples["cold"] = [seconds]
-        assert probe.roof("cold") == roof.Roof(copy=4096.0, multiply=2048.0, nbytes=4096)
+        assert probe.roof("cold") == bandwidth.Roof(copy=4096.0, multiply=2048.0, nbytes=4096)
 
     @pytest.mark.parametrize("k", [1, 17, 100])
     def test_quantile_is_asked_for_the_threshold(self, k):
         x = torch.randn(100)
-        assert peers.quantile(x.abs(), k) == ops.magnitude_threshold([x], [k])[0]
+        assert baselines.quantile(x.abs(), k) == ops.magnitude_threshold([x], [k])[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
@@ -183,7 +194,7 @@ def test_cuda_table_times_launches_and_graphs():
     step.check_parity(TINY, settings)
     table = step.measure("tiny", TINY, settings)
     assert table.modes() == ["eager", "graph", "graph, warm"]
-    fused = table.line(peers.STEP).seconds
+    fused = table.line(baselines.STEP).seconds
     assert all(fused[mode] > 0 for mode in table.modes())
     # numpy cannot be captured: only the column of launches has its time.
     authors = table.line("authors' numpy argsort").seconds
@@ -237,7 +248,7 @@ class TestCommand:
         arguments = ("--quick", "--seconds", "0.01", "--settle", "1")
         assert command(*arguments, "--samples", str(out)) == 0
         (table,) = json.loads(out.read_text())
-        seconds = table["seconds"][peers.STEP]
+        seconds = table["seconds"][baselines.STEP]
         assert seconds.keys() == {"warm", "cold"} and all(len(x) == 7 for x in seconds.values())
         assert table["roofline"]["copy"] > 0
 
@@ -302,16 +313,18 @@ class TestScaling:
 
     def test_what_does_not_fit_memory_says_so(self, monkeypatch):
         monkeypatch.setattr(scaling, "free_bytes", lambda device: 20_000)
-        curve = scaling.measure("weights", (peers.STEP, peers.TOPK), self.PLACES, FAST, 60.0)
+        curve = scaling.measure(
+            "weights", (baselines.STEP, baselines.TOPK), self.PLACES, FAST, 60.0
+        )
         assert curve.points[0].skipped == {}
-        assert list(curve.points[1].skipped) == [peers.TOPK]
+        assert list(curve.points[1].skipped) == [baselines.TOPK]
         expected = "1000 weights: torch.topk skipped, needs up to 4.1e-05 GB and 1.8e-05 GB are"
         assert expected in curve.markdown()
         assert cells(curve.markdown())[-1][2] == "-"
 
     def test_what_does_not_fit_the_budget_says_so(self):
-        curve = scaling.measure("weights", (peers.STEP,), self.PLACES, FAST, 0.0)
-        assert all("0 s are left" in point.skipped[peers.STEP] for point in curve.points)
+        curve = scaling.measure("weights", (baselines.STEP,), self.PLACES, FAST, 0.0)
+        assert all("0 s are left" in point.skipped[baselines.STEP] for point in curve.points)
         assert set(cells(curve.markdown())[-1][1:]) == {"-"}
 
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+import bench
 import issp
-from issp import backends, bench, models
-from issp.bench import optim, optim_parity, registry, roof, step, timing, train
-from issp.bench.trainees import FAMILIES, Gradients, Trainee, settled
+from bench import optim, optim_parity, step, train
+from bench.harness import bandwidth, registry
+from bench.harness.training import FAMILIES, Gradients, Trainee, settled
+from issp import backends, models
+from issp.utils import timing
 
 FAST = optim.Settings(
     rounds=2, seconds=0.05, settle=2, flush_bytes=1 << 16, probe_bytes=1 << 16
@@ -37,7 +40,7 @@ def tiny(monkeypatch):
     """Every model becomes a very small EDSR, and nothing large is read between the calls."""
     monkeypatch.setattr(models, "build", lambda name, scale: network())
     monkeypatch.setattr(optim, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
-    monkeypatch.setitem(roof._DEFAULT, "cpu", 1 << 16)
+    monkeypatch.setitem(bandwidth._DEFAULT, "cpu", 1 << 16)
 
 
 def command(*words: str) -> int:

@@ -12,7 +12,9 @@ import time
 import numpy as np
 import pytest
 
-from issp import cli, data, demo, floats, logs
+from issp import cli, data
+from issp.sr import demo, logging
+from issp.utils import denormals
 
 pytest.importorskip("PIL", reason="the commands read and write images")
 pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
@@ -21,11 +23,11 @@ pytest.importorskip("safetensors", reason="models are kept as safetensors")
 
 @pytest.fixture(autouse=True)
 def _float_mode_stays(monkeypatch):
-    monkeypatch.setattr(floats, "flush_denormals", lambda: True)
+    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
 
 
 def module(name):
-    return importlib.import_module(f"issp.commands.{name.replace('-', '_')}")
+    return importlib.import_module(f"issp.cli.{name.replace('-', '_')}")
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def trained(photos, tmp_path_factory):
     """The folder of a finished run of the command."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(floats, "flush_denormals", lambda: True)
+        patch.setattr(denormals, "flush_denormals", lambda: True)
         patch.setenv("ISSP_CACHE", str(root / "cache"))
         assert cli.main(train_arguments(photos, root, 8)) == 0
     return root / "tiny"
@@ -122,7 +124,7 @@ def test_errors_are_one_line_with_status_2(capsys, tmp_path, photos, trained):
 def test_train_test_upscale_plot(trained, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "cache"))
     model = str(trained / "models" / "net_g_latest.safetensors")
-    assert logs.read_csv(trained / "log" / "train.csv")[-1]["iteration"] == 8
+    assert logging.read_csv(trained / "log" / "train.csv")[-1]["iteration"] == 8
 
     saved = tmp_path / "saved"
     test = ["test", "--model", model, "--data", f"mine={photos}", "--save", str(saved)]
@@ -205,9 +207,9 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(photos, tmp_path, monkeypatch, caps
     done = int(state.stem)
     resume = shlex.split(errors.split("continue with: issp ")[1])
     with monkeypatch.context() as patch:
-        patch.setattr(logs.Progress, "advance", _stop_after(done + 2))
+        patch.setattr(logging.Progress, "advance", _stop_after(done + 2))
         assert cli.main(resume) == 130
-    rows = logs.read_csv(tmp_path / "tiny" / "log" / "train.csv")
+    rows = logging.read_csv(tmp_path / "tiny" / "log" / "train.csv")
     assert [row["iteration"] for row in rows] == list(range(1, done + 3))
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import issp
-from issp import choice
+from issp.deploy import autotune
 
 
 def prune_(model: nn.Module, sparsity: float = 0.9) -> nn.Module:
@@ -51,7 +51,7 @@ def net_fixture():
 
 @pytest.fixture(name="cache")
 def cache_fixture(tmp_path):
-    return choice.Cache(tmp_path / "choices.json")
+    return autotune.Cache(tmp_path / "choices.json")
 
 
 @pytest.fixture(name="timed")
@@ -66,9 +66,9 @@ def timed_fixture(monkeypatch):
         for call in [*dense.values(), *sparse.values()]:
             call()
         samples = {name: [table.get(name, 1.0)] * 5 for name in (*dense, *sparse)}
-        return choice.decide(samples, list(dense))
+        return autotune.decide(samples, list(dense))
 
-    monkeypatch.setattr(choice, "measured", measured)
+    monkeypatch.setattr(autotune, "measured", measured)
     return table
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from issp import choice
-from issp.choice import Cache, Choice, choose, decide
+from issp.deploy import autotune
+from issp.deploy.autotune import Cache, Choice, choose, decide
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def sleeping(seconds: float):
@@ -204,7 +204,7 @@ class TestFile:
 
     def test_processes_that_write_at_once_lose_nothing(self, cache):
         script = (
-            "import sys; from issp.choice import Cache, Choice\n"
+            "import sys; from issp.deploy.autotune import Cache, Choice\n"
             "for j in range(20): Cache(sys.argv[1]).put('m', f'{sys.argv[2]} {j}', "
             "Choice('dense', {'dense': 1.0}))"
         )
@@ -238,8 +238,8 @@ class TestFile:
 
 def test_machine_names_all_that_times_depend_on(threads, monkeypatch):
     threads(2)
-    before = choice.machine("cpu")
+    before = autotune.machine("cpu")
     for part in ("2 threads", f"torch {torch.__version__}", "issp "):
         assert part in before
-    monkeypatch.setattr(choice, "_fingerprint", lambda: "other kernels")
-    assert choice.machine("cpu") != before
+    monkeypatch.setattr(autotune, "_fingerprint", lambda: "other kernels")
+    assert autotune.machine("cpu") != before

@@ -9,17 +9,14 @@ import torch
 from torch import nn
 
 import issp
-from issp import choice, pack_model
-from tests.packed_nets import (  # noqa: F401
+from issp.deploy import autotune, pack
+from tests.deploy.networks import (
     EXAMPLE,
-    cache_fixture,
     kinds,
     line,
-    net_fixture,
     prune_,
-    timed_fixture,
 )
-from tests.small_models import every_small
+from tests.sr.networks import every_small
 
 
 class TestResults:
@@ -106,7 +103,7 @@ class TestResults:
             def forward(self, x):
                 return self.linear(input=x)
 
-        found = pack_model._inputs(net := Named(), (torch.randn(4, 8),))
+        found = pack._inputs(net := Named(), (torch.randn(4, 8),))
         assert found == {net.linear: [((4, 8), False, torch.float32)]}
 
     def test_copies_and_pickles(self, net, cache, timed):
@@ -205,9 +202,9 @@ class TestReport:
 
     def test_a_candidate_that_fails_is_named(self, cache, timed, monkeypatch):
         def measured(dense, sparse, *args, **kwargs):
-            return choice.Choice("dense", {"dense": 2.0}, {"rows": "no kernel"}, "alone")
+            return autotune.Choice("dense", {"dense": 2.0}, {"rows": "no kernel"}, "alone")
 
-        monkeypatch.setattr(choice, "measured", measured)
+        monkeypatch.setattr(autotune, "measured", measured)
         packed = issp.pack(prune_(nn.Linear(4, 4)), torch.randn(2, 4), cache=cache)
         assert packed.report.lines[0].reason == "alone; rows could not be timed: no kernel"
 
@@ -276,6 +273,6 @@ def test_the_comparison_finds_one_percent():
     dense = nn.Linear(8, 8)
     wrong = copy.deepcopy(dense)
     wrong.weight.data *= 1.01
-    pack_model._compare("same", dense, copy.deepcopy(dense), torch.randn(4, 8))
+    pack._compare("same", dense, copy.deepcopy(dense), torch.randn(4, 8))
     with pytest.raises(RuntimeError, match="the sparse result of mine is off"):
-        pack_model._compare("mine", dense, wrong, torch.randn(4, 8))
+        pack._compare("mine", dense, wrong, torch.randn(4, 8))

@@ -9,9 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import issp
-from issp import pack_model, semi_structured
-from tests.packed_nets import EXAMPLE, cache_fixture, kinds, net_fixture, prune_, timed_fixture  # noqa: F401
-from tests.small_models import small_edsr
+from issp.deploy import pack as pack_model
+from issp.ops import semi_structured
+from tests.deploy.networks import (
+    EXAMPLE,
+    kinds,
+    prune_,
+)  # noqa: F401
+from tests.sr.networks import small_edsr
 
 
 class TestTwoFour:

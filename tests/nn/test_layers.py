@@ -370,6 +370,6 @@ def test_the_activation_is_one_with_the_product_outside_training(monkeypatch):
     x = CONV()
     expected = F.gelu(F.conv2d(x, layer.packed().to_dense(), layer.bias))
     forbidden = dict.fromkeys(("none", "relu", "gelu"))
-    monkeypatch.setattr(issp.products, "ACTIVATIONS", forbidden)
+    monkeypatch.setattr(issp.ops.sparse, "ACTIVATIONS", forbidden)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected.detach())

@@ -6,15 +6,10 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import issp
-from issp import Keep, handover, ops, pack_model
-from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear, convert
-from tests.packed_nets import (  # noqa: F401
-    cache_fixture,
-    kinds,
-    line,
-    prune_,
-    timed_fixture,
-)
+from issp import Keep, ops
+from issp.deploy import pack
+from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear, convert, module_swap
+from tests.deploy.networks import kinds, line, prune_
 
 KEEP = Keep(2, of=4)
 LAYERS = {"conv": (lambda: nn.Conv2d(8, 8, 3, padding=1), (2, 8, 5, 6))}
@@ -105,7 +100,7 @@ def test_mode_gradients_and_attributes_follow(net, mask):
     assert not net[0].training and net.training and net[0].label == "mine"
     wanted = {name: p.requires_grad for name, p in net[0].named_parameters()}
     assert wanted == {"values" if mask == "fixed" else "weight": False, "bias": True}
-    assert pack_model.unpack(net)[0].label == "mine"
+    assert pack.unpack(net)[0].label == "mine"
 
 
 def test_what_cannot_follow_leaves_the_layer_as_it_is(net):
@@ -168,9 +163,9 @@ def test_a_parametrized_weight_is_refused(net):
 def test_a_new_sparse_layer_has_nothing_of_a_user(make, mask):
     layer = make(mask)
     layer(torch.randn(1, 8, 8, 8)).sum().backward()
-    assert handover._own(layer) == []
+    assert module_swap._own(layer) == []
     layer.label = "mine"
-    assert handover._own(layer) == ["label"]
+    assert module_swap._own(layer) == ["label"]
 
 
 class TestPack:
@@ -187,7 +182,7 @@ class TestPack:
         expected = net(x)
         packed = issp.pack(net, x, cache=cache)
         assert line(packed, "0").choice == fastest
-        for model in (packed, pack_model.unpack(packed)):
+        for model in (packed, pack.unpack(packed)):
             calls.clear()
             torch.testing.assert_close(model(x), expected)
             assert calls == [type(model[0])] and model[0].label == "mine"

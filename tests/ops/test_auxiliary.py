@@ -8,12 +8,11 @@ import pytest
 import torch
 
 import issp
-from issp import reference
-from issp.ops import ShrinkState
-from tests import cuda_emulator
+from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
+from tests.backends import BACK_ENDS, FAST
 from tests.cases import DTYPES, LARGE, ODD, Case, random_masks, sibling
-from tests.under_test import BACK_ENDS, FAST
+from tests.kernels import cuda_emulator
 
 BEST = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else ""
 CASES = (

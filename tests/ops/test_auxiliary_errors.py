@@ -7,11 +7,8 @@ import torch
 
 import issp
 from issp.ops import ShrinkState
-from tests.test_passes import (
-    _restore_capability,  # noqa: F401 (runs around every test)
-    assert_all_equal,
-)
-from tests.under_test import BACK_ENDS
+from tests.backends import BACK_ENDS
+from tests.ops.test_auxiliary import assert_all_equal
 
 
 def good(device="cpu"):

@@ -7,18 +7,18 @@ import math
 import pytest
 import torch
 
-from issp import reference, report
+from issp.ops import reference
+from issp.pruning import summary
 from tests.asserts import assert_bitwise_equal
+from tests.backends import BACK_ENDS, FAST, back_ends
 from tests.cases import DTYPES, LARGE, ODD, sibling
-from tests.test_passes import (
+from tests.ops.test_auxiliary import (
     CASES,
     QUIET,
-    _restore_capability,  # noqa: F401 (runs around every test)
     assert_all_equal,
     assert_close,
     names,
 )
-from tests.under_test import BACK_ENDS, FAST, back_ends
 
 pytestmark = QUIET
 
@@ -180,10 +180,10 @@ def test_the_summary_counts_zeros_of_any_memory_order():
         torch.nn.Parameter(weight),
     ]
     expected = [int((x.detach() == 0).sum()) for x in tensors]
-    assert report.zeros(tensors) == expected
+    assert summary.zeros(tensors) == expected
     assert torch.set_flush_denormal(True)
     try:
-        assert report.zeros(tensors) == expected
+        assert summary.zeros(tensors) == expected
     finally:
         torch.set_flush_denormal(False)
-    assert report.zeros([]) == []
+    assert summary.zeros([]) == []

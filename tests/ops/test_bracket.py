@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import issp
-from issp import reference
-from issp.ops import ShrinkState
+from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
+from tests.backends import BACK_ENDS, FAST
 from tests.cases import DTYPES, Case
-from tests.under_test import BACK_ENDS, FAST
 
 NATIVE = [b for b in FAST if b.name.startswith("cpp")]
 _INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import issp
 from issp import backends
 from issp.ops import ShrinkState
 from tests.asserts import assert_bitwise_equal
-from tests.under_test import BACK_ENDS
+from tests.backends import BACK_ENDS
 
 BIG = torch.arange(1.0, 301.0)
 
@@ -175,7 +176,7 @@ def run_python(code, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        cwd=os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+        cwd=str(Path(__file__).parents[2]),
     )
 
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 import issp
-from issp import reference
-from issp.ops import ShrinkState
+from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
-from tests.test_parity import step
-from tests.under_test import BACK_ENDS
+from tests.backends import BACK_ENDS
+from tests.ops.test_parity import step
 
 REFERENCE = "reference"
 

@@ -7,12 +7,12 @@ import torch
 from torch.library import opcheck
 
 import issp
-from issp import Keep, reference
-from issp.ops import ShrinkState
+from issp import Keep
+from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
+from tests.backends import BACK_ENDS, FAST
 from tests.cases import DTYPES, GROUPED, GROUPED_LARGE, grouped
-from tests.test_parity_optim import KINDS, check
-from tests.under_test import BACK_ENDS, FAST
+from tests.ops.test_update_parity import KINDS, check
 
 # Infinities and NaNs are provoked here; Triton's interpreter computes with numpy, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

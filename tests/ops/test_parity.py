@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import issp
-from issp import reference
-from issp.ops import ShrinkState
+from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
+from tests.backends import BACK_ENDS, FAST, BackEnd
 from tests.cases import DTYPES, LARGE, NAMED, Case, drifting, random_shapes, start_of_drift
-from tests.under_test import BACK_ENDS, FAST, BackEnd
 
 RANDOM = random_shapes(100, 20_000)
 RANDOM_SMALL = random_shapes(100, 400, per_call=20)

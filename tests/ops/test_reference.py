@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import issp
-from issp import reference
-from issp.schemas import mask_layout, mask_words, scratch_words
+from issp.ops import reference
+from issp.ops.schemas import mask_layout, mask_words, scratch_words
 from tests.cases import DTYPES, NAMED
 
 

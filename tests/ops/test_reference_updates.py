@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from issp import reference_updates as rules
+from issp.ops.reference import updates as rules
 from tests.asserts import assert_bitwise_equal
 from tests.cases import Case
 

@@ -8,7 +8,7 @@ import torch
 from issp import ops
 from issp.ops import ShrinkState
 from tests.asserts import assert_bitwise_equal
-from tests.under_test import BACK_ENDS
+from tests.backends import BACK_ENDS
 
 BIG = torch.arange(1.0, 401.0) / 100
 

@@ -9,6 +9,7 @@ import issp
 from issp.ops import ShrinkState
 from issp.optim.plan import no_state
 from tests.asserts import assert_bitwise_equal
+from tests.backends import BACK_ENDS, FAST
 from tests.cases import (
     ADAM,
     ADAM_RULES,
@@ -21,7 +22,6 @@ from tests.cases import (
     beside,
     random_shapes,
 )
-from tests.under_test import BACK_ENDS, FAST
 
 # Infinities and NaNs are provoked here; Triton's interpreter computes with numpy, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -7,7 +7,7 @@ import torch
 
 import issp
 from tests.asserts import assert_bitwise_equal
-from tests.optim_twins import KINDS, Twin, network
+from tests.optim.twins import KINDS, Twin, network
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -9,8 +9,8 @@ from torch import nn
 import issp
 from issp import ops
 from tests.asserts import assert_bitwise_equal
-from tests.optim_twins import KINDS, Twin, assert_twins, backward, together, twins
-from tests.small_models import one_thread  # noqa: F401
+from tests.optim.twins import KINDS, Twin, assert_twins, backward, together, twins
+from tests.sr.networks import one_thread  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from torch import nn
 
 import issp
 from tests.asserts import assert_bitwise_equal
-from tests.optim_twins import Twin, assert_twins, backward, network, together, twins
-from tests.small_models import one_thread  # noqa: F401
+from tests.optim.twins import Twin, assert_twins, backward, network, together, twins
+from tests.sr.networks import one_thread  # noqa: F401
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,17 @@ import torch
 from torch import nn
 
 from issp import num_pruned
-from issp.pruner import attach
-from issp.schedules import Cubic
-from tests.complaint_nets import adam, bits, equal, net, snapshot, train, unchanged
+from issp.pruning.pruner import attach
+from issp.pruning.schedules import Cubic
+from tests.pruning.complaint_networks import (
+    adam,
+    bits,
+    equal,
+    net,
+    snapshot,
+    train,
+    unchanged,
+)
 
 # 1. Fused-AdamW overflow looks like a step (accelerate#4242)
 

@@ -13,9 +13,18 @@ import torch
 from torch import nn
 
 from issp import num_pruned
-from issp.pruner import attach
-from issp.schedules import Cubic
-from tests.complaint_nets import adam, bits, equal, gradients, net, snapshot, train, unchanged
+from issp.pruning.pruner import attach
+from issp.pruning.schedules import Cubic
+from tests.pruning.complaint_networks import (
+    adam,
+    bits,
+    equal,
+    gradients,
+    net,
+    snapshot,
+    train,
+    unchanged,
+)
 
 # 11. `weight_orig` keys (pytorch#32899)
 

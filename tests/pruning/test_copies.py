@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from issp import ops
-from issp.pruner import attach
-from issp.schedules import Constant
-from tests.pruned_nets import adam, net, same, step, train, weights
+from issp.pruning.pruner import attach
+from issp.pruning.schedules import Constant
+from tests.pruning.networks import adam, net, same, step, train, weights
 
 # Copies, hooks, state
 

@@ -9,15 +9,11 @@ import torch
 from torch import nn
 
 import issp
-from issp import Keep, attach, builders, config_keys, ops
-from tests.optim_twins import assert_twins, network, together, twins
-from tests.pruned_nets import adam, net, same, step, train, weights
-from tests.small_models import (
-    one_thread,  # noqa: F401
-    small_cat,
-    small_edsr,
-    small_swinir,
-)
+from issp import Keep, attach, ops
+from issp.sr import builders, config_keys
+from tests.optim.twins import assert_twins, network, together, twins
+from tests.pruning.networks import adam, net, same, step, train, weights
+from tests.sr.networks import small_cat, small_edsr, small_swinir
 
 DENSE = Keep(2, of=8, tail="dense")
 

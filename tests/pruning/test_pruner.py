@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from issp import Keep, num_pruned, ops
-from issp.pruner import attach
-from issp.schedules import Constant, Cubic, Linear
-from tests.pruned_nets import adam, net, same, sgd, step, train, weights
+from issp.pruning.pruner import attach
+from issp.pruning.schedules import Constant, Cubic, Linear
+from tests.pruning.networks import adam, net, same, sgd, step, train, weights
 
 # Selection of layers
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from issp import methods
-from issp.schedules import Constant, Cubic, Linear
+from issp.pruning import methods
+from issp.pruning.schedules import Constant, Cubic, Linear
 
 
 def test_cubic_follows_its_equation_and_hits_both_ends_exactly():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from issp import models
-from issp.models import CAT, EDSR, SwinIR
+from issp.sr.models import CAT, EDSR, SwinIR
 
 
 @pytest.fixture(autouse=True)

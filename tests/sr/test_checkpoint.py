@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from issp import checkpoint, models
+from issp import models
+from issp.sr import checkpoint
 
 safetensors = pytest.importorskip("safetensors", reason="models are kept as safetensors")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from issp import builders, config
+from issp.sr import builders, config
 
 yaml = pytest.importorskip("yaml", reason="PyYAML reads the configuration files")
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yml"))
 
 # As BasicSR's users write it: numbers as text to YAML 1.1, keys for launchers and other loggers.
 BASICSR = """

@@ -14,7 +14,7 @@ from PIL import Image
 
 from issp import data
 
-SET5 = Path(__file__).parents[2] / "shared" / "data" / "benchmarks" / "Set5"
+SET5 = Path(__file__).parents[3] / "shared" / "data" / "benchmarks" / "Set5"
 needs_set5 = pytest.mark.skipif(not SET5.is_dir(), reason=f"golden images are not at {SET5}")
 
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from issp import data
-from issp.data.sampler import hash64
+from issp.sr.data.sampler import hash64
 
 
 def coordinates(height, width):
@@ -198,7 +198,7 @@ def test_memory_changes_nothing_but_the_reading(tmp_path, monkeypatch):
     pairs = data.PairedFolder(tmp_path, 2, cache_dir=False)
     held, fresh = (data.TrainDataset(pairs, 16, in_memory=m) for m in (True, False))
     assert data.TrainDataset(pairs, 16).in_memory
-    monkeypatch.setattr("issp.data.datasets.AUTO_MEMORY", 3 * (30 * 30 * 2) * 5 // 4 - 1)
+    monkeypatch.setattr("issp.sr.data.datasets.AUTO_MEMORY", 3 * (30 * 30 * 2) * 5 // 4 - 1)
     assert not data.TrainDataset(pairs, 16).in_memory
     draws = data.EnlargedSampler(2).take(6)
     assert same(held.batch(draws), fresh.batch(draws))

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 import issp
-from issp import gradients, logs
+from issp.sr import gradients, logging
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """The driver's clock, moved by hand: the machine's own would count other people's work."""
     now = [0.0]
-    monkeypatch.setattr(logs.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(logging.time, "perf_counter", lambda: now[0])
 
     def advance(seconds):
         now[0] += seconds
@@ -25,7 +25,7 @@ def test_the_timer_counts_the_update_and_a_pruner_that_hooks(clock):
     optimizer = torch.optim.SGD([weight], lr=0.1)
     optimizer.register_step_pre_hook(lambda *_: clock(7.0))  # before the timer watches
     optimizer.register_step_post_hook(lambda *_: clock(0.03))  # as the pruner's
-    timer = logs.StepTimer(torch.device("cpu"))
+    timer = logging.StepTimer(torch.device("cpu"))
     timer.watch(optimizer)
     optimizer.register_step_post_hook(lambda *_: clock(0.5))  # somebody else's
     optimizer.register_step_pre_hook(lambda *_: clock(0.02))  # stands for the update
@@ -40,7 +40,7 @@ def test_the_timer_counts_a_pruner_within_the_step(clock, monkeypatch):
     model = nn.Conv2d(4, 4, 3)
     optimizer = issp.optim.SGD(model.parameters(), lr=0.1)
     issp.attach(model, optimizer, sparsity=0.5)
-    timer = logs.StepTimer(torch.device("cpu"))
+    timer = logging.StepTimer(torch.device("cpu"))
     timer.watch(optimizer)
     launch = optimizer._launch
 
@@ -56,13 +56,13 @@ def test_the_timer_counts_a_pruner_within_the_step(clock, monkeypatch):
 
 def test_a_log_with_other_columns_goes_on(tmp_path):
     file = tmp_path / "train.csv"
-    old = [name if name != "update_share" else "step_share" for name in logs.COLUMNS]
-    before = logs.CsvLog(file, tuple(old))
+    old = [name if name != "update_share" else "step_share" for name in logging.COLUMNS]
+    before = logging.CsvLog(file, tuple(old))
     before.add({"iteration": 2, "stage": "pruning", "loss": 0.5, "step_share": 0.01})
-    after = logs.CsvLog(file, logs.COLUMNS, upto=2)
+    after = logging.CsvLog(file, logging.COLUMNS, upto=2)
     after.add({"iteration": 4, "stage": "pruning", "loss": 0.4, "update_share": 0.1})
-    rows = logs.read_csv(file)
-    assert [list(row) for row in rows] == [list(logs.COLUMNS)] * 2
+    rows = logging.read_csv(file)
+    assert [list(row) for row in rows] == [list(logging.COLUMNS)] * 2
     # Another share than the new one: it does not become it.
     assert [row["update_share"] for row in rows] == [None, 0.1]
     assert [row["loss"] for row in rows] == [0.5, 0.4]
@@ -77,7 +77,7 @@ def test_gradients_are_recorded_as_the_authors_do(tmp_path):
     log.add(1)  # no gradient yet: no row
     model(torch.randn(2, 3, 8, 8)).square().sum().backward()
     log.add(2)
-    rows = logs.read_csv(tmp_path / "gradients.csv")
+    rows = logging.read_csv(tmp_path / "gradients.csv")
     assert [(r["iteration"], str(r["layer"])) for r in rows] == [(2, "0"), (2, "1")]
     for row in rows:
         grad = weights[str(row["layer"])].grad.double()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from skimage.metrics import structural_similarity
 
-from issp.data import imresize, list_images, mod_crop, read_image
-from issp.metrics import psnr, rgb_to_y, ssim
+from issp.sr.data import imresize, list_images, mod_crop, read_image
+from issp.sr.metrics import psnr, rgb_to_y, ssim
 
-BENCHMARKS = Path(__file__).parents[2] / "shared" / "data" / "benchmarks"
+BENCHMARKS = Path(__file__).parents[3] / "shared" / "data" / "benchmarks"
 needs_benchmarks = pytest.mark.skipif(
     not BENCHMARKS.is_dir(), reason=f"benchmark images are not at {BENCHMARKS}"
 )

@@ -9,13 +9,12 @@ import torch
 from torch import nn
 
 from issp import models
-from issp.models import SwinIR
-from issp.models.layers import DropPath, merge, partition, shift_mask
-from tests.small_models import (
+from issp.sr.models import SwinIR
+from issp.sr.models.layers import DropPath, merge, partition, shift_mask
+from tests.sr.networks import (
     SMALL,
     build_on_meta,
     every_small,
-    one_thread,  # noqa: F401
     small_cat,
     small_edsr,
     small_swinir,

@@ -9,12 +9,9 @@ import torch
 from torch import nn
 
 from issp import models
-from tests.small_models import (
-    build_on_meta,
-    one_thread,  # noqa: F401
-)
+from tests.sr.networks import build_on_meta
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 GOLDEN_FILES = {
     "arch_edsr_x4": "EDSR",
     "arch_swinir_x4": "SwinIR",

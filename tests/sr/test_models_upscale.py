@@ -6,12 +6,11 @@ import torch
 from torch import nn
 
 from issp import models
-from issp.models.inference import _spans
-from tests.small_models import (
+from issp.sr.models.inference import _spans
+from tests.sr.networks import (
     SMALL,
     build_on_meta,
     every_small,
-    one_thread,  # noqa: F401
     small_cat,
     small_cat_axial,
     small_edsr,

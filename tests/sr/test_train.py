@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from issp import checkpoint, config, data, floats, logs, num_pruned, plots
-from issp.interrupt import Interrupted
-from issp.train import train
+from issp import data, num_pruned
+from issp.sr import checkpoint, config, logging, plots
+from issp.sr.interrupt import Interrupted
+from issp.sr.train import train
+from issp.utils import denormals
 
 pytest.importorskip("PIL", reason="the training images are files")
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
@@ -22,7 +24,7 @@ TOTAL, FREEZE = 12, 6
 @pytest.fixture(autouse=True)
 def _float_mode_stays(monkeypatch):
     """Flushing denormals is for good: the worker threads of this process must not inherit it."""
-    monkeypatch.setattr(floats, "flush_denormals", lambda: True)
+    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -74,23 +76,23 @@ def run(tree, **changes):
 
 def stop_at(monkeypatch, iteration):
     """The process gets a real SIGINT during that iteration."""
-    advance = logs.Progress.advance
+    advance = logging.Progress.advance
 
     def advance_and_signal(self, done):
         advance(self, done)
         if done == iteration:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(logs.Progress, "advance", advance_and_signal)
+    monkeypatch.setattr(logging.Progress, "advance", advance_and_signal)
 
 
 def log(folder, *columns):
-    rows = logs.read_csv(folder / "log" / "train.csv")
+    rows = logging.read_csv(folder / "log" / "train.csv")
     return [[row[column] for column in columns] for row in rows]
 
 
 # Timings are the one thing that may differ.
-COLUMNS = [name for name in logs.COLUMNS if name not in ("seconds", "update_share")]
+COLUMNS = [name for name in logging.COLUMNS if name not in ("seconds", "update_share")]
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +136,14 @@ def test_interrupted_equals_uninterrupted(tree, monkeypatch, stop, case, referen
 
 
 def test_a_signal_during_logging_still_saves(tree, monkeypatch):
-    report = logs.Progress.report
+    report = logging.Progress.report
 
     def report_and_signal(self, row):
         report(self, row)
         if row["iteration"] == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(logs.Progress, "report", report_and_signal)
+    monkeypatch.setattr(logging.Progress, "report", report_and_signal)
     with pytest.raises(Interrupted) as stopped:
         run(tree)
     states = config.parse(tree).folder / "training_states"
@@ -182,7 +184,7 @@ def test_the_result_is_exactly_sparse_and_so_is_its_average(tree):
 
 def test_stages_rates_and_scores_in_the_log(tree):
     _, folder = run(tree)
-    rows = logs.read_csv(folder / "log" / "train.csv")
+    rows = logging.read_csv(folder / "log" / "train.csv")
     assert [r["iteration"] for r in rows] == [2, 3, 4, 6, 8, 9, 10, 12]
     for r in rows:
         pruning = r["iteration"] <= FREEZE
@@ -195,11 +197,13 @@ def test_stages_rates_and_scores_in_the_log(tree):
         assert (r["zeros"] == r["selected"]) == (r["iteration"] >= FREEZE)
         assert 0 < r["update_share"] < 1 and r["seconds"] > 0
         assert r["threshold"] > 0
-    assert len(logs.read_csv(folder / "log" / "layers.csv")) == 5 + 1  # 5 convs and the upsampler
+    assert (
+        len(logging.read_csv(folder / "log" / "layers.csv")) == 5 + 1
+    )  # 5 convs and the upsampler
 
 
 def test_the_best_model_is_never_a_soft_one(tree, monkeypatch):
-    from issp import evaluate
+    from issp.sr import evaluate
 
     scores = iter([99.0, 20.0, 30.0, 25.0])  # iterations 3 (soft), 6 (frozen), 9, 12
 
@@ -222,7 +226,7 @@ def test_dense_training_learns(tree):
     losses = [loss for (loss,) in log(folder, "loss")]
     assert losses[-1] < 0.7 * losses[0]
     assert checkpoint.sparsity(model)["zeros"] == 0
-    rows = logs.read_csv(folder / "log" / "train.csv")
+    rows = logging.read_csv(folder / "log" / "train.csv")
     assert {r["stage"] for r in rows} == {"dense"} and rows[0]["flips"] is None
 
 
@@ -235,10 +239,10 @@ def test_the_driver_records_when_asked_and_resumes(tree, monkeypatch):
         with pytest.raises(Interrupted):
             run(tree, logger__grad_stats_freq=5)
     _, resumed = run(tree, resume=True, logger__grad_stats_freq=5)
-    rows = logs.read_csv(whole / "log" / "gradients.csv")
+    rows = logging.read_csv(whole / "log" / "gradients.csv")
     assert sorted({row["iteration"] for row in rows}) == [5, 10]
     assert len(rows) == 2 * 6 and all(row["norm"] > 0 for row in rows)
-    assert logs.read_csv(resumed / "log" / "gradients.csv") == rows
+    assert logging.read_csv(resumed / "log" / "gradients.csv") == rows
 
 
 def test_the_plot_shows_gradients_where_they_are(tree):
@@ -286,12 +290,12 @@ def test_a_damaged_or_foreign_state_is_named(tree):
 
 def test_csv_rows_after_the_resumed_iteration_are_dropped(tmp_path):
     file = tmp_path / "a.csv"
-    table = logs.CsvLog(file, ("iteration", "loss"))
+    table = logging.CsvLog(file, ("iteration", "loss"))
     for i in (1, 2, 3):
         table.add({"iteration": i, "loss": 0.1 * i})
     file.write_text(file.read_text() + "4")  # a crash in the middle of a row
-    logs.CsvLog(file, ("iteration", "loss"), upto=2).add({"iteration": 3})
-    rows = logs.read_csv(file)
+    logging.CsvLog(file, ("iteration", "loss"), upto=2).add({"iteration": 3})
+    rows = logging.read_csv(file)
     assert rows == [
         {"iteration": 1, "loss": 0.1},
         {"iteration": 2, "loss": 0.2},
@@ -308,9 +312,9 @@ def test_denormals_are_flushed_in_all_threads_if_set_early(threads, monkeypatch,
 
     def work():
         if late:
-            seen.append(floats.mode())
-        seen.append(floats.flush_denormals())
-        seen.append(floats.mode())
+            seen.append(denormals.mode())
+        seen.append(denormals.flush_denormals())
+        seen.append(denormals.mode())
 
     thread = threading.Thread(target=work)
     thread.start()

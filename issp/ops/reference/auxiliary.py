@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from issp import checks
-from issp.reference_updates import narrow, rounded, widen
+from issp.ops.reference.updates import narrow, rounded, widen
+from issp.ops.validation import pruning as checks
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from issp import checks, checks_update, reference_updates
-from issp.reference_passes import count_zeros as count_zeros
-from issp.reference_passes import magnitude_statistics as magnitude_statistics
-from issp.reference_passes import regularized
-from issp.schemas import mask_layout, mask_words
+from issp.ops.reference import updates as reference_updates
+from issp.ops.reference.auxiliary import count_zeros as count_zeros
+from issp.ops.reference.auxiliary import magnitude_statistics as magnitude_statistics
+from issp.ops.reference.auxiliary import regularized
+from issp.ops.schemas import mask_layout, mask_words
+from issp.ops.validation import pruning as checks
+from issp.ops.validation import updates as checks_update
 
 _INTEGER = {
     torch.float32: torch.int32,

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from issp import checks_products as checks
-from issp.geometry import Geometry
+from issp.ops.geometry import Geometry
+from issp.ops.validation import sparse as checks
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 

@@ -29,8 +29,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from issp.geometry import Geometry
-from issp.schemas import library, one_device
+from issp.ops.geometry import Geometry
+from issp.ops.schemas.pruning import library, one_device
 
 # x [N, I, H, W] -> [N, O, size[0], size[1]]. Output (y, x) sees, at tap (ky, kx), the input at
 # u = y * stride - padding + ky * dilation (same for x) divided by `upsample`: zero where u is not

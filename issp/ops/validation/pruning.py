@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from issp.schemas import mask_layout, mask_words, scratch_words
+from issp.ops.schemas import mask_layout, mask_words, scratch_words
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

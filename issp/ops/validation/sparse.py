@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from issp.checks import DTYPES
-from issp.geometry import Geometry
+from issp.ops.geometry import Geometry
+from issp.ops.validation.pruning import DTYPES
 
 ACTIVATIONS = ("none", "relu", "gelu")
 

@@ -9,7 +9,8 @@ import math
 
 import torch
 
-from issp.checks import (
+from issp.ops.schemas import mask_layout, scratch_words
+from issp.ops.validation.pruning import (
     DTYPES,
     beside,
     divisible,
@@ -19,7 +20,6 @@ from issp.checks import (
     tensors,
     vector,
 )
-from issp.schemas import mask_layout, scratch_words
 
 
 def adam_soft_shrink(

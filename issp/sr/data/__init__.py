@@ -1,14 +1,22 @@
 """Images in and out: MATLAB's bicubic, files, pairs, training batches and sample photographs."""
 
-from .cache import LRCache, default_cache_dir
-from .datasets import EvalDataset, ImageFolder, TrainDataset
-from .images import image_size, list_images, mod_crop, read_image, to_image, to_tensor, write_image
-from .loader import TrainLoader
-from .pairs import PairedArrays, PairedFolder
-from .prepare import PrepareResult, prepare
-from .resize import imresize
-from .sampler import Draw, EnlargedSampler
-from .samples import sample_photographs
+from issp.sr.data.cache import LRCache, default_cache_dir
+from issp.sr.data.datasets import EvalDataset, ImageFolder, TrainDataset
+from issp.sr.data.images import (
+    image_size,
+    list_images,
+    mod_crop,
+    read_image,
+    to_image,
+    to_tensor,
+    write_image,
+)
+from issp.sr.data.loader import TrainLoader
+from issp.sr.data.pairs import PairedArrays, PairedFolder
+from issp.sr.data.prepare import PrepareResult, prepare
+from issp.sr.data.resize import imresize
+from issp.sr.data.sampler import Draw, EnlargedSampler
+from issp.sr.data.samples import sample_photographs
 
 __all__ = [
     "Draw",

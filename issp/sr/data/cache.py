@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .images import decode_image, write_image
-from .resize import imresize
+from issp.sr.data.images import decode_image, write_image
+from issp.sr.data.resize import imresize
 
 # Part of every key: raise it when imresize or the decoding rules change what an entry should hold.
 _VERSION = b"issp-lr-1"

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .images import list_images, read_image, to_tensor
-from .pairs import PairedArrays, PairedFolder
-from .sampler import Draw, hash64
+from issp.sr.data.images import list_images, read_image, to_tensor
+from issp.sr.data.pairs import PairedArrays, PairedFolder
+from issp.sr.data.sampler import Draw, hash64
 
 Pairs = PairedFolder | PairedArrays
 AUTO_MEMORY = 2 << 30  # bytes of decoded images up to which they are held without being asked to

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .resize import check_uint8_image
+from issp.sr.data.resize import check_uint8_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations which swap height and width

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .datasets import TrainDataset
-from .sampler import Draw, EnlargedSampler
+from issp.sr.data.datasets import TrainDataset
+from issp.sr.data.sampler import Draw, EnlargedSampler
 
 
 class TrainLoader:

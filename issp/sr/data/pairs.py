@@ -9,9 +9,15 @@ from typing import Literal
 
 import numpy as np
 
-from .cache import LRCache
-from .images import decode_image, image_size, list_images, mod_crop, read_image
-from .resize import check_uint8_image, imresize
+from issp.sr.data.cache import LRCache
+from issp.sr.data.images import (
+    decode_image,
+    image_size,
+    list_images,
+    mod_crop,
+    read_image,
+)
+from issp.sr.data.resize import check_uint8_image, imresize
 
 _HR_NAMES = ("HR", "hr", "GT", "gt", "GTmod12")
 _LR_NAMES = ("LR_bicubic", "LR", "lr", "LRbicx{s}", "lq", "LQ")

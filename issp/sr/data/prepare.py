@@ -13,9 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from .images import image_size, list_images, mod_crop, read_image, write_bytes, write_image
-from .pairs import check_names, check_scale
-from .resize import imresize
+from issp.sr.data.images import (
+    image_size,
+    list_images,
+    mod_crop,
+    read_image,
+    write_bytes,
+    write_image,
+)
+from issp.sr.data.pairs import check_names, check_scale
+from issp.sr.data.resize import imresize
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .images import read_image
+from issp.sr.data.images import read_image
 
 # Drawings, masks, scans of text and the second view of the stereo pair are left out; so are retina
 # and moon, nearly all of whose crops are too smooth to learn from.

@@ -2,11 +2,11 @@
 
 import inspect
 
-from .base import SuperResolver, did_you_mean
-from .cat import CAT
-from .edsr import EDSR
-from .inference import pad, upscale
-from .swinir import SwinIR
+from issp.sr.models.base import SuperResolver, did_you_mean
+from issp.sr.models.cat import CAT
+from issp.sr.models.edsr import EDSR
+from issp.sr.models.inference import pad, upscale
+from issp.sr.models.swinir import SwinIR
 
 __all__ = [
     "CAT",

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .base import configured, did_you_mean
-from .layers import (
+from issp.sr.models.base import configured, did_you_mean
+from issp.sr.models.layers import (
     DropPath,
     Mlp,
     Size,
@@ -22,7 +22,7 @@ from .layers import (
     shift_mask,
     window_attention,
 )
-from .transformer import (
+from issp.sr.models.transformer import (
     WindowBlock,
     WindowTransformer,
     check_default_class,

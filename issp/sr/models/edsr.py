@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import DIV2K_MEAN, SuperResolver, configured
-from .layers import Upsample, conv3x3
+from issp.sr.models.base import DIV2K_MEAN, SuperResolver, configured
+from issp.sr.models.layers import Upsample, conv3x3
 
 
 class ResidualBlock(nn.Module):

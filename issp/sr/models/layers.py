@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import did_you_mean
+from issp.sr.models.base import did_you_mean
 
 Size = tuple[int, int]
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from .base import configured
-from .layers import (
+from issp.sr.models.base import configured
+from issp.sr.models.layers import (
     DropPath,
     Mlp,
     Size,
@@ -19,7 +19,7 @@ from .layers import (
     shift_mask,
     window_attention,
 )
-from .transformer import (
+from issp.sr.models.transformer import (
     WindowBlock,
     WindowTransformer,
     check_default_class,

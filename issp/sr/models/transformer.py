@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .base import DIV2K_MEAN, SuperResolver, did_you_mean
-from .layers import Size, Upsample, conv3x3, conv_tokens, residual_conv
+from issp.sr.models.base import DIV2K_MEAN, SuperResolver, did_you_mean
+from issp.sr.models.layers import Size, Upsample, conv3x3, conv_tokens, residual_conv
 
 # Channels between the last features and the image, fixed in both published networks.
 NUM_FEAT = 64

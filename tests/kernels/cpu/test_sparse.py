@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests import test_products as products
 from tests.asserts import assert_bitwise_equal, bits
-from tests.product_cases import ConvCase, MatmulCase, Weight
-from tests.under_test import FAST
+from tests.backends import FAST
+from tests.ops.sparse import test_parity as products
+from tests.ops.sparse.cases import ConvCase, MatmulCase, Weight
 
 CPP = [back_end for back_end in FAST if back_end.name.startswith("cpp")]
 pytestmark = pytest.mark.skipif(not CPP, reason="the CPU library is not built here")

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from issp import checks, checks_update
-from issp.schemas import mask_words
+from issp.ops.schemas import mask_words
+from issp.ops.validation import pruning as checks
+from issp.ops.validation import updates as checks_update
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
 _EMULATOR = ("emulator", "memory", "order", "control")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -383,7 +384,7 @@ def sgd_soft_shrink_(
 
 def implementations() -> dict[str, Callable]:
     """The ops by name, with the arguments of their schemas."""
-    from tests.cuda_emulator import products
+    from tests.kernels.cuda_emulator import products
 
     return {
         "soft_shrink_": soft_shrink_,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from issp import reference
-from issp.schemas import SCRATCH_HEADER, mask_layout, scratch_region, scratch_words
-from tests import cuda_emulator
+from issp.ops import reference
+from issp.ops.schemas import SCRATCH_HEADER, mask_layout, scratch_region, scratch_words
 from tests.asserts import assert_bitwise_equal
+from tests.kernels import cuda_emulator
 
 HEADER, RECORD = 16, 2  # words of scratch per tensor and per tile, see csrc/cuda/job.cuh
 NAN = float("nan")

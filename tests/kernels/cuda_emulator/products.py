@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from issp import checks_products as checks
-from issp.geometry import Geometry
-from tests import cuda_emulator as emulator
+from issp.ops.geometry import Geometry
+from issp.ops.validation import sparse as checks
+from tests.kernels import cuda_emulator as emulator
 
 _FINISHES = checks.ACTIVATIONS  # in the order of enum Finish
 

@@ -10,12 +10,19 @@ import ctypes
 import pytest
 import torch
 
-from issp import reference
-from issp.schemas import mask_layout, scratch_region, scratch_words
-from tests import cuda_emulator
+from issp.ops import reference
+from issp.ops.schemas import mask_layout, scratch_region, scratch_words
 from tests.asserts import assert_bitwise_equal
 from tests.cases import DTYPES
-from tests.cuda_emulator.model import HEADER, RECORD, Model, normal, share, with_candidates
+from tests.kernels import cuda_emulator
+from tests.kernels.cuda_emulator.model import (
+    HEADER,
+    RECORD,
+    Model,
+    normal,
+    share,
+    with_candidates,
+)
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from issp import reference
-from tests import cuda_emulator
+from issp.ops import reference
 from tests.asserts import assert_bitwise_equal
-from tests.cuda_emulator.model import NAN, Model, normal, share
-from tests.test_cuda_resident import update_many, use
-from tests.test_nm_step_cuda import MIXES, model_of
-from tests.test_nm_step_cuda import update_many as update_groups
+from tests.kernels import cuda_emulator
+from tests.kernels.cuda_emulator.model import NAN, Model, normal, share
+from tests.kernels.cuda_emulator.test_nm_step import MIXES, model_of
+from tests.kernels.cuda_emulator.test_nm_step import update_many as update_groups
+from tests.kernels.cuda_emulator.test_resident import update_many, use
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"

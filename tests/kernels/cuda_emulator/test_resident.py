@@ -9,12 +9,20 @@ import pytest
 import torch
 
 import issp
-from issp.schemas import scratch_region
-from tests import cuda_emulator
+from issp.ops.schemas import scratch_region
 from tests.asserts import assert_bitwise_equal
 from tests.cases import DTYPES, Case, beside
-from tests.cuda_emulator.model import HEADER, NAN, RECORD, Model, normal, share, with_candidates
-from tests.test_parity_optim import Training, assert_same
+from tests.kernels import cuda_emulator
+from tests.kernels.cuda_emulator.model import (
+    HEADER,
+    NAN,
+    RECORD,
+    Model,
+    normal,
+    share,
+    with_candidates,
+)
+from tests.ops.test_update_parity import Training, assert_same
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"

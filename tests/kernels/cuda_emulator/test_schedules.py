@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from issp import reference
-from tests import cuda_emulator
+from issp.ops import reference
 from tests.asserts import assert_bitwise_equal
 from tests.cases import DTYPES
-from tests.cuda_emulator.model import Model, normal, share
+from tests.kernels import cuda_emulator
+from tests.kernels.cuda_emulator.model import Model, normal, share
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"

@@ -10,11 +10,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from issp.geometry import Geometry
-from tests import cuda_emulator
+from issp.ops.geometry import Geometry
 from tests.asserts import assert_as_close_as_dense, assert_bitwise_equal
+from tests.backends import BackEnd
 from tests.cases import DTYPES
-from tests.product_cases import (
+from tests.kernels import cuda_emulator
+from tests.ops.sparse.cases import (
     CONVS,
     FEW_CONVS,
     FEW_MATMULS,
@@ -24,7 +25,7 @@ from tests.product_cases import (
     Weight,
     names,
 )
-from tests.test_products import (
+from tests.ops.sparse.test_parity import (
     PLAIN_CONVS,
     PLAIN_MATMULS,
     calls_of,
@@ -35,7 +36,6 @@ from tests.test_products import (
     dense_matmul,
     placed,
 )
-from tests.under_test import BackEnd
 
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"

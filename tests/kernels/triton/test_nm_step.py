@@ -10,8 +10,7 @@ import random
 import pytest
 import torch
 
-from issp import reference
-from issp.ops import ShrinkState
+from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
 
 pytest.importorskip("triton")

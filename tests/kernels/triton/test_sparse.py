@@ -17,8 +17,13 @@ import torch
 
 from issp import Keep
 from tests.asserts import assert_as_close_as_dense, assert_bitwise_equal
-from tests.product_cases import ConvCase, MatmulCase, Weight
-from tests.test_products import dense_conv, dense_conv_grad, dense_matmul, dense_matmul_grad
+from tests.ops.sparse.cases import ConvCase, MatmulCase, Weight
+from tests.ops.sparse.test_parity import (
+    dense_conv,
+    dense_conv_grad,
+    dense_matmul,
+    dense_matmul_grad,
+)
 
 pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402

@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from issp import reference
-from issp.ops import ShrinkState
-from issp.schemas import mask_layout, scratch_region
+from issp.ops import ShrinkState, reference
+from issp.ops.schemas import mask_layout, scratch_region
 from tests.asserts import assert_bitwise_equal
 
 pytest.importorskip("triton")

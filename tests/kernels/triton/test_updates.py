@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.cases import Case, beside
-from tests.test_parity_optim import REFERENCE, Training, assert_same
+from tests.ops.test_update_parity import REFERENCE, Training, assert_same
 
 pytest.importorskip("triton")
 import triton_kernels  # noqa: E402

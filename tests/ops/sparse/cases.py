@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from issp import Keep, reference_products
-from issp.geometry import Geometry, Pair
+from issp import Keep
+from issp.ops.geometry import Geometry, Pair
+from issp.ops.reference import sparse as reference_products
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch.library import opcheck
 
 import issp
 from issp import ops
-from issp.packing import SparseRows
+from issp.ops.formats import SparseRows
 from tests.asserts import assert_bitwise_equal
-from tests.product_cases import CONVS, FEW_CONVS, FEW_MATMULS, names
+from tests.ops.sparse.cases import CONVS, FEW_CONVS, FEW_MATMULS, names
 
 op = torch.ops.issp
 

@@ -7,13 +7,15 @@ import torch
 from torch import nn
 
 import issp
-from issp import Keep, checks_products, ops, products
-from issp.geometry import Geometry
+from issp import Keep, ops
 from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear, convert
-from issp.packing import NMTensor, SparseRows
-from tests.product_cases import ConvCase, MatmulCase, Weight
-from tests.test_products import _restore_capability, op_of  # noqa: F401
-from tests.under_test import BACK_ENDS
+from issp.ops import sparse
+from issp.ops.formats import NMTensor, SparseRows
+from issp.ops.geometry import Geometry
+from issp.ops.validation import sparse as checks_products
+from tests.backends import BACK_ENDS
+from tests.ops.sparse.cases import ConvCase, MatmulCase, Weight
+from tests.ops.sparse.test_parity import _restore_capability, op_of  # noqa: F401
 
 CONV = ConvCase("wrong", Weight(8, 6, (3, 3), 0.4, 4), residual=True, padding=(1, 1))
 MATMUL = MatmulCase("wrong", Weight(8, 6, pattern=0.8, v=4), residual=True)
@@ -120,7 +122,7 @@ def test_conv2d_refuses(back_end, name):
     args = spoilt(CONV, name, change)
     refuses(op_of(back_end, "sparse_conv2d"), checks_products.sparse_conv2d, args, kind, words)
     with pytest.raises(kind, match=words):
-        products._conv2d(*args)
+        sparse._conv2d(*args)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -130,7 +132,7 @@ def test_matmul_refuses(back_end, name):
     args = spoilt(MATMUL, name, change)
     refuses(op_of(back_end, "sparse_matmul"), checks_products.sparse_matmul, args, kind, words)
     with pytest.raises(kind, match=words):
-        products._matmul(*args)
+        sparse._matmul(*args)
 
 
 BAD_GRAD = {
@@ -343,4 +345,4 @@ def test_a_layer_in_a_model_is_named_when_its_state_does_not_fit():
 
 
 def test_the_package_names_its_layers():
-    assert issp.nn.NMLinear is NMLinear and issp.ops.nm_pack is products.nm_pack
+    assert issp.nn.NMLinear is NMLinear and issp.ops.nm_pack is sparse.nm_pack

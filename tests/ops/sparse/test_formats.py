@@ -10,10 +10,10 @@ import torch
 
 import issp
 from issp import ops
-from issp.packing import NMTensor, SparseRows
+from issp.ops.formats import NMTensor, SparseRows
 from tests.asserts import assert_bitwise_equal
 from tests.cases import DTYPES
-from tests.product_cases import CONVS, KEEPS, names
+from tests.ops.sparse.cases import CONVS, KEEPS, names
 
 WEIGHTS = [c for c in CONVS if c.name.endswith("3x3") or "5x3" in c.name or "1x7" in c.name]
 

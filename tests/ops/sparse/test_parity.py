@@ -12,8 +12,9 @@ import torch.nn.functional as F
 import issp
 from issp import ops
 from tests.asserts import assert_as_close_as_dense, assert_bitwise_equal
+from tests.backends import BACK_ENDS, FAST, BackEnd
 from tests.cases import DTYPES
-from tests.product_cases import (
+from tests.ops.sparse.cases import (
     CONVS,
     FEW_CONVS,
     FEW_MATMULS,
@@ -23,7 +24,6 @@ from tests.product_cases import (
     names,
     random_convs,
 )
-from tests.under_test import BACK_ENDS, FAST, BackEnd
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 # The oracle puts the dense weight together by the lists: it is compared like the others.

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from issp import semi_structured
-from issp.keep import Keep
-from issp.ops import nm_prune
+from issp.ops import nm_prune, semi_structured
+from issp.ops.keep import Keep
 from tests.asserts import assert_as_close_as_dense
 
 HALF = torch.bfloat16

@@ -1,0 +1,57 @@
+"""The ops: the fused pruning step, the auxiliary ops beside it, and the sparse products.
+
+Importing this package loads the back ends and registers the ops, see `issp.ops.backends`.
+"""
+
+from issp.ops import backends
+
+backends.register()
+
+from issp.ops.formats import NMTensor, SparseRows  # noqa: E402  (the ops exist from here on)
+from issp.ops.keep import Keep  # noqa: E402
+from issp.ops.pruning import (  # noqa: E402
+    ShrinkState,
+    adam_soft_shrink_,
+    apply_masks_,
+    count_zeros,
+    magnitude_statistics,
+    magnitude_threshold,
+    nm_prune,
+    nm_prune_with_mask,
+    num_pruned,
+    regularize_,
+    sgd_soft_shrink_,
+    soft_shrink_,
+)
+from issp.ops.sparse import (  # noqa: E402
+    nm_conv2d,
+    nm_matmul,
+    nm_pack,
+    sparse_conv2d,
+    sparse_matmul,
+    sparse_pack,
+)
+
+__all__ = [
+    "Keep",
+    "NMTensor",
+    "ShrinkState",
+    "SparseRows",
+    "adam_soft_shrink_",
+    "apply_masks_",
+    "count_zeros",
+    "magnitude_statistics",
+    "magnitude_threshold",
+    "nm_conv2d",
+    "nm_matmul",
+    "nm_pack",
+    "nm_prune",
+    "nm_prune_with_mask",
+    "num_pruned",
+    "regularize_",
+    "sgd_soft_shrink_",
+    "soft_shrink_",
+    "sparse_conv2d",
+    "sparse_matmul",
+    "sparse_pack",
+]

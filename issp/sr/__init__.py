@@ -1,0 +1,1 @@
+"""The super-resolution application: networks, data, metrics, training and evaluation."""
