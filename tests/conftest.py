@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import issp
+from tests.deploy.networks import cache_fixture, net_fixture, timed_fixture
+
+__all__ = ["cache_fixture", "net_fixture", "timed_fixture"]  # fixtures of several folders
+
 ROOT = Path(__file__).resolve().parent.parent
 
 if not torch.cuda.is_available():  # before anybody imports Triton
@@ -21,6 +26,24 @@ def _fixed_seed_and_poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(autouse=True)
+def _restore_cpu_capability():
+    """A test that lowers the instruction set of the CPU ops does not lower it for others."""
+    best = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else None
+    yield
+    if best:
+        torch.ops.issp._cpu_capability(best)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Two threads only wait for each other on small networks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

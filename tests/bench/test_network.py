@@ -19,8 +19,9 @@ from bench.products import calls
 from issp import models, num_pruned
 from issp.deploy import report as pack_report
 from issp.utils import timing
-from tests.deploy.networks import timed_fixture  # noqa: F401
-from tests.sr.networks import one_thread, small_edsr, small_swinir  # noqa: F401
+from tests.sr.networks import small_edsr, small_swinir
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAST = network.Settings(
     sparsities=(0.75,), size=(8, 8), rounds=4, seconds=0.05, flush_bytes=1 << 12

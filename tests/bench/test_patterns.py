@@ -4,7 +4,6 @@ import argparse
 import math
 
 import pytest
-import torch
 
 import bench
 from bench import baselines, step
@@ -14,19 +13,13 @@ from issp import Keep, ops
 from issp.sr import shapes
 from issp.utils import timing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = [(32, 16), (5, 2), (16, 16, 3, 3)]
 FAST = {"rounds": 2, "seconds": 0.05, "settle": 2, "whole": False}
 FAST |= {"flush_bytes": 1 << 16, "probe_bytes": 1 << 16}
 PATTERNS = [Keep(2, of=4), Keep(1, of=8, v=4), Keep(3, of=16, v=2), Keep(1, of=48, layout="flat")]
 each_pattern = pytest.mark.parametrize("keep", PATTERNS, ids=lambda keep: keep.name)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -14,16 +14,10 @@ from bench.products.layers import Layer
 from issp import Keep, num_pruned, ops
 from issp.sr import shapes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONV = Layer((8, 8, 3, 3), (1, 8, 6, 5), ("tiny",))
 LINEAR = Layer((8, 8), (2, 5, 8))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class TestLayers:

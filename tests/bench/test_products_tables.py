@@ -32,6 +32,8 @@ from bench.products.layers import Layer
 from issp import ops
 from issp.utils import timing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONV = Layer((8, 8, 3, 3), (1, 8, 6, 5), ("tiny",))
 LINEAR = Layer((8, 8), (2, 5, 8))
 FAST = measure.Settings(
@@ -42,14 +44,6 @@ FAST = measure.Settings(
     probe_bytes=1 << 16,
     probe_side=16,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

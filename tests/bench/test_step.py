@@ -17,18 +17,12 @@ from issp import num_pruned, ops
 from issp.sr import shapes
 from issp.utils import timing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = [(32, 16), (5, 2), (16, 16, 3, 3)]
 FAST = step.Settings(
     rounds=3, seconds=0.05, settle=2, whole=False, flush_bytes=1 << 16, probe_bytes=1 << 16
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -16,18 +16,12 @@ from bench.harness.training import FAMILIES, Gradients, Trainee, settled
 from issp import backends, models
 from issp.utils import timing
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAST = optim.Settings(
     rounds=2, seconds=0.05, settle=2, flush_bytes=1 << 16, probe_bytes=1 << 16
 )  # fmt: skip
 PRUNING = 0.75, 0.9
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def network() -> nn.Module:

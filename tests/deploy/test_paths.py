@@ -15,7 +15,7 @@ from tests.deploy.networks import (
     EXAMPLE,
     kinds,
     prune_,
-)  # noqa: F401
+)
 from tests.sr.networks import small_edsr
 
 

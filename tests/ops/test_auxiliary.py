@@ -14,7 +14,6 @@ from tests.backends import BACK_ENDS, FAST
 from tests.cases import DTYPES, LARGE, ODD, Case, random_masks, sibling
 from tests.kernels import cuda_emulator
 
-BEST = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else ""
 CASES = (
     ODD,
     Case("special", ((600,), (70,), (9, 9)), (0, 0, 0), "special"),
@@ -26,13 +25,6 @@ pytestmark = QUIET
 needs_emulator = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
 )
-
-
-@pytest.fixture(autouse=True)
-def _restore_capability():
-    yield
-    if BEST:
-        torch.ops.issp._cpu_capability(BEST)
 
 
 def assert_close(actual, expected, what):

@@ -17,14 +17,6 @@ NATIVE = [b for b in FAST if b.name.startswith("cpp")]
 _INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-@pytest.fixture(autouse=True)
-def _restore_capability():
-    best = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else None
-    yield
-    if best:
-        torch.ops.issp._cpu_capability(best)
-
-
 def check_step(back_end, weights, k, thresholds, shrink=0.95, threads=None):
     """One step with the given previous thresholds, against the reference, which ignores them."""
     expected = [w.clone() for w in weights]

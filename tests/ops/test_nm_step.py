@@ -18,7 +18,6 @@ from tests.ops.test_update_parity import KINDS, check
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
 REFERENCE = issp.backends.implementations("reference")
-BEST = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else ""
 MIXED = grouped(
     "mixed",
     ((4, 8, 3, 3), Keep(2, of=8)),
@@ -27,13 +26,6 @@ MIXED = grouped(
     ((37,), 20),
     ((9, 20), Keep(1, of=90, layout="flat")),
 )
-
-
-@pytest.fixture(autouse=True)
-def _restore_capability():
-    yield
-    if BEST:
-        torch.ops.issp._cpu_capability(BEST)
 
 
 def state_of(case, weights):

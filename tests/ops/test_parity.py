@@ -15,16 +15,6 @@ RANDOM = random_shapes(100, 20_000)
 RANDOM_SMALL = random_shapes(100, 400, per_call=20)
 
 
-@pytest.fixture(autouse=True)
-def _restore_capability():
-    yield
-    if issp.backends.active("cpu") == "cpp":
-        torch.ops.issp._cpu_capability(BEST)
-
-
-BEST = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else ""
-
-
 def step(table, weights, state, shrink, found_inf=None, bracket=True):
     table["soft_shrink_"](
         *(weights, state.k, shrink, state.thresholds, state.packed, state.flips, state.scratch),

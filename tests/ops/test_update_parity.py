@@ -34,16 +34,6 @@ KINDS = {"adam": (ADAM, ADAM_RULES), "sgd": (SGD, SGD_RULES)}
 RULES = [(kind, name) for kind, (_, rules) in KINDS.items() for name in rules]
 
 
-@pytest.fixture(autouse=True)
-def _restore_capability():
-    yield
-    if issp.backends.active("cpu") == "cpp":
-        torch.ops.issp._cpu_capability(BEST)
-
-
-BEST = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else ""
-
-
 class Training:
     """The tensors of one parameter group, stepped by the op of one table."""
 

@@ -10,7 +10,8 @@ import issp
 from issp import ops
 from tests.asserts import assert_bitwise_equal
 from tests.optim.twins import KINDS, Twin, assert_twins, backward, together, twins
-from tests.sr.networks import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from torch import nn
 import issp
 from tests.asserts import assert_bitwise_equal
 from tests.optim.twins import Twin, assert_twins, backward, network, together, twins
-from tests.sr.networks import one_thread  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

@@ -15,6 +15,8 @@ from tests.optim.twins import assert_twins, network, together, twins
 from tests.pruning.networks import adam, net, same, step, train, weights
 from tests.sr.networks import small_cat, small_edsr, small_swinir
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DENSE = Keep(2, of=8, tail="dense")
 
 
@@ -111,8 +113,10 @@ def test_a_schedule_lets_the_pattern_wait():
 def test_all_layers_share_one_call(monkeypatch):
     model = net()
     calls = []
-    original = ops._soft_shrink
-    monkeypatch.setattr(ops, "_soft_shrink", lambda *args: (calls.append(args), original(*args)))
+    original = ops.pruning._soft_shrink
+    monkeypatch.setattr(
+        ops.pruning, "_soft_shrink", lambda *args: (calls.append(args), original(*args))
+    )
     pruner = attach(model, adam(model), sparsity=0.9, overrides={"2.0": Keep(2, of=8, v=2)})
     pruner.step()
     assert len(pruner._roster.groups) == len(calls) == 1

@@ -7,15 +7,6 @@ from issp import models
 from issp.sr.models import CAT, EDSR, SwinIR
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two threads only wait for each other on networks this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small_edsr(**kwargs):
     return EDSR(**{"num_feat": 8, "num_block": 1, "upscale": 2, **kwargs})
 

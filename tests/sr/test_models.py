@@ -20,6 +20,8 @@ from tests.sr.networks import (
     small_swinir,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("kind", ["pixelshuffle", "pixelshuffledirect", "nearest+conv", ""])
 def test_every_swinir_upsampler(kind):

@@ -11,6 +11,8 @@ from torch import nn
 from issp import models
 from tests.sr.networks import build_on_meta
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 GOLDEN_FILES = {
     "arch_edsr_x4": "EDSR",

@@ -17,6 +17,8 @@ from tests.sr.networks import (
     small_swinir,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 16), (13, 10), (5, 7), (3, 20)])
 @pytest.mark.parametrize("mode", ["reflect", "symmetric"])

@@ -15,7 +15,7 @@ from issp.ops.geometry import Geometry
 from issp.ops.validation import sparse as checks_products
 from tests.backends import BACK_ENDS
 from tests.ops.sparse.cases import ConvCase, MatmulCase, Weight
-from tests.ops.sparse.test_parity import _restore_capability, op_of  # noqa: F401
+from tests.ops.sparse.test_parity import op_of
 
 CONV = ConvCase("wrong", Weight(8, 6, (3, 3), 0.4, 4), residual=True, padding=(1, 1))
 MATMUL = MatmulCase("wrong", Weight(8, 6, pattern=0.8, v=4), residual=True)

@@ -31,16 +31,6 @@ ORACLE = BackEnd("reference", "cpu", lambda: issp.backends.implementations("refe
 TESTED = [ORACLE, *BACK_ENDS]
 
 
-@pytest.fixture(autouse=True)
-def _restore_capability():
-    yield
-    if issp.backends.active("cpu") == "cpp":
-        torch.ops.issp._cpu_capability(BEST)
-
-
-BEST = torch.ops.issp._cpu_capability() if issp.backends.active("cpu") == "cpp" else ""
-
-
 def op_of(back_end: BackEnd, name: str) -> Callable:
     """The back end's own op; a test of the reference in its place would prove nothing."""
     native = torch._C._dispatch_has_kernel_for_dispatch_key(f"issp::{name}", "CPU")
