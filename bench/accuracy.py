@@ -20,10 +20,11 @@ from torch import nn
 
 from bench.harness import options
 from bench.harness.machine import machine_line
-from bench.harness.report import grid, write_atomically
+from bench.harness.report import grid
 from bench.harness.workload import divides
 from issp.ops.keep import Keep
 from issp.sr.interrupt import Interrupted
+from issp.utils.files import atomic_write
 
 EXAMPLE = """examples:
   issp bench accuracy --pattern 3:32 3:32:4 --iters 300 --seeds 0
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace) -> list[Report]:
         for seed in seeds:
             report.train(seed)
             if args.out:
-                write_atomically(args.out, report.markdown().encode())
+                atomic_write(args.out, report.markdown().encode())
     except Interrupted as stopped:
         # Its advice how to go on is about one training, whose folder is gone.
         raise KeyboardInterrupt from stopped

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from issp.ops import backends
+from issp.utils.environment import cpu_name, git_revision
 
 
 def machine_line(device: str) -> str:
@@ -20,24 +21,20 @@ def machine_line(device: str) -> str:
     """
     parts = [_gpu()] if device == "cuda" else []
     parts += [
-        f"{_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         f"load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "load unknown",
         f"torch {torch.__version__}",
         f"Python {platform.python_version()}",
-        f"issp {git_revision()}",
+        f"issp {revision()}",
         f"back end {backends.active(device)}",
     ]
     return "; ".join(parts)
 
 
-def git_revision() -> str:
-    """Short hash of the checkout, "+" when files differ from it; ISSP_REVISION where git cannot."""
-    root = Path(__file__).resolve().parents[2]
-    revision = _output("git", "-C", str(root), "rev-parse", "--short", "HEAD")
-    if not revision:
-        return os.environ.get("ISSP_REVISION", "unknown")
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-    return revision + ("+" if changed else "")
+def revision() -> str:
+    """Git revision of the checkout; ISSP_REVISION where git cannot tell."""
+    found = git_revision(Path(__file__).parent)
+    return found or os.environ.get("ISSP_REVISION", "unknown")
 
 
 def free_bytes(device: str) -> int:
@@ -56,15 +53,6 @@ def free_bytes(device: str) -> int:
     except (OSError, KeyError, ValueError):
         pass  # other systems, and containers that show less: what the pages say is good enough
     return free
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpu() -> str:

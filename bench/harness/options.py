@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from bench.harness.report import write_atomically
 from issp import ops
+from issp.utils.files import atomic_write
 
 
 def add_arguments(parser: argparse.ArgumentParser, seconds: str) -> None:
@@ -97,9 +97,9 @@ def deliver(args: argparse.Namespace, tables: Sequence, draw: Callable[..., None
         draw: makes the picture from tables and a path.
     """
     if args.out:
-        write_atomically(args.out, "\n".join(table.markdown() for table in tables).encode())
+        atomic_write(args.out, "\n".join(table.markdown() for table in tables).encode())
     if args.samples:
         text = json.dumps([table.record() for table in tables], indent=1)
-        write_atomically(args.samples, text.encode())
+        atomic_write(args.samples, text.encode())
     if args.plot:
         draw(tables, args.plot)

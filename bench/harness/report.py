@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.bandwidth import Roof
+from issp.utils.files import atomic_write
 from issp.utils.timing import CpuClock, CudaClock, Task
 
 UNITS = {"ms": 1e3, "us": 1e6}
@@ -202,16 +202,6 @@ def percent(value: float | None) -> str:
     return f"{100 * value:.0f} %" if abs(value) >= 0.1 else f"{100 * value:.2g} %"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole: a full disk or an interruption leaves the old one."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def new_figure(**size):
     """An empty matplotlib figure that belongs to no window.
 
@@ -231,7 +221,7 @@ def save_figure(figure, path: Path) -> None:
     """Writes a figure as a .png file."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    write_atomically(path, image.getvalue())
+    atomic_write(path, image.getvalue())
 
 
 def plot(tables: Sequence[Table], path: Path) -> None:

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -42,20 +41,6 @@ class Counter:
             # A log file wants a sign of life, not a line per image.
             self._last = time.perf_counter()
             print(f"{self.what}: {done} of {total}", file=sys.stderr, flush=True)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose columns are aligned for the eye as well."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def text(line: Sequence[str]) -> str:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        return "| " + " | ".join(cells) + " |"
-
-    dashes = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([text(header), text(dashes), *map(text, lines[1:])])
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from issp.cli.common import Counter, add_model_arguments, load_model, table
+from issp.cli.common import Counter, add_model_arguments, load_model
+from issp.utils.text import table
 
 HELP = "PSNR and SSIM of a model on test sets"
 EXAMPLE = "issp test --model net_g_latest.safetensors --data Set5 Set14=benchmarks/Set14 --save out"

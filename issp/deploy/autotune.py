@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import os
-import secrets
 import statistics
 import warnings
 import zlib
@@ -23,6 +22,7 @@ import torch
 
 from issp.ops import backends
 from issp.ops import info as about
+from issp.utils.files import atomic_write, cache_folder
 from issp.utils.timing import CpuClock, CudaClock, Task, interleave
 
 try:
@@ -57,14 +57,6 @@ class Choice:
     errors: dict[str, str] = field(default_factory=dict)
     reason: str = ""
     remembered: bool = False
-
-
-def folder() -> Path:
-    """Where choices are kept: `ISSP_CACHE`, or "issp" in the user's cache folder."""
-    given = os.environ.get("ISSP_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "issp"
 
 
 def machine(device: str) -> str:
@@ -105,11 +97,12 @@ class Cache:
     """Choices in a file, by machine and key. A file that is broken is reported and started anew.
 
     Args:
-        path: of the file; default: choices.json in `folder()`. Its folder is made when needed.
+        path: of the file; default: choices.json in `issp.utils.files.cache_folder()`. Its folder is
+            made when needed.
     """
 
     def __init__(self, path: str | os.PathLike | None = None) -> None:
-        self.path = folder() / "choices.json" if path is None else Path(path)
+        self.path = cache_folder() / "choices.json" if path is None else Path(path)
 
     def get(self, machine: str, key: str) -> Choice | None:
         """The choice that is kept for this machine and key, or None."""
@@ -132,7 +125,8 @@ class Cache:
                     name: getattr(choice, name) for name in _KEPT
                 }
                 content = {"format": _FORMAT, "machines": machines}
-                self._replace(json.dumps(content, indent=1, sort_keys=True).encode())
+                text = json.dumps(content, indent=1, sort_keys=True)
+                atomic_write(self.path, text.encode(), durable=False)
         except OSError as error:
             warnings.warn(
                 f"the choice of a layer's path cannot be kept in {self.path} "
@@ -147,15 +141,6 @@ class Cache:
             if fcntl:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
-
-    def _replace(self, content: bytes) -> None:
-        name = f".{self.path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-        temporary = self.path.with_name(name)
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-import sys
 from typing import Any
 
 import torch
 
 from issp.ops import backends
-from issp.utils import denormals
+from issp.utils import denormals, environment
+from issp.utils.environment import package_version
 
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "amx_bf16", "amx_tile")
-_PACKAGES = ("numpy", "triton", "Pillow", "PyYAML", "safetensors", "rich", "matplotlib")
+_PACKAGES = (
+    *("numpy", "triton", "Pillow", "PyYAML", "safetensors", "rich", "matplotlib"),
+    *("tensorboard", "scikit-image"),
+)
 
 
 def info() -> dict[str, Any]:
@@ -28,7 +30,9 @@ def info() -> dict[str, Any]:
         "issp": version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "packages": {name: _version(name) for name in (*_PACKAGES, "tensorboard", "scikit-image")},
+        "packages": {
+            name: package_version(name) for name in (*_PACKAGES, "tensorboard", "scikit-image")
+        },
         "system": f"{platform.system()} {platform.machine()}",
         "backends": {
             "active": {
@@ -38,8 +42,8 @@ def info() -> dict[str, Any]:
             "forced": os.environ.get("ISSP_BACKEND"),
         },
         "cpu": {
-            "name": _cpu_name(),
-            "features": _cpu_features(),
+            "name": environment.cpu_name(),
+            "features": environment.cpu_features(_CPU_FEATURES),
             "torch": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -51,35 +55,7 @@ def info() -> dict[str, Any]:
 
 def version() -> str:
     """Version of the installed package."""
-    return _version("issp") or "unknown (not installed)"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_lines() -> list[str]:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return file.read().splitlines()
-    except OSError:
-        return []
-
-
-def _cpu_name() -> str:
-    names = [line.split(":", 1)[1].strip() for line in _cpu_lines() if "model name" in line]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _cpu_features() -> list[str] | None:
-    """Those of interest to the kernels; None where the system does not tell."""
-    if sys.platform != "linux":
-        return None
-    flags = next((line.split() for line in _cpu_lines() if line.startswith("flags")), [])
-    return [name for name in _CPU_FEATURES if name in flags]
+    return package_version("issp") or "unknown (not installed)"
 
 
 def _gpu() -> dict[str, Any] | None:

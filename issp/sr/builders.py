@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from issp import optim
 from issp.sr import checkpoint, data, models
-from issp.sr.config import nearest
 from issp.sr.config_keys import Config, EvalData, Keep, Scheduler, TrainData
+from issp.utils.text import suggest
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
 Pairs = data.PairedFolder | data.PairedArrays
@@ -56,7 +56,7 @@ def network(config: Config) -> nn.Module:
         model = models.build(kind, config.scale, **arguments)
     elif kind not in ARCHITECTURES:
         known = (*models.names(), *ARCHITECTURES)
-        raise ValueError(f"unknown network {kind!r}: {nearest(kind, known)}")
+        raise ValueError(f"unknown network {kind!r}: {suggest(kind, known)}")
     else:
         arguments.setdefault("upscale", config.scale)
         model = models.from_config(arguments)

@@ -7,15 +7,12 @@ read with weights_only=True. BasicSR's .pth files (params, params_ema) are read 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import pickle
 import random
-import secrets
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,32 +20,9 @@ from torch import Tensor, nn
 
 from issp.deploy import pack
 from issp.pruning import summary
+from issp.utils.files import atomic_write
 
 _METADATA = "issp"
-
-
-def atomic_write(path: str | os.PathLike, write: Callable[[BinaryIO], None]) -> None:
-    """Writes a file beside its place and moves it there when it is complete and on disk.
-
-    Raises:
-        OSError: it cannot be written (full disk, no permission); what was there before is intact.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {path}: {error.strerror}; free space or choose a folder"
-        ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
@@ -77,7 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
     about = {"config": model.config, "arch": model.arch, "scale": model.scale}
     about |= {"sparsity": sparsity(model), **extra}
     data = safetensors.torch.save(tensors, {"format": "pt", _METADATA: json.dumps(about)})
-    atomic_write(path, lambda file: file.write(data))
+    atomic_write(path, data)
 
 
 def load(path: str | os.PathLike, arch: str | None = None, scale: int | None = None) -> nn.Module:

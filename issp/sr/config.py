@@ -6,19 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from issp.sr.config_keys import CHOICES, HARMLESS, Config, EvalData, TrainData
-
-
-def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """End of an error sentence: the known name closest to `name`, or all of them."""
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+from issp.utils.text import suggest
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -90,7 +84,7 @@ def parse(tree: dict[str, Any]) -> Config:
             data.name = data.name or key
             config.val_data.append(data)
         else:
-            raise ValueError(f"unknown key {where}: {nearest(key, ('train', 'val', 'test_1'))}")
+            raise ValueError(f"unknown key {where}: {suggest(key, ('train', 'val', 'test_1'))}")
     _check(config)
     return config
 
@@ -127,7 +121,7 @@ def _reject_unknown(tree: dict, known: list[str], where: str, hidden: tuple = ()
     for key in tree:
         if key not in known and key not in harmless:
             full = f"{where}.{key}" if where else str(key)
-            raise ValueError(f"unknown key {full}: {nearest(key, [*known, *harmless])}")
+            raise ValueError(f"unknown key {full}: {suggest(key, [*known, *harmless])}")
 
 
 def _section(value: Any, where: str) -> dict:
@@ -181,7 +175,7 @@ def _chosen(value: str, where: str) -> str:
     head, _, key = where.rpartition(".")
     choices = CHOICES.get(where) or CHOICES.get(f"{head.rpartition('.')[0]}.*.{key}")
     if choices and value not in choices:
-        raise ValueError(f"{where} {value!r} is not supported: {nearest(value, choices)}")
+        raise ValueError(f"{where} {value!r} is not supported: {suggest(value, choices)}")
     return value
 
 

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from issp.cli.common import table
 from issp.sr import builders, checkpoint, config, data, evaluate, logging, plots
 from issp.sr.config_keys import Config
 from issp.sr.train import train
 from issp.utils import denormals
+from issp.utils.text import table
 
 SCALE, MODEL, BATCH, PATCH, LEARNING_RATE = 2, "edsr-tiny", 8, 64, 1e-3
 ITERATIONS = 3000  # under three minutes on two idle cores

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from issp.sr.checkpoint import atomic_write
+from issp.utils.files import atomic_write
 
 COLUMNS = (
     "iteration",
@@ -45,7 +45,7 @@ class CsvLog:
         self.path, self.columns = path, columns
         rows = [row for row in read_csv(path) if row[columns[0]] <= upto] if path.exists() else []
         text = self._text([dict(zip(columns, columns, strict=True)), *rows])
-        atomic_write(path, lambda file: file.write(text.encode()))
+        atomic_write(path, text.encode())
 
     def add(self, *rows: dict[str, Any]) -> None:
         """Appends rows; absent columns stay empty."""

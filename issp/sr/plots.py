@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from issp.sr import logging
-from issp.sr.data.images import write_bytes
+from issp.utils.files import atomic_write
 
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9731a", "#777777"
 
@@ -235,7 +235,7 @@ def _figure(width: float, height: float) -> Any:
 def _write(figure: Any, path: str | Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    write_bytes(path, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
 def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 from issp.sr import checkpoint
 from issp.sr.config import dump
 from issp.sr.config_keys import Config
+from issp.utils.environment import git_revision
+from issp.utils.files import atomic_write
 
 
 class RunFolder:
@@ -82,18 +83,8 @@ def environment() -> dict[str, Any]:
     """What `issp info` tells, the command line, and the git revision of the working folder."""
     from issp.ops.info import info
 
-    return {"command": sys.argv, "git": git_revision(), **info()}
-
-
-def git_revision() -> str | None:
-    """Revision of this package's checkout, with "-dirty" when files differ; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--tags"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+    return {"command": sys.argv, "git": git_revision(Path(__file__).parent), **info()}
 
 
 def _write_text(path: Path, text: str) -> None:
-    checkpoint.atomic_write(path, lambda file: file.write(text.encode()))
+    atomic_write(path, text.encode())

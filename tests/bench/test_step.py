@@ -279,7 +279,7 @@ class TestCommand:
 
         monkeypatch.setattr(os, "replace", full)
         with pytest.raises(OSError, match="No space"):
-            report.write_atomically(path, b"new")
+            report.atomic_write(path, b"new")
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 

@@ -13,6 +13,7 @@ import torch
 
 from issp.deploy import autotune
 from issp.deploy.autotune import Cache, Choice, choose, decide
+from tests.utils.disk import full_disk
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -214,14 +215,9 @@ class TestFile:
         assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
         assert len(json.loads(cache.path.read_text())["machines"]["m"]) == 40
 
-    @pytest.mark.parametrize("owner", [(Path, "write_bytes"), (os, "replace")])
-    def test_an_interrupted_write_leaves_the_old_file(self, cache, monkeypatch, owner):
+    def test_an_interrupted_write_leaves_the_old_file(self, cache, monkeypatch):
         cache.put("m", "a layer", GOOD)
-
-        def full(*args):
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(*owner, full)
+        full_disk(monkeypatch)
         with pytest.warns(RuntimeWarning, match="No space left"):
             cache.put("m", "b", GOOD)
         monkeypatch.undo()

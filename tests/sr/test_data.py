@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from issp import data
+from tests.utils.disk import full_disk
 
 SET5 = Path(__file__).parents[3] / "shared" / "data" / "benchmarks" / "Set5"
 needs_set5 = pytest.mark.skipif(not SET5.is_dir(), reason=f"golden images are not at {SET5}")
@@ -172,11 +173,7 @@ def test_write_image_is_whole_or_absent(tmp_path, monkeypatch):
         assert reader.read() == before  # whoever is reading keeps the old file whole
     before = (tmp_path / "new" / "a.png").read_bytes()
 
-    def full(self, content):
-        self.open("wb").write(content[:5])
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
+    full_disk(monkeypatch)
     with pytest.raises(OSError, match="a.png: No space left"):
         data.write_image(tmp_path / "new" / "a.png", img)
     assert [f.name for f in (tmp_path / "new").iterdir()] == ["a.png"]

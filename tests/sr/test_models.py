@@ -237,7 +237,7 @@ def test_compiles_without_graph_breaks(make):
         (lambda: small_edsr(num_in_ch=1, num_out_ch=1), ValueError, "one mean per input channel"),
         (lambda: small_swinir(upsampler="pixelshufle"), ValueError, "'pixelshuffle'"),
         (lambda: small_swinir(upsampler="nearest+conv"), ValueError, "upscale 4 only"),
-        (lambda: small_swinir(resi_connection="2conv"), ValueError, "known: 1conv, 3conv"),
+        (lambda: small_swinir(resi_connection="2conv"), ValueError, "did you mean '[13]conv'"),
         (lambda: small_swinir(img_size=20), ValueError, "multiple of window_size 8"),
         (lambda: small_swinir(embed_dim=15), ValueError, "divisible by num_heads 2"),
         (lambda: small_swinir(patch_size=2), ValueError, "patch_size 1 only"),

@@ -1,6 +1,6 @@
 """Images in and out: MATLAB's bicubic, files, pairs, training batches and sample photographs."""
 
-from issp.sr.data.cache import LRCache, default_cache_dir
+from issp.sr.data.cache import LRCache
 from issp.sr.data.datasets import EvalDataset, ImageFolder, TrainDataset
 from issp.sr.data.images import (
     image_size,
@@ -17,6 +17,7 @@ from issp.sr.data.prepare import PrepareResult, prepare
 from issp.sr.data.resize import imresize
 from issp.sr.data.sampler import Draw, EnlargedSampler
 from issp.sr.data.samples import sample_photographs
+from issp.utils.files import cache_folder as default_cache_dir
 
 __all__ = [
     "Draw",

@@ -11,17 +11,10 @@ import numpy as np
 
 from issp.sr.data.images import decode_image, write_image
 from issp.sr.data.resize import imresize
+from issp.utils.files import cache_folder
 
 # Part of every key: raise it when imresize or the decoding rules change what an entry should hold.
 _VERSION = b"issp-lr-1"
-
-
-def default_cache_dir() -> Path:
-    """``$ISSP_CACHE``, else ``issp`` below ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if os.environ.get("ISSP_CACHE"):
-        return Path(os.environ["ISSP_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "issp"
 
 
 class LRCache:
@@ -39,7 +32,7 @@ class LRCache:
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
-        self.folder = Path(folder).expanduser() if folder is not None else default_cache_dir()
+        self.folder = Path(folder).expanduser() if folder is not None else cache_folder()
         self._writable = True
 
     def entry(self, hr_bytes: bytes, scale: int) -> Path:

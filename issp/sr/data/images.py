@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from issp.sr.data.resize import check_uint8_image
+from issp.utils.files import atomic_write
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations which swap height and width
@@ -109,22 +109,7 @@ def write_image(path: str | os.PathLike, img: np.ndarray, compress_level: int = 
     kind = encoder.registered_extensions()[path.suffix.lower()]
     image = encoder.fromarray(np.ascontiguousarray(img))
     image.save(buffer, kind, **options.get(path.suffix.lower(), {}))
-    write_bytes(path, buffer.getvalue())
-
-
-def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file by way of a temporary one beside it, so that no reader sees half of it."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    atomic_write(path, buffer.getvalue(), durable=False)
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:

@@ -18,11 +18,11 @@ from issp.sr.data.images import (
     list_images,
     mod_crop,
     read_image,
-    write_bytes,
     write_image,
 )
 from issp.sr.data.pairs import check_names, check_scale
 from issp.sr.data.resize import imresize
+from issp.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class _Journal:
             )
         self.entries: dict[str, dict[str, Any]] = {e["source"]: e for e in lines[1:]}
         text = "".join(json.dumps(line) + "\n" for line in (settings, *self.entries.values()))
-        write_bytes(self.path, text.encode())  # without the half line an interruption may leave
+        atomic_write(self.path, text.encode())  # without the half line an interruption may leave
 
     def check_owners(self, sources: list[Path]) -> None:
         """Raise if another folder's source of the same name made the outputs which are here."""

@@ -2,11 +2,12 @@
 
 import inspect
 
-from issp.sr.models.base import SuperResolver, did_you_mean
+from issp.sr.models.base import SuperResolver
 from issp.sr.models.cat import CAT
 from issp.sr.models.edsr import EDSR
 from issp.sr.models.inference import pad, upscale
 from issp.sr.models.swinir import SwinIR
+from issp.utils.text import suggest
 
 __all__ = [
     "CAT",
@@ -84,7 +85,7 @@ def build(name: str, scale: int, **overrides) -> SuperResolver:
         TypeError: a keyword that the class does not have.
     """
     if name not in _PRESETS:
-        raise ValueError(f"unknown model {name!r}: {did_you_mean(name, _PRESETS)}")
+        raise ValueError(f"unknown model {name!r}: {suggest(name, _PRESETS)}")
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r} for {name}: it must be 2, 3 or 4")
     if "upscale" in overrides:
@@ -112,9 +113,9 @@ def from_config(config: dict) -> SuperResolver:
     if kind is None:
         raise ValueError(f"the model configuration has no 'type': give one of {list(_CLASSES)}")
     if kind not in _CLASSES:
-        raise ValueError(f"unknown model type {kind!r}: {did_you_mean(kind, _CLASSES)}")
+        raise ValueError(f"unknown model type {kind!r}: {suggest(kind, _CLASSES)}")
     known = [p for p in inspect.signature(_CLASSES[kind].__init__).parameters if p != "self"]
     for name in arguments:
         if name not in known:
-            raise ValueError(f"{kind} has no argument {name!r}: {did_you_mean(name, known)}")
+            raise ValueError(f"{kind} has no argument {name!r}: {suggest(name, known)}")
     return _CLASSES[kind](**arguments)

@@ -1,25 +1,17 @@
 """What the super-resolution networks share: image range, mean, padding needs and configuration."""
 
-import difflib
 import functools
 import inspect
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+
+from issp.utils.text import suggest
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 
 # Classes, not values: they cannot stand in a JSON configuration.
 _NOT_IN_CONFIG = ("norm_layer", "act_layer")
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error sentence: the nearest known name, and all of them."""
-    known = list(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}known: {', '.join(known)}"
 
 
 def configured(init):
@@ -38,7 +30,7 @@ def configured(init):
         kind = type(self).__name__
         for name in kwargs:
             if name not in known:
-                raise TypeError(f"{kind} has no argument {name!r}: {did_you_mean(name, known)}")
+                raise TypeError(f"{kind} has no argument {name!r}: {suggest(name, known)}")
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         init(self, *args, **kwargs)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from issp.sr.models.base import configured, did_you_mean
+from issp.sr.models.base import configured
 from issp.sr.models.layers import (
     DropPath,
     Mlp,
@@ -30,6 +30,7 @@ from issp.sr.models.transformer import (
     drop_path_rates,
     run_blocks,
 )
+from issp.utils.text import suggest
 
 # A side of a window that spans the whole image (axial blocks).
 FULL = 0
@@ -294,7 +295,7 @@ def _checked_splits(
 ) -> list[Size]:
     """Check CAT's sizes; return (split_0, split_1) for each group, split_1 = FULL if axial."""
     if block_name not in ("CATB_regular", "CATB_axial"):
-        known = did_you_mean(block_name, ["CATB_regular", "CATB_axial"])
+        known = suggest(block_name, ["CATB_regular", "CATB_axial"])
         raise ValueError(f"unknown block_name {block_name!r}: {known}")
     check_per_group("CAT", depth=depth, split_size_0=split_size_0, num_heads=num_heads)
     if block_name == "CATB_axial":

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from issp.sr.models.base import did_you_mean
+from issp.utils.text import suggest
 
 Size = tuple[int, int]
 
@@ -98,7 +98,7 @@ def residual_conv(dim: int, kind: str) -> nn.Module:
             nn.LeakyReLU(0.2, inplace=True),
             conv3x3(narrow, dim),
         )
-    raise ValueError(f"unknown resi_connection {kind!r}: {did_you_mean(kind, ['1conv', '3conv'])}")
+    raise ValueError(f"unknown resi_connection {kind!r}: {suggest(kind, ['1conv', '3conv'])}")
 
 
 def conv_tokens(conv: nn.Module, tokens: Tensor) -> Tensor:

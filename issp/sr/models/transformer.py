@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from issp.sr.models.base import DIV2K_MEAN, SuperResolver, did_you_mean
+from issp.sr.models.base import DIV2K_MEAN, SuperResolver
 from issp.sr.models.layers import Size, Upsample, conv3x3, conv_tokens, residual_conv
+from issp.utils.text import suggest
 
 # Channels between the last features and the image, fixed in both published networks.
 NUM_FEAT = 64
@@ -77,7 +78,7 @@ class WindowTransformer(SuperResolver):
     def _add_reconstruction(self, embed_dim: int, kinds: list[str]) -> None:
         kind, scale, channels = self.upsampler, self.scale, self.channels
         if kind not in kinds:
-            raise ValueError(f"unknown upsampler {kind!r}: {did_you_mean(kind, map(repr, kinds))}")
+            raise ValueError(f"unknown upsampler {kind!r}: {suggest(kind, kinds)}")
         if kind == "pixelshuffledirect":
             conv = conv3x3(embed_dim, scale**2 * channels)
             self.upsample = nn.Sequential(conv, nn.PixelShuffle(scale))

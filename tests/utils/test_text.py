@@ -1,0 +1,17 @@
+"""Tables and suggestions as they are printed."""
+
+from issp.utils.text import suggest, table
+
+
+def test_the_nearest_name_or_all_of_them():
+    assert suggest("trian", ["train", "test"]) == "did you mean 'train'?"
+    assert suggest("xyz", ["train", "test"]) == "known: train, test"
+
+
+def test_columns_are_aligned():
+    assert table(["a", "bb"], [["long", "1"], ["x", "22"]]).splitlines() == [
+        "| a    | bb |",
+        "| ---- | -: |",
+        "| long |  1 |",
+        "| x    | 22 |",
+    ]
