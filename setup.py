@@ -90,7 +90,7 @@ class CpuLibrary(Extension):
     """issp/_C: every .cpp of csrc/cpu."""
 
     def __init__(self):
-        sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/*.cpp"))
+        sources = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cpu/**/*.cpp"))
         super().__init__("issp._C", sources, py_limited_api=True)
 
     def toolchain(self, flags):

@@ -3,7 +3,7 @@
 // of registers and the first-level cache.
 #include <torch/csrc/stable/library.h>
 
-#include "updated_shrink.h"
+#include "cpu/optim/update_and_prune.h"
 
 namespace issp {
 namespace {

@@ -3,9 +3,9 @@
 // group.
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
-#include "dtypes.h"
-#include "team.h"
+#include "checks.h"
+#include "cpu/dtypes.h"
+#include "cpu/threads.h"
 
 namespace issp {
 namespace {

@@ -1,7 +1,7 @@
 // _cpu_capability: which instruction set the CPU ops use, and choosing a lower one for tests.
 #include <torch/csrc/stable/library.h>
 
-#include "passes.h"
+#include "cpu/prune/prune_kernels.h"
 
 namespace issp {
 

@@ -1,10 +1,10 @@
 // count_zeros on the CPU. Traffic: one read.
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
-#include "dtypes.h"
-#include "streams.h"
-#include "team.h"
+#include "checks.h"
+#include "cpu/dtypes.h"
+#include "cpu/streaming/streaming_kernels.h"
+#include "cpu/threads.h"
 
 namespace issp {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "../semantics.h"
+#include "semantics.h"
 
 namespace issp {
 

@@ -2,11 +2,11 @@
 // the order of the tiles: the same bits for any number of threads and any instruction set.
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
-#include "../statistics.h"
-#include "dtypes.h"
-#include "streams.h"
-#include "team.h"
+#include "checks.h"
+#include "cpu/dtypes.h"
+#include "cpu/streaming/streaming_kernels.h"
+#include "cpu/threads.h"
+#include "statistics.h"
 
 namespace issp {
 namespace {

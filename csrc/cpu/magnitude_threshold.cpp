@@ -1,9 +1,9 @@
 // magnitude_threshold on the CPU: the search of the fused step, without a previous threshold.
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
-#include "dtypes.h"
-#include "search.h"
+#include "checks.h"
+#include "cpu/dtypes.h"
+#include "cpu/prune/search.h"
 
 namespace issp {
 namespace {

@@ -4,9 +4,9 @@
 #include <cstring>
 #include <tuple>
 
-#include "../checks.h"
-#include "dtypes.h"
-#include "nm_item.h"
+#include "checks.h"
+#include "cpu/dtypes.h"
+#include "cpu/nm/tensor_step.h"
 
 namespace issp {
 namespace {

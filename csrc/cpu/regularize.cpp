@@ -2,10 +2,10 @@
 // of gradient written, 1/8 byte of mask; words of the mask that are kept whole cost nothing else.
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
-#include "dtypes.h"
-#include "streams.h"
-#include "team.h"
+#include "checks.h"
+#include "cpu/dtypes.h"
+#include "cpu/streaming/streaming_kernels.h"
+#include "cpu/threads.h"
 
 namespace issp {
 namespace {

@@ -2,7 +2,7 @@
 // bytes read (weight, gradient, buffer), 8 written, 1/8 byte of mask: SGD's own.
 #include <torch/csrc/stable/library.h>
 
-#include "updated_shrink.h"
+#include "cpu/optim/update_and_prune.h"
 
 namespace issp {
 namespace {

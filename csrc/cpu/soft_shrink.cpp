@@ -2,10 +2,10 @@
 // byte of mask read and written (speculate.inc.h says how).
 #include <torch/csrc/stable/library.h>
 
-#include "../checks.h"
-#include "dtypes.h"
-#include "nm_item.h"
-#include "shrink_item.h"
+#include "checks.h"
+#include "cpu/dtypes.h"
+#include "cpu/nm/tensor_step.h"
+#include "cpu/prune/tensor_step.h"
 
 namespace issp {
 namespace {

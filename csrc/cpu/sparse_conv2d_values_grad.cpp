@@ -1,8 +1,8 @@
 // sparse_conv2d_values_grad on the CPU; see product_grad.h for how.
 #include <torch/csrc/stable/library.h>
 
-#include "fresh.h"
-#include "product_grad.h"
+#include "cpu/empty_like.h"
+#include "cpu/sparse/values_grad.h"
 
 namespace issp {
 namespace {

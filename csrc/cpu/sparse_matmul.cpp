@@ -1,8 +1,8 @@
 // sparse_matmul on the CPU: the convolution with one tap, channels innermost; see product.h.
 #include <torch/csrc/stable/library.h>
 
-#include "fresh.h"
-#include "product_call.h"
+#include "cpu/empty_like.h"
+#include "cpu/sparse/forward.h"
 
 namespace issp {
 namespace {

@@ -1,0 +1,106 @@
+// What the optimizers' ops share: every weight of a parameter group is updated and, if it is
+// pruned, shrunk or masked, in one pass over its memory.
+#pragma once
+
+#include "checks_update.h"
+#include "cpu/dtypes.h"
+#include "cpu/nm/tensor_step.h"
+#include "cpu/prune/tensor_step.h"
+
+namespace issp {
+
+// Weight, moments and gradient: what waking another thread is weighed against.
+constexpr size_t kUpdateBytes = 16;
+
+inline bool stopped(const std::optional<Tensor>& found_inf) {
+  return found_inf && !(*static_cast<const float*>(found_inf->const_data_ptr()) == 0.0f);
+}
+
+// The learning rate, or what its tensor holds.
+inline double rate(double lr, const std::optional<Tensor>& tensor) {
+  if (!tensor) return lr;
+  double value = lr;
+  for_dtype(tensor->scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    value = double(widen(T{}, *static_cast<const typename T::Bits*>(tensor->const_data_ptr())));
+  });
+  return value;
+}
+
+inline Gradient gradient_rule(const std::optional<Tensor>& grad_scale, bool maximize) {
+  if (!grad_scale) return {1.0f, false, maximize};
+  return {*static_cast<const float*>(grad_scale->const_data_ptr()), true, maximize};
+}
+
+// The selection's arguments, as in soft_shrink_.
+struct Pruning {
+  const Tensor& k;
+  double shrink;
+  const Tensor& thresholds;
+  const Tensor& masks;
+  const Tensor& flips;
+  const Tensor& scratch;
+  bool frozen, bracket;
+  std::vector<Pattern> patterns;
+};
+
+inline void check_ranks(const Update& update, const Pruning& pruning) {
+  if (pruning.frozen) return;
+  const auto* const k = static_cast<const int64_t*>(pruning.k.const_data_ptr());
+  for (size_t i = 0; i < update.pruned.size(); ++i) {
+    check_rank(k[i], update.pruned[i], at(pruning.patterns, i), i);
+  }
+}
+
+// Updates without a selection; masks: null, or the fixed masks of the items.
+inline void update_items(const std::vector<Item>& items, const TensorUpdate* updates,
+                         const int32_t* masks) {
+  if (items.empty()) return;
+  for_each_item(items, kUpdateBytes, [&](size_t i, int64_t, Team team) {
+    const Item& item = items[i];
+    const auto* mask = reinterpret_cast<const uint64_t*>(masks + item.mask_start);
+    team.each([&](int64_t p) {
+      update_passes().update(static_cast<float*>(item.data), item.numel, team.share(p, item.numel),
+                             updates[i], masks ? mask : nullptr);
+    });
+  });
+}
+
+inline void shrink_updated(const std::vector<Item>& items, const TensorUpdate* updates,
+                           const Pruning& pruning) {
+  if (items.empty()) return;
+  const Scratch room(pruning.scratch.mutable_data_ptr(), pruning.scratch.numel(), items.size());
+  const auto* const k = static_cast<const int64_t*>(pruning.k.const_data_ptr());
+  auto* const taus = static_cast<uint32_t*>(pruning.thresholds.mutable_data_ptr());
+  auto* const flips = static_cast<int64_t*>(pruning.flips.mutable_data_ptr());
+  Call call{pruning.shrink, pruning.bracket,
+            static_cast<int32_t*>(pruning.masks.mutable_data_ptr())};
+  const Split split(items, sizeof(float));
+  for_each_item(items, split, [&](size_t i, int64_t member, Team team) {
+    const Pattern by = at(pruning.patterns, i);
+    if (k[i] && by.m) {
+      const NmItem<Float32> item(items[i], by, pruning.shrink, team, updates + i);
+      return item.run(nullptr, call.masks + items[i].mask_start, taus[i], flips[i]);
+    }
+    const Space space = team.size > 1 ? room.space : room.space.share(member, split.members());
+    ShrinkItem<Float32>(items[i], call, team, space, updates + i)
+        .run(k[i], taus[i], flips[i], room.trends[i]);
+  });
+  room.words[0] += call.misses;
+}
+
+// updates: of the pruned weights, then of the rest.
+inline void update_and_prune(const Update& update, const std::vector<TensorUpdate>& updates,
+                             const Pruning& pruning) {
+  if (pruning.frozen) {
+    update_items(update.pruned, updates.data(),
+                 static_cast<const int32_t*>(pruning.masks.const_data_ptr()));
+    auto* const flips = static_cast<int64_t*>(pruning.flips.mutable_data_ptr());
+    std::fill(flips, flips + update.pruned.size(), 0);
+  } else {
+    shrink_updated(update.pruned, updates.data(), pruning);
+  }
+  update_items(update.rest, updates.data() + update.pruned.size(), nullptr);
+}
+
+}  // namespace issp

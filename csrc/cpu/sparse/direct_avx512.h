@@ -1,0 +1,80 @@
+// The product's kernel without a tile, for AVX-512: pixels are read where they lie in x, and what
+// lies outside the image is masked out of the loads. Loads of taps beside the middle straddle cache
+// lines, but with dense channels both kernels wait for L2, which counts lines, not loads; and
+// filling a tile and putting its pixels back in order cost as much as the products of a 3x3 layer
+// of 60 channels at 95 %.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpu/sparse/direct_kernels.h"
+
+#define ISSP_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,prefer-vector-width=512")))
+
+namespace issp::avx512 {
+
+template <int S, int R, bool Edge>
+ISSP_AVX512 inline __attribute__((always_inline)) __m512 pixels(const float* row, int r, int s,
+                                                                __mmask16 first, __mmask16 last,
+                                                                const uint16_t* rows) {
+  __mmask16 mask = s == 0 ? first : s == S - 1 ? last : __mmask16(0xffff);
+  if (Edge) mask &= rows[r];
+  if (!Edge && s > 0 && s < S - 1) return _mm512_loadu_ps(row + 16 * s);
+  return _mm512_maskz_loadu_ps(mask, row + 16 * s);
+}
+
+template <int I, int S, int R, bool Edge>
+ISSP_AVX512 void multiply_direct(const DirectCall& call, const float* x, const DirectEntry* entries,
+                                 const float* values, int64_t value_stride, int64_t count,
+                                 const float* bias, float* y) {
+  __m512 total[I * R * S];
+#pragma GCC unroll 64
+  for (int p = 0; p < I * R * S; ++p) total[p] = _mm512_set1_ps(bias ? bias[p / (R * S)] : 0.0f);
+  for (int64_t begin = 0; begin < count; begin += kRun) {
+    const int64_t end = begin + kRun < count ? begin + kRun : count;
+    __m512 sum[I * R * S];
+#pragma GCC unroll 64
+    for (int p = 0; p < I * R * S; ++p) sum[p] = _mm512_setzero_ps();
+    for (int64_t e = begin; e < end; ++e) {
+      const DirectEntry entry = entries[e];
+      const float* const at = x + entry.offset;
+      const __mmask16 first = call.columns[entry.column].first;
+      const __mmask16 last = call.columns[entry.column].last;
+      const uint16_t* const rows = call.rows + entry.row * kMaxRows;
+      __m512 weight[I];
+#pragma GCC unroll 4
+      for (int i = 0; i < I; ++i) weight[i] = _mm512_set1_ps(values[e * value_stride + i]);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) {
+          const __m512 p = pixels<S, R, Edge>(at + r * call.row_stride, r, s, first, last, rows);
+#pragma GCC unroll 4
+          for (int i = 0; i < I; ++i) {
+            const int n = (i * R + r) * S + s;
+            sum[n] = _mm512_fmadd_ps(weight[i], p, sum[n]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 64
+    for (int p = 0; p < I * R * S; ++p) total[p] = _mm512_add_ps(total[p], sum[p]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      float* const to = y + i * call.y_plane + r * call.y_row;
+#pragma GCC unroll 4
+      for (int s = 0; s < S - 1; ++s) _mm512_storeu_ps(to + 16 * s, total[(i * R + r) * S + s]);
+      _mm512_mask_storeu_ps(to + 16 * (S - 1), call.tail, total[(i * R + r) * S + S - 1]);
+    }
+  }
+}
+
+}  // namespace issp::avx512
+
+#undef ISSP_AVX512

@@ -1,0 +1,211 @@
+// A sparse product without tiles: which calls it suits, and its run over the units of the result.
+#pragma once
+
+#include <unistd.h>
+
+#include <numeric>
+
+#include "cpu/sparse/direct_kernels.h"
+#include "cpu/sparse/tiled_conv.h"
+
+namespace issp {
+
+constexpr int64_t kSeenBytes = 512
+                               << 10;  // of x, for a group of units: L2 holds it and the results
+
+class DirectRun {
+ public:
+  // A pointwise convolution knows no rows: its pixels are seen as rows of one vector.
+  static Geometry seen(const Geometry& by, int64_t lanes) {
+    Geometry g = by;
+    if (is_pointwise(by) && Tiling::pixels(by) % lanes == 0) {
+      g.input = g.size = {Tiling::pixels(by) / lanes, lanes};
+    }
+    return g;
+  }
+
+  DirectRun(const DirectKernels& direct, const ProductKernels<float>& kernels,
+            const Convolution& call, int64_t members)
+      : direct_(direct),
+        kernels_(kernels),
+        product_(call.product),
+        few_(few_uses(call)),
+        by_(seen(call.geometry, kernels.lanes)) {
+    const int log = rows_log(product_.v);
+    segment_ = choose_segment(kernels, log, by_, 0);
+    across_ = parts_of(by_.size[1], segment_ * kernels.lanes);
+    const int64_t wanted = parts_of(members, std::max<int64_t>(1, by_.batch * across_));
+    most_rows_ = choose_rows(by_.size[0], kernels.rows[log][segment_ - 1], 1);
+    rows_ = choose_rows(by_.size[0], most_rows_, wanted);
+    down_ = parts_of(by_.size[0], rows_);
+    const int64_t row = std::max<int64_t>(1, by_.channels * width() * int64_t(sizeof(float)));
+    together_ = std::clamp<int64_t>(kSeenBytes / row / rows_, 1, down_);
+    for (int64_t a = 0; a < across_; ++a) {
+      for (int64_t kx = 0; kx < by_.kernel[1]; ++kx) {
+        const int64_t first = a * width() + shift(1, kx);
+        const int64_t last = first + (segment_of(a) - 1) * kernels_.lanes;
+        columns_.push_back({lanes_within(first, by_.input[1]), lanes_within(last, by_.input[1])});
+      }
+    }
+  }
+
+  // Whether pixels are loaded rarely; whether masks at both ends of a row are all that the borders
+  // need; and whether what a unit sees stays in L2:
+  // planes a large power of two apart fall into a few of its sets.
+  bool suits() const {
+    if (!few_) return false;
+    const int64_t plane = by_.input[0] * by_.input[1];
+    if (by_.stride != Pair{1, 1} || by_.upsample != Pair{1, 1}) return false;
+    if (by_.channels * plane + plane > INT32_MAX || by_.kernel[1] > UINT16_MAX ||
+        by_.kernel[0] > UINT16_MAX) {
+      return false;
+    }
+    for (int64_t a = 0; a < across_; ++a) {
+      for (int64_t kx = 0; kx < by_.kernel[1]; ++kx) {
+        const int64_t begin = a * width() + kernels_.lanes + shift(1, kx);
+        const int64_t end = begin + (segment_of(a) - 2) * kernels_.lanes;
+        if (begin < end && (begin < 0 || end > by_.input[1])) return false;
+      }
+    }
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    const int64_t cache = found > 0 ? found : 1 << 20, sets = cache / 16;
+    const int64_t apart = std::gcd(plane * int64_t(sizeof(float)), sets);
+    const int64_t seen = (most_rows_ + (by_.kernel[0] - 1) * by_.dilation[0]) * by_.input[1] *
+                         int64_t(sizeof(float));
+    return by_.channels * seen <= std::min(sets, sets / apart * seen) * 8;
+  }
+
+  // What every position of a row of the weight means for a unit.
+  std::vector<DirectEntry> positions() const {
+    std::vector<DirectEntry> at;
+    at.reserve(size_t(by_.length()));
+    for (int64_t c = 0; c < by_.channels; ++c) {
+      for (int64_t ky = 0; ky < by_.kernel[0]; ++ky) {
+        for (int64_t kx = 0; kx < by_.kernel[1]; ++kx) {
+          const int64_t row = c * by_.input[0] + shift(0, ky);
+          at.push_back({int32_t(row * by_.input[1] + shift(1, kx)), uint16_t(kx), uint16_t(ky)});
+        }
+      }
+    }
+    return at;
+  }
+
+  void operator()(const Lists<DirectEntry>& lists, const float* x, const float* values,
+                  const float* bias, const float* residual, float* y, int64_t members) const {
+    // Threads share pixels, so that each has its part of x in its L2. Pointwise they share the rows
+    // of the weight: two threads that write to one page take its lines from each other, because
+    // prefetchers run ahead within a page.
+    const int64_t units = by_.batch * across_ * down_, blocks = product_.blocks;
+    const bool by_rows = blocks >= members && by_.taps() == 1;
+    const int64_t count = std::min(members, by_rows ? blocks : units);
+    for_members(count, [&](int64_t member) {
+      const int64_t whole = by_rows ? blocks : units;
+      const int64_t first = whole * member / count, last = whole * (member + 1) / count;
+      const int64_t end = by_rows ? units : last;
+      for (int64_t u = by_rows ? 0 : first; u < end; u += together_) {
+        group(u, std::min(end, u + together_), by_rows ? first : 0, by_rows ? last : blocks, lists,
+              x, values, bias, residual, y);
+      }
+    });
+  }
+
+ private:
+  int64_t width() const { return segment_ * kernels_.lanes; }
+  int64_t segment_of(int64_t a) const {
+    return std::min(segment_, parts_of(by_.size[1] - a * width(), kernels_.lanes));
+  }
+  int64_t shift(int axis, int64_t tap) const {
+    return tap * by_.dilation[size_t(axis)] - by_.padding[size_t(axis)];
+  }
+
+  // Lanes of the vector at `column` that lie in 0..limit - 1.
+  uint16_t lanes_within(int64_t column, int64_t limit) const {
+    unsigned mask = 0;
+    for (int l = 0; l < kernels_.lanes; ++l) {
+      mask |= unsigned(column + l >= 0 && column + l < limit) << l;
+    }
+    return uint16_t(mask);
+  }
+
+  // A register block: where it lies, and what its taps see.
+  struct Unit {
+    DirectCall call;
+    int64_t segment, rows, columns, from, to;
+    bool edge;
+    std::vector<uint16_t> within;
+  };
+
+  Unit unit(int64_t u) const {
+    const int64_t image = u / (across_ * down_), a = u / down_ % across_, top = u % down_ * rows_;
+    const int64_t left = a * width(), plane = by_.size[0] * by_.size[1];
+    Unit at;
+    at.segment = segment_of(a);
+    at.rows = std::min(rows_, by_.size[0] - top);
+    at.columns = std::min(width(), by_.size[1] - left);
+    at.from = (image * by_.channels * by_.input[0] + top) * by_.input[1] + left;
+    at.to = image * by_.rows * plane + top * by_.size[1] + left;
+    const int64_t first = top + shift(0, 0), last = top + at.rows - 1 + shift(0, by_.kernel[0] - 1);
+    at.edge = first < 0 || last >= by_.input[0];
+    at.within.resize(at.edge ? size_t(by_.kernel[0] * kMaxRows) : 0);
+    for (int64_t ky = 0; at.edge && ky < by_.kernel[0]; ++ky) {
+      for (int64_t r = 0; r < at.rows; ++r) {
+        const int64_t row = top + r + shift(0, ky);
+        at.within[size_t(ky * kMaxRows + r)] = row >= 0 && row < by_.input[0] ? 0xffff : 0;
+      }
+    }
+    const int64_t tail = left + (at.segment - 1) * kernels_.lanes;
+    at.call = {
+        &columns_[size_t(a * by_.kernel[1])], at.within.data(), by_.input[1], by_.size[1], plane,
+        lanes_within(tail, by_.size[1])};
+    return at;
+  }
+
+  // Units that lie one below the other, row by row of the weight: its entries are read once for
+  // all, and a row's results are written in one go.
+  void group(int64_t first, int64_t last, int64_t first_block, int64_t last_block,
+             const Lists<DirectEntry>& lists, const float* x, const float* values,
+             const float* bias, const float* residual, float* y) const {
+    std::vector<Unit> units;
+    for (int64_t u = first; u < last; ++u) units.push_back(unit(u));
+    const int64_t v = product_.v, plane = by_.size[0] * by_.size[1];
+    for (int64_t b = first_block; b < last_block; ++b) {
+      const int64_t begin = lists.starts[b], count = lists.starts[b + 1] - begin;
+      for (int64_t i = 0; i < v;) {
+        const int log = rows_log(v - i);
+        const int64_t o = b * v + i;
+        for (const Unit& at : units) {
+          const auto& table = at.edge ? direct_.edge : direct_.inner;
+          const int64_t to = at.to + o * plane;
+          table[log][at.segment - 1][at.rows - 1](at.call, x + at.from, lists.entries.get() + begin,
+                                                  values + begin * v + i, v, count,
+                                                  bias ? bias + o : nullptr, y + to);
+          if (product_.activation != Activation::kNone || residual) {
+            finish(1 << log, at, plane, residual ? residual + to : nullptr, y + to);
+          }
+        }
+        i += int64_t(1) << log;
+      }
+    }
+  }
+
+  void finish(int count, const Unit& at, int64_t plane, const float* residual, float* y) const {
+    for (int i = 0; i < count; ++i) {
+      for (int64_t r = 0; r < at.rows; ++r) {
+        const int64_t from = i * plane + r * by_.size[1];
+        kernels_.activate(y + from, at.columns, int(product_.activation),
+                          residual ? residual + from : nullptr);
+      }
+    }
+  }
+
+  const DirectKernels& direct_;
+  const ProductKernels<float>& kernels_;
+  const Product product_;
+  const bool few_;  // uses of a pixel
+  const Geometry by_;
+  int64_t segment_, across_, most_rows_, rows_, down_;
+  int64_t together_;                   // units of a group
+  std::vector<DirectColumn> columns_;  // [across][kernel width]
+};
+
+}  // namespace issp

@@ -1,0 +1,213 @@
+// The kernels of product.h for one instruction set. Included once per set by product.cpp, with
+// ISSP_ISA (a namespace), ISSP_TARGET (its function attribute), ISSP_BYTES (of a vector),
+// ISSP_REGISTERS (accumulators that leave room for operands) and fma(a, b, c) of ISSP_ISA defined.
+
+#include "cpu/sparse/reorder.inc.h"
+
+namespace issp::ISSP_ISA {
+
+// The compiler takes the address from a register of its own: it would otherwise add up row and
+// column anew for every load, and the additions contend with the multiply-adds.
+template <typename Real>
+ISSP_INLINE const Real* next_row(const Real* row, int64_t stride) {
+  row += stride;
+#ifdef __GNUC__
+  asm("" : "+r"(row));
+#endif
+  return row;
+}
+
+// The sum of the entries begin..end - 1. Per entry: I broadcasts, R * S loads and I * R * S
+// multiply-adds, whose accumulators stay in registers. With I = 1 the loads are the limit (two per
+// cycle, as many as multiply-adds), with I = 4 the multiply-adds.
+template <typename Real, int I, int S, int R>
+ISSP_INLINE void add_entries(const Real* tile, int64_t row_stride, const int32_t* offsets,
+                             const Real* values, int64_t value_stride, int64_t begin, int64_t end,
+                             typename Simd<Real>::Vector (&sum)[I][R][S]) {
+  using Vector = typename Simd<Real>::Vector;
+  for (int64_t e = begin; e < end; ++e) {
+    const Real* row = tile + offsets[e];
+    Vector weight[I];
+#pragma GCC unroll 4
+    for (int i = 0; i < I; ++i) weight[i] = values[e * value_stride + i] - Vector{};
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) {
+        Vector pixels;
+        load<Real>(row + s * Simd<Real>::lanes, pixels);
+#pragma GCC unroll 4
+        for (int i = 0; i < I; ++i) sum[i][r][s] = fma(weight[i], pixels, sum[i][r][s]);
+      }
+      if (r + 1 < R) row = next_row(row, row_stride);
+    }
+  }
+}
+
+// Sums of `lanes` vectors, one per lane of the result, by a fixed tree: neighbours are added and
+// the results of two vectors joined, level after level.
+template <typename Real>
+ISSP_INLINE void add_lanes(typename Simd<Real>::Vector* parts) {
+  constexpr int lanes = Simd<Real>::lanes;
+  static constexpr auto kEven = order<Real>([](int l) { return 2 * l; });
+  static constexpr auto kOdd = order<Real>([](int l) { return 2 * l + 1; });
+  const auto even = indices<Real>(kEven), odd = indices<Real>(kOdd);
+#pragma GCC unroll 8
+  for (int left = lanes / 2; left; left /= 2) {
+#pragma GCC unroll 16
+    for (int p = 0; p < left; ++p) {
+      const typename Simd<Real>::Vector a = parts[2 * p], b = parts[2 * p + 1];
+      parts[p] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+    }
+  }
+}
+
+// The gradient's pixels stay in registers; an entry reads its pixels once for I rows. Partial:
+// lanes beyond the result are cleared, since the gradient's zeros there would not undo a NaN of x.
+template <typename Real, int I, int S, int R, bool Partial>
+ISSP_TARGET void dot(const Real* tile, int64_t row_stride, const int32_t* offsets, int64_t count,
+                     const Real* grad, const Real* within, double* sums, int64_t sum_stride) {
+  using Vector = typename Simd<Real>::Vector;
+  using Bits = typename Order<Real>::Indices;
+  constexpr int lanes = Simd<Real>::lanes, kBatch = lanes > I ? lanes / I : 1;
+  Vector g[I][R][S], mask[S];
+  memcpy(g, grad, sizeof(g));
+  if (Partial) memcpy(mask, within, sizeof(mask));
+  for (int64_t begin = 0; begin < count; begin += kBatch) {
+    Vector parts[kBatch * I > lanes ? kBatch * I : lanes];
+    for (int k = 0; k < kBatch; ++k) {
+      const int64_t e = begin + k < count ? begin + k : count - 1;
+      const Real* const at = tile + offsets[e];
+      Vector sum[I] = {};
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int s = 0; s < S; ++s) {
+          Vector pixels;
+          load<Real>(at + r * row_stride + s * lanes, pixels);
+          if (Partial) pixels = Vector(Bits(pixels) & Bits(mask[s]));
+#pragma GCC unroll 4
+          for (int i = 0; i < I; ++i) sum[i] = fma(g[i][r][s], pixels, sum[i]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < I; ++i) parts[k * I + i] = sum[i];
+    }
+    for (int first = 0; first < kBatch * I; first += lanes) {
+      add_lanes<Real>(parts + first);
+      for (int l = 0; l < lanes; ++l) {
+        const int64_t e = begin + (first + l) / I;
+        if (e < count) sums[e * sum_stride + (first + l) % I] += double(parts[first][l]);
+      }
+    }
+  }
+}
+
+// totals of a register block: stored as they are, or with their pixels in order.
+template <typename Real, int S, int R>
+ISSP_INLINE void put(const typename Simd<Real>::Vector (&total)[R][S], int64_t line, Real* to) {
+  constexpr int lanes = Simd<Real>::lanes;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    if (line) {
+      put_in_order<Real, S>(total[r], to + r * line);
+      continue;
+    }
+#pragma GCC unroll 4
+    for (int s = 0; s < S; ++s) store<Real>(total[r][s], to + (r * S + s) * lanes);
+  }
+}
+
+// Sums are taken in runs of kRun entries and the runs added up in memory, which leaves the
+// registers to the accumulators. All blocks in one call: with few entries to a row a call for each
+// would cost as much as its products.
+template <typename Real, int I, int S, int R>
+ISSP_TARGET void multiply(const Real* tile, int64_t row_stride, const Work<Real>& work) {
+  using Vector = typename Simd<Real>::Vector;
+  constexpr int lanes = Simd<Real>::lanes, size = R * S * lanes;
+  alignas(ISSP_BYTES) Real held[I * size];
+  for (int64_t b = 0; b < work.blocks; ++b) {
+    int64_t begin = work.first[b];
+    const int64_t last = work.last[b];
+    Real* const to = work.to + b * work.v * work.to_stride;
+    const Real* from = work.from ? work.from + b * work.v * work.from_stride : nullptr;
+    if (from == to && begin == last) continue;
+    const Real* const bias = work.bias ? work.bias + b * work.v : nullptr;
+    int64_t from_stride = work.from_stride;
+    for (bool more = true; more;) {
+      const int64_t end = begin + kRun < last ? begin + kRun : last;
+      Vector sum[I][R][S] = {};
+      add_entries<Real, I, S, R>(tile, row_stride, work.offsets, work.values, work.v, begin, end,
+                                 sum);
+      begin = end, more = begin < last;
+#pragma GCC unroll 4
+      for (int i = 0; i < I; ++i) {
+#pragma GCC unroll 64
+        for (int p = 0; p < R * S; ++p) {
+          Vector total = bias ? bias[i] - Vector{} : Vector{};
+          if (from) load<Real>(from + i * from_stride + p * lanes, total);
+          Vector& own = (&sum[i][0][0])[p];
+          own = total + own;
+        }
+        put<Real, S, R>(sum[i], more ? 0 : work.line,
+                        more ? held + i * size : to + i * work.to_stride);
+      }
+      from = held, from_stride = size;
+    }
+  }
+}
+template <typename Real>
+ISSP_TARGET void activate(Real* line, int64_t count, int activation, const Real* residual) {
+  if (activation == 1) {
+    for (int64_t i = 0; i < count; ++i) line[i] = line[i] < 0 ? 0 : line[i];
+  } else if (activation == 2) {
+    for (int64_t i = 0; i < count; ++i) line[i] = gelu(line[i]);
+  }
+  if (!residual) return;
+  for (int64_t i = 0; i < count; ++i) line[i] += residual[i];
+}
+
+template <typename Real, int I, int S, int R>
+void fill_rows(ProductKernels<Real>& kernels, int log) {
+  if constexpr (R > 0) {
+    kernels.multiply[log][S - 1][R - 1] = multiply<Real, I, S, R>;
+    kernels.dot[log][S - 1][R - 1] = dot<Real, I, S, R, false>;
+    kernels.partial_dot[log][S - 1][R - 1] = dot<Real, I, S, R, true>;
+    fill_rows<Real, I, S, R - 1>(kernels, log);
+  }
+}
+
+template <typename Real, int I, int S = 1>
+void fill(ProductKernels<Real>& kernels, int log) {
+  constexpr int rows = most_rows(I, S, ISSP_REGISTERS);
+  if constexpr (rows > 0) {
+    kernels.segment[log] = S;
+    kernels.rows[log][S - 1] = rows;
+    fill_rows<Real, I, S, rows>(kernels, log);
+    if constexpr (S < kMaxSegment) fill<Real, I, S + 1>(kernels, log);
+  }
+}
+
+template <typename Real>
+ProductKernels<Real> kernels() {
+  ProductKernels<Real> table = {};
+  table.lanes = Simd<Real>::lanes;
+  fill<Real, 1>(table, 0), fill<Real, 2>(table, 1), fill<Real, 4>(table, 2);
+  table.spread[0] = spread_segments<Real, 1>;
+  table.spread[1] = spread_segments<Real, 2>;
+  table.spread[2] = spread_segments<Real, 3>;
+  table.spread[3] = spread_segments<Real, 4>;
+  table.collect[0] = collect_segments<Real, 1>;
+  table.collect[1] = collect_segments<Real, 2>;
+  table.collect[2] = collect_segments<Real, 3>;
+  table.collect[3] = collect_segments<Real, 4>;
+  table.copy = copy<Real>;
+  table.gather_tokens = gather_tokens<Real>;
+  table.scatter_tokens = scatter_tokens<Real>;
+  table.activate = activate<Real>;
+  return table;
+}
+
+#undef ISSP_INLINE
+
+}  // namespace issp::ISSP_ISA

@@ -1,0 +1,329 @@
+// Tiles are filled from a tensor and results are written to one, in any of its orders and dtypes.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "cpu/sparse/tiling.h"
+#include "semantics.h"
+
+namespace issp {
+
+// Memory of a thread's own that is kept from call to call: its pages are there, and warm.
+template <typename Real>
+class Workspace {
+ public:
+  Real* get(int64_t count) {
+    if (count > room_) {
+      memory_.reset(static_cast<Real*>(
+          std::aligned_alloc(64, (size_t(count) * sizeof(Real) + 63) / 64 * 64)));
+      room_ = memory_ ? count : 0;
+      if (!memory_) throw std::bad_alloc();
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(Real* p) const { std::free(p); }
+  };
+  std::unique_ptr<Real[], Free> memory_;
+  int64_t room_ = 0;
+};
+
+// Rounds to the storage type: to nearest even, infinities and NaN included.
+template <typename T>
+inline typename T::Bits rounded(typename T::Wide value) {
+  if constexpr (sizeof(typename T::Bits) == 2) {
+    if (value != value) return typename T::Bits(kInfinity<T> | (kInfinity<T> >> 1));
+    if (kInfinity<T> == kInfinity<Float16> && (value >= 65520.0f || value <= -65520.0f)) {
+      return typename T::Bits(kInfinity<T> | (value < 0 ? Limits<T>::sign : 0));
+    }
+  }
+  return narrow(T{}, value);
+}
+
+template <typename T>
+inline void widen_run(const typename T::Bits* from, int64_t count, typename T::Wide* to) {
+  if constexpr (sizeof(typename T::Bits) == sizeof(typename T::Wide)) {
+    std::memcpy(to, from, size_t(count) * sizeof(*to));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(T{}, from[i]);
+  }
+}
+
+template <typename T>
+inline void round_run(const typename T::Wide* from, int64_t count, typename T::Bits* to) {
+  if constexpr (sizeof(typename T::Bits) == sizeof(typename T::Wide)) {
+    std::memcpy(to, from, size_t(count) * sizeof(*to));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = rounded<T>(from[i]);
+  }
+}
+
+// A unit: one register block of the result.
+struct Place {
+  int64_t image, column, row;  // row counts register rows: pixels / lanes in kFlat and kTokens
+};
+
+inline Place place(const Tiling& t, int64_t unit) {
+  const int64_t image = unit / (t.across * t.down), rest = unit % (t.across * t.down);
+  return {image, rest / t.down * t.segment * t.lanes, rest % t.down * t.rows};
+}
+
+template <typename T>
+class TileReader {
+ public:
+  using Real = typename T::Wide;
+  using Bits = typename T::Bits;
+
+  // `by` and `tiling` describe how x is seen; scratch has line_size() elements.
+  TileReader(const ProductKernels<Real>& kernels, const Geometry& by, const Tiling& tiling,
+             const void* x, Real* scratch)
+      : kernels_(kernels),
+        by_(by),
+        t_(tiling),
+        x_(static_cast<const Bits*>(x)),
+        line_(scratch),
+        dense_(tiling.phases == Pair{1, 1} && by.upsample == Pair{1, 1}) {}
+
+  static int64_t line_size(const Geometry& by, const Tiling& t) {
+    if (t.order == Tiling::kTokens) return t.lanes * by.channels;
+    return 2 * line_count(t);
+  }
+
+  // What the units of a tile, the first of which is at `at`, see of the channels first..last - 1;
+  // `rows` of their own.
+  void fill(const Place& at, int64_t rows, int64_t first, int64_t last, Real* tile) const {
+    if (t_.order == Tiling::kTokens) return fill_tokens(at, rows, first, last, tile);
+    const int64_t plane = by_.input[0] * by_.input[1], count = last - first;
+    const Bits* const from = x_ + (at.image * by_.channels + first) * plane;
+    if (t_.order == Tiling::kFlat) return fill_flat(from, at, rows, count, tile);
+    if (dense_ && whole(at.column)) return spread_planes(from, at, rows, count, tile);
+    std::fill(line_, line_ + line_size(by_, t_), Real(0));
+    for (int64_t c = 0; c < count; ++c) {
+      fill_plane(from + c * plane, at, rows, tile + c * t_.channel_stride);
+    }
+  }
+
+ private:
+  void fill_flat(const Bits* from, const Place& at, int64_t rows, int64_t channels,
+                 Real* to) const {
+    const int64_t plane = Tiling::pixels(by_), first = at.row * t_.lanes, count = rows * t_.lanes;
+    if (sizeof(Bits) == sizeof(Real) && first + count <= plane) {
+      const auto* const in = reinterpret_cast<const Real*>(from) + first;
+      return kernels_.copy(in, plane, channels, rows, to, t_.channel_stride);
+    }
+    const int64_t there = std::min(count, plane - first);
+    for (int64_t c = 0; c < channels; ++c, from += plane, to += t_.channel_stride) {
+      widen_run<T>(from + first, there, to);
+      std::fill(to + there, to + count, Real(0));
+    }
+  }
+
+  // Columns of a tile row in the order of the image.
+  static int64_t line_count(const Tiling& t) {
+    return (t.segment * t.lanes + t.reach[1]) * t.phases[1];
+  }
+
+  // Rows read where they lie; what lies above and below the image is 0.
+  void spread_planes(const Bits* from, const Place& at, int64_t rows, int64_t channels,
+                     Real* to) const {
+    const int64_t top = at.row * by_.stride[0] - by_.padding[0], height = rows + t_.reach[0];
+    const int64_t first = std::clamp<int64_t>(-top, 0, height);
+    const int64_t last = std::clamp<int64_t>(by_.input[0] - top, first, height);
+    for (int64_t c = 0; c < channels && last - first < height; ++c) {
+      Real* const plane = to + c * t_.channel_stride;
+      std::fill(plane, plane + first * t_.row_stride, Real(0));
+      std::fill(plane + last * t_.row_stride, plane + height * t_.row_stride, Real(0));
+    }
+    const int64_t column = first_column(at.column), right = t_.reach[1] - left();
+    const bool after = column + t_.segment * t_.lanes + right <= by_.input[1];
+    const auto* const own = reinterpret_cast<const Real*>(from) + column;
+    kernels_.spread[t_.segment - 1](own + (top + first) * by_.input[1], by_.input[1],
+                                    by_.input[0] * by_.input[1], last - first, channels, left(),
+                                    column >= left(), right, after, to + first * t_.row_stride,
+                                    t_.row_stride, t_.channel_stride);
+  }
+
+  void fill_plane(const Bits* plane, const Place& at, int64_t rows, Real* to) const {
+    const int64_t top = at.row * by_.stride[0] - by_.padding[0], height = rows + t_.reach[0];
+    for (int64_t phase = 0; phase < t_.phases[0]; ++phase) {
+      for (int64_t i = 0; i < height; ++i) {
+        const int64_t u = top + i * t_.phases[0] + phase;
+        Real* const row = to + (phase * t_.phase_rows + i) * t_.row_stride;
+        if (u < 0 || u % by_.upsample[0] || u / by_.upsample[0] >= by_.input[0]) {
+          std::fill(row, row + t_.row_stride, Real(0));
+        } else {
+          fill_phases(plane + u / by_.upsample[0] * by_.input[1], at.column, row);
+        }
+      }
+    }
+  }
+
+  // Columns left of a tile's own that the taps see; the others of its reach lie right of them.
+  int64_t left() const { return std::clamp<int64_t>(by_.padding[1], 0, t_.reach[1]); }
+  int64_t first_column(int64_t column) const { return column - by_.padding[1] + left(); }
+
+  // Whether rows of x can be read where they lie: all of a tile's own columns exist, and what is
+  // beside them either exists or is padding altogether.
+  bool whole(int64_t column) const {
+    const int64_t first = first_column(column), last = first + t_.segment * t_.lanes;
+    const int64_t right = t_.reach[1] - left();
+    return sizeof(Bits) == sizeof(Real) && first >= 0 && last <= by_.input[1] &&
+           (first >= left() || first == 0) &&
+           (last + right <= by_.input[1] || last == by_.input[1]);
+  }
+
+  // Everything else: a row is laid out as the taps see it, then each phase on its own.
+  void fill_phases(const Bits* row, int64_t column, Real* out) const {
+    const int64_t count = line_count(t_), vectors = t_.segment + t_.reach[1];
+    read_line(row, column * by_.stride[1] - by_.padding[1], count);
+    Real* const every = t_.phases[1] == 1 ? line_ : line_ + count;
+    for (int64_t phase = 0; phase < t_.phases[1]; ++phase) {
+      for (int64_t i = 0; every != line_ && i * t_.phases[1] + phase < count; ++i) {
+        every[i] = line_[i * t_.phases[1] + phase];
+      }
+      kernels_.spread[t_.segment - 1](every, 0, 0, 1, 1, 0, false, t_.reach[1], true,
+                                      out + phase * vectors * t_.lanes, 0, 0);
+    }
+  }
+
+  // line[i] = the pixel at column left + i of the upsampled row; what lies outside stays 0, since
+  // all rows of a tile have the same columns.
+  void read_line(const Bits* row, int64_t left, int64_t count) const {
+    const int64_t up = by_.upsample[1];
+    const int64_t begin = std::max<int64_t>(0, (left + up - 1) / up);
+    const int64_t end = std::min(by_.input[1], (left + count + up - 1) / up);
+    if (begin >= end || left + count <= 0) return;
+    if (up == 1) return widen_run<T>(row + begin, end - begin, line_ + begin - left);
+    for (int64_t i = begin; i < end; ++i) widen_run<T>(row + i, 1, line_ + i * up - left);
+  }
+
+  // Channels are innermost in x: squares of tokens x channels are turned over.
+  void fill_tokens(const Place& at, int64_t rows, int64_t first, int64_t last, Real* tile) const {
+    const int64_t count = last - first, tokens = Tiling::pixels(by_);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t token = (at.row + r) * t_.lanes;
+      const int64_t there = std::min(t_.lanes, tokens - token);
+      const Bits* const from = x_ + token * by_.channels + first;
+      Real* const to = tile + r * t_.lanes;
+      if (sizeof(Bits) == sizeof(Real) && there == t_.lanes) {
+        const auto* const in = reinterpret_cast<const Real*>(from);
+        kernels_.gather_tokens(in, by_.channels, count, to, t_.channel_stride);
+        continue;
+      }
+      for (int64_t l = 0; l < there; ++l) {
+        widen_run<T>(from + l * by_.channels, count, line_ + l * count);
+      }
+      std::fill(line_ + there * count, line_ + t_.lanes * count, Real(0));
+      kernels_.gather_tokens(line_, count, count, to, t_.channel_stride);
+    }
+  }
+
+  const ProductKernels<Real>& kernels_;
+  const Geometry& by_;
+  const Tiling& t_;
+  const Bits* x_;
+  Real* line_;
+  bool dense_;  // neither stride nor upsampling
+};
+
+// Writes what a register block holds, one row of the weight after the other.
+template <typename T>
+class TileWriter {
+ public:
+  using Real = typename T::Wide;
+  using Bits = typename T::Bits;
+
+  // scratch has line_size() elements.
+  TileWriter(const ProductKernels<Real>& kernels, const Geometry& by, const Tiling& tiling,
+             Activation activation, const void* residual, void* y, Real* scratch)
+      : kernels_(kernels),
+        by_(by),
+        t_(tiling),
+        activation_(int(activation)),
+        residual_(static_cast<const Bits*>(residual)),
+        y_(static_cast<Bits*>(y)),
+        line_(scratch) {}
+
+  static int64_t line_size(const Geometry& by, const Tiling& t) {
+    return 2 * (t.order == Tiling::kTokens ? t.lanes * by.rows : t.block_size());
+  }
+
+  // Where the kernel may write row 0 of the weight itself, the others Tiling::pixels apart: null
+  // where its result needs more work.
+  Real* direct(const Place& at, int64_t rows) const {
+    const bool flat = t_.order == Tiling::kFlat;
+    const bool whole = flat ? (at.row + rows) * t_.lanes <= Tiling::pixels(by_)
+                            : at.column + t_.segment * t_.lanes <= by_.size[1];
+    if (t_.order == Tiling::kTokens || !plain() || !whole) return nullptr;
+    const int64_t pixel = flat ? at.row * t_.lanes : at.row * by_.size[1] + at.column;
+    return reinterpret_cast<Real*>(y_ + at.image * by_.rows * Tiling::pixels(by_) + pixel);
+  }
+  // Elements between rows of a register block there: 0 where they follow each other.
+  int64_t line() const { return t_.order == Tiling::kFlat ? 0 : by_.size[1]; }
+
+  // acc: [rows][segment][lanes] of row o. Not for kTokens.
+  void write(const Place& at, int64_t o, int64_t rows, const Real* acc) const {
+    const int64_t plane = (at.image * by_.rows + o) * Tiling::pixels(by_);
+    if (t_.order == Tiling::kFlat) {
+      const int64_t first = at.row * t_.lanes;
+      return finish(acc, std::min(rows * t_.lanes, Tiling::pixels(by_) - first), plane + first);
+    }
+    const int64_t width = t_.segment * t_.lanes;
+    const int64_t count = std::min(width, by_.size[1] - at.column);
+    const auto collect = kernels_.collect[t_.segment - 1];
+    const int64_t to = plane + at.row * by_.size[1] + at.column;
+    for (int64_t r = 0; r < rows; ++r) {
+      collect(acc + r * width, 1, line_, 0);
+      finish(line_, count, to + r * by_.size[1]);
+    }
+  }
+
+  // acc: [O][rows][lanes], all rows of the weight.
+  void write_tokens(const Place& at, int64_t rows, const Real* acc) const {
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t first = (at.row + r) * t_.lanes, to = first * by_.rows;
+      const int64_t there = std::min(t_.lanes, Tiling::pixels(by_) - first);
+      const bool straight = plain() && there == t_.lanes;
+      Real* const out = straight ? reinterpret_cast<Real*>(y_ + to) : line_;
+      kernels_.scatter_tokens(acc + r * t_.lanes, rows * t_.lanes, by_.rows, out, by_.rows);
+      if (!straight) finish(line_, there * by_.rows, to);
+    }
+  }
+
+ private:
+  bool plain() const {
+    return sizeof(Bits) == sizeof(Real) && activation_ == 0 && residual_ == nullptr;
+  }
+
+  // Activation, residual and rounding of a run of the result that starts at element `to`.
+  void finish(const Real* run, int64_t count, int64_t to) const {
+    const Real* done = run;
+    if (activation_ || residual_) {
+      Real* const work = line_;
+      if (run != work) std::memcpy(work, run, size_t(count) * sizeof(Real));
+      Real* more = nullptr;
+      if (residual_) {
+        more = line_ + line_size(by_, t_) / 2;
+        widen_run<T>(residual_ + to, count, more);
+      }
+      kernels_.activate(work, count, activation_, more);
+      done = work;
+    }
+    round_run<T>(done, count, y_ + to);
+  }
+
+  const ProductKernels<Real>& kernels_;
+  const Geometry& by_;
+  const Tiling& t_;
+  int activation_;
+  const Bits* residual_;
+  Bits* y_;
+  Real* line_;
+};
+
+}  // namespace issp
