@@ -31,29 +31,29 @@ inline bool is_weight_dtype(ScalarType type) {
          type == ScalarType::Double;
 }
 
-struct Span {
+struct ByteRange {
   const char* begin;
   const char* end;
 };
 
-inline Span span(const Tensor& x) {
+inline ByteRange byte_range(const Tensor& x) {
   const char* begin = static_cast<const char*>(x.const_data_ptr());
   return {begin, begin + x.numel() * int64_t(x.element_size())};
 }
 
-inline void check_separate(std::vector<Span> spans) {
-  const auto before = [](const Span& a, const Span& b) { return a.begin < b.begin; };
-  if (!std::is_sorted(spans.begin(), spans.end(), before)) {
-    std::sort(spans.begin(), spans.end(), before);
+inline void check_no_overlap(std::vector<ByteRange> ranges) {
+  const auto before = [](const ByteRange& a, const ByteRange& b) { return a.begin < b.begin; };
+  if (!std::is_sorted(ranges.begin(), ranges.end(), before)) {
+    std::sort(ranges.begin(), ranges.end(), before);
   }
-  for (size_t i = 1; i < spans.size(); ++i) {
-    if (spans[i].begin < spans[i - 1].end) {
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].begin < ranges[i - 1].end) {
       refuse("two of the tensors overlap in memory: pass shared weights once");
     }
   }
 }
 
-inline std::vector<Item> check_tensors(const std::vector<Tensor>& tensors, bool same_dtype) {
+inline std::vector<Item> check_tensor_list(const std::vector<Tensor>& tensors, bool same_dtype) {
   if (tensors.empty()) refuse("the list of tensors is empty: pass at least one");
   const ScalarType dtype = tensors[0].scalar_type();
   const auto device = tensors[0].device();
@@ -100,7 +100,7 @@ inline std::vector<Item> check_soft_shrink(const std::vector<Tensor>& weights, c
                                            const Tensor& masks, const Tensor& flips,
                                            const Tensor& scratch,
                                            const std::optional<Tensor>& found_inf) {
-  const std::vector<Item> items = check_tensors(weights, true);
+  const std::vector<Item> items = check_tensor_list(weights, true);
   check_shrink(shrink);
   const int64_t count = int64_t(items.size());
   check_state(k, "k", ScalarType::Long, count, weights[0]);
@@ -109,17 +109,18 @@ inline std::vector<Item> check_soft_shrink(const std::vector<Tensor>& weights, c
   check_state(flips, "flips", ScalarType::Long, count, weights[0]);
   check_state(scratch, "scratch", ScalarType::Int, scratch_total(items), weights[0]);
   if (found_inf) check_state(*found_inf, "found_inf", ScalarType::Float, 1, weights[0]);
-  std::vector<Span> spans;
-  spans.reserve(items.size() + 5);
-  for (const Tensor& w : weights) spans.push_back(span(w));
-  for (const Tensor* x : {&k, &thresholds, &masks, &flips, &scratch}) spans.push_back(span(*x));
-  check_separate(std::move(spans));
+  std::vector<ByteRange> ranges;
+  ranges.reserve(items.size() + 5);
+  for (const Tensor& w : weights) ranges.push_back(byte_range(w));
+  for (const Tensor* x : {&k, &thresholds, &masks, &flips, &scratch})
+    ranges.push_back(byte_range(*x));
+  check_no_overlap(std::move(ranges));
   return items;
 }
 
 inline std::vector<Item> check_magnitude_threshold(const std::vector<Tensor>& weights,
                                                    const std::vector<int64_t>& k) {
-  const std::vector<Item> items = check_tensors(weights, true);
+  const std::vector<Item> items = check_tensor_list(weights, true);
   if (k.size() != items.size())
     refuse("k has ", k.size(), " entries for ", items.size(), " tensors");
   for (size_t i = 0; i < items.size(); ++i) check_rank(k[i], items[i], i);
@@ -129,7 +130,7 @@ inline std::vector<Item> check_magnitude_threshold(const std::vector<Tensor>& we
 // The tensors of the first set; the others are known to have the same sizes.
 inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors, const Tensor& masks,
                                            int64_t sets) {
-  std::vector<Item> items = check_tensors(tensors, false);
+  std::vector<Item> items = check_tensor_list(tensors, false);
   if (sets < 1 || int64_t(items.size()) % sets) {
     refuse(items.size(), " tensors do not make ", sets, " sets: give one per weight and set");
   }
@@ -141,10 +142,10 @@ inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors, c
   }
   items.resize(count);
   check_state(masks, "masks", ScalarType::Int, mask_total(items), tensors[0]);
-  std::vector<Span> spans;
-  for (const Tensor& x : tensors) spans.push_back(span(x));
-  spans.push_back(span(masks));
-  check_separate(std::move(spans));
+  std::vector<ByteRange> ranges;
+  for (const Tensor& x : tensors) ranges.push_back(byte_range(x));
+  ranges.push_back(byte_range(masks));
+  check_no_overlap(std::move(ranges));
   return items;
 }
 
@@ -152,8 +153,8 @@ inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors, c
 inline std::vector<Item> check_regularize(const std::vector<Tensor>& grads,
                                           const std::vector<Tensor>& weights, const Tensor& factors,
                                           const Tensor& masks) {
-  const std::vector<Item> items = check_tensors(grads, true);
-  const std::vector<Item> others = check_tensors(weights, true);
+  const std::vector<Item> items = check_tensor_list(grads, true);
+  const std::vector<Item> others = check_tensor_list(weights, true);
   if (items.size() != others.size()) {
     refuse("there are ", items.size(), " gradients for ", others.size(), " weights");
   }
@@ -167,12 +168,12 @@ inline std::vector<Item> check_regularize(const std::vector<Tensor>& grads,
   check_state(factors, "factors", wide ? ScalarType::Double : ScalarType::Float,
               int64_t(items.size()), weights[0]);
   check_state(masks, "masks", ScalarType::Int, mask_total(items), weights[0]);
-  std::vector<Span> spans;
-  spans.reserve(2 * items.size() + 2);
-  for (const Tensor& g : grads) spans.push_back(span(g));
-  for (const Tensor& w : weights) spans.push_back(span(w));
-  for (const Tensor* x : {&factors, &masks}) spans.push_back(span(*x));
-  check_separate(std::move(spans));
+  std::vector<ByteRange> ranges;
+  ranges.reserve(2 * items.size() + 2);
+  for (const Tensor& g : grads) ranges.push_back(byte_range(g));
+  for (const Tensor& w : weights) ranges.push_back(byte_range(w));
+  for (const Tensor* x : {&factors, &masks}) ranges.push_back(byte_range(*x));
+  check_no_overlap(std::move(ranges));
   return items;
 }
 
@@ -221,7 +222,7 @@ inline void check_rank(int64_t k, const Item& item, const Pattern& by, size_t i)
 
 inline Item check_nm_prune(const Tensor& weight, int64_t n, int64_t m, int64_t v,
                            const std::string& layout, double shrink) {
-  const std::vector<Item> items = check_tensors({weight}, true);
+  const std::vector<Item> items = check_tensor_list({weight}, true);
   check_shrink(shrink);
   if (v < 1) refuse("v is ", v, ": it must be at least 1");
   if (layout == "flat") {

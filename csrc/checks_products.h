@@ -67,8 +67,8 @@ inline void check_integers(const Tensor& x, const Tensor& list, const char* name
   }
 }
 
-inline Product check_lists(const Tensor& x, const Tensor& columns, const Tensor& starts,
-                           int64_t v) {
+inline Product check_row_pattern(const Tensor& x, const Tensor& columns, const Tensor& starts,
+                                 int64_t v) {
   if (v < 1) refuse("v is ", v, ": it must be at least 1");
   check_integers(x, columns, "columns");
   check_integers(x, starts, "starts");
@@ -83,7 +83,7 @@ inline Product check_weight(const Tensor& x, const Tensor& values, const Tensor&
   if (values.dim() != 2) refuse("values must be [entries, v]");
   if (values.scalar_type() != x.scalar_type()) refuse("values have another dtype than x");
   if (!(values.device() == x.device())) refuse("values are on another device than x");
-  Product product = check_lists(x, columns, starts, values.size(1));
+  Product product = check_row_pattern(x, columns, starts, values.size(1));
   if (values.size(0) != product.entries) {
     refuse(values.size(0), " rows of values for ", product.entries, " columns");
   }
@@ -170,7 +170,7 @@ inline Convolution check_sparse_conv2d_values_grad(const Tensor& x, const Tensor
                                                    int64_t v, const std::vector<int64_t>& numbers) {
   check_image(x, "x");
   check_image(grad, "grad");
-  const Product product = check_lists(x, columns, starts, v);
+  const Product product = check_row_pattern(x, columns, starts, v);
   check_count(numbers, 8, "kernel, stride, padding, dilation");
   Geometry geometry = check_window(x, product.blocks * v, numbers);
   geometry.size = {grad.size(2), grad.size(3)};
@@ -211,7 +211,7 @@ inline Convolution check_sparse_matmul_values_grad(const Tensor& x, const Tensor
                                                    int64_t v) {
   check_data(x, "x");
   if (x.dim() < 1) refuse("x must have the shape [..., I]");
-  const Product product = check_lists(x, columns, starts, v);
+  const Product product = check_row_pattern(x, columns, starts, v);
   check_like(x, grad, "grad", token_shape(x, product.blocks * v));
   return {product, token_geometry(x, product.blocks * v)};
 }

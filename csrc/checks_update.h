@@ -12,7 +12,7 @@ namespace issp {
 
 // What stands beside a weight in an optimizer's call. first and second are its moments (Adam's two;
 // SGD's buffer and nothing), step its counter; null where the op has none.
-struct Beside {
+struct OptimState {
   const void* grad;
   float* first;
   float* second;
@@ -23,43 +23,43 @@ struct Beside {
 // The weights that are pruned, the others, and what stands beside each, pruned ones first.
 struct Update {
   std::vector<Item> pruned, rest;
-  std::vector<Beside> beside;
+  std::vector<OptimState> states;
 };
 
 // A call of several hundred tensors passes the same memory every time: what was found separate is
 // not sorted again.
 class WrittenMemory {
  public:
-  explicit WrittenMemory(std::vector<Span> spans) {
-    static thread_local std::vector<std::pair<std::vector<Span>, std::vector<Span>>> seen;
+  explicit WrittenMemory(std::vector<ByteRange> ranges) {
+    static thread_local std::vector<std::pair<std::vector<ByteRange>, std::vector<ByteRange>>> seen;
     static thread_local size_t oldest = 0;
     constexpr size_t kept = 8;
-    for (const auto& [given, sorted] : seen) {
-      if (given.size() == spans.size() &&
-          std::memcmp(given.data(), spans.data(), spans.size() * sizeof(Span)) == 0) {
+    for (const auto& [original, sorted] : seen) {
+      if (original.size() == ranges.size() &&
+          std::memcmp(original.data(), ranges.data(), ranges.size() * sizeof(ByteRange)) == 0) {
         sorted_ = &sorted;
         return;
       }
     }
-    std::vector<Span> sorted = spans;
+    std::vector<ByteRange> sorted = ranges;
     std::sort(sorted.begin(), sorted.end(), before);
-    check_separate(sorted);
+    check_no_overlap(sorted);
     auto& entry = seen.size() < kept ? seen.emplace_back() : seen[oldest++ % kept];
-    entry = {std::move(spans), std::move(sorted)};
+    entry = {std::move(ranges), std::move(sorted)};
     sorted_ = &entry.second;
   }
 
-  void check_read(const Span& x) const {
+  void check_read(const ByteRange& x) const {
     const auto after =
-        std::lower_bound(sorted_->begin(), sorted_->end(), Span{x.end, x.end}, before);
+        std::lower_bound(sorted_->begin(), sorted_->end(), ByteRange{x.end, x.end}, before);
     if (after != sorted_->begin() && (after - 1)->end > x.begin) {
       refuse("two of the tensors overlap in memory: pass a copy of the one that is only read");
     }
   }
 
  private:
-  static bool before(const Span& a, const Span& b) { return a.begin < b.begin; }
-  const std::vector<Span>* sorted_;
+  static bool before(const ByteRange& a, const ByteRange& b) { return a.begin < b.begin; }
+  const std::vector<ByteRange>* sorted_;
 };
 
 inline void check_not_negative(double value, const char* name) {
@@ -69,8 +69,8 @@ inline void check_not_negative(double value, const char* name) {
 }
 
 // A list with one entry per weight; numel -1: of the weight's size.
-inline void check_beside(const std::vector<Tensor>& weights, const std::vector<Tensor>& values,
-                         const char* name, bool gradient, int64_t numel = -1) {
+inline void check_matching(const std::vector<Tensor>& weights, const std::vector<Tensor>& values,
+                           const char* name, bool gradient, int64_t numel = -1) {
   if (values.size() != weights.size()) {
     refuse(name, " has ", values.size(), " entries for ", weights.size(), " weights");
   }
@@ -108,12 +108,12 @@ inline Update check_update(const std::vector<Tensor>& weights, const std::vector
   check_not_negative(lr, "lr");
   check_not_negative(weight_decay, "weight_decay");
   check_shrink(shrink);
-  std::vector<Item> items = check_tensors(weights, true);
+  std::vector<Item> items = check_tensor_list(weights, true);
   if (weights[0].scalar_type() != ScalarType::Float) refuse("weights must be float32");
-  check_beside(weights, grads, "grads", true);
-  if (first) check_beside(weights, *first, second ? "exp_avgs" : "momentum_buffers", false);
-  if (second) check_beside(weights, *second, "exp_avg_sqs", false);
-  if (steps) check_beside(weights, *steps, "steps", false, 1);
+  check_matching(weights, grads, "grads", true);
+  if (first) check_matching(weights, *first, second ? "exp_avgs" : "momentum_buffers", false);
+  if (second) check_matching(weights, *second, "exp_avg_sqs", false);
+  if (steps) check_matching(weights, *steps, "steps", false, 1);
   check_scalar(lr_tensor, "lr_tensor", true, weights[0]);
   check_scalar(grad_scale, "grad_scale", false, weights[0]);
   check_scalar(found_inf, "found_inf", false, weights[0]);
@@ -132,13 +132,13 @@ inline Update check_update(const std::vector<Tensor>& weights, const std::vector
               last.scratch_start + (none ? 0 : scratch_region(last.numel)), weights[0]);
 
   Update update;
-  update.beside.reserve(items.size());
-  std::vector<Span> written;
+  update.states.reserve(items.size());
+  std::vector<ByteRange> written;
   written.reserve(4 * items.size() + 4);
-  std::vector<Span> read;
+  std::vector<ByteRange> read;
   read.reserve(items.size() + 4);
   const auto bytes_at = [](const void* begin, int64_t bytes) {
-    return Span{static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes};
+    return ByteRange{static_cast<const char*>(begin), static_cast<const char*>(begin) + bytes};
   };
   for (size_t i = 0; i < items.size(); ++i) {
     const int64_t bytes = items[i].numel * int64_t(sizeof(float));
@@ -152,16 +152,16 @@ inline Update check_update(const std::vector<Tensor>& weights, const std::vector
     const bool bfloat16 = grads[i].scalar_type() == ScalarType::BFloat16;
     const void* const grad = grads[i].const_data_ptr();
     read.push_back(bytes_at(grad, bfloat16 ? bytes / 2 : bytes));
-    update.beside.push_back({grad, written_at(first, bytes), written_at(second, bytes),
+    update.states.push_back({grad, written_at(first, bytes), written_at(second, bytes),
                              written_at(steps, sizeof(float)), bfloat16});
   }
-  for (const Tensor* x : {&thresholds, &masks, &flips, &scratch}) written.push_back(span(*x));
-  read.push_back(span(k));
+  for (const Tensor* x : {&thresholds, &masks, &flips, &scratch}) written.push_back(byte_range(*x));
+  read.push_back(byte_range(k));
   for (const auto* x : {&lr_tensor, &grad_scale, &found_inf}) {
-    if (*x) read.push_back(span(**x));
+    if (*x) read.push_back(byte_range(**x));
   }
   const WrittenMemory memory(std::move(written));
-  for (const Span& x : read) memory.check_read(x);
+  for (const ByteRange& x : read) memory.check_read(x);
 
   const auto middle = items.begin() + count;
   update.rest.assign(middle, items.end());

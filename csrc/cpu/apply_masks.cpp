@@ -1,6 +1,5 @@
-// apply_masks_ on the CPU. Traffic: 1/8 byte of mask per weight, whatever the number of sets, and
-// the elements that are dropped, which are written and never read, except in the last, partial
-// group.
+// apply_masks_ on the CPU. Traffic: 1/8 byte of mask per weight for all sets together. Dropped
+// elements are written and, except in a last partial block, not read.
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
@@ -10,24 +9,24 @@
 namespace issp {
 namespace {
 
-// Groups of 64 weights whose words of the mask (4 KB) stay in the L1 cache from set to set.
-constexpr int64_t kBlock = 512;
+// Blocks of 64 weights per iteration: their 4 KB of mask stay in L1 from set to set.
+constexpr int64_t kBlocks = 512;
 
 void apply_masks_(const std::vector<Tensor>& tensors, const Tensor& masks, int64_t sets) {
   const std::vector<Item> items = check_apply_masks(tensors, masks, sets);
   const auto* const words = static_cast<const int32_t*>(masks.const_data_ptr());
-  for_each_item(items, int64_t(sizeof(float)) * sets, [&](size_t i, int64_t, Team team) {
+  for_each_item(items, int64_t(sizeof(float)) * sets, [&](size_t i, int64_t, ThreadGroup threads) {
     const auto* mask = reinterpret_cast<const uint64_t*>(words + items[i].mask_start);
     const int64_t numel = items[i].numel;
-    team.each([&](int64_t p) {
-      const Range mine = team.share(p, numel);
-      for (int64_t begin = mine.begin; begin < mine.end; begin += kBlock) {
-        const Range block = {begin, std::min(mine.end, begin + kBlock)};
+    threads.run([&](int64_t p) {
+      const Range range = threads.range_of(p, numel);
+      for (int64_t begin = range.begin; begin < range.end; begin += kBlocks) {
+        const Range blocks = {begin, std::min(range.end, begin + kBlocks)};
         for (size_t x = i; x < tensors.size(); x += items.size()) {
           for_dtype(tensors[x].scalar_type(), [&](auto type) {
             using T = decltype(type);
             auto* const data = static_cast<typename T::Bits*>(tensors[x].mutable_data_ptr());
-            passes<T>().clear(data, numel, block, mask);
+            prune_kernels<T>().clear(data, numel, blocks, mask);
           });
         }
       }

@@ -1,4 +1,5 @@
-// _cpu_capability: which instruction set the CPU ops use, and choosing a lower one for tests.
+// _cpu_capability: reports the instruction set that the CPU ops use, or selects a lower one for
+// tests.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/prune/prune_kernels.h"

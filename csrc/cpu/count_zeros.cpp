@@ -10,27 +10,27 @@ namespace issp {
 namespace {
 
 Tensor count_zeros(const std::vector<Tensor>& tensors) {
-  const std::vector<Item> items = check_tensors(tensors, false);
-  const Tensor found =
+  const std::vector<Item> items = check_tensor_list(tensors, false);
+  const Tensor result =
       torch::stable::new_empty(tensors[0], {int64_t(items.size())}, ScalarType::Long);
-  auto* const counts = static_cast<int64_t*>(found.mutable_data_ptr());
-  for_each_item(items, sizeof(float), [&](size_t i, int64_t, Team team) {
+  auto* const counts = static_cast<int64_t*>(result.mutable_data_ptr());
+  for_each_item(items, sizeof(float), [&](size_t i, int64_t, ThreadGroup threads) {
     const int64_t numel = items[i].numel;
-    std::vector<int64_t> parts(size_t(team.size), 0);
+    std::vector<int64_t> counts_of(size_t(threads.size), 0);
     for_dtype(tensors[i].scalar_type(), [&](auto type) {
       using T = decltype(type);
       const auto* const data = static_cast<const typename T::Bits*>(items[i].data);
-      const Streams<T>& loops = streams<T>();
-      team.each([&](int64_t p) {
-        const Range share = team.share(p, numel);
-        const int64_t begin = 64 * share.begin, end = std::min(numel, 64 * share.end);
-        parts[size_t(p)] = begin < end ? loops.zeros(data + begin, end - begin) : 0;
+      const StreamingKernels<T>& kernels = streaming_kernels<T>();
+      threads.run([&](int64_t p) {
+        const Range range = threads.range_of(p, numel);
+        const int64_t begin = 64 * range.begin, end = std::min(numel, 64 * range.end);
+        counts_of[size_t(p)] = begin < end ? kernels.zeros(data + begin, end - begin) : 0;
       });
     });
     counts[i] = 0;
-    for (const int64_t part : parts) counts[i] += part;
+    for (const int64_t count : counts_of) counts[i] += count;
   });
-  return found;
+  return result;
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// From torch's dtypes to the storage types of semantics.h.
+// Maps torch dtypes to the storage types of semantics.h.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -7,15 +7,15 @@
 
 namespace issp {
 
-// Calls work(T{}) with the storage type of a dtype that checks.h has let through.
+// Calls body(T{}) with the storage type of a dtype that checks.h has let through.
 template <typename F>
-void for_dtype(torch::headeronly::ScalarType dtype, const F& work) {
+void for_dtype(torch::headeronly::ScalarType dtype, const F& body) {
   using torch::headeronly::ScalarType;
   switch (dtype) {
-    case ScalarType::Float: return work(Float32{});
-    case ScalarType::Half: return work(Float16{});
-    case ScalarType::BFloat16: return work(BFloat16{});
-    default: return work(Float64{});
+    case ScalarType::Float: return body(Float32{});
+    case ScalarType::Half: return body(Float16{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    default: return body(Float64{});
   }
 }
 

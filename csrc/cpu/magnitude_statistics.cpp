@@ -1,5 +1,6 @@
-// magnitude_statistics on the CPU. Traffic: one read. Tiles of a fixed size, their sums merged in
-// the order of the tiles: the same bits for any number of threads and any instruction set.
+// magnitude_statistics on the CPU. Traffic: one read. The sums are taken over tiles of a fixed size
+// and merged in tile order, so that the result does not depend on the number of threads or the
+// instruction set.
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
@@ -15,7 +16,7 @@ int64_t tile_numel(int64_t numel, int64_t tile) {
   return std::min(kStatisticsTile, numel - tile * kStatisticsTile);
 }
 
-Statistics merged(const std::vector<PartSums>& tiles, int64_t numel) {
+Statistics merged(const std::vector<PartialSums>& tiles, int64_t numel) {
   const FloatMode mode;
   const double pivot = tiles[0].guess, n = double(numel);
   const auto size = [&](size_t i) { return double(tile_numel(numel, int64_t(i))); };
@@ -31,27 +32,27 @@ Statistics merged(const std::vector<PartSums>& tiles, int64_t numel) {
 }
 
 Tensor magnitude_statistics(const std::vector<Tensor>& tensors) {
-  const std::vector<Item> items = check_tensors(tensors, true);
-  const Tensor found =
+  const std::vector<Item> items = check_tensor_list(tensors, true);
+  const Tensor result =
       torch::stable::new_empty(tensors[0], {int64_t(items.size()), 4}, ScalarType::Double);
-  auto* const rows = static_cast<Statistics*>(found.mutable_data_ptr());
+  auto* const rows = static_cast<Statistics*>(result.mutable_data_ptr());
   for_dtype(tensors[0].scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Streams<T>& loops = streams<T>();
-    for_each_item(items, sizeof(typename T::Bits), [&](size_t i, int64_t, Team team) {
+    const StreamingKernels<T>& kernels = streaming_kernels<T>();
+    for_each_item(items, sizeof(typename T::Bits), [&](size_t i, int64_t, ThreadGroup threads) {
       const int64_t numel = items[i].numel;
       const int64_t count = (numel + kStatisticsTile - 1) / kStatisticsTile;
       const auto* const data = static_cast<const typename T::Bits*>(items[i].data);
-      std::vector<PartSums> tiles(count);
-      team.each([&](int64_t p) {
-        for (int64_t t = count * p / team.size; t < count * (p + 1) / team.size; ++t) {
-          tiles[size_t(t)] = loops.sums(data + t * kStatisticsTile, tile_numel(numel, t));
+      std::vector<PartialSums> tiles(count);
+      threads.run([&](int64_t p) {
+        for (int64_t t = count * p / threads.size; t < count * (p + 1) / threads.size; ++t) {
+          tiles[size_t(t)] = kernels.sums(data + t * kStatisticsTile, tile_numel(numel, t));
         }
       });
       rows[i] = merged(tiles, numel);
     });
   });
-  return found;
+  return result;
 }
 
 }  // namespace

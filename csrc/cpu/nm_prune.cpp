@@ -1,4 +1,4 @@
-// nm_prune on the CPU: the N:M step on a copy, made unit by unit in front of it.
+// nm_prune on the CPU: the N:M step on a copy. Each work unit is copied just before it is pruned.
 #include <torch/csrc/stable/library.h>
 
 #include <cstring>
@@ -23,10 +23,10 @@ std::tuple<Tensor, Tensor> nm_prune(const Tensor& weight, int64_t n, int64_t m, 
     using T = decltype(type);
     const auto* const from = static_cast<const typename T::Bits*>(weight.const_data_ptr());
     const Split split(items, sizeof(typename T::Bits));
-    for_each_item(items, split, [&](size_t i, int64_t, Team team) {
+    for_each_item(items, split, [&](size_t i, int64_t, ThreadGroup threads) {
       typename T::Bits threshold;
       int64_t flips;
-      NmItem<T>(items[i], by, shrink, team, nullptr)
+      NmTensorStep<T>(items[i], by, shrink, threads, nullptr)
           .run(from, static_cast<int32_t*>(mask.mutable_data_ptr()), threshold, flips);
     });
   });

@@ -1,5 +1,6 @@
 // regularize_ on the CPU. Traffic per float32 weight: 4 bytes of weight and 4 of gradient read, 4
-// of gradient written, 1/8 byte of mask; words of the mask that are kept whole cost nothing else.
+// of gradient written, 1/8 byte of mask. Where a mask word keeps all its weights, only the mask is
+// read.
 #include <torch/csrc/stable/library.h>
 
 #include "checks.h"
@@ -18,13 +19,13 @@ void regularize_(const std::vector<Tensor>& grads, const std::vector<Tensor>& we
     using T = decltype(type);
     using Bits = typename T::Bits;
     const auto* const factor = static_cast<const typename T::Wide*>(factors.const_data_ptr());
-    const Streams<T>& loops = streams<T>();
-    for_each_item(items, 2 * sizeof(Bits), [&](size_t i, int64_t, Team team) {
+    const StreamingKernels<T>& kernels = streaming_kernels<T>();
+    for_each_item(items, 2 * sizeof(Bits), [&](size_t i, int64_t, ThreadGroup threads) {
       const Item& item = items[i];
       const auto* const from = static_cast<const Bits*>(weights[i].const_data_ptr());
-      team.each([&](int64_t p) {
-        loops.regularize(static_cast<Bits*>(item.data), from, factor[i], item.numel,
-                         team.share(p, item.numel), words + item.mask_start);
+      threads.run([&](int64_t p) {
+        kernels.regularize(static_cast<Bits*>(item.data), from, factor[i], item.numel,
+                           threads.range_of(p, item.numel), words + item.mask_start);
       });
     });
   });

@@ -1,5 +1,6 @@
 // sgd_soft_shrink_ on the CPU. Traffic per float32 weight with a float32 gradient and momentum: 12
-// bytes read (weight, gradient, buffer), 8 written, 1/8 byte of mask: SGD's own.
+// bytes read (weight, gradient, buffer), 8 written, 1/8 byte of mask. SGD without pruning has the
+// same traffic except for the mask.
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/optim/update_and_prune.h"
@@ -28,13 +29,13 @@ void sgd_soft_shrink_(const std::vector<Tensor>& weights, const std::vector<Tens
       sgd_step({lr, momentum, dampening, weight_decay, nesterov}, rate(lr, lr_tensor));
   const Gradient gradient = gradient_rule(grad_scale, maximize);
   std::vector<TensorUpdate> updates;
-  updates.reserve(update.beside.size());
-  for (size_t i = 0; i < update.beside.size(); ++i) {
-    const Beside& beside = update.beside[i];
+  updates.reserve(update.states.size());
+  for (size_t i = 0; i < update.states.size(); ++i) {
+    const OptimState& state = update.states[i];
     updates.push_back({TensorUpdate::kSgd,
-                       beside.grad,
-                       beside.bfloat16,
-                       beside.first,
+                       state.grad,
+                       state.bfloat16,
+                       state.first,
                        nullptr,
                        !first.empty() && first[i],
                        gradient,

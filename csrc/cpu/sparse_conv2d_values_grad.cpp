@@ -10,9 +10,9 @@ namespace {
 Tensor sparse_conv2d_values_grad(const Tensor& x, const Tensor& grad, const Tensor& columns,
                                  const Tensor& starts, int64_t v,
                                  const std::vector<int64_t>& geometry) {
-  const Convolution call = check_sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry);
-  const Tensor sums = fresh_like(x, {call.product.entries, v});
-  values_grad(call, false, x, grad, columns, starts, sums);
+  const Convolution conv = check_sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry);
+  const Tensor sums = empty_like(x, {conv.product.entries, v});
+  values_grad(conv, false, x, grad, columns, starts, sums);
   return sums;
 }
 

@@ -11,10 +11,10 @@ Tensor sparse_matmul(const Tensor& x, const Tensor& values, const Tensor& column
                      const Tensor& starts, const std::vector<Tensor>& transposed,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                      std::string activation) {
-  const Convolution call =
+  const Convolution conv =
       check_sparse_matmul(x, values, columns, starts, transposed, bias, residual, activation);
-  const Tensor y = fresh_like(x, token_shape(x, call.geometry.rows));
-  multiply(call, true, x, values, columns, starts, bias, residual, y);
+  const Tensor y = empty_like(x, token_shape(x, conv.geometry.rows));
+  multiply(conv, true, x, values, columns, starts, bias, residual, y);
   return y;
 }
 

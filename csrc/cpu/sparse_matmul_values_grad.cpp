@@ -9,9 +9,9 @@ namespace {
 
 Tensor sparse_matmul_values_grad(const Tensor& x, const Tensor& grad, const Tensor& columns,
                                  const Tensor& starts, int64_t v) {
-  const Convolution call = check_sparse_matmul_values_grad(x, grad, columns, starts, v);
-  const Tensor sums = fresh_like(x, {call.product.entries, v});
-  values_grad(call, true, x, grad, columns, starts, sums);
+  const Convolution conv = check_sparse_matmul_values_grad(x, grad, columns, starts, v);
+  const Tensor sums = empty_like(x, {conv.product.entries, v});
+  values_grad(conv, true, x, grad, columns, starts, sums);
   return sums;
 }
 

@@ -11,10 +11,10 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
                      const Tensor& starts, const std::vector<Tensor>& transposed,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
                      const std::vector<int64_t>& geometry, std::string activation) {
-  const Convolution call = check_sparse_conv2d(x, values, columns, starts, transposed, bias,
+  const Convolution conv = check_sparse_conv2d(x, values, columns, starts, transposed, bias,
                                                residual, geometry, activation);
-  const Tensor y = fresh_like(x, image_shape(call.geometry));
-  multiply(call, false, x, values, columns, starts, bias, residual, y);
+  const Tensor y = empty_like(x, image_shape(conv.geometry));
+  multiply(conv, false, x, values, columns, starts, bias, residual, y);
   return y;
 }
 

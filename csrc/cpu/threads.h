@@ -1,4 +1,4 @@
-// Who does what: threads, their shares of a tensor, and the floating-point mode they work in.
+// How tensors are divided among threads, and the floating-point mode of the threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -16,9 +16,9 @@
 
 namespace issp {
 
-// The floating-point mode of this thread until the end of a scope. By default gradual underflow and
-// round-to-nearest, whatever the caller's mode: the rules of selection and shrinkage are stated for
-// it, and bits must not depend on torch.set_flush_denormal.
+// Sets the floating-point mode of this thread until the end of the scope. The default is gradual
+// underflow and round-to-nearest: the rules of selection and shrinkage are defined for it, and
+// results must not depend on torch.set_flush_denormal.
 class FloatMode {
  public:
 #if defined(__x86_64__)
@@ -42,85 +42,90 @@ class FloatMode {
   State saved_;
 };
 
-// The threads that share one piece of work.
-struct Team {
+// The threads that work on one tensor, or on one list of tensors.
+struct ThreadGroup {
   int64_t size;
 
   template <typename F>
-  void each(const F& work) const {
+  void run(const F& body) const {
     if (size == 1) {
       const FloatMode mode;
-      return work(0);
+      return body(0);
     }
     torch::stable::parallel_for(0, size, 1, [&](int64_t begin, int64_t end) {
       const FloatMode mode;
-      for (int64_t member = begin; member < end; ++member) work(member);
+      for (int64_t thread = begin; thread < end; ++thread) body(thread);
     });
   }
 
-  // A member's groups of 64 elements, in whole lines of the mask: no line has two writers.
-  Range share(int64_t member, int64_t numel) const {
-    const int64_t lines = (numel + 511) / 512, groups = (numel + 63) / 64;
-    return {std::min(groups, 8 * (lines * member / size)),
-            std::min(groups, 8 * (lines * (member + 1) / size))};
+  // The blocks of 64 elements that a thread works on. They cover whole cache lines of the mask, so
+  // no two threads write the same line.
+  Range range_of(int64_t thread, int64_t numel) const {
+    const int64_t lines = (numel + 511) / 512, blocks = (numel + 63) / 64;
+    return {std::min(blocks, 8 * (lines * thread / size)),
+            std::min(blocks, 8 * (lines * (thread + 1) / size))};
   }
 };
 
-inline Team whole_team() {
+inline ThreadGroup all_threads() {
   return {int64_t(torch::stable::get_num_threads())};
 }
 
-// How a call's tensors are divided among the threads. Each belongs to one thread, so that nobody
-// waits for anybody; only what would spoil the balance, more than a 32nd of a thread's part, is
-// shared by the team, in pieces that pay for waking a thread (some microseconds).
+// How the tensors of a call are divided among the threads. One thread processes a tensor alone, so
+// that no thread waits. Only a tensor with more than 1/32 of the elements per thread is divided
+// among several threads, since it would unbalance them; each gets enough elements to outweigh its
+// wake-up (some microseconds).
 class Split {
  public:
-  Split(const std::vector<Item>& items, size_t element_size) : team_(whole_team()) {
+  Split(const std::vector<Item>& items, size_t element_size) : all_(all_threads()) {
     for (const Item& item : items) total_ += item.numel;
     int64_t rest = 0;
-    for (const Item& item : items) rest += shared(item) ? 0 : item.numel;
-    rest_ = rest;
-    const int64_t worth = rest * int64_t(element_size) / (1 << 18);
-    members_ = std::min(team_.size, std::max<int64_t>(1, worth));
+    for (const Item& item : items) rest += is_divided(item) ? 0 : item.numel;
+    undivided_ = rest;
+    const int64_t useful = rest * int64_t(element_size) / (1 << 18);
+    num_threads_ = std::min(all_.size, std::max<int64_t>(1, useful));
   }
 
-  bool shared(const Item& item) const {
-    return team_.size > 1 && item.numel >= 2 * kPiece && item.numel > total_ / (32 * team_.size);
+  bool is_divided(const Item& item) const {
+    return all_.size > 1 && item.numel >= 2 * kGrain && item.numel > total_ / (32 * all_.size);
   }
-  Team team_for(const Item& item) const { return {std::min(team_.size, item.numel / kPiece)}; }
-  // Threads that work on the tensors that are not shared, and those tensors' elements.
-  int64_t members() const { return members_; }
-  int64_t rest() const { return rest_; }
+  ThreadGroup threads_for(const Item& item) const {
+    return {std::min(all_.size, item.numel / kGrain)};
+  }
+  // Threads that work on the undivided tensors, and the number of elements of those tensors.
+  int64_t num_threads() const { return num_threads_; }
+  int64_t rest() const { return undivided_; }
 
  private:
-  static constexpr int64_t kPiece = 16384;
-  Team team_;
-  int64_t total_ = 0, rest_ = 0, members_ = 1;
+  static constexpr int64_t kGrain = 16384;
+  ThreadGroup all_;
+  int64_t total_ = 0, undivided_ = 0, num_threads_ = 1;
 };
 
-// Runs work(index, member, team) on every item: shared ones by a team, one after the other
-// (member 0), then the rest, each by one of split.members() threads. The split depends on sizes
-// alone, so that a thread meets the same small tensors, still in its cache, in every call.
+// Calls body(index, thread, threads) for every item. First the divided items, one after the other,
+// each by all its threads (thread 0). Then the others, each by one of split.num_threads() threads.
+// The split depends on sizes alone: a thread gets the same small tensors in every call and may
+// still have them in its cache.
 template <typename F>
-void for_each_item(const std::vector<Item>& items, const Split& split, const F& work) {
+void for_each_item(const std::vector<Item>& items, const Split& split, const F& body) {
   for (size_t i = 0; i < items.size(); ++i) {
-    if (split.shared(items[i])) work(i, int64_t(0), split.team_for(items[i]));
+    if (split.is_divided(items[i])) body(i, int64_t(0), split.threads_for(items[i]));
   }
   if (!split.rest()) return;
-  Team{split.members()}.each([&](int64_t member) {
+  ThreadGroup{split.num_threads()}.run([&](int64_t thread) {
     int64_t before = 0;
     for (size_t i = 0; i < items.size(); ++i) {
-      if (split.shared(items[i])) continue;
+      if (split.is_divided(items[i])) continue;
       const int64_t middle = before + items[i].numel / 2;
       before += items[i].numel;
-      if (middle * split.members() / split.rest() == member) work(i, member, Team{1});
+      if (middle * split.num_threads() / split.rest() == thread) body(i, thread, ThreadGroup{1});
     }
   });
 }
 
 template <typename F>
-void for_each_item(const std::vector<Item>& items, size_t element_size, const F& work) {
-  for_each_item(items, Split(items, element_size), work);
+void for_each_item(const std::vector<Item>& items, size_t element_size, const F& body) {
+  for_each_item(items, Split(items, element_size), body);
 }
 
 }  // namespace issp

@@ -24,10 +24,10 @@ void adam_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grad
                                     maximize,
                                     frozen};
   const auto complete = [&](AdamRule::Entry& entry, size_t i) {
-    const Beside& beside = update.beside[i];
-    complete_entry<AdamRule>(entry, beside, i < update.pruned.size(), false);
-    entry.second = beside.second;
-    entry.step = beside.step;
+    const OptimState& state = update.states[i];
+    complete_entry<AdamRule>(entry, state, i < update.pruned.size(), false);
+    entry.second = state.second;
+    entry.step = state.step;
   };
   update_and_shrink(items_of(update), checked, update.pruned.size(),
                     call_of(k, shrink, thresholds, masks, flips, scratch, found_inf, bracket), adam,

@@ -6,7 +6,7 @@
 namespace issp {
 
 Tensor count_zeros_cuda(std::vector<Tensor> tensors) {
-  const std::vector<Item> items = check_tensors(tensors, false);
+  const std::vector<Item> items = check_tensor_list(tensors, false);
   const torch::stable::accelerator::DeviceGuard guard(tensors[0].get_device_index());
   std::vector<uint32_t> bytes;
   for (const Tensor& x : tensors) bytes.push_back(uint32_t(x.element_size()));

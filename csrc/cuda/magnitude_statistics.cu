@@ -6,7 +6,7 @@
 namespace issp {
 
 Tensor magnitude_statistics_cuda(std::vector<Tensor> tensors) {
-  const std::vector<Item> items = check_tensors(tensors, true);
+  const std::vector<Item> items = check_tensor_list(tensors, true);
   const torch::stable::accelerator::DeviceGuard guard(tensors[0].get_device_index());
   check_sizes(items);
   const std::vector<uint32_t> before = tiles_before(items);

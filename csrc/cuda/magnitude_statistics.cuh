@@ -81,7 +81,7 @@ part_kernel(const ISSP_PARAM Table<Capacity> table, double* sums) {
   if (lane() < 3) store(mine + lane(), lane() == 0 ? guess : lane() == 1 ? rest : squares);
 }
 
-ISSP_DEVICE PartSums load_part(const double* sums, uint32_t i) {
+ISSP_DEVICE PartialSums load_part(const double* sums, uint32_t i) {
   const double* const part = sums + 3 * uint64_t(i);
   return {load(part), load(part + 1), load(part + 2)};
 }
@@ -96,7 +96,7 @@ merge_kernel(const ISSP_PARAM Table<Capacity> table, const double* sums, double*
   double sum = 0, mean = 0, squares = 0;
   for (uint32_t i = thread(); i < parts; i += kThreads) {
     const double n = part_numel(entry.numel, i);
-    const PartSums part = load_part(mine, i);
+    const PartialSums part = load_part(mine, i);
     sum += sum_of(part, n);
     mean += n * from_pivot(part, n, pivot);
   }

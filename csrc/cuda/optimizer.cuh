@@ -176,12 +176,12 @@ struct Optimizer {
   }
 };
 
-// Host: what stands beside a weight, into its entry.
-template <typename Rule, typename Beside>
-void complete_entry(typename Rule::Entry& entry, const Beside& beside, bool pruned, bool first) {
-  entry.grad = beside.grad;
-  entry.first = beside.first;
-  entry.extra |= (pruned ? 0 : kUpdateOnly) | (beside.bfloat16 ? kBFloat16Gradient : 0) |
+// Host: copies a weight's optimizer state into its entry.
+template <typename Rule, typename OptimState>
+void complete_entry(typename Rule::Entry& entry, const OptimState& state, bool pruned, bool first) {
+  entry.grad = state.grad;
+  entry.first = state.first;
+  entry.extra |= (pruned ? 0 : kUpdateOnly) | (state.bfloat16 ? kBFloat16Gradient : 0) |
                  (first ? kFirstStep : 0);
 }
 

@@ -24,7 +24,7 @@ void sgd_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads
                                   maximize,
                                   frozen};
   const auto complete = [&](SgdRule::Entry& entry, size_t i) {
-    complete_entry<SgdRule>(entry, update.beside[i], i < update.pruned.size(),
+    complete_entry<SgdRule>(entry, update.states[i], i < update.pruned.size(),
                             !first.empty() && first[i]);
   };
   update_and_shrink(items_of(update), checked, update.pruned.size(),

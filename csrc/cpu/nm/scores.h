@@ -1,5 +1,5 @@
-// What the N:M passes ask of an instruction set: scores in 32-bit lanes (below 2^31, so that signed
-// comparison orders them), one lane per group or per element.
+// Vector operations of the N:M kernels, per instruction set. Scores are 32-bit lanes below 2^31, so
+// that signed comparison orders them. A lane holds one group or one element.
 #pragma once
 
 #include "cpu/simd/scalar.h"
@@ -19,7 +19,7 @@ struct Scores {
   static constexpr int width = 1;
 
   static Vector load(const Key<T>* p) { return *p; }
-  // The sign is dropped: weights may serve as their own scores.
+  // Clears the sign, so that float32 weights can be used as their own scores.
   static Vector score(const Key<T>* p) { return *p & Key<T>(-1) >> 1; }
   static void store(Key<T>* p, Vector x) { *p = x; }
   static Vector all(Key<T> x) { return x; }
@@ -80,7 +80,7 @@ struct Scores {
   }
   ISSP_AVX2 static Mask greater(Vector a, Vector b) { return _mm256_cmpgt_epi32(a, b); }
   ISSP_AVX2 static uint64_t bits(Mask m) { return Lanes32::bitmask(m); }
-  ISSP_AVX2 static Mask mask(uint32_t bits) { return Lanes32::spread(bits); }
+  ISSP_AVX2 static Mask mask(uint32_t bits) { return Lanes32::expand_mask(bits); }
   ISSP_AVX2 static Vector plus(Vector x, Mask m) { return _mm256_sub_epi32(x, m); }
   ISSP_AVX2 static Vector larger_where(Mask m, Vector a, Vector b) {
     return _mm256_max_epi32(a, _mm256_and_si256(m, b));
@@ -112,7 +112,7 @@ struct Scores {
   ISSP_AVX2 static Vector keys(const Bits* p) { return Lanes<T>::keys(Lanes<T>::load(p)); }
   ISSP_AVX2 static Wide magnitude(const Bits* p) {
     if constexpr (std::is_same_v<T, Float16>) {
-      return _mm256_cvtph_ps(Lanes16::halves(keys(p)));
+      return _mm256_cvtph_ps(Lanes16::pack16(keys(p)));
     } else {
       const int shift = sizeof(Bits) == 2 ? 16 : 0;
       return _mm256_castsi256_ps(_mm256_slli_epi32(keys(p), shift));
@@ -145,8 +145,8 @@ struct Scores {
   ISSP_AVX512 static Vector all(uint32_t x) { return _mm512_set1_epi32(int(x)); }
   ISSP_AVX512 static Vector larger(Vector a, Vector b) { return _mm512_max_epi32(a, b); }
   ISSP_AVX512 static Vector smaller(Vector a, Vector b) { return _mm512_min_epi32(a, b); }
-  // Of two vectors the one that larger or smaller has not returned: an xor of all three, where
-  // another comparison would wait for the one port that has them.
+  // Of two vectors the one that `larger` or `smaller` did not return. An xor of all three: a second
+  // comparison would compete for the single port that compares.
   ISSP_AVX512 static Vector other(Vector a, Vector b, Vector one) {
     return _mm512_ternarylogic_epi32(a, b, one, 0x96);
   }

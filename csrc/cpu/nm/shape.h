@@ -1,4 +1,4 @@
-// How the N:M passes walk through a tensor, and the memory they work in.
+// How the N:M kernels traverse a tensor, and their working memory.
 #pragma once
 
 #include <algorithm>
@@ -11,79 +11,84 @@
 
 namespace issp {
 
-// The tensor is a sequence of `strips`: v rows of `row` elements each, of which all rows share one
-// mask. With v = 1 rows have no meaning, and a strip is cut as suits the walk. A row is a sequence
-// of blocks of m * inner elements, in which every one of the `inner` columns (stride inner) is a
-// group of m. Blocks are selected `piece` elements at a time, which stay in the first-level cache
-// from the first look to the shrink. Threads share units: whole strips between two mask words.
+// A tensor is a sequence of row blocks. A row block has v rows of `row` elements, and all its rows
+// share one mask. With v = 1 the tensor has no rows of its own, and `row` is chosen to suit the
+// traversal. A row is a sequence of blocks of m * inner elements. In a block each of the `inner`
+// columns (stride inner) is one N:M group. A kernel processes `chunk` elements at a time: they stay
+// in L1 from the scores to the shrink. Threads divide the work units: whole row blocks that start
+// and end at a mask word.
 struct NmShape {
-  int64_t n, m, v, inner, block, row, piece, unit;
+  int64_t n, m, v, inner, block, row, chunk, work_unit;
 
   explicit NmShape(const Pattern& by)
       : n(by.n), m(by.m), v(by.v), inner(by.inner), block(by.m * by.inner) {
     const int64_t whole = by.v > 1 ? by.channels * by.inner : by.rows * by.channels * by.inner;
-    const int64_t wanted = std::max<int64_t>(256, kPiece / v);
-    // Pieces of whole mask words, and of whole vectors of columns, unless they grew too large.
+    const int64_t wanted = std::max<int64_t>(256, kChunk / v);
+    // Chunks consist of whole mask words and of whole vectors of columns, unless they become too
+    // large.
     int64_t blocks = 64 / std::gcd<int64_t>(64, block);
-    if (inner == 1 && !lone()) blocks = std::max<int64_t>(blocks, 16);
-    if (blocks * block > 8 * kPiece) blocks = inner == 1 && !lone() ? 16 : 1;
+    if (inner == 1 && !single_group()) blocks = std::max<int64_t>(blocks, 16);
+    if (blocks * block > 8 * kChunk) blocks = inner == 1 && !single_group() ? 16 : 1;
     blocks *= std::max<int64_t>(1, wanted / (blocks * block));
-    piece = std::min(blocks * block, whole);
-    row = v > 1 ? whole : piece * (64 / std::gcd<int64_t>(64, piece));
-    unit = v * row * (64 / std::gcd<int64_t>(64, v * row));
+    chunk = std::min(blocks * block, whole);
+    row = v > 1 ? whole : chunk * (64 / std::gcd<int64_t>(64, chunk));
+    work_unit = v * row * (64 / std::gcd<int64_t>(64, v * row));
   }
 
-  // Groups so long that each is searched on its own, in all lanes.
-  bool lone() const { return inner == 1 && m > kPiece; }
-  // How far the passes read behind a piece.
-  int64_t beyond() const { return 80 + (inner == 1 && !lone() ? kLanes * m : 0); }
-  int64_t units(int64_t numel) const { return (numel + unit - 1) / unit; }
+  // Whether groups are so long that each is searched alone, with all lanes of the vectors.
+  bool single_group() const { return inner == 1 && m > kChunk; }
+  // Elements that the kernels read beyond a chunk.
+  int64_t beyond() const { return 80 + (inner == 1 && !single_group() ? kLanes * m : 0); }
+  int64_t work_units(int64_t numel) const { return (numel + work_unit - 1) / work_unit; }
 
  private:
-  static constexpr int64_t kPiece = 512;
+  static constexpr int64_t kChunk = 512;
 
  public:
   static constexpr int64_t kLanes = 16;  // of the widest vector
 };
 
-// One thread's working memory. Keys are scores: what the groups rank by.
+// Working memory of one thread. The scores are the keys by which the elements of a group are
+// ranked.
 template <typename T>
-struct NmDesk {
-  Key<T>* scores;     // of the piece's elements
-  Key<T>* bounds;     // per element, the smallest score that its group keeps
-  Key<T>* columns;    // [m][lanes]: scores of neighbouring groups side by side
-  Key<T>* members;    // per element, its number in the group
-  Key<T>* places;     // inner > 1: [column][lanes], the columns from there on, round and round;
-                      //   inner = 1: per element of `lanes` groups, the number of its group
-  uint64_t* dropped;  // a bit per element, and one word of zeros
+struct NmScratch {
+  Key<T>* scores;          // of the elements of the chunk
+  Key<T>* bounds;          // per element, the smallest score that its group keeps
+  Key<T>* columns;         // [m][lanes]: scores of adjacent groups, one group per lane
+  Key<T>* index_in_group;  // per element, its position in the group
+  // inner > 1: [column][lanes], the columns from `column` on, modulo inner.
+  // inner = 1: per element of `lanes` groups, the number of its group.
+  Key<T>* lane_order;
+  uint64_t* dropped;  // a bit per element, then one word of zeros
 
-  explicit NmDesk(const NmShape& by) {
+  explicit NmScratch(const NmShape& by) {
     constexpr int64_t lanes = NmShape::kLanes;
-    const bool transposed = by.inner == 1 && !by.lone(), small = sizeof(typename T::Bits) == 2;
-    const int64_t padded = whole_lines(by.piece + by.beyond());
-    const int64_t columns_room = transposed ? lanes * (by.m + 4) : 0;
-    const int64_t places_room = lanes * (by.inner == 1 ? std::min(by.m, lanes) : by.inner);
-    const int64_t words = whole_lines(by.piece / 64 + 2);
-    const int64_t keys = (small ? 3 : 2) * padded + columns_room + places_room;
-    room_.reset(new uint64_t[size_t(words + keys * int64_t(sizeof(Key<T>)) / 8 + 16)]);
-    dropped = reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(room_.get()) + 63) & -64);
+    const bool transposed = by.inner == 1 && !by.single_group();
+    const bool small = sizeof(typename T::Bits) == 2;
+    const int64_t padded = whole_lines(by.chunk + by.beyond());
+    const int64_t columns_size = transposed ? lanes * (by.m + 4) : 0;
+    const int64_t lane_order_size = lanes * (by.inner == 1 ? std::min(by.m, lanes) : by.inner);
+    const int64_t words = whole_lines(by.chunk / 64 + 2);
+    const int64_t keys = (small ? 3 : 2) * padded + columns_size + lane_order_size;
+    memory_.reset(new uint64_t[size_t(words + keys * int64_t(sizeof(Key<T>)) / 8 + 16)]);
+    dropped = reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & -64);
     scores = reinterpret_cast<Key<T>*>(dropped + words);
     bounds = scores + padded;
     columns = bounds + padded;
-    places = columns + columns_room;
-    members = places + places_room;
-    for (int64_t i = 0; i < places_room; ++i) {
-      places[i] = Key<T>(by.inner == 1 ? i / by.m : (i / lanes + i % lanes) % by.inner);
+    lane_order = columns + columns_size;
+    index_in_group = lane_order + lane_order_size;
+    for (int64_t i = 0; i < lane_order_size; ++i) {
+      lane_order[i] = Key<T>(by.inner == 1 ? i / by.m : (i / lanes + i % lanes) % by.inner);
     }
     for (int64_t i = 0; small && i < padded; ++i) {
-      members[i] = by.m > 1 << 16 ? 0 : Key<T>(i / by.inner % by.m);
+      index_in_group[i] = by.m > 1 << 16 ? 0 : Key<T>(i / by.inner % by.m);
     }
   }
 
  private:
   static int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 
-  std::unique_ptr<uint64_t[]> room_;
+  std::unique_ptr<uint64_t[]> memory_;
 };
 
 }  // namespace issp

@@ -1,5 +1,5 @@
-// One tensor's N:M step: selection in its groups, shrink, mask and flips, behind an optimizer's
-// update if there is one; every thread of a team has its own units (nm_shape.h).
+// The N:M pruning step of one tensor: optional optimizer update, selection in its groups, shrink,
+// mask and flips. Threads divide the work units (shape.h).
 #pragma once
 
 #include <cstring>
@@ -10,35 +10,36 @@
 namespace issp {
 
 template <typename T>
-class NmItem {
+class NmTensorStep {
   using Bits = typename T::Bits;
 
  public:
   // update: may be null.
-  NmItem(const Item& item, const Pattern& by, double shrink, Team team, const TensorUpdate* update)
+  NmTensorStep(const Item& item, const Pattern& by, double shrink, ThreadGroup threads,
+               const TensorUpdate* update)
       : w_(static_cast<Bits*>(item.data)),
         numel_(item.numel),
         shape_(by),
         shrink_(typename T::Wide(shrink)),
-        team_(team),
+        threads_(threads),
         update_(update) {}
 
-  // from: where the weights are copied from first, or null. mask: the tensor's own.
+  // from: the source of a copy that is made first, or null. mask: the words of this tensor.
   void run(const Bits* from, int32_t* mask, Bits& threshold, int64_t& flips) const {
-    const auto members = size_t(team_.size);
-    std::vector<int64_t> changed(members);
-    std::vector<Key<T>> largest(members);
-    const int64_t units = shape_.units(numel_);
-    team_.each([&](int64_t p) {
-      const Range mine{units * p / team_.size, units * (p + 1) / team_.size};
-      if (mine.begin == mine.end) return;
-      const NmDesk<T> desk(shape_);
-      const int64_t piece = from ? 1 : mine.end - mine.begin;
-      for (int64_t u = mine.begin; u < mine.end; u += piece) {
+    const auto num_threads = size_t(threads_.size);
+    std::vector<int64_t> changed(num_threads);
+    std::vector<Key<T>> largest(num_threads);
+    const int64_t work_units = shape_.work_units(numel_);
+    threads_.run([&](int64_t p) {
+      const Range range{work_units * p / threads_.size, work_units * (p + 1) / threads_.size};
+      if (range.begin == range.end) return;
+      const NmScratch<T> scratch(shape_);
+      const int64_t step = from ? 1 : range.end - range.begin;
+      for (int64_t u = range.begin; u < range.end; u += step) {
         if (from) copy(from, u);
-        changed[size_t(p)] +=
-            passes<T>().shrink_groups(w_, numel_, shape_, {u, u + piece}, update_, shrink_, desk,
-                                      reinterpret_cast<uint64_t*>(mask), &largest[size_t(p)]);
+        changed[size_t(p)] += prune_kernels<T>().nm_shrink(
+            w_, numel_, shape_, {u, u + step}, update_, shrink_, scratch,
+            reinterpret_cast<uint64_t*>(mask), &largest[size_t(p)]);
       }
     });
     flips = 0;
@@ -47,8 +48,9 @@ class NmItem {
   }
 
  private:
-  void copy(const Bits* from, int64_t unit) const {
-    const int64_t begin = unit * shape_.unit, end = std::min(numel_, begin + shape_.unit);
+  void copy(const Bits* from, int64_t work_unit) const {
+    const int64_t begin = work_unit * shape_.work_unit;
+    const int64_t end = std::min(numel_, begin + shape_.work_unit);
     std::memcpy(w_ + begin, from + begin, size_t(end - begin) * sizeof(Bits));
   }
 
@@ -56,7 +58,7 @@ class NmItem {
   int64_t numel_;
   NmShape shape_;
   typename T::Wide shrink_;
-  Team team_;
+  ThreadGroup threads_;
   const TensorUpdate* update_;
 };
 

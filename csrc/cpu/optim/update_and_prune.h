@@ -1,4 +1,4 @@
-// What the optimizers' ops share: every weight of a parameter group is updated and, if it is
+// The common part of the optimizer ops: every weight of a parameter group is updated and, if it is
 // pruned, shrunk or masked, in one pass over its memory.
 #pragma once
 
@@ -9,14 +9,14 @@
 
 namespace issp {
 
-// Weight, moments and gradient: what waking another thread is weighed against.
+// Bytes per element of weight, moments and gradient; decides how many threads are useful.
 constexpr size_t kUpdateBytes = 16;
 
 inline bool stopped(const std::optional<Tensor>& found_inf) {
   return found_inf && !(*static_cast<const float*>(found_inf->const_data_ptr()) == 0.0f);
 }
 
-// The learning rate, or what its tensor holds.
+// The learning rate, or the value of its tensor if there is one.
 inline double rate(double lr, const std::optional<Tensor>& tensor) {
   if (!tensor) return lr;
   double value = lr;
@@ -32,7 +32,7 @@ inline Gradient gradient_rule(const std::optional<Tensor>& grad_scale, bool maxi
   return {*static_cast<const float*>(grad_scale->const_data_ptr()), true, maximize};
 }
 
-// The selection's arguments, as in soft_shrink_.
+// The pruning arguments of an optimizer op, as in soft_shrink_.
 struct Pruning {
   const Tensor& k;
   double shrink;
@@ -52,16 +52,16 @@ inline void check_ranks(const Update& update, const Pruning& pruning) {
   }
 }
 
-// Updates without a selection; masks: null, or the fixed masks of the items.
+// Updates without a selection. masks: null, or the fixed masks of the items.
 inline void update_items(const std::vector<Item>& items, const TensorUpdate* updates,
                          const int32_t* masks) {
   if (items.empty()) return;
-  for_each_item(items, kUpdateBytes, [&](size_t i, int64_t, Team team) {
+  for_each_item(items, kUpdateBytes, [&](size_t i, int64_t, ThreadGroup threads) {
     const Item& item = items[i];
     const auto* mask = reinterpret_cast<const uint64_t*>(masks + item.mask_start);
-    team.each([&](int64_t p) {
-      update_passes().update(static_cast<float*>(item.data), item.numel, team.share(p, item.numel),
-                             updates[i], masks ? mask : nullptr);
+    threads.run([&](int64_t p) {
+      update_kernels().update(static_cast<float*>(item.data), item.numel,
+                              threads.range_of(p, item.numel), updates[i], masks ? mask : nullptr);
     });
   });
 }
@@ -69,27 +69,29 @@ inline void update_items(const std::vector<Item>& items, const TensorUpdate* upd
 inline void shrink_updated(const std::vector<Item>& items, const TensorUpdate* updates,
                            const Pruning& pruning) {
   if (items.empty()) return;
-  const Scratch room(pruning.scratch.mutable_data_ptr(), pruning.scratch.numel(), items.size());
+  const StateBuffer state(pruning.scratch.mutable_data_ptr(), pruning.scratch.numel(),
+                          items.size());
   const auto* const k = static_cast<const int64_t*>(pruning.k.const_data_ptr());
   auto* const taus = static_cast<uint32_t*>(pruning.thresholds.mutable_data_ptr());
   auto* const flips = static_cast<int64_t*>(pruning.flips.mutable_data_ptr());
-  Call call{pruning.shrink, pruning.bracket,
-            static_cast<int32_t*>(pruning.masks.mutable_data_ptr())};
+  StepParams params{pruning.shrink, pruning.bracket,
+                    static_cast<int32_t*>(pruning.masks.mutable_data_ptr())};
   const Split split(items, sizeof(float));
-  for_each_item(items, split, [&](size_t i, int64_t member, Team team) {
+  for_each_item(items, split, [&](size_t i, int64_t thread, ThreadGroup threads) {
     const Pattern by = at(pruning.patterns, i);
     if (k[i] && by.m) {
-      const NmItem<Float32> item(items[i], by, pruning.shrink, team, updates + i);
-      return item.run(nullptr, call.masks + items[i].mask_start, taus[i], flips[i]);
+      const NmTensorStep<Float32> item(items[i], by, pruning.shrink, threads, updates + i);
+      return item.run(nullptr, params.masks + items[i].mask_start, taus[i], flips[i]);
     }
-    const Space space = team.size > 1 ? room.space : room.space.share(member, split.members());
-    ShrinkItem<Float32>(items[i], call, team, space, updates + i)
-        .run(k[i], taus[i], flips[i], room.trends[i]);
+    const Scratch scratch =
+        threads.size > 1 ? state.scratch : state.scratch.slice(thread, split.num_threads());
+    TensorStep<Float32>(items[i], params, threads, scratch, updates + i)
+        .run(k[i], taus[i], flips[i], state.predictors[i]);
   });
-  room.words[0] += call.misses;
+  state.words[0] += params.misses;
 }
 
-// updates: of the pruned weights, then of the rest.
+// updates: those of the pruned weights, then those of the other weights.
 inline void update_and_prune(const Update& update, const std::vector<TensorUpdate>& updates,
                              const Pruning& pruning) {
   if (pruning.frozen) {

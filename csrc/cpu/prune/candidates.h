@@ -1,4 +1,4 @@
-// The exact k-th smallest key among a few candidates, and how many equal to it are selected.
+// The exact k-th smallest key among a few candidates, and how many keys equal to it are selected.
 #pragma once
 
 #include <algorithm>
@@ -9,38 +9,39 @@
 namespace issp {
 
 template <typename T>
-struct Found {
+struct SearchResult {
   Key<T> tau;
-  bool missed;                         // the hint did not serve
-  std::vector<Selection<T>> per_part;  // one per member of the team
+  bool missed;                           // the threshold was not in the predicted range
+  std::vector<Threshold<T>> per_thread;  // what each thread shrinks
 };
 
-// What one member of a team kept of the keys inside a range. Of a range of a single key, the count
-// says all: nothing is stored.
+// The keys in a range that one thread has found. If the range is a single key, only their number
+// `inside` is recorded.
 template <typename T>
-struct Part {
+struct ThreadCandidates {
   const Key<T>* keys;
   int64_t stored;
   int64_t inside;
 };
 
 template <typename T>
-using Parts = std::vector<Part<T>>;
+using CandidateLists = std::vector<ThreadCandidates<T>>;
 
 template <typename T>
-int64_t count_less(const Parts<T>& parts, Key<T> bound) {
+int64_t count_less(const CandidateLists<T>& lists, Key<T> bound) {
   int64_t less = 0;
-  for (const Part<T>& part : parts) less += passes<T>().count_less(part.keys, part.stored, bound);
+  for (const ThreadCandidates<T>& list : lists)
+    less += prune_kernels<T>().count_less(list.keys, list.stored, bound);
   return less;
 }
 
-// The rank-th smallest key (rank from 1), by halving the range: every halving counts the keys with
-// vectors, out of the cache, which is faster than moving them about.
+// The rank-th smallest key (rank from 1), by bisection of the range. Every step counts the keys
+// with vector instructions in cache, which is faster than partitioning the keys.
 template <typename T>
-Key<T> candidate(const Parts<T>& parts, KeyRange<T> range, int64_t rank) {
+Key<T> kth_candidate(const CandidateLists<T>& lists, KeyRange<T> range, int64_t rank) {
   while (range.lo < range.hi) {
     const Key<T> middle = range.lo + (range.hi - range.lo) / 2;
-    if (count_less(parts, Key<T>(middle + 1)) >= rank) {
+    if (count_less(lists, Key<T>(middle + 1)) >= rank) {
       range.hi = middle;
     } else {
       range.lo = middle + 1;
@@ -49,17 +50,18 @@ Key<T> candidate(const Parts<T>& parts, KeyRange<T> range, int64_t rank) {
   return range.lo;
 }
 
-// k: the rank among all keys, `below` of which lie below the range.
+// k: the rank among all keys, of which `below` lie below the range.
 template <typename T>
-Found<T> decide(const Parts<T>& parts, KeyRange<T> range, int64_t k, int64_t below) {
+SearchResult<T> find_threshold(const CandidateLists<T>& lists, KeyRange<T> range, int64_t k,
+                               int64_t below) {
   const bool single = range.lo == range.hi;
-  Found<T> found{single ? range.lo : candidate(parts, range, k - below), false, {}};
+  SearchResult<T> result{single ? range.lo : kth_candidate(lists, range, k - below), false, {}};
   std::vector<int64_t> equal;
   int64_t all = 0;
-  for (const Part<T>& part : parts) {
-    const Parts<T> alone{part};
-    const int64_t less = single ? 0 : count_less(alone, found.tau);
-    const int64_t up_to = single ? part.inside : count_less(alone, Key<T>(found.tau + 1));
+  for (const ThreadCandidates<T>& list : lists) {
+    const CandidateLists<T> alone{list};
+    const int64_t less = single ? 0 : count_less(alone, result.tau);
+    const int64_t up_to = single ? list.inside : count_less(alone, Key<T>(result.tau + 1));
     below += less;
     equal.push_back(up_to - less);
     all += up_to - less;
@@ -67,12 +69,12 @@ Found<T> decide(const Parts<T>& parts, KeyRange<T> range, int64_t k, int64_t bel
   int64_t ties = k - below;
   const bool whole = ties == all;
   for (const int64_t count : equal) {
-    const int64_t here = std::min(ties, count);
-    ties -= here;
-    found.per_part.push_back(whole ? Selection<T>{Key<T>(found.tau + 1), false, 0}
-                                   : Selection<T>{found.tau, true, here});
+    const int64_t taken = std::min(ties, count);
+    ties -= taken;
+    result.per_thread.push_back(whole ? Threshold<T>{Key<T>(result.tau + 1), false, 0}
+                                      : Threshold<T>{result.tau, true, taken});
   }
-  return found;
+  return result;
 }
 
 }  // namespace issp

@@ -29,6 +29,7 @@ static inline uint64_t lowest(uint64_t bits, int64_t count) {
 
 }  // namespace issp
 
+// Each file uses the ones before it; update.inc.h and nm/select.inc.h need select.inc.h.
 #define ISSP_ISA scalar
 #define ISSP_TARGET
 #include "cpu/prune/select.inc.h"
@@ -67,10 +68,10 @@ static inline uint64_t lowest(uint64_t bits, int64_t count) {
 namespace issp {
 namespace {
 
-enum Level { kScalar, kAvx2, kAvx512 };
+enum InstructionSet { kScalar, kAvx2, kAvx512 };
 constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
 
-Level best() {
+InstructionSet best_supported() {
 #if ISSP_X86
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
@@ -82,55 +83,56 @@ Level best() {
   return kScalar;
 }
 
-std::atomic<Level>& level() {
-  static std::atomic<Level> current{best()};
+std::atomic<InstructionSet>& instruction_set() {
+  static std::atomic<InstructionSet> current{best_supported()};
   return current;
 }
 
 }  // namespace
 
 std::string cpu_capability(std::string want) {
-  for (const Level known : {kScalar, kAvx2, kAvx512}) {
-    if (want != kNames[known]) continue;
-    if (known > best()) throw std::runtime_error("this CPU has no " + want);
-    level() = known;
+  for (const InstructionSet set : {kScalar, kAvx2, kAvx512}) {
+    if (want != kNames[set]) continue;
+    if (set > best_supported()) throw std::runtime_error("this CPU has no " + want);
+    instruction_set() = set;
     return want;
   }
   if (!want.empty()) throw std::runtime_error(want + " is none of scalar, avx2, avx512");
-  return kNames[level()];
+  return kNames[instruction_set()];
 }
 
-#define ISSP_PASSES(isa)                                                                        \
-  {isa::speculate<T>, isa::restore<T>, isa::settle<T>, isa::count_less<Key<T>>, isa::census<T>, \
-   isa::histogram<T>, isa::apply<T>,   isa::clear<T>,  isa::shrink_groups<T>}
+#define ISSP_PRUNE_KERNELS(isa)                                              \
+  {isa::speculate<T>,       isa::restore<T>,     isa::resolve_candidates<T>, \
+   isa::count_less<Key<T>>, isa::count_range<T>, isa::histogram<T>,          \
+   isa::apply<T>,           isa::clear<T>,       isa::nm_shrink<T>}
 
 template <typename T>
-const Passes<T>& passes(bool exact) {
-  static const Passes<T> plain = ISSP_PASSES(scalar);
+const PruneKernels<T>& prune_kernels(bool exact) {
+  static const PruneKernels<T> plain = ISSP_PRUNE_KERNELS(scalar);
 #if ISSP_X86
-  static const Passes<T> vectors[] = {ISSP_PASSES(avx2), ISSP_PASSES(avx512)};
-  if (!exact && level() != kScalar) return vectors[level() - 1];
+  static const PruneKernels<T> vectors[] = {ISSP_PRUNE_KERNELS(avx2), ISSP_PRUNE_KERNELS(avx512)};
+  if (!exact && instruction_set() != kScalar) return vectors[instruction_set() - 1];
 #endif
   return plain;
 }
 
-template const Passes<Float32>& passes<Float32>(bool);
-template const Passes<Float16>& passes<Float16>(bool);
-template const Passes<BFloat16>& passes<BFloat16>(bool);
+template const PruneKernels<Float32>& prune_kernels<Float32>(bool);
+template const PruneKernels<Float16>& prune_kernels<Float16>(bool);
+template const PruneKernels<BFloat16>& prune_kernels<BFloat16>(bool);
 
-// float64 is for checking; it does not pay for lanes of its own.
+// float64 is supported for tests; vector kernels for it would not be worth their code size.
 template <>
-const Passes<Float64>& passes<Float64>(bool) {
+const PruneKernels<Float64>& prune_kernels<Float64>(bool) {
   using T = Float64;
-  static const Passes<T> plain = ISSP_PASSES(scalar);
+  static const PruneKernels<T> plain = ISSP_PRUNE_KERNELS(scalar);
   return plain;
 }
 
-const UpdatePasses& update_passes() {
-  static const UpdatePasses plain = {scalar::update};
+const UpdateKernels& update_kernels() {
+  static const UpdateKernels plain = {scalar::update};
 #if ISSP_X86
-  static const UpdatePasses vectors[] = {{avx2::update}, {avx512::update}};
-  if (level() != kScalar) return vectors[level() - 1];
+  static const UpdateKernels vectors[] = {{avx2::update}, {avx512::update}};
+  if (instruction_set() != kScalar) return vectors[instruction_set() - 1];
 #endif
   return plain;
 }

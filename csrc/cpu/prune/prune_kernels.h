@@ -1,4 +1,4 @@
-// The vectorised passes of the fused step and the run-time choice of their instruction set.
+// The vectorized kernels of pruning, and the table of the kernels that the CPU supports.
 #pragma once
 
 #include <cstdint>
@@ -11,24 +11,25 @@
 namespace issp {
 
 constexpr int kBins = 2048;
-constexpr int64_t kLineGroups = 8;  // a line of the mask: 8 groups of 64 elements
+// A block is 64 elements: one 64-bit word of the packed mask. A cache line holds 8 such words.
+constexpr int64_t kLineBlocks = 8;
 
-struct Range {  // of groups of 64 elements
+struct Range {  // of blocks
   int64_t begin;
   int64_t end;
 };
 
 template <typename T>
-struct Census {
-  int64_t below;
-  int64_t inside;
-  int64_t stored;
+struct RangeCount {
+  int64_t below;   // keys below the range
+  int64_t inside;  // keys in the range
+  int64_t stored;  // keys in the range that were copied
 };
 
-// What the search found. bound: keys below it are shrunk. partial: of the keys equal to bound, the
-// first `ties` in flat order are shrunk as well.
+// The elements to shrink: every key below `bound` and, if `partial` is set, the first `ties` keys
+// equal to `bound` in flat order.
 template <typename T>
-struct Selection {
+struct Threshold {
   Key<T> bound;
   bool partial;
   int64_t ties;
@@ -40,69 +41,77 @@ struct KeyRange {
   Key<T> hi;
 };
 
-// What a speculative pass over a range of groups leaves behind; see speculate.inc.h.
-struct Ledger {
-  uint64_t* mask;   // a word per group: the mask before the pass
-  uint64_t* odd;    // a word per group: the lowest bit of every weight before the pass
-  int32_t* groups;  // groups to settle: those with candidates from the front, postponed ones from
-  int64_t room;     //   the back; room for all
+// What a speculative pass over a range of blocks needs to be undone or completed; see
+// speculate.inc.h.
+struct UndoLog {
+  uint64_t* mask;    // a word per block: the mask before the pass
+  uint64_t* lsb;     // a word per block: the lowest bit of every weight before the pass
+  int32_t* blocks;   // those with candidates from the front, the postponed ones from the back
+  int64_t capacity;  // of `blocks`: all blocks of the range
 };
 
-struct Sight {
+struct SpeculationStats {
   int64_t below;      // keys below the range
-  int64_t inside;     // keys in it: the candidates
-  int64_t listed;     // groups with candidates
-  int64_t postponed;  // groups in which nothing has been shrunk yet
-  int64_t stored;     // candidates whose keys were gathered; none of a range of one key
-  int64_t flips;      // mask bits that changed; candidates keep theirs until they are settled
+  int64_t inside;     // keys in the range: the candidates
+  int64_t listed;     // blocks with candidates
+  int64_t postponed;  // blocks in which nothing has been shrunk yet
+  int64_t stored;     // gathered candidate keys; 0 if the range is a single key
+  int64_t flips;      // mask bits that changed; those of candidates change when they are resolved
 };
 
-// Adam's or SGD's update of one tensor, whose weights are passed on their own.
+// The update of one tensor by Adam or SGD. The weights are a separate argument.
 struct TensorUpdate {
   enum Rule { kAdam, kSgd } rule = kAdam;
   const void* grad = nullptr;
-  bool bfloat16 = false;    // the gradient's type
-  float* first = nullptr;   // Adam's m, SGD's buffer (null without momentum)
-  float* second = nullptr;  // Adam's v
-  bool fresh = false;       // SGD: the buffer holds nothing yet
+  bool bfloat16 = false;    // the gradient's dtype; float32 otherwise
+  float* first = nullptr;   // Adam: exp_avg; SGD: momentum buffer, null without momentum
+  float* second = nullptr;  // Adam: exp_avg_sq
+  bool first_step = false;  // SGD: the buffer is not initialized yet
   Gradient gradient{};
   AdamStep adam{};
   SgdStep sgd{};
 };
 
 template <typename T>
-struct Passes {
+struct PruneKernels {
   using Bits = typename T::Bits;
-  Sight (*speculate)(Bits*, int64_t, Range, const TensorUpdate*, KeyRange<T>, Key<T>,
-                     typename T::Wide, const Ledger&, Key<T>*, int64_t, uint64_t*);
-  void (*restore)(Bits*, int64_t, Range, Key<T>, typename T::Wide, const Ledger&, const Sight&,
-                  uint64_t*);
-  int64_t (*settle)(Bits*, int64_t, KeyRange<T>, const Selection<T>&, typename T::Wide,
-                    const Ledger&, const Sight&, uint64_t*);
-  int64_t (*count_less)(const Key<T>*, int64_t, Key<T>);
-  Census<T> (*census)(const Bits*, int64_t, Range, Key<T>, Key<T>, Key<T>*, int64_t);
-  void (*histogram)(const Bits*, int64_t, Key<T>, Key<T>, int, int64_t*);
-  int64_t (*apply)(Bits*, int64_t, Range, uint64_t*, const Selection<T>&, typename T::Wide);
-  void (*clear)(Bits*, int64_t, Range, const uint64_t*);
-  int64_t (*shrink_groups)(Bits*, int64_t, const NmShape&, Range, const TensorUpdate*,
-                           typename T::Wide, const NmDesk<T>&, uint64_t*, Key<T>*);
+  using Wide = typename T::Wide;
+  SpeculationStats (*speculate)(Bits* w, int64_t numel, Range blocks, const TensorUpdate* update,
+                                KeyRange<T> range, Key<T> flushed_below, Wide shrink,
+                                const UndoLog& log, Key<T>* keys, int64_t capacity, uint64_t* mask);
+  void (*restore)(Bits* w, int64_t numel, Range blocks, Key<T> lo, Wide shrink, const UndoLog& log,
+                  const SpeculationStats& stats, uint64_t* mask);
+  int64_t (*resolve_candidates)(Bits* w, int64_t numel, KeyRange<T> range,
+                                const Threshold<T>& threshold, Wide shrink, const UndoLog& log,
+                                const SpeculationStats& stats, uint64_t* mask);
+  int64_t (*count_less)(const Key<T>* keys, int64_t count, Key<T> bound);
+  RangeCount<T> (*count_range)(const Bits* w, int64_t numel, Range blocks, Key<T> lo, Key<T> hi,
+                               Key<T>* out, int64_t capacity);
+  void (*histogram)(const Bits* w, int64_t numel, Key<T> lo, Key<T> hi, int shift, int64_t* bins);
+  int64_t (*apply)(Bits* w, int64_t numel, Range blocks, uint64_t* mask,
+                   const Threshold<T>& threshold, Wide shrink);
+  void (*clear)(Bits* w, int64_t numel, Range blocks, const uint64_t* mask);
+  int64_t (*nm_shrink)(Bits* w, int64_t numel, const NmShape& by, Range work_units,
+                       const TensorUpdate* update, Wide shrink, const NmScratch<T>& scratch,
+                       uint64_t* mask, Key<T>* largest);
 };
 
-// The optimizer's update without a selection: of weights that are not pruned, and (mask given) of
-// those whose mask is fixed, where weights and moments become +0.
-struct UpdatePasses {
-  void (*update)(float*, int64_t, Range, const TensorUpdate&, const uint64_t* mask);
+// The optimizer update without a selection. With a mask (a fixed one), the pruned weights and their
+// moments become +0.
+struct UpdateKernels {
+  void (*update)(float* w, int64_t numel, Range blocks, const TensorUpdate& update,
+                 const uint64_t* mask);
 };
 
-const UpdatePasses& update_passes();
+const UpdateKernels& update_kernels();
 
-// The passes of the instruction set in use. `exact`: the scalar ones, which also follow the rules
-// for infinity and NaN.
+// The kernels of the instruction set in use. `exact` returns the scalar kernels, which also follow
+// the rules for infinity and NaN.
 template <typename T>
-const Passes<T>& passes(bool exact = false);
+const PruneKernels<T>& prune_kernels(bool exact = false);
 
-// Name of the instruction set in use: avx512, avx2 or scalar. A non-empty `want` selects one that
-// the CPU has; returns the one then in use.
+// Returns the name of the instruction set in use: avx512, avx2 or scalar. A non-empty `want` first
+// selects a set that the CPU supports.
 std::string cpu_capability(std::string want);
 
 }  // namespace issp

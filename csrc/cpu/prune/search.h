@@ -1,9 +1,9 @@
-// The exact k-th smallest key of a tensor without writing to it.
+// The exact k-th smallest key of a tensor; the tensor is only read.
 //
-// A census over a key range [lo, hi] counts what lies below and keeps what lies inside (one read of
-// the weights); among the few candidates kept the k-th is then found exactly. If the range misses
-// the rank, or holds more candidates than fit, a histogram of 2048 bins narrows it (at most 3 times
-// for 32-bit keys): the result is the same.
+// `count_range` counts the keys below a range [lo, hi] and copies the keys inside, in one read of
+// the weights. The k-th key is then found among these candidates. If the range does not contain
+// rank k, or holds more candidates than fit, a histogram of 2048 bins narrows the range (at most 3
+// times for 32-bit keys). The result does not depend on the path.
 #pragma once
 
 #include "cpu/prune/candidates.h"
@@ -11,106 +11,110 @@
 
 namespace issp {
 
-// Working memory of a call or of one member.
-struct Space {
+// Working memory of a call or of one thread.
+struct Scratch {
   char* data;
   int64_t bytes;
 
-  Space share(int64_t member, int64_t members) const {
-    const int64_t each = bytes / members / 8 * 8;
-    return {data + each * member, each};
+  Scratch slice(int64_t thread, int64_t num_threads) const {
+    const int64_t each = bytes / num_threads / 8 * 8;
+    return {data + each * thread, each};
   }
-  Space from(int64_t used) const { return {data + used, bytes - used}; }
+  Scratch after(int64_t used) const { return {data + used, bytes - used}; }
 };
 
 template <typename T>
-class Searcher {
+class ThresholdSearch {
   using Bits = typename T::Bits;
 
  public:
-  // space: for candidates, shared evenly by the team.
-  Searcher(const Bits* w, int64_t numel, Team team, Space space)
+  // scratch: for the candidates; every thread has an equal part.
+  ThresholdSearch(const Bits* w, int64_t numel, ThreadGroup threads, Scratch scratch)
       : w_(w),
         numel_(numel),
-        team_(team),
-        space_(space),
-        seen_(size_t(team.size)),
-        pass_(passes<T>()) {}
+        threads_(threads),
+        scratch_(scratch),
+        counts_(size_t(threads.size)),
+        kernels_(prune_kernels<T>()) {}
 
-  Found<T> find(int64_t k, const KeyRange<T>* hint) {
-    if (k == 0) return {0, false, std::vector<Selection<T>>(seen_.size(), {0, false, 0})};
+  SearchResult<T> find(int64_t k, const KeyRange<T>* hint) {
+    if (k == 0) return {0, false, std::vector<Threshold<T>>(counts_.size(), {0, false, 0})};
     KeyRange<T> range{0, Limits<T>::magnitude};
     int64_t below = 0;  // keys below range.lo
     if (hint) {
-      take_census(*hint);
-      const int64_t under = sum(&Census<T>::below), inside = sum(&Census<T>::inside);
+      count_range(*hint);
+      const int64_t under = sum(&RangeCount<T>::below), inside = sum(&RangeCount<T>::inside);
       if (k <= under) {
         range.hi = hint->lo - 1;
       } else if (k > under + inside) {
         range.lo = hint->hi + 1;
         below = under + inside;
       } else {
-        if (complete(*hint)) return decide(parts(), *hint, k, under);
+        if (complete(*hint)) return find_threshold(lists(), *hint, k, under);
         range = *hint;
         below = under;
       }
     }
     while (narrow(range, k, below) > capacity() / 2 && range.lo < range.hi) {
     }
-    take_census(range);
-    while (!complete(range)) {  // the candidates lie unevenly over the team's shares
+    count_range(range);
+    while (!complete(range)) {  // one thread has more candidates than its scratch holds
       narrow(range, k, below);
-      take_census(range);
+      count_range(range);
     }
-    Found<T> found = decide(parts(), range, k, below);
-    found.missed = hint != nullptr;
-    return found;
+    SearchResult<T> result = find_threshold(lists(), range, k, below);
+    result.missed = hint != nullptr;
+    return result;
   }
 
  private:
-  int64_t sum(int64_t Census<T>::* field) const {
+  int64_t sum(int64_t RangeCount<T>::* field) const {
     int64_t total = 0;
-    for (const Census<T>& part : seen_) total += part.*field;
+    for (const RangeCount<T>& count : counts_) total += count.*field;
     return total;
   }
 
-  Key<T>* keys(int64_t member) const {
-    return reinterpret_cast<Key<T>*>(space_.share(member, team_.size).data);
+  Key<T>* keys(int64_t thread) const {
+    return reinterpret_cast<Key<T>*>(scratch_.slice(thread, threads_.size).data);
   }
-  int64_t capacity() const { return space_.share(0, team_.size).bytes / int64_t(sizeof(Key<T>)); }
+  int64_t capacity() const {
+    return scratch_.slice(0, threads_.size).bytes / int64_t(sizeof(Key<T>));
+  }
 
-  Parts<T> parts() const {
-    Parts<T> found;
-    for (size_t p = 0; p < seen_.size(); ++p) {
-      found.push_back({keys(int64_t(p)), seen_[p].stored, seen_[p].inside});
+  CandidateLists<T> lists() const {
+    CandidateLists<T> result;
+    for (size_t p = 0; p < counts_.size(); ++p) {
+      result.push_back({keys(int64_t(p)), counts_[p].stored, counts_[p].inside});
     }
-    return found;
+    return result;
   }
 
-  void take_census(KeyRange<T> range) {
-    team_.each([&](int64_t p) {
-      seen_[size_t(p)] =
-          pass_.census(w_, numel_, team_.share(p, numel_), range.lo, range.hi, keys(p), capacity());
+  void count_range(KeyRange<T> range) {
+    threads_.run([&](int64_t p) {
+      counts_[size_t(p)] = kernels_.count_range(w_, numel_, threads_.range_of(p, numel_), range.lo,
+                                                range.hi, keys(p), capacity());
     });
   }
 
   bool complete(KeyRange<T> range) const {
-    return range.lo == range.hi || sum(&Census<T>::stored) == sum(&Census<T>::inside);
+    return range.lo == range.hi || sum(&RangeCount<T>::stored) == sum(&RangeCount<T>::inside);
   }
 
-  // Cuts the range down to the bin that holds rank k; returns its population.
+  // Narrows the range to the bin that contains rank k; returns the number of keys in the bin.
   int64_t narrow(KeyRange<T>& range, int64_t k, int64_t& below) const {
     int shift = 0;
     while ((range.hi - range.lo) >> shift >= kBins) ++shift;
-    std::vector<int64_t> bins(size_t(team_.size) * kBins);
-    team_.each([&](int64_t p) {
-      const Range groups = team_.share(p, numel_);
-      const int64_t begin = 64 * groups.begin, end = std::min(64 * groups.end, numel_);
-      pass_.histogram(w_ + begin, end - begin, range.lo, range.hi, shift, &bins[size_t(p) * kBins]);
+    std::vector<int64_t> bins(size_t(threads_.size) * kBins);
+    threads_.run([&](int64_t p) {
+      const Range blocks = threads_.range_of(p, numel_);
+      const int64_t begin = 64 * blocks.begin, end = std::min(64 * blocks.end, numel_);
+      kernels_.histogram(w_ + begin, end - begin, range.lo, range.hi, shift,
+                         &bins[size_t(p) * kBins]);
     });
     for (int bin = 0;; ++bin) {
       int64_t population = 0;
-      for (int64_t p = 0; p < team_.size; ++p) population += bins[size_t(p) * kBins + size_t(bin)];
+      for (int64_t p = 0; p < threads_.size; ++p)
+        population += bins[size_t(p) * kBins + size_t(bin)];
       if (below + population >= k) {
         range.lo += Key<T>(bin) << shift;
         range.hi = std::min(range.hi, Key<T>(range.lo + ((Key<T>(1) << shift) - 1)));
@@ -122,10 +126,10 @@ class Searcher {
 
   const Bits* w_;
   int64_t numel_;
-  Team team_;
-  Space space_;
-  std::vector<Census<T>> seen_;
-  const Passes<T>& pass_;
+  ThreadGroup threads_;
+  Scratch scratch_;
+  std::vector<RangeCount<T>> counts_;
+  const PruneKernels<T>& kernels_;
 };
 
 }  // namespace issp

@@ -1,20 +1,21 @@
-// The passes over a tensor's memory, for one instruction set. Included once per set by passes.cpp,
-// with ISSP_ISA (a namespace holding Lanes<T>) and ISSP_TARGET (its function attribute) defined.
+// Kernels that count, select and shrink, for one instruction set. prune_kernels.cpp includes this
+// file once per set, with ISSP_ISA (a namespace that holds Lanes<T>) and ISSP_TARGET (the function
+// attribute of the set) defined.
 //
-// All work in groups of 64 elements, one 64-bit word of the packed mask. A last, partial group is
-// copied to a padded buffer, so that every loop has one body. The pads' keys are the largest of
-// all: they are counted nowhere, and selected at most in bits that `valid` removes.
+// Every kernel works in blocks of 64 elements: one 64-bit word of the packed mask. A last, partial
+// block is copied to a padded buffer, so that every loop has one body. The pads have the largest
+// key of all: no kernel counts them, and `valid` removes their bits where they are selected.
 
 namespace issp::ISSP_ISA {
 
 template <typename T>
-struct Group {
+struct Block64 {
   using Bits = typename T::Bits;
   alignas(64) Bits padded[64];
   Bits* data;
   int64_t valid;
 
-  Group(Bits* w, int64_t index, int64_t numel) : data(w + 64 * index), valid(numel - 64 * index) {
+  Block64(Bits* w, int64_t index, int64_t numel) : data(w + 64 * index), valid(numel - 64 * index) {
     if (valid >= 64) {
       valid = 64;
       return;
@@ -28,11 +29,11 @@ struct Group {
   }
 };
 
-// The hardware prefetcher loses its way among the passes' several streams, so lines are fetched by
-// hand, 2 KiB ahead. Time of a speculative pass over EDSR-L out of DRAM, in-place multiplication of
-// the same memory = 1, in huge pages: without 1.5; into the first-level cache 1, 2, 4 KiB ahead
-// 1.37, 1.26, 1.34; into the second 2, 4, 12 KiB ahead 1.32, 1.33, 1.44. In 4 KiB pages: 1.05 to
-// 1.17, and 1.08 as it stands.
+// The hardware prefetcher does not follow the several memory streams of a pass, so the code
+// prefetches 2 KiB ahead. Measured: one speculative pass over the weights of EDSR-L in DRAM, in 2
+// MiB pages, relative to an in-place multiplication of the same memory. Without prefetch 1.5; into
+// L1, 1 / 2 / 4 KiB ahead: 1.37 / 1.26 / 1.34; into L2, 2 / 4 / 12 KiB ahead: 1.32 / 1.33 / 1.44.
+// In 4 KiB pages the settings range from 1.05 to 1.17; this one takes 1.08.
 inline void prefetch(const void* from, size_t bytes) {
   const char* ahead = static_cast<const char*>(from) + 2048;
   for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(ahead + line, 0, 3);
@@ -48,111 +49,110 @@ ISSP_TARGET inline uint32_t lanes_of(uint64_t word, int i) {
   return uint32_t((word >> i) & ((uint64_t(1) << L::width) - 1));
 }
 
-// Appends the keys of the lanes set in `in` and returns their number; out has room for 64.
+// Appends the keys of the lanes set in `in` and returns their number. `out` must have space for 64.
 template <typename T>
-ISSP_TARGET inline int64_t compress_group(const Group<T>& group, uint64_t in, Key<T>* out) {
+ISSP_TARGET inline int64_t compress_block(const Block64<T>& block, uint64_t in, Key<T>* out) {
   using L = Lanes<T>;
   if (!in) return 0;
   int64_t stored = 0;
   for (int i = 0; i < 64; i += L::width) {
     const uint32_t lanes = lanes_of<L>(in, i);
-    L::compress(out + stored, L::load(group.data + i), lanes);
+    L::compress(out + stored, L::load(block.data + i), lanes);
     stored += __builtin_popcount(lanes);
   }
   return stored;
 }
 
-// Counts the keys below lo and those in lo..hi, and keeps copies of the latter while they fit.
+// Counts the keys below lo and those in lo..hi, and copies the latter to `out` while they fit.
 template <typename T>
-ISSP_TARGET Census<T> census(const typename T::Bits* w, int64_t numel, Range groups, Key<T> lo,
-                             Key<T> hi, Key<T>* out, int64_t capacity) {
+ISSP_TARGET RangeCount<T> count_range(const typename T::Bits* w, int64_t numel, Range blocks,
+                                      Key<T> lo, Key<T> hi, Key<T>* out, int64_t capacity) {
   using L = Lanes<T>;
-  // Plain locals: vector stores may alias a struct that is returned, which would cost a reload
-  // each.
+  // Local variables: a vector store may alias a returned struct, which would force a reload each.
   int64_t below = 0, inside = 0, stored = 0;
-  const int64_t room = lo == hi ? -1 : capacity - 64;
-  for (int64_t g = groups.begin; g < groups.end; ++g) {
-    const Group<T> group(const_cast<typename T::Bits*>(w), g, numel);
-    prefetch(w + 64 * g, 64 * sizeof(*w));
+  const int64_t last_fit = lo == hi ? -1 : capacity - 64;
+  for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+    const Block64<T> block(const_cast<typename T::Bits*>(w), b, numel);
+    prefetch(w + 64 * b, 64 * sizeof(*w));
     Masks<L> less, up_to;
     for (int i = 0; i < 64; i += L::width) {
-      const auto bits = L::load(group.data + i);
+      const auto bits = L::load(block.data + i);
       less.lanes[i / L::width] = L::less(bits, lo);
       up_to.lanes[i / L::width] = L::less(bits, hi + 1);
     }
-    const uint64_t under = less.joined(), in = (up_to.joined() & ~under) & group.bits();
+    const uint64_t under = less.joined(), in = (up_to.joined() & ~under) & block.bits();
     below += __builtin_popcountll(under);
     inside += __builtin_popcountll(in);
-    if (stored <= room) stored += compress_group<T>(group, in, out + stored);
+    if (stored <= last_fit) stored += compress_block<T>(block, in, out + stored);
   }
   return {below, inside, stored};
 }
 
-// Histogram of (key - lo) >> shift over the keys in lo..hi. Two tables, so that runs of equal bins
-// do not wait for one another's store.
+// Histogram of (key - lo) >> shift over the keys in lo..hi. Two tables: with one, consecutive keys
+// of the same bin would wait for the previous store.
 template <typename T>
 ISSP_TARGET void histogram(const typename T::Bits* w, int64_t numel, Key<T> lo, Key<T> hi,
                            int shift, int64_t* bins) {
-  int64_t odd[kBins] = {};
-  int64_t* const tables[2] = {bins, odd};
+  int64_t second[kBins] = {};
+  int64_t* const tables[2] = {bins, second};
   for (int64_t i = 0; i < numel; ++i) {
     const Key<T> k = key<T>(w[i]);
     if (k >= lo && k <= hi) ++tables[i & 1][(k - lo) >> shift];
   }
-  for (int b = 0; b < kBins; ++b) bins[b] += odd[b];
+  for (int bin = 0; bin < kBins; ++bin) bins[bin] += second[bin];
 }
 
-// Shrinks the keys below `bound`; of those equal to `partial`, only the first `ties`. Refreshes the
-// mask words, writing only those that change, and returns how many bits changed.
+// Shrinks the elements that `threshold` selects, writes the mask words that change, and returns how
+// many mask bits changed.
 template <typename T>
-ISSP_TARGET int64_t apply(typename T::Bits* w, int64_t numel, Range groups, uint64_t* mask,
-                          const Selection<T>& chosen, typename T::Wide shrink) {
+ISSP_TARGET int64_t apply(typename T::Bits* w, int64_t numel, Range blocks, uint64_t* mask,
+                          const Threshold<T>& threshold, typename T::Wide shrink) {
   using L = Lanes<T>;
-  int64_t flips = 0, ties = chosen.ties;
-  const bool partial = chosen.partial;
-  for (int64_t step = 0; step < groups.end - groups.begin; ++step) {
-    // Backwards, the end of the range is still in the cache from the census; ties need order.
-    const int64_t g = partial ? groups.begin + step : groups.end - 1 - step;
-    Group<T> group(w, g, numel);
+  int64_t flips = 0, ties = threshold.ties;
+  const bool partial = threshold.partial;
+  for (int64_t step = 0; step < blocks.end - blocks.begin; ++step) {
+    // Backwards: the end of the range is still in the cache from count_range. Ties need flat order.
+    const int64_t b = partial ? blocks.begin + step : blocks.end - 1 - step;
+    Block64<T> block(w, b, numel);
     Masks<L> less, same{};
     for (int i = 0; i < 64; i += L::width) {
-      const auto bits = L::load(group.data + i);
-      less.lanes[i / L::width] = L::less(bits, chosen.bound);
-      if (partial) same.lanes[i / L::width] = L::equal(bits, chosen.bound);
+      const auto bits = L::load(block.data + i);
+      less.lanes[i / L::width] = L::less(bits, threshold.bound);
+      if (partial) same.lanes[i / L::width] = L::equal(bits, threshold.bound);
     }
     uint64_t take = less.joined();
     const uint64_t equal = partial ? same.joined() : 0;
-    if (equal & group.bits()) {
-      const uint64_t first = lowest(equal & group.bits(), ties);
+    if (equal & block.bits()) {
+      const uint64_t first = lowest(equal & block.bits(), ties);
       ties -= __builtin_popcountll(first);
       take |= first;
     }
-    take &= group.bits();
+    take &= block.bits();
     for (int i = 0; i < 64; i += L::width) {
-      L::store_shrunk(group.data + i, L::load(group.data + i), lanes_of<L>(take, i), shrink);
+      L::store_shrunk(block.data + i, L::load(block.data + i), lanes_of<L>(take, i), shrink);
     }
-    group.store(w, g);
-    const uint64_t kept = ~take & group.bits(), old = mask[g];
+    block.store(w, b);
+    const uint64_t kept = ~take & block.bits(), old = mask[b];
     if (old != kept) {
       flips += __builtin_popcountll(old ^ kept);
-      mask[g] = kept;
+      mask[b] = kept;
     }
   }
   return flips;
 }
 
-// Writes +0 where the mask has a 0 bit; full groups that are kept whole are not touched.
+// Writes +0 where the mask has a 0 bit. Full blocks without a 0 bit are not touched.
 template <typename T>
-ISSP_TARGET void clear(typename T::Bits* w, int64_t numel, Range groups, const uint64_t* mask) {
+ISSP_TARGET void clear(typename T::Bits* w, int64_t numel, Range blocks, const uint64_t* mask) {
   using L = Lanes<T>;
-  for (int64_t g = groups.begin; g < groups.end; ++g) {
-    Group<T> group(w, g, numel);
-    const uint64_t drop = ~mask[g] & group.bits();
+  for (int64_t b = blocks.begin; b < blocks.end; ++b) {
+    Block64<T> block(w, b, numel);
+    const uint64_t drop = ~mask[b] & block.bits();
     if (!drop) continue;
     for (int i = 0; i < 64; i += L::width) {
-      L::clear(group.data + i, lanes_of<L>(drop, i));
+      L::clear(block.data + i, lanes_of<L>(drop, i));
     }
-    group.store(w, g);
+    block.store(w, b);
   }
 }
 

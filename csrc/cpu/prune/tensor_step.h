@@ -1,6 +1,6 @@
-// One tensor's step: selection, shrink, mask and flips, behind an optimizer's update if there is
-// one. Speculative where the shrink can be undone, else searched first and applied in a second
-// pass.
+// The pruning step of one tensor: optional optimizer update, selection, shrink, mask and flips. One
+// speculative pass if the shrink can be undone; otherwise a search and then a second pass that
+// shrinks.
 #pragma once
 
 #include <atomic>
@@ -11,15 +11,16 @@
 
 namespace issp {
 
-// Everything of one call that does not change from tensor to tensor.
-struct Call {
+// The arguments that all tensors of a call share.
+struct StepParams {
   double shrink;
   bool bracket;
   int32_t* masks;
   std::atomic<int32_t> misses{0};
 };
 
-// The smallest key whose product is not flushed to zero (speculate postpones those below).
+// The smallest key whose product is not flushed to zero; `speculate` postpones blocks with smaller
+// keys.
 template <typename T>
 Key<T> flushed_below(typename T::Wide shrink) {
   using Bits = typename T::Bits;
@@ -35,143 +36,150 @@ Key<T> flushed_below(typename T::Wide shrink) {
   return range.lo;
 }
 
-// Weights with equal products must be neighbours, two at most, with room for a second rounding.
+// At most two weights, which are neighbours, may have the same product. That holds for shrink >
+// 1/2; 0.6 leaves a margin for the second rounding of the 16-bit types.
 inline bool can_be_undone(double shrink) {
   return shrink > 0.6;
 }
 
 template <typename T>
-class ShrinkItem {
+class TensorStep {
   using Bits = typename T::Bits;
   using Wide = typename T::Wide;
 
  public:
   // update: may be null.
-  ShrinkItem(const Item& item, Call& call, Team team, Space space, const TensorUpdate* update)
+  TensorStep(const Item& item, StepParams& params, ThreadGroup threads, Scratch scratch,
+             const TensorUpdate* update)
       : w_(static_cast<Bits*>(item.data)),
         numel_(item.numel),
-        mask_(reinterpret_cast<uint64_t*>(call.masks + item.mask_start)),
-        call_(call),
-        shrink_(Wide(call.shrink)),
-        team_(team),
-        space_(space),
+        mask_(reinterpret_cast<uint64_t*>(params.masks + item.mask_start)),
+        params_(params),
+        shrink_(Wide(params.shrink)),
+        threads_(threads),
+        scratch_(scratch),
         update_(update) {}
 
-  void run(int64_t k, Bits& threshold, int64_t& flips, Trend& trend) {
-    // A small tensor's share of the scratch holds few candidates; here all of them fit.
-    alignas(64) char desktop[kSmall / 64 * 20 + (kSmall + 16) * sizeof(Key<T>)];
-    if (numel_ <= kSmall) space_ = {desktop, int64_t(sizeof(desktop))};
+  void run(int64_t k, Bits& threshold, int64_t& flips, ThresholdPredictor& predictor) {
+    // The scratch part of a small tensor holds few candidates; small_scratch holds all its keys.
+    alignas(64) char small_scratch[kSmall / 64 * 20 + (kSmall + 16) * sizeof(Key<T>)];
+    if (numel_ <= kSmall) scratch_ = {small_scratch, int64_t(sizeof(small_scratch))};
     KeyRange<T> range{};
-    const bool hinted = call_.bracket && foretell<T>(threshold, call_.shrink, trend, range);
+    const bool hinted =
+        params_.bracket && predict_threshold<T>(threshold, params_.shrink, predictor, range);
     std::optional<Key<T>> tau;
     bool missed = false;
-    if (k > 0 && can_be_undone(call_.shrink)) {
-      if (hinted) tau = attempt(range, k, flips);
+    if (k > 0 && can_be_undone(params_.shrink)) {
+      if (hinted) tau = try_speculation(range, k, flips);
       missed = hinted && !tau;
-      if (!tau && sampled(k, range)) tau = attempt(range, k, flips);
+      if (!tau && sampled(k, range)) tau = try_speculation(range, k, flips);
     }
     if (!tau) {
-      const bool use_hint = hinted && !can_be_undone(call_.shrink);
-      const Found<T> found = search(k, use_hint ? &range : nullptr, flips);
-      missed |= found.missed;
-      tau = found.tau;
+      const bool use_hint = hinted && !can_be_undone(params_.shrink);
+      const SearchResult<T> result = search(k, use_hint ? &range : nullptr, flips);
+      missed |= result.missed;
+      tau = result.tau;
     }
-    if (missed) call_.misses.fetch_add(1, std::memory_order_relaxed);
-    if (hinted && k > 0) learn<T>(trend, threshold, Bits(*tau), call_.shrink);
+    if (missed) params_.misses.fetch_add(1, std::memory_order_relaxed);
+    if (hinted && k > 0) update_predictor<T>(predictor, threshold, Bits(*tau), params_.shrink);
     threshold = Bits(*tau);
   }
 
  private:
   static constexpr int64_t kSmall = 4096;
 
-  // One member's share of the tensor, its ledger, and its room for candidates' keys.
-  struct Desk {
-    Range groups;
-    Ledger ledger;
+  // The part of the tensor that one thread works on, its undo log, and memory for candidate keys.
+  struct ThreadPart {
+    Range blocks;
+    UndoLog log;
     Key<T>* keys;
     int64_t capacity;
   };
 
-  Desk desk(int64_t p) const {
-    const Range groups = team_.share(p, numel_);
-    const int64_t lines = (groups.end - groups.begin + kLineGroups - 1) / kLineGroups;
-    const int64_t count = lines * kLineGroups;
-    const Space mine = space_.share(p, team_.size);
-    auto* const words = reinterpret_cast<uint64_t*>(mine.data);
+  ThreadPart part_of(int64_t p) const {
+    const Range blocks = threads_.range_of(p, numel_);
+    const int64_t lines = (blocks.end - blocks.begin + kLineBlocks - 1) / kLineBlocks;
+    const int64_t count = lines * kLineBlocks;
+    const Scratch scratch = scratch_.slice(p, threads_.size);
+    auto* const words = reinterpret_cast<uint64_t*>(scratch.data);
     auto* const listed = reinterpret_cast<int32_t*>(words + 2 * count);
-    const Space rest = mine.from(20 * count);
-    return {groups,
-            {words, words + count, listed, groups.end - groups.begin},
+    const Scratch rest = scratch.after(20 * count);
+    return {blocks,
+            {words, words + count, listed, blocks.end - blocks.begin},
             reinterpret_cast<Key<T>*>(rest.data),
             rest.bytes / int64_t(sizeof(Key<T>))};
   }
 
   bool sampled(int64_t k, KeyRange<T>& range) const {
-    const Desk first = desk(0);
+    const ThreadPart first = part_of(0);
     return sample<T>(w_, numel_, k, first.keys, first.capacity, range);
   }
 
-  // Shrinks below the range and settles what is inside, or leaves the weights as they were.
-  std::optional<Key<T>> attempt(KeyRange<T> range, int64_t k, int64_t& flips) {
-    const Passes<T>& pass = passes<T>();
-    const auto members = size_t(team_.size);
+  // Shrinks below the range and resolves the candidates, or leaves the weights unchanged and
+  // returns nothing.
+  std::optional<Key<T>> try_speculation(KeyRange<T> range, int64_t k, int64_t& flips) {
+    const PruneKernels<T>& kernels = prune_kernels<T>();
+    const auto num_threads = size_t(threads_.size);
     const Key<T> flushed = flushed_below<T>(shrink_);
-    std::vector<Sight> seen(members);
-    Parts<T> parts(members);
-    team_.each([&](int64_t p) {
-      const Desk at = desk(p);
-      const Sight sight = pass.speculate(w_, numel_, at.groups, update_, range, flushed, shrink_,
-                                         at.ledger, at.keys, at.capacity, mask_);
-      seen[size_t(p)] = sight;
-      parts[size_t(p)] = {at.keys, sight.stored, sight.inside};
+    std::vector<SpeculationStats> stats_of(num_threads);
+    CandidateLists<T> lists(num_threads);
+    threads_.run([&](int64_t p) {
+      const ThreadPart part = part_of(p);
+      const SpeculationStats stats =
+          kernels.speculate(w_, numel_, part.blocks, update_, range, flushed, shrink_, part.log,
+                            part.keys, part.capacity, mask_);
+      stats_of[size_t(p)] = stats;
+      lists[size_t(p)] = {part.keys, stats.stored, stats.inside};
     });
     update_ = nullptr;
     int64_t below = 0, inside = 0, stored = 0;
-    for (size_t p = 0; p < members; ++p) {
-      below += seen[p].below;
-      inside += seen[p].inside;
-      stored += parts[p].stored;
+    for (size_t p = 0; p < num_threads; ++p) {
+      below += stats_of[p].below;
+      inside += stats_of[p].inside;
+      stored += lists[p].stored;
     }
     const bool complete = range.lo == range.hi || stored == inside;
     if (k <= below || k > below + inside || !complete) {
-      team_.each([&](int64_t p) {
-        const Desk at = desk(p);
-        pass.restore(w_, numel_, at.groups, range.lo, shrink_, at.ledger, seen[size_t(p)], mask_);
+      threads_.run([&](int64_t p) {
+        const ThreadPart part = part_of(p);
+        kernels.restore(w_, numel_, part.blocks, range.lo, shrink_, part.log, stats_of[size_t(p)],
+                        mask_);
       });
       return std::nullopt;
     }
-    const Found<T> found = decide(parts, range, k, below);
-    flips = over_team([&](int64_t p) {
-      const Sight& sight = seen[size_t(p)];
-      return sight.flips + pass.settle(w_, numel_, range, found.per_part[size_t(p)], shrink_,
-                                       desk(p).ledger, sight, mask_);
+    const SearchResult<T> result = find_threshold(lists, range, k, below);
+    flips = sum_over_threads([&](int64_t p) {
+      const SpeculationStats& stats = stats_of[size_t(p)];
+      return stats.flips + kernels.resolve_candidates(w_, numel_, range,
+                                                      result.per_thread[size_t(p)], shrink_,
+                                                      part_of(p).log, stats, mask_);
     });
-    return found.tau;
+    return result.tau;
   }
 
-  // Two passes: the census of a search, then the shrink.
-  Found<T> search(int64_t k, const KeyRange<T>* hint, int64_t& flips) {
+  // Two passes: one that counts and searches, then one that shrinks.
+  SearchResult<T> search(int64_t k, const KeyRange<T>* hint, int64_t& flips) {
     if constexpr (std::is_same_v<T, Float32>) {
       if (update_) {
-        team_.each([&](int64_t p) {
-          update_passes().update(reinterpret_cast<float*>(w_), numel_, team_.share(p, numel_),
-                                 *update_, nullptr);
+        threads_.run([&](int64_t p) {
+          update_kernels().update(reinterpret_cast<float*>(w_), numel_,
+                                  threads_.range_of(p, numel_), *update_, nullptr);
         });
       }
     }
-    const Found<T> found = Searcher<T>(w_, numel_, team_, space_).find(k, hint);
-    const Passes<T>& pass = passes<T>(found.tau >= kInfinity<T>);
-    flips = over_team([&](int64_t p) {
-      return pass.apply(w_, numel_, team_.share(p, numel_), mask_, found.per_part[size_t(p)],
-                        shrink_);
+    const SearchResult<T> result = ThresholdSearch<T>(w_, numel_, threads_, scratch_).find(k, hint);
+    const PruneKernels<T>& kernels = prune_kernels<T>(result.tau >= kInfinity<T>);
+    flips = sum_over_threads([&](int64_t p) {
+      return kernels.apply(w_, numel_, threads_.range_of(p, numel_), mask_,
+                           result.per_thread[size_t(p)], shrink_);
     });
-    return found;
+    return result;
   }
 
   template <typename F>
-  int64_t over_team(const F& work) const {
-    std::vector<int64_t> results(size_t(team_.size));
-    team_.each([&](int64_t p) { results[size_t(p)] = work(p); });
+  int64_t sum_over_threads(const F& body) const {
+    std::vector<int64_t> results(size_t(threads_.size));
+    threads_.run([&](int64_t p) { results[size_t(p)] = body(p); });
     int64_t total = 0;
     for (const int64_t result : results) total += result;
     return total;
@@ -180,26 +188,27 @@ class ShrinkItem {
   Bits* w_;
   int64_t numel_;
   uint64_t* mask_;
-  Call& call_;
+  StepParams& params_;
   Wide shrink_;
-  Team team_;
-  Space space_;
+  ThreadGroup threads_;
+  Scratch scratch_;
   const TensorUpdate* update_;
 };
 
-// The scratch buffer: a header whose first word counts misses, a trend per tensor, then room for
-// ledgers and candidates, of which every thread has an equal share and uses the beginning again and
-// again. A tensor has 0.4 bytes per weight and two lines of it; a ledger takes 0.31.
-struct Scratch {
+// The layout of the scratch tensor: a header whose first word counts misses, a predictor per
+// tensor, then memory for undo logs and candidates. Every thread has an equal part of that memory
+// and reuses it for every tensor. A tensor contributes 0.4 bytes per weight and two cache lines;
+// its undo log takes 0.31 bytes per weight.
+struct StateBuffer {
   int32_t* words;
-  Trend* trends;
-  Space space;
+  ThresholdPredictor* predictors;
+  Scratch scratch;
 
-  Scratch(void* data, int64_t length, size_t tensors)
+  StateBuffer(void* data, int64_t length, size_t tensors)
       : words(static_cast<int32_t*>(data)),
-        trends(reinterpret_cast<Trend*>(words + kScratchHeader)) {
-    const int64_t used = 4 * kScratchHeader + int64_t(tensors * sizeof(Trend));
-    space = {static_cast<char*>(data) + used, 4 * length - used};
+        predictors(reinterpret_cast<ThresholdPredictor*>(words + kScratchHeader)) {
+    const int64_t used = 4 * kScratchHeader + int64_t(tensors * sizeof(ThresholdPredictor));
+    scratch = {static_cast<char*>(data) + used, 4 * length - used};
   }
 };
 

@@ -1,5 +1,5 @@
-// Sixteen elements at a time, each in a 32-bit lane whatever its storage: AVX-512 F, BW, VL, DQ.
-// Keys are below 2^31, so signed comparison orders them.
+// AVX-512 F, BW, VL, DQ: sixteen elements at a time, each in a 32-bit lane independent of its
+// storage type. Keys are below 2^31, so signed comparison orders them.
 #pragma once
 
 #include <immintrin.h>
@@ -15,8 +15,8 @@ struct Lanes32 {
   using Mask = __mmask16;
   static constexpr int width = 16;
 
-  // The masks of 64 elements as one word. Joined in the mask registers: a move, a shift and an or
-  // for each of them is what the passes would otherwise spend most of their instructions on.
+  // Joins the masks of 64 elements to one word, in mask registers. With general registers each mask
+  // would take a move, a shift and an or: most instructions of a pass.
   ISSP_AVX512 static uint64_t join(const Mask* m) {
     const __mmask32 low = _mm512_kunpackw(m[1], m[0]), high = _mm512_kunpackw(m[3], m[2]);
     return _cvtmask64_u64(_mm512_kunpackd(high, low));
@@ -27,19 +27,19 @@ struct Lanes32 {
   ISSP_AVX512 static Mask same(Vector keys, uint32_t bound) {
     return _mm512_cmpeq_epi32_mask(keys, _mm512_set1_epi32(int(bound)));
   }
-  ISSP_AVX512 static Mask odd(Vector bits) {
+  ISSP_AVX512 static Mask lsb(Vector bits) {
     return _mm512_test_epi32_mask(bits, _mm512_set1_epi32(1));
   }
-  // 0 < key < bound: as unsigned numbers, zero minus one is the largest
+  // 0 < key < bound: as an unsigned number, zero minus one is the largest.
   ISSP_AVX512 static Mask small(Vector keys, uint32_t bound) {
     const __m512i less_one = _mm512_sub_epi32(keys, _mm512_set1_epi32(1));
     return _mm512_cmplt_epu32_mask(less_one, _mm512_set1_epi32(int(bound) - 1));
   }
-  // Register compress and a full store: vpcompressd to memory is microcoded on some CPUs.
+  // Compress to a register, then a full store: vpcompressd to memory is microcoded on some CPUs.
   ISSP_AVX512 static void put(uint32_t* out, Vector keys, uint32_t mask) {
     _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(__mmask16(mask), keys));
   }
-  // float products below the smallest normal number become a zero of their sign
+  // Replaces products below the smallest normal float by a zero of their sign.
   ISSP_AVX512 static __m512i flushed(__m512 product) {
     const __m512i bits = _mm512_castps_si512(product);
     const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
@@ -48,7 +48,7 @@ struct Lanes32 {
   }
 };
 
-// A line of eight 64-bit words in a register.
+// A cache line of eight 64-bit words in a register.
 struct Words {
   __m512i v;
 
@@ -93,7 +93,7 @@ struct Lanes<Float32> : Lanes32 {
   }
 };
 
-// The 16-bit types: bits zero-extended into 32-bit lanes.
+// The 16-bit types: their bits are zero-extended to 32-bit lanes.
 struct Lanes16 : Lanes32 {
   using Bits = uint16_t;
   ISSP_AVX512 static Vector load(const Bits* p) {
@@ -118,8 +118,8 @@ struct Lanes<BFloat16> : Lanes16 {
   ISSP_AVX512 static void store_shrunk(Bits* p, Vector bits, uint32_t mask, float shrink) {
     const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     const __m512i product = flushed(_mm512_mul_ps(wide, _mm512_set1_ps(shrink)));
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(product, 16), _mm512_set1_epi32(1));
-    const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i low_bit = _mm512_and_si512(_mm512_srli_epi32(product, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(low_bit, _mm512_set1_epi32(0x7fff));
     const __m512i even = _mm512_srli_epi32(_mm512_add_epi32(product, half), 16);
     _mm256_mask_storeu_epi16(p, __mmask16(mask), _mm512_cvtepi32_epi16(even));
   }
@@ -150,8 +150,8 @@ struct Floats {
   ISSP_AVX512 Floats(__m512 x) : v(x) {}
   ISSP_AVX512 static Floats load(const float* p) { return _mm512_loadu_ps(p); }
   ISSP_AVX512 static Floats load_bfloat16(const uint16_t* p) {
-    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    const __m256i bits16 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits16), 16));
   }
   ISSP_AVX512 void store(float* p) const { _mm512_storeu_ps(p, v); }
 };

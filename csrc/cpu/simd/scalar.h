@@ -1,12 +1,12 @@
-// One element at a time: the readable form of the lanes, and the path of CPUs without AVX2, of
-// float64, and of tensors whose selection reaches infinity or NaN.
+// One element at a time: the reference for the vector versions. Used on CPUs without AVX2, for
+// float64, and for tensors whose selection reaches infinity or NaN.
 #pragma once
 
 #include "update.h"
 
 namespace issp::scalar {
 
-// A line of eight 64-bit words.
+// A cache line of eight 64-bit words.
 struct Words {
   uint64_t v[8] = {};
 
@@ -36,12 +36,13 @@ struct Lanes {
   static Mask less(Vector bits, Key<T> bound) { return key<T>(bits) < bound; }
   static Mask equal(Vector bits, Key<T> bound) { return key<T>(bits) == bound; }
   static Mask tiny(Vector bits, Key<T> bound) { return key<T>(bits) > 0 && key<T>(bits) < bound; }
-  static Mask odd(Vector bits) { return bits & 1; }
+  static Mask lsb(Vector bits) { return bits & 1; }
   static void compress(Key<T>* out, Vector bits, uint32_t) { *out = key<T>(bits); }
   static void store_shrunk(Bits* p, Vector bits, uint32_t mask, Wide shrink) {
     if (mask) *p = shrunk<T>(bits, shrink);
   }
-  // `tiny` elements are the caller's to avoid: a set of lanes need not flush what it scales.
+  // Unlike store_shrunk, a vector version need not flush small products to zero. The caller must
+  // not pass `tiny` elements.
   static void store_scaled(Bits* p, Vector bits, uint32_t mask, Wide shrink) {
     store_shrunk(p, bits, mask, shrink);
   }

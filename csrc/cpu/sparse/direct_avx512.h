@@ -27,23 +27,23 @@ ISSP_AVX512 inline __attribute__((always_inline)) __m512 pixels(const float* row
 }
 
 template <int I, int S, int R, bool Edge>
-ISSP_AVX512 void multiply_direct(const DirectCall& call, const float* x, const DirectEntry* entries,
-                                 const float* values, int64_t value_stride, int64_t count,
-                                 const float* bias, float* y) {
+ISSP_AVX512 void multiply_direct(const DirectParams& params, const float* x,
+                                 const DirectEntry* entries, const float* values,
+                                 int64_t value_stride, int64_t count, const float* bias, float* y) {
   __m512 total[I * R * S];
 #pragma GCC unroll 64
   for (int p = 0; p < I * R * S; ++p) total[p] = _mm512_set1_ps(bias ? bias[p / (R * S)] : 0.0f);
-  for (int64_t begin = 0; begin < count; begin += kRun) {
-    const int64_t end = begin + kRun < count ? begin + kRun : count;
+  for (int64_t begin = 0; begin < count; begin += kSumBlock) {
+    const int64_t end = begin + kSumBlock < count ? begin + kSumBlock : count;
     __m512 sum[I * R * S];
 #pragma GCC unroll 64
     for (int p = 0; p < I * R * S; ++p) sum[p] = _mm512_setzero_ps();
     for (int64_t e = begin; e < end; ++e) {
       const DirectEntry entry = entries[e];
       const float* const at = x + entry.offset;
-      const __mmask16 first = call.columns[entry.column].first;
-      const __mmask16 last = call.columns[entry.column].last;
-      const uint16_t* const rows = call.rows + entry.row * kMaxRows;
+      const __mmask16 first = params.columns[entry.column].first;
+      const __mmask16 last = params.columns[entry.column].last;
+      const uint16_t* const rows = params.rows + entry.row * kMaxRows;
       __m512 weight[I];
 #pragma GCC unroll 4
       for (int i = 0; i < I; ++i) weight[i] = _mm512_set1_ps(values[e * value_stride + i]);
@@ -51,7 +51,7 @@ ISSP_AVX512 void multiply_direct(const DirectCall& call, const float* x, const D
       for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
         for (int s = 0; s < S; ++s) {
-          const __m512 p = pixels<S, R, Edge>(at + r * call.row_stride, r, s, first, last, rows);
+          const __m512 p = pixels<S, R, Edge>(at + r * params.row_stride, r, s, first, last, rows);
 #pragma GCC unroll 4
           for (int i = 0; i < I; ++i) {
             const int n = (i * R + r) * S + s;
@@ -67,10 +67,10 @@ ISSP_AVX512 void multiply_direct(const DirectCall& call, const float* x, const D
   for (int i = 0; i < I; ++i) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      float* const to = y + i * call.y_plane + r * call.y_row;
+      float* const to = y + i * params.y_plane + r * params.y_row;
 #pragma GCC unroll 4
       for (int s = 0; s < S - 1; ++s) _mm512_storeu_ps(to + 16 * s, total[(i * R + r) * S + s]);
-      _mm512_mask_storeu_ps(to + 16 * (S - 1), call.tail, total[(i * R + r) * S + S - 1]);
+      _mm512_mask_storeu_ps(to + 16 * (S - 1), params.tail, total[(i * R + r) * S + S - 1]);
     }
   }
 }

@@ -10,13 +10,12 @@
 
 namespace issp {
 
-constexpr int64_t kSeenBytes = 512
-                               << 10;  // of x, for a group of units: L2 holds it and the results
+constexpr int64_t kL2Budget = 512 << 10;  // of x, for a group of units: L2 holds it and the results
 
-class DirectRun {
+class DirectConv {
  public:
   // A pointwise convolution knows no rows: its pixels are seen as rows of one vector.
-  static Geometry seen(const Geometry& by, int64_t lanes) {
+  static Geometry as_rows(const Geometry& by, int64_t lanes) {
     Geometry g = by;
     if (is_pointwise(by) && Tiling::pixels(by) % lanes == 0) {
       g.input = g.size = {Tiling::pixels(by) / lanes, lanes};
@@ -24,22 +23,22 @@ class DirectRun {
     return g;
   }
 
-  DirectRun(const DirectKernels& direct, const ProductKernels<float>& kernels,
-            const Convolution& call, int64_t members)
+  DirectConv(const DirectKernels& direct, const SparseKernels<float>& kernels,
+             const Convolution& conv, int64_t num_threads)
       : direct_(direct),
         kernels_(kernels),
-        product_(call.product),
-        few_(few_uses(call)),
-        by_(seen(call.geometry, kernels.lanes)) {
+        product_(conv.product),
+        low_reuse_(is_low_reuse(conv)),
+        by_(as_rows(conv.geometry, kernels.lanes)) {
     const int log = rows_log(product_.v);
     segment_ = choose_segment(kernels, log, by_, 0);
     across_ = parts_of(by_.size[1], segment_ * kernels.lanes);
-    const int64_t wanted = parts_of(members, std::max<int64_t>(1, by_.batch * across_));
-    most_rows_ = choose_rows(by_.size[0], kernels.rows[log][segment_ - 1], 1);
-    rows_ = choose_rows(by_.size[0], most_rows_, wanted);
+    const int64_t wanted = parts_of(num_threads, std::max<int64_t>(1, by_.batch * across_));
+    max_rows_ = choose_rows(by_.size[0], kernels.rows[log][segment_ - 1], 1);
+    rows_ = choose_rows(by_.size[0], max_rows_, wanted);
     down_ = parts_of(by_.size[0], rows_);
     const int64_t row = std::max<int64_t>(1, by_.channels * width() * int64_t(sizeof(float)));
-    together_ = std::clamp<int64_t>(kSeenBytes / row / rows_, 1, down_);
+    group_size_ = std::clamp<int64_t>(kL2Budget / row / rows_, 1, down_);
     for (int64_t a = 0; a < across_; ++a) {
       for (int64_t kx = 0; kx < by_.kernel[1]; ++kx) {
         const int64_t first = a * width() + shift(1, kx);
@@ -51,9 +50,9 @@ class DirectRun {
 
   // Whether pixels are loaded rarely; whether masks at both ends of a row are all that the borders
   // need; and whether what a unit sees stays in L2:
-  // planes a large power of two apart fall into a few of its sets.
-  bool suits() const {
-    if (!few_) return false;
+  // planes a large power of two stride fall into a few of its sets.
+  bool supports() const {
+    if (!low_reuse_) return false;
     const int64_t plane = by_.input[0] * by_.input[1];
     if (by_.stride != Pair{1, 1} || by_.upsample != Pair{1, 1}) return false;
     if (by_.channels * plane + plane > INT32_MAX || by_.kernel[1] > UINT16_MAX ||
@@ -67,12 +66,12 @@ class DirectRun {
         if (begin < end && (begin < 0 || end > by_.input[1])) return false;
       }
     }
-    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
-    const int64_t cache = found > 0 ? found : 1 << 20, sets = cache / 16;
-    const int64_t apart = std::gcd(plane * int64_t(sizeof(float)), sets);
-    const int64_t seen = (most_rows_ + (by_.kernel[0] - 1) * by_.dilation[0]) * by_.input[1] *
-                         int64_t(sizeof(float));
-    return by_.channels * seen <= std::min(sets, sets / apart * seen) * 8;
+    const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    const int64_t cache = reported > 0 ? reported : 1 << 20, sets = cache / 16;
+    const int64_t stride = std::gcd(plane * int64_t(sizeof(float)), sets);
+    const int64_t rows_bytes =
+        (max_rows_ + (by_.kernel[0] - 1) * by_.dilation[0]) * by_.input[1] * int64_t(sizeof(float));
+    return by_.channels * rows_bytes <= std::min(sets, sets / stride * rows_bytes) * 8;
   }
 
   // What every position of a row of the weight means for a unit.
@@ -90,21 +89,21 @@ class DirectRun {
     return at;
   }
 
-  void operator()(const Lists<DirectEntry>& lists, const float* x, const float* values,
-                  const float* bias, const float* residual, float* y, int64_t members) const {
+  void operator()(const RowPattern<DirectEntry>& pattern, const float* x, const float* values,
+                  const float* bias, const float* residual, float* y, int64_t num_threads) const {
     // Threads share pixels, so that each has its part of x in its L2. Pointwise they share the rows
     // of the weight: two threads that write to one page take its lines from each other, because
     // prefetchers run ahead within a page.
     const int64_t units = by_.batch * across_ * down_, blocks = product_.blocks;
-    const bool by_rows = blocks >= members && by_.taps() == 1;
-    const int64_t count = std::min(members, by_rows ? blocks : units);
-    for_members(count, [&](int64_t member) {
-      const int64_t whole = by_rows ? blocks : units;
-      const int64_t first = whole * member / count, last = whole * (member + 1) / count;
+    const bool by_rows = blocks >= num_threads && by_.taps() == 1;
+    const int64_t count = std::min(num_threads, by_rows ? blocks : units);
+    for_threads(count, [&](int64_t thread) {
+      const int64_t total = by_rows ? blocks : units;
+      const int64_t first = total * thread / count, last = total * (thread + 1) / count;
       const int64_t end = by_rows ? units : last;
-      for (int64_t u = by_rows ? 0 : first; u < end; u += together_) {
-        group(u, std::min(end, u + together_), by_rows ? first : 0, by_rows ? last : blocks, lists,
-              x, values, bias, residual, y);
+      for (int64_t u = by_rows ? 0 : first; u < end; u += group_size_) {
+        run_group(u, std::min(end, u + group_size_), by_rows ? first : 0, by_rows ? last : blocks,
+                  pattern, x, values, bias, residual, y);
       }
     });
   }
@@ -128,17 +127,17 @@ class DirectRun {
   }
 
   // A register block: where it lies, and what its taps see.
-  struct Unit {
-    DirectCall call;
+  struct WorkUnit {
+    DirectParams params;
     int64_t segment, rows, columns, from, to;
     bool edge;
-    std::vector<uint16_t> within;
+    std::vector<uint16_t> row_masks;
   };
 
-  Unit unit(int64_t u) const {
+  WorkUnit work_unit(int64_t u) const {
     const int64_t image = u / (across_ * down_), a = u / down_ % across_, top = u % down_ * rows_;
     const int64_t left = a * width(), plane = by_.size[0] * by_.size[1];
-    Unit at;
+    WorkUnit at;
     at.segment = segment_of(a);
     at.rows = std::min(rows_, by_.size[0] - top);
     at.columns = std::min(width(), by_.size[1] - left);
@@ -146,41 +145,41 @@ class DirectRun {
     at.to = image * by_.rows * plane + top * by_.size[1] + left;
     const int64_t first = top + shift(0, 0), last = top + at.rows - 1 + shift(0, by_.kernel[0] - 1);
     at.edge = first < 0 || last >= by_.input[0];
-    at.within.resize(at.edge ? size_t(by_.kernel[0] * kMaxRows) : 0);
+    at.row_masks.resize(at.edge ? size_t(by_.kernel[0] * kMaxRows) : 0);
     for (int64_t ky = 0; at.edge && ky < by_.kernel[0]; ++ky) {
       for (int64_t r = 0; r < at.rows; ++r) {
         const int64_t row = top + r + shift(0, ky);
-        at.within[size_t(ky * kMaxRows + r)] = row >= 0 && row < by_.input[0] ? 0xffff : 0;
+        at.row_masks[size_t(ky * kMaxRows + r)] = row >= 0 && row < by_.input[0] ? 0xffff : 0;
       }
     }
     const int64_t tail = left + (at.segment - 1) * kernels_.lanes;
-    at.call = {
-        &columns_[size_t(a * by_.kernel[1])], at.within.data(), by_.input[1], by_.size[1], plane,
+    at.params = {
+        &columns_[size_t(a * by_.kernel[1])], at.row_masks.data(), by_.input[1], by_.size[1], plane,
         lanes_within(tail, by_.size[1])};
     return at;
   }
 
   // Units that lie one below the other, row by row of the weight: its entries are read once for
   // all, and a row's results are written in one go.
-  void group(int64_t first, int64_t last, int64_t first_block, int64_t last_block,
-             const Lists<DirectEntry>& lists, const float* x, const float* values,
-             const float* bias, const float* residual, float* y) const {
-    std::vector<Unit> units;
-    for (int64_t u = first; u < last; ++u) units.push_back(unit(u));
+  void run_group(int64_t first, int64_t last, int64_t first_block, int64_t last_block,
+                 const RowPattern<DirectEntry>& pattern, const float* x, const float* values,
+                 const float* bias, const float* residual, float* y) const {
+    std::vector<WorkUnit> units;
+    for (int64_t u = first; u < last; ++u) units.push_back(work_unit(u));
     const int64_t v = product_.v, plane = by_.size[0] * by_.size[1];
     for (int64_t b = first_block; b < last_block; ++b) {
-      const int64_t begin = lists.starts[b], count = lists.starts[b + 1] - begin;
+      const int64_t begin = pattern.row_ptr[b], count = pattern.row_ptr[b + 1] - begin;
       for (int64_t i = 0; i < v;) {
         const int log = rows_log(v - i);
         const int64_t o = b * v + i;
-        for (const Unit& at : units) {
+        for (const WorkUnit& at : units) {
           const auto& table = at.edge ? direct_.edge : direct_.inner;
           const int64_t to = at.to + o * plane;
-          table[log][at.segment - 1][at.rows - 1](at.call, x + at.from, lists.entries.get() + begin,
-                                                  values + begin * v + i, v, count,
-                                                  bias ? bias + o : nullptr, y + to);
+          table[log][at.segment - 1][at.rows - 1](
+              at.params, x + at.from, pattern.entries.get() + begin, values + begin * v + i, v,
+              count, bias ? bias + o : nullptr, y + to);
           if (product_.activation != Activation::kNone || residual) {
-            finish(1 << log, at, plane, residual ? residual + to : nullptr, y + to);
+            apply_epilogue(1 << log, at, plane, residual ? residual + to : nullptr, y + to);
           }
         }
         i += int64_t(1) << log;
@@ -188,7 +187,8 @@ class DirectRun {
     }
   }
 
-  void finish(int count, const Unit& at, int64_t plane, const float* residual, float* y) const {
+  void apply_epilogue(int count, const WorkUnit& at, int64_t plane, const float* residual,
+                      float* y) const {
     for (int i = 0; i < count; ++i) {
       for (int64_t r = 0; r < at.rows; ++r) {
         const int64_t from = i * plane + r * by_.size[1];
@@ -199,12 +199,12 @@ class DirectRun {
   }
 
   const DirectKernels& direct_;
-  const ProductKernels<float>& kernels_;
+  const SparseKernels<float>& kernels_;
   const Product product_;
-  const bool few_;  // uses of a pixel
+  const bool low_reuse_;  // uses of a pixel
   const Geometry by_;
-  int64_t segment_, across_, most_rows_, rows_, down_;
-  int64_t together_;                   // units of a group
+  int64_t segment_, across_, max_rows_, rows_, down_;
+  int64_t group_size_;                 // units of a group
   std::vector<DirectColumn> columns_;  // [across][kernel width]
 };
 

@@ -23,10 +23,10 @@ void fill(DirectKernels& kernels, int log) {
 
 template <int I>
 void fill(DirectKernels& kernels, int log) {
-  fill<I, 1, most_rows(I, 1, 24)>(kernels, log);
-  fill<I, 2, most_rows(I, 2, 24)>(kernels, log);
-  fill<I, 3, most_rows(I, 3, 24)>(kernels, log);
-  fill<I, 4, most_rows(I, 4, 24)>(kernels, log);
+  fill<I, 1, max_rows(I, 1, 24)>(kernels, log);
+  fill<I, 2, max_rows(I, 2, 24)>(kernels, log);
+  fill<I, 3, max_rows(I, 3, 24)>(kernels, log);
+  fill<I, 4, max_rows(I, 4, 24)>(kernels, log);
 }
 
 DirectKernels table() {

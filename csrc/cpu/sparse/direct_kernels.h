@@ -18,7 +18,7 @@ struct DirectColumn {
   uint16_t first, last;
 };
 
-struct DirectCall {
+struct DirectParams {
   const DirectColumn* columns;  // [kernel width]
   const uint16_t* rows;         // [kernel height][kMaxRows]
   int64_t row_stride;           // of x, in elements
@@ -28,9 +28,9 @@ struct DirectCall {
 
 // y[i][r] = bias[i] + sum over e of values[e * value_stride + i] * x[entries[e] + row r], for i
 // rows of the weight, r rows and s vectors of pixels.
-using DirectMultiply = void (*)(const DirectCall& call, const float* x, const DirectEntry* entries,
-                                const float* values, int64_t value_stride, int64_t count,
-                                const float* bias, float* y);
+using DirectMultiply = void (*)(const DirectParams& params, const float* x,
+                                const DirectEntry* entries, const float* values,
+                                int64_t value_stride, int64_t count, const float* bias, float* y);
 
 struct DirectKernels {
   DirectMultiply inner[3][kMaxSegment][kMaxRows];

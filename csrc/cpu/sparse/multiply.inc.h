@@ -49,8 +49,8 @@ ISSP_INLINE void add_entries(const Real* tile, int64_t row_stride, const int32_t
 template <typename Real>
 ISSP_INLINE void add_lanes(typename Simd<Real>::Vector* parts) {
   constexpr int lanes = Simd<Real>::lanes;
-  static constexpr auto kEven = order<Real>([](int l) { return 2 * l; });
-  static constexpr auto kOdd = order<Real>([](int l) { return 2 * l + 1; });
+  static constexpr auto kEven = lane_table<Real>([](int l) { return 2 * l; });
+  static constexpr auto kOdd = lane_table<Real>([](int l) { return 2 * l + 1; });
   const auto even = indices<Real>(kEven), odd = indices<Real>(kOdd);
 #pragma GCC unroll 8
   for (int left = lanes / 2; left; left /= 2) {
@@ -68,7 +68,7 @@ template <typename Real, int I, int S, int R, bool Partial>
 ISSP_TARGET void dot(const Real* tile, int64_t row_stride, const int32_t* offsets, int64_t count,
                      const Real* grad, const Real* within, double* sums, int64_t sum_stride) {
   using Vector = typename Simd<Real>::Vector;
-  using Bits = typename Order<Real>::Indices;
+  using Bits = typename LaneTable<Real>::Indices;
   constexpr int lanes = Simd<Real>::lanes, kBatch = lanes > I ? lanes / I : 1;
   Vector g[I][R][S], mask[S];
   memcpy(g, grad, sizeof(g));
@@ -105,12 +105,13 @@ ISSP_TARGET void dot(const Real* tile, int64_t row_stride, const int32_t* offset
 
 // totals of a register block: stored as they are, or with their pixels in order.
 template <typename Real, int S, int R>
-ISSP_INLINE void put(const typename Simd<Real>::Vector (&total)[R][S], int64_t line, Real* to) {
+ISSP_INLINE void store_sums(const typename Simd<Real>::Vector (&total)[R][S], int64_t line,
+                            Real* to) {
   constexpr int lanes = Simd<Real>::lanes;
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     if (line) {
-      put_in_order<Real, S>(total[r], to + r * line);
+      from_segment_order<Real, S>(total[r], to + r * line);
       continue;
     }
 #pragma GCC unroll 4
@@ -118,27 +119,28 @@ ISSP_INLINE void put(const typename Simd<Real>::Vector (&total)[R][S], int64_t l
   }
 }
 
-// Sums are taken in runs of kRun entries and the runs added up in memory, which leaves the
+// Sums are taken in runs of kSumBlock entries and the runs added up in memory, which leaves the
 // registers to the accumulators. All blocks in one call: with few entries to a row a call for each
 // would cost as much as its products.
 template <typename Real, int I, int S, int R>
-ISSP_TARGET void multiply(const Real* tile, int64_t row_stride, const Work<Real>& work) {
+ISSP_TARGET void multiply(const Real* tile, int64_t row_stride,
+                          const MultiplyParams<Real>& params) {
   using Vector = typename Simd<Real>::Vector;
   constexpr int lanes = Simd<Real>::lanes, size = R * S * lanes;
-  alignas(ISSP_BYTES) Real held[I * size];
-  for (int64_t b = 0; b < work.blocks; ++b) {
-    int64_t begin = work.first[b];
-    const int64_t last = work.last[b];
-    Real* const to = work.to + b * work.v * work.to_stride;
-    const Real* from = work.from ? work.from + b * work.v * work.from_stride : nullptr;
+  alignas(ISSP_BYTES) Real partial[I * size];
+  for (int64_t b = 0; b < params.blocks; ++b) {
+    int64_t begin = params.first[b];
+    const int64_t last = params.last[b];
+    Real* const to = params.to + b * params.v * params.to_stride;
+    const Real* from = params.from ? params.from + b * params.v * params.from_stride : nullptr;
     if (from == to && begin == last) continue;
-    const Real* const bias = work.bias ? work.bias + b * work.v : nullptr;
-    int64_t from_stride = work.from_stride;
+    const Real* const bias = params.bias ? params.bias + b * params.v : nullptr;
+    int64_t from_stride = params.from_stride;
     for (bool more = true; more;) {
-      const int64_t end = begin + kRun < last ? begin + kRun : last;
+      const int64_t end = begin + kSumBlock < last ? begin + kSumBlock : last;
       Vector sum[I][R][S] = {};
-      add_entries<Real, I, S, R>(tile, row_stride, work.offsets, work.values, work.v, begin, end,
-                                 sum);
+      add_entries<Real, I, S, R>(tile, row_stride, params.offsets, params.values, params.v, begin,
+                                 end, sum);
       begin = end, more = begin < last;
 #pragma GCC unroll 4
       for (int i = 0; i < I; ++i) {
@@ -146,13 +148,13 @@ ISSP_TARGET void multiply(const Real* tile, int64_t row_stride, const Work<Real>
         for (int p = 0; p < R * S; ++p) {
           Vector total = bias ? bias[i] - Vector{} : Vector{};
           if (from) load<Real>(from + i * from_stride + p * lanes, total);
-          Vector& own = (&sum[i][0][0])[p];
-          own = total + own;
+          Vector& accumulator = (&sum[i][0][0])[p];
+          accumulator = total + accumulator;
         }
-        put<Real, S, R>(sum[i], more ? 0 : work.line,
-                        more ? held + i * size : to + i * work.to_stride);
+        store_sums<Real, S, R>(sum[i], more ? 0 : params.line,
+                               more ? partial + i * size : to + i * params.to_stride);
       }
-      from = held, from_stride = size;
+      from = partial, from_stride = size;
     }
   }
 }
@@ -168,7 +170,7 @@ ISSP_TARGET void activate(Real* line, int64_t count, int activation, const Real*
 }
 
 template <typename Real, int I, int S, int R>
-void fill_rows(ProductKernels<Real>& kernels, int log) {
+void fill_rows(SparseKernels<Real>& kernels, int log) {
   if constexpr (R > 0) {
     kernels.multiply[log][S - 1][R - 1] = multiply<Real, I, S, R>;
     kernels.dot[log][S - 1][R - 1] = dot<Real, I, S, R, false>;
@@ -178,8 +180,8 @@ void fill_rows(ProductKernels<Real>& kernels, int log) {
 }
 
 template <typename Real, int I, int S = 1>
-void fill(ProductKernels<Real>& kernels, int log) {
-  constexpr int rows = most_rows(I, S, ISSP_REGISTERS);
+void fill(SparseKernels<Real>& kernels, int log) {
+  constexpr int rows = max_rows(I, S, ISSP_REGISTERS);
   if constexpr (rows > 0) {
     kernels.segment[log] = S;
     kernels.rows[log][S - 1] = rows;
@@ -189,18 +191,18 @@ void fill(ProductKernels<Real>& kernels, int log) {
 }
 
 template <typename Real>
-ProductKernels<Real> kernels() {
-  ProductKernels<Real> table = {};
+SparseKernels<Real> kernels() {
+  SparseKernels<Real> table = {};
   table.lanes = Simd<Real>::lanes;
   fill<Real, 1>(table, 0), fill<Real, 2>(table, 1), fill<Real, 4>(table, 2);
-  table.spread[0] = spread_segments<Real, 1>;
-  table.spread[1] = spread_segments<Real, 2>;
-  table.spread[2] = spread_segments<Real, 3>;
-  table.spread[3] = spread_segments<Real, 4>;
-  table.collect[0] = collect_segments<Real, 1>;
-  table.collect[1] = collect_segments<Real, 2>;
-  table.collect[2] = collect_segments<Real, 3>;
-  table.collect[3] = collect_segments<Real, 4>;
+  table.to_segments[0] = rows_to_segments<Real, 1>;
+  table.to_segments[1] = rows_to_segments<Real, 2>;
+  table.to_segments[2] = rows_to_segments<Real, 3>;
+  table.to_segments[3] = rows_to_segments<Real, 4>;
+  table.from_segments[0] = segments_to_rows<Real, 1>;
+  table.from_segments[1] = segments_to_rows<Real, 2>;
+  table.from_segments[2] = segments_to_rows<Real, 3>;
+  table.from_segments[3] = segments_to_rows<Real, 4>;
   table.copy = copy<Real>;
   table.gather_tokens = gather_tokens<Real>;
   table.scatter_tokens = scatter_tokens<Real>;

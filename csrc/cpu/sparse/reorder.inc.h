@@ -22,35 +22,35 @@ ISSP_INLINE void store(const typename Simd<Real>::Vector& from, Real* to) {
 // Which element of two vectors in a row goes to each lane, as a table in memory: built at run time
 // it would cost more than the shuffle.
 template <typename Real>
-struct Order {
+struct LaneTable {
   using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
   typedef Index Indices __attribute__((vector_size(ISSP_BYTES)));
   alignas(ISSP_BYTES) Index from[Simd<Real>::lanes];
 };
 
 template <typename Real, typename From>
-constexpr Order<Real> order(From from) {
-  Order<Real> table = {};
+constexpr LaneTable<Real> lane_table(From from) {
+  LaneTable<Real> table = {};
   for (int l = 0; l < Simd<Real>::lanes; ++l) table.from[l] = from(l);
   return table;
 }
 
 template <typename Real>
-ISSP_INLINE typename Order<Real>::Indices indices(const Order<Real>& table) {
-  typename Order<Real>::Indices loaded;
+ISSP_INLINE typename LaneTable<Real>::Indices indices(const LaneTable<Real>& table) {
+  typename LaneTable<Real>::Indices loaded;
   memcpy(&loaded, table.from, ISSP_BYTES);
   return loaded;
 }
 // A vector whose lane l is element from(l) of S < 4 vectors in a row. A shuffle takes from two: the
 // first pair, then a third one.
 template <typename Real, int S, typename From>
-ISSP_INLINE typename Simd<Real>::Vector picked(const typename Simd<Real>::Vector (&v)[S], From) {
+ISSP_INLINE typename Simd<Real>::Vector select(const typename Simd<Real>::Vector (&v)[S], From) {
   constexpr int lanes = Simd<Real>::lanes;
   static constexpr From from = {};
   static constexpr auto kFirst =
-      order<Real>([](int l) { return from(l) < 2 * lanes ? from(l) : 0; });
+      lane_table<Real>([](int l) { return from(l) < 2 * lanes ? from(l) : 0; });
   static constexpr auto kSecond =
-      order<Real>([](int l) { return from(l) < 2 * lanes ? l : from(l) - lanes; });
+      lane_table<Real>([](int l) { return from(l) < 2 * lanes ? l : from(l) - lanes; });
   if constexpr (S == 1) {
     return v[0];
   } else {
@@ -61,12 +61,12 @@ ISSP_INLINE typename Simd<Real>::Vector picked(const typename Simd<Real>::Vector
 }
 
 template <int S, int J>
-struct SpreadFrom {
+struct ToSegmentIndex {
   constexpr int operator()(int l) const { return S * l + J; }
 };
 
 template <int S, int K, int Lanes>
-struct CollectFrom {
+struct FromSegmentIndex {
   constexpr int operator()(int l) const {
     return (K * Lanes + l) % S * Lanes + (K * Lanes + l) / S;
   }
@@ -76,14 +76,14 @@ struct CollectFrom {
 // twelve. Spread: the first round takes columns j and j + 1 of every segment, J = 0 or 2, into the
 // lower and upper half.
 template <typename Real>
-ISSP_INLINE void spread_four(typename Simd<Real>::Vector (&v)[4]) {
+ISSP_INLINE void to_segments_of_four(typename Simd<Real>::Vector (&v)[4]) {
   constexpr int half = Simd<Real>::lanes / 2;
   static constexpr auto kPair = [](int j) {
-    return order<Real>([j](int l) { return l % half * 4 + j + l / half; });
+    return lane_table<Real>([j](int l) { return l % half * 4 + j + l / half; });
   };
   static constexpr auto kLow = kPair(0), kHigh = kPair(2);
-  static constexpr auto kLower = order<Real>([](int l) { return l + l / half * half; });
-  static constexpr auto kUpper = order<Real>([](int l) { return l + l / half * half + half; });
+  static constexpr auto kLower = lane_table<Real>([](int l) { return l + l / half * half; });
+  static constexpr auto kUpper = lane_table<Real>([](int l) { return l + l / half * half + half; });
   const auto a = __builtin_shuffle(v[0], v[1], indices<Real>(kLow));
   const auto b = __builtin_shuffle(v[2], v[3], indices<Real>(kLow));
   const auto c = __builtin_shuffle(v[0], v[1], indices<Real>(kHigh));
@@ -96,13 +96,13 @@ ISSP_INLINE void spread_four(typename Simd<Real>::Vector (&v)[4]) {
 
 // And back: first the neighbours 0 and 1, or 2 and 3, of every segment next to each other.
 template <typename Real>
-ISSP_INLINE void collect_four(typename Simd<Real>::Vector (&v)[4]) {
+ISSP_INLINE void from_segments_of_four(typename Simd<Real>::Vector (&v)[4]) {
   constexpr int lanes = Simd<Real>::lanes, half = lanes / 2;
   static constexpr auto kZip = [](int first) {
-    return order<Real>([first](int l) { return first + l / 2 + l % 2 * lanes; });
+    return lane_table<Real>([first](int l) { return first + l / 2 + l % 2 * lanes; });
   };
   static constexpr auto kJoin = [](int first) {
-    return order<Real>([first](int l) {
+    return lane_table<Real>([first](int l) {
       const int column = first + l;
       return column / 4 * 2 + column % 2 + column % 4 / 2 * lanes;
     });
@@ -120,95 +120,96 @@ ISSP_INLINE void collect_four(typename Simd<Real>::Vector (&v)[4]) {
 }
 
 template <typename Real, int S, int... J>
-ISSP_INLINE void spread_own(const Real* own, typename Simd<Real>::Vector (&to)[S],
-                            std::integer_sequence<int, J...>) {
+ISSP_INLINE void load_segments(const Real* row, typename Simd<Real>::Vector (&to)[S],
+                               std::integer_sequence<int, J...>) {
   constexpr int lanes = Simd<Real>::lanes;
   typename Simd<Real>::Vector v[S];
-  (load<Real>(own + J * lanes, v[J]), ...);
+  (load<Real>(row + J * lanes, v[J]), ...);
   if constexpr (S == 4) {
-    spread_four<Real>(v);
+    to_segments_of_four<Real>(v);
     ((to[J] = v[J]), ...);
   } else {
-    ((to[J] = picked<Real, S>(v, SpreadFrom<S, J>{})), ...);
+    ((to[J] = select<Real, S>(v, ToSegmentIndex<S, J>{})), ...);
   }
 }
 
 template <typename Real, int S, int... K>
-ISSP_INLINE void put_each(const typename Simd<Real>::Vector (&v)[S], Real* line,
-                          std::integer_sequence<int, K...>) {
+ISSP_INLINE void store_each(const typename Simd<Real>::Vector (&v)[S], Real* line,
+                            std::integer_sequence<int, K...>) {
   constexpr int lanes = Simd<Real>::lanes;
   if constexpr (S == 4) {
     typename Simd<Real>::Vector four[4] = {v[0], v[1], v[2], v[3]};
-    collect_four<Real>(four);
+    from_segments_of_four<Real>(four);
     (store<Real>(four[K], line + K * lanes), ...);
   } else {
-    (store<Real>(picked<Real, S>(v, CollectFrom<S, K, lanes>{}), line + K * lanes), ...);
+    (store<Real>(select<Real, S>(v, FromSegmentIndex<S, K, lanes>{}), line + K * lanes), ...);
   }
 }
 
 template <typename Real, int S>
-ISSP_INLINE void put_in_order(const typename Simd<Real>::Vector (&v)[S], Real* line) {
-  put_each<Real, S>(v, line, std::make_integer_sequence<int, S>{});
+ISSP_INLINE void from_segment_order(const typename Simd<Real>::Vector (&v)[S], Real* line) {
+  store_each<Real, S>(v, line, std::make_integer_sequence<int, S>{});
 }
 
 // Rows of pixels in the tile's order. Columns left and right of the segments' own are those of the
 // neighbouring lane, so a vector for them is another one moved by a lane, with one pixel from
 // beside.
 template <typename Real, int S>
-ISSP_INLINE void spread_row(const Real* own, int64_t left, bool before, int64_t right, bool after,
-                            Real* to) {
+ISSP_INLINE void row_to_segments(const Real* row, int64_t left, bool before, int64_t right,
+                                 bool after, Real* to) {
   constexpr int lanes = Simd<Real>::lanes;
-  static constexpr auto kUp = order<Real>([](int l) { return l ? l - 1 : lanes; });
-  static constexpr auto kDown = order<Real>([](int l) { return l + 1; });
+  static constexpr auto kUp = lane_table<Real>([](int l) { return l ? l - 1 : lanes; });
+  static constexpr auto kDown = lane_table<Real>([](int l) { return l + 1; });
   using Vector = typename Simd<Real>::Vector;
   Vector v[S];
-  spread_own<Real, S>(own, v, std::make_integer_sequence<int, S>{});
+  load_segments<Real, S>(row, v, std::make_integer_sequence<int, S>{});
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) store<Real>(v[s], to + s * lanes);
   Vector near = v[S - 1];
   for (int64_t h = 1; h <= left; ++h) {
     if (h > 1) load<Real>(to + (S - h) * lanes, near);
-    const Real beside = before ? own[-h] : Real(0);
-    near = __builtin_shuffle(near, beside - Vector{}, indices<Real>(kUp));
+    const Real neighbour = before ? row[-h] : Real(0);
+    near = __builtin_shuffle(near, neighbour - Vector{}, indices<Real>(kUp));
     store<Real>(near, to - h * lanes);
   }
   near = v[0];
   for (int64_t h = 0; h < right; ++h) {
     if (h) load<Real>(to + h * lanes, near);
-    const Real beside = after ? own[S * lanes + h] : Real(0);
-    near = __builtin_shuffle(near, beside - Vector{}, indices<Real>(kDown));
+    const Real neighbour = after ? row[S * lanes + h] : Real(0);
+    near = __builtin_shuffle(near, neighbour - Vector{}, indices<Real>(kDown));
     store<Real>(near, to + (S + h) * lanes);
   }
 }
 
 template <typename Real, int S>
-ISSP_TARGET void spread_segments(const Real* own, int64_t stride, int64_t own_plane, int64_t rows,
-                                 int64_t planes, int64_t left, bool before, int64_t right,
-                                 bool after, Real* out, int64_t out_stride, int64_t out_plane) {
+ISSP_TARGET void rows_to_segments(const Real* in, int64_t stride, int64_t plane_stride,
+                                  int64_t rows, int64_t planes, int64_t left, bool before,
+                                  int64_t right, bool after, Real* out, int64_t out_stride,
+                                  int64_t out_plane) {
   constexpr int lanes = Simd<Real>::lanes;
   // A reach of one on either side, as of every 3x3 kernel, needs no loops.
   const bool near = left == 1 && right == 1;
-  for (int64_t p = 0; p < planes; ++p, own += own_plane, out += out_plane) {
+  for (int64_t p = 0; p < planes; ++p, in += plane_stride, out += out_plane) {
     for (int64_t r = 0; r < rows; ++r) {
-      const Real* const row = own + r * stride;
+      const Real* const row = in + r * stride;
       Real* const to = out + r * out_stride + left * lanes;
       if (near) {
-        spread_row<Real, S>(row, 1, before, 1, after, to);
+        row_to_segments<Real, S>(row, 1, before, 1, after, to);
       } else {
-        spread_row<Real, S>(row, left, before, right, after, to);
+        row_to_segments<Real, S>(row, left, before, right, after, to);
       }
     }
   }
 }
 
 template <typename Real, int S>
-ISSP_TARGET void collect_segments(const Real* acc, int64_t rows, Real* line, int64_t stride) {
+ISSP_TARGET void segments_to_rows(const Real* acc, int64_t rows, Real* line, int64_t stride) {
   constexpr int lanes = Simd<Real>::lanes;
   for (int64_t r = 0; r < rows; ++r, acc += S * lanes, line += stride) {
     typename Simd<Real>::Vector v[S];
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) load<Real>(acc + s * lanes, v[s]);
-    put_in_order<Real, S>(v, line);
+    from_segment_order<Real, S>(v, line);
   }
 }
 
@@ -227,10 +228,10 @@ ISSP_TARGET void copy(const Real* in, int64_t in_stride, int64_t count, int64_t 
 // One round of turning a square of lanes x lanes numbers over: numbers H rows and H lanes apart
 // change places.
 template <typename Real, int H>
-ISSP_INLINE void turn_round(typename Simd<Real>::Vector (&v)[Simd<Real>::lanes]) {
+ISSP_INLINE void transpose_round(typename Simd<Real>::Vector (&v)[Simd<Real>::lanes]) {
   constexpr int lanes = Simd<Real>::lanes;
-  static constexpr auto kLow = order<Real>([](int l) { return l & H ? lanes + l - H : l; });
-  static constexpr auto kHigh = order<Real>([](int l) { return l & H ? lanes + l : l + H; });
+  static constexpr auto kLow = lane_table<Real>([](int l) { return l & H ? lanes + l - H : l; });
+  static constexpr auto kHigh = lane_table<Real>([](int l) { return l & H ? lanes + l : l + H; });
 #pragma GCC unroll 16
   for (int l = 0; l < lanes; ++l) {
     if (l & H) continue;
@@ -238,16 +239,16 @@ ISSP_INLINE void turn_round(typename Simd<Real>::Vector (&v)[Simd<Real>::lanes])
     v[l] = __builtin_shuffle(a, b, indices<Real>(kLow));
     v[l + H] = __builtin_shuffle(a, b, indices<Real>(kHigh));
   }
-  if constexpr (2 * H < lanes) turn_round<Real, 2 * H>(v);
+  if constexpr (2 * H < lanes) transpose_round<Real, 2 * H>(v);
 }
 
 template <typename Real>
-ISSP_INLINE void turn(const Real* in, int64_t in_stride, Real* out, int64_t out_stride) {
+ISSP_INLINE void transpose(const Real* in, int64_t in_stride, Real* out, int64_t out_stride) {
   constexpr int lanes = Simd<Real>::lanes;
   typename Simd<Real>::Vector v[lanes];
 #pragma GCC unroll 16
   for (int l = 0; l < lanes; ++l) load<Real>(in + l * in_stride, v[l]);
-  turn_round<Real, 1>(v);
+  transpose_round<Real, 1>(v);
 #pragma GCC unroll 16
   for (int l = 0; l < lanes; ++l) store<Real>(v[l], out + l * out_stride);
 }
@@ -265,7 +266,7 @@ ISSP_TARGET void gather_tokens(const Real* in, int64_t in_stride, int64_t count,
   }
   for (int64_t c = 0; c < count; c += lanes) {
     const int64_t at = c + lanes <= count ? c : count - lanes;
-    turn<Real>(in + at, in_stride, out + at * out_stride, out_stride);
+    transpose<Real>(in + at, in_stride, out + at * out_stride, out_stride);
   }
 }
 
@@ -281,7 +282,7 @@ ISSP_TARGET void scatter_tokens(const Real* in, int64_t in_stride, int64_t count
   }
   for (int64_t c = 0; c < count; c += lanes) {
     const int64_t at = c + lanes <= count ? c : count - lanes;
-    turn<Real>(in + at * in_stride, in_stride, out + at, out_stride);
+    transpose<Real>(in + at * in_stride, in_stride, out + at, out_stride);
   }
 }
 

@@ -105,18 +105,18 @@ ISSP_TARGET inline __attribute__((always_inline)) Vec8 fma(Vec8 a, Vec8 b, Vec8 
 namespace issp {
 
 template <typename Real>
-const ProductKernels<Real>& product_kernels() {
-  static const ProductKernels<Real> plain = scalar::kernels<Real>();
+const SparseKernels<Real>& sparse_kernels() {
+  static const SparseKernels<Real> plain = scalar::kernels<Real>();
 #if ISSP_X86
-  static const ProductKernels<Real> narrow = avx2::kernels<Real>();
-  static const ProductKernels<Real> wide = avx512::kernels<Real>();
+  static const SparseKernels<Real> narrow = avx2::kernels<Real>();
+  static const SparseKernels<Real> wide = avx512::kernels<Real>();
   const std::string in_use = cpu_capability({});
   if (in_use != "scalar") return in_use == "avx2" ? narrow : wide;
 #endif
   return plain;
 }
 
-template const ProductKernels<float>& product_kernels<float>();
-template const ProductKernels<double>& product_kernels<double>();
+template const SparseKernels<float>& sparse_kernels<float>();
+template const SparseKernels<double>& sparse_kernels<double>();
 
 }  // namespace issp

@@ -11,15 +11,15 @@
 
 namespace issp {
 
-// Memory of a thread's own that is kept from call to call: its pages are there, and warm.
+// Memory of a thread's own that is kept from call to call: its pages are valid, and warm.
 template <typename Real>
-class Workspace {
+class ThreadScratch {
  public:
   Real* get(int64_t count) {
-    if (count > room_) {
+    if (count > capacity_) {
       memory_.reset(static_cast<Real*>(
           std::aligned_alloc(64, (size_t(count) * sizeof(Real) + 63) / 64 * 64)));
-      room_ = memory_ ? count : 0;
+      capacity_ = memory_ ? count : 0;
       if (!memory_) throw std::bad_alloc();
     }
     return memory_.get();
@@ -30,7 +30,7 @@ class Workspace {
     void operator()(Real* p) const { std::free(p); }
   };
   std::unique_ptr<Real[], Free> memory_;
-  int64_t room_ = 0;
+  int64_t capacity_ = 0;
 };
 
 // Rounds to the storage type: to nearest even, infinities and NaN included.
@@ -46,7 +46,7 @@ inline typename T::Bits rounded(typename T::Wide value) {
 }
 
 template <typename T>
-inline void widen_run(const typename T::Bits* from, int64_t count, typename T::Wide* to) {
+inline void widen_array(const typename T::Bits* from, int64_t count, typename T::Wide* to) {
   if constexpr (sizeof(typename T::Bits) == sizeof(typename T::Wide)) {
     std::memcpy(to, from, size_t(count) * sizeof(*to));
   } else {
@@ -55,7 +55,7 @@ inline void widen_run(const typename T::Bits* from, int64_t count, typename T::W
 }
 
 template <typename T>
-inline void round_run(const typename T::Wide* from, int64_t count, typename T::Bits* to) {
+inline void round_array(const typename T::Wide* from, int64_t count, typename T::Bits* to) {
   if constexpr (sizeof(typename T::Bits) == sizeof(typename T::Wide)) {
     std::memcpy(to, from, size_t(count) * sizeof(*to));
   } else {
@@ -64,11 +64,11 @@ inline void round_run(const typename T::Wide* from, int64_t count, typename T::B
 }
 
 // A unit: one register block of the result.
-struct Place {
+struct TileCoord {
   int64_t image, column, row;  // row counts register rows: pixels / lanes in kFlat and kTokens
 };
 
-inline Place place(const Tiling& t, int64_t unit) {
+inline TileCoord tile_coord(const Tiling& t, int64_t unit) {
   const int64_t image = unit / (t.across * t.down), rest = unit % (t.across * t.down);
   return {image, rest / t.down * t.segment * t.lanes, rest % t.down * t.rows};
 }
@@ -80,7 +80,7 @@ class TileReader {
   using Bits = typename T::Bits;
 
   // `by` and `tiling` describe how x is seen; scratch has line_size() elements.
-  TileReader(const ProductKernels<Real>& kernels, const Geometry& by, const Tiling& tiling,
+  TileReader(const SparseKernels<Real>& kernels, const Geometry& by, const Tiling& tiling,
              const void* x, Real* scratch)
       : kernels_(kernels),
         by_(by),
@@ -96,12 +96,12 @@ class TileReader {
 
   // What the units of a tile, the first of which is at `at`, see of the channels first..last - 1;
   // `rows` of their own.
-  void fill(const Place& at, int64_t rows, int64_t first, int64_t last, Real* tile) const {
+  void fill(const TileCoord& at, int64_t rows, int64_t first, int64_t last, Real* tile) const {
     if (t_.order == Tiling::kTokens) return fill_tokens(at, rows, first, last, tile);
     const int64_t plane = by_.input[0] * by_.input[1], count = last - first;
     const Bits* const from = x_ + (at.image * by_.channels + first) * plane;
     if (t_.order == Tiling::kFlat) return fill_flat(from, at, rows, count, tile);
-    if (dense_ && whole(at.column)) return spread_planes(from, at, rows, count, tile);
+    if (dense_ && is_interior(at.column)) return planes_to_segments(from, at, rows, count, tile);
     std::fill(line_, line_ + line_size(by_, t_), Real(0));
     for (int64_t c = 0; c < count; ++c) {
       fill_plane(from + c * plane, at, rows, tile + c * t_.channel_stride);
@@ -109,17 +109,17 @@ class TileReader {
   }
 
  private:
-  void fill_flat(const Bits* from, const Place& at, int64_t rows, int64_t channels,
+  void fill_flat(const Bits* from, const TileCoord& at, int64_t rows, int64_t channels,
                  Real* to) const {
     const int64_t plane = Tiling::pixels(by_), first = at.row * t_.lanes, count = rows * t_.lanes;
     if (sizeof(Bits) == sizeof(Real) && first + count <= plane) {
       const auto* const in = reinterpret_cast<const Real*>(from) + first;
       return kernels_.copy(in, plane, channels, rows, to, t_.channel_stride);
     }
-    const int64_t there = std::min(count, plane - first);
+    const int64_t valid = std::min(count, plane - first);
     for (int64_t c = 0; c < channels; ++c, from += plane, to += t_.channel_stride) {
-      widen_run<T>(from + first, there, to);
-      std::fill(to + there, to + count, Real(0));
+      widen_array<T>(from + first, valid, to);
+      std::fill(to + valid, to + count, Real(0));
     }
   }
 
@@ -129,8 +129,8 @@ class TileReader {
   }
 
   // Rows read where they lie; what lies above and below the image is 0.
-  void spread_planes(const Bits* from, const Place& at, int64_t rows, int64_t channels,
-                     Real* to) const {
+  void planes_to_segments(const Bits* from, const TileCoord& at, int64_t rows, int64_t channels,
+                          Real* to) const {
     const int64_t top = at.row * by_.stride[0] - by_.padding[0], height = rows + t_.reach[0];
     const int64_t first = std::clamp<int64_t>(-top, 0, height);
     const int64_t last = std::clamp<int64_t>(by_.input[0] - top, first, height);
@@ -141,14 +141,14 @@ class TileReader {
     }
     const int64_t column = first_column(at.column), right = t_.reach[1] - left();
     const bool after = column + t_.segment * t_.lanes + right <= by_.input[1];
-    const auto* const own = reinterpret_cast<const Real*>(from) + column;
-    kernels_.spread[t_.segment - 1](own + (top + first) * by_.input[1], by_.input[1],
-                                    by_.input[0] * by_.input[1], last - first, channels, left(),
-                                    column >= left(), right, after, to + first * t_.row_stride,
-                                    t_.row_stride, t_.channel_stride);
+    const auto* const in = reinterpret_cast<const Real*>(from) + column;
+    kernels_.to_segments[t_.segment - 1](
+        in + (top + first) * by_.input[1], by_.input[1], by_.input[0] * by_.input[1], last - first,
+        channels, left(), column >= left(), right, after, to + first * t_.row_stride, t_.row_stride,
+        t_.channel_stride);
   }
 
-  void fill_plane(const Bits* plane, const Place& at, int64_t rows, Real* to) const {
+  void fill_plane(const Bits* plane, const TileCoord& at, int64_t rows, Real* to) const {
     const int64_t top = at.row * by_.stride[0] - by_.padding[0], height = rows + t_.reach[0];
     for (int64_t phase = 0; phase < t_.phases[0]; ++phase) {
       for (int64_t i = 0; i < height; ++i) {
@@ -169,7 +169,7 @@ class TileReader {
 
   // Whether rows of x can be read where they lie: all of a tile's own columns exist, and what is
   // beside them either exists or is padding altogether.
-  bool whole(int64_t column) const {
+  bool is_interior(int64_t column) const {
     const int64_t first = first_column(column), last = first + t_.segment * t_.lanes;
     const int64_t right = t_.reach[1] - left();
     return sizeof(Bits) == sizeof(Real) && first >= 0 && last <= by_.input[1] &&
@@ -186,8 +186,8 @@ class TileReader {
       for (int64_t i = 0; every != line_ && i * t_.phases[1] + phase < count; ++i) {
         every[i] = line_[i * t_.phases[1] + phase];
       }
-      kernels_.spread[t_.segment - 1](every, 0, 0, 1, 1, 0, false, t_.reach[1], true,
-                                      out + phase * vectors * t_.lanes, 0, 0);
+      kernels_.to_segments[t_.segment - 1](every, 0, 0, 1, 1, 0, false, t_.reach[1], true,
+                                           out + phase * vectors * t_.lanes, 0, 0);
     }
   }
 
@@ -198,32 +198,33 @@ class TileReader {
     const int64_t begin = std::max<int64_t>(0, (left + up - 1) / up);
     const int64_t end = std::min(by_.input[1], (left + count + up - 1) / up);
     if (begin >= end || left + count <= 0) return;
-    if (up == 1) return widen_run<T>(row + begin, end - begin, line_ + begin - left);
-    for (int64_t i = begin; i < end; ++i) widen_run<T>(row + i, 1, line_ + i * up - left);
+    if (up == 1) return widen_array<T>(row + begin, end - begin, line_ + begin - left);
+    for (int64_t i = begin; i < end; ++i) widen_array<T>(row + i, 1, line_ + i * up - left);
   }
 
   // Channels are innermost in x: squares of tokens x channels are turned over.
-  void fill_tokens(const Place& at, int64_t rows, int64_t first, int64_t last, Real* tile) const {
+  void fill_tokens(const TileCoord& at, int64_t rows, int64_t first, int64_t last,
+                   Real* tile) const {
     const int64_t count = last - first, tokens = Tiling::pixels(by_);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t token = (at.row + r) * t_.lanes;
-      const int64_t there = std::min(t_.lanes, tokens - token);
+      const int64_t valid = std::min(t_.lanes, tokens - token);
       const Bits* const from = x_ + token * by_.channels + first;
       Real* const to = tile + r * t_.lanes;
-      if (sizeof(Bits) == sizeof(Real) && there == t_.lanes) {
+      if (sizeof(Bits) == sizeof(Real) && valid == t_.lanes) {
         const auto* const in = reinterpret_cast<const Real*>(from);
         kernels_.gather_tokens(in, by_.channels, count, to, t_.channel_stride);
         continue;
       }
-      for (int64_t l = 0; l < there; ++l) {
-        widen_run<T>(from + l * by_.channels, count, line_ + l * count);
+      for (int64_t l = 0; l < valid; ++l) {
+        widen_array<T>(from + l * by_.channels, count, line_ + l * count);
       }
-      std::fill(line_ + there * count, line_ + t_.lanes * count, Real(0));
+      std::fill(line_ + valid * count, line_ + t_.lanes * count, Real(0));
       kernels_.gather_tokens(line_, count, count, to, t_.channel_stride);
     }
   }
 
-  const ProductKernels<Real>& kernels_;
+  const SparseKernels<Real>& kernels_;
   const Geometry& by_;
   const Tiling& t_;
   const Bits* x_;
@@ -239,7 +240,7 @@ class TileWriter {
   using Bits = typename T::Bits;
 
   // scratch has line_size() elements.
-  TileWriter(const ProductKernels<Real>& kernels, const Geometry& by, const Tiling& tiling,
+  TileWriter(const SparseKernels<Real>& kernels, const Geometry& by, const Tiling& tiling,
              Activation activation, const void* residual, void* y, Real* scratch)
       : kernels_(kernels),
         by_(by),
@@ -255,69 +256,70 @@ class TileWriter {
 
   // Where the kernel may write row 0 of the weight itself, the others Tiling::pixels apart: null
   // where its result needs more work.
-  Real* direct(const Place& at, int64_t rows) const {
+  Real* direct(const TileCoord& at, int64_t rows) const {
     const bool flat = t_.order == Tiling::kFlat;
-    const bool whole = flat ? (at.row + rows) * t_.lanes <= Tiling::pixels(by_)
-                            : at.column + t_.segment * t_.lanes <= by_.size[1];
-    if (t_.order == Tiling::kTokens || !plain() || !whole) return nullptr;
+    const bool is_full = flat ? (at.row + rows) * t_.lanes <= Tiling::pixels(by_)
+                              : at.column + t_.segment * t_.lanes <= by_.size[1];
+    if (t_.order == Tiling::kTokens || !has_no_epilogue() || !is_full) return nullptr;
     const int64_t pixel = flat ? at.row * t_.lanes : at.row * by_.size[1] + at.column;
     return reinterpret_cast<Real*>(y_ + at.image * by_.rows * Tiling::pixels(by_) + pixel);
   }
-  // Elements between rows of a register block there: 0 where they follow each other.
+  // Elements between rows of a register block valid: 0 where they follow each other.
   int64_t line() const { return t_.order == Tiling::kFlat ? 0 : by_.size[1]; }
 
   // acc: [rows][segment][lanes] of row o. Not for kTokens.
-  void write(const Place& at, int64_t o, int64_t rows, const Real* acc) const {
+  void write(const TileCoord& at, int64_t o, int64_t rows, const Real* acc) const {
     const int64_t plane = (at.image * by_.rows + o) * Tiling::pixels(by_);
     if (t_.order == Tiling::kFlat) {
       const int64_t first = at.row * t_.lanes;
-      return finish(acc, std::min(rows * t_.lanes, Tiling::pixels(by_) - first), plane + first);
+      return apply_epilogue(acc, std::min(rows * t_.lanes, Tiling::pixels(by_) - first),
+                            plane + first);
     }
     const int64_t width = t_.segment * t_.lanes;
     const int64_t count = std::min(width, by_.size[1] - at.column);
-    const auto collect = kernels_.collect[t_.segment - 1];
+    const auto from_segments = kernels_.from_segments[t_.segment - 1];
     const int64_t to = plane + at.row * by_.size[1] + at.column;
     for (int64_t r = 0; r < rows; ++r) {
-      collect(acc + r * width, 1, line_, 0);
-      finish(line_, count, to + r * by_.size[1]);
+      from_segments(acc + r * width, 1, line_, 0);
+      apply_epilogue(line_, count, to + r * by_.size[1]);
     }
   }
 
   // acc: [O][rows][lanes], all rows of the weight.
-  void write_tokens(const Place& at, int64_t rows, const Real* acc) const {
+  void write_tokens(const TileCoord& at, int64_t rows, const Real* acc) const {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t first = (at.row + r) * t_.lanes, to = first * by_.rows;
-      const int64_t there = std::min(t_.lanes, Tiling::pixels(by_) - first);
-      const bool straight = plain() && there == t_.lanes;
-      Real* const out = straight ? reinterpret_cast<Real*>(y_ + to) : line_;
+      const int64_t valid = std::min(t_.lanes, Tiling::pixels(by_) - first);
+      const bool direct = has_no_epilogue() && valid == t_.lanes;
+      Real* const out = direct ? reinterpret_cast<Real*>(y_ + to) : line_;
       kernels_.scatter_tokens(acc + r * t_.lanes, rows * t_.lanes, by_.rows, out, by_.rows);
-      if (!straight) finish(line_, there * by_.rows, to);
+      if (!direct) apply_epilogue(line_, valid * by_.rows, to);
     }
   }
 
  private:
-  bool plain() const {
+  bool has_no_epilogue() const {
     return sizeof(Bits) == sizeof(Real) && activation_ == 0 && residual_ == nullptr;
   }
 
   // Activation, residual and rounding of a run of the result that starts at element `to`.
-  void finish(const Real* run, int64_t count, int64_t to) const {
-    const Real* done = run;
+  void apply_epilogue(const Real* sums, int64_t count, int64_t to) const {
+    const Real* done = sums;
     if (activation_ || residual_) {
-      Real* const work = line_;
-      if (run != work) std::memcpy(work, run, size_t(count) * sizeof(Real));
-      Real* more = nullptr;
+      Real* const values = line_;
+      if (sums != values) std::memcpy(values, sums, size_t(count) * sizeof(Real));
+      Real* residual = nullptr;
       if (residual_) {
-        more = line_ + line_size(by_, t_) / 2;
-        widen_run<T>(residual_ + to, count, more);
+        residual = line_ + line_size(by_, t_) / 2;
+        widen_array<T>(residual_ + to, count, residual);
       }
-      kernels_.activate(work, count, activation_, more);
-      done = work;
+      kernels_.activate(values, count, activation_, residual);
+      done = values;
     }
-    round_run<T>(done, count, y_ + to);
+    round_array<T>(done, count, y_ + to);
   }
 
-  const ProductKernels<Real>& kernels_;
+  const SparseKernels<Real>& kernels_;
   const Geometry& by_;
   const Tiling& t_;
   int activation_;

@@ -19,7 +19,7 @@ struct Tiling {
   // the channels innermost in memory.
   enum Order { kSegments, kFlat, kTokens } order;
   int64_t lanes, segment, rows;
-  int64_t most_rows;     // `rows` if no threads waited: what bits may depend on
+  int64_t max_rows;      // `rows` if no threads waited: what bits may depend on
   int64_t across, down;  // units over the width and the height of an image
   int64_t units_per_tile;
   int64_t channels;    // of x in a tile: all of them, or those of a run
@@ -60,10 +60,10 @@ struct Tiling {
   }
 };
 
-constexpr int64_t kTileBytes = 256 << 10;  // of 2 MB of L2; x, weights and results want the rest
+constexpr int64_t kTileBudget = 256 << 10;  // of 2 MB of L2; x, weights and results want the rest
 // A tile that is as good as in the L1 cache. Its 48 KB lose less to a quarter of the loads from L2
 // than to sums that are carried more often.
-constexpr int64_t kNearBytes = 64 << 10;
+constexpr int64_t kL1Budget = 64 << 10;
 
 inline bool is_pointwise(const Geometry& by) {
   return by.taps() == 1 && by.stride == Pair{1, 1} && by.padding == Pair{0, 0} &&
@@ -72,7 +72,7 @@ inline bool is_pointwise(const Geometry& by) {
 
 // The segment whose units cover the width with the fewest vectors, halo included in part.
 template <typename Real>
-int64_t choose_segment(const ProductKernels<Real>& kernels, int log, const Geometry& by,
+int64_t choose_segment(const SparseKernels<Real>& kernels, int log, const Geometry& by,
                        int64_t reach) {
   int64_t best = 1;
   double least = 1e300;
@@ -106,15 +106,15 @@ inline int64_t choose_rows(int64_t height, int64_t most, int64_t wanted) {
 template <typename Real>
 int64_t pointwise_rows(const Geometry& by, int64_t most, int64_t lanes) {
   const int64_t row = std::max<int64_t>(1, by.channels * lanes * int64_t(sizeof(Real)));
-  const int64_t fit = kNearBytes / row;
+  const int64_t fit = kL1Budget / row;
   return fit >= 3 ? std::min(fit, most) : most;
 }
 
-// log: log2 of the rows of the weight that share a load (0, 1, 2). members: threads that wait for
-// work, 1 where the cut must not depend on them.
+// log: log2 of the rows of the weight that share a load (0, 1, 2). num_threads: threads that wait
+// for work, 1 where the cut must not depend on them.
 template <typename Real>
-Tiling choose_tiling(const ProductKernels<Real>& kernels, const Geometry& by, int log, bool tokens,
-                     int64_t members) {
+Tiling choose_tiling(const SparseKernels<Real>& kernels, const Geometry& by, int log, bool tokens,
+                     int64_t num_threads) {
   Tiling t;
   t.lanes = kernels.lanes;
   t.order = tokens ? Tiling::kTokens : is_pointwise(by) ? Tiling::kFlat : Tiling::kSegments;
@@ -124,18 +124,18 @@ Tiling choose_tiling(const ProductKernels<Real>& kernels, const Geometry& by, in
   const int64_t height = t.height(by);
   t.across = t.order != Tiling::kSegments ? 1 : parts_of(by.size[1], t.segment * t.lanes);
   t.row_stride = t.phases[1] * (t.segment + t.reach[1]) * t.lanes;
-  const int64_t wanted = parts_of(members, std::max<int64_t>(1, by.batch * t.across));
+  const int64_t wanted = parts_of(num_threads, std::max<int64_t>(1, by.batch * t.across));
   int64_t most = kernels.rows[log][t.segment - 1];
   if (t.order != Tiling::kSegments) most = pointwise_rows<Real>(by, most, t.lanes);
-  t.most_rows = choose_rows(height, most, 1);
-  t.rows = choose_rows(height, t.most_rows, wanted);
+  t.max_rows = choose_rows(height, most, 1);
+  t.rows = choose_rows(height, t.max_rows, wanted);
   t.down = parts_of(height, t.rows);
   const int64_t row_bytes =
       std::max<int64_t>(1, by.channels * t.phases[0] * t.row_stride) * int64_t(sizeof(Real));
   // A tile of several units saves the rows that two of them see; without such rows it only fills
   // L2.
-  const int64_t room = t.reach[0] ? kTileBytes / row_bytes - t.reach[0] : 0;
-  t.cut(by, by.channels, std::clamp<int64_t>(room / t.rows, 1, std::max<int64_t>(1, t.down)));
+  const int64_t rows_left = t.reach[0] ? kTileBudget / row_bytes - t.reach[0] : 0;
+  t.cut(by, by.channels, std::clamp<int64_t>(rows_left / t.rows, 1, std::max<int64_t>(1, t.down)));
   if (t.tile_size() > INT32_MAX) {
     refuse("a tile of ", by.channels, " channels does not fit 2^31 elements: split the channels");
   }

@@ -1,28 +1,29 @@
 // The gradient of a sparse product's values: sums over pixels, for the kept positions alone.
 //
-// A unit's pixels of the gradient are held in registers while every entry of their rows reads its
-// pixels of x from the tile: 1 load per multiply-add for v = 1, a quarter for v = 4.
+// A unit's pixels of the gradient are partial in registers while every entry of their rows reads
+// its pixels of x from the tile: 1 load per multiply-add for v = 1, a quarter for v = 4.
 #pragma once
 
 #include "cpu/sparse/tiled_conv.h"
 
 namespace issp {
 
-// Pixels are divided into parts, each summed on its own, and the parts are added in order: bits do
-// not depend on the number of threads. All parts together take no more room than the dense weight.
-constexpr int64_t kParts = 8;
+// Pixels are divided into splits, each summed on its own, and the splits are added in order: bits
+// do not depend on the number of threads. All splits together take no more room than the dense
+// weight.
+constexpr int64_t kMaxSplits = 8;
 
 template <typename T>
-struct GradRun {
+struct ValuesGrad {
   using Real = typename T::Wide;
-  const ProductKernels<Real>& kernels;
-  const Convolution& call;
+  const SparseKernels<Real>& kernels;
+  const Convolution& conv;
   const Tiling& tiling;
-  const Lists<int32_t>& lists;
+  const RowPattern<int32_t>& pattern;
 
   // The gradient as an image of its own, cut like the product's result.
   Geometry grad_geometry() const {
-    Geometry g = call.geometry;
+    Geometry g = conv.geometry;
     g.channels = g.rows;
     g.input = g.size;
     g.kernel = g.stride = g.dilation = g.upsample = {1, 1};
@@ -35,7 +36,7 @@ struct GradRun {
     t.phases = {1, 1};
     t.reach = {0, 0};
     t.units_per_tile = 1;
-    t.channels = call.geometry.rows;
+    t.channels = conv.geometry.rows;
     t.row_stride = t.segment * t.lanes;
     t.phase_rows = t.rows;
     t.channel_stride = t.block_size();
@@ -43,8 +44,8 @@ struct GradRun {
   }
 
   // All bits set in the lanes of a unit that lie in the result; empty where all do.
-  std::vector<Real> within(const Place& at) const {
-    const int64_t left = call.geometry.size[1] - at.column, size = tiling.segment * tiling.lanes;
+  std::vector<Real> within(const TileCoord& at) const {
+    const int64_t left = conv.geometry.size[1] - at.column, size = tiling.segment * tiling.lanes;
     if (tiling.order != Tiling::kSegments || left >= size) return {};
     std::vector<Real> mask(size_t(size), Real(0));
     for (int64_t j = 0; j < tiling.segment; ++j) {
@@ -58,13 +59,13 @@ struct GradRun {
   }
 
   // sums[e * v + i] += the share of one register block; grad: [O][rows][segment][lanes].
-  void dot(const Real* tile, int64_t rows, const Place& at, const Real* grad, int64_t stride,
+  void dot(const Real* tile, int64_t rows, const TileCoord& at, const Real* grad, int64_t stride,
            Real* packed, double* sums) const {
     const std::vector<Real> mask = within(at);
     const auto& table = mask.empty() ? kernels.dot : kernels.partial_dot;
-    const int64_t v = call.product.v, size = rows * tiling.segment * tiling.lanes;
-    for (int64_t b = 0; b < call.product.blocks; ++b) {
-      const int64_t first = lists.starts[b], count = lists.starts[b + 1] - first;
+    const int64_t v = conv.product.v, size = rows * tiling.segment * tiling.lanes;
+    for (int64_t b = 0; b < conv.product.blocks; ++b) {
+      const int64_t first = pattern.row_ptr[b], count = pattern.row_ptr[b + 1] - first;
       for (int64_t i = 0; count && i < v;) {
         const int log = rows_log(v - i);
         for (int64_t k = 0; k < 1 << log; ++k) {
@@ -72,7 +73,7 @@ struct GradRun {
                       size_t(size) * sizeof(Real));
         }
         table[log][tiling.segment - 1][rows - 1](tile, tiling.row_stride,
-                                                 lists.entries.get() + first, count, packed,
+                                                 pattern.entries.get() + first, count, packed,
                                                  mask.data(), sums + first * v + i, v);
         i += int64_t(1) << log;
       }
@@ -80,9 +81,9 @@ struct GradRun {
   }
 
   // Adds the units first..last to sums [E, v].
-  void part(const void* x, const void* grad, int64_t first, int64_t last, double* sums) const {
-    static thread_local Workspace<Real> memory;
-    const Geometry& by = call.geometry;
+  void add_split(const void* x, const void* grad, int64_t first, int64_t last, double* sums) const {
+    static thread_local ThreadScratch<Real> memory;
+    const Geometry& by = conv.geometry;
     const Geometry grad_by = grad_geometry();
     const Tiling grad_cut = grad_tiling();
     const int64_t tile_size = tiling.tile_size(), grad_size = grad_cut.tile_size();
@@ -96,49 +97,50 @@ struct GradRun {
                               packed + 4 * tiling.block_size() + line);
     for_each_tile(
         tiling, by, first, last,
-        [&](const Place& at, int64_t rows) { reader.fill(at, rows, 0, by.channels, tile); },
-        [&](const Place& at, int64_t rows, int64_t below) {
+        [&](const TileCoord& at, int64_t rows) { reader.fill(at, rows, 0, by.channels, tile); },
+        [&](const TileCoord& at, int64_t rows, int64_t below) {
           grads.fill(at, rows, 0, by.rows, pixels);
           dot(tile + below * tiling.row_stride, rows, at, pixels, grad_cut.channel_stride, packed,
               sums);
         });
   }
 
-  void operator()(const void* x, const void* grad, typename T::Bits* to, int64_t members) const {
-    const int64_t numel = call.product.entries * call.product.v,
-                  units = tiling.units(call.geometry);
-    const int64_t dense = call.geometry.rows * call.geometry.length() * int64_t(sizeof(Real));
+  void operator()(const void* x, const void* grad, typename T::Bits* to,
+                  int64_t num_threads) const {
+    const int64_t numel = conv.product.entries * conv.product.v,
+                  units = tiling.units(conv.geometry);
+    const int64_t dense = conv.geometry.rows * conv.geometry.length() * int64_t(sizeof(Real));
     const int64_t bytes = std::max<int64_t>(1, numel) * int64_t(sizeof(double));
-    const int64_t parts =
-        std::clamp<int64_t>(dense / bytes, 1, std::min(kParts, std::max<int64_t>(1, units)));
-    std::vector<double> sums(size_t(numel * parts));
-    members = std::min(members, parts);
-    for_members(members, [&](int64_t member) {
-      for (int64_t p = member; p < parts; p += members) {
-        part(x, grad, units * p / parts, units * (p + 1) / parts, sums.data() + p * numel);
+    const int64_t splits =
+        std::clamp<int64_t>(dense / bytes, 1, std::min(kMaxSplits, std::max<int64_t>(1, units)));
+    std::vector<double> sums(size_t(numel * splits));
+    num_threads = std::min(num_threads, splits);
+    for_threads(num_threads, [&](int64_t thread) {
+      for (int64_t p = thread; p < splits; p += num_threads) {
+        add_split(x, grad, units * p / splits, units * (p + 1) / splits, sums.data() + p * numel);
       }
     });
-    for (int64_t p = 1; p < parts; ++p) {
+    for (int64_t p = 1; p < splits; ++p) {
       for (int64_t e = 0; e < numel; ++e) sums[size_t(e)] += sums[size_t(p * numel + e)];
     }
     for (int64_t e = 0; e < numel; ++e) to[e] = rounded<T>(Real(sums[size_t(e)]));
   }
 };
 
-inline void values_grad(const Convolution& call, bool tokens, const Tensor& x, const Tensor& grad,
+inline void values_grad(const Convolution& conv, bool tokens, const Tensor& x, const Tensor& grad,
                         const Tensor& columns, const Tensor& starts, const Tensor& to) {
-  for_dtype(call.product.dtype, [&](auto type) {
+  for_dtype(conv.product.dtype, [&](auto type) {
     using T = decltype(type);
     using Real = typename T::Wide;
-    const ProductKernels<Real>& kernels = product_kernels<Real>();
+    const SparseKernels<Real>& kernels = sparse_kernels<Real>();
     const Tiling tiling =
-        choose_tiling(kernels, call.geometry, rows_log(call.product.v), tokens, 1);
-    const Lists<int32_t> lists =
-        translate(call.product, columns, starts, tile_offsets(call.geometry, tiling));
-    const GradRun<T> run = {kernels, call, tiling, lists};
-    run(x.const_data_ptr(), grad.const_data_ptr(),
-        static_cast<typename T::Bits*>(to.mutable_data_ptr()),
-        worthy_members(2 * multiply_adds(call)));
+        choose_tiling(kernels, conv.geometry, rows_log(conv.product.v), tokens, 1);
+    const RowPattern<int32_t> pattern =
+        translate(conv.product, columns, starts, tile_offsets(conv.geometry, tiling));
+    const ValuesGrad<T> grad_of = {kernels, conv, tiling, pattern};
+    grad_of(x.const_data_ptr(), grad.const_data_ptr(),
+            static_cast<typename T::Bits*>(to.mutable_data_ptr()),
+            num_threads_for(2 * multiply_adds(conv)));
   });
 }
 

@@ -28,22 +28,23 @@
 
 namespace issp {
 
-#define ISSP_STREAMS(isa) {isa::regularize<T>, isa::zeros<T>, isa::sums<T>}
+#define ISSP_STREAMING_KERNELS(isa) {isa::regularize<T>, isa::zeros<T>, isa::sums<T>}
 
 template <typename T>
-const Streams<T>& streams() {
-  static const Streams<T> plain = ISSP_STREAMS(scalar);
+const StreamingKernels<T>& streaming_kernels() {
+  static const StreamingKernels<T> plain = ISSP_STREAMING_KERNELS(scalar);
 #if ISSP_X86
-  static const Streams<T> narrow = ISSP_STREAMS(avx2), wide = ISSP_STREAMS(avx512);
+  static const StreamingKernels<T> narrow = ISSP_STREAMING_KERNELS(avx2),
+                                   wide = ISSP_STREAMING_KERNELS(avx512);
   const std::string in_use = cpu_capability({});
   if (in_use != "scalar") return in_use == "avx2" ? narrow : wide;
 #endif
   return plain;
 }
 
-template const Streams<Float32>& streams<Float32>();
-template const Streams<Float16>& streams<Float16>();
-template const Streams<BFloat16>& streams<BFloat16>();
-template const Streams<Float64>& streams<Float64>();
+template const StreamingKernels<Float32>& streaming_kernels<Float32>();
+template const StreamingKernels<Float16>& streaming_kernels<Float16>();
+template const StreamingKernels<BFloat16>& streaming_kernels<BFloat16>();
+template const StreamingKernels<Float64>& streaming_kernels<Float64>();
 
 }  // namespace issp

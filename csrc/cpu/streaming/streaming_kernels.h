@@ -1,5 +1,5 @@
-// The passes that read or write every element once and wait for memory: plain loops, compiled for
-// each instruction set, chosen as passes.h chooses.
+// Kernels that read or write every element once and are limited by memory bandwidth: plain loops,
+// compiled for each instruction set. The set in use is that of prune_kernels.h.
 #pragma once
 
 #include <cstdint>
@@ -10,17 +10,18 @@
 
 namespace issp {
 
-constexpr int64_t kStatisticsTile = 4096;  // 16 KB of float32: sums are taken tile by tile
+constexpr int64_t kStatisticsTile = 4096;  // elements per partial sum: 16 KB of float32
 
 template <typename T>
-struct Streams {
+struct StreamingKernels {
   using Bits = typename T::Bits;
-  void (*regularize)(Bits*, const Bits*, typename T::Wide, int64_t, Range, const uint32_t*);
-  int64_t (*zeros)(const Bits*, int64_t);
-  PartSums (*sums)(const Bits*, int64_t);
+  void (*regularize)(Bits* grad, const Bits* w, typename T::Wide factor, int64_t numel,
+                     Range blocks, const uint32_t* mask);
+  int64_t (*zeros)(const Bits* w, int64_t numel);
+  PartialSums (*sums)(const Bits* w, int64_t numel);
 };
 
 template <typename T>
-const Streams<T>& streams();
+const StreamingKernels<T>& streaming_kernels();
 
 }  // namespace issp

@@ -1,15 +1,16 @@
-// The loops of streams.h for one instruction set. Included once per set by streams.cpp, with
-// ISSP_ISA (a namespace) and ISSP_TARGET (its function attribute) defined. Their results are the
-// same bits for every set: sums have a fixed number of lanes, and nothing is contracted.
+// The kernels of streaming_kernels.h for one instruction set. streaming_kernels.cpp includes this
+// file once per set, with ISSP_ISA (a namespace) and ISSP_TARGET (its function attribute) defined.
+// All sets give the same bits: sums have a fixed number of lanes, and no multiply-add is
+// contracted.
 
 namespace issp::ISSP_ISA {
 
-// g += factor * w where the mask has a 0 bit. Words that are kept whole cost their mask alone.
+// g += factor * w where the mask has a 0 bit. For a word without a 0 bit only the mask is read.
 template <typename T>
 ISSP_TARGET void regularize(typename T::Bits* g, const typename T::Bits* w, typename T::Wide factor,
-                            int64_t numel, Range groups, const uint32_t* mask) {
+                            int64_t numel, Range blocks, const uint32_t* mask) {
   using Bits = typename T::Bits;
-  for (int64_t word = 2 * groups.begin; word < 2 * groups.end; ++word) {
+  for (int64_t word = 2 * blocks.begin; word < 2 * blocks.end; ++word) {
     const int64_t left = numel - 32 * word;
     if (left <= 0) break;
     const uint32_t kept = mask[word];
@@ -22,21 +23,21 @@ ISSP_TARGET void regularize(typename T::Bits* g, const typename T::Bits* w, type
       }
       break;
     }
-    Bits fresh[32];
-    for (int i = 0; i < 32; ++i) fresh[i] = regularized<T>(to[i], from[i], factor);
-    for (int i = 0; i < 32; ++i) to[i] = kept >> i & 1u ? to[i] : fresh[i];
+    Bits results[32];
+    for (int i = 0; i < 32; ++i) results[i] = regularized<T>(to[i], from[i], factor);
+    for (int i = 0; i < 32; ++i) to[i] = kept >> i & 1u ? to[i] : results[i];
   }
 }
 
-// Bytes that a line is fetched ahead by hand: the statistics of EDSR-L fell from 20.6 to 16.6 ms on
-// one core, where reading alone takes 15.
+// Prefetch distance in bytes. Measured: magnitude_statistics of EDSR-L on one core takes 16.6 ms,
+// without prefetch 20.6 ms; reading the memory takes 15 ms.
 constexpr int64_t kAhead = 2048;
 
-// Zeros of either sign. Counts of a block fit 32 bits: as many lanes as the instruction set has.
+// Counts zeros of both signs. The count of a block fits 32 bits, so that all vector lanes are used.
 template <typename T>
 ISSP_TARGET int64_t zeros(const typename T::Bits* w, int64_t numel) {
   using Bits = typename T::Bits;
-  int64_t found = 0;
+  int64_t count = 0;
   constexpr int64_t kBlock = 2048 / sizeof(Bits);
   for (int64_t begin = 0; begin < numel; begin += kBlock) {
     const int64_t end = begin + kBlock < numel ? begin + kBlock : numel;
@@ -44,9 +45,9 @@ ISSP_TARGET int64_t zeros(const typename T::Bits* w, int64_t numel) {
     for (int line = 0; line < 2048; line += 64) __builtin_prefetch(ahead + line);
     Key<T> block = 0;
     for (int64_t i = begin; i < end; ++i) block += Bits(w[i] << 1) == 0;
-    found += int64_t(block);
+    count += int64_t(block);
   }
-  return found;
+  return count;
 }
 
 using Doubles = double __attribute__((vector_size(64)));
@@ -70,12 +71,12 @@ ISSP_TARGET inline __attribute__((always_inline)) double total(const Doubles& x)
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
-// One read, deviations from a guess of the mean. The guess is the mean of m = 64 of the n values,
-// so by Cauchy and Schwarz it misses the mean by at most sqrt(n / m) standard deviations, and the
-// difference below loses at most the factor 1 + n / m = 65 of float64's precision, whatever the
-// values are.
+// One read: sums of deviations from a guess of the mean. The guess is the mean of m = 64 of the n
+// values. By Cauchy-Schwarz it differs from the mean by at most sqrt(n / m) standard deviations, so
+// the subtraction in about_mean loses at most the factor 1 + n / m = 65 of the precision of
+// float64.
 template <typename T>
-ISSP_TARGET PartSums sums(const typename T::Bits* w, int64_t numel) {
+ISSP_TARGET PartialSums sums(const typename T::Bits* w, int64_t numel) {
   Doubles a, b, sum_a = {}, sum_b = {}, squares_a = {}, squares_b = {};
   double guess = 0;
   if (numel >= 64) {
