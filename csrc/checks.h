@@ -1,5 +1,5 @@
-// Argument checks of every op, CPU and CUDA: everything is checked before anything is written.
-// issp/checks.py makes the same checks and chooses the Python exception; see issp/ops.py.
+// Argument checks of every op, CPU and CUDA. All checks precede all writes. issp/checks.py makes
+// the same checks and raises the Python exception; see issp/ops.py.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -94,7 +94,7 @@ inline void check_rank(int64_t k, const Item& item, size_t i) {
   }
 }
 
-// k itself is checked by the CPU op, which can read it without waiting for a device.
+// The values of k are checked by the CPU op, which can read them without waiting for a device.
 inline std::vector<Item> check_soft_shrink(const std::vector<Tensor>& weights, const Tensor& k,
                                            double shrink, const Tensor& thresholds,
                                            const Tensor& masks, const Tensor& flips,
@@ -127,7 +127,7 @@ inline std::vector<Item> check_magnitude_threshold(const std::vector<Tensor>& we
   return items;
 }
 
-// The tensors of the first set; the others are known to have the same sizes.
+// Returns the items of the first set; the tensors of the other sets have the same sizes.
 inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors, const Tensor& masks,
                                            int64_t sets) {
   std::vector<Item> items = check_tensor_list(tensors, false);
@@ -149,7 +149,7 @@ inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors, c
   return items;
 }
 
-// Items of the gradients.
+// Returns the items of the gradients.
 inline std::vector<Item> check_regularize(const std::vector<Tensor>& grads,
                                           const std::vector<Tensor>& weights, const Tensor& factors,
                                           const Tensor& masks) {
@@ -177,7 +177,7 @@ inline std::vector<Item> check_regularize(const std::vector<Tensor>& grads,
   return items;
 }
 
-// v == 0: layout "flat".
+// v == 0 means layout "flat".
 inline Pattern check_pattern(const Tensor& weight, int64_t n, int64_t m, int64_t v) {
   if (n < 1 || n > m) refuse("keep n = ", n, " of m = ", m, ": n must lie in 1..m");
   if (v < 0) refuse("v is ", v, ": it must be at least 1");
@@ -194,18 +194,18 @@ inline Pattern check_pattern(const Tensor& weight, int64_t n, int64_t m, int64_t
   return {n, m, v, rows, channels, weight.numel() / (rows * channels)};
 }
 
-// One per pruned weight, the first `count`; empty: all are unstructured.
+// One pattern per pruned weight (the first `count` weights); empty if all are unstructured.
 inline std::vector<Pattern> check_patterns(const std::vector<Tensor>& weights, size_t count,
                                            const std::vector<int64_t>& patterns) {
   if (!patterns.empty() && patterns.size() != 3 * count) {
     refuse("patterns has ", patterns.size(), " numbers for ", count, " pruned weights");
   }
-  std::vector<Pattern> found;
+  std::vector<Pattern> result;
   for (size_t i = 0; i < patterns.size() / 3; ++i) {
     const int64_t n = patterns[3 * i], m = patterns[3 * i + 1], v = patterns[3 * i + 2];
-    found.push_back(m ? check_pattern(weights[i], n, m, v) : Pattern{});
+    result.push_back(m ? check_pattern(weights[i], n, m, v) : Pattern{});
   }
-  return found;
+  return result;
 }
 
 inline Pattern at(const std::vector<Pattern>& patterns, size_t i) {

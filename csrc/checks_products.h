@@ -1,13 +1,14 @@
-// Argument checks of the sparse products, CPU and CUDA. issp/checks_products.py makes the same
-// checks and chooses the Python exception; the positions themselves are checked by the CPU ops,
-// which can read them without waiting for a device.
+// Argument checks of sparse convolutions and matrix products, CPU and CUDA. issp/checks_products.py
+// makes the same checks and raises the Python exception. The CPU ops also check the columns, which
+// they can read without waiting for a device.
 #pragma once
 
 #include "checks.h"
 
 namespace issp {
 
-// Height and width; std::array would compare them by a call of memcmp, for every plane of a tile.
+// Height and width. std::array would compare two of them with a call of memcmp, for every plane of
+// a tile.
 struct Pair {
   int64_t height, width;
 
@@ -19,7 +20,7 @@ struct Pair {
   friend bool operator!=(const Pair& a, const Pair& b) { return !(a == b); }
 };
 
-// What a convolution sees of its input; see sparse_conv2d in issp/schemas_products.py.
+// The sizes and the window of a convolution; see sparse_conv2d in issp/schemas_products.py.
 struct Geometry {
   int64_t batch, channels, rows;
   Pair input, kernel, stride, padding, dilation, upsample, size;
@@ -30,7 +31,8 @@ struct Geometry {
 
 enum class Activation { kNone, kRelu, kGelu };
 
-// The arguments that all products share, as they are checked.
+// The checked arguments that all sparse ops share. entries: number of columns, with v values each.
+// blocks: number of blocks of v rows.
 struct Product {
   ScalarType dtype;
   int64_t v, entries, blocks;
@@ -127,7 +129,7 @@ inline std::vector<int64_t> image_shape(const Geometry& by) {
   return {by.batch, by.rows, by.size[0], by.size[1]};
 }
 
-// What both lists begin with: kernel, stride, padding, dilation.
+// The numbers with which both geometry lists begin: kernel, stride, padding, dilation.
 inline Geometry check_window(const Tensor& x, int64_t rows, const std::vector<int64_t>& numbers) {
   const auto sizes = x.sizes();
   return {sizes[0],

@@ -1,4 +1,4 @@
-// Argument checks of the optimizer ops, CPU and CUDA; issp/checks_update.py makes the same ones.
+// Argument checks of the optimizer ops, CPU and CUDA. issp/checks_update.py makes the same checks.
 #pragma once
 
 #include <cmath>
@@ -10,8 +10,9 @@
 
 namespace issp {
 
-// What stands beside a weight in an optimizer's call. first and second are its moments (Adam's two;
-// SGD's buffer and nothing), step its counter; null where the op has none.
+// The gradient and the optimizer state of one weight. first and second: exp_avg and exp_avg_sq of
+// Adam; momentum buffer and null of SGD. step: the step counter. A pointer is null where the op has
+// no such state.
 struct OptimState {
   const void* grad;
   float* first;
@@ -20,14 +21,15 @@ struct OptimState {
   bool bfloat16;  // the gradient's dtype; float32 otherwise
 };
 
-// The weights that are pruned, the others, and what stands beside each, pruned ones first.
+// The pruned weights, the other weights, and the states of all: those of the pruned weights first.
 struct Update {
   std::vector<Item> pruned, rest;
   std::vector<OptimState> states;
 };
 
-// A call of several hundred tensors passes the same memory every time: what was found separate is
-// not sorted again.
+// The ranges of memory that a call writes, checked for overlaps. An optimizer passes the same
+// several hundred tensors in every step, so the ranges of recent calls are cached and not sorted
+// again.
 class WrittenMemory {
  public:
   explicit WrittenMemory(std::vector<ByteRange> ranges) {
@@ -68,7 +70,7 @@ inline void check_not_negative(double value, const char* name) {
   }
 }
 
-// A list with one entry per weight; numel -1: of the weight's size.
+// Checks a list with one entry per weight; numel -1: of the size of the weight.
 inline void check_matching(const std::vector<Tensor>& weights, const std::vector<Tensor>& values,
                            const char* name, bool gradient, int64_t numel = -1) {
   if (values.size() != weights.size()) {
@@ -97,7 +99,7 @@ inline void check_scalar(const std::optional<Tensor>& x, const char* name, bool 
   check_state(*x, name, any_float ? dtype : ScalarType::Float, 1, like);
 }
 
-// What the optimizer ops share. `moments` may be null where there are none, as may `steps`.
+// The checks that the optimizer ops share. A list of moments or steps may be null.
 inline Update check_update(const std::vector<Tensor>& weights, const std::vector<Tensor>& grads,
                            const std::vector<Tensor>* first, const std::vector<Tensor>* second,
                            const std::vector<Tensor>* steps, double lr, double weight_decay,

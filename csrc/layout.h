@@ -1,4 +1,4 @@
-// Where a tensor's mask words and scratch lie: the same arithmetic as issp/schemas.py.
+// The positions of mask words and scratch memory of a tensor. issp/schemas.py computes the same.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,8 @@
 
 namespace issp {
 
-constexpr int64_t kLineWords = 16;  // 64 bytes: two tensors never share a cache line of masks
+// int32 words of a cache line. No cache line of masks belongs to two tensors.
+constexpr int64_t kLineWords = 16;
 constexpr int64_t kScratchHeader = 64;
 
 constexpr int64_t mask_words(int64_t numel) {
@@ -17,7 +18,8 @@ constexpr int64_t scratch_region(int64_t numel) {
   return (numel / 10 / kLineWords + 2) * kLineWords;
 }
 
-// One tensor of a multi-tensor call, with the first word of its mask and of its scratch.
+// One tensor of a multi-tensor call, with the index of its first mask word and of its first scratch
+// word.
 struct Item {
   void* data;
   int64_t numel;
@@ -25,9 +27,10 @@ struct Item {
   int64_t scratch_start;
 };
 
-// How a tensor is pruned. m == 0: unstructured. Otherwise the m - n smallest of every m consecutive
-// channels; element (row, channel, kernel) lies at (row * channels + channel) * inner + kernel, and
-// v consecutive rows share a pattern. Layout "flat" is one row of all elements, inner = 1.
+// The N:M pattern of a tensor; m == 0: unstructured. Of every m consecutive channels the m - n
+// smallest are pruned. Element (row, channel, kernel) is at (row * channels + channel) * inner +
+// kernel, and v consecutive rows share their positions. Layout "flat" is one row of all elements
+// with inner = 1.
 struct Pattern {
   int64_t n, m, v, rows, channels, inner;
 

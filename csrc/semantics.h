@@ -1,5 +1,5 @@
-// The scalar rules, for the host and for the device: key, selected, shrunk.
-// The same rules, in the same order, stand in issp/reference.py and triton_kernels/semantics.py.
+// The scalar rules of pruning, for host and device: key, selected, shrunk. issp/reference.py and
+// triton_kernels/semantics.py implement the same rules in the same order.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@ ISSP_RULE To bit_as(From from) {
   return to;
 }
 
-// Storage types: the kernels see every weight as its bits.
+// Storage types: the kernels process the bits of a weight.
 struct Float32 {
   using Bits = uint32_t;
   using Wide = float;
@@ -57,7 +57,7 @@ constexpr uint16_t kInfinity<BFloat16> = 0x7f80u;
 template <>
 constexpr uint64_t kInfinity<Float64> = 0x7ff0000000000000ull;
 
-// Keys of the 16-bit types are handled as 32-bit integers.
+// The keys of the 16-bit types are 32-bit integers.
 template <typename Bits>
 struct KeyOf {
   using Key = uint32_t;
@@ -69,14 +69,15 @@ struct KeyOf<uint64_t> {
 template <typename T>
 using Key = typename KeyOf<typename T::Bits>::Key;
 
-// key: the order of magnitudes as integers; +0 == -0, denormals ordered, NaN above infinity.
+// key: an integer that orders magnitudes; +0 == -0, denormals are ordered, NaN is above infinity.
 template <typename T>
 ISSP_RULE Key<T> key(typename T::Bits bits) {
   return bits & Limits<T>::magnitude;
 }
 
-// selected: of the k smallest keys. tau is the k-th smallest key; `ties` of the elements that equal
-// it, those of lowest flat index, are taken; `rank` counts the equal ones before this element.
+// selected: whether an element belongs to the k smallest keys. tau is the k-th smallest key. Of the
+// elements equal to tau, the `ties` elements of lowest flat index are selected; `rank` counts the
+// equal elements before this one.
 template <typename Key>
 ISSP_RULE bool selected(Key key, Key tau, int64_t rank, int64_t ties) {
   return key < tau || (key == tau && rank < ties);
@@ -116,17 +117,17 @@ ISSP_RULE uint16_t narrow(Float16, float value) {  // to nearest even; |value| <
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   if (magnitude >= 0x7f800000u) return uint16_t(sign | 0x7c00u);
-  if (magnitude < 0x38800000u) {  // denormal result: adding 0.5 aligns its last bit with float's
+  if (magnitude < 0x38800000u) {  // denormal result: adding 0.5 aligns its last bit with float bits
     const float aligned = bit_as<float>(magnitude) + 0.5f;
     return uint16_t(sign | (bit_as<uint32_t>(aligned) - 0x3f000000u));
   }
   return uint16_t(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
 }
 
-// shrunk: w * shrink, rounded to nearest even; 16-bit types are widened to float, then rounded
-// again. shrink = 0 gives a zero of w's sign. A product below the smallest normal number becomes a
-// zero of w's sign (bfloat16: judged in float), except for float16. NaN stays as it is.
-// Needs gradual underflow (no flush-to-zero) while it runs: see FloatMode in cpu/team.h.
+// shrunk: w * shrink, rounded to nearest even. 16-bit types are widened to float and rounded again.
+// shrink = 0 gives a zero with the sign of w. A product below the smallest normal number becomes a
+// zero with the sign of w, except for float16; for bfloat16 the float product is compared. NaN is
+// unchanged. The rule needs gradual underflow (no flush-to-zero): see FloatMode in cpu/threads.h.
 template <typename T>
 ISSP_RULE typename T::Bits shrunk(typename T::Bits bits, typename T::Wide shrink) {
   using Wide = typename T::Wide;

@@ -1,10 +1,10 @@
-// The optimizer's rule for one weight, for the host and for the device: Adam and SGD in front of
-// the selection. The same rule, in the same order, stands in issp/reference.py.
+// The scalar rule of the optimizers, for host and device: Adam and SGD, which run before the
+// selection. issp/reference_updates.py implements the same rule in the same order.
 //
-// Every operation rounds once, and where torch's fused kernels multiply and add in one rounding it
-// is written `fused`; the rule itself is update_rule.inc.h's. A compiler must not fuse the others:
-// the host files are compiled with -ffp-contract=off, and the device's `times` is an instruction
-// that is never contracted. Scalars are computed in float64, once per tensor, and rounded to
+// Every operation rounds once. Where torch's fused kernels use a fused multiply-add, the rule uses
+// `fused`. A compiler must not fuse other operations: host files are compiled with
+// -ffp-contract=off, and on the device `times` is an instruction that is never contracted. The rule
+// itself is in update_rule.inc.h. Scalars are computed in float64, once per tensor, and rounded to
 // float32 once.
 #pragma once
 
@@ -48,8 +48,8 @@ ISSP_RULE float root(float x) {
 }
 #endif
 
-// base^n by squaring, lowest bit of n first: the libraries' pow() differ in the last bit from one
-// another, products in a fixed order do not.
+// base^n by squaring, lowest bit of n first. The pow() of different libraries differ in the last
+// bit; products in a fixed order do not.
 ISSP_RULE double power(double base, uint32_t n) {
   double result = 1.0;
   for (; n != 0; n >>= 1) {
@@ -59,14 +59,14 @@ ISSP_RULE double power(double base, uint32_t n) {
   return result;
 }
 
-// Moments below the smallest normal number are stored, and used, as a zero of their sign: what no
-// gradient reaches decays into denormals, and those stop a CPU.
+// Moments below the smallest normal number are replaced by a zero of their sign. Without gradients
+// moments decay to denormals, which slow down a CPU.
 ISSP_RULE float flushed(float x) {
   const uint32_t bits = bit_as<uint32_t>(x);
   return bit_as<float>((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
 }
 
-// The gradient as the rule sees it. `scale` is what a gradient scaler has multiplied it by.
+// The preparation of a gradient: `scale` is the factor of a gradient scaler.
 struct Gradient {
   float scale;
   bool scaled, maximize;
@@ -77,21 +77,21 @@ struct Gradient {
   }
 };
 
-// The arguments of an adam_soft_shrink_ call; lr may be replaced by a tensor's.
+// The arguments of an adam_soft_shrink_ call; an lr tensor may replace lr.
 struct Adam {
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled;
 };
 
-// The same for one tensor at its step, rounded to float32.
+// The same for one tensor and its step, rounded to float32.
 struct AdamStep {
-  float coupled_decay, decoupled_decay;  // the second multiplies the weight
+  float coupled_decay, decoupled_decay;  // decoupled_decay multiplies the weight
   float lerp, beta2, rest2, eps;         // lerp: 1 - beta1; rest2: 1 - beta2
   float bias2_root, step_size;
   bool couple, decouple;
 };
 
-// `step` counts this update: 1 for the first.
+// `step` includes this update: 1 for the first.
 ISSP_RULE AdamStep adam_step(const Adam& adam, double lr, float step) {
   const uint32_t t = step > 0.0f ? uint32_t(step) : 0u;
   const bool decay = adam.weight_decay != 0.0;
@@ -109,7 +109,7 @@ ISSP_RULE AdamStep adam_step(const Adam& adam, double lr, float step) {
   return to;
 }
 
-// The arguments of an sgd_soft_shrink_ call, and the same rounded to float32.
+// The arguments of an sgd_soft_shrink_ call, and below the same rounded to float32.
 struct Sgd {
   double lr, momentum, dampening, weight_decay;
   bool nesterov;

@@ -7,7 +7,7 @@
 
 namespace issp {
 
-// Calls body(T{}) with the storage type of a dtype that checks.h has let through.
+// Calls body(T{}) with the storage type of a dtype that checks.h has accepted.
 template <typename F>
 void for_dtype(torch::headeronly::ScalarType dtype, const F& body) {
   using torch::headeronly::ScalarType;

@@ -65,10 +65,10 @@ struct NmScratch {
     constexpr int64_t lanes = NmShape::kLanes;
     const bool transposed = by.inner == 1 && !by.single_group();
     const bool small = sizeof(typename T::Bits) == 2;
-    const int64_t padded = whole_lines(by.chunk + by.beyond());
+    const int64_t padded = round_to_lines(by.chunk + by.beyond());
     const int64_t columns_size = transposed ? lanes * (by.m + 4) : 0;
     const int64_t lane_order_size = lanes * (by.inner == 1 ? std::min(by.m, lanes) : by.inner);
-    const int64_t words = whole_lines(by.chunk / 64 + 2);
+    const int64_t words = round_to_lines(by.chunk / 64 + 2);
     const int64_t keys = (small ? 3 : 2) * padded + columns_size + lane_order_size;
     memory_.reset(new uint64_t[size_t(words + keys * int64_t(sizeof(Key<T>)) / 8 + 16)]);
     dropped = reinterpret_cast<uint64_t*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & -64);
@@ -86,7 +86,7 @@ struct NmScratch {
   }
 
  private:
-  static int64_t whole_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
+  static int64_t round_to_lines(int64_t elements) { return (elements + 15) / 16 * 16; }
 
   std::unique_ptr<uint64_t[]> memory_;
 };

@@ -1,4 +1,4 @@
-// A sparse product without tiles: which calls it suits, and its run over the units of the result.
+// The direct sparse convolution: for which calls it is used, and its loop over the work units.
 #pragma once
 
 #include <unistd.h>
@@ -10,11 +10,12 @@
 
 namespace issp {
 
-constexpr int64_t kL2Budget = 512 << 10;  // of x, for a group of units: L2 holds it and the results
+constexpr int64_t kL2Budget =
+    512 << 10;  // of x, for a group of work units; L2 also holds the results
 
 class DirectConv {
  public:
-  // A pointwise convolution knows no rows: its pixels are seen as rows of one vector.
+  // A pointwise convolution has no rows: its pixels are treated as rows of one vector.
   static Geometry as_rows(const Geometry& by, int64_t lanes) {
     Geometry g = by;
     if (is_pointwise(by) && Tiling::pixels(by) % lanes == 0) {
@@ -30,13 +31,13 @@ class DirectConv {
         product_(conv.product),
         low_reuse_(is_low_reuse(conv)),
         by_(as_rows(conv.geometry, kernels.lanes)) {
-    const int log = rows_log(product_.v);
+    const int log = log2_rows(product_.v);
     segment_ = choose_segment(kernels, log, by_, 0);
-    across_ = parts_of(by_.size[1], segment_ * kernels.lanes);
-    const int64_t wanted = parts_of(num_threads, std::max<int64_t>(1, by_.batch * across_));
+    across_ = ceil_div(by_.size[1], segment_ * kernels.lanes);
+    const int64_t wanted = ceil_div(num_threads, std::max<int64_t>(1, by_.batch * across_));
     max_rows_ = choose_rows(by_.size[0], kernels.rows[log][segment_ - 1], 1);
     rows_ = choose_rows(by_.size[0], max_rows_, wanted);
-    down_ = parts_of(by_.size[0], rows_);
+    down_ = ceil_div(by_.size[0], rows_);
     const int64_t row = std::max<int64_t>(1, by_.channels * width() * int64_t(sizeof(float)));
     group_size_ = std::clamp<int64_t>(kL2Budget / row / rows_, 1, down_);
     for (int64_t a = 0; a < across_; ++a) {
@@ -48,9 +49,9 @@ class DirectConv {
     }
   }
 
-  // Whether pixels are loaded rarely; whether masks at both ends of a row are all that the borders
-  // need; and whether what a unit sees stays in L2:
-  // planes a large power of two stride fall into a few of its sets.
+  // Whether the direct kernels are correct and fast for this call: pixels are loaded rarely, masks
+  // at both ends of a row suffice for the borders, and what a work unit reads stays in L2. Planes
+  // that are a large power of two apart map to a few sets of L2.
   bool supports() const {
     if (!low_reuse_) return false;
     const int64_t plane = by_.input[0] * by_.input[1];
@@ -74,7 +75,7 @@ class DirectConv {
     return by_.channels * rows_bytes <= std::min(sets, sets / stride * rows_bytes) * 8;
   }
 
-  // What every position of a row of the weight means for a unit.
+  // Offset and masks of every position of a row of the weight.
   std::vector<DirectEntry> positions() const {
     std::vector<DirectEntry> at;
     at.reserve(size_t(by_.length()));
@@ -91,16 +92,16 @@ class DirectConv {
 
   void operator()(const RowPattern<DirectEntry>& pattern, const float* x, const float* values,
                   const float* bias, const float* residual, float* y, int64_t num_threads) const {
-    // Threads share pixels, so that each has its part of x in its L2. Pointwise they share the rows
-    // of the weight: two threads that write to one page take its lines from each other, because
-    // prefetchers run ahead within a page.
-    const int64_t units = by_.batch * across_ * down_, blocks = product_.blocks;
+    // Threads divide the pixels, so that each has its part of x in its own L2. For pointwise
+    // convolutions they divide the rows of the weight: two threads that write to one page would
+    // take cache lines from each other, because prefetchers run ahead within a page.
+    const int64_t work_units = by_.batch * across_ * down_, blocks = product_.blocks;
     const bool by_rows = blocks >= num_threads && by_.taps() == 1;
-    const int64_t count = std::min(num_threads, by_rows ? blocks : units);
+    const int64_t count = std::min(num_threads, by_rows ? blocks : work_units);
     for_threads(count, [&](int64_t thread) {
-      const int64_t total = by_rows ? blocks : units;
+      const int64_t total = by_rows ? blocks : work_units;
       const int64_t first = total * thread / count, last = total * (thread + 1) / count;
-      const int64_t end = by_rows ? units : last;
+      const int64_t end = by_rows ? work_units : last;
       for (int64_t u = by_rows ? 0 : first; u < end; u += group_size_) {
         run_group(u, std::min(end, u + group_size_), by_rows ? first : 0, by_rows ? last : blocks,
                   pattern, x, values, bias, residual, y);
@@ -111,7 +112,7 @@ class DirectConv {
  private:
   int64_t width() const { return segment_ * kernels_.lanes; }
   int64_t segment_of(int64_t a) const {
-    return std::min(segment_, parts_of(by_.size[1] - a * width(), kernels_.lanes));
+    return std::min(segment_, ceil_div(by_.size[1] - a * width(), kernels_.lanes));
   }
   int64_t shift(int axis, int64_t tap) const {
     return tap * by_.dilation[size_t(axis)] - by_.padding[size_t(axis)];
@@ -126,7 +127,7 @@ class DirectConv {
     return uint16_t(mask);
   }
 
-  // A register block: where it lies, and what its taps see.
+  // A register block: its position and masks.
   struct WorkUnit {
     DirectParams params;
     int64_t segment, rows, columns, from, to;
@@ -159,20 +160,20 @@ class DirectConv {
     return at;
   }
 
-  // Units that lie one below the other, row by row of the weight: its entries are read once for
-  // all, and a row's results are written in one go.
+  // Processes vertically adjacent work units, row by row of the weight: the entries are read once
+  // for all, and the results of a row are written together.
   void run_group(int64_t first, int64_t last, int64_t first_block, int64_t last_block,
                  const RowPattern<DirectEntry>& pattern, const float* x, const float* values,
                  const float* bias, const float* residual, float* y) const {
-    std::vector<WorkUnit> units;
-    for (int64_t u = first; u < last; ++u) units.push_back(work_unit(u));
+    std::vector<WorkUnit> work_units;
+    for (int64_t u = first; u < last; ++u) work_units.push_back(work_unit(u));
     const int64_t v = product_.v, plane = by_.size[0] * by_.size[1];
     for (int64_t b = first_block; b < last_block; ++b) {
       const int64_t begin = pattern.row_ptr[b], count = pattern.row_ptr[b + 1] - begin;
       for (int64_t i = 0; i < v;) {
-        const int log = rows_log(v - i);
+        const int log = log2_rows(v - i);
         const int64_t o = b * v + i;
-        for (const WorkUnit& at : units) {
+        for (const WorkUnit& at : work_units) {
           const auto& table = at.edge ? direct_.edge : direct_.inner;
           const int64_t to = at.to + o * plane;
           table[log][at.segment - 1][at.rows - 1](
@@ -201,10 +202,10 @@ class DirectConv {
   const DirectKernels& direct_;
   const SparseKernels<float>& kernels_;
   const Product product_;
-  const bool low_reuse_;  // uses of a pixel
+  const bool low_reuse_;  // of pixels
   const Geometry by_;
   int64_t segment_, across_, max_rows_, rows_, down_;
-  int64_t group_size_;                 // units of a group
+  int64_t group_size_;                 // work units of a group
   std::vector<DirectColumn> columns_;  // [across][kernel width]
 };
 

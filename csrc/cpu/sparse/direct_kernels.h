@@ -1,4 +1,4 @@
-// Products straight from x, without a tile; see direct_avx512.h. For stride 1, in float.
+// Kernels of the direct sparse convolution, which read x without a tile. For stride 1, in float32.
 #pragma once
 
 #include <cstdint>
@@ -8,19 +8,19 @@
 namespace issp {
 
 struct DirectEntry {
-  int32_t offset;        // into x, from the unit's first pixel in channel 0
-  uint16_t column, row;  // of the tap: which masks it needs
+  int32_t offset;        // into x, from the first pixel of the work unit in channel 0
+  uint16_t column, row;  // of the tap: select its masks
 };
 
-// What a unit's taps see of its columns and rows: lanes of the first and of the last vector, and
-// whether (all lanes or none) each row of the register block lies in the image.
+// The lanes of the first and of the last vector of a row that lie in the image, for one column of
+// taps.
 struct DirectColumn {
   uint16_t first, last;
 };
 
 struct DirectParams {
   const DirectColumn* columns;  // [kernel width]
-  const uint16_t* rows;         // [kernel height][kMaxRows]
+  const uint16_t* rows;         // [kernel height][kMaxRows]: all or no bits set
   int64_t row_stride;           // of x, in elements
   int64_t y_row, y_plane;
   uint16_t tail;  // lanes of the last vector that lie in the result
@@ -34,10 +34,10 @@ using DirectMultiply = void (*)(const DirectParams& params, const float* x,
 
 struct DirectKernels {
   DirectMultiply inner[3][kMaxSegment][kMaxRows];
-  DirectMultiply edge[3][kMaxSegment][kMaxRows];  // also asks which rows lie in the image
+  DirectMultiply edge[3][kMaxSegment][kMaxRows];  // also masks rows outside the image
 };
 
-// Null where the instruction set in use has no masked loads.
+// Null if the instruction set in use has no masked loads.
 const DirectKernels* direct_kernels();
 
 }  // namespace issp

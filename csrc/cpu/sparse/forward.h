@@ -35,7 +35,7 @@ inline void multiply(const Convolution& conv, bool tokens, const Tensor& x, cons
     using Real = typename T::Wide;
     const SparseKernels<Real>& kernels = sparse_kernels<Real>();
     Tiling tiling =
-        choose_tiling(kernels, conv.geometry, rows_log(conv.product.v), tokens, num_threads);
+        choose_tiling(kernels, conv.geometry, log2_rows(conv.product.v), tokens, num_threads);
     split_channels<Real>(conv, tiling);
     const RowPattern<int32_t> pattern =
         translate(conv.product, columns, starts, tile_offsets(conv.geometry, tiling));

@@ -1,13 +1,14 @@
-// The kernels of product.h for one instruction set. Included once per set by product.cpp, with
-// ISSP_ISA (a namespace), ISSP_TARGET (its function attribute), ISSP_BYTES (of a vector),
-// ISSP_REGISTERS (accumulators that leave room for operands) and fma(a, b, c) of ISSP_ISA defined.
+// The kernels of sparse_kernels.h for one instruction set. sparse_kernels.cpp includes this file
+// once per set, with these defined: ISSP_ISA (a namespace), ISSP_TARGET (its function attribute),
+// ISSP_BYTES (of a vector), ISSP_REGISTERS (accumulators besides the operands) and fma(a, b, c) in
+// ISSP_ISA.
 
 #include "cpu/sparse/reorder.inc.h"
 
 namespace issp::ISSP_ISA {
 
-// The compiler takes the address from a register of its own: it would otherwise add up row and
-// column anew for every load, and the additions contend with the multiply-adds.
+// Keeps the address of the next row in one register. Otherwise the compiler computes row plus
+// column for every load, and those additions compete with the multiply-adds for ports.
 template <typename Real>
 ISSP_INLINE const Real* next_row(const Real* row, int64_t stride) {
   row += stride;
@@ -17,9 +18,9 @@ ISSP_INLINE const Real* next_row(const Real* row, int64_t stride) {
   return row;
 }
 
-// The sum of the entries begin..end - 1. Per entry: I broadcasts, R * S loads and I * R * S
-// multiply-adds, whose accumulators stay in registers. With I = 1 the loads are the limit (two per
-// cycle, as many as multiply-adds), with I = 4 the multiply-adds.
+// Adds the entries begin..end - 1 to `sum`. Per entry: I broadcasts, R * S loads and I * R * S
+// multiply-adds; all accumulators are in registers. With I = 1 loads are the bottleneck (two per
+// cycle, as many as multiply-adds), with I = 4 multiply-adds.
 template <typename Real, int I, int S, int R>
 ISSP_INLINE void add_entries(const Real* tile, int64_t row_stride, const int32_t* offsets,
                              const Real* values, int64_t value_stride, int64_t begin, int64_t end,
@@ -44,8 +45,8 @@ ISSP_INLINE void add_entries(const Real* tile, int64_t row_stride, const int32_t
   }
 }
 
-// Sums of `lanes` vectors, one per lane of the result, by a fixed tree: neighbours are added and
-// the results of two vectors joined, level after level.
+// Horizontal sums of `lanes` vectors, one per lane of parts[0], in a fixed order: each level adds
+// adjacent lanes and packs the results of two vectors into one.
 template <typename Real>
 ISSP_INLINE void add_lanes(typename Simd<Real>::Vector* parts) {
   constexpr int lanes = Simd<Real>::lanes;
@@ -62,8 +63,9 @@ ISSP_INLINE void add_lanes(typename Simd<Real>::Vector* parts) {
   }
 }
 
-// The gradient's pixels stay in registers; an entry reads its pixels once for I rows. Partial:
-// lanes beyond the result are cleared, since the gradient's zeros there would not undo a NaN of x.
+// The pixels of the gradient stay in registers, and an entry loads its pixels once for I rows.
+// Partial: clears the lanes of x beyond the result. The gradient is 0 there, but 0 * NaN would be
+// NaN.
 template <typename Real, int I, int S, int R, bool Partial>
 ISSP_TARGET void dot(const Real* tile, int64_t row_stride, const int32_t* offsets, int64_t count,
                      const Real* grad, const Real* within, double* sums, int64_t sum_stride) {
@@ -103,7 +105,7 @@ ISSP_TARGET void dot(const Real* tile, int64_t row_stride, const int32_t* offset
   }
 }
 
-// totals of a register block: stored as they are, or with their pixels in order.
+// Stores a register block: in segment order, or with its pixels in image order.
 template <typename Real, int S, int R>
 ISSP_INLINE void store_sums(const typename Simd<Real>::Vector (&total)[R][S], int64_t line,
                             Real* to) {
@@ -119,9 +121,9 @@ ISSP_INLINE void store_sums(const typename Simd<Real>::Vector (&total)[R][S], in
   }
 }
 
-// Sums are taken in runs of kSumBlock entries and the runs added up in memory, which leaves the
-// registers to the accumulators. All blocks in one call: with few entries to a row a call for each
-// would cost as much as its products.
+// Sums blocks of kSumBlock entries in registers and adds them to totals in memory, so that all
+// registers are available for accumulators. One call processes all blocks of rows: with few entries
+// per row, a call per block would cost as much as its multiply-adds.
 template <typename Real, int I, int S, int R>
 ISSP_TARGET void multiply(const Real* tile, int64_t row_stride,
                           const MultiplyParams<Real>& params) {
@@ -158,6 +160,7 @@ ISSP_TARGET void multiply(const Real* tile, int64_t row_stride,
     }
   }
 }
+
 template <typename Real>
 ISSP_TARGET void activate(Real* line, int64_t count, int activation, const Real* residual) {
   if (activation == 1) {

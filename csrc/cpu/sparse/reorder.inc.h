@@ -1,5 +1,5 @@
-// How kernels of product.h move pixels between orders, for one instruction set: rows of an image
-// and segments, tokens and planes. Included by product.inc.h, under the same definitions.
+// Conversions between pixel orders for one instruction set: image rows and segments, tokens and
+// planes. multiply.inc.h includes this file under the same definitions.
 
 namespace issp::ISSP_ISA {
 
@@ -19,8 +19,9 @@ template <typename Real>
 ISSP_INLINE void store(const typename Simd<Real>::Vector& from, Real* to) {
   memcpy(to, &from, ISSP_BYTES);
 }
-// Which element of two vectors in a row goes to each lane, as a table in memory: built at run time
-// it would cost more than the shuffle.
+
+// For each lane the index of its element in two concatenated vectors. A table in memory: computing
+// the indices at run time would cost more than the shuffle.
 template <typename Real>
 struct LaneTable {
   using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
@@ -41,8 +42,9 @@ ISSP_INLINE typename LaneTable<Real>::Indices indices(const LaneTable<Real>& tab
   memcpy(&loaded, table.from, ISSP_BYTES);
   return loaded;
 }
-// A vector whose lane l is element from(l) of S < 4 vectors in a row. A shuffle takes from two: the
-// first pair, then a third one.
+
+// A vector whose lane l is element from(l) of S < 4 concatenated vectors. A shuffle has two
+// operands: the first two vectors, then that result and the third.
 template <typename Real, int S, typename From>
 ISSP_INLINE typename Simd<Real>::Vector select(const typename Simd<Real>::Vector (&v)[S], From) {
   constexpr int lanes = Simd<Real>::lanes;
@@ -72,9 +74,9 @@ struct FromSegmentIndex {
   }
 };
 
-// Four vectors at once, in two rounds of four shuffles where one after the other would take
-// twelve. Spread: the first round takes columns j and j + 1 of every segment, J = 0 or 2, into the
-// lower and upper half.
+// Converts four vectors in two rounds of four shuffles; one vector after the other would take
+// twelve. The first round moves columns j and j + 1 of every segment, j = 0 or 2, to the lower and
+// the upper half.
 template <typename Real>
 ISSP_INLINE void to_segments_of_four(typename Simd<Real>::Vector (&v)[4]) {
   constexpr int half = Simd<Real>::lanes / 2;
@@ -94,7 +96,8 @@ ISSP_INLINE void to_segments_of_four(typename Simd<Real>::Vector (&v)[4]) {
   v[3] = __builtin_shuffle(c, d, indices<Real>(kUpper));
 }
 
-// And back: first the neighbours 0 and 1, or 2 and 3, of every segment next to each other.
+// The inverse: the first round puts columns 0 and 1, or 2 and 3, of every segment next to each
+// other.
 template <typename Real>
 ISSP_INLINE void from_segments_of_four(typename Simd<Real>::Vector (&v)[4]) {
   constexpr int lanes = Simd<Real>::lanes, half = lanes / 2;
@@ -151,9 +154,8 @@ ISSP_INLINE void from_segment_order(const typename Simd<Real>::Vector (&v)[S], R
   store_each<Real, S>(v, line, std::make_integer_sequence<int, S>{});
 }
 
-// Rows of pixels in the tile's order. Columns left and right of the segments' own are those of the
-// neighbouring lane, so a vector for them is another one moved by a lane, with one pixel from
-// beside.
+// Converts one row. The columns left and right of the segments are those of the adjacent lane. So
+// their vector is another vector shifted by one lane, with one new pixel.
 template <typename Real, int S>
 ISSP_INLINE void row_to_segments(const Real* row, int64_t left, bool before, int64_t right,
                                  bool after, Real* to) {
@@ -187,7 +189,7 @@ ISSP_TARGET void rows_to_segments(const Real* in, int64_t stride, int64_t plane_
                                   int64_t right, bool after, Real* out, int64_t out_stride,
                                   int64_t out_plane) {
   constexpr int lanes = Simd<Real>::lanes;
-  // A reach of one on either side, as of every 3x3 kernel, needs no loops.
+  // The reach is one on both sides for every 3x3 kernel: this case needs no loops.
   const bool near = left == 1 && right == 1;
   for (int64_t p = 0; p < planes; ++p, in += plane_stride, out += out_plane) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -225,8 +227,9 @@ ISSP_TARGET void copy(const Real* in, int64_t in_stride, int64_t count, int64_t 
     }
   }
 }
-// One round of turning a square of lanes x lanes numbers over: numbers H rows and H lanes apart
-// change places.
+
+// One round of the transposition of a square of lanes x lanes numbers: swaps the numbers that are H
+// rows and H lanes apart.
 template <typename Real, int H>
 ISSP_INLINE void transpose_round(typename Simd<Real>::Vector (&v)[Simd<Real>::lanes]) {
   constexpr int lanes = Simd<Real>::lanes;
@@ -253,7 +256,8 @@ ISSP_INLINE void transpose(const Real* in, int64_t in_stride, Real* out, int64_t
   for (int l = 0; l < lanes; ++l) store<Real>(v[l], out + l * out_stride);
 }
 
-// The last square overlaps the one before it: what they share is written twice, the same.
+// The last square overlaps the one before it; the shared numbers are written twice with the same
+// values.
 template <typename Real>
 ISSP_TARGET void gather_tokens(const Real* in, int64_t in_stride, int64_t count, Real* out,
                                int64_t out_stride) {

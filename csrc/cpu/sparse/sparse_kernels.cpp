@@ -14,8 +14,8 @@
 
 namespace issp {
 
-// x times the normal distribution function, 0.5 x (1 + erf(x / sqrt 2)). In float erf is a rational
-// function on |x| <= 4 (the coefficients of Eigen's generic_fast_erf), within 3e-7.
+// x * Phi(x) = 0.5 x (1 + erf(x / sqrt 2)). In float, erf is a rational function on |x| <= 4 with
+// an error below 3e-7 (the coefficients of generic_fast_erf of Eigen).
 inline __attribute__((always_inline)) float gelu(float x) {
   float t = x * 0.70710678118654752f;
   t = t < -4.0f ? -4.0f : t > 4.0f ? 4.0f : t;
@@ -40,8 +40,8 @@ inline double gelu(double x) {
 
 }  // namespace issp
 
-// Sixteen-byte vectors are SSE2 on x86-64 and NEON on Arm; without a fused multiply-add in the
-// instruction set, products are rounded before they are added.
+// Sixteen-byte vectors are SSE2 on x86-64 and NEON on Arm. The baseline instruction set may have no
+// fused multiply-add, so this version rounds the product before the addition.
 #define ISSP_ISA scalar
 #define ISSP_TARGET
 #define ISSP_BYTES 16

@@ -1,4 +1,4 @@
-// Tiles are filled from a tensor and results are written to one, in any of its orders and dtypes.
+// Fills tiles from a tensor and writes results to a tensor, for every pixel order and dtype.
 #pragma once
 
 #include <cstdlib>
@@ -11,7 +11,7 @@
 
 namespace issp {
 
-// Memory of a thread's own that is kept from call to call: its pages are valid, and warm.
+// Memory of one thread that is kept from call to call, so that its pages are mapped and cached.
 template <typename Real>
 class ThreadScratch {
  public:
@@ -33,7 +33,7 @@ class ThreadScratch {
   int64_t capacity_ = 0;
 };
 
-// Rounds to the storage type: to nearest even, infinities and NaN included.
+// Rounds to the storage type, to nearest even; handles infinities and NaN.
 template <typename T>
 inline typename T::Bits rounded(typename T::Wide value) {
   if constexpr (sizeof(typename T::Bits) == 2) {
@@ -63,13 +63,13 @@ inline void round_array(const typename T::Wide* from, int64_t count, typename T:
   }
 }
 
-// A unit: one register block of the result.
+// The position of a work unit: one register block of the result.
 struct TileCoord {
   int64_t image, column, row;  // row counts register rows: pixels / lanes in kFlat and kTokens
 };
 
-inline TileCoord tile_coord(const Tiling& t, int64_t unit) {
-  const int64_t image = unit / (t.across * t.down), rest = unit % (t.across * t.down);
+inline TileCoord tile_coord(const Tiling& t, int64_t work_unit) {
+  const int64_t image = work_unit / (t.across * t.down), rest = work_unit % (t.across * t.down);
   return {image, rest / t.down * t.segment * t.lanes, rest % t.down * t.rows};
 }
 
@@ -79,7 +79,7 @@ class TileReader {
   using Real = typename T::Wide;
   using Bits = typename T::Bits;
 
-  // `by` and `tiling` describe how x is seen; scratch has line_size() elements.
+  // `by` and `tiling` describe how x is read; scratch has line_size() elements.
   TileReader(const SparseKernels<Real>& kernels, const Geometry& by, const Tiling& tiling,
              const void* x, Real* scratch)
       : kernels_(kernels),
@@ -94,8 +94,8 @@ class TileReader {
     return 2 * line_count(t);
   }
 
-  // What the units of a tile, the first of which is at `at`, see of the channels first..last - 1;
-  // `rows` of their own.
+  // Copies the pixels of channels first..last - 1 that the work units of a tile read. `at`: the
+  // first work unit. `rows`: output rows of all of them.
   void fill(const TileCoord& at, int64_t rows, int64_t first, int64_t last, Real* tile) const {
     if (t_.order == Tiling::kTokens) return fill_tokens(at, rows, first, last, tile);
     const int64_t plane = by_.input[0] * by_.input[1], count = last - first;
@@ -123,12 +123,12 @@ class TileReader {
     }
   }
 
-  // Columns of a tile row in the order of the image.
+  // Number of columns of a tile row, in image order.
   static int64_t line_count(const Tiling& t) {
     return (t.segment * t.lanes + t.reach[1]) * t.phases[1];
   }
 
-  // Rows read where they lie; what lies above and below the image is 0.
+  // Reads rows directly from x; rows above and below the image are 0.
   void planes_to_segments(const Bits* from, const TileCoord& at, int64_t rows, int64_t channels,
                           Real* to) const {
     const int64_t top = at.row * by_.stride[0] - by_.padding[0], height = rows + t_.reach[0];
@@ -163,12 +163,12 @@ class TileReader {
     }
   }
 
-  // Columns left of a tile's own that the taps see; the others of its reach lie right of them.
+  // Columns left of the tile that the taps read; the rest of the reach is to the right.
   int64_t left() const { return std::clamp<int64_t>(by_.padding[1], 0, t_.reach[1]); }
   int64_t first_column(int64_t column) const { return column - by_.padding[1] + left(); }
 
-  // Whether rows of x can be read where they lie: all of a tile's own columns exist, and what is
-  // beside them either exists or is padding altogether.
+  // Whether rows can be read directly from x: all columns of the tile exist, and on each side the
+  // reach is either inside the image or all padding.
   bool is_interior(int64_t column) const {
     const int64_t first = first_column(column), last = first + t_.segment * t_.lanes;
     const int64_t right = t_.reach[1] - left();
@@ -177,7 +177,7 @@ class TileReader {
            (last + right <= by_.input[1] || last == by_.input[1]);
   }
 
-  // Everything else: a row is laid out as the taps see it, then each phase on its own.
+  // The general case: lays out a row as the taps read it, then converts each phase.
   void fill_phases(const Bits* row, int64_t column, Real* out) const {
     const int64_t count = line_count(t_), vectors = t_.segment + t_.reach[1];
     read_line(row, column * by_.stride[1] - by_.padding[1], count);
@@ -191,7 +191,7 @@ class TileReader {
     }
   }
 
-  // line[i] = the pixel at column left + i of the upsampled row; what lies outside stays 0, since
+  // line[i] = the pixel at column left + i of the upsampled row. Columns outside the image stay 0:
   // all rows of a tile have the same columns.
   void read_line(const Bits* row, int64_t left, int64_t count) const {
     const int64_t up = by_.upsample[1];
@@ -202,7 +202,7 @@ class TileReader {
     for (int64_t i = begin; i < end; ++i) widen_array<T>(row + i, 1, line_ + i * up - left);
   }
 
-  // Channels are innermost in x: squares of tokens x channels are turned over.
+  // Channels are innermost in x: transposes squares of tokens x channels.
   void fill_tokens(const TileCoord& at, int64_t rows, int64_t first, int64_t last,
                    Real* tile) const {
     const int64_t count = last - first, tokens = Tiling::pixels(by_);
@@ -232,7 +232,7 @@ class TileReader {
   bool dense_;  // neither stride nor upsampling
 };
 
-// Writes what a register block holds, one row of the weight after the other.
+// Writes register blocks to the result, one row of the weight after the other, or all for tokens.
 template <typename T>
 class TileWriter {
  public:
@@ -254,8 +254,8 @@ class TileWriter {
     return 2 * (t.order == Tiling::kTokens ? t.lanes * by.rows : t.block_size());
   }
 
-  // Where the kernel may write row 0 of the weight itself, the others Tiling::pixels apart: null
-  // where its result needs more work.
+  // The address to which the kernel may write row 0 of the weight; the other rows are
+  // Tiling::pixels apart. Null where the sums need an epilogue, rounding or clipping.
   Real* direct(const TileCoord& at, int64_t rows) const {
     const bool flat = t_.order == Tiling::kFlat;
     const bool is_full = flat ? (at.row + rows) * t_.lanes <= Tiling::pixels(by_)
@@ -264,10 +264,10 @@ class TileWriter {
     const int64_t pixel = flat ? at.row * t_.lanes : at.row * by_.size[1] + at.column;
     return reinterpret_cast<Real*>(y_ + at.image * by_.rows * Tiling::pixels(by_) + pixel);
   }
-  // Elements between rows of a register block valid: 0 where they follow each other.
+  // Elements between rows of a register block at that address; 0 where the rows are contiguous.
   int64_t line() const { return t_.order == Tiling::kFlat ? 0 : by_.size[1]; }
 
-  // acc: [rows][segment][lanes] of row o. Not for kTokens.
+  // acc: [rows][segment][lanes] of row o of the weight. Not for kTokens.
   void write(const TileCoord& at, int64_t o, int64_t rows, const Real* acc) const {
     const int64_t plane = (at.image * by_.rows + o) * Tiling::pixels(by_);
     if (t_.order == Tiling::kFlat) {
@@ -302,7 +302,7 @@ class TileWriter {
     return sizeof(Bits) == sizeof(Real) && activation_ == 0 && residual_ == nullptr;
   }
 
-  // Activation, residual and rounding of a run of the result that starts at element `to`.
+  // Applies activation, residual and rounding to `count` sums and stores them from element `to` on.
   void apply_epilogue(const Real* sums, int64_t count, int64_t to) const {
     const Real* done = sums;
     if (activation_ || residual_) {

@@ -1,4 +1,5 @@
-// A sparse product on the CPU: lists become offsets into a tile, threads take units of the result.
+// The tiled sparse convolution: entries become offsets into a tile, and threads divide the work
+// units of the result.
 #pragma once
 
 #include <atomic>
@@ -10,14 +11,15 @@
 
 namespace issp {
 
-// The sparse weight as the kernels read it; Entry says where an entry finds its pixels.
+// The positions of the sparse weight as the kernels read them. Entry locates the pixels of an
+// entry.
 template <typename Entry>
 struct RowPattern {
   std::unique_ptr<Entry[]> entries;  // [E]
   const int32_t* row_ptr;            // [blocks + 1]
 };
 
-// Offsets into a tile of all positions of a row of the weight.
+// Offsets into a tile, for all positions of a row of the weight.
 inline std::vector<int32_t> tile_offsets(const Geometry& by, const Tiling& tiling) {
   std::vector<int32_t> at(size_t(by.length()));
   for (int64_t tap = 0; tap < by.taps(); ++tap) {
@@ -30,8 +32,8 @@ inline std::vector<int32_t> tile_offsets(const Geometry& by, const Tiling& tilin
   return at;
 }
 
-// Runs body(thread) on `num_threads` threads in the caller's floating-point mode: whether denormals
-// are flushed is the caller's choice, but the same on every thread.
+// Calls body(thread) on `num_threads` threads in the floating-point mode of the caller. The caller
+// decides whether denormals are flushed, and all threads do the same.
 template <typename F>
 void for_threads(int64_t num_threads, const F& body) {
   if (num_threads <= 1) return body(int64_t(0));
@@ -42,7 +44,8 @@ void for_threads(int64_t num_threads, const F& body) {
   });
 }
 
-// Work on the weight blocks first..last, shared by threads where there are many entries.
+// Calls body(first, last) for ranges of blocks of the weight; several threads if there are many
+// entries.
 template <typename F>
 void for_blocks(const Product& product, const F& body) {
   const int64_t num_threads = std::clamp<int64_t>(product.entries / 8192, 1, all_threads().size);
@@ -53,8 +56,8 @@ void for_blocks(const Product& product, const F& body) {
 
 enum PatternError { kNone, kColumnOutOfRange, kColumnsNotAscending };
 
-// Checks the positions of entries begin..end, of which the blocks first..last consist, and
-// translates them by the table `at`. Plain loops, which the compiler can turn into vectors.
+// Checks the columns of the blocks first..last - 1 and translates them with the table `at`. Simple
+// loops, so that the compiler vectorizes them.
 template <typename Entry>
 PatternError translate_blocks(const int32_t* column, const int32_t* starts, int64_t first,
                               int64_t last, const std::vector<Entry>& at, Entry* to) {
@@ -98,7 +101,7 @@ RowPattern<Entry> translate(const Product& product, const Tensor& columns, const
   return pattern;
 }
 
-// The tensor's numbers in the type of the sums: its own memory, or a widened copy.
+// The numbers of a tensor in the type of the sums: its own memory, or a widened copy.
 template <typename T>
 class Widened {
  public:
@@ -125,26 +128,28 @@ class Widened {
   std::vector<Real> copy_;
 };
 
-// Rows of a block that go through a kernel together: 4 as long as there are, then 2, then 1.
-inline int rows_log(int64_t left) {
+// log2 of the rows of the weight that one kernel call processes: 4 while at least 4 are left, then
+// 2, then 1.
+inline int log2_rows(int64_t left) {
   return left >= 4 ? 2 : left >= 2 ? 1 : 0;
 }
 
-// What a call costs, in multiply-adds: a pixel that is copied, or turned over, costs about four.
+// The cost of a call in multiply-adds: copying or transposing a pixel costs about four.
 inline double multiply_adds(const Convolution& conv) {
   const Geometry& by = conv.geometry;
   const double products = double(conv.product.entries) * double(conv.product.v);
   return (products + 4.0 * double(by.channels + by.rows)) * double(by.batch * Tiling::pixels(by));
 }
 
-// Threads worth waking for a number of multiply-adds: each has some 10 us to do.
+// The number of threads for a number of multiply-adds: each thread gets at least about 10 us of
+// work.
 inline int64_t num_threads_for(double count) {
   return std::max<int64_t>(1, std::min<int64_t>(all_threads().size, int64_t(count / 2e5)));
 }
 
-// Whether a pixel of x is loaded so rarely that filling a tile costs more than loads that straddle
-// cache lines. Measured on 60 and 256 channels: with 4 to 6 loads up to 1.3 times faster without a
-// tile, with 7 to 9 equal, with 27 half as fast; pointwise, with 3 loads 1.3 times faster, with 8
+// Whether each pixel of x is loaded so rarely that filling a tile costs more than loads that cross
+// cache lines. Measured with 60 and 256 channels, direct relative to tiled: 4 to 6 loads per pixel
+// up to 1.3 times as fast, 7 to 9 equal, 27 half as fast; pointwise, 3 loads 1.3 times as fast, 8
 // slower.
 inline bool is_low_reuse(const Convolution& conv) {
   const double uses = double(conv.product.entries) * double((conv.product.v + 3) / 4) /
@@ -152,32 +157,32 @@ inline bool is_low_reuse(const Convolution& conv) {
   return uses <= (conv.geometry.taps() == 1 ? 6 : 8);
 }
 
-// Cuts tiles to runs of channels that stay in the L1 cache while all rows of the weight pass by: a
-// tile of many channels is written to L2 and every load of it comes from there, which halves the
-// speed of v = 1. With more rows to a load (v >= 4) the multiply-adds are the limit, and with few
-// entries in a run carrying sums from run to run costs more than it saves.
+// Limits tiles to blocks of channels that stay in L1 while all rows of the weight are processed. A
+// tile of many channels is in L2, which halves the speed for v = 1. It does not apply for v >= 4,
+// where multiply-adds are the bottleneck, nor for few entries per block, where storing and loading
+// the sums costs more than it saves.
 template <typename Real>
 void split_channels(const Convolution& conv, Tiling& t) {
   constexpr int64_t kMinEntries = 6;
   const Geometry& by = conv.geometry;
   const int64_t channel_bytes =
       t.phases[0] * (t.max_rows + t.reach[0]) * t.row_stride * int64_t(sizeof(Real));
-  const int64_t max_channels = std::max<int64_t>(1, kL1Budget / channel_bytes),
-                blocks = parts_of(by.channels, max_channels);
+  const int64_t max_channels = std::max<int64_t>(1, kL1Budget / channel_bytes);
+  const int64_t blocks = ceil_div(by.channels, max_channels);
   const bool enough = conv.product.entries >= kMinEntries * conv.product.blocks * blocks;
   if (conv.product.v < 4 && blocks > 1 && enough && !is_low_reuse(conv)) {
-    t.cut(by, parts_of(by.channels, blocks), 1);
+    t.limit(by, ceil_div(by.channels, blocks), 1);
   }
 }
 
-// Which entries belong to a run of channels.
+// The entries that belong to each block of channels.
 struct ChannelBlocks {
   int64_t count;
-  std::vector<int32_t> bounds;  // [count + 1][blocks] entries; empty for a single run
+  std::vector<int32_t> bounds;  // [count + 1][blocks] entries; empty if count is 1
 
   ChannelBlocks(const Convolution& conv, const Tiling& t, const Tensor& columns,
                 const int32_t* starts)
-      : count(parts_of(conv.geometry.channels, std::max<int64_t>(1, t.channels))) {
+      : count(ceil_div(conv.geometry.channels, std::max<int64_t>(1, t.channels))) {
     if (count <= 1) return;
     const int64_t blocks = conv.product.blocks;
     bounds.resize(size_t((count + 1) * blocks));
@@ -206,20 +211,21 @@ struct TiledConv {
   const Real* values;
   const Real* bias;  // null: none
 
-  // What a unit is worked on with: a tile, sums that are kept from run to run [O][block], and
-  // register blocks of a few rows that the writer must finish.
+  // Memory for one work unit: a tile; sums of all rows of the weight that are kept between blocks
+  // of channels, [O][block]; and a few register blocks for sums that need an epilogue.
   struct Memory {
     Real *tile, *sums, *scratch;
   };
   int64_t scratch_rows() const { return std::max<int64_t>(16, conv.product.v); }
 
-  // Whether sums of all rows are kept until the last run, or until all can be written together.
+  // Whether the sums of all rows of the weight are kept until the last block of channels, or until
+  // all are written together.
   bool keeps_sums() const { return tiling.order == Tiling::kTokens || channel_blocks.count > 1; }
 
-  // Rows of a block go through the kernels 4, 2 or 1 at a time.
+  // The kernels process 4, 2 or 1 rows of a block at a time.
   void multiply(const Real* tile, int64_t rows, MultiplyParams<Real> params) const {
     for (int64_t i = 0; i < params.v;) {
-      const int log = rows_log(params.v - i);
+      const int log = log2_rows(params.v - i);
       kernels.multiply[log][tiling.segment - 1][rows - 1](tile, tiling.row_stride, params);
       const int64_t done = int64_t(1) << log;
       i += done, params.values += done, params.to += done * params.to_stride;
@@ -228,8 +234,9 @@ struct TiledConv {
     }
   }
 
-  // The entries first..last of all blocks in one run of channels; after the last run into the
-  // result, by way of scratch memory where the kernels cannot write it themselves.
+  // Processes the entries first[b]..last[b] - 1 of every block b in one block of channels. After
+  // the last block of channels it writes the result, through scratch memory where the kernels
+  // cannot write it directly.
   void blocks(const Memory& memory, const Real* tile, int64_t rows, const TileCoord& at,
               const TileWriter<T>& writer, int64_t channel_block, const int32_t* first,
               const int32_t* last) const {
@@ -267,9 +274,9 @@ struct TiledConv {
     }
   }
 
-  // One register block of the result, all rows of the weight. tile: where its first row lies.
-  void unit(const Memory& memory, const Real* tile, int64_t rows, const TileCoord& at,
-            const TileReader<T>& reader, const TileWriter<T>& writer) const {
+  // One register block of the result for all rows of the weight.
+  void work_unit(const Memory& memory, const Real* tile, int64_t rows, const TileCoord& at,
+                 const TileReader<T>& reader, const TileWriter<T>& writer) const {
     const int64_t channels = conv.geometry.channels;
     for (int64_t channel_block = 0; channel_block < channel_blocks.count; ++channel_block) {
       const bool single = channel_blocks.count == 1;
@@ -288,8 +295,8 @@ struct TiledConv {
 
   void operator()(const void* x, const void* residual, void* y, int64_t num_threads) const {
     const Geometry& by = conv.geometry;
-    const int64_t units = tiling.units(by);
-    for_threads(std::min(num_threads, units), [&](int64_t thread) {
+    const int64_t work_units = tiling.work_units(by);
+    for_threads(std::min(num_threads, work_units), [&](int64_t thread) {
       static thread_local ThreadScratch<Real> scratch;
       const int64_t tile_size = tiling.tile_size() + kMaxSegment * tiling.lanes;
       const int64_t sums_size = keeps_sums() ? by.rows * tiling.block_size() : 0;
@@ -302,27 +309,27 @@ struct TiledConv {
       const TileReader<T> reader(kernels, by, tiling, x, lines);
       const TileWriter<T> writer(kernels, by, tiling, conv.product.activation, residual, y,
                                  lines + read);
-      const int64_t count = std::min(num_threads, units);
+      const int64_t count = std::min(num_threads, work_units);
       for_each_tile(
-          tiling, by, units * thread / count, units * (thread + 1) / count,
+          tiling, by, work_units * thread / count, work_units * (thread + 1) / count,
           [&](const TileCoord& at, int64_t rows) {
             if (channel_blocks.count == 1) reader.fill(at, rows, 0, by.channels, tile);
           },
           [&](const TileCoord& at, int64_t rows, int64_t below) {
-            unit(memory, tile + below * tiling.row_stride, rows, at, reader, writer);
+            work_unit(memory, tile + below * tiling.row_stride, rows, at, reader, writer);
           });
     });
   }
 };
 
-// Units first..last in order: fill(place, rows) once per tile, then use(place, rows, rows of the
-// tile above it) for each of its units.
+// Visits the work units first..last - 1 in order: fill(at, rows) once per tile, then use(at, rows,
+// rows of the tile above it) for each of its work units.
 template <typename Fill, typename Use>
 void for_each_tile(const Tiling& tiling, const Geometry& by, int64_t first, int64_t last,
                    const Fill& fill, const Use& use) {
   while (first < last) {
     const int64_t column_end = (first / tiling.down + 1) * tiling.down;
-    const int64_t end = std::min({last, column_end, first + tiling.units_per_tile});
+    const int64_t end = std::min({last, column_end, first + tiling.work_units_per_tile});
     const TileCoord top = tile_coord(tiling, first);
     fill(top, tile_coord(tiling, end - 1).row - top.row + tiling.rows_of(by, end - 1));
     for (; first < end; ++first) {

@@ -1,4 +1,4 @@
-// How an image is cut into tiles, and where in a tile a tap finds its pixel.
+// How an image is divided into tiles, and where in a tile a tap finds its pixel.
 #pragma once
 
 #include <algorithm>
@@ -9,43 +9,44 @@
 
 namespace issp {
 
-// A register block is `rows` x `segment` vectors of output pixels; a unit is one of them, a tile
-// serves a few units that lie one below the other, so that rows which two of them see are copied
-// once. Tile rows and columns whose taps are `stride` apart lie together, one phase after the
-// other: what a register block reads for one tap is then contiguous.
+// A register block is `rows` x `segment` vectors of output pixels. A work unit is one register
+// block of the result. A tile serves a few work units that are vertically adjacent, so that the
+// rows which two of them read are copied once. Tile rows and columns that are `stride` apart are
+// stored together, phase by phase: the pixels that a register block reads for one tap are then
+// contiguous.
 struct Tiling {
-  // kSegments: lane l of vector j holds column segment * l + j. kFlat: one tap, so rows mean
-  // nothing and an image is a run of pixels, cut into rows of `lanes`. kTokens: the same run with
-  // the channels innermost in memory.
+  // kSegments: lane l of vector j holds column segment * l + j. kFlat: for a single tap rows have
+  // no meaning; an image is a sequence of pixels, divided into rows of `lanes`. kTokens: the same
+  // sequence with the channels innermost in memory.
   enum Order { kSegments, kFlat, kTokens } order;
   int64_t lanes, segment, rows;
-  int64_t max_rows;      // `rows` if no threads waited: what bits may depend on
-  int64_t across, down;  // units over the width and the height of an image
-  int64_t units_per_tile;
-  int64_t channels;    // of x in a tile: all of them, or those of a run
-  Pair phases, reach;  // of rows and columns: stride, and how far taps go beyond the unit's own
-  int64_t row_stride, phase_rows, channel_stride;  // in elements, but for phase_rows
+  int64_t max_rows;      // `rows` for one thread; the result may depend on it, not on `rows`
+  int64_t across, down;  // work_units over the width and the height of an image
+  int64_t work_units_per_tile;
+  int64_t channels;    // of x in a tile: all, or one block of them
+  Pair phases, reach;  // per axis: the stride; how far taps reach beyond the work unit
+  int64_t row_stride, phase_rows, channel_stride;  // in elements; phase_rows in rows
 
-  int64_t units(const Geometry& by) const { return by.batch * across * down; }
+  int64_t work_units(const Geometry& by) const { return by.batch * across * down; }
   int64_t tile_size() const { return channels * channel_stride; }
   int64_t block_size() const { return rows * segment * lanes; }
 
-  // Rows of a unit's register block: the last one of an image may have fewer.
-  int64_t rows_of(const Geometry& by, int64_t unit) const {
-    return std::min(rows, height(by) - unit % down * rows);
+  // Rows of the register block of a work unit: the last block of an image may have fewer.
+  int64_t rows_of(const Geometry& by, int64_t work_unit) const {
+    return std::min(rows, height(by) - work_unit % down * rows);
   }
   int64_t height(const Geometry& by) const {
     return order == kSegments ? by.size[0] : (pixels(by) + lanes - 1) / lanes;
   }
   static int64_t pixels(const Geometry& by) { return by.size[0] * by.size[1]; }
 
-  // Cuts a tile to `most` channels and `most_units` units, and sets the strides that follow.
-  void cut(const Geometry& by, int64_t most, int64_t most_units) {
-    channels = std::max<int64_t>(1, std::min(most, by.channels));
-    units_per_tile = most_units;
-    phase_rows = units_per_tile * rows + reach[0];
-    // An odd number of lines: channels whose planes are a multiple of 4 KB apart would share the
-    // same few sets of the L1 cache.
+  // Limits a tile to `max_channels` channels and `max_work_units` work units, and sets the strides.
+  void limit(const Geometry& by, int64_t max_channels, int64_t max_work_units) {
+    channels = std::max<int64_t>(1, std::min(max_channels, by.channels));
+    work_units_per_tile = max_work_units;
+    phase_rows = work_units_per_tile * rows + reach[0];
+    // An odd number of cache lines: channels whose planes are a multiple of 4 KB apart would map to
+    // the same few sets of L1.
     channel_stride = phases[0] * phase_rows * row_stride;
     if (channel_stride / lanes % 2 == 0) channel_stride += lanes;
   }
@@ -60,9 +61,9 @@ struct Tiling {
   }
 };
 
-constexpr int64_t kTileBudget = 256 << 10;  // of 2 MB of L2; x, weights and results want the rest
-// A tile that is as good as in the L1 cache. Its 48 KB lose less to a quarter of the loads from L2
-// than to sums that are carried more often.
+constexpr int64_t kTileBudget = 256 << 10;  // of 2 MB of L2: x, weights and results need L2 too
+// Tile budget 64 KB, above the 48 KB of L1: a quarter of the loads then come from L2. That costs
+// less than a smaller tile, whose sums are stored and loaded more often.
 constexpr int64_t kL1Budget = 64 << 10;
 
 inline bool is_pointwise(const Geometry& by) {
@@ -70,7 +71,7 @@ inline bool is_pointwise(const Geometry& by) {
          by.upsample == Pair{1, 1} && by.size == by.input;
 }
 
-// The segment whose units cover the width with the fewest vectors, halo included in part.
+// The segment whose work units cover the width with the fewest vectors; the halo counts a quarter.
 template <typename Real>
 int64_t choose_segment(const SparseKernels<Real>& kernels, int log, const Geometry& by,
                        int64_t reach) {
@@ -84,34 +85,34 @@ int64_t choose_segment(const SparseKernels<Real>& kernels, int log, const Geomet
   return best;
 }
 
-inline int64_t parts_of(int64_t whole, int64_t part) {
-  return (whole + part - 1) / part;
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
 }
 
-// Rows of a register block: about as many as registers allow, such that the last block of an image
-// is not much shorter than the others, and that there are `wanted` blocks.
-inline int64_t choose_rows(int64_t height, int64_t most, int64_t wanted) {
+// Rows of a register block: about as many as the registers allow, such that the last block of an
+// image is not much shorter than the others and there are at least `wanted` blocks.
+inline int64_t choose_rows(int64_t height, int64_t limit, int64_t wanted) {
   height = std::max<int64_t>(1, height);
-  most = std::min({most, height, parts_of(height, std::max<int64_t>(1, wanted))});
-  int64_t best = most;
-  for (int64_t rows = most; rows >= 1 && rows >= most * 3 / 4; --rows) {
-    if (parts_of(height, rows) * rows < parts_of(height, best) * best) best = rows;
+  limit = std::min({limit, height, ceil_div(height, std::max<int64_t>(1, wanted))});
+  int64_t best = limit;
+  for (int64_t rows = limit; rows >= 1 && rows >= limit * 3 / 4; --rows) {
+    if (ceil_div(height, rows) * rows < ceil_div(height, best) * best) best = rows;
   }
   return best;
 }
 
-// Without rows and columns a tile is as narrow as one likes: where one of fewer rows holds all
-// channels in L1, it beats a full register block whose every load comes from L2. Measured on 256
-// channels at 90 %: 1.4 times. Below three rows the weights cost more loads than the pixels.
+// A pointwise tile may have any number of rows. A tile of fewer rows that holds all channels in L1
+// is faster than a full register block that loads from L2 (1.4 times for 256 channels at 90 %
+// sparsity). Below three rows, loading weights costs more than loading pixels.
 template <typename Real>
-int64_t pointwise_rows(const Geometry& by, int64_t most, int64_t lanes) {
+int64_t pointwise_rows(const Geometry& by, int64_t limit, int64_t lanes) {
   const int64_t row = std::max<int64_t>(1, by.channels * lanes * int64_t(sizeof(Real)));
   const int64_t fit = kL1Budget / row;
-  return fit >= 3 ? std::min(fit, most) : most;
+  return fit >= 3 ? std::min(fit, limit) : limit;
 }
 
-// log: log2 of the rows of the weight that share a load (0, 1, 2). num_threads: threads that wait
-// for work, 1 where the cut must not depend on them.
+// log: log2 of the rows of the weight that share a load (0, 1, 2). num_threads: threads that need
+// work; 1 where the tiling must not depend on them.
 template <typename Real>
 Tiling choose_tiling(const SparseKernels<Real>& kernels, const Geometry& by, int log, bool tokens,
                      int64_t num_threads) {
@@ -122,20 +123,21 @@ Tiling choose_tiling(const SparseKernels<Real>& kernels, const Geometry& by, int
   for (int i = 0; i < 2; ++i) t.reach[i] = (by.kernel[i] - 1) * by.dilation[i] / by.stride[i];
   t.segment = t.order == Tiling::kSegments ? choose_segment(kernels, log, by, t.reach[1]) : 1;
   const int64_t height = t.height(by);
-  t.across = t.order != Tiling::kSegments ? 1 : parts_of(by.size[1], t.segment * t.lanes);
+  t.across = t.order != Tiling::kSegments ? 1 : ceil_div(by.size[1], t.segment * t.lanes);
   t.row_stride = t.phases[1] * (t.segment + t.reach[1]) * t.lanes;
-  const int64_t wanted = parts_of(num_threads, std::max<int64_t>(1, by.batch * t.across));
-  int64_t most = kernels.rows[log][t.segment - 1];
-  if (t.order != Tiling::kSegments) most = pointwise_rows<Real>(by, most, t.lanes);
-  t.max_rows = choose_rows(height, most, 1);
+  const int64_t wanted = ceil_div(num_threads, std::max<int64_t>(1, by.batch * t.across));
+  int64_t max_rows = kernels.rows[log][t.segment - 1];
+  if (t.order != Tiling::kSegments) max_rows = pointwise_rows<Real>(by, max_rows, t.lanes);
+  t.max_rows = choose_rows(height, max_rows, 1);
   t.rows = choose_rows(height, t.max_rows, wanted);
-  t.down = parts_of(height, t.rows);
+  t.down = ceil_div(height, t.rows);
   const int64_t row_bytes =
       std::max<int64_t>(1, by.channels * t.phases[0] * t.row_stride) * int64_t(sizeof(Real));
-  // A tile of several units saves the rows that two of them see; without such rows it only fills
-  // L2.
+  // Several work units in a tile save copies of the rows that two of them read. Without such rows
+  // they would only fill L2.
   const int64_t rows_left = t.reach[0] ? kTileBudget / row_bytes - t.reach[0] : 0;
-  t.cut(by, by.channels, std::clamp<int64_t>(rows_left / t.rows, 1, std::max<int64_t>(1, t.down)));
+  t.limit(by, by.channels,
+          std::clamp<int64_t>(rows_left / t.rows, 1, std::max<int64_t>(1, t.down)));
   if (t.tile_size() > INT32_MAX) {
     refuse("a tile of ", by.channels, " channels does not fit 2^31 elements: split the channels");
   }

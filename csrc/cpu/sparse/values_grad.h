@@ -1,16 +1,17 @@
-// The gradient of a sparse product's values: sums over pixels, for the kept positions alone.
+// The gradient of the values of a sparse convolution: sums over pixels, for the kept positions
+// only.
 //
-// A unit's pixels of the gradient are partial in registers while every entry of their rows reads
-// its pixels of x from the tile: 1 load per multiply-add for v = 1, a quarter for v = 4.
+// The gradient's pixels of a work unit stay in registers while every entry of their rows reads its
+// pixels of x from the tile: one load per multiply-add for v = 1, a quarter for v = 4.
 #pragma once
 
 #include "cpu/sparse/tiled_conv.h"
 
 namespace issp {
 
-// Pixels are divided into splits, each summed on its own, and the splits are added in order: bits
-// do not depend on the number of threads. All splits together take no more room than the dense
-// weight.
+// The pixels are divided into at most this many parts. Each part is summed separately and the parts
+// are added in order, so that the result does not depend on the number of threads. The sums of all
+// parts take at most the memory of the dense weight.
 constexpr int64_t kMaxSplits = 8;
 
 template <typename T>
@@ -21,7 +22,7 @@ struct ValuesGrad {
   const Tiling& tiling;
   const RowPattern<int32_t>& pattern;
 
-  // The gradient as an image of its own, cut like the product's result.
+  // The gradient as an image, tiled like the result of the convolution.
   Geometry grad_geometry() const {
     Geometry g = conv.geometry;
     g.channels = g.rows;
@@ -35,7 +36,7 @@ struct ValuesGrad {
     Tiling t = tiling;
     t.phases = {1, 1};
     t.reach = {0, 0};
-    t.units_per_tile = 1;
+    t.work_units_per_tile = 1;
     t.channels = conv.geometry.rows;
     t.row_stride = t.segment * t.lanes;
     t.phase_rows = t.rows;
@@ -43,7 +44,7 @@ struct ValuesGrad {
     return t;
   }
 
-  // All bits set in the lanes of a unit that lie in the result; empty where all do.
+  // A mask with all bits set in the lanes of a work unit that lie in the result; empty if all do.
   std::vector<Real> within(const TileCoord& at) const {
     const int64_t left = conv.geometry.size[1] - at.column, size = tiling.segment * tiling.lanes;
     if (tiling.order != Tiling::kSegments || left >= size) return {};
@@ -58,7 +59,7 @@ struct ValuesGrad {
     return mask;
   }
 
-  // sums[e * v + i] += the share of one register block; grad: [O][rows][segment][lanes].
+  // sums[e * v + i] += the contribution of one register block; grad: [O][rows][segment][lanes].
   void dot(const Real* tile, int64_t rows, const TileCoord& at, const Real* grad, int64_t stride,
            Real* packed, double* sums) const {
     const std::vector<Real> mask = within(at);
@@ -67,7 +68,7 @@ struct ValuesGrad {
     for (int64_t b = 0; b < conv.product.blocks; ++b) {
       const int64_t first = pattern.row_ptr[b], count = pattern.row_ptr[b + 1] - first;
       for (int64_t i = 0; count && i < v;) {
-        const int log = rows_log(v - i);
+        const int log = log2_rows(v - i);
         for (int64_t k = 0; k < 1 << log; ++k) {
           std::memcpy(packed + k * size, grad + (b * v + i + k) * stride,
                       size_t(size) * sizeof(Real));
@@ -80,44 +81,45 @@ struct ValuesGrad {
     }
   }
 
-  // Adds the units first..last to sums [E, v].
+  // Adds the contributions of the work units first..last - 1 to sums [E, v].
   void add_split(const void* x, const void* grad, int64_t first, int64_t last, double* sums) const {
     static thread_local ThreadScratch<Real> memory;
     const Geometry& by = conv.geometry;
     const Geometry grad_by = grad_geometry();
-    const Tiling grad_cut = grad_tiling();
-    const int64_t tile_size = tiling.tile_size(), grad_size = grad_cut.tile_size();
+    const Tiling grad_tiles = grad_tiling();
+    const int64_t tile_size = tiling.tile_size(), grad_size = grad_tiles.tile_size();
     const int64_t line = TileReader<T>::line_size(by, tiling);
     Real* const tile = memory.get(tile_size + grad_size + 4 * tiling.block_size() + line +
-                                  TileReader<T>::line_size(grad_by, grad_cut));
+                                  TileReader<T>::line_size(grad_by, grad_tiles));
     Real* const pixels = tile + tile_size;
     Real* const packed = pixels + grad_size;
     const TileReader<T> reader(kernels, by, tiling, x, packed + 4 * tiling.block_size());
-    const TileReader<T> grads(kernels, grad_by, grad_cut, grad,
+    const TileReader<T> grads(kernels, grad_by, grad_tiles, grad,
                               packed + 4 * tiling.block_size() + line);
     for_each_tile(
         tiling, by, first, last,
         [&](const TileCoord& at, int64_t rows) { reader.fill(at, rows, 0, by.channels, tile); },
         [&](const TileCoord& at, int64_t rows, int64_t below) {
           grads.fill(at, rows, 0, by.rows, pixels);
-          dot(tile + below * tiling.row_stride, rows, at, pixels, grad_cut.channel_stride, packed,
+          dot(tile + below * tiling.row_stride, rows, at, pixels, grad_tiles.channel_stride, packed,
               sums);
         });
   }
 
   void operator()(const void* x, const void* grad, typename T::Bits* to,
                   int64_t num_threads) const {
-    const int64_t numel = conv.product.entries * conv.product.v,
-                  units = tiling.units(conv.geometry);
+    const int64_t numel = conv.product.entries * conv.product.v;
+    const int64_t work_units = tiling.work_units(conv.geometry);
     const int64_t dense = conv.geometry.rows * conv.geometry.length() * int64_t(sizeof(Real));
     const int64_t bytes = std::max<int64_t>(1, numel) * int64_t(sizeof(double));
-    const int64_t splits =
-        std::clamp<int64_t>(dense / bytes, 1, std::min(kMaxSplits, std::max<int64_t>(1, units)));
+    const int64_t splits = std::clamp<int64_t>(
+        dense / bytes, 1, std::min(kMaxSplits, std::max<int64_t>(1, work_units)));
     std::vector<double> sums(size_t(numel * splits));
     num_threads = std::min(num_threads, splits);
     for_threads(num_threads, [&](int64_t thread) {
       for (int64_t p = thread; p < splits; p += num_threads) {
-        add_split(x, grad, units * p / splits, units * (p + 1) / splits, sums.data() + p * numel);
+        add_split(x, grad, work_units * p / splits, work_units * (p + 1) / splits,
+                  sums.data() + p * numel);
       }
     });
     for (int64_t p = 1; p < splits; ++p) {
@@ -134,7 +136,7 @@ inline void values_grad(const Convolution& conv, bool tokens, const Tensor& x, c
     using Real = typename T::Wide;
     const SparseKernels<Real>& kernels = sparse_kernels<Real>();
     const Tiling tiling =
-        choose_tiling(kernels, conv.geometry, rows_log(conv.product.v), tokens, 1);
+        choose_tiling(kernels, conv.geometry, log2_rows(conv.product.v), tokens, 1);
     const RowPattern<int32_t> pattern =
         translate(conv.product, columns, starts, tile_offsets(conv.geometry, tiling));
     const ValuesGrad<T> grad_of = {kernels, conv, tiling, pattern};
