@@ -31,20 +31,19 @@ void adam_soft_shrink_(const std::vector<Tensor>& weights, const std::vector<Ten
   const double current = rate(lr, lr_tensor);
   std::vector<TensorUpdate> updates;
   updates.reserve(update.states.size());
-  float known = -1;
+  float last_step = -1;
   AdamStep step{};
   for (const OptimState& state : update.states) {
     *state.step += 1;
-    if (*state.step != known) step = adam_step(adam, current, known = *state.step);
-    updates.push_back({TensorUpdate::kAdam,
-                       state.grad,
-                       state.bfloat16,
-                       state.first,
-                       state.second,
-                       false,
-                       gradient,
-                       step,
-                       {}});
+    if (*state.step != last_step) step = adam_step(adam, current, last_step = *state.step);
+    TensorUpdate& tensor = updates.emplace_back();
+    tensor.rule = TensorUpdate::kAdam;
+    tensor.grad = state.grad;
+    tensor.bfloat16 = state.bfloat16;
+    tensor.first = state.first;
+    tensor.second = state.second;
+    tensor.gradient = gradient;
+    tensor.adam = step;
   }
   update_and_prune(update, updates, pruning);
 }

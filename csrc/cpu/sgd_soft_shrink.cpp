@@ -32,15 +32,14 @@ void sgd_soft_shrink_(const std::vector<Tensor>& weights, const std::vector<Tens
   updates.reserve(update.states.size());
   for (size_t i = 0; i < update.states.size(); ++i) {
     const OptimState& state = update.states[i];
-    updates.push_back({TensorUpdate::kSgd,
-                       state.grad,
-                       state.bfloat16,
-                       state.first,
-                       nullptr,
-                       !first.empty() && first[i],
-                       gradient,
-                       {},
-                       step});
+    TensorUpdate& tensor = updates.emplace_back();
+    tensor.rule = TensorUpdate::kSgd;
+    tensor.grad = state.grad;
+    tensor.bfloat16 = state.bfloat16;
+    tensor.first = state.first;
+    tensor.first_step = !first.empty() && first[i];
+    tensor.gradient = gradient;
+    tensor.sgd = step;
   }
   update_and_prune(update, updates, pruning);
 }

@@ -19,7 +19,7 @@ struct Scores {
   static constexpr int width = 1;
 
   static Vector load(const Key<T>* p) { return *p; }
-  // Clears the sign, so that float32 weights can be used as their own scores.
+  // Clears the sign, so that float32 weights can be used as scores.
   static Vector score(const Key<T>* p) { return *p & Key<T>(-1) >> 1; }
   static void store(Key<T>* p, Vector x) { *p = x; }
   static Vector all(Key<T> x) { return x; }

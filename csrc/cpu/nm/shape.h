@@ -12,11 +12,11 @@
 namespace issp {
 
 // A tensor is a sequence of row blocks. A row block has v rows of `row` elements, and all its rows
-// share one mask. With v = 1 the tensor has no rows of its own, and `row` is chosen to suit the
-// traversal. A row is a sequence of blocks of m * inner elements. In a block each of the `inner`
-// columns (stride inner) is one N:M group. A kernel processes `chunk` elements at a time: they stay
-// in L1 from the scores to the shrink. Threads divide the work units: whole row blocks that start
-// and end at a mask word.
+// share one mask. With v = 1 any division into rows is correct, and `row` suits the traversal. A
+// row is a sequence of blocks of m * inner elements. In a block each of the `inner` columns (stride
+// inner) is one N:M group. A kernel processes `chunk` elements at a time: they stay in L1 from the
+// scores to the shrink. Threads divide the work units: whole row blocks that start and end at a
+// mask word.
 struct NmShape {
   int64_t n, m, v, inner, block, row, chunk, work_unit;
 

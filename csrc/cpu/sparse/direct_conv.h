@@ -10,8 +10,17 @@
 
 namespace issp {
 
-constexpr int64_t kL2Budget =
-    512 << 10;  // of x, for a group of work units; L2 also holds the results
+// Bytes of x that a group of work units reads; L2 also holds their results.
+constexpr int64_t kL2Budget = 512 << 10;
+
+struct DirectOperands {
+  const RowPattern<DirectEntry>& pattern;
+  const float* x;
+  const float* values;
+  const float* bias;      // null: none
+  const float* residual;  // null: none
+  float* y;
+};
 
 class DirectConv {
  public:
@@ -90,8 +99,7 @@ class DirectConv {
     return at;
   }
 
-  void operator()(const RowPattern<DirectEntry>& pattern, const float* x, const float* values,
-                  const float* bias, const float* residual, float* y, int64_t num_threads) const {
+  void operator()(const DirectOperands& operands, int64_t num_threads) const {
     // Threads divide the pixels, so that each has its part of x in its own L2. For pointwise
     // convolutions they divide the rows of the weight: two threads that write to one page would
     // take cache lines from each other, because prefetchers run ahead within a page.
@@ -103,8 +111,8 @@ class DirectConv {
       const int64_t first = total * thread / count, last = total * (thread + 1) / count;
       const int64_t end = by_rows ? work_units : last;
       for (int64_t u = by_rows ? 0 : first; u < end; u += group_size_) {
-        run_group(u, std::min(end, u + group_size_), by_rows ? first : 0, by_rows ? last : blocks,
-                  pattern, x, values, bias, residual, y);
+        run_group(operands, u, std::min(end, u + group_size_), by_rows ? first : 0,
+                  by_rows ? last : blocks);
       }
     });
   }
@@ -128,17 +136,17 @@ class DirectConv {
   }
 
   // A register block: its position and masks.
-  struct WorkUnit {
+  struct RegisterBlock {
     DirectParams params;
     int64_t segment, rows, columns, from, to;
     bool edge;
     std::vector<uint16_t> row_masks;
   };
 
-  WorkUnit work_unit(int64_t u) const {
+  RegisterBlock register_block(int64_t u) const {
     const int64_t image = u / (across_ * down_), a = u / down_ % across_, top = u % down_ * rows_;
     const int64_t left = a * width(), plane = by_.size[0] * by_.size[1];
-    WorkUnit at;
+    RegisterBlock at;
     at.segment = segment_of(a);
     at.rows = std::min(rows_, by_.size[0] - top);
     at.columns = std::min(width(), by_.size[1] - left);
@@ -162,18 +170,18 @@ class DirectConv {
 
   // Processes vertically adjacent work units, row by row of the weight: the entries are read once
   // for all, and the results of a row are written together.
-  void run_group(int64_t first, int64_t last, int64_t first_block, int64_t last_block,
-                 const RowPattern<DirectEntry>& pattern, const float* x, const float* values,
-                 const float* bias, const float* residual, float* y) const {
-    std::vector<WorkUnit> work_units;
-    for (int64_t u = first; u < last; ++u) work_units.push_back(work_unit(u));
+  void run_group(const DirectOperands& operands, int64_t first, int64_t last, int64_t first_block,
+                 int64_t last_block) const {
+    const auto& [pattern, x, values, bias, residual, y] = operands;
+    std::vector<RegisterBlock> work_units;
+    for (int64_t u = first; u < last; ++u) work_units.push_back(register_block(u));
     const int64_t v = product_.v, plane = by_.size[0] * by_.size[1];
     for (int64_t b = first_block; b < last_block; ++b) {
       const int64_t begin = pattern.row_ptr[b], count = pattern.row_ptr[b + 1] - begin;
       for (int64_t i = 0; i < v;) {
         const int log = log2_rows(v - i);
         const int64_t o = b * v + i;
-        for (const WorkUnit& at : work_units) {
+        for (const RegisterBlock& at : work_units) {
           const auto& table = at.edge ? direct_.edge : direct_.inner;
           const int64_t to = at.to + o * plane;
           table[log][at.segment - 1][at.rows - 1](
@@ -188,7 +196,7 @@ class DirectConv {
     }
   }
 
-  void apply_epilogue(int count, const WorkUnit& at, int64_t plane, const float* residual,
+  void apply_epilogue(int count, const RegisterBlock& at, int64_t plane, const float* residual,
                       float* y) const {
     for (int i = 0; i < count; ++i) {
       for (int64_t r = 0; r < at.rows; ++r) {

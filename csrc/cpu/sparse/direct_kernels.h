@@ -37,7 +37,7 @@ struct DirectKernels {
   DirectMultiply edge[3][kMaxSegment][kMaxRows];  // also masks rows outside the image
 };
 
-// Null if the instruction set in use has no masked loads.
+// Null if the instruction set in use is not AVX-512.
 const DirectKernels* direct_kernels();
 
 }  // namespace issp

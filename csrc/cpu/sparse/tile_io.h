@@ -68,6 +68,20 @@ struct TileCoord {
   int64_t image, column, row;  // row counts register rows: pixels / lanes in kFlat and kTokens
 };
 
+// A work unit in a tile: where its first row is, its rows, its position in the result.
+template <typename Real>
+struct WorkUnit {
+  const Real* tile;
+  int64_t rows;
+  TileCoord at;
+};
+
+// What is applied to the sums before they are stored.
+struct Epilogue {
+  Activation activation;
+  const void* residual;  // null: none
+};
+
 inline TileCoord tile_coord(const Tiling& t, int64_t work_unit) {
   const int64_t image = work_unit / (t.across * t.down), rest = work_unit % (t.across * t.down);
   return {image, rest / t.down * t.segment * t.lanes, rest % t.down * t.rows};
@@ -241,12 +255,12 @@ class TileWriter {
 
   // scratch has line_size() elements.
   TileWriter(const SparseKernels<Real>& kernels, const Geometry& by, const Tiling& tiling,
-             Activation activation, const void* residual, void* y, Real* scratch)
+             const Epilogue& epilogue, void* y, Real* scratch)
       : kernels_(kernels),
         by_(by),
         t_(tiling),
-        activation_(int(activation)),
-        residual_(static_cast<const Bits*>(residual)),
+        activation_(int(epilogue.activation)),
+        residual_(static_cast<const Bits*>(epilogue.residual)),
         y_(static_cast<Bits*>(y)),
         line_(scratch) {}
 

@@ -11,8 +11,8 @@
 
 namespace issp {
 
-// The positions of the sparse weight as the kernels read them. Entry locates the pixels of an
-// entry.
+// The positions of the sparse weight as the kernels read them: Entry says where the pixels of an
+// entry are.
 template <typename Entry>
 struct RowPattern {
   std::unique_ptr<Entry[]> entries;  // [E]
@@ -158,9 +158,9 @@ inline bool is_low_reuse(const Convolution& conv) {
 }
 
 // Limits tiles to blocks of channels that stay in L1 while all rows of the weight are processed. A
-// tile of many channels is in L2, which halves the speed for v = 1. It does not apply for v >= 4,
-// where multiply-adds are the bottleneck, nor for few entries per block, where storing and loading
-// the sums costs more than it saves.
+// tile of many channels stays in L2 only, which halves the speed for v = 1. Tiles are not limited
+// for v >= 4, where multiply-adds are the bottleneck, or with few entries per block, where storing
+// and loading the sums costs more than it saves.
 template <typename Real>
 void split_channels(const Convolution& conv, Tiling& t) {
   constexpr int64_t kMinEntries = 6;
@@ -237,60 +237,57 @@ struct TiledConv {
   // Processes the entries first[b]..last[b] - 1 of every block b in one block of channels. After
   // the last block of channels it writes the result, through scratch memory where the kernels
   // cannot write it directly.
-  void blocks(const Memory& memory, const Real* tile, int64_t rows, const TileCoord& at,
-              const TileWriter<T>& writer, int64_t channel_block, const int32_t* first,
-              const int32_t* last) const {
-    const int64_t v = conv.product.v, size = rows * tiling.segment * tiling.lanes;
+  void multiply_blocks(const Memory& memory, const WorkUnit<Real>& unit,
+                       const TileWriter<T>& writer, int64_t channel_block, const int32_t* first,
+                       const int32_t* last) const {
+    const int64_t v = conv.product.v, size = unit.rows * tiling.segment * tiling.lanes;
     const bool last_block =
         channel_block + 1 == channel_blocks.count && tiling.order != Tiling::kTokens;
-    Real* const direct = last_block ? writer.direct(at, rows) : nullptr;
-    MultiplyParams<Real> params = {pattern.entries.get(),
-                                   values,
-                                   v,
-                                   first,
-                                   last,
-                                   conv.product.blocks,
-                                   bias,
-                                   channel_block ? memory.sums : nullptr,
-                                   size,
-                                   memory.sums,
-                                   size,
-                                   0};
-    if (direct) {
-      params.to = direct, params.to_stride = Tiling::pixels(conv.geometry),
-      params.line = writer.line();
-    }
-    if (direct || !last_block) return multiply(tile, rows, params);
+    Real* const direct = last_block ? writer.direct(unit.at, unit.rows) : nullptr;
+    MultiplyParams<Real> params;
+    params.offsets = pattern.entries.get();
+    params.values = values;
+    params.v = v;
+    params.first = first;
+    params.last = last;
+    params.blocks = conv.product.blocks;
+    params.bias = bias;
+    params.from = channel_block ? memory.sums : nullptr;
+    params.from_stride = size;
+    params.to = direct ? direct : memory.sums;
+    params.to_stride = direct ? Tiling::pixels(conv.geometry) : size;
+    params.line = direct ? writer.line() : 0;
+    if (direct || !last_block) return multiply(unit.tile, unit.rows, params);
     const int64_t step = scratch_rows() / v;
     for (int64_t b = 0; b < conv.product.blocks; b += step) {
       params.blocks = std::min(step, conv.product.blocks - b);
       params.first = first + b, params.last = last + b, params.to = memory.scratch;
       if (bias) params.bias = bias + b * v;
       if (channel_block) params.from = memory.sums + b * v * size;
-      multiply(tile, rows, params);
+      multiply(unit.tile, unit.rows, params);
       for (int64_t o = 0; o < params.blocks * v; ++o) {
-        writer.write(at, b * v + o, rows, memory.scratch + o * size);
+        writer.write(unit.at, b * v + o, unit.rows, memory.scratch + o * size);
       }
     }
   }
 
   // One register block of the result for all rows of the weight.
-  void work_unit(const Memory& memory, const Real* tile, int64_t rows, const TileCoord& at,
-                 const TileReader<T>& reader, const TileWriter<T>& writer) const {
-    const int64_t channels = conv.geometry.channels;
+  void process(const Memory& memory, const WorkUnit<Real>& unit, const TileReader<T>& reader,
+               const TileWriter<T>& writer) const {
+    const int64_t channels = conv.geometry.channels, blocks = conv.product.blocks;
     for (int64_t channel_block = 0; channel_block < channel_blocks.count; ++channel_block) {
       const bool single = channel_blocks.count == 1;
       const int32_t* const first =
-          single ? pattern.row_ptr
-                 : &channel_blocks.bounds[size_t(channel_block * conv.product.blocks)];
-      const int32_t* const last = first + (single ? 1 : conv.product.blocks);
+          single ? pattern.row_ptr : &channel_blocks.bounds[size_t(channel_block * blocks)];
+      const int32_t* const last = first + (single ? 1 : blocks);
       if (!single) {
         const int64_t from = channel_block * tiling.channels;
-        reader.fill(at, rows, from, std::min(channels, from + tiling.channels), memory.tile);
+        reader.fill(unit.at, unit.rows, from, std::min(channels, from + tiling.channels),
+                    memory.tile);
       }
-      blocks(memory, tile, rows, at, writer, channel_block, first, last);
+      multiply_blocks(memory, unit, writer, channel_block, first, last);
     }
-    if (tiling.order == Tiling::kTokens) writer.write_tokens(at, rows, memory.sums);
+    if (tiling.order == Tiling::kTokens) writer.write_tokens(unit.at, unit.rows, memory.sums);
   }
 
   void operator()(const void* x, const void* residual, void* y, int64_t num_threads) const {
@@ -307,7 +304,7 @@ struct TiledConv {
       const Memory memory = {tile, tile + tile_size, tile + tile_size + sums_size};
       Real* const lines = memory.scratch + scratch_size;
       const TileReader<T> reader(kernels, by, tiling, x, lines);
-      const TileWriter<T> writer(kernels, by, tiling, conv.product.activation, residual, y,
+      const TileWriter<T> writer(kernels, by, tiling, {conv.product.activation, residual}, y,
                                  lines + read);
       const int64_t count = std::min(num_threads, work_units);
       for_each_tile(
@@ -316,7 +313,7 @@ struct TiledConv {
             if (channel_blocks.count == 1) reader.fill(at, rows, 0, by.channels, tile);
           },
           [&](const TileCoord& at, int64_t rows, int64_t below) {
-            work_unit(memory, tile + below * tiling.row_stride, rows, at, reader, writer);
+            process(memory, {tile + below * tiling.row_stride, rows, at}, reader, writer);
           });
     });
   }

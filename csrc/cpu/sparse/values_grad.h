@@ -60,11 +60,11 @@ struct ValuesGrad {
   }
 
   // sums[e * v + i] += the contribution of one register block; grad: [O][rows][segment][lanes].
-  void dot(const Real* tile, int64_t rows, const TileCoord& at, const Real* grad, int64_t stride,
-           Real* packed, double* sums) const {
-    const std::vector<Real> mask = within(at);
+  void dot(const WorkUnit<Real>& unit, const Real* grad, int64_t stride, Real* packed,
+           double* sums) const {
+    const std::vector<Real> mask = within(unit.at);
     const auto& table = mask.empty() ? kernels.dot : kernels.partial_dot;
-    const int64_t v = conv.product.v, size = rows * tiling.segment * tiling.lanes;
+    const int64_t v = conv.product.v, size = unit.rows * tiling.segment * tiling.lanes;
     for (int64_t b = 0; b < conv.product.blocks; ++b) {
       const int64_t first = pattern.row_ptr[b], count = pattern.row_ptr[b + 1] - first;
       for (int64_t i = 0; count && i < v;) {
@@ -73,9 +73,9 @@ struct ValuesGrad {
           std::memcpy(packed + k * size, grad + (b * v + i + k) * stride,
                       size_t(size) * sizeof(Real));
         }
-        table[log][tiling.segment - 1][rows - 1](tile, tiling.row_stride,
-                                                 pattern.entries.get() + first, count, packed,
-                                                 mask.data(), sums + first * v + i, v);
+        table[log][tiling.segment - 1][unit.rows - 1](unit.tile, tiling.row_stride,
+                                                      pattern.entries.get() + first, count, packed,
+                                                      mask.data(), sums + first * v + i, v);
         i += int64_t(1) << log;
       }
     }
@@ -101,8 +101,8 @@ struct ValuesGrad {
         [&](const TileCoord& at, int64_t rows) { reader.fill(at, rows, 0, by.channels, tile); },
         [&](const TileCoord& at, int64_t rows, int64_t below) {
           grads.fill(at, rows, 0, by.rows, pixels);
-          dot(tile + below * tiling.row_stride, rows, at, pixels, grad_tiles.channel_stride, packed,
-              sums);
+          dot({tile + below * tiling.row_stride, rows, at}, pixels, grad_tiles.channel_stride,
+              packed, sums);
         });
   }
 
@@ -129,8 +129,15 @@ struct ValuesGrad {
   }
 };
 
-inline void values_grad(const Convolution& conv, bool tokens, const Tensor& x, const Tensor& grad,
-                        const Tensor& columns, const Tensor& starts, const Tensor& to) {
+struct ValuesGradTensors {
+  const Tensor& x;
+  const Tensor& grad;
+  const Tensor& columns;
+  const Tensor& starts;
+  const Tensor& values_grad;
+};
+
+inline void compute_values_grad(const Convolution& conv, bool tokens, const ValuesGradTensors& t) {
   for_dtype(conv.product.dtype, [&](auto type) {
     using T = decltype(type);
     using Real = typename T::Wide;
@@ -138,11 +145,11 @@ inline void values_grad(const Convolution& conv, bool tokens, const Tensor& x, c
     const Tiling tiling =
         choose_tiling(kernels, conv.geometry, log2_rows(conv.product.v), tokens, 1);
     const RowPattern<int32_t> pattern =
-        translate(conv.product, columns, starts, tile_offsets(conv.geometry, tiling));
-    const ValuesGrad<T> grad_of = {kernels, conv, tiling, pattern};
-    grad_of(x.const_data_ptr(), grad.const_data_ptr(),
-            static_cast<typename T::Bits*>(to.mutable_data_ptr()),
-            num_threads_for(2 * multiply_adds(conv)));
+        translate(conv.product, t.columns, t.starts, tile_offsets(conv.geometry, tiling));
+    const ValuesGrad<T> values_grad = {kernels, conv, tiling, pattern};
+    values_grad(t.x.const_data_ptr(), t.grad.const_data_ptr(),
+                static_cast<typename T::Bits*>(t.values_grad.mutable_data_ptr()),
+                num_threads_for(2 * multiply_adds(conv)));
   });
 }
 

@@ -33,13 +33,13 @@ struct Group {
   const int64_t* patterns;
 };
 
-struct Beside {
+struct OptimState {
   void* grad;
   float* first;
   bool bfloat16;
 };
 
-Beside beside(const Group& group, size_t i) {
+OptimState optim_state(const Group& group, size_t i) {
   const uint64_t numel = uint64_t(group.numels[i]);
   emulator::allow(group.grads[i], numel * (group.bfloat16[i] ? 2 : 4));
   return {group.grads[i], group.first ? allowed<float>(group.first[i], numel) : nullptr,
@@ -82,7 +82,7 @@ const char* emulated_adam_soft_shrink(const Group* group, double beta1, double b
   return guarded([&] {
     const AdamRule rule = {{group->lr, beta1, beta2, eps, weight_decay, decoupled != 0}};
     run(*group, rule, [&](AdamRule::Entry& entry, size_t i) {
-      complete_entry<AdamRule>(entry, beside(*group, i), i < size_t(group->pruned), false);
+      complete_entry<AdamRule>(entry, optim_state(*group, i), i < size_t(group->pruned), false);
       entry.second = allowed<float>(group->second[i], uint64_t(group->numels[i]));
       entry.step = allowed<float>(group->steps[i], 1);
     });
@@ -94,7 +94,7 @@ const char* emulated_sgd_soft_shrink(const Group* group, double momentum, double
   return guarded([&] {
     const SgdRule rule = {{group->lr, momentum, dampening, weight_decay, nesterov != 0}};
     run(*group, rule, [&](SgdRule::Entry& entry, size_t i) {
-      complete_entry<SgdRule>(entry, beside(*group, i), i < size_t(group->pruned),
+      complete_entry<SgdRule>(entry, optim_state(*group, i), i < size_t(group->pruned),
                               group->is_first && group->is_first[i]);
     });
   });
