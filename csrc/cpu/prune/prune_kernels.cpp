@@ -120,7 +120,7 @@ template const PruneKernels<Float32>& prune_kernels<Float32>(bool);
 template const PruneKernels<Float16>& prune_kernels<Float16>(bool);
 template const PruneKernels<BFloat16>& prune_kernels<BFloat16>(bool);
 
-// float64 is supported for tests; vector kernels for it would not be worth their code size.
+// float64 is supported for tests and has no vector kernels.
 template <>
 const PruneKernels<Float64>& prune_kernels<Float64>(bool) {
   using T = Float64;

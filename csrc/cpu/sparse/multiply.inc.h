@@ -64,7 +64,7 @@ ISSP_INLINE void add_lanes(typename Simd<Real>::Vector* parts) {
 }
 
 // The pixels of the gradient stay in registers, and an entry loads its pixels once for I rows.
-// Partial: clears the lanes of x beyond the result. The gradient is 0 there, but 0 * NaN would be
+// Partial: clears the lanes of x beyond the result. The gradient is 0 in them, but 0 * NaN would be
 // NaN.
 template <typename Real, int I, int S, int R, bool Partial>
 ISSP_TARGET void dot(const Real* tile, int64_t row_stride, const int32_t* offsets, int64_t count,

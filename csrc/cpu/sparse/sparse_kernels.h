@@ -1,7 +1,7 @@
 // The vectorized kernels of sparse convolutions and matrix products, and the table of the kernels
 // that the CPU supports.
 //
-// The kernels work on tiles. A tile holds some output pixels' worth of input: all pixels of all
+// The kernels work on tiles. A tile holds the input of some output pixels: all pixels of all
 // input channels that their taps read, copied (and widened) to memory of the thread. So padding,
 // stride, dilation, upsampling and the axis order of x are handled once per tile and not once per
 // entry. An entry of the weight is then an offset into the tile and a value.
