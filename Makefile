@@ -6,11 +6,12 @@ PYTHON ?= python3
 BIN := $(if $(VENV),$(VENV)/bin/)
 RUN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# Compiling the CUDA library takes minutes: by default only where there is a GPU to run it on.
-export ISSP_CUDA ?= $(if $(wildcard /dev/nvidia0),1,0)
+# Compiling the CUDA library takes minutes: by default only where there is a GPU to run it on, and
+# then as setup.py decides (for a CUDA build of torch, where nvcc is).
+export ISSP_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
 
 # A compiler that is there must succeed; without one the package runs on its slow reference.
-export ISSP_REQUIRE_NATIVE ?= $(if $(shell command -v g++),1,0)
+export ISSP_NATIVE ?= $(if $(shell command -v g++),1,0)
 
 NATIVE := $(wildcard csrc/*.h csrc/*/*) setup.py
 TESTS ?= tests

@@ -1,6 +1,7 @@
 """Every CUDA source compiles for every target, without register spills, against a CPU-only torch.
 
-Needs nvcc, not a GPU. The compiler's report is kept under build/ until a source changes.
+Needs nvcc, not a GPU. The flags are those of setup.py: registers and spills are of the program that
+is installed. The compiler's report is kept under build/ until a source changes.
 """
 
 from __future__ import annotations
@@ -8,36 +9,35 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
+import runpy
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parents[3]
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-TARGETS = ("80", "90a", "100", "120")
+SETUP = runpy.run_path(str(ROOT / "setup.py"))
+SOURCES = [ROOT / source for source in SETUP["CudaLibrary"]().sources]
+TARGETS = SETUP["ARCHITECTURES"]
 REGISTERS_OF_AN_SM = 65536
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+NVCC = SETUP["nvcc"]()
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 
 
-def _flags() -> list[str]:
-    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-Wall", "-t", "2"]
-    flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA"]
-    flags += [f"-gencode=arch=compute_{t},code=sm_{t}" for t in TARGETS]
-    flags += [f"-gencode=arch=compute_{TARGETS[-1]},code=compute_{TARGETS[-1]}"]
-    flags += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-    return flags + [f"-isystem={path}" for path in cpp_extension.include_paths()]
+def _command() -> list[str]:
+    """nvcc as setup.py calls it, and what makes it report registers and spills."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ISSP_CUDA_ARCHS", "MAX_JOBS"):
+            patch.delenv(name, raising=False)
+        return [*SETUP["CudaLibrary"]().compile_command(), "-Xptxas=-v", "-Xcompiler=-Wall"]
 
 
 def _report(source: Path) -> str:
     """What nvcc and ptxas say about a source; compiled only when something has changed."""
     version = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True)
-    digest = hashlib.sha256(repr((_flags(), version.stdout, torch.__version__)).encode())
+    digest = hashlib.sha256(repr((_command(), version.stdout, torch.__version__)).encode())
     headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h")]
     for path in sorted([source, *headers]):
         digest.update(path.read_bytes())
@@ -48,7 +48,7 @@ def _report(source: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     target = kept.with_suffix(f".{os.getpid()}.o")
     done = subprocess.run(
-        [NVCC, *_flags(), "-c", str(source), "-o", str(target)],
+        [*_command(), "-c", str(source), "-o", str(target)],
         capture_output=True,
         text=True,
         check=False,
@@ -94,6 +94,28 @@ ptxas info    : Compiling entry function '_ZN4issp12apply_kernelINS_7Float32ELi1
     56 bytes stack frame, 64 bytes spill stores, 60 bytes spill loads
 ptxas info    : Used 64 registers, used 1 barriers"""
     assert _kernels(log) == [("apply_kernel<Float32, 120>", "sm_80", 64, 64, 56)]
+
+
+@needs_nvcc
+def test_the_flags_are_those_that_the_results_and_the_wheel_rest_on():
+    command = _command()
+    for flag in ("-fmad=false", "-lineinfo", "-Xfatbin=-compress-all", "-O3"):
+        assert flag in command
+    assert "-Xcompiler=-fPIC,-fvisibility=hidden" in command
+    assert "-gencode=arch=compute_80,code=compute_80" in command  # PTX for every newer GPU
+    assert not [flag for flag in command if "fast" in flag or "ftz" in flag]
+
+
+def test_an_nvcc_that_is_too_old_is_told_in_one_sentence(monkeypatch, capsys):
+    monkeypatch.delenv("ISSP_CUDA_ARCHS", raising=False)
+    assert SETUP["architectures"]((12, 8)) == list(TARGETS)
+    assert SETUP["architectures"]((12, 6)) == ["80", "90a"]
+    said = capsys.readouterr().err
+    assert "nvcc 12.6 cannot build sm_100, sm_120 (12.8 can)" in said and said.count("\n") == 1
+    monkeypatch.setenv("ISSP_CUDA_ARCHS", "90a;100")
+    with pytest.raises(SETUP["BuildError"], match=r"nvcc 12.6 cannot build sm_100 \(12.8 can\)"):
+        SETUP["architectures"]((12, 6))
+    assert SETUP["architectures"]((13, 0)) == ["90a", "100"]
 
 
 def _runs_twice(source: Path, kernel: str) -> bool:
