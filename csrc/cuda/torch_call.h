@@ -17,6 +17,13 @@
 
 namespace issp {
 
+// issp/backends.py looks for these bytes before it loads the library: a driver that is older than
+// the CUDA runtime linked into it would make every op throw.
+#define ISSP_DIGITS_OF(number) #number
+#define ISSP_DIGITS(macro) ISSP_DIGITS_OF(macro)
+[[gnu::used]] inline constexpr char kRuntime[] =
+    "issp needs a driver for CUDART_VERSION " ISSP_DIGITS(CUDART_VERSION);
+
 inline Stream current_stream(const Tensor& x) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));

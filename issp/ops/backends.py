@@ -1,8 +1,9 @@
 """Loads the native libraries, registers the implementations, chooses: the only file that knows all.
 
 Order on the CPU: cpp, reference. On a GPU: cuda, triton, reference; products that tensor cores may
-compute go to Triton beside cuda. `ISSP_BACKEND` forces one of reference, cpp, triton, cuda;
-`ISSP_STRICT=1` turns a fall-back to the reference into an error.
+compute go to Triton beside cuda. `ISSP_BACKEND` forces one of reference, cpp, triton, cuda: what
+cannot be active then is an error, never replaced. Without it, the slow reference, or Triton where
+the CUDA library was built but cannot be used, is a warning; with `ISSP_STRICT=1` an error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -104,17 +106,44 @@ def _import_triton():
         return importlib.import_module("triton_kernels")
 
 
+def _library(name: str) -> Path | None:
+    """The file of issp/_C or issp/_CUDA, if it was built."""
+    found = sorted(Path(__file__).parents[1].glob(f"{_LIBRARIES[name]}.*"))
+    return next((path for path in found if path.suffix in (".so", ".pyd")), None)
+
+
 def _load_library(name: str) -> str | None:
     """Loads issp/_C or issp/_CUDA; returns what stopped it, or None."""
-    found = sorted(Path(__file__).parents[1].glob(f"{_LIBRARIES[name]}.*"))
-    found = [path for path in found if path.suffix in (".so", ".pyd")]
-    if not found:
-        return f"issp/{_LIBRARIES[name]} was not built (no compiler at installation time)"
+    path = _library(name)
+    if path is None:
+        how = (
+            "ISSP_CUDA=1 builds it where nvcc is" if name == "cuda" else "`pip install .` builds it"
+        )
+        return f"issp/{_LIBRARIES[name]} was not built ({how})"
+    problem = _driver_problem(path) if name == "cuda" else None
+    if problem:
+        return problem
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(path)
     except OSError as error:
-        return f"{found[0].name} does not load with torch {torch.__version__}: {error}"
+        # torch names the file, the loader's own words say what is wrong with it.
+        why = error.__cause__ or error
+        return f"{path.name} does not load with torch {torch.__version__}: {why}"
     return None
+
+
+def _driver_problem(path: Path) -> str | None:
+    """Why the CUDA runtime linked into a library cannot work here, or None."""
+    runtime = re.search(rb"issp needs a driver for CUDART_VERSION (\d+)", path.read_bytes())
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: None)()
+    # A driver serves every runtime of its major version and of older ones.
+    if runtime is None or not driver or driver // 1000 >= int(runtime[1]) // 1000:
+        return None
+    return (
+        f"{path.name} was built with CUDA {int(runtime[1]) // 1000}, and the driver knows CUDA "
+        f"{driver // 1000}.{driver % 1000 // 10} at most: update the driver, or rebuild with "
+        f"CUDA_HOME naming a toolkit of CUDA {driver // 1000}"
+    )
 
 
 def _try(name: str) -> bool:
@@ -167,28 +196,48 @@ def _either(op: str, check: Callable, by_triton: Callable, native, prefers: Call
 
 def _choose(device: str, order: tuple[str, ...], forced: str | None) -> None:
     wanted = [name for name in order if forced in (None, name)]
-    _active[device] = next((name for name in wanted if _try(name)), "reference")
-    if _active[device] == "reference" and forced != "reference":
-        why = "; ".join(_problems[name] for name in wanted if name in _problems)
-        sentence = (
-            f"issp runs its slow reference on {device}: {why or f'{forced} has no {device} ops'}"
+    chosen = next((name for name in wanted if _try(name)), "reference")
+    _active[device] = chosen
+    if chosen == forced:
+        return
+    why = "; ".join(_problems[name] for name in wanted if name in _problems)
+    if forced is not None:
+        raise RuntimeError(
+            f"ISSP_BACKEND={forced} cannot run on {device}: {why or f'{forced} has no ops there'}; "
+            "unset it to let issp choose"
         )
-        if os.environ.get("ISSP_STRICT") == "1":
-            raise RuntimeError(sentence)
-        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+    if chosen == "reference":
+        _fall_back(f"issp runs its slow reference on {device}: {why}")
+    elif chosen == "triton" and _library("cuda") is not None:
+        _fall_back(
+            f"issp runs Triton on {device}, not its CUDA library: {why}; build issp anew for this "
+            "torch and driver, or choose Triton by ISSP_BACKEND=triton"
+        )
+
+
+def _fall_back(sentence: str) -> None:
+    if os.environ.get("ISSP_STRICT") == "1":
+        raise RuntimeError(sentence)
+    warnings.warn(sentence, RuntimeWarning, stacklevel=3)
 
 
 def register() -> None:
     """Registers the reference for every device, then the best back end of each."""
-    forced = os.environ.get("ISSP_BACKEND")
+    forced = os.environ.get("ISSP_BACKEND") or None
     if forced is not None and forced not in NAMES:
         raise ValueError(f"ISSP_BACKEND={forced}: use one of {', '.join(NAMES)}")
     for op in _CHECKS:
         schemas.library.impl(op, _oracle(op), "CompositeExplicitAutograd")
+    # A back end of one device type leaves the choice of the other as it is.
     _choose("cpu", ("cpp",), forced if forced in ("reference", "cpp") else None)
     if torch.cuda.is_available():
         _choose("cuda", ("cuda", "triton"), forced if forced != "cpp" else None)
         if active("cuda") == "cuda" and forced is None:
             _share_with_triton()
+    elif forced in ("cuda", "triton"):
+        raise RuntimeError(
+            f"ISSP_BACKEND={forced} cannot run: torch sees no CUDA device; unset it, or use cpp or "
+            "reference"
+        )
     else:
         _problems["cuda"] = "torch sees no CUDA device"
