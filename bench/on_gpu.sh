@@ -13,7 +13,8 @@
 #   ISSP_REVISION  git revision, where the copy of the checkout has no .git
 #   BENCH          benchmarks of the part bench, such as "must-show conv matmul" (default all)
 #   DEADLINE       seconds for everything (default 570)
-# Exit status: 0 all parts passed, 1 a part failed, 2 bad arguments, 3 no GPU.
+#   ISSP_BACKEND   the back end that is tested and measured (default cuda), such as triton
+# Exit status: 0 all parts passed, 1 a part failed, 2 bad arguments, 3 no GPU, 4 another back end.
 set -u -o pipefail
 
 ALL_PARTS="info build tests bench sanitize ncu suite"
@@ -75,6 +76,25 @@ run() {
   timeout --kill-after=5 "$((limit < left ? limit : left))" "$@" 2>&1 | tee -a "$OUT/$file"
 }
 
+# Figures of one back end must never be told as another's: asked once, after the build.
+require_back_end() {
+  run 60 summary.txt "$PYTHON" -W ignore -c "
+import sys
+try:
+    from issp import backends
+except RuntimeError as error:
+    sys.exit(f'on_gpu.sh: {error}')
+active, wanted = backends.active('cuda'), sys.argv[1]
+why = backends.problems().get(wanted, 'issp info says more')
+if active != wanted:
+    sys.exit(
+        f'on_gpu.sh: on cuda {active} is active, not {wanted}: {why} '
+        f'(ISSP_BACKEND={active} tests and measures {active})'
+    )
+print(f'on cuda {active} is active')
+" "${ISSP_BACKEND:-cuda}" || exit 4
+}
+
 tool() {
   ((dry_run)) || command -v "$1" >/dev/null || { echo "$1 is not on the PATH"; return 1; }
 }
@@ -94,7 +114,7 @@ part_build() {
   capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
   archs=${capability//./}
   [[ $archs == 90 ]] && archs=90a
-  run 150 log.txt env ISSP_REQUIRE_NATIVE=1 ISSP_CUDA_ARCHS="${ISSP_CUDA_ARCHS:-${archs:-90a}}" \
+  run 150 log.txt env ISSP_CUDA=1 ISSP_CUDA_ARCHS="${ISSP_CUDA_ARCHS:-${archs:-90a}}" \
     "$PYTHON" setup.py build_ext --inplace
 }
 
@@ -154,7 +174,12 @@ fi
 
 table=()
 failed=0
+asked=0
 for part in $parts; do
+  if ((!asked)) && contains "$GPU_PARTS" "$part"; then
+    require_back_end
+    asked=1
+  fi
   echo "== $part"
   begin=$SECONDS
   "part_$part"

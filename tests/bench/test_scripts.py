@@ -129,6 +129,46 @@ class TestScript:
         assert named == {"summary.txt", "log.txt", "ncu.txt"}
         assert len(named | {"bench.md", "samples.json"} | set(everything().PICTURES)) == 8
 
+    def on_a_gpu(self, tmp_path, **environment) -> subprocess.CompletedProcess:
+        """The part ncu, where a driver and a GPU are pretended; issp still sees none."""
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        lies = f'case "$*" in *is_available*) exit 0 ;; esac\nexec "{sys.executable}" "$@"\n'
+        for name, text in (("nvidia-smi", ""), ("python", lies)):
+            (folder / name).write_text("#!/bin/sh\n" + text)
+            (folder / name).chmod(0o755)
+        env = {k: v for k, v in os.environ.items() if not k.startswith("ISSP_")}
+        env |= {"PYTHON": str(folder / "python"), "OUT": str(tmp_path / "results")}
+        env |= {"PATH": f"{folder}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", **environment}
+        done = ["bash", str(SCRIPT), "--parts", "ncu"]
+        return subprocess.run(done, env=env, capture_output=True, text=True, timeout=120)
+
+    def test_another_back_end_than_cuda_is_one_sentence_and_status_4(self, tmp_path):
+        done = self.on_a_gpu(tmp_path)
+        assert done.returncode == 4, done.stdout + done.stderr
+        sentence = "on cuda reference is active, not cuda: torch sees no CUDA device"
+        assert done.stdout.count("on_gpu.sh:") == 1 and sentence in done.stdout
+        assert "ISSP_BACKEND=reference tests and measures reference" in done.stdout
+        assert sentence in (tmp_path / "results" / "summary.txt").read_text()
+        assert "== ncu" not in done.stdout and "Traceback" not in done.stdout
+
+    def test_a_forced_back_end_that_cannot_run_is_status_4_too(self, tmp_path):
+        done = self.on_a_gpu(tmp_path, ISSP_BACKEND="triton")
+        assert done.returncode == 4, done.stdout + done.stderr
+        assert "on_gpu.sh: ISSP_BACKEND=triton cannot run" in done.stdout
+        assert "Traceback" not in done.stdout
+
+    def test_the_back_end_that_was_asked_for_goes_on(self, tmp_path):
+        done = self.on_a_gpu(tmp_path, ISSP_BACKEND="reference")
+        assert done.returncode in (0, 1), done.stdout + done.stderr
+        assert "on cuda reference is active" in done.stdout and "== ncu" in done.stdout
+
+    def test_the_back_end_is_asked_after_the_build_and_before_the_tests(self):
+        shown = self.run("--dry-run").stdout
+        assert shown.index("build_ext") < shown.index("backends.active('cuda')")
+        assert shown.index("backends.active('cuda')") < shown.index("== tests")
+        assert shown.count("backends.active('cuda')") == 1
+
     @pytest.mark.parametrize("words", [("--parts", "info,lunch"), ("--fast",), ("--parts",)])
     def test_bad_arguments_are_status_2(self, words):
         done = self.run(*words)
