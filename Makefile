@@ -13,7 +13,7 @@ export ISSP_CUDA ?= $(if $(wildcard /dev/nvidia0),,0)
 # A compiler that is there must succeed; without one the package runs on its slow reference.
 export ISSP_NATIVE ?= $(if $(shell command -v g++),1,0)
 
-NATIVE := $(wildcard csrc/*.h csrc/*/*) setup.py
+NATIVE := $(wildcard csrc/*.h csrc/*/* csrc/*/*/*) setup.py
 TESTS ?= tests
 
 .PHONY: demo test lint format wheel bench clean
@@ -27,11 +27,11 @@ test: .build-stamp $(if $(VENV),lint)
 lint: .install-stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	git ls-files csrc tests/cuda_emulator | grep -E '\.(h|cuh|cpp|cu)$$' | xargs $(BIN)clang-format --dry-run --Werror
+	git ls-files csrc tests/kernels/cuda_emulator | grep -E '\.(h|cuh|cpp|cu)$$' | xargs $(BIN)clang-format --dry-run --Werror
 
 format: .install-stamp
 	$(RUN) -m ruff format .
-	git ls-files csrc tests/cuda_emulator | grep -E '\.(h|cuh|cpp|cu)$$' | xargs $(BIN)clang-format -i
+	git ls-files csrc tests/kernels/cuda_emulator | grep -E '\.(h|cuh|cpp|cu)$$' | xargs $(BIN)clang-format -i
 
 bench: .build-stamp
 	$(RUN) -m issp bench step

@@ -181,6 +181,7 @@ class CpuLibrary(Library):
             *self.common_flags(),
             f"-isystem{torch().folder / 'include'}",
             *("-fPIC", "-fvisibility=hidden"),
+            f"-ffile-prefix-map={ROOT}=.",  # the same library from any folder, without its path
             "-ffp-contract=off",  # a * b + c stays two roundings, as on every other back end
             # The last is a false alarm in GCC 12's own AVX-512 header.
             *("-Wall", "-Wextra", "-Wno-maybe-uninitialized"),

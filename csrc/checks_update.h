@@ -1,4 +1,4 @@
-// Argument checks of the optimizer ops, CPU and CUDA. issp/checks_update.py makes the same checks.
+// Argument checks of the optimizer ops, CPU and CUDA. See checks.h.
 #pragma once
 
 #include <cmath>
@@ -54,9 +54,7 @@ class WrittenMemory {
   void check_read(const ByteRange& x) const {
     const auto after =
         std::lower_bound(sorted_->begin(), sorted_->end(), ByteRange{x.end, x.end}, before);
-    if (after != sorted_->begin() && (after - 1)->end > x.begin) {
-      refuse("two of the tensors overlap in memory: pass a copy of the one that is only read");
-    }
+    require(after == sorted_->begin() || (after - 1)->end <= x.begin, kOverlap);
   }
 
  private:
@@ -65,29 +63,21 @@ class WrittenMemory {
 };
 
 inline void check_not_negative(double value, const char* name) {
-  if (!(value >= 0.0 && value <= std::numeric_limits<double>::max())) {
-    refuse(name, " is ", value, ": it must be 0 or a positive number");
-  }
+  require(value >= 0.0 && value <= std::numeric_limits<double>::max(), name);
 }
 
 // Checks a list with one entry per weight; numel -1: of the size of the weight.
 inline void check_matching(const std::vector<Tensor>& weights, const std::vector<Tensor>& values,
                            const char* name, bool gradient, int64_t numel = -1) {
-  if (values.size() != weights.size()) {
-    refuse(name, " has ", values.size(), " entries for ", weights.size(), " weights");
-  }
+  require(values.size() == weights.size(), name);
   const auto device = weights[0].device();
   for (size_t i = 0; i < values.size(); ++i) {
     const Tensor& x = values[i];
     const ScalarType dtype = x.scalar_type();
-    if (dtype != ScalarType::Float && !(gradient && dtype == ScalarType::BFloat16)) {
-      refuse(name, "[", i, "] must be float32", gradient ? " or bfloat16" : "");
-    }
-    if (x.device() != device) refuse(name, "[", i, "] is on another device than the weights");
-    if (x.numel() != (numel < 0 ? weights[i].numel() : numel)) {
-      refuse(name, "[", i, "] has ", x.numel(), " elements: not those of weight ", i);
-    }
-    if (!x.is_contiguous()) refuse(name, "[", i, "] is not contiguous: pass .contiguous()");
+    require(dtype == ScalarType::Float || (gradient && dtype == ScalarType::BFloat16), name);
+    require(x.device() == device && x.is_contiguous() &&
+                x.numel() == (numel < 0 ? weights[i].numel() : numel),
+            name);
   }
 }
 
@@ -95,7 +85,7 @@ inline void check_scalar(const std::optional<Tensor>& x, const char* name, bool 
                          const Tensor& like) {
   if (!x) return;
   const ScalarType dtype = x->scalar_type();
-  if (!is_weight_dtype(dtype)) refuse(name, " must have a float dtype");
+  require(is_weight_dtype(dtype), name);
   check_state(*x, name, any_float ? dtype : ScalarType::Float, 1, like);
 }
 
@@ -111,7 +101,7 @@ inline Update check_update(const std::vector<Tensor>& weights, const std::vector
   check_not_negative(weight_decay, "weight_decay");
   check_shrink(shrink);
   std::vector<Item> items = check_tensor_list(weights, true);
-  if (weights[0].scalar_type() != ScalarType::Float) refuse("weights must be float32");
+  require(weights[0].scalar_type() == ScalarType::Float, "the dtype of the weights");
   check_matching(weights, grads, "grads", true);
   if (first) check_matching(weights, *first, second ? "exp_avgs" : "momentum_buffers", false);
   if (second) check_matching(weights, *second, "exp_avg_sqs", false);
@@ -120,9 +110,7 @@ inline Update check_update(const std::vector<Tensor>& weights, const std::vector
   check_scalar(grad_scale, "grad_scale", false, weights[0]);
   check_scalar(found_inf, "found_inf", false, weights[0]);
   const int64_t count = k.numel();
-  if (count > int64_t(items.size())) {
-    refuse("k has ", count, " entries but there are ", items.size(), " weights");
-  }
+  require(count <= int64_t(items.size()), "k");
   const bool none = count == 0;
   const Item last = none ? Item{nullptr, 0, 0, kScratchHeader} : items[size_t(count) - 1];
   check_state(k, "k", ScalarType::Long, count, weights[0]);
@@ -180,8 +168,8 @@ inline Update check_adam_soft_shrink(
     const std::optional<Tensor>& grad_scale, const Tensor& k, double shrink,
     const Tensor& thresholds, const Tensor& masks, const Tensor& flips, const Tensor& scratch,
     const std::optional<Tensor>& found_inf) {
-  if (!(beta1 >= 0.0 && beta1 < 1.0)) refuse("beta1 is ", beta1, ": it must lie in 0..1");
-  if (!(beta2 >= 0.0 && beta2 < 1.0)) refuse("beta2 is ", beta2, ": it must lie in 0..1");
+  require(beta1 >= 0.0 && beta1 < 1.0, "beta1");
+  require(beta2 >= 0.0 && beta2 < 1.0, "beta2");
   check_not_negative(eps, "eps");
   return check_update(weights, grads, &exp_avgs, &exp_avg_sqs, &steps, lr, weight_decay, lr_tensor,
                       grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);
@@ -195,14 +183,10 @@ inline Update check_sgd_soft_shrink(
     const Tensor& k, double shrink, const Tensor& thresholds, const Tensor& masks,
     const Tensor& flips, const Tensor& scratch, const std::optional<Tensor>& found_inf) {
   check_not_negative(momentum, "momentum");
-  if (!std::isfinite(dampening)) refuse("dampening is ", dampening, ": it must be finite");
-  if (nesterov && momentum == 0.0) refuse("nesterov needs a momentum above 0");
-  if (first.size() != momentum_buffers.size()) {
-    refuse("first has ", first.size(), " entries for ", momentum_buffers.size(), " buffers");
-  }
-  if (momentum == 0.0 && !momentum_buffers.empty()) {
-    refuse("momentum is 0: momentum_buffers and first must be empty lists");
-  }
+  require(std::isfinite(dampening), "dampening");
+  require(!nesterov || momentum != 0.0, "nesterov");
+  require(first.size() == momentum_buffers.size(), "first");
+  require(momentum != 0.0 || momentum_buffers.empty(), "momentum_buffers");
   const std::vector<Tensor>* buffers = momentum == 0.0 ? nullptr : &momentum_buffers;
   return check_update(weights, grads, buffers, nullptr, nullptr, lr, weight_decay, lr_tensor,
                       grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);

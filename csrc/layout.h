@@ -1,4 +1,5 @@
-// The positions of mask words and scratch memory of a tensor. issp/schemas.py computes the same.
+// The positions of mask words and scratch memory of a tensor. issp/ops/schemas/pruning.py computes
+// the same.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The scalar rule of regularize_, for host and device. issp/reference_passes.py and
+// The scalar rule of regularize_, for host and device. issp/ops/reference/auxiliary.py and
 // triton_kernels/regularize.py implement the same rule.
 #pragma once
 

@@ -1,5 +1,6 @@
-// The scalar rules of pruning, for host and device: key, selected, shrunk. issp/reference.py and
-// triton_kernels/semantics.py implement the same rules in the same order.
+// The scalar rules of pruning, for host and device: key, selected, shrunk.
+// issp/ops/reference/pruning.py and triton_kernels/semantics.py implement the same rules in the
+// same order.
 #pragma once
 
 #include <cstdint>

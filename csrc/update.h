@@ -1,5 +1,5 @@
 // The scalar rule of the optimizers, for host and device: Adam and SGD, which run before the
-// selection. issp/reference_updates.py implements the same rule in the same order.
+// selection. issp/ops/reference/updates.py implements the same rule in the same order.
 //
 // Every operation rounds once. Where torch's fused kernels use a fused multiply-add, the rule uses
 // `fused`. A compiler must not fuse other operations: host files are compiled with

@@ -18,7 +18,7 @@ void soft_shrink_(const std::vector<Tensor>& weights, const Tensor& k, double sh
       check_soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf);
   const auto* counts = static_cast<const int64_t*>(k.const_data_ptr());
   const std::vector<Pattern> checked = check_patterns(weights, items.size(), patterns);
-  for (size_t i = 0; i < items.size(); ++i) check_rank(counts[i], items[i], at(checked, i), i);
+  for (size_t i = 0; i < items.size(); ++i) check_rank(counts[i], items[i], at(checked, i));
   if (found_inf && *static_cast<const float*>(found_inf->const_data_ptr()) != 0.0f) return;
 
   const StateBuffer state(scratch.mutable_data_ptr(), scratch.numel(), items.size());

@@ -208,7 +208,7 @@ ISSP_DEVICE double shuffle_wide(double value, uint32_t from) {
   return bit_as<double>(low | uint64_t(shuffle(uint32_t(bits >> 32), from)) << 32);
 }
 
-// The weight's positions, as schemas_products.py has them.
+// The weight's positions, as issp/ops/schemas/sparse.py has them.
 struct Lists {
   const int32_t *columns, *starts;
   uint32_t entries, v, rows, length;

@@ -1,7 +1,7 @@
 // From the checked arguments of a product to what its kernels take.
 #pragma once
 
-#include "checks_products.h"
+#include "checks_sparse.h"
 #include "product_host.cuh"
 #include "torch_call.h"
 

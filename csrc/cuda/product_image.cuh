@@ -11,7 +11,7 @@
 
 namespace issp {
 
-// A convolution as schemas_products.py has it; [0] is y, [1] is x.
+// A convolution as issp/ops/schemas/sparse.py has it; [0] is y, [1] is x.
 struct Window {
   uint32_t batch, channels, rows;
   uint32_t input[2], output[2], kernel[2], stride[2], dilation[2], upsample[2];

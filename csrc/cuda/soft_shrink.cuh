@@ -1,8 +1,8 @@
 // soft_shrink_: exact per-tensor selection, shrinkage, packed mask and flips for the whole model
-// (issp/schemas.py has the semantics). One launch for all tensors that fit in the shared memory of
-// the blocks that run at a time (resident.cuh), two more if there are others (streamed.cuh), one
-// for all that have an N:M pattern (nm_shrink.cuh).
-// Nothing waits on the host: k, thresholds, found_inf are read on the device.
+// (issp/ops/schemas/pruning.py has the semantics). One launch for all tensors that fit in the
+// shared memory of the blocks that run at a time (resident.cuh), two more if there are others
+// (streamed.cuh), one for all that have an N:M pattern (nm_shrink.cuh). Nothing waits on the host:
+// k, thresholds, found_inf are read on the device.
 #pragma once
 
 #include "nm_shrink.cuh"

@@ -17,8 +17,8 @@
 
 namespace issp {
 
-// issp/backends.py looks for these bytes before it loads the library: a driver that is older than
-// the CUDA runtime linked into it would make every op throw.
+// issp/ops/backends.py looks for these bytes before it loads the library: a driver that is older
+// than the CUDA runtime linked into it would make every op throw.
 #define ISSP_DIGITS_OF(number) #number
 #define ISSP_DIGITS(macro) ISSP_DIGITS_OF(macro)
 [[gnu::used]] inline constexpr char kRuntime[] =

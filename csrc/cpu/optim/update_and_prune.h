@@ -48,7 +48,7 @@ inline void check_ranks(const Update& update, const Pruning& pruning) {
   if (pruning.frozen) return;
   const auto* const k = static_cast<const int64_t*>(pruning.k.const_data_ptr());
   for (size_t i = 0; i < update.pruned.size(); ++i) {
-    check_rank(k[i], update.pruned[i], at(pruning.patterns, i), i);
+    check_rank(k[i], update.pruned[i], at(pruning.patterns, i));
   }
 }
 

@@ -54,23 +54,21 @@ void for_blocks(const Product& product, const F& body) {
   });
 }
 
-enum PatternError { kNone, kColumnOutOfRange, kColumnsNotAscending };
-
-// Checks the columns of the blocks first..last - 1 and translates them with the table `at`. Simple
-// loops, so that the compiler vectorizes them.
+// Translates the columns of the blocks first..last - 1 with the table `at`; false: a column is out
+// of range or does not ascend within its block. Simple loops, so that the compiler vectorizes them.
 template <typename Entry>
-PatternError translate_blocks(const int32_t* column, const int32_t* starts, int64_t first,
-                              int64_t last, const std::vector<Entry>& at, Entry* to) {
+bool translate_blocks(const int32_t* column, const int32_t* starts, int64_t first, int64_t last,
+                      const std::vector<Entry>& at, Entry* to) {
   const auto length = uint32_t(at.size());
   const int64_t begin = starts[first], end = starts[last];
   bool inside = true, ascending = true;
   for (int64_t e = begin; e < end; ++e) inside &= uint32_t(column[e]) < length;
-  if (!inside) return kColumnOutOfRange;
+  if (!inside) return false;
   for (int64_t b = first; b < last; ++b) {
     for (int32_t e = starts[b] + 1; e < starts[b + 1]; ++e) ascending &= column[e] > column[e - 1];
   }
   for (int64_t e = begin; e < end; ++e) to[e] = at[uint32_t(column[e])];
-  return ascending ? kNone : kColumnsNotAscending;
+  return ascending;
 }
 
 template <typename Entry>
@@ -84,20 +82,14 @@ RowPattern<Entry> translate(const Product& product, const Tensor& columns, const
   for (int64_t b = 0; b < product.blocks; ++b) {
     ascending &= pattern.row_ptr[b] <= pattern.row_ptr[b + 1];
   }
-  if (!ascending) {
-    refuse("starts must ascend from 0 to the ", product.entries, " entries of columns");
-  }
-  std::atomic<int> error{kNone};
+  require(ascending, "starts");
+  std::atomic<bool> valid{true};
   for_blocks(product, [&](int64_t first, int64_t last) {
-    const PatternError result =
-        translate_blocks(column, pattern.row_ptr, first, last, at, pattern.entries.get());
-    if (result != kNone) error = result;
+    if (!translate_blocks(column, pattern.row_ptr, first, last, at, pattern.entries.get())) {
+      valid = false;
+    }
   });
-  if (error == kColumnOutOfRange) {
-    refuse("columns must lie in 0..", int64_t(at.size()) - 1,
-           ": do the weight and x have the same number of channels?");
-  }
-  if (error) refuse("columns must ascend strictly within each block: sort the entries");
+  require(valid, "columns");
   return pattern;
 }
 

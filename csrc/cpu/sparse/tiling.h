@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "checks_products.h"
+#include "checks_sparse.h"
 #include "cpu/sparse/sparse_kernels.h"
 
 namespace issp {

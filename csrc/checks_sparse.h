@@ -1,6 +1,5 @@
-// Argument checks of sparse convolutions and matrix products, CPU and CUDA. issp/checks_products.py
-// makes the same checks and raises the Python exception. The CPU ops also check the columns, which
-// they can read without waiting for a device.
+// Argument checks of sparse convolutions and matrix products, CPU and CUDA. See checks.h.
+// The CPU ops also check the columns, which they can read without waiting for a device.
 #pragma once
 
 #include "checks.h"
@@ -20,7 +19,7 @@ struct Pair {
   friend bool operator!=(const Pair& a, const Pair& b) { return !(a == b); }
 };
 
-// The sizes and the window of a convolution; see sparse_conv2d in issp/schemas_products.py.
+// The sizes and the window of a convolution; see sparse_conv2d in issp/ops/schemas/sparse.py.
 struct Geometry {
   int64_t batch, channels, rows;
   Pair input, kernel, stride, padding, dilation, upsample, size;
@@ -40,41 +39,35 @@ struct Product {
 };
 
 inline void check_data(const Tensor& x, const char* name) {
-  if (!is_weight_dtype(x.scalar_type())) {
-    refuse(name, " must be float32, float16, bfloat16 or float64");
-  }
-  if (!x.is_contiguous()) refuse(name, " is not contiguous: pass ", name, ".contiguous()");
+  require(is_weight_dtype(x.scalar_type()) && x.is_contiguous(), name);
 }
 
 inline void check_image(const Tensor& x, const char* name) {
   check_data(x, name);
-  if (x.dim() != 4) refuse(name, " must be [N, C, H, W], not of ", x.dim(), " dimensions");
+  require(x.dim() == 4, name);
 }
 
 inline void check_like(const Tensor& x, const Tensor& other, const char* name,
                        const std::vector<int64_t>& shape) {
   check_data(other, name);
-  if (other.scalar_type() != x.scalar_type()) refuse(name, " has another dtype than x");
-  if (!(other.device() == x.device())) refuse(name, " is on another device than x");
-  bool same = other.dim() == int64_t(shape.size());
+  bool same = other.scalar_type() == x.scalar_type() && other.device() == x.device() &&
+              other.dim() == int64_t(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = other.size(int64_t(i)) == shape[i];
-  if (!same) refuse(name, " has not the shape that x and the weight give");
+  require(same, name);
 }
 
 inline void check_integers(const Tensor& x, const Tensor& list, const char* name) {
-  if (list.scalar_type() != ScalarType::Int) refuse(name, " must be int32");
-  if (!(list.device() == x.device())) refuse(name, " is on another device than x");
-  if (list.dim() != 1 || !list.is_contiguous()) {
-    refuse(name, " must be contiguous and of one dimension");
-  }
+  require(list.scalar_type() == ScalarType::Int && list.device() == x.device() && list.dim() == 1 &&
+              list.is_contiguous(),
+          name);
 }
 
 inline Product check_row_pattern(const Tensor& x, const Tensor& columns, const Tensor& starts,
                                  int64_t v) {
-  if (v < 1) refuse("v is ", v, ": it must be at least 1");
+  require(v >= 1, "v");
   check_integers(x, columns, "columns");
   check_integers(x, starts, "starts");
-  if (starts.numel() < 2) refuse("starts has no block");
+  require(starts.numel() >= 2, "starts");
   return {x.scalar_type(), v, columns.numel(), starts.numel() - 1};
 }
 
@@ -82,47 +75,32 @@ inline Product check_weight(const Tensor& x, const Tensor& values, const Tensor&
                             const Tensor& starts, const std::vector<Tensor>& transposed,
                             int64_t inputs, const std::string& activation) {
   check_data(values, "values");
-  if (values.dim() != 2) refuse("values must be [entries, v]");
-  if (values.scalar_type() != x.scalar_type()) refuse("values have another dtype than x");
-  if (!(values.device() == x.device())) refuse("values are on another device than x");
+  require(
+      values.dim() == 2 && values.scalar_type() == x.scalar_type() && values.device() == x.device(),
+      "values");
   Product product = check_row_pattern(x, columns, starts, values.size(1));
-  if (values.size(0) != product.entries) {
-    refuse(values.size(0), " rows of values for ", product.entries, " columns");
-  }
+  require(values.size(0) == product.entries, "values");
   if (!transposed.empty()) {
-    if (transposed.size() != 3) refuse("transposed must be empty or hold three lists");
+    require(transposed.size() == 3, "transposed");
     const int64_t all = product.entries * product.v;
     for (size_t i = 0; i < 3; ++i) {
       check_integers(x, transposed[i], "transposed");
-      if (transposed[i].numel() != (i == 1 ? inputs + 1 : all)) {
-        refuse("transposed belongs to another weight");
-      }
+      require(transposed[i].numel() == (i == 1 ? inputs + 1 : all), "transposed");
     }
   }
-  if (activation == "none") {
-    product.activation = Activation::kNone;
-  } else if (activation == "relu") {
+  if (activation == "relu") {
     product.activation = Activation::kRelu;
   } else if (activation == "gelu") {
     product.activation = Activation::kGelu;
   } else {
-    refuse("activation is \"", activation, "\": use none, relu or gelu");
+    require(activation == "none", "activation");
   }
   return product;
 }
 
 inline Pair check_pair(const int64_t* pair, const char* name, int64_t least) {
-  if (pair[0] < least || pair[1] < least) {
-    refuse(name, " must be two numbers of at least ", least);
-  }
+  require(pair[0] >= least && pair[1] >= least, name);
   return {pair[0], pair[1]};
-}
-
-inline void check_count(const std::vector<int64_t>& numbers, size_t count, const char* names) {
-  if (numbers.size() != count) {
-    refuse("geometry has ", numbers.size(), " numbers: it must have ", count,
-           ", the height and width of ", names);
-  }
 }
 
 inline std::vector<int64_t> image_shape(const Geometry& by) {
@@ -158,7 +136,7 @@ inline Convolution check_sparse_conv2d(const Tensor& x, const Tensor& values, co
   check_image(x, "x");
   const Product product =
       check_weight(x, values, columns, starts, transposed, x.size(1), activation);
-  check_count(numbers, 12, "kernel, stride, padding, dilation, upsample, size");
+  require(numbers.size() == 12, "geometry");
   Geometry geometry = check_window(x, product.blocks * product.v, numbers);
   geometry.upsample = check_pair(&numbers[8], "upsample", 1);
   geometry.size = check_pair(&numbers[10], "size", 1);
@@ -173,7 +151,7 @@ inline Convolution check_sparse_conv2d_values_grad(const Tensor& x, const Tensor
   check_image(x, "x");
   check_image(grad, "grad");
   const Product product = check_row_pattern(x, columns, starts, v);
-  check_count(numbers, 8, "kernel, stride, padding, dilation");
+  require(numbers.size() == 8, "geometry");
   Geometry geometry = check_window(x, product.blocks * v, numbers);
   geometry.size = {grad.size(2), grad.size(3)};
   check_like(x, grad, "grad", image_shape(geometry));
@@ -199,7 +177,7 @@ inline Convolution check_sparse_matmul(const Tensor& x, const Tensor& values, co
                                        const std::optional<Tensor>& residual,
                                        const std::string& activation) {
   check_data(x, "x");
-  if (x.dim() < 1) refuse("x must have the shape [..., I]");
+  require(x.dim() >= 1, "x");
   const Product product =
       check_weight(x, values, columns, starts, transposed, x.size(x.dim() - 1), activation);
   const int64_t rows = product.blocks * product.v;
@@ -212,7 +190,7 @@ inline Convolution check_sparse_matmul_values_grad(const Tensor& x, const Tensor
                                                    const Tensor& columns, const Tensor& starts,
                                                    int64_t v) {
   check_data(x, "x");
-  if (x.dim() < 1) refuse("x must have the shape [..., I]");
+  require(x.dim() >= 1, "x");
   const Product product = check_row_pattern(x, columns, starts, v);
   check_like(x, grad, "grad", token_shape(x, product.blocks * v));
   return {product, token_geometry(x, product.blocks * v)};

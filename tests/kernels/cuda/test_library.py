@@ -20,7 +20,7 @@ import torch
 
 from issp import backends
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 PYTHON = os.environ.get("ISSP_CUDA_TORCH_PYTHON") or (sys.executable if torch.version.cuda else "")
 # Always loaded, or libraries that every CUDA driver's machine has as part of its C library.
