@@ -27,7 +27,7 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from setuptools import Extension, find_packages, setup
+from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
@@ -326,11 +326,17 @@ class Metadata(dist_info):
         super().run()
 
 
+def packages() -> list[str]:
+    """issp and every package below it; bench and tests are not installed."""
+    folders = [path.parent.relative_to(ROOT) for path in ROOT.glob("issp/**/__init__.py")]
+    return sorted(".".join(folder.parts) for folder in folders)
+
+
 # Tests and benchmarks read the flags with runpy, under another name.
 if __name__ == "__main__":
     libraries = [CpuLibrary(), *([CudaLibrary()] if wants_cuda() else [])]
     setup(
-        packages=[*find_packages(include=["issp", "issp.*"]), "issp.triton_kernels"],
+        packages=[*packages(), "issp.triton_kernels"],
         ext_modules=libraries if wants_native() else [],
         cmdclass={"build_ext": BuildNative, "dist_info": Metadata},
         options={} if FREE_THREADED else {"bdist_wheel": {"py_limited_api": "cp310"}},

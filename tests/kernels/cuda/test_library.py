@@ -195,7 +195,7 @@ class TestChoice:
 
 def test_a_library_that_does_not_load_is_told_with_the_loaders_words(monkeypatch, tmp_path):
     (tmp_path / "_CUDA.abi3.so").write_bytes(b"not a library")
-    monkeypatch.setattr(backends, "__file__", str(tmp_path / "backends.py"))
+    monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops" / "backends.py"))
     problem = backends._load_library("cuda")
     assert problem.startswith(f"_CUDA.abi3.so does not load with torch {torch.__version__}: ")
     assert "file too short" in problem
