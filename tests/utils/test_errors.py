@@ -1,0 +1,37 @@
+"""Errors that the command line prints as one line."""
+
+import sys
+
+import pytest
+import torch
+
+from issp.utils import errors
+
+
+def test_a_missing_package_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ImportError, match=r'YAML files need PyYAML: pip install "issp\[train\]"'):
+        errors.import_optional("yaml", "PyYAML", "YAML files")
+    assert errors.import_optional("json", "json", "objects").dumps(1) == "1"
+
+
+@pytest.mark.parametrize(
+    "error, subject",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "the GPU"),
+        (MemoryError(), "the machine"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 3 bytes"), "the machine"),
+    ],
+)
+def test_a_failed_allocation_names_the_remedy(error, subject):
+    sentence = f"^{subject} has not enough memory: use --tile$"
+    with (
+        pytest.raises(errors.OutOfMemoryError, match=sentence),
+        errors.explain_out_of_memory("use --tile"),
+    ):
+        raise error
+
+
+def test_other_errors_pass_through():
+    with pytest.raises(RuntimeError, match="^bug$"), errors.explain_out_of_memory("use --tile"):
+        raise RuntimeError("bug")
