@@ -83,9 +83,9 @@ class TestShapes:
         assert found == shapes.prunable_shapes(model, scale)
 
     def test_unknown_names_are_refused(self):
-        with pytest.raises(ValueError, match="no shape table for 'vgg': known are swinir-light"):
+        with pytest.raises(ValueError, match="unknown model 'vgg': known: edsr-tiny"):
             shapes.prunable_shapes("vgg")
-        with pytest.raises(ValueError, match="scale is 5"):
+        with pytest.raises(ValueError, match="unknown scale 5 for edsr-l"):
             shapes.prunable_shapes("edsr-l", 5)
 
 
