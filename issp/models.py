@@ -1,4 +1,25 @@
-"""Public name of `issp.sr.models`."""
+"""Public names of `issp.sr.models`: super-resolution networks."""
 
-from issp.sr.models import *  # noqa: F403
-from issp.sr.models import __all__ as __all__
+from issp.sr.models import (
+    CAT,
+    EDSR,
+    SuperResolver,
+    SwinIR,
+    build,
+    from_config,
+    names,
+    pad,
+    upscale,
+)
+
+__all__ = [
+    "CAT",
+    "EDSR",
+    "SuperResolver",
+    "SwinIR",
+    "build",
+    "from_config",
+    "names",
+    "pad",
+    "upscale",
+]

@@ -1,6 +1,7 @@
 """The networks: equal to the published ones, with their exact counts and layers."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from issp import models
+from issp.sr.shapes import prunable_shapes
 from tests.sr.networks import build_on_meta
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,14 +50,14 @@ def test_output_equals_published_network(name, grad):
 def test_fresh_state_dict_has_the_published_order_shapes_and_buffers(name):
     config, state, _, _ = load_golden(name)
     model = models.from_config(config)
-    own = model.state_dict()
-    assert list(own) == list(state)
-    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in state.items()}
+    actual = model.state_dict()
+    assert list(actual) == list(state)
+    assert {k: v.shape for k, v in actual.items()} == {k: v.shape for k, v in state.items()}
     for key, _ in model.named_buffers():
-        assert torch.equal(own[key], state[key]), key
+        assert torch.equal(actual[key], state[key]), key
 
 
-# Method notes, section 5: parameters, prunable layers, their weights, state_dict entries.
+# docs/method.md, section 5: parameters, prunable layers, their weights, state_dict entries.
 COUNTS = [
     ("edsr-l", 2, 40_729_603, 68, 40_711_680, 136),
     ("edsr-l", 3, 43_680_003, 68, 43_660_800, 136),
@@ -70,17 +72,12 @@ COUNTS = [
 ]
 
 
-def prunable(model):
-    kinds = (nn.Conv2d, nn.Linear)
-    return {n: m.weight for n, m in model.named_modules() if isinstance(m, kinds)}
-
-
 @pytest.mark.parametrize("name, scale, params, layers, weights, entries", COUNTS)
 def test_counts(name, scale, params, layers, weights, entries):
     model = build_on_meta(name, scale)
-    found = prunable(model)
+    shapes = prunable_shapes(name, scale)
     assert sum(p.numel() for p in model.parameters()) == params
-    assert (len(found), sum(w.numel() for w in found.values())) == (layers, weights)
+    assert (len(shapes), sum(map(math.prod, shapes))) == (layers, weights)
     assert len(model.state_dict()) == entries
 
 
@@ -120,12 +117,13 @@ LAYER_TABLES = {
 
 @pytest.mark.parametrize("name", LAYER_TABLES)
 def test_layer_table(name):
-    shapes = [tuple(w.shape) for w in prunable(build_on_meta(name, 4)).values()]
+    shapes = prunable_shapes(name, 4)
     assert {shape: shapes.count(shape) for shape in shapes} == LAYER_TABLES[name]
 
 
 def test_layer_order_of_swinir_is_the_one_the_paper_indexes():
-    names = list(prunable(build_on_meta("swinir-light", 4)))
+    modules = build_on_meta("swinir-light", 4).named_modules()
+    names = [name for name, module in modules if isinstance(module, nn.Conv2d | nn.Linear)]
     assert names[0] == "conv_first"
     group = "layers.1.residual_group.blocks.2"
     assert names[35:37] == [f"{group}.attn.proj", f"{group}.mlp.fc1"]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from issp import models
-from issp.sr.models.inference import _spans
+from issp.sr.models.inference import tile_spans
 from tests.sr.networks import (
     SMALL,
     build_on_meta,
@@ -110,11 +110,11 @@ def test_tiles_cover_images_of_any_size(make):
 @pytest.mark.parametrize("length", range(1, 80, 3))
 @pytest.mark.parametrize("tile, overlap", [(16, 8), (16, 0), (24, 16), (8, 6)])
 def test_tile_spans_partition_the_axis(length, tile, overlap):
-    spans = _spans(length, tile, overlap)
-    assert spans[0][2] == 0 and spans[-1][3] == length
-    for (start, end, first, last), following in zip(spans, spans[1:] + [None], strict=True):
-        assert start <= first < last <= end <= min(length, start + tile)
-        assert following is None or last == following[2]
+    spans = tile_spans(length, tile, overlap)
+    assert spans[0].first == 0 and spans[-1].last == length
+    for span, following in zip(spans, spans[1:] + [None], strict=True):
+        assert span.start <= span.first < span.last <= span.end <= min(length, span.start + tile)
+        assert following is None or span.last == following.first
 
 
 @pytest.mark.parametrize(

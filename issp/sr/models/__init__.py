@@ -1,8 +1,9 @@
 """Super-resolution networks, with the argument names and checkpoint layout of BasicSR and CAT."""
 
 import inspect
+from typing import Any
 
-from issp.sr.models.base import SuperResolver
+from issp.sr.models.base import SuperResolver, unknown_argument
 from issp.sr.models.cat import CAT
 from issp.sr.models.edsr import EDSR
 from issp.sr.models.inference import pad, upscale
@@ -25,9 +26,9 @@ SCALES = (2, 3, 4)
 
 _CLASSES = {cls.__name__: cls for cls in (EDSR, SwinIR, CAT)}
 
-# The networks of the paper's tables (method notes, section 5), the usual small EDSR, and one for a
-# CPU: at x2 and 90 % sparsity (shrink 0.95, Adam 1e-3, 16 patches of 24x24 LR pixels, frozen
-# half-way) edsr-tiny passes bicubic by 1.2 dB on Set5 (Y, 34.89 against 33.67) in 1 152 steps,
+# The networks of the paper's tables (docs/method.md, section 5), the usual small EDSR, and one for
+# a CPU. edsr-tiny x2 at 90 % sparsity (shrink 0.95, Adam 1e-3, 16 patches of 24x24 LR pixels, mask
+# frozen half-way) scores 34.89 dB on Set5 (Y; bicubic: 33.67 dB) after 1 152 steps, which take
 # 150 s on one core.
 _PRESETS = {
     "edsr-tiny": (EDSR, {"num_feat": 32, "num_block": 8}),
@@ -67,12 +68,12 @@ def names() -> list[str]:
     return list(_PRESETS)
 
 
-def build(name: str, scale: int, **overrides) -> SuperResolver:
+def build(name: str, scale: int, **overrides: Any) -> SuperResolver:
     """Build a network by name, randomly initialised.
 
     Args:
         name: one of `names()`:
-            edsr-tiny (32 channels, 8 blocks: minutes on a CPU), edsr-baseline (64, 16),
+            edsr-tiny (32 channels, 8 blocks: trains in minutes on a CPU), edsr-baseline (64, 16),
             edsr-l (256, 32, res_scale 0.1), swinir-light, cat-r.
         scale: 2, 3 or 4.
         **overrides: keyword arguments of the class that differ from the preset.
@@ -89,14 +90,14 @@ def build(name: str, scale: int, **overrides) -> SuperResolver:
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r} for {name}: it must be 2, 3 or 4")
     if "upscale" in overrides:
-        raise TypeError(f"give the scale of {name} as scale={overrides['upscale']}, not upscale")
+        raise TypeError(f"pass the scale of {name} as scale={overrides['upscale']}, not upscale")
     cls, preset = _PRESETS[name]
     model = cls(**{**preset, "upscale": int(scale), **overrides})
     model.arch = name
     return model
 
 
-def from_config(config: dict) -> SuperResolver:
+def from_config(config: dict[str, Any]) -> SuperResolver:
     """Build a network from its configuration: `model.config`, or BasicSR's `network_g`.
 
     Args:
@@ -111,11 +112,11 @@ def from_config(config: dict) -> SuperResolver:
     arguments = dict(config)
     kind = arguments.pop("type", None)
     if kind is None:
-        raise ValueError(f"the model configuration has no 'type': give one of {list(_CLASSES)}")
+        raise ValueError(f"the model configuration has no 'type': use one of {list(_CLASSES)}")
     if kind not in _CLASSES:
         raise ValueError(f"unknown model type {kind!r}: {suggest(kind, _CLASSES)}")
     known = [p for p in inspect.signature(_CLASSES[kind].__init__).parameters if p != "self"]
-    for name in arguments:
-        if name not in known:
-            raise ValueError(f"{kind} has no argument {name!r}: {suggest(name, known)}")
+    problem = unknown_argument(kind, arguments, known)
+    if problem:
+        raise ValueError(problem)
     return _CLASSES[kind](**arguments)

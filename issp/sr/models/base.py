@@ -1,7 +1,8 @@
-"""What the super-resolution networks share: image range, mean, padding needs and configuration."""
+"""Base of the networks: image range, mean, required padding and configuration."""
 
 import functools
 import inspect
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,18 @@ from issp.utils.text import suggest
 
 DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 
-# Classes, not values: they cannot stand in a JSON configuration.
+# Arguments that are classes, which JSON cannot hold.
 _NOT_IN_CONFIG = ("norm_layer", "act_layer")
 
 
+def unknown_argument(kind: str, arguments: Iterable[str], known: Sequence[str]) -> str | None:
+    """The sentence that refuses the first argument which a network does not have, or None."""
+    unknown = next((name for name in arguments if name not in known), None)
+    return unknown and f"{kind} has no argument {unknown!r}: {suggest(unknown, known)}"
+
+
 def configured(init):
-    """Make a constructor record its arguments in `self.config` and explain an unknown keyword.
+    """Decorator of a constructor: stores its arguments in `self.config`, names unknown keywords.
 
     `config` is a JSON-able dict in BasicSR's `network_g` form, `{"type": class, keyword: value}`.
 
@@ -28,9 +35,9 @@ def configured(init):
     @functools.wraps(init)
     def wrapper(self, *args, **kwargs):
         kind = type(self).__name__
-        for name in kwargs:
-            if name not in known:
-                raise TypeError(f"{kind} has no argument {name!r}: {suggest(name, known)}")
+        problem = unknown_argument(kind, kwargs, known)
+        if problem:
+            raise TypeError(problem)
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         init(self, *args, **kwargs)
@@ -47,13 +54,13 @@ def _jsonable(value):
 
 
 class SuperResolver(nn.Module):
-    """Base of the networks: subtracts the mean, scales to the image range, and undoes both.
+    """Base class: subtracts the mean and scales to the image range, then undoes both.
 
     Attributes:
         scale: output size over input size.
         config: JSON-able dict from which `issp.models.from_config` rebuilds the network.
-        arch: the name it was built under, or the class name.
-        pad_multiple: height and width must be multiples of it (`issp.models.upscale` pads).
+        arch: the name passed to `issp.models.build`, or the class name.
+        pad_multiple: divisor of height and width (`issp.models.upscale` pads to it).
         pad_mode: "reflect" (edge not repeated), "symmetric" (edge repeated) or None.
     """
 
@@ -91,7 +98,7 @@ class SuperResolver(nn.Module):
         return y / self.img_range + mean
 
     def restore(self, x: Tensor) -> Tensor:
-        """The network proper, between mean subtraction and its undoing."""
+        """The network between the subtraction of the mean and its addition."""
         raise NotImplementedError
 
     def _check_input(self, x: Tensor) -> None:
@@ -108,7 +115,7 @@ class SuperResolver(nn.Module):
             )
 
     def _mean_like(self, x: Tensor) -> Tensor:
-        # Filled on the device: no entry in the state_dict, no copy from the host (which CUDA graphs
-        # refuse), nothing for to_empty() or a meta-device build to lose.
+        # Filled on the device: a buffer would be an entry of the state_dict and would be lost by
+        # to_empty(), and CUDA graphs refuse a copy from the host.
         planes = [torch.full((1, 1, 1, 1), m, dtype=x.dtype, device=x.device) for m in self.mean]
         return torch.cat(planes, dim=1)

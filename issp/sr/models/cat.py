@@ -1,4 +1,4 @@
-"""CAT: cross aggregation transformer (Chen et al. 2022), with the authors' names."""
+"""CAT: cross aggregation transformer (Chen et al. 2022), with the authors' parameter names."""
 
 import math
 
@@ -37,7 +37,7 @@ FULL = 0
 
 
 class DynamicPositionBias(nn.Module):
-    """A small network that maps an offset (dy, dx) to one bias per head.
+    """Network of three layers that maps an offset (dy, dx) to one bias per head.
 
     Args:
         dim: four times the hidden width.
@@ -194,7 +194,7 @@ class CATGroup(nn.Module):
 
 
 class CAT(WindowTransformer):
-    """CAT, regular or axial (method notes, section 5.3).
+    """CAT, regular or axial (docs/method.md, section 5.3).
 
     Args:
         img_size: side for which the mask buffers are made; other sizes work too.
@@ -250,7 +250,13 @@ class CAT(WindowTransformer):
         check_default_class("act_layer", act_layer, nn.GELU)
         check_default_class("norm_layer", norm_layer, nn.LayerNorm)
         splits = _checked_splits(
-            img_size, embed_dim, depth, split_size_0, split_size_1, num_heads, block_name
+            img_size=img_size,
+            embed_dim=embed_dim,
+            depth=depth,
+            split_size_0=split_size_0,
+            split_size_1=split_size_1,
+            num_heads=num_heads,
+            block_name=block_name,
         )
         super().__init__(in_chans, upscale, img_range, upsampler)
         self.pad_multiple = math.lcm(*(side for sides in splits for side in sides if side))
@@ -264,17 +270,17 @@ class CAT(WindowTransformer):
             windows = ((a, b), (b, a)) if b else ((FULL, a), (a, FULL))
             shifts = tuple((h // 2 * (i % 2), w // 2 * (i % 2)) for h, w in windows)
             return CATBlock(
-                embed_dim,
-                (img_size, img_size),
-                heads,
-                windows,
-                shifts,
-                mlp_ratio,
-                qkv_bias,
-                qk_scale,
-                drop_rate,
-                attn_drop_rate,
-                drop_path,
+                dim=embed_dim,
+                resolution=(img_size, img_size),
+                heads=heads,
+                windows=windows,
+                shifts=shifts,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                drop=drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=drop_path,
             )
 
         self.layers = nn.ModuleList()
@@ -291,7 +297,7 @@ class CAT(WindowTransformer):
 
 
 def _checked_splits(
-    img_size, embed_dim, depth, split_size_0, split_size_1, num_heads, block_name
+    *, img_size, embed_dim, depth, split_size_0, split_size_1, num_heads, block_name
 ) -> list[Size]:
     """Check CAT's sizes; return (split_0, split_1) for each group, split_1 = FULL if axial."""
     if block_name not in ("CATB_regular", "CATB_axial"):

@@ -1,4 +1,4 @@
-"""EDSR: residual convolutional network (Lim et al. 2017), with BasicSR's names."""
+"""EDSR: residual convolutional network (Lim et al. 2017), with BasicSR's parameter names."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ class ResidualBlock(nn.Module):
 
 
 class EDSR(SuperResolver):
-    """EDSR with PyTorch's default initialisation (method notes, section 5.2).
+    """EDSR with PyTorch's default initialisation (docs/method.md, section 5.2).
 
     Args:
         num_in_ch, num_out_ch: image channels; must be equal.

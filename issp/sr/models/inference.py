@@ -1,5 +1,7 @@
 """Super-resolving images of any size: padding, cropping back, tiles."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -10,9 +12,9 @@ def upscale(
     """Super-resolve images of any size in evaluation mode and without gradients.
 
     The image is extended at the bottom and on the right to the next multiple of
-    `model.pad_multiple`, in the way of `model.pad_mode`, and the result is cropped back (method
-    notes, section 6): SwinIR mirrors without repeating the edge, CAT mirrors with the edge
-    repeated, EDSR needs nothing. A model without these attributes is given the image as it is.
+    `model.pad_multiple`, in the mode `model.pad_mode`, and the result is cropped back
+    (docs/method.md, section 6): SwinIR mirrors without repeating the edge, CAT mirrors with the
+    edge repeated, EDSR needs no padding. A model without these attributes gets no padding either.
 
     Args:
         model: the network; its training mode is restored afterwards.
@@ -89,7 +91,7 @@ def _mirrored(size: int, padded: int, mode: str, device) -> Tensor:
 def _checked_overlap(tile: int | None, overlap: int | None, multiple: int) -> int:
     if tile is None:
         if overlap is not None:
-            raise ValueError(f"tile_overlap {overlap} needs a tile size: give tile too")
+            raise ValueError(f"tile_overlap {overlap} needs a tile size: pass tile too")
         return 0
     if tile < 1 or tile % multiple:
         raise ValueError(f"tile must be a positive multiple of {multiple}, got {tile}")
@@ -103,24 +105,39 @@ def _checked_overlap(tile: int | None, overlap: int | None, multiple: int) -> in
     return overlap
 
 
-def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, int, int]]:
-    """Tiles along one axis: (start, end) of what is read, (first, last) of what is kept."""
+class TileSpan(NamedTuple):
+    """A tile along one axis, in pixels: start..end is read, first..last of it is kept."""
+
+    start: int
+    end: int
+    first: int
+    last: int
+
+
+def tile_spans(length: int, tile: int, overlap: int) -> list[TileSpan]:
+    """Tiles along one axis whose kept parts follow one another without gap or overlap."""
     starts = list(range(0, max(length - overlap, 1), tile - overlap))
     cuts = [0] + [start + overlap // 2 for start in starts[1:]] + [length]
     return [
-        (start, min(start + tile, length), cuts[i], cuts[i + 1]) for i, start in enumerate(starts)
+        TileSpan(start, min(start + tile, length), cuts[i], cuts[i + 1])
+        for i, start in enumerate(starts)
     ]
 
 
 def _upscale_tiles(model: nn.Module, x: Tensor, tile: int, overlap: int) -> Tensor:
     height, width = x.shape[-2:]
     out = None
-    for top, bottom, y0, y1 in _spans(height, tile, overlap):
-        for left, right, x0, x1 in _spans(width, tile, overlap):
-            y = model(x[..., top:bottom, left:right])
-            s = y.shape[-1] // (right - left)
+    for rows in tile_spans(height, tile, overlap):
+        for cols in tile_spans(width, tile, overlap):
+            y = model(x[..., rows.start : rows.end, cols.start : cols.end])
+            scale = y.shape[-1] // (cols.end - cols.start)
             if out is None:
-                out = y.new_empty(*y.shape[:2], height * s, width * s)
-            kept = y[..., (y0 - top) * s : (y1 - top) * s, (x0 - left) * s : (x1 - left) * s]
-            out[..., y0 * s : y1 * s, x0 * s : x1 * s] = kept
+                out = y.new_empty(*y.shape[:2], height * scale, width * scale)
+            kept = y[..., _kept(rows, rows.start, scale), _kept(cols, cols.start, scale)]
+            out[..., _kept(rows, 0, scale), _kept(cols, 0, scale)] = kept
     return out
+
+
+def _kept(span: TileSpan, origin: int, scale: int) -> slice:
+    """The kept part in output pixels, counted from `origin` (in input pixels)."""
+    return slice((span.first - origin) * scale, (span.last - origin) * scale)

@@ -78,7 +78,7 @@ def conv3x3(inputs: int, outputs: int) -> nn.Conv2d:
 
 
 def residual_conv(dim: int, kind: str) -> nn.Module:
-    """The convolution which ends a residual group.
+    """The convolution at the end of a residual group.
 
     Args:
         dim: channels in and out.
@@ -203,13 +203,13 @@ def window_attention(
     if mask is not None:
         bias = bias + mask[:, None]
     if torch.is_grad_enabled():
-        # The fused kernel does not take a bias that needs a gradient, and its fall-back is slower
-        # than this.
+        # scaled_dot_product_attention has no fused kernel for a bias that needs a gradient, and
+        # torch's fall-back is slower than these three operations.
         scores = (q * scale) @ k.transpose(-2, -1) + bias
         out = F.dropout(scores.softmax(dim=-1), drop) @ v
     else:
-        # The kernel wants four dimensions: windows go with the batch if one bias serves them all,
-        # with the heads if each has its own.
+        # The fused kernel takes four dimensions: windows join the batch if they share one bias, and
+        # the heads if each window has its own.
         first = 0 if mask is None or b == 1 else 1
         bias = bias.reshape(-1, n, n)[None] if first else bias.reshape(-1, heads, n, n)
         q, k, v = (t.flatten(first, first + 1) for t in (q, k, v))

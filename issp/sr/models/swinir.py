@@ -1,4 +1,4 @@
-"""SwinIR: shifted-window transformer (Liang et al. 2021), with BasicSR's names."""
+"""SwinIR: shifted-window transformer (Liang et al. 2021), with BasicSR's parameter names."""
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class SwinGroup(nn.Module):
 
     def __init__(self, blocks, dim: int, resi_connection: str, use_checkpoint: bool):
         super().__init__()
-        # The extra level of names is the published checkpoints'.
+        # The published checkpoints have this extra level in their names.
         self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
         self.conv = residual_conv(dim, resi_connection)
         self.use_checkpoint = use_checkpoint
@@ -115,12 +115,12 @@ class SwinGroup(nn.Module):
 
 
 class SwinIR(WindowTransformer):
-    """SwinIR (method notes, section 5.1).
+    """SwinIR (docs/method.md, section 5.1).
 
     Args:
         img_size: side, or (height, width), for which the mask buffers are made; any other size that
             is a multiple of the window works too.
-        patch_size: 1, the only value the network was ever defined for.
+        patch_size: 1; the network is not defined for other values.
         in_chans: image channels.
         embed_dim: channels of the body.
         depths, num_heads: blocks and attention heads of each residual group.
@@ -191,12 +191,23 @@ class SwinIR(WindowTransformer):
         self.pos_drop = nn.Dropout(drop_rate)
 
         def block(i: int, heads: int, drop_path: float) -> SwinBlock:
-            attn = WindowAttention(
-                embed_dim, window, heads, qkv_bias, qk_scale, attn_drop_rate, drop_rate
+            return SwinBlock(
+                dim=embed_dim,
+                resolution=size,
+                attn=WindowAttention(
+                    dim=embed_dim,
+                    window=window,
+                    heads=heads,
+                    qkv_bias=qkv_bias,
+                    scale=qk_scale,
+                    attn_drop=attn_drop_rate,
+                    proj_drop=drop_rate,
+                ),
+                window=window,
+                shift=shift if i % 2 else 0,
+                mlp=Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate),
+                drop_path=drop_path,
             )
-            mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate)
-            shifted = shift if i % 2 else 0
-            return SwinBlock(embed_dim, size, attn, window, shifted, mlp, drop_path)
 
         self.layers = nn.ModuleList()
         for heads, rates in zip(num_heads, drop_path_rates(drop_path_rate, depths), strict=True):

@@ -1,4 +1,4 @@
-"""The frame that SwinIR and CAT share: shallow conv, groups of window blocks, reconstruction."""
+"""Base class of SwinIR and CAT: shallow conv, groups of window blocks, reconstruction."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ class WindowBlock(nn.Module):
 
     Attributes:
         resolution: (H, W) for which the mask buffers were made.
-        shifted: whether the block needs masks at all.
+        shifted: the windows are shifted, so the block needs masks.
     """
 
     resolution: Size
@@ -39,19 +39,19 @@ class WindowBlock(nn.Module):
 def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointed: bool) -> Tensor:
     """Run the blocks of one group over tokens [B, H, W, C].
 
-    All shifted blocks of a group have the same windows, so the masks of a foreign size are made
-    once per group and call. They are not kept between calls: making them takes about a hundredth
-    of the blocks' time, and a cache would hold images' worth of memory.
+    All shifted blocks of a group have the same windows, so the masks of a size other than
+    `resolution` are made once per group and call. They are not cached: making them takes about 1 %
+    of the blocks' time, and a cache would need as much memory as the images.
     """
     size = (x.shape[1], x.shape[2])
-    foreign = None
+    made = None
     for block in blocks:
         masks = None
         if block.shifted and size == block.resolution:
             masks = block.stored_masks()
         elif block.shifted:
-            foreign = foreign or block.make_masks(size, x.device, x.dtype)
-            masks = foreign
+            made = made or block.make_masks(size, x.device, x.dtype)
+            masks = made
         if checkpointed and torch.is_grad_enabled():
             x = checkpoint(block, x, masks, use_reentrant=False)
         else:
@@ -132,16 +132,16 @@ def drop_path_rates(rate: float, depths) -> list[list[float]]:
 
 
 def check_per_group(kind: str, **lists) -> None:
-    """All the given lists must have one entry per group."""
+    """Refuses lists of unequal length: each must have one entry per group."""
     lengths = {name: len(values) for name, values in lists.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} has {n}" for name, n in lengths.items())
-        raise ValueError(f"{kind} needs one entry per group in each list: {told}")
+        counts = ", ".join(f"{name} has {n}" for name, n in lengths.items())
+        raise ValueError(f"{kind} needs one entry per group in each list: {counts}")
 
 
-def check_default_class(name: str, given, default) -> None:
-    """Refuse a layer class that a saved configuration could not name."""
-    if given is not default:
+def check_default_class(name: str, layer_class: type, default: type) -> None:
+    """Refuses a layer class that a saved configuration could not name."""
+    if layer_class is not default:
         raise ValueError(
             f"{name} must be torch.nn.{default.__name__}: a model with another class could not be "
             f"rebuilt from its saved configuration"
