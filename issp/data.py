@@ -1,4 +1,49 @@
-"""Public name of `issp.sr.data`."""
+"""Public names of `issp.sr.data`: images, data sets and batches."""
 
-from issp.sr.data import *  # noqa: F403
-from issp.sr.data import __all__ as __all__
+from issp.sr.data import (
+    Draw,
+    EnlargedSampler,
+    EvalDataset,
+    ImageFolder,
+    LRCache,
+    PairedArrays,
+    PairedFolder,
+    PrepareResult,
+    TrainDataset,
+    TrainLoader,
+    default_cache_dir,
+    image_size,
+    imresize,
+    list_images,
+    mod_crop,
+    prepare,
+    read_image,
+    sample_photographs,
+    to_image,
+    to_tensor,
+    write_image,
+)
+
+__all__ = [
+    "Draw",
+    "EnlargedSampler",
+    "EvalDataset",
+    "ImageFolder",
+    "LRCache",
+    "PairedArrays",
+    "PairedFolder",
+    "PrepareResult",
+    "TrainDataset",
+    "TrainLoader",
+    "default_cache_dir",
+    "image_size",
+    "imresize",
+    "list_images",
+    "mod_crop",
+    "prepare",
+    "read_image",
+    "sample_photographs",
+    "to_image",
+    "to_tensor",
+    "write_image",
+]

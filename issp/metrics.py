@@ -1,4 +1,4 @@
-"""Public name of `issp.sr.metrics`."""
+"""Public names of `issp.sr.metrics`: PSNR, SSIM and luma."""
 
 from issp.sr.metrics import psnr, rgb_to_y, ssim
 

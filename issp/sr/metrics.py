@@ -22,7 +22,7 @@ def rgb_to_y(img: np.ndarray) -> np.ndarray:
     Returns:
         [H, W] float32.
 
-    Source: method notes section 6 (65.481 R + 128.553 G + 24.966 B) / 255 + 16.
+    Source: docs/method.md, section 6: (65.481 R + 128.553 G + 24.966 B) / 255 + 16.
     """
     check_uint8_image(img, "rgb_to_y: img")
     planes = _with_channels(img, "rgb_to_y: img")
@@ -38,7 +38,7 @@ def psnr(sr: np.ndarray, hr: np.ndarray, crop_border: int, y_channel: bool = Tru
 
     Args:
         sr: [H, W, 3] uint8 RGB, or grey [H, W] or [H, W, 1]; the result.
-        hr: the truth, of the same height and width.
+        hr: the original, of the same height and width.
         crop_border: pixels cut from each side first; by convention the scale.
         y_channel: compare luma (:func:`rgb_to_y`); otherwise all channels together.
 

@@ -1,4 +1,4 @@
-"""imresize against MATLAB's files and an exact oracle; image files, pairs and the LR cache."""
+"""imresize against MATLAB's files and an exact reference; image files, pairs and the LR cache."""
 
 import io
 import os

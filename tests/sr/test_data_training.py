@@ -137,7 +137,7 @@ def test_samples_depend_on_seed_and_counter_alone(pairs):
         torch.manual_seed(i)
         np.random.seed(i)
         assert torch.equal(b[draws[i]]["gt"], whole["gt"][i])
-    numbers = sum(a._random(list(range(1000))), [])
+    numbers = sum(a.random_numbers(list(range(1000))), [])
     assert len(set(numbers)) == 5000  # no sample shares a number with its neighbours
     other = data.TrainDataset(pairs, 16, seed=2).batch(draws)
     assert not torch.equal(other["gt"], whole["gt"])

@@ -13,19 +13,19 @@ from issp.sr.data.images import decode_image, write_image
 from issp.sr.data.resize import imresize
 from issp.utils.files import cache_folder
 
-# Part of every key: raise it when imresize or the decoding rules change what an entry should hold.
+# Part of every key: to be raised when imresize or the decoding rules change.
 _VERSION = b"issp-lr-1"
 
 
 class LRCache:
     """Folder of bicubic low-resolution images, keyed by the content of their HR files.
 
-    The key is a hash of the HR file's bytes and the scale, so a file which was moved or touched is
-    found again and one which was replaced (even by one of equal size and date) is not confused
-    with it. Entries are PNG, whose checksums expose damage: an entry which does not decode or has
-    the wrong size is made again. Entries appear complete or not at all, hence any number of
-    processes may share the folder; the worst they do is to make the same image twice. A folder
-    which cannot be written costs one warning and the images are made each time.
+    The key is a hash of the HR file's bytes and the scale: a moved or touched file keeps its entry,
+    and a replaced file (even one of equal size and date) gets another. Entries are PNG, whose
+    checksums expose damage: an entry that does not decode or has the wrong size is made again.
+    Entries are written atomically, so any number of processes may share the folder; at worst two
+    of them make the same image. If the folder cannot be written, there is one warning and the
+    images are made each time.
 
     Args:
         folder: where to keep the entries; made when the first is written.
@@ -53,16 +53,16 @@ class LRCache:
         """
         path = self.entry(hr_bytes, scale)
         try:
-            kept = decode_image(path.read_bytes(), path)
-            if kept.shape == (hr.shape[0] // scale, hr.shape[1] // scale, 3):
-                return kept
+            entry = decode_image(path.read_bytes(), path)
+            if entry.shape == (hr.shape[0] // scale, hr.shape[1] // scale, 3):
+                return entry
         except (OSError, ValueError):
             pass  # absent or damaged: made below
-        made = imresize(hr, 1 / scale)
-        self._keep(path, made)
-        return made
+        lr = imresize(hr, 1 / scale)
+        self._write(path, lr)
+        return lr
 
-    def _keep(self, path: Path, img: np.ndarray) -> None:
+    def _write(self, path: Path, img: np.ndarray) -> None:
         if not self._writable:
             return
         try:
@@ -70,7 +70,7 @@ class LRCache:
         except OSError as error:
             self._writable = False
             warnings.warn(
-                f"low-resolution images are not kept: {error}; give another cache folder "
+                f"low-resolution images are not cached: {error}; use another cache folder "
                 "(cache_dir or ISSP_CACHE)",
                 RuntimeWarning,
                 stacklevel=3,

@@ -9,30 +9,32 @@ from typing import Any
 import numpy as np
 import torch
 
+from issp.sr.data.checks import check_small
 from issp.sr.data.images import list_images, read_image, to_tensor
 from issp.sr.data.pairs import PairedArrays, PairedFolder
 from issp.sr.data.sampler import Draw, hash64
 
 Pairs = PairedFolder | PairedArrays
-AUTO_MEMORY = 2 << 30  # bytes of decoded images up to which they are held without being asked to
+AUTO_MEMORY = 2 << 30  # bytes of decoded images that are held in memory by default
 _CROP_STREAM = 0  # the sampler's shuffles use the streams from 1 on
 
 
 class TrainDataset:
     """Random crops with flips, as float tensors in [0, 1].
 
-    The crop's place is uniform over LR pixels; then, each with probability one half, a horizontal
-    flip (``hflip``) and a vertical flip and a transposition (both ``rot``): BasicSR's use_hflip and
-    use_rot. All of it follows from (seed, draw counter), never from the state of a worker or a
-    global generator, so batches are the same with any number of workers and after a resume.
+    The corner of the crop is uniform over LR pixels. Then follow, each with probability one half, a
+    horizontal flip (``hflip``), a vertical flip and a transposition (both ``rot``): BasicSR's
+    use_hflip and use_rot. Crop and flips are functions of (seed, draw counter), not of the state of
+    a worker or a global generator, so batches are the same with any number of workers and after a
+    resume.
 
     Args:
         pairs: the images.
         gt_size: side of the HR crop in pixels, a multiple of the scale.
-        hflip, rot: augmentations.
+        hflip, rot: augmentations, see above.
         seed: fixes crops and flips.
         small: "error" or "skip": what to do with images smaller than the crop.
-        in_memory: hold decoded images; None: if all fit in ``AUTO_MEMORY``.
+        in_memory: hold decoded images; None: hold them if all fit in ``AUTO_MEMORY``.
 
     Raises:
         ValueError: an unusable argument, an image smaller than the crop, or none large enough.
@@ -51,8 +53,7 @@ class TrainDataset:
         self.pairs, self.scale, self.seed = pairs, pairs.scale, int(seed)
         if not isinstance(gt_size, int) or gt_size < self.scale or gt_size % self.scale:
             raise ValueError(f"gt_size must be a multiple of scale {self.scale}, got {gt_size!r}")
-        if small not in ("error", "skip"):
-            raise ValueError(f'small must be "error" or "skip", got {small!r}')
+        check_small(small)
         self.gt_size, self.lq_size = gt_size, gt_size // self.scale
         self.hflip, self.rot = hflip, rot
         sizes = pairs.sizes()
@@ -75,7 +76,7 @@ class TrainDataset:
         return len(self.images)
 
     def preload(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Decode all images now if they are held in memory; ``progress(done, total)``."""
+        """Decodes all images now if they are held in memory; ``progress(done, total)``."""
         if self.in_memory:
             for i in range(len(self)):
                 self._planes(i)
@@ -99,10 +100,10 @@ class TrainDataset:
         lq = np.empty((len(draws), 3, self.lq_size, self.lq_size), np.uint8)
         gt = np.empty((len(draws), 3, self.gt_size, self.gt_size), np.uint8)
         lq_paths, gt_paths = [], []
-        numbers = self._random([draw.counter for draw in draws])
+        numbers = self.random_numbers([draw.counter for draw in draws])
         for b, (draw, (top, left, *flips)) in enumerate(zip(draws, numbers, strict=True)):
             lr, hr = self._planes(draw.image)
-            # Multiply and shift: uniform integers below the number of places.
+            # Multiply and shift: uniform integers below the number of positions.
             top = (top * (lr.shape[1] - self.lq_size + 1)) >> 32
             left = (left * (lr.shape[2] - self.lq_size + 1)) >> 32
             flips = [number >> 31 for number in flips]
@@ -118,7 +119,7 @@ class TrainDataset:
             "gt_path": gt_paths,
         }
 
-    def _random(self, counters: list[int]) -> list[list[int]]:
+    def random_numbers(self, counters: list[int]) -> list[list[int]]:
         """[B][5] numbers below 2^32: top, left, horizontal flip, vertical flip, transposition."""
         keys = np.array(counters, np.uint64)[:, None] * np.uint64(5) + np.arange(5, dtype=np.uint64)
         return (hash64(self.seed, keys, _CROP_STREAM) >> np.uint64(32)).tolist()
@@ -137,7 +138,7 @@ class TrainDataset:
         return patch
 
     def _planes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """LR and HR as [3, H, W] uint8: rows of one colour are contiguous, so crops copy fast."""
+        """LR and HR as [3, H, W] uint8: the rows of a plane are contiguous, so crops copy fast."""
         if i in self._held:
             return self._held[i]
         lr, hr = (img.transpose(2, 0, 1) for img in self.pairs.load(self.images[i]))
@@ -148,12 +149,12 @@ class TrainDataset:
 
 
 def _to_floats(levels: np.ndarray) -> torch.Tensor:
-    """Levels / 255 as float32; numpy's one thread does not wait for a second, busy core."""
+    """Levels / 255 as float32, by numpy: one thread, which waits for no other."""
     return torch.from_numpy(np.divide(levels, np.float32(255), dtype=np.float32))
 
 
 class EvalDataset:
-    """Whole images with their truth: lq [3, h, w], gt [3, H, W] float32, name, lq_path, gt_path.
+    """Whole images with originals: lq [3, h, w], gt [3, H, W] float32, name, lq_path, gt_path.
 
     Args:
         pairs: the images.
@@ -188,7 +189,7 @@ class EvalDataset:
 
 
 class ImageFolder:
-    """Images without truth, to be upscaled: lq [3, h, w] float32, name, lq_path.
+    """Images without originals, to be upscaled: lq [3, h, w] float32, name, lq_path.
 
     Args:
         root: folder of images, or one image file.

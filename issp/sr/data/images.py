@@ -9,15 +9,17 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
 
 from issp.sr.data.resize import check_uint8_image
+from issp.utils.errors import import_optional
 from issp.utils.files import atomic_write
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
-_SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations which swap height and width
+_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
 
 
@@ -41,7 +43,7 @@ def read_image(path: str | os.PathLike, min_side: int = 1) -> np.ndarray:
             than ``min_side``.
         ImportError: Pillow is missing.
     """
-    img = decode_image(_read_bytes(path), path)
+    img = decode_image(read_bytes(path), path)
     if min(img.shape[:2]) < min_side:
         height, width = img.shape[:2]
         raise ValueError(
@@ -56,7 +58,7 @@ def decode_image(data: bytes, name: str | os.PathLike) -> np.ndarray:
 
     Args:
         data: content of the file.
-        name: what to call it in error messages.
+        name: of the image in error messages.
 
     Returns:
         [H, W, 3] uint8.
@@ -74,11 +76,11 @@ def image_size(path: str | os.PathLike) -> tuple[int, int]:
         FileNotFoundError: there is no such file.
         ValueError: the file is empty or not an image.
     """
-    # The open file, not its whole content: a header costs one small read.
+    # Opened by name, not read into memory: the header needs one small read.
     with _opened(None, path) as image:
         width, height = image.size
-        sideways = image.getexif().get(0x0112) in _SIDEWAYS
-    return (width, height) if sideways else (height, width)
+        transposed = image.getexif().get(0x0112) in _TRANSPOSED
+    return (width, height) if transposed else (height, width)
 
 
 def write_image(path: str | os.PathLike, img: np.ndarray, compress_level: int = 6) -> None:
@@ -115,7 +117,7 @@ def write_image(path: str | os.PathLike, img: np.ndarray, compress_level: int = 
 def list_images(folder: str | os.PathLike) -> list[Path]:
     """Image files directly in ``folder``, sorted by name.
 
-    Hidden files and files of other kinds (a README, a thumbnail database) are passed over.
+    Hidden files and files of other kinds (a README, a thumbnail database) are skipped.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -129,8 +131,9 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
     images = [f for f in files if f.suffix.lower() in SUFFIXES]
     if not images:
-        found = f"it holds {files[0].name}" if files else "it holds no files"
-        raise ValueError(f"folder {folder} has no images ({found}; read are {', '.join(SUFFIXES)})")
+        content = f"it holds {files[0].name}" if files else "it holds no files"
+        suffixes = ", ".join(SUFFIXES)
+        raise ValueError(f"folder {folder} has no images ({content}; suffixes: {suffixes})")
     return images
 
 
@@ -150,7 +153,7 @@ def to_tensor(img: np.ndarray) -> torch.Tensor:
 def to_image(tensor: torch.Tensor) -> np.ndarray:
     """[C, H, W] or [1, C, H, W] float tensor in [0, 1] to [H, W, C] uint8.
 
-    Clamped to [0, 1], times 255, rounded half to even (method notes section 6).
+    Clamped to [0, 1], times 255, rounded half to even (docs/method.md, section 6).
 
     Raises:
         ValueError: another shape, or values which are not finite.
@@ -167,26 +170,28 @@ def to_image(tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def _pillow():
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ImportError('image files need Pillow: pip install "issp[train]"') from None
-    return Image
+def _pillow() -> ModuleType:
+    return import_optional("PIL.Image", "Pillow", "image files")
 
 
-def _read_bytes(path: str | os.PathLike) -> bytes:
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """Content of an image file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read.
+    """
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image file {path}") from None
+        raise _absent(path) from None
     except OSError as error:
         raise ValueError(f"cannot read image {path}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
 def _opened(data: bytes | None, name: str | os.PathLike) -> Iterator:
-    """Pillow image of ``data``, or of the file ``name``; whatever goes wrong is one sentence."""
+    """Pillow image of ``data``, or of the file ``name``; every error becomes one sentence."""
     pillow = _pillow()
     size = len(data) if data is not None else _file_size(name)
     if size == 0:
@@ -201,15 +206,19 @@ def _opened(data: bytes | None, name: str | os.PathLike) -> Iterator:
     except _Unsupported as error:
         raise ValueError(str(error)) from None
     except _DECODE_ERRORS as error:
-        what = str(error).split("\n")[0]
-        raise ValueError(f"image {name} is damaged or cut short ({what}); replace it") from None
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"image {name} is damaged or cut short ({reason}); replace it") from None
 
 
 def _file_size(path: str | os.PathLike) -> int:
     try:
         return os.stat(path).st_size
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no image file {path}") from None
+        raise _absent(path) from None
+
+
+def _absent(path: str | os.PathLike) -> FileNotFoundError:
+    return FileNotFoundError(f"there is no image file {path}")
 
 
 class _Unsupported(Exception):

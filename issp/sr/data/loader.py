@@ -1,4 +1,4 @@
-"""Endless training batches which resume exactly where they stopped."""
+"""Endless training batches that resume at the batch where they stopped."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from issp.sr.data.checks import check_whole
 from issp.sr.data.datasets import TrainDataset
 from issp.sr.data.sampler import Draw, EnlargedSampler
 
@@ -14,10 +15,10 @@ from issp.sr.data.sampler import Draw, EnlargedSampler
 class TrainLoader:
     """Iterator over training batches, with or without worker processes.
 
-    Without workers a batch is sliced from the images in memory, here and now: for small models on
-    a CPU that is faster than handing it over from another process. The batches are the same either
-    way. Batches which workers made ahead but nobody took are not counted: :meth:`state_dict` is the
-    position of the batches handed out. No global random generator is read or moved.
+    Without workers a batch is sliced from the images in memory when it is asked for, which for
+    small models on a CPU is faster than a transfer from another process. The batches are the same
+    with and without workers. :meth:`state_dict` counts the batches that were returned, not those
+    that workers prepared ahead. No global random generator is used.
 
     Args:
         dataset: where the samples come from.
@@ -45,9 +46,8 @@ class TrainLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
     ):
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+        check_whole("batch_size", batch_size, 1)
+        check_whole("num_workers", num_workers, 0)
         seed = dataset.seed if seed is None else seed
         self.dataset, self.batch_size = dataset, batch_size
         self.sampler = EnlargedSampler(len(dataset), enlarge_ratio, seed, rank, world)
@@ -83,11 +83,11 @@ class TrainLoader:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch handed out; see :class:`EnlargedSampler`."""
+        """Position after the last returned batch; see :class:`EnlargedSampler`."""
         return {"sampler": self.sampler.state_dict(), "crop_seed": self.dataset.seed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the batch that would have come next.
+        """Continues with the batch after the saved position.
 
         Raises:
             ValueError: the state is of another data set or seed.
@@ -103,11 +103,11 @@ class TrainLoader:
         self.close()
 
     def close(self) -> None:
-        """Stop the workers; the next batch starts new ones."""
+        """Stops the workers; the next batch starts new ones."""
         self._batches = None
 
     def _start_workers(self) -> Iterator:
-        self.dataset.preload()  # before the fork: the workers share these pages
+        self.dataset.preload()  # before the fork, so that workers share the memory
         loader = torch.utils.data.DataLoader(
             _Batches(self.dataset),
             batch_size=None,
@@ -122,7 +122,7 @@ class TrainLoader:
 
 
 class _Positions:
-    """Endless lists of draws, ahead of what the loader has handed out."""
+    """Endless lists of draws, from the position of the sampler on."""
 
     def __init__(self, sampler: EnlargedSampler, batch_size: int):
         self.sampler, self.batch_size, self.start = sampler, batch_size, sampler.position
@@ -135,7 +135,7 @@ class _Positions:
 
 
 class _Failure:
-    """An error on its way from a worker, without the traceback DataLoader would wrap around it."""
+    """An error in a worker; DataLoader would add the worker's traceback to the message."""
 
     def __init__(self, error: Exception):
         self.error = error

@@ -10,11 +10,13 @@ from typing import Literal
 import numpy as np
 
 from issp.sr.data.cache import LRCache
+from issp.sr.data.checks import check_whole
 from issp.sr.data.images import (
     decode_image,
     image_size,
     list_images,
     mod_crop,
+    read_bytes,
     read_image,
 )
 from issp.sr.data.resize import check_uint8_image, imresize
@@ -36,9 +38,9 @@ class PairedArrays:
     """
 
     def __init__(self, images: Mapping[str, np.ndarray], scale: int):
-        self.scale = check_scale(scale)
+        self.scale = check_whole("scale", scale, 2)
         if not images:
-            raise ValueError("no images were given")
+            raise ValueError("images is empty: pass at least one")
         for name, img in images.items():
             check_uint8_image(img, f"image {name}")
             if img.ndim != 3 or img.shape[2] != 3:
@@ -51,7 +53,7 @@ class PairedArrays:
         return len(self.names)
 
     def paths(self, i: int) -> tuple[str, str]:
-        """Where image ``i`` is from, LR and HR: here its name."""
+        """Name of image ``i``, in the place of its LR and its HR path."""
         return self.names[i], self.names[i]
 
     def sizes(self) -> list[tuple[int, int]]:
@@ -68,11 +70,11 @@ class PairedFolder:
 
     ``root`` may hold the HR images itself, or be laid out as ``HR`` with ``LR_bicubic/X4``, as
     ``hr`` with ``lr``, as ``GT`` with ``LRbicx4``, or as DIV2K's ``DIV2K_train_HR`` with
-    ``DIV2K_train_LR_bicubic/X4``. With ``lq_root`` given, ``root`` is the HR folder; ``lq_root``
-    may hold the LR files itself or in ``X4``.
+    ``DIV2K_train_LR_bicubic/X4``. With ``lq_root``, ``root`` is the HR folder; ``lq_root`` may hold
+    the LR files itself or in ``X4``.
 
     The HR image is cropped to the LR size times the scale (a multiple of the scale) at its right
-    and bottom. LR files without an HR file are ignored; the converse is an error.
+    and bottom. LR files without an HR file are ignored; an HR file without its LR file is an error.
 
     Args:
         root: folder of HR images, or of the two folders.
@@ -96,7 +98,7 @@ class PairedFolder:
         filename_tmpl: str | None = None,
         cache_dir: str | os.PathLike | Literal[False] | None = None,
     ):
-        self.scale = check_scale(scale)
+        self.scale = check_whole("scale", scale, 2)
         hr_dir, lr_dir = find_folders(root, scale, lq_root)
         self.hr_files = list_images(hr_dir)
         check_names(self.hr_files)
@@ -116,7 +118,7 @@ class PairedFolder:
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of every HR image, cropped to a multiple of the scale.
 
-        From the files' headers; also checks that each LR file has the size which belongs to it.
+        Reads the headers of the files and checks the size of each LR file.
         """
         if self._sizes is None:
             sizes = []
@@ -138,10 +140,7 @@ class PairedFolder:
             lr, hr = read_image(self.lr_files[i]), read_image(file)
             self._check_sizes(i, lr.shape[:2], hr.shape[:2])
             return lr, mod_crop(hr, self.scale)
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise type(error)(f"cannot read image {file}: {error.strerror}") from None
+        data = read_bytes(file)
         hr = decode_image(data, file)
         self._check_sizes(i, None, hr.shape[:2])
         hr = mod_crop(hr, self.scale)
@@ -160,15 +159,8 @@ class PairedFolder:
             )
 
 
-def check_scale(scale: int) -> int:
-    """``scale`` itself if it is a whole number >= 2; otherwise ValueError."""
-    if not isinstance(scale, int | np.integer) or isinstance(scale, bool) or scale < 2:
-        raise ValueError(f"scale must be a whole number >= 2, got {scale!r}")
-    return int(scale)
-
-
 def check_names(files: list[Path]) -> None:
-    """Raise ValueError if two files differ in their suffix alone."""
+    """Raises ValueError if two files differ in their suffix alone."""
     seen: dict[str, Path] = {}
     for file in files:
         if file.stem in seen:
@@ -196,7 +188,7 @@ def find_folders(
     if lr_dir is None:
         return hr_dir, None
     lr_dir = _scale_folder(lr_dir, scale)
-    # LR_bicubic with X2 alone says nothing about x4: those images are made from HR.
+    # LR_bicubic may hold other scales only (X2 but not X4): then LR images are made from HR.
     return hr_dir, lr_dir if any(f.is_file() for f in lr_dir.iterdir()) else None
 
 
@@ -206,20 +198,20 @@ def match_lr(
     """LR file of every HR file; ``filename_tmpl`` and errors as for PairedFolder."""
     if filename_tmpl is not None and "{}" not in filename_tmpl:
         raise ValueError(f"filename_tmpl needs {{}} for the HR name, got {filename_tmpl!r}")
-    there = {f.stem: f for f in list_images(lr_dir)}
+    files = {f.stem: f for f in list_images(lr_dir)}
     templates = [filename_tmpl] if filename_tmpl else list(_TEMPLATES)
     fewest: list[str] = []
     for template in templates:
         template = template.replace("{s}", str(scale))
         wanted = [template.replace("{}", f.stem) for f in hr_files]
-        missing = [name for name in wanted if name not in there]
+        missing = [name for name in wanted if name not in files]
         if not missing:
-            return [there[name] for name in wanted]
+            return [files[name] for name in wanted]
         if not fewest or len(missing) < len(fewest):
             fewest = missing
     raise FileNotFoundError(
         f"{lr_dir} has no file {fewest[0]} ({len(fewest)} of {len(hr_files)} pairs are incomplete);"
-        " give filename_tmpl if the names follow another rule"
+        " set filename_tmpl if the names follow another rule"
     )
 
 
@@ -227,12 +219,13 @@ def _inner(root: Path, names: tuple[str, ...] | list[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _only(root: Path, pattern: str) -> Path | None:
-    """The one folder in ``root`` that fits; two of them (train and valid) are ambiguous."""
-    found = sorted(f for f in root.glob(pattern) if f.is_dir())
-    if len(found) > 1:
-        raise ValueError(f"{root} holds {found[0].name} and {found[1].name}; name the one to use")
-    return found[0] if found else None
+def _only(root: Path, glob: str) -> Path | None:
+    """The one folder in ``root`` that matches; two of them (train and valid) are ambiguous."""
+    folders = sorted(f for f in root.glob(glob) if f.is_dir())
+    if len(folders) > 1:
+        first, second = folders[0].name, folders[1].name
+        raise ValueError(f"{root} holds {first} and {second}; name the one to use")
+    return folders[0] if folders else None
 
 
 def _scale_folder(folder: Path, scale: int) -> Path:

@@ -1,4 +1,4 @@
-"""Prepare a data set on disk: HR images or crops of them, and bicubic LR images for each scale."""
+"""Prepares a data set on disk: HR images or crops of them, bicubic LR images for each scale."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from issp.sr.data.checks import check_small, check_whole
 from issp.sr.data.images import (
     image_size,
     list_images,
@@ -20,17 +21,17 @@ from issp.sr.data.images import (
     read_image,
     write_image,
 )
-from issp.sr.data.pairs import check_names, check_scale
+from issp.sr.data.pairs import check_names
 from issp.sr.data.resize import imresize
 from issp.utils.files import atomic_write
 
 
 @dataclass(frozen=True)
 class PrepareResult:
-    """What :func:`prepare` did: numbers of source images and of the files they became."""
+    """Result of :func:`prepare`: numbers of source images and of the files made from them."""
 
     sources: int
-    resumed: int  # sources found finished from an earlier run
+    resumed: int  # sources that an earlier call had finished
     skipped: tuple[str, ...]  # sources smaller than crop_size
     images: int  # HR images in the result, and LR images per scale
 
@@ -46,7 +47,7 @@ def prepare(
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> PrepareResult:
-    """Write ``out/HR/NAME.png`` and ``out/LR_bicubic/X4/NAMEx4.png`` for every image of a folder.
+    """Writes ``out/HR/NAME.png`` and ``out/LR_bicubic/X4/NAMEx4.png`` for every image of a folder.
 
     Whole images keep all their pixels in HR; each LR image is made from HR cropped to a multiple of
     its scale. With ``crop_size`` the images are cut into overlapping crops ``NAME_s001`` and so on,
@@ -54,11 +55,11 @@ def prepare(
     added at the right and bottom if more than ``thresh_size`` pixels would be left, and the LR
     crops are cut from the LR image of the whole picture.
 
-    Every file appears complete or not at all, and a journal in ``out`` lists finished sources: the
-    same call made again goes on after an interruption and redoes sources which changed.
+    Files are written atomically, and a journal in ``out`` lists finished sources: the same call
+    continues after an interruption and redoes sources that changed.
 
     Args:
-        hr_folder: folder of HR images; it may be ``out/HR`` itself, which is then left alone.
+        hr_folder: folder of HR images; it may be ``out/HR`` itself, which then stays as it is.
         out: folder to write to.
         scales: whole factors >= 2.
         crop_size: side of the HR crops in pixels, a multiple of every scale; None: whole images.
@@ -73,10 +74,8 @@ def prepare(
             an unusable argument, or ``out`` holds a data set with other settings.
         OSError: a file cannot be written.
     """
-    if small not in ("error", "skip"):
-        raise ValueError(f'small must be "error" or "skip", got {small!r}')
-    if not isinstance(workers, int) or workers < 1:
-        raise ValueError(f"workers must be a whole number >= 1, got {workers!r}")
+    check_small(small)
+    check_whole("workers", workers, 1)
     cut = _Cut.checked(scales, crop_size, step, thresh_size)
     sources = list_images(hr_folder)
     check_names(sources)
@@ -84,7 +83,7 @@ def prepare(
     out = Path(out).expanduser()
     in_place = (out / "HR").exists() and (out / "HR").samefile(Path(hr_folder).expanduser())
     if in_place and crop_size:
-        raise ValueError(f"crops of {hr_folder} cannot go into the same folder; give another out")
+        raise ValueError(f"crops of {hr_folder} cannot go into the same folder; choose another out")
 
     journal = _Journal(out, cut)
     journal.check_owners(sources)
@@ -93,7 +92,7 @@ def prepare(
     if progress and resumed:
         progress(resumed, len(sources))
     with ThreadPoolExecutor(workers) as pool:
-        # map cancels what has not begun when one source fails
+        # When one source fails, map cancels the sources that have not begun.
         made = pool.map(lambda source: _make(source, out, cut, in_place), todo)
         for done, (source, names) in enumerate(zip(todo, made, strict=True), resumed + 1):
             journal.note(source, names)
@@ -117,7 +116,7 @@ class _Cut:
     def checked(
         cls, scales: Sequence[int], crop_size: int | None, step: int | None, thresh_size: int
     ) -> _Cut:
-        scales = tuple(sorted({check_scale(scale) for scale in scales}))
+        scales = tuple(sorted({check_whole("scale", scale, 2) for scale in scales}))
         if not scales:
             raise ValueError("at least one scale is needed")
         if crop_size is None:
@@ -149,7 +148,7 @@ class _Cut:
 
 
 def _make(source: Path, out: Path, cut: _Cut, in_place: bool) -> list[str]:
-    """Write all outputs of one source; names of its HR outputs without suffix."""
+    """Writes all outputs of one source; returns the names of its HR outputs without suffix."""
     hr = mod_crop(read_image(source), cut.unit)
     lrs = {scale: imresize(mod_crop(hr, scale), 1 / scale) for scale in cut.scales}
     if cut.crop_size is None:
@@ -183,7 +182,7 @@ def _key(source: Path) -> str:
 
 
 class _Journal:
-    """Which sources are finished: a line of settings, then one line of JSON for each."""
+    """The finished sources: a line of settings, then a line of JSON for each source."""
 
     def __init__(self, out: Path, cut: _Cut):
         self.out, self.cut, self.path = out, cut, out / "prepared.jsonl"
@@ -192,28 +191,28 @@ class _Journal:
         if lines and lines[0] != settings:
             raise ValueError(
                 f"{out} was prepared with {lines[0]} but {settings} is asked for; "
-                "give another folder or remove it"
+                "choose another folder or remove it"
             )
         self.entries: dict[str, dict[str, Any]] = {e["source"]: e for e in lines[1:]}
         text = "".join(json.dumps(line) + "\n" for line in (settings, *self.entries.values()))
-        atomic_write(self.path, text.encode())  # without the half line an interruption may leave
+        atomic_write(self.path, text.encode())  # drops the half line of an interrupted call
 
     def check_owners(self, sources: list[Path]) -> None:
-        """Raise if another folder's source of the same name made the outputs which are here."""
-        mine = {_key(source) for source in sources}
+        """Raises if the outputs were made from a source of the same name in another folder."""
+        keys = {_key(source) for source in sources}
         stems = {source.stem: source for source in sources}
         for key in list(self.entries):
-            if key in mine or Path(key).stem not in stems:
+            if key in keys or Path(key).stem not in stems:
                 continue
             if Path(key).exists():
                 raise ValueError(
                     f"{stems[Path(key).stem]} and {key} would have the same name in {self.out}; "
-                    "rename one or give another out"
+                    "rename one or choose another out"
                 )
-            del self.entries[key]  # its folder was moved or removed: the new source takes over
+            del self.entries[key]  # the old source is gone: the new one replaces it
 
     def is_finished(self, source: Path) -> bool:
-        """Whether the outputs were made from this very file and are all there."""
+        """Whether the outputs were made from this very file and all exist."""
         entry = self.entries.get(_key(source))
         if entry is None or entry["stat"] != _stat(source):
             return False
@@ -221,12 +220,12 @@ class _Journal:
             return False
         files = [self.out / "HR" / f"{name}.png" for name in entry["names"]]
         if files[0].parent.resolve() == source.parent.resolve():
-            files = []  # HR was left alone, whatever its suffix
+            files = []  # the sources are the HR files, whatever their suffix
         files += [_lr_path(self.out, n, s) for n in entry["names"] for s in entry["scales"]]
         return all(file.is_file() for file in files)
 
     def note(self, source: Path, names: list[str]) -> None:
-        """Add a finished source, and remove what it made when it was another picture."""
+        """Adds a finished source and removes outputs of an earlier picture of that name."""
         old = self.entries.get(_key(source), {"names": [], "scales": []})
         for name in set(old["names"]) - set(names):
             (self.out / "HR" / f"{name}.png").unlink(missing_ok=True)
@@ -247,7 +246,7 @@ class _Journal:
                 try:
                     lines.append(json.loads(line))
                 except json.JSONDecodeError:
-                    break  # the half line of an interruption: everything before it holds
+                    break  # the half line of an interrupted call; the lines before it are whole
         return lines
 
 

@@ -17,10 +17,10 @@ def imresize(img: np.ndarray, scale: float | Fraction, border: str = "symmetric"
     rounded half up and clipped. A float port without the rounding in between differs in about one
     sample in ten.
 
-    The border is the one thing on which MATLAB's releases differ. ``"symmetric"`` mirrors the
-    image with its edge pixel repeated: this is what current MATLAB does and what made the Set5 LR
-    files distributed with SwinIR (all 15 are reproduced with no differing sample). ``"replicate"``
-    clamps to the edge pixel: older MATLAB, and the LR files distributed with SelfExSR.
+    MATLAB's releases differ in the border. ``"symmetric"`` mirrors the image with its edge pixel
+    repeated; current MATLAB does this, and so do the Set5 LR files distributed with SwinIR (all 15
+    are reproduced without a differing sample). ``"replicate"`` clamps to the edge pixel, as older
+    MATLAB and the LR files distributed with SelfExSR do.
 
     Args:
         img: [H, W, C] or [H, W] uint8.
@@ -35,7 +35,8 @@ def imresize(img: np.ndarray, scale: float | Fraction, border: str = "symmetric"
         ValueError: the shape is not [H, W] or [H, W, C], the image is empty, the scale is not a
             positive finite number, or the border is unknown.
 
-    Source: MATLAB imresize; method notes section 6 (cubic a = -0.5, kernel widened by 1 / scale).
+    Source: MATLAB imresize; docs/method.md, section 6 (cubic with a = -0.5, kernel widened by
+    1 / scale).
     """
     check_uint8_image(img, "imresize: img")
     factor = _as_fraction(scale)
@@ -49,10 +50,10 @@ def imresize(img: np.ndarray, scale: float | Fraction, border: str = "symmetric"
 
 
 def check_uint8_image(img: np.ndarray, name: str) -> None:
-    """Raise unless ``img`` is a non-empty [H, W] or [H, W, C] uint8 array."""
+    """Raises unless ``img`` is a non-empty [H, W] or [H, W, C] uint8 array."""
     if not isinstance(img, np.ndarray) or img.dtype != np.uint8:
-        got = f"{img.dtype} array" if isinstance(img, np.ndarray) else type(img).__name__
-        raise TypeError(f"{name} must be a uint8 numpy array, got {got}")
+        kind = f"{img.dtype} array" if isinstance(img, np.ndarray) else type(img).__name__
+        raise TypeError(f"{name} must be a uint8 numpy array, got {kind}")
     if img.ndim not in (2, 3) or img.size == 0:
         raise ValueError(f"{name} must be a non-empty [H, W] or [H, W, C], got {list(img.shape)}")
 

@@ -1,4 +1,4 @@
-"""Which image is drawn next, and with which crop: functions of (seed, position) alone."""
+"""The order of images and the number that fixes each crop: functions of (seed, position)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from issp.sr.data.checks import check_whole
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 
 class Draw(NamedTuple):
-    """One training sample: the image and the number which fixes its crop and flips."""
+    """One training sample: the image and the number that fixes its crop and flips."""
 
     image: int
     counter: int
@@ -48,8 +50,8 @@ class EnlargedSampler:
     """Endless stream of draws; an epoch is a shuffle of ``ratio`` copies of the data set.
 
     With several ranks each takes every ``world``-th draw of one common stream, so no draw is
-    repeated or lost and the stream does not depend on ``world``. Its position is part of
-    :meth:`state_dict`; the stream after ``load_state_dict`` goes on where it was.
+    repeated or dropped and the stream does not depend on ``world``. :meth:`state_dict` holds the
+    position; ``load_state_dict`` continues from it.
 
     Args:
         size: number of images.
@@ -71,12 +73,11 @@ class EnlargedSampler:
         world: int = 1,
         shuffle: bool = True,
     ):
-        for name, value, least in (("size", size, 1), ("ratio", ratio, 1), ("world", world, 1)):
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+        self.size, self.ratio = check_whole("size", size, 1), check_whole("ratio", ratio, 1)
+        check_whole("world", world, 1)
         if not 0 <= rank < world:
             raise ValueError(f"rank must be in 0 .. {world - 1}, got {rank}")
-        self.size, self.ratio, self.seed = int(size), int(ratio), int(seed)
+        self.seed = int(seed)
         self.rank, self.world, self.shuffle = rank, world, shuffle
         self.position = 0  # draws taken by this rank
         self._order: tuple[int, np.ndarray] | None = None
@@ -93,9 +94,9 @@ class EnlargedSampler:
 
     def take(self, count: int) -> list[Draw]:
         """The next ``count`` draws."""
-        taken = self.draws(self.position, count)
+        draws = self.draws(self.position, count)
         self.position += count
-        return taken
+        return draws
 
     def __iter__(self) -> Iterator[Draw]:
         while True:
@@ -112,30 +113,30 @@ class EnlargedSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position.
+        """Continues from a saved position.
 
         Raises:
             ValueError: the state is of another data set, seed or ratio, so that the order would
                 not be continued.
         """
-        mine = self.state_dict()
-        for key in mine:
+        actual = self.state_dict()
+        for key in actual:
             if key not in state:
                 raise ValueError(f"sampler state has no {key!r}; it is not one of this class")
-            if key != "position" and state[key] != mine[key]:
+            if key != "position" and state[key] != actual[key]:
                 raise ValueError(
                     f"cannot resume the data order: {key} was {state[key]} when saved and is "
-                    f"{mine[key]} now; restore it or start without the sampler's state"
+                    f"{actual[key]} now; restore it or start without the sampler's state"
                 )
         self.position = int(state["position"]) // self.world
 
     def _image(self, counter: int) -> int:
-        epoch, place = divmod(counter, self.size * self.ratio)
+        epoch, index = divmod(counter, self.size * self.ratio)
         if not self.shuffle:
-            return place % self.size
+            return index % self.size
         if self._order is None or self._order[0] != epoch:
-            places = np.arange(self.size * self.ratio, dtype=np.uint64)
-            # Sorting hashes is a shuffle which no numpy release can change.
-            order = np.argsort(hash64(self.seed, places, stream=epoch + 1), kind="stable")
+            indices = np.arange(self.size * self.ratio, dtype=np.uint64)
+            # A shuffle by sorted hashes is the same in every release of numpy.
+            order = np.argsort(hash64(self.seed, indices, stream=epoch + 1), kind="stable")
             self._order = (epoch, order % self.size)
-        return int(self._order[1][place])
+        return int(self._order[1][index])

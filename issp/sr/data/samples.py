@@ -1,4 +1,4 @@
-"""Real photographs for the demo, without a download: those inside scikit-image's wheel."""
+"""Real photographs for the demo, without a download: those in the wheel of scikit-image."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from issp.sr.data.images import read_image
+from issp.utils.errors import MissingPackageError
 
 # Drawings, masks, scans of text and the second view of the stereo pair are left out; so are retina
 # and moon, nearly all of whose crops are too smooth to learn from.
@@ -26,12 +27,12 @@ TEST = ("chelsea.png", "coffee.png", "camera.png")
 
 
 def sample_photographs(split: str = "all") -> dict[str, np.ndarray]:
-    """Photographs which scikit-image ships, split once and for all.
+    """Photographs that scikit-image ships, in a fixed split.
 
     ``"train"`` has 9: astronaut, motorcycle_left, rocket, hubble_deep_field and ihc in colour;
-    brick, coins, grass and gravel grey, replicated to RGB. ``"test"`` has 3 others,
-    never seen in training: chelsea (a cat) and coffee in colour, camera in grey. Nothing is
-    downloaded, and scikit-image itself is not imported.
+    brick, coins, grass and gravel grey, replicated to RGB. ``"test"`` has 3 others: chelsea (a cat)
+    and coffee in colour, camera in grey. Nothing is downloaded, and scikit-image itself is not
+    imported.
 
     Args:
         split: "train", "test" or "all".
@@ -41,21 +42,21 @@ def sample_photographs(split: str = "all") -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: an unknown split.
-        ImportError: scikit-image (or Pillow) is missing.
-        RuntimeError: the installed scikit-image has none of the photographs.
+        MissingPackageError: scikit-image (or Pillow) is not installed.
+        FileNotFoundError: the installed scikit-image has none of the photographs.
     """
     splits = {"train": TRAIN, "test": TEST, "all": TRAIN + TEST}
     if split not in splits:
         raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}")
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError('sample photographs need scikit-image: pip install "issp[train]"')
+        raise MissingPackageError("sample photographs", "scikit-image")
     folder = Path(spec.submodule_search_locations[0]) / "data"
-    # A release that moves one photograph to its download area costs that one alone.
-    there = [folder / name for name in splits[split] if (folder / name).is_file()]
-    if not there:
-        raise RuntimeError(
+    # A release that no longer ships one of the photographs leaves the others usable.
+    files = [folder / name for name in splits[split] if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(
             f"scikit-image in {folder.parent} holds none of the {split} photographs; "
             'reinstall it: pip install "scikit-image>=0.22"'
         )
-    return {file.stem: read_image(file) for file in there}
+    return {file.stem: read_image(file) for file in files}
