@@ -176,17 +176,21 @@ class Report:
         line.kept = about["weights"] - about["zeros"]
 
     def settings(self, variant: Variant, seed: int, folder: Path):
-        """The demo's configuration (`issp.sr.config_keys.Config`) with this variant's pruning."""
-        from issp.sr import config_keys, demo
+        """The demo's configuration (`issp.sr.config.Config`) with this variant's pruning."""
+        from issp.sr import config, demo
 
         chosen = demo.Options(folder, seed=seed)
-        settings = demo.settings(chosen, "run", self.iterations, variant.sparsity or None)
-        settings.val_data = []  # scored at the end alone
+        # Scored at the end alone.
+        settings = demo.settings(
+            chosen, "run", self.iterations, variant.sparsity or None, validation=False
+        )
         if settings.sparsity:
             settings.sparsity.exclude = list(self.dense)
             keep = variant.keep
             if keep:
-                settings.sparsity.keep = config_keys.Keep(keep.n, keep.of, keep.v, keep.layout)
+                settings.sparsity.keep = config.Keep(
+                    n=keep.n, of=keep.of, v=keep.v, layout=keep.layout
+                )
         return settings
 
     def against_unstructured(self, line: Line) -> list[float]:

@@ -1,4 +1,4 @@
-"""What is installed and in use here: versions, back ends, processor, GPU, float mode."""
+"""Facts about the installation and the machine: versions, back ends, processor, GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from issp.utils.environment import package_version
 
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "amx_bf16", "amx_tile")
 _PACKAGES = (
-    *("numpy", "triton", "Pillow", "PyYAML", "safetensors", "rich", "matplotlib"),
+    *("numpy", "triton", "Pillow", "PyYAML", "pydantic", "safetensors", "rich", "matplotlib"),
     *("tensorboard", "scikit-image"),
 )
 
@@ -26,18 +26,15 @@ def info() -> dict[str, Any]:
         A dict of plain values, the same as `issp info --json` prints.
     """
     gpu = _gpu()
+    devices = ("cpu", "cuda") if gpu else ("cpu",)
     return {
         "issp": version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "packages": {
-            name: package_version(name) for name in (*_PACKAGES, "tensorboard", "scikit-image")
-        },
+        "packages": {name: package_version(name) for name in _PACKAGES},
         "system": f"{platform.system()} {platform.machine()}",
         "backends": {
-            "active": {
-                device: backends.active(device) for device in ("cpu", "cuda")[: 1 + bool(gpu)]
-            },
+            "active": {device: backends.active(device) for device in devices},
             "unused": backends.problems(),
             "forced": os.environ.get("ISSP_BACKEND"),
         },

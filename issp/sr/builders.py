@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping
+import random
+from collections.abc import Callable
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from issp import optim
+from issp.ops.keep import Keep
+from issp.pruning.pruner import Pruner, attach
 from issp.sr import checkpoint, data, models
-from issp.sr.config_keys import Config, EvalData, Keep, Scheduler, TrainData
+from issp.sr.config import Config, EvalData, Scheduler, TrainData
+from issp.sr.config import Keep as KeepSection
+from issp.utils.errors import ConfigError
 from issp.utils.text import suggest
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
@@ -26,42 +30,37 @@ def device(name: str) -> torch.device:
     """The device called "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:1".
 
     Raises:
-        ValueError: no such device here.
+        ConfigError: no such device on this machine.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         chosen = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:1") from None
+        raise ConfigError(f"device {name!r} is unknown: use auto, cpu, cuda or cuda:1") from None
     if chosen.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not supported: use auto, cpu or cuda")
+        raise ConfigError(f"device {name!r} is not supported: use auto, cpu or cuda")
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r} is not here: torch sees {torch.cuda.device_count()} GPUs"
-        )
+        raise ConfigError(f"device {name!r} is absent: torch sees {torch.cuda.device_count()} GPUs")
     return chosen
 
 
-def network(config: Config) -> nn.Module:
+def network(config: Config) -> models.SuperResolver:
     """The network of `network_g`, on the CPU, with its pretrained weights if a path is given.
 
     `network_g.type` is a class (SwinIR, EDSR, CAT) or a name of `issp.models.names()`.
+
+    Raises:
+        ConfigError: an unknown type, or arguments that the network does not take.
+        ValueError, OSError: the pretrained weights cannot be read or do not fit.
     """
-    arguments = dict(config.network_g)
-    kind = arguments["type"]
-    if kind in models.names():
-        arguments.pop("type")
-        arguments.pop("upscale", None)
-        model = models.build(kind, config.scale, **arguments)
-    elif kind not in ARCHITECTURES:
-        known = (*models.names(), *ARCHITECTURES)
-        raise ValueError(f"unknown network {kind!r}: {suggest(kind, known)}")
-    else:
-        arguments.setdefault("upscale", config.scale)
-        model = models.from_config(arguments)
+    try:
+        model = _untrained_network(config)
+    except (TypeError, RuntimeError, ArithmeticError) as error:
+        # Values of network_g that are of the wrong type or sign surface anywhere in torch.
+        raise ConfigError(f"network_g: {error}") from error
     if model.scale != config.scale:
-        raise ValueError(
+        raise ConfigError(
             f"network_g.upscale is {model.scale} but scale is {config.scale}: make them equal"
         )
     path = config.path.pretrain_network_g
@@ -70,6 +69,20 @@ def network(config: Config) -> nn.Module:
         tensors, _ = checkpoint.read_tensors(path, key)
         checkpoint.load_weights(model, tensors, path, config.path.strict_load_g)
     return model
+
+
+def _untrained_network(config: Config) -> models.SuperResolver:
+    arguments = dict(config.network_g)
+    kind = arguments["type"]
+    if kind in models.names():
+        arguments.pop("type")
+        arguments.pop("upscale", None)
+        return models.build(kind, config.scale, **arguments)
+    if kind not in ARCHITECTURES:
+        known = (*models.names(), *ARCHITECTURES)
+        raise ConfigError(f"unknown network {kind!r}: {suggest(kind, known)}")
+    arguments.setdefault("upscale", config.scale)
+    return models.from_config(arguments)
 
 
 def pairs(entry: TrainData | EvalData, scale: int) -> Pairs:
@@ -112,26 +125,31 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """
     options = config.train.optim_g
     parameters = [p for p in model.parameters() if p.requires_grad]
-    common: dict[str, Any] = {"lr": options.lr, "weight_decay": options.weight_decay}
+    lr, weight_decay = options.lr, options.weight_decay
     if options.type == "SGD":
-        return optim.SGD(parameters, momentum=options.betas[0], **common)
+        momentum = options.betas[0]
+        return optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum)
     kind = {"Adam": optim.Adam, "AdamW": optim.AdamW}[options.type]
-    return kind(parameters, betas=tuple(options.betas), eps=options.eps, **common)
+    return kind(
+        parameters,
+        lr=lr,
+        weight_decay=weight_decay,
+        betas=tuple(options.betas),
+        eps=options.eps,
+    )
 
 
 def pruner(
     config: Config, model: nn.Module, opt: torch.optim.Optimizer, ema: nn.Module | None
-) -> Any:
+) -> Pruner | None:
     """`issp.attach` with the `sparsity` section; None for dense training."""
-    from issp.pruning.pruner import attach
-
     section = config.sparsity
     if section is None:
         return None
-    overrides = {name: _target(value) for name, value in section.overrides.items()}
+    overrides = {name: pruning_target(value) for name, value in section.overrides.items()}
     if section.keep:
-        # First, so that the user's own patterns win over it.
-        overrides = {"*": _keep(section.keep)} | overrides
+        # First, so that the user's own name patterns win over it.
+        overrides = {"*": pruning_target(section.keep)} | overrides
     return attach(
         model,
         opt,
@@ -145,28 +163,22 @@ def pruner(
     )
 
 
-def _target(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return float(value)
-    try:
-        return _keep(Keep(**value))
-    except TypeError:
-        raise ValueError(
-            f"sparsity.overrides: {value} must have n, of and maybe v, layout, tail"
-        ) from None
+def pruning_target(entry: float | KeepSection) -> float | Keep:
+    """What `issp.attach` takes as a layer's target: a sparsity, or an N:M pattern."""
+    if not isinstance(entry, KeepSection):
+        return entry
+    return Keep(entry.n, of=entry.of, v=entry.v, layout=entry.layout, tail=entry.tail)
 
 
-def _keep(entry: Keep) -> Any:
-    from issp.ops.keep import Keep as Pattern
-
-    return Pattern(entry.n, of=entry.of, v=entry.v, layout=entry.layout, tail=entry.tail)
-
-
-def loss(config: Config) -> Any:
+def loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
     """`train.pixel_opt` as a function of (output, target)."""
     option = config.train.pixel_opt
-    kinds = {"L1Loss": F.l1_loss, "MSELoss": F.mse_loss, "CharbonnierLoss": charbonnier}
-    function = kinds[option.type]
+    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "L1Loss": F.l1_loss,
+        "MSELoss": F.mse_loss,
+        "CharbonnierLoss": charbonnier,
+    }
+    function = functions[option.type]
     return lambda output, target: option.loss_weight * function(output, target)
 
 
@@ -181,7 +193,7 @@ def learning_rate(config: Config, iteration: int) -> float:
     Constant in the pruning stage; then the scheduler, counted from the freeze. A milestone m is the
     last iteration with the old rate, as in BasicSR.
 
-    Source: method notes, sections 1.3 and 2.5.
+    Source: docs/method.md, sections 1.3 and 2.5.
     """
     base = config.train.optim_g.lr
     if iteration <= config.train.warmup_iter:
@@ -201,15 +213,13 @@ def _cosine(base: float, scheduler: Scheduler, steps: int) -> float:
     begin = ends[cycle - 1] if cycle else 0
     weights = scheduler.restart_weights
     weight = weights[cycle] if len(weights) > 1 else weights[0]
-    place = min((steps - begin) / scheduler.periods[cycle], 1.0)
+    progress = min((steps - begin) / scheduler.periods[cycle], 1.0)
     low = scheduler.eta_min
-    return low + weight * 0.5 * (base - low) * (1 + math.cos(math.pi * place))
+    return low + weight * 0.5 * (base - low) * (1 + math.cos(math.pi * progress))
 
 
 def seed_everything(seed: int) -> None:
     """Seeds every random generator of the process."""
-    import random
-
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,19 @@ from torch import Tensor, nn
 
 from issp.deploy import pack
 from issp.pruning import summary
+from issp.sr import models
+from issp.utils.errors import import_optional
 from issp.utils.files import atomic_write
 
-_METADATA = "issp"
+_METADATA_KEY = "issp"
 
 
 def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
     """Writes a model as safetensors, with what `load` needs to rebuild it.
 
     Args:
-        model: a network of `issp.models` (it has `.config` and `.scale`), packed or not: a file
-            holds dense weights with their zeros, whatever path a machine found the fastest.
+        model: a network of `issp.models` (it has `.config` and `.scale`), packed or not: the file
+            holds dense weights with their zeros, so that every machine packs them anew.
         path: file to write.
         **extra: more plain values for the metadata, such as iteration=1000.
 
@@ -38,7 +41,7 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
         TypeError: the model has no configuration.
         OSError: the file cannot be written; an older file is left as it was.
     """
-    safetensors = _safetensors()
+    safetensors_torch = _import_safetensors("safetensors.torch")
     if not isinstance(getattr(model, "config", None), dict):
         raise TypeError(
             f"cannot save {type(model).__name__} with its architecture: it has no .config; "
@@ -48,13 +51,15 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
         model = pack.unpack(model)
     # Copies: safetensors refuses tensors that share memory, and tied weights load back equal.
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
-    about = {"config": model.config, "arch": model.arch, "scale": model.scale}
-    about |= {"sparsity": sparsity(model), **extra}
-    data = safetensors.torch.save(tensors, {"format": "pt", _METADATA: json.dumps(about)})
+    metadata: dict[str, Any] = {"config": model.config, "arch": model.arch, "scale": model.scale}
+    metadata |= {"sparsity": sparsity(model), **extra}
+    data = safetensors_torch.save(tensors, {"format": "pt", _METADATA_KEY: json.dumps(metadata)})
     atomic_write(path, data)
 
 
-def load(path: str | os.PathLike, arch: str | None = None, scale: int | None = None) -> nn.Module:
+def load(
+    path: str | os.PathLike, arch: str | None = None, scale: int | None = None
+) -> models.SuperResolver:
     """Rebuilds the model in a file.
 
     Args:
@@ -69,14 +74,15 @@ def load(path: str | os.PathLike, arch: str | None = None, scale: int | None = N
         FileNotFoundError: there is no such file.
         ValueError: the file is damaged or cut short, or of another architecture.
     """
-    from issp.sr import models
-
-    tensors, about = read_tensors(path)
+    tensors, metadata = read_tensors(path)
     if arch is not None:
-        model = models.build(arch, scale or about.get("scale") or 4)
-    elif "config" in about:
-        model = models.from_config(about["config"])
-        model.arch = about.get("arch", model.arch)
+        model = models.build(arch, scale or metadata.get("scale") or 4)
+    elif "config" in metadata:
+        try:
+            model = models.from_config(metadata["config"])
+        except TypeError as error:
+            raise ValueError(f"{path} describes no network: {error}") from None
+        model.arch = metadata.get("arch", model.arch)
     else:
         raise ValueError(f"{path} does not say its architecture: give its name and scale")
     load_weights(model, tensors, path)
@@ -99,8 +105,8 @@ def read_tensors(
         return _read_safetensors(path)
     content = read_state(path)
     keys = (key,) if key else ("params_ema", "params", "state_dict")
-    found = next((k for k in keys if isinstance(content.get(k), dict)), None)
-    tensors = content[found] if found else content
+    entry = next((k for k in keys if isinstance(content.get(k), dict)), None)
+    tensors = content[entry] if entry else content
     if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise ValueError(f"{path} holds no weights: looked for {', '.join(keys)}")
     # DataParallel's prefix belongs to a wrapper, not to the network.
@@ -113,23 +119,29 @@ def load_weights(
     """`model.load_state_dict` whose error is one sentence.
 
     Raises:
-        ValueError: names or shapes do not fit the model, the first misfit is named.
+        ValueError: names or shapes do not fit the model; the first one is named.
     """
-    mine = model.state_dict()
-    missing = [name for name in mine if name not in tensors]
-    foreign = [name for name in tensors if name not in mine]
-    shapes = [n for n in mine if n in tensors and mine[n].shape != tensors[n].shape]
-    problem = None
-    if shapes:
-        was, now = tuple(tensors[shapes[0]].shape), tuple(mine[shapes[0]].shape)
-        problem = f"{shapes[0]} is {was} there and {now} in the model"
-    elif strict and (missing or foreign):
-        lost = f"{missing[0]} is missing there" if missing else f"{foreign[0]} is unknown here"
-        problem = f"{lost} ({len(missing)} missing, {len(foreign)} unknown)"
+    problem = _misfit(model.state_dict(), tensors, strict)
     if problem:
         arch = getattr(model, "arch", type(model).__name__)
         raise ValueError(f"{path} does not fit {arch}: {problem}; check the model and its scale")
     model.load_state_dict(tensors, strict=strict)
+
+
+def _misfit(expected: dict[str, Tensor], actual: dict[str, Tensor], strict: bool) -> str | None:
+    """The first difference in shapes or, with `strict`, in names; None if there is none."""
+    for name, tensor in expected.items():
+        if name in actual and actual[name].shape != tensor.shape:
+            shapes = tuple(actual[name].shape), tuple(tensor.shape)
+            return f"{name} is {shapes[0]} in the file and {shapes[1]} in the model"
+    missing_keys = [name for name in expected if name not in actual]
+    unexpected_keys = [name for name in actual if name not in expected]
+    if not strict or not (missing_keys or unexpected_keys):
+        return None
+    counts = f"{len(missing_keys)} missing, {len(unexpected_keys)} unexpected"
+    if missing_keys:
+        return f"{missing_keys[0]} is missing in the file ({counts})"
+    return f"{unexpected_keys[0]} is not in the model ({counts})"
 
 
 def sparsity(model: nn.Module) -> dict[str, Any]:
@@ -156,8 +168,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, cut short, or wants to run code on loading.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    _check_exists(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -198,6 +209,11 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def _check_exists(path: str | os.PathLike) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+
+
 def _damaged(path: str | os.PathLike) -> ValueError:
     return ValueError(
         f"checkpoint {path} is damaged or cut short; remove it and use an older one of its folder"
@@ -205,22 +221,16 @@ def _damaged(path: str | os.PathLike) -> ValueError:
 
 
 def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    safetensors = _safetensors()
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+    safetensors = _import_safetensors("safetensors")
+    _check_exists(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(metadata.get(_METADATA, "{}"))
+        return tensors, metadata
     except (safetensors.SafetensorError, OSError, ValueError):
         raise _damaged(path) from None
 
 
-def _safetensors():
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError:
-        raise ImportError('model files need safetensors: pip install "issp[train]"') from None
-    return safetensors
+def _import_safetensors(module: str) -> ModuleType:
+    return import_optional(module, "safetensors", "model files")

@@ -1,7 +1,7 @@
-"""The demo: sparse from the first iteration, on a CPU, in minutes, on real photographs.
+"""The demo: trains a sparse network on a CPU in minutes, on real photographs.
 
 edsr-tiny x2 is trained from random initialisation by ISS-P on the sample photographs of the train
-split and compared with bicubic interpolation on photographs it has never seen.
+split and compared with bicubic interpolation on the photographs of the test split.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from issp.sr import builders, checkpoint, config, data, evaluate, logging, plots
-from issp.sr.config_keys import Config
+from issp.sr.config import Config
 from issp.sr.train import train
 from issp.utils import denormals
+from issp.utils.errors import ConfigError
 from issp.utils.text import table
 
 SCALE, MODEL, BATCH, PATCH, LEARNING_RATE = 2, "edsr-tiny", 8, 64, 1e-3
@@ -29,13 +30,13 @@ _CROP = 96
 
 @dataclass(frozen=True)
 class Options:
-    """What `issp demo` can be told.
+    """Options of `issp demo`.
 
     Args:
         out: folder of the results.
         iterations: of training; None: `ITERATIONS`, or what fits into `minutes`.
         minutes: time for each training.
-        dense: train the dense twin as well.
+        dense: also train the same network without pruning.
         sparsity: share of each layer's weights to prune.
         seed: of all random numbers.
     """
@@ -67,10 +68,10 @@ def run(options: Options) -> list[Row]:
     """Trains, prints one table, writes model.safetensors, curves.png and comparison.png.
 
     Returns:
-        The rows of the table: bicubic, ISS-P and, if asked for, the dense twin.
+        The rows of the table: bicubic, ISS-P and, with `dense`, the dense twin.
     """
     if options.minutes is not None and options.minutes <= 0:
-        raise ValueError(f"--minutes is {options.minutes}: give each training some, such as 4")
+        raise ConfigError(f"--minutes is {options.minutes}: it must be positive, such as 4")
     started = time.perf_counter()
     denormals.flush_denormals()
     iterations = options.iterations or ITERATIONS
@@ -104,8 +105,18 @@ def run(options: Options) -> list[Row]:
     return rows
 
 
-def settings(options: Options, name: str, iterations: int, sparsity: float | None) -> Config:
-    """The configuration of one of the demo's trainings; the same keys as a YAML file."""
+def settings(
+    options: Options, name: str, iterations: int, sparsity: float | None, validation: bool = True
+) -> Config:
+    """The configuration of one of the demo's trainings.
+
+    Args:
+        options: of the demo.
+        name: of the run.
+        iterations: of the training.
+        sparsity: share of each layer's weights to prune; None: dense training.
+        validation: score the held-out photographs during the training.
+    """
     freeze = max(1, iterations * 2 // 5)
     tree: dict[str, Any] = {
         "name": name,
@@ -139,6 +150,8 @@ def settings(options: Options, name: str, iterations: int, sparsity: float | Non
             "use_tb_logger": False,
         },
     }
+    if not validation:
+        del tree["datasets"]["val"]
     if sparsity:
         tree["sparsity"] = {"method": "iss-p", "ratio": sparsity, "freeze_iter": freeze}
     return config.parse(tree)
@@ -175,20 +188,20 @@ def _train(settings: Config, held_out: data.EvalDataset) -> tuple[nn.Module, Row
     shutil.rmtree(settings.folder, ignore_errors=True)
     model = train(settings)
     scores = evaluate.evaluate(evaluate.of_model(model), held_out)
-    about = checkpoint.sparsity(model)
-    kept = about["weights"] - about["zeros"]
+    counts = checkpoint.sparsity(model)
+    kept = counts["weights"] - counts["zeros"]
     rows = logging.read_csv(settings.folder / "log" / "train.csv")
     pruning = [r for r in rows if r["stage"] == "pruning"]
     rows = pruning or rows
     share = sum(r["update_share"] * r["seconds"] for r in rows) / sum(r["seconds"] for r in rows)
     name = f"ISS-P, {100 * settings.sparsity.ratio:g} %" if settings.sparsity else "dense twin"
-    return model, Row(name, scores, f"{kept:,} of {about['weights']:,}", f"{100 * share:.1f} %")
+    return model, Row(name, scores, f"{kept:,} of {counts['weights']:,}", f"{100 * share:.1f} %")
 
 
 def _sheets(model: nn.Module, label: str, held_out: data.EvalDataset) -> list[list[plots.Panel]]:
-    """For every photograph the window with the most detail; the notes are of the whole image."""
+    """For every photograph the window with the most detail; PSNR is of the whole image."""
     sheets = []
-    ours, cubic = evaluate.of_model(model), evaluate.bicubic(SCALE)
+    upscalers = {"bicubic": evaluate.bicubic(SCALE), label: evaluate.of_model(model)}
     for i, name in enumerate(held_out.pairs.names):
         lr, hr = held_out.load(i)
         top, left = plots.busiest(hr, _CROP, SCALE, border=8)
@@ -197,7 +210,7 @@ def _sheets(model: nn.Module, label: str, held_out: data.EvalDataset) -> list[li
             top // SCALE : (top + _CROP) // SCALE, left // SCALE : (left + _CROP) // SCALE
         ]
         panels = [plots.Panel("low resolution", lr[small], name)]
-        for title, upscaler in (("bicubic", cubic), (label, ours)):
+        for title, upscaler in upscalers.items():
             sr = upscaler(lr)
             psnr = evaluate.score(name, sr, hr, SCALE, with_ssim=False).psnr
             panels.append(plots.Panel(title, sr[window], f"{psnr:.2f} dB (whole image)"))

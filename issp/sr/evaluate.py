@@ -1,4 +1,4 @@
-"""Scores on whole images, by the protocol of the papers (method notes, section 6)."""
+"""Scores on whole images, by the protocol of the papers (docs/method.md, section 6)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def super_resolve(
     Returns:
         [h * scale, w * scale, 3] uint8, clamped and rounded half to even.
     """
-    where = next(model.parameters())
-    x = data.to_tensor(lr)[None].to(where.device, where.dtype)
+    weight = next(model.parameters())
+    x = data.to_tensor(lr)[None].to(weight.device, weight.dtype)
     return data.to_image(models.upscale(model, x, tile, tile_overlap))
 
 
@@ -64,10 +64,10 @@ def evaluate(
 
     Args:
         upscaler: [h, w, 3] uint8 to [h * scale, w * scale, 3] uint8.
-        dataset: images with their truth.
+        dataset: images with their originals.
         crop_border: pixels cut from each side; None: the scale.
-        y_channel: on luma, otherwise on RGB.
-        with_ssim: SSIM costs several times what PSNR costs.
+        y_channel: score the luma, otherwise RGB.
+        with_ssim: also compute SSIM, which takes several times as long as PSNR.
         on_image: called as (name, result, score), to save images or show progress.
     """
     border = dataset.scale if crop_border is None else crop_border
@@ -89,12 +89,12 @@ def mean(scores: Sequence[Score], name: str = "mean") -> Score:
 
 
 def bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
-    """The baseline as an upscaler."""
+    """Bicubic interpolation as an upscaler."""
     return lambda lr: data.imresize(lr, scale)
 
 
 def of_model(model: nn.Module, tile: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
-    """A network as an upscaler; gradients and training mode are taken care of."""
+    """A network as an upscaler, without gradients and in evaluation mode."""
 
     @torch.no_grad()
     def upscaler(lr: np.ndarray) -> np.ndarray:

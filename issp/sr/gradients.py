@@ -1,4 +1,4 @@
-"""Statistics of gradients, the record of a training run: norm, variance, mean and deviation."""
+"""Statistics of gradients of a training run: norm, variance, mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ COLUMNS = ("iteration", "layer", "norm", "variance", "mean", "std")
 
 
 class GradientLog:
-    """gradients.csv: a row for every layer in each iteration that is recorded.
+    """gradients.csv: a row for every layer in each recorded iteration.
 
-    Norm is that of the gradient; variance, mean and std are those of its absolute values.
+    `norm` is the norm of the gradient; `variance`, `mean` and `std` are of its absolute values.
 
     Args:
         path, upto: see `issp.sr.logging.CsvLog`.
@@ -33,14 +33,17 @@ class GradientLog:
         """Records the gradients as the backward pass left them; waits for the GPU."""
         grads = {name: w.grad for name, w in self._weights.items() if w.grad is not None}
         if grads:
-            found = ops.magnitude_statistics([summary.in_memory_order(g) for g in grads.values()])
-            rows = zip(grads, found.tolist(), strict=True)
-            places = ({"iteration": iteration, "layer": name} | _named(row) for name, row in rows)
-            self._csv.add(*places)
+            tensors = [summary.in_memory_order(grad) for grad in grads.values()]
+            statistics = ops.magnitude_statistics(tensors).tolist()
+            rows = (
+                {"iteration": iteration, "layer": name, **_by_column(values)}
+                for name, values in zip(grads, statistics, strict=True)
+            )
+            self._csv.add(*rows)
 
 
 def weights_to_record(model: nn.Module, pruner: Pruner | None) -> dict[str, Tensor]:
-    """Layer name -> weight: of the layers to prune, or of all convolutions and linear layers."""
+    """Layer name -> weight of the layers to prune; without a pruner of all Conv2d and Linear."""
     if pruner is None:
         modules = model.named_modules()
         return {name: m.weight for name, m in modules if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -48,5 +51,5 @@ def weights_to_record(model: nn.Module, pruner: Pruner | None) -> dict[str, Tens
     return {name: model.get_submodule(name).weight for name in names}
 
 
-def _named(row: list[float]) -> dict[str, float]:
-    return dict(zip(COLUMNS[2:], row, strict=True))
+def _by_column(values: list[float]) -> dict[str, float]:
+    return dict(zip(COLUMNS[2:], values, strict=True))

@@ -1,4 +1,4 @@
-"""Stopping between iterations: a first Ctrl-C or SIGTERM is remembered, a second acts at once."""
+"""Stopping between iterations: the first Ctrl-C or SIGTERM is kept, the second acts at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop did so, with everything saved.
+    """A run was asked to stop: its state is saved and the run has ended.
 
     Args:
         iteration: the last one done.
@@ -22,7 +22,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """While entered, `signal` tells which of SIGINT and SIGTERM has arrived (0: none)."""
+    """A context in which `signal` is the SIGINT or SIGTERM that has arrived; 0: none."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -32,14 +32,14 @@ class StopRequest:
         # Only the main thread may set handlers; elsewhere signals keep their usual meaning.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._arrived)
+                self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _arrived(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from issp.sr import logging
+from issp.utils.errors import import_optional
 from issp.utils.files import atomic_write
 
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9731a", "#777777"
@@ -84,12 +85,13 @@ def gradients(
     from matplotlib import colormaps
 
     axes = figure.subplots(2, 1, sharex=True)
-    for i, (name, own) in enumerate(by_layer.items()):
-        ends = i in (0, len(by_layer) - 1)
-        style = {"color": colormaps["viridis"](0.9 * i / max(1, len(by_layer) - 1)), "linewidth": 1}
+    for i, (name, layer_rows) in enumerate(by_layer.items()):
+        is_labelled = i in (0, len(by_layer) - 1)
+        color = colormaps["viridis"](0.9 * i / max(1, len(by_layer) - 1))
+        x = [row["iteration"] for row in layer_rows]
         for axis, key in zip(axes, ("norm", "variance"), strict=True):
-            x, y = [r["iteration"] for r in own], [r[key] for r in own]
-            axis.plot(x, y, label=name if ends else None, **style)
+            y = [row[key] for row in layer_rows]
+            axis.plot(x, y, label=name if is_labelled else None, color=color, linewidth=1)
     axes[0].set_ylabel("norm of the gradient")
     axes[1].set_ylabel("variance of its magnitudes")
     for axis in axes:
@@ -101,7 +103,7 @@ def gradients(
 
 
 def _against_iterations(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """What all plots over the iterations of train.csv have in common; marks the freeze."""
+    """The style of all plots over the iterations of train.csv; marks the freeze."""
     freeze = max((r["iteration"] for r in rows if r["stage"] == "pruning"), default=None)
     for axis in axes:
         axis.grid(alpha=0.25)
@@ -109,11 +111,15 @@ def _against_iterations(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         if freeze is not None:
             axis.axvline(freeze, color=_GREY, linestyle="--", linewidth=1)
     if freeze is not None:
-        place = ("data", "axes fraction")
         axes[0].annotate(
-            "mask frozen", (freeze, 0.02), xycoords=place, xytext=(4, 0), color=_GREY,
-            textcoords="offset points", fontsize=9,
-        )  # fmt: skip
+            "mask frozen",
+            (freeze, 0.02),
+            xycoords=("data", "axes fraction"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            color=_GREY,
+            fontsize=9,
+        )
     axes[-1].set_xlabel("iteration")
     axes[-1].set_xlim(left=0, right=rows[-1]["iteration"] if rows else None)
 
@@ -167,7 +173,7 @@ def comparison(sheets: Sequence[Sequence[Panel]], path: str | Path) -> None:
 
 
 def busiest(image: np.ndarray, size: int, multiple: int, border: int = 0) -> tuple[int, int]:
-    """Top left corner of the window with the most detail: chosen by the original alone.
+    """Top left corner of the window with the most detail, as the sum of pixel differences.
 
     Args:
         image: [H, W, 3] uint8.
@@ -195,24 +201,24 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
     scored = [row for row in rows if row.get("psnr") is not None]
     soft = [row for row in scored if (row["zeros"] or 0) < (row["selected"] or 0)]
     hard = [row for row in scored if row not in soft]
-    for part, label, style in (
-        (soft, "soft model: selected weights shrunk, not yet zero", {"markerfacecolor": "white"}),
-        (hard, "sparse model" if soft else "model", {}),
-    ):
-        if part:
-            x, y = [r["iteration"] for r in part], [r["psnr"] for r in part]
-            color = _ORANGE if part is soft else _BLUE
-            axis.plot(x, y, "o-", color=color, markersize=4, label=label, **style)
+    _scores(axis, soft, "soft model: selected weights shrunk, not yet zero", _ORANGE, "white")
+    _scores(axis, hard, "sparse model" if soft else "model", _BLUE, _BLUE)
     if bicubic is not None:
         axis.axhline(bicubic, color="black", linewidth=1, linestyle=":", label="bicubic")
     if not scored:
         axis.text(0.5, 0.5, "no validation", transform=axis.transAxes, ha="center", color=_GREY)
     elif soft or bicubic is not None:
         axis.legend(fontsize=8, frameon=False, loc="lower right")
-    # The first iterations, far below the rest, would flatten everything of interest.
+    # The first iterations score far lower than the rest and would compress the curve.
     top = max([row["psnr"] for row in scored] + ([bicubic] if bicubic else []), default=0)
     axis.set_ylim(bottom=max(axis.get_ylim()[0], top - 4))
     axis.set_ylabel("PSNR (dB)")
+
+
+def _scores(axis: Any, rows: Sequence[dict[str, Any]], label: str, color: str, face: str) -> None:
+    if rows:
+        x, y = [row["iteration"] for row in rows], [row["psnr"] for row in rows]
+        axis.plot(x, y, "o-", color=color, markerfacecolor=face, markersize=4, label=label)
 
 
 def _line(axis: Any, rows: Sequence[dict[str, Any]], key: str, label: str) -> None:
@@ -222,11 +228,10 @@ def _line(axis: Any, rows: Sequence[dict[str, Any]], key: str, label: str) -> No
 
 
 def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError('plots need matplotlib: pip install "issp[train]"') from None
+    import_optional("matplotlib", "matplotlib", "plots")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -254,7 +259,7 @@ def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
     folder = Path(folder)
     log = folder / "log"
     if not (log / "train.csv").is_file():
-        raise FileNotFoundError(f"{folder} is no run of `issp train`: it has no log/train.csv")
+        raise FileNotFoundError(f"{folder} is not a run of `issp train`: it has no log/train.csv")
     out = Path(out) if out else folder / "visualization"
     written = [out / "curves.png"]
     training = logging.read_csv(log / "train.csv")

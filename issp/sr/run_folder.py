@@ -1,4 +1,4 @@
-"""experiments/<name>: what is where, which state is the latest, and under what it was made."""
+"""experiments/<name>: the layout of a run's folder, its latest state, its environment."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from issp.ops.info import info
 from issp.sr import checkpoint
-from issp.sr.config import dump
-from issp.sr.config_keys import Config
+from issp.sr.config import Config, dump
 from issp.utils.environment import git_revision
 from issp.utils.files import atomic_write
 
@@ -58,31 +58,29 @@ class RunFolder:
         Raises:
             FileNotFoundError: there is none.
         """
-        found = sorted(self._numbered())
-        if not found:
+        states = self._states()
+        if not states:
             raise FileNotFoundError(
                 f"there is no training state in {self.states}: start without --resume"
             )
-        return found[-1][1]
+        return states[-1]
 
     def save_state(self, state: dict[str, Any], keep: int) -> Path:
         """Writes <iteration>.state, then removes all but the latest `keep` up to it."""
         path = self.states / f"{state['iteration']}.state"
         checkpoint.write_state(state, path)
-        for _, old in sorted(self._numbered())[:-keep]:
+        for old in self._states()[:-keep]:
             if old != path:
                 old.unlink(missing_ok=True)
         return path
 
-    def _numbered(self) -> list[tuple[int, Path]]:
+    def _states(self) -> list[Path]:
         files = self.states.glob("*.state") if self.states.is_dir() else []
-        return [(int(f.stem), f) for f in files if f.stem.isdigit()]
+        return sorted((f for f in files if f.stem.isdigit()), key=lambda f: int(f.stem))
 
 
 def environment() -> dict[str, Any]:
-    """What `issp info` tells, the command line, and the git revision of the working folder."""
-    from issp.ops.info import info
-
+    """What `issp info` prints, the command line, and the git revision of the checkout."""
     return {"command": sys.argv, "git": git_revision(Path(__file__).parent), **info()}
 
 

@@ -8,16 +8,19 @@ sparse network is fine-tuned with a decaying one. Without a `sparsity` section i
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
+from issp.pruning.pruner import Pruner
 from issp.sr import builders, checkpoint, evaluate, gradients, logging
-from issp.sr.config_keys import Config
-from issp.sr.data import write_image
+from issp.sr.config import Config
+from issp.sr.data import EvalDataset, TrainLoader, write_image
 from issp.sr.interrupt import Interrupted, StopRequest
 from issp.sr.run_folder import RunFolder
 from issp.utils import denormals
@@ -28,7 +31,7 @@ LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", 
 
 @dataclass
 class Best:
-    """The best validated model that is what it claims: dense, or sparse by its frozen mask."""
+    """Highest PSNR on the first validation set, of models in their final form."""
 
     psnr: float = float("-inf")
     iteration: int = 0
@@ -38,20 +41,21 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
     """Trains, prunes and fine-tunes what a configuration says.
 
     Args:
-        config: see `issp.sr.config_keys`.
+        config: see `issp.sr.config`.
         resume: continue from `path.resume_state`, or else from the latest state of the run's
             folder. On a CPU the result is bitwise that of a run without a break.
         quiet: print nothing.
 
     Returns:
-        The final model (the averaged one with `train.ema_decay`), on its device, finalized: pruned
-        weights are hard zeros, hooks are gone.
+        The final model (the averaged one with `train.ema_decay`), on its device. It is finalized:
+        pruned weights are exact zeros and the hooks are removed.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM came; the state has been saved.
-        ValueError, RuntimeError, OSError: bad input, a loss that is not finite, a full disk.
+        NonFiniteLossError: the loss became NaN or infinite.
+        ValueError, OSError: bad input, a full disk.
     """
-    # Before the first parallel operation: the worker threads inherit it.
+    # Before the first parallel operation, because worker threads inherit the mode.
     flushed = denormals.flush_denormals()
     builders.seed_everything(config.manual_seed)
     device = builders.device(config.device)
@@ -61,15 +65,26 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
     validation = builders.validation_sets(config)
     loss_function = builders.loss(config)
     optimizer = builders.optimizer(config, model)
-    meter = logging.Meter(device)
+    meter = logging.AverageMeter(device)
     pruner = builders.pruner(config, model, optimizer, ema)
     meter.timer.watch(optimizer)
 
-    run = Run(config, model, ema, optimizer, pruner, batches, meter, validation)
+    run = TrainingRun(
+        config=config,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        pruner=pruner,
+        batches=batches,
+        meter=meter,
+        validation=validation,
+    )
     start = run.resume() if resume else run.start()
-    screen = run.open_logs(start, quiet)
+    progress = run.open_logs(start, quiet)
     if not flushed and device.type == "cpu":
-        screen.say("denormal numbers are not flushed to zero in all threads: steps may be slower")
+        progress.write_line(
+            "denormal numbers are not flushed to zero in all threads: steps may be slower"
+        )
 
     total = config.train.total_iter
     meter.begin()
@@ -87,9 +102,9 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
             optimizer.step()  # the pruner acts here: shrink up to freeze_iter, mask afterwards
             update_ema(ema, model, config.train.ema_decay)
             meter.add(loss)
-            screen.advance(iteration)
+            progress.advance(iteration)
 
-            # Read once: a signal that comes while this iteration is logged stops the next one.
+            # Read once, so that a signal during logging stops the next iteration.
             signal = stop.signal
             run.after(iteration, stopping=signal != 0)
             if signal and iteration < total:
@@ -100,9 +115,9 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
 
 @torch.no_grad()
 def update_ema(ema: nn.Module | None, model: nn.Module, decay: float) -> None:
-    """ema = decay * ema + (1 - decay) * model; after the pruner's hook, so it averages its result.
+    """ema = decay * ema + (1 - decay) * model, after the optimizer's step and its pruning.
 
-    A weight pruned by the frozen mask is zero in both and stays so.
+    A weight pruned by the frozen mask is zero in both models and stays zero.
     """
     if ema is None:
         return
@@ -111,38 +126,42 @@ def update_ema(ema: nn.Module | None, model: nn.Module, decay: float) -> None:
         average.copy_(value)
 
 
-class Run:
-    """Everything around the loop: what is logged, validated, saved, and how a run goes on.
+@dataclass
+class TrainingRun:
+    """Everything around the loop: logging, validation, checkpoints and resuming.
 
     Args:
-        config, model, ema, optimizer, pruner, batches, meter: the parts whose states make up a
-            training state; ema and pruner may be None.
-        validation: name to images.
+        config: of the run.
+        model, ema, optimizer, pruner, batches, meter: what a training state consists of; ema and
+            pruner may be None.
+        validation: name -> images.
+        best: the best validation so far.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        model: nn.Module,
-        ema: nn.Module | None,
-        optimizer: torch.optim.Optimizer,
-        pruner: Any,
-        batches: Any,
-        meter: logging.Meter,
-        validation: dict[str, Any],
-    ):
-        self.config, self.model, self.ema, self.pruner = config, model, ema, pruner
-        self.optimizer, self.batches, self.meter = optimizer, batches, meter
-        self.validation = validation
-        self.best = Best()
-        self.folder = RunFolder(config.folder)
-        self.resume_command = f"issp train {config.folder / 'config.yml'} --resume"
+    config: Config
+    model: nn.Module
+    ema: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    pruner: Pruner | None
+    batches: TrainLoader
+    meter: logging.AverageMeter
+    validation: dict[str, EvalDataset]
+    best: Best = field(default_factory=Best)
+
+    def __post_init__(self) -> None:
+        self.folder = RunFolder(self.config.folder)
+        self.resume_command = f"issp train {self.config.folder / 'config.yml'} --resume"
         self._archived: Path | None = None
 
     @property
-    def evaluated(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The model that is validated and saved."""
         return self.model if self.ema is None else self.ema
+
+    @property
+    def is_final_form(self) -> bool:
+        """The model is dense, or the mask is frozen and pruned weights are zero."""
+        return self.pruner is None or self.pruner.frozen
 
     def stage(self, iteration: int) -> str:
         """Stage of an iteration; the one that freezes the mask belongs to the pruning stage."""
@@ -160,7 +179,8 @@ class Run:
         explicit = self.config.path.resume_state
         path = Path(explicit) if explicit else self.folder.latest_state()
         state = checkpoint.read_state(path)
-        parts = {"optimizer": self.optimizer, "pruner": self.pruner, "batches": self.batches}
+        parts: dict[str, Any] = {"optimizer": self.optimizer, "pruner": self.pruner}
+        parts["batches"] = self.batches
         try:
             checkpoint.load_weights(self.model, state["model"], path)
             if self.ema is not None:
@@ -191,22 +211,20 @@ class Run:
         if self.config.logger.grad_stats_freq:
             weights = gradients.weights_to_record(self.model, self.pruner)
             self.gradients = gradients.GradientLog(log / "gradients.csv", weights, upto=start)
-        wanted = self.config.logger.use_tb_logger
-        self.board = logging.TensorBoard(log / "tensorboard", start + 1, wanted)
-        self.screen = logging.Progress(total, start, quiet)
-        model = self.evaluated
+        enabled = self.config.logger.use_tb_logger
+        self.tensorboard = logging.TensorBoardLog(log / "tensorboard", start + 1, enabled)
+        self.progress = logging.Progress(total, start, quiet)
+        model = self.eval_model
         parameters = sum(p.numel() for p in model.parameters())
         todo = f"iterations {start + 1} to {total}" if start < total else "finished already"
-        self.screen.say(
+        self.progress.write_line(
             f"{self.folder.path}: {model.arch} x{model.scale}, {parameters:,} parameters, {todo}"
         )
-        for line in (
-            self._archived and f"the earlier run is in {self._archived}",
-            self.board.problem,
-        ):
-            if line:
-                self.screen.say(str(line))
-        return self.screen
+        if self._archived:
+            self.progress.write_line(f"the earlier run is in {self._archived}")
+        if self.tensorboard.unavailable_reason:
+            self.progress.write_line(self.tensorboard.unavailable_reason)
+        return self.progress
 
     def after(self, iteration: int, stopping: bool) -> None:
         """Logs, validates and saves what is due after an iteration."""
@@ -221,8 +239,8 @@ class Run:
                 with self.meter.paused():
                     row["psnr"] = self.validate(iteration)
             self.csv.add(row)
-            self.board.add(row)
-            self.screen.report(row)
+            self.tensorboard.add(row)
+            self.progress.show_row(row)
         if iteration % config.logger.save_checkpoint_freq == 0 or last or stopping:
             with self.meter.paused():
                 self.save(iteration)
@@ -235,7 +253,7 @@ class Run:
             summary = self.pruner.summary()
             thresholds = [r.threshold for r in summary.rows]
             row |= {
-                # A frozen pruner still reports the flips of its last selection.
+                # A frozen pruner keeps the flips of its last selection.
                 "flips": sum(r.flips for r in summary.rows) if row["stage"] == "pruning" else 0,
                 "threshold": sum(thresholds) / len(thresholds),
                 "selected": summary.selected / summary.numel,
@@ -246,8 +264,8 @@ class Run:
     def validate(self, iteration: int) -> float:
         """Scores every validation set; returns the PSNR of the first.
 
-        Before the freeze the scored model is the soft one, whose unimportant weights are not yet
-        zero: it competes for nothing. The best model is sought among honest ones only.
+        Best-model tracking starts when the mask is frozen; before that the pruned weights are not
+        zero yet.
         """
         means = []
         for name, dataset in self.validation.items():
@@ -256,27 +274,28 @@ class Run:
             row = {"iteration": iteration, "stage": self.stage(iteration), "set": name}
             self.scores.add(row | {"psnr": result.psnr, "ssim": result.ssim})
             scalars = {"iteration": iteration, "psnr": result.psnr, "ssim": result.ssim}
-            self.board.add(scalars, prefix=f"{name}/")
-        honest = self.pruner is None or self.pruner.frozen
-        if honest and means[0] > self.best.psnr:
+            self.tensorboard.add(scalars, prefix=f"{name}/")
+        if self.is_final_form and means[0] > self.best.psnr:
             self.best = Best(means[0], iteration)
             self._save_model("best", iteration, psnr=means[0])
         return means[0]
 
-    def _score(self, name: str, dataset: Any, iteration: int) -> evaluate.Score:
+    def _score(self, name: str, dataset: EvalDataset, iteration: int) -> evaluate.Score:
         metrics = self.config.val.metrics.values()
-        main = next((m for m in metrics if m.type == "calculate_psnr"), None)
+        psnr = next((m for m in metrics if m.type == "calculate_psnr"), None)
         scores = evaluate.evaluate(
-            evaluate.of_model(self.evaluated),
+            evaluate.of_model(self.eval_model),
             dataset,
-            crop_border=main.crop_border if main else None,
-            y_channel=main.test_y_channel if main else True,
+            crop_border=psnr.crop_border if psnr else None,
+            y_channel=psnr.test_y_channel if psnr else True,
             with_ssim=any(m.type == "calculate_ssim" for m in metrics),
             on_image=self._image_saver(name, iteration) if self.config.val.save_img else None,
         )
         return evaluate.mean(scores, name)
 
-    def _image_saver(self, set_name: str, iteration: int) -> Any:
+    def _image_saver(
+        self, set_name: str, iteration: int
+    ) -> Callable[[str, np.ndarray, evaluate.Score], None]:
         folder = self.folder.images / set_name
         return lambda name, sr, _: write_image(folder / name / f"{name}_{iteration}.png", sr)
 
@@ -285,9 +304,9 @@ class Run:
         self._save_model(str(iteration), iteration)
         if self.pruner is not None:
             for r in self.pruner.summary().rows:
-                counts = {"weights": r.numel, "selected": r.selected, "zeros": r.zeros}
-                place = {"iteration": iteration, "layer": r.name}
-                self.layers.add(place | counts | {"flips": r.flips, "threshold": r.threshold})
+                row = {"iteration": iteration, "layer": r.name, "weights": r.numel}
+                row |= {"selected": r.selected, "zeros": r.zeros}
+                self.layers.add(row | {"flips": r.flips, "threshold": r.threshold})
         state = {
             "iteration": iteration,
             "model": self.model.state_dict(),
@@ -304,7 +323,7 @@ class Run:
     def _save_model(self, label: str, iteration: int, **extra: Any) -> None:
         path = self.folder.models / f"net_g_{label}.safetensors"
         stage = self.stage(iteration)
-        checkpoint.save(self.evaluated, path, iteration=iteration, stage=stage, **extra)
+        checkpoint.save(self.eval_model, path, iteration=iteration, stage=stage, **extra)
 
     def finish(self) -> nn.Module:
         """Finalizes the pruner, writes net_g_latest and closes the logs."""
@@ -312,16 +331,16 @@ class Run:
             self.pruner.finalize()
         self._save_model("latest", self.config.train.total_iter)
         path = self.folder.models / "net_g_latest.safetensors"
-        ratio = checkpoint.sparsity(self.evaluated)["ratio"]
-        self.screen.say(f"done: {path} ({100 * ratio:.2f} % of the weights are zero)")
+        ratio = checkpoint.sparsity(self.eval_model)["ratio"]
+        self.progress.write_line(f"done: {path} ({100 * ratio:.2f} % of the weights are zero)")
         if self.best.iteration:
             best = f"{self.best.psnr:.2f} dB at iteration {self.best.iteration}"
-            self.screen.say(f"best: net_g_best.safetensors, {best}")
+            self.progress.write_line(f"best: net_g_best.safetensors, {best}")
         self.close()
-        return self.evaluated
+        return self.eval_model
 
     def close(self) -> None:
         """Closes logs and data workers."""
         self.batches.close()
-        self.board.close()
-        self.screen.close()
+        self.tensorboard.close()
+        self.progress.close()

@@ -103,7 +103,7 @@ def test_errors_are_one_line_with_status_2(capsys, tmp_path, photos, trained):
     one_line_error(capsys, [*tiny, "--set", "trian.lr=1"], "'train'")
     assert not (tmp_path / "e").exists(), "nothing is written before everything is checked"
     one_line_error(capsys, ["test", "--model", tmp_path / "m.pth", "--data", photos], "m.pth")
-    one_line_error(capsys, ["plot", tmp_path], "no run")
+    one_line_error(capsys, ["plot", tmp_path], "not a run")
 
     (tmp_path / "bad.png").write_bytes((photos / "p0.png").read_bytes()[:200])
     upscale = ["upscale", tmp_path / "bad.png", "--model", model, "-o", tmp_path / "out"]

@@ -10,7 +10,7 @@ from torch import nn
 
 import issp
 from issp import Keep, attach, ops
-from issp.sr import builders, config_keys
+from issp.sr import builders, config
 from tests.optim.twins import assert_twins, network, together, twins
 from tests.pruning.networks import adam, net, same, step, train, weights
 from tests.sr.networks import small_cat, small_edsr, small_swinir
@@ -268,9 +268,9 @@ def test_a_ratio_becomes_a_pattern_when_loaded_loosely():
 
 
 def test_driver_configuration_has_a_tail():
-    section = config_keys.Keep(n=2, of=4, tail="dense")
-    assert builders._keep(section) == Keep(2, of=4, tail="dense")
-    assert builders._target({"n": 1, "of": 4, "tail": "dense"}).tail == "dense"
+    section = config.Keep(n=2, of=4, tail="dense")
+    assert builders.pruning_target(section) == Keep(2, of=4, tail="dense")
+    assert builders.pruning_target(0.5) == 0.5
 
 
 # Networks

@@ -36,11 +36,11 @@ def test_a_model_comes_back_with_its_architecture(model, tmp_path):
     assert_same(model, again)
     assert (again.config, again.scale, again.arch) == (model.config, 2, "small")
     assert not again.training
-    _, about = checkpoint.read_tensors(file)
+    _, metadata = checkpoint.read_tensors(file)
     zeros = 8 * 9  # one of three output channels of conv_last
     total = 8 * 27 + 3 * 8 * 72 + 32 * 72 + 3 * 72
-    assert about["sparsity"] == {"weights": total, "zeros": zeros, "ratio": zeros / total}
-    assert about["iteration"] == 7
+    assert metadata["sparsity"] == {"weights": total, "zeros": zeros, "ratio": zeros / total}
+    assert metadata["iteration"] == 7
     assert os.listdir(tmp_path / "deep") == ["m.safetensors"]
 
 
@@ -69,7 +69,7 @@ def test_basicsr_pth_is_read(tmp_path):
     assert torch.equal(tensors["conv_first.weight"], other.conv_first.weight)
     with pytest.raises(ValueError, match="architecture"):
         checkpoint.load(file)
-    with pytest.raises(ValueError, match="conv.* is .* there and .* in the model"):
+    with pytest.raises(ValueError, match="conv.* is .* in the file and .* in the model"):
         checkpoint.load(file, "edsr-baseline", 2)
 
 

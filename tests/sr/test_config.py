@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from issp.sr import builders, config
+from issp.utils.errors import ConfigError
 
 yaml = pytest.importorskip("yaml", reason="PyYAML reads the configuration files")
 
@@ -90,6 +91,7 @@ def test_the_sparsity_section(tree):
     c = config.parse(tree)
     assert (c.sparsity.method, c.sparsity.shrink, c.freeze_iter) == ("iss-p", 0.95, 40)
     assert c.sparsity.exclude == ["*last*"]
+    assert c.sparsity.overrides == {"body.*": 0.5, "upsample.0": config.Keep(n=2, of=8)}
 
 
 def test_to_tree_is_what_parse_reads(tree):
@@ -111,6 +113,7 @@ def test_to_tree_is_what_parse_reads(tree):
         ("val.metrics.psnr.y_channel", True, "'test_y_channel'"),
         ("train.optim_g.type", "Adan", "did you mean 'Adam'?"),
         ("train.pixel_opt.type", "L2Loss", "did you mean 'L1Loss'?"),
+        ("sparsity.overrides", {"a.b": {"n": 2, "m": 4}}, "unknown key sparsity.overrides.a.b.m: "),
     ],
 )
 def test_a_wrong_key_or_choice_names_the_nearest(tree, key, wrong, hint):
@@ -139,12 +142,38 @@ def test_a_wrong_key_or_choice_names_the_nearest(tree, key, wrong, hint):
         ("val.val_freq", 0),
         ("train", "many"),
         ("train.scheduler", {"type": "CosineAnnealingRestartLR"}),
+        ("train.total_iter", True),
+        ("train.optim_g.betas", [0.9, "x"]),
+        ("datasets.val.io_backend", {"type": "lmdb"}),
+        ("datasets.val", None),
+        ("sparsity.overrides", {"conv_last": "half"}),
     ],
 )
 def test_an_unusable_value_is_named(tree, key, wrong):
     config.set_key(tree, key, wrong)
     with pytest.raises(ValueError, match=key.split(".")[-1]):
         config.parse(tree)
+
+
+def test_a_sentence_names_the_dotted_key(tree):
+    tree["train"]["optim_g"]["betas"] = [0.9, "x"]
+    tree["trian"] = {}  # a misspelt key comes first, whatever else is wrong
+    with pytest.raises(ConfigError, match="^unknown key trian: did you mean 'train'\\?$"):
+        config.parse(tree)
+    del tree["trian"]
+    with pytest.raises(
+        ConfigError, match=r"^train\.optim_g\.betas\[1\] must be a number, got 'x'$"
+    ):
+        config.parse(tree)
+
+
+def test_arguments_that_the_network_does_not_take_are_the_users(tree):
+    c = config.parse(tree | {"network_g": {"type": "edsr-tiny", "num_feats": 8}})
+    with pytest.raises(ConfigError, match="network_g: EDSR has no argument 'num_feats'"):
+        builders.network(c)
+    c = config.parse(tree | {"network_g": {"type": "EDSR", "num_feat": "many"}})
+    with pytest.raises(ConfigError, match="^network_g: "):
+        builders.network(c)
 
 
 @pytest.mark.parametrize("text", ["a: [1", "- 1\n- 2", "", "a: !!python/object:os.system {}"])

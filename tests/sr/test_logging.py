@@ -1,5 +1,7 @@
 """What a run reports: times, CSV files across versions, statistics of gradients."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from issp.sr import gradients, logging
 def clock(monkeypatch):
     """The driver's clock, moved by hand: the machine's own would count other people's work."""
     now = [0.0]
-    monkeypatch.setattr(logging.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def advance(seconds):
         now[0] += seconds

@@ -14,6 +14,7 @@ from issp.sr import checkpoint, config, logging, plots
 from issp.sr.interrupt import Interrupted
 from issp.sr.train import train
 from issp.utils import denormals
+from issp.utils.errors import NonFiniteLossError
 
 pytest.importorskip("PIL", reason="the training images are files")
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
@@ -136,14 +137,14 @@ def test_interrupted_equals_uninterrupted(tree, monkeypatch, stop, case, referen
 
 
 def test_a_signal_during_logging_still_saves(tree, monkeypatch):
-    report = logging.Progress.report
+    show_row = logging.Progress.show_row
 
-    def report_and_signal(self, row):
-        report(self, row)
+    def show_row_and_signal(self, row):
+        show_row(self, row)
         if row["iteration"] == 4:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(logging.Progress, "report", report_and_signal)
+    monkeypatch.setattr(logging.Progress, "show_row", show_row_and_signal)
     with pytest.raises(Interrupted) as stopped:
         run(tree)
     states = config.parse(tree).folder / "training_states"
@@ -213,8 +214,8 @@ def test_the_best_model_is_never_a_soft_one(tree, monkeypatch):
 
     monkeypatch.setattr(evaluate, "evaluate", fake)
     _, folder = run(tree)
-    _, about = checkpoint.read_tensors(folder / "models" / "net_g_best.safetensors")
-    assert (about["psnr"], about["iteration"], about["stage"]) == (30.0, 9, "fine-tuning")
+    _, metadata = checkpoint.read_tensors(folder / "models" / "net_g_best.safetensors")
+    assert (metadata["psnr"], metadata["iteration"], metadata["stage"]) == (30.0, 9, "fine-tuning")
 
 
 def test_dense_training_learns(tree):
@@ -268,11 +269,11 @@ def test_an_earlier_run_is_moved_aside_and_states_are_few(tree):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tree):
-    with pytest.raises(RuntimeError, match="learning rate"):
+    with pytest.raises(NonFiniteLossError, match="learning rate"):
         run(tree, train__optim_g={"lr": 1e30}, val__val_freq=50)
 
 
-def test_a_damaged_or_foreign_state_is_named(tree):
+def test_a_damaged_or_unfitting_state_is_named(tree):
     _, folder = run(tree, train__total_iter=7)
     state = folder / "training_states" / "7.state"
     with pytest.raises(ValueError, match=r"cannot resume from .*7\.state"):

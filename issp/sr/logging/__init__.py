@@ -1,0 +1,16 @@
+"""Logs of a training run: CSV files, TensorBoard, the progress display, loss and time."""
+
+from issp.sr.logging.csv import COLUMNS, CsvLog, read_csv
+from issp.sr.logging.meter import AverageMeter, StepTimer
+from issp.sr.logging.progress import Progress
+from issp.sr.logging.tensorboard import TensorBoardLog
+
+__all__ = [
+    "COLUMNS",
+    "AverageMeter",
+    "CsvLog",
+    "Progress",
+    "StepTimer",
+    "TensorBoardLog",
+    "read_csv",
+]

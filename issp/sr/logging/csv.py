@@ -1,0 +1,92 @@
+"""CSV logs that a resumed run cuts back to where it starts."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from issp.utils.files import atomic_write
+
+COLUMNS = (
+    "iteration",
+    "stage",  # pruning | fine-tuning | dense
+    "lr",
+    "loss",  # mean since the previous row
+    "psnr",  # first validation set, at iterations that validated; of the soft model while pruning
+    "flips",  # mask bits that this iteration's selection changed
+    "threshold",  # mean over layers
+    "selected",  # share of prunable weights the masks mark
+    "zeros",  # share of prunable weights that are exactly 0
+    "seconds",  # per iteration, validation and saving excluded
+    "update_share",  # share of `seconds` spent in the optimizer's step, pruning included
+)
+
+
+class CsvLog:
+    """A CSV file that grows by whole rows and can be cut back to where a resumed run starts.
+
+    Args:
+        path: file; made with its header when absent.
+        columns: names; the first is the iteration. Columns of an earlier file that are not among
+            them are dropped, new ones stay empty in its rows.
+        upto: rows of later iterations, and a row cut short by a crash, are dropped.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...], upto: int = 0):
+        self.path, self.columns = path, columns
+        rows = [row for row in read_csv(path) if row[columns[0]] <= upto] if path.exists() else []
+        text = self._text([dict(zip(columns, columns, strict=True)), *rows])
+        atomic_write(path, text.encode())
+
+    def add(self, *rows: dict[str, Any]) -> None:
+        """Appends rows; absent columns stay empty."""
+        with open(self.path, "a", encoding="utf-8", newline="") as file:
+            file.write(self._text(rows))
+
+    def _text(self, rows: Iterable[dict[str, Any]]) -> str:
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        for row in rows:
+            writer.writerow([_cell(row.get(column)) for column in self.columns])
+        return buffer.getvalue()
+
+
+def read_csv(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a log by column name: numbers where they are numbers, None where empty.
+
+    Raises:
+        ValueError: the file cannot be read or is not a log.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            lines = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"cannot read log {path}: {error}") from None
+    if not lines or lines[0][0] != "iteration":
+        raise ValueError(
+            f"{path} is not a log of `issp train`: the first column is not `iteration`"
+        )
+    header = lines[0]
+    rows = [
+        dict(zip(header, map(_value, line), strict=True))
+        for line in lines[1:]
+        if len(line) == len(header)
+    ]
+    return [row for row in rows if isinstance(row["iteration"], int)]
+
+
+def _cell(value: Any) -> Any:
+    if value is None:
+        return ""
+    return repr(value) if isinstance(value, float) else value  # repr keeps every bit
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text or None
