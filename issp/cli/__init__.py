@@ -1,31 +1,87 @@
-"""The `issp` command: finds the command's module, turns errors into one line and an exit status."""
+"""The `issp` command: parses arguments, runs a command, prints errors as one line.
+
+Each module of `COMMANDS` has HELP, EXAMPLE, add_arguments(parser) and main(args). It imports what
+it needs inside main, so that the help of all commands costs no import of a library.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
 
+from issp import __version__
 from issp.sr.interrupt import Interrupted
+from issp.utils.errors import UserError
+from issp.utils.text import suggest
 
 COMMANDS = ("demo", "train", "test", "upscale", "bench", "plot", "prepare-data", "info")
-# What bad input raises here and in the libraries below; anything else is a bug and shows itself.
-_EXPECTED = (ValueError, TypeError, OSError, RuntimeError, ImportError, MemoryError)
+# Our checks of arguments and files raise ValueError and OSError. Any other error that is not a
+# UserError is a bug and keeps its traceback.
+_USER_ERRORS = (UserError, ValueError, OSError)
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and which names the nearest option."""
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and name the nearest option or choice."""
+
+    def __init__(self, **options: Any):
+        super().__init__(
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
+        )
 
     def error(self, message: str) -> NoReturn:
+        """Prints one line and exits with status 2."""
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
-    def known_options(self) -> list[str]:
-        """All option strings."""
-        return [name for action in self._actions for name in action.option_strings]
+    def refuse_unknown(self, words: Sequence[str]) -> None:
+        """Exits with status 2 if there are words that no argument of this parser took."""
+        if words:
+            known = [name for action in self._actions for name in action.option_strings]
+            option = words[0].split("=")[0]
+            self.error(f"unknown argument {option}{_nearest(option, known)}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # argparse's hook for choices, those of subcommands included.
+        if action.choices is not None and value not in action.choices:
+            name = "/".join(action.option_strings) or action.dest
+            self.error(f"unknown {name} {value!r}: {suggest(value, map(str, action.choices))}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    hint = suggest(name, known)
+    return f": {hint}" if hint.startswith("did you mean") else ""
+
+
+def command_module(name: str) -> ModuleType:
+    """The module of a command."""
+    return importlib.import_module(f"issp.cli.{name.replace('-', '_')}")
+
+
+def build_parser() -> Parser:
+    """The parser of `issp` with all its commands."""
+    parser = Parser(
+        prog="issp",
+        description="Super-resolution networks that are sparse from the first iteration.",
+        epilog="`issp COMMAND --help` shows an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"issp {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name in COMMANDS:
+        module = command_module(name)
+        command = commands.add_parser(
+            name,
+            help=module.HELP.replace("%", "%%"),  # argparse formats this text
+            description=module.HELP,
+            epilog=f"example:\n  {module.EXAMPLE}",
+        )
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(parser=command)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,88 +93,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 for bad input, 128 + signal after an interruption.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _top_parser()
-    name = next((word for word in argv if not word.startswith("-")), None)
-    if name is None or argv[0] != name:
-        try:
-            parser.parse_args(argv)
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        parser.print_help()
-        return 0
-    if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(COMMANDS)}"
-        print(f"issp: error: there is no command {name}: {hint}", file=sys.stderr)
-        return 2
-    command = importlib.import_module(f"issp.cli.{name.replace('-', '_')}")
+    parser = build_parser()
     try:
-        args = _parse(_command_parser(name, command), argv[1:])
+        args, unknown = parser.parse_known_args(argv)
+        if args.command is None:
+            parser.refuse_unknown(unknown)
+            parser.print_help()
+            return 0
+        args.parser.refuse_unknown(unknown)
     except SystemExit as stop:
         return int(stop.code or 0)
-    return _run(name, command, args)
+    return _run(args)
 
 
-def _run(name: str, command, args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     try:
-        return int(command.main(args) or 0)
+        return int(command_module(args.command).main(args) or 0)
     except Interrupted as stopped:
-        print(f"issp {name}: {stopped}", file=sys.stderr)
+        print(f"issp {args.command}: {stopped}", file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:
-        print(f"issp {name}: interrupted", file=sys.stderr)
+        print(f"issp {args.command}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (head, less) is gone; Python would complain again when it closes stdout.
+        # The reader (head, less) has ended; Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except _EXPECTED as error:
+    except _USER_ERRORS as error:
         if args.debug:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"issp {name}: error: {text}", file=sys.stderr)
+        print(f"issp {args.command}: error: {text}", file=sys.stderr)
         return 2
-
-
-def _top_parser() -> argparse.ArgumentParser:
-    lines = [f"  {name:14s}{_help_line(name)}" for name in COMMANDS]
-    parser = _Parser(
-        prog="issp",
-        description="Super-resolution networks that are sparse from the first iteration.",
-        epilog="commands:\n" + "\n".join(lines) + "\n\n`issp COMMAND --help` shows an example.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="issp COMMAND [OPTIONS]",
-        allow_abbrev=False,
-    )
-    from issp.ops.info import version
-
-    parser.add_argument("--version", action="version", version=f"issp {version()}")
-    return parser
-
-
-def _help_line(name: str) -> str:
-    return importlib.import_module(f"issp.cli.{name.replace('-', '_')}").HELP
-
-
-def _command_parser(name: str, command) -> _Parser:
-    parser = _Parser(
-        prog=f"issp {name}",
-        description=command.HELP,
-        epilog=f"example:\n  {command.EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    command.add_arguments(parser)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def _parse(parser: _Parser, argv: list[str]) -> argparse.Namespace:
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        option = unknown[0].split("=")[0]
-        close = difflib.get_close_matches(option, parser.known_options(), n=1)
-        hint = f", did you mean {close[0]}?" if close else ""
-        parser.error(f"unknown argument {option}{hint}")
-    return args

@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--iters", type=int, metavar="N", help="iterations (default: fixed)")
     length.add_argument(
-        "--minutes", type=float, metavar="M", help="as many as fit, from the speed measured here"
+        "--minutes", type=float, metavar="M", help="time for each training; sets the iterations"
     )
-    parser.add_argument("--dense", action="store_true", help="also train the dense twin")
+    parser.add_argument("--dense", action="store_true", help="also train it without pruning")
     parser.add_argument("--sparsity", type=float, default=0.9, metavar="X", help="default: 0.9")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
 
@@ -28,5 +28,14 @@ def main(args: argparse.Namespace) -> int:
     """Trains, prints one table, leaves a model and two pictures."""
     from issp.sr.demo import Options, run
 
-    run(Options(Path(args.out), args.iters, args.minutes, args.dense, args.sparsity, args.seed))
+    run(
+        Options(
+            out=Path(args.out),
+            iterations=args.iters,
+            minutes=args.minutes,
+            dense=args.dense,
+            sparsity=args.sparsity,
+            seed=args.seed,
+        )
+    )
     return 0

@@ -22,16 +22,17 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
-    cpu, gpu, found = facts["cpu"], facts["gpu"], facts["backends"]
+    cpu, gpu, backends = facts["cpu"], facts["gpu"], facts["backends"]
     packages = [f"{n} {v or '(absent)'}" for n, v in facts["packages"].items()]
-    active = ", ".join(f"{device}: {name}" for device, name in found["active"].items())
+    active = ", ".join(f"{device}: {name}" for device, name in backends["active"].items())
+    forced = f" (ISSP_BACKEND={backends['forced']})" if backends["forced"] else ""
     lines = [
         ("issp", facts["issp"]),
         ("python", f"{facts['python']} on {facts['system']}"),
         ("torch", facts["torch"]),
         ("packages", ", ".join(packages)),
-        ("active", active + (f" (ISSP_BACKEND={found['forced']})" if found["forced"] else "")),
-        *(("not in use", f"{name}: {why}") for name, why in found["unused"].items()),
+        ("active", active + forced),
+        *(("not in use", f"{name}: {reason}") for name, reason in backends["unused"].items()),
         ("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use"),
         ("features", f"{' '.join(cpu['features'] or ['unknown'])}; torch uses {cpu['torch']}"),
         ("denormals", f"{cpu['denormals']} (`issp train` flushes them to zero)"),

@@ -15,7 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scales", type=int, nargs="+", default=[2, 3, 4], metavar="S")
     parser.add_argument("--crop-size", type=int, metavar="PX", help="cut crops of this side")
     parser.add_argument("--step", type=int, metavar="PX", help="distance between crops")
-    parser.add_argument("--thresh-size", type=int, default=0, metavar="PX", help="allowed rest")
+    parser.add_argument(
+        "--thresh-size",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="pixels a crop may omit",
+    )
     parser.add_argument(
         "--small", choices=("error", "skip"), default="error", help="images below the crop size"
     )
@@ -23,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes the data set; a repeated call goes on where an interrupted one stopped."""
-    from issp.cli.common import Counter
+    """Writes the data set; a repeated call continues where an interrupted one stopped."""
+    from issp.cli.common import ItemProgress
     from issp.sr import data
 
-    with Counter("images") as counter:
+    with ItemProgress("images") as progress:
         result = data.prepare(
             args.hr,
             args.out,
@@ -37,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
             thresh_size=args.thresh_size,
             small=args.small,
             workers=args.workers,
-            progress=counter,
+            progress=progress,
         )
     print(
         f"{args.out}: {result.images} images from {result.sources} originals "

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from issp.cli.common import Counter, add_model_arguments, load_model
+from issp.cli.common import MEMORY_REMEDY, ItemProgress, add_model_arguments, load_model
 from issp.utils.text import table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from issp.sr.data import EvalDataset
+    from issp.sr.evaluate import Score
+    from issp.sr.models import SuperResolver
 
 HELP = "PSNR and SSIM of a model on test sets"
 EXAMPLE = "issp test --model net_g_latest.safetensors --data Set5 Set14=benchmarks/Set14 --save out"
@@ -31,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints a table with one row per set."""
-    from issp.sr import checkpoint, data, evaluate
+    from issp.sr import checkpoint, data
+    from issp.utils.errors import explain_out_of_memory
 
     model = load_model(args)
     folders = dict(_named(entry) for entry in args.data)
@@ -39,31 +48,14 @@ def main(args: argparse.Namespace) -> int:
         name: data.EvalDataset(data.PairedFolder(folder, model.scale))
         for name, folder in folders.items()
     }
-    options = {"crop_border": args.crop_border, "y_channel": args.channels == "y"}
     rows = []
-    for name, dataset in sets.items():
-        with Counter(name) as counter:
-            results: list[evaluate.Score] = []
-
-            def on_image(image, sr, result, name=name, counter=counter, done=results, n=dataset):
-                done.append(result)
-                counter(len(done), len(n))
-                if args.save:
-                    data.write_image(Path(args.save) / name / f"{image}.png", sr)
-
-            upscaler = evaluate.of_model(model, args.tile)
-            evaluate.evaluate(upscaler, dataset, **options, on_image=on_image)
-            cubic = None
-            if not args.no_bicubic:
-                baseline = evaluate.bicubic(model.scale)
-                cubic = evaluate.mean(evaluate.evaluate(baseline, dataset, **options))
-        if args.per_image:
-            rows += [[f"{name}/{r.name}", "1", *_cells(r), "", ""] for r in results]
-        rows.append([name, str(len(dataset)), *_cells(evaluate.mean(results)), *_cells(cubic)])
-    about = checkpoint.sparsity(model)
-    kept = about["weights"] - about["zeros"]
+    with explain_out_of_memory(MEMORY_REMEDY):
+        for name, dataset in sets.items():
+            rows += _rows(args, model, name, dataset)
+    counts = checkpoint.sparsity(model)
+    kept = counts["weights"] - counts["zeros"]
     print(
-        f"{args.model}: {model.arch} x{model.scale}, {kept:,} of {about['weights']:,} weights kept"
+        f"{args.model}: {model.arch} x{model.scale}, {kept:,} of {counts['weights']:,} weights kept"
     )
     print(
         f"{args.channels.upper()} channel{'s' * (args.channels == 'rgb')}, crop border "
@@ -75,10 +67,39 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _rows(
+    args: argparse.Namespace, model: SuperResolver, name: str, dataset: EvalDataset
+) -> list[list[str]]:
+    """Scores one set: a row for each image if asked for, then the row of the set."""
+    from issp.sr import data, evaluate
+
+    results: list[evaluate.Score] = []
+    with ItemProgress(name) as progress:
+
+        def on_image(image: str, sr: np.ndarray, result: evaluate.Score) -> None:
+            results.append(result)
+            progress(len(results), len(dataset))
+            if args.save:
+                data.write_image(Path(args.save) / name / f"{image}.png", sr)
+
+        options = {"crop_border": args.crop_border, "y_channel": args.channels == "y"}
+        upscaler = evaluate.of_model(model, args.tile)
+        evaluate.evaluate(upscaler, dataset, **options, on_image=on_image)
+        cubic = None
+        if not args.no_bicubic:
+            baseline = evaluate.bicubic(model.scale)
+            cubic = evaluate.mean(evaluate.evaluate(baseline, dataset, **options))
+    rows = []
+    if args.per_image:
+        rows = [[f"{name}/{r.name}", "1", *_cells(r), "", ""] for r in results]
+    rows.append([name, str(len(dataset)), *_cells(evaluate.mean(results)), *_cells(cubic)])
+    return rows
+
+
 def _named(entry: str) -> tuple[str, str]:
-    name, found, folder = entry.partition("=")
-    return (name, folder) if found else (Path(entry).name, entry)
+    name, separator, folder = entry.partition("=")
+    return (name, folder) if separator else (Path(entry).name, entry)
 
 
-def _cells(result) -> list[str]:
+def _cells(result: Score | None) -> list[str]:
     return ["", ""] if result is None else [f"{result.psnr:.2f}", f"{result.ssim:.4f}"]

@@ -1,4 +1,4 @@
-"""`issp train`: a YAML file with BasicSR's keys, flags, or a file changed by flags."""
+"""`issp train`: from a YAML file with BasicSR's keys, from flags, or from a file and flags."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from issp.sr import config
+from issp.utils.errors import ConfigError
 
 HELP = "train a network and prune it on the way, from a YAML file or flags"
 EXAMPLE = (
@@ -32,7 +32,7 @@ _FLAGS: dict[str, tuple[str, Any, str]] = {
         str,
         "folder of training images (default: a few sample photographs)",
     ),
-    "--lr-images": ("datasets.train.dataroot_lq", str, "their low-resolution files, if at hand"),
+    "--lr-images": ("datasets.train.dataroot_lq", str, "folder of their low-resolution files"),
     "--batch": ("datasets.train.batch_size_per_gpu", int, "crops per iteration (default: 16)"),
     "--patch": ("datasets.train.gt_size", int, "side of the high-resolution crop (64 x scale)"),
     "--workers": ("datasets.train.num_worker_per_gpu", int, "data processes (default: 0)"),
@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar = "N" if kind is int else "X" if kind is float else "TEXT"
         parser.add_argument(flag, dest=key, type=kind, metavar=metavar, help=text)
     parser.add_argument("--val", nargs="+", metavar="[NAME=]DIR", help="validation folders")
-    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="layers to leave dense")
+    parser.add_argument(
+        "--exclude", nargs="+", metavar="NAME_PATTERN", help="layers to leave dense"
+    )
     parser.add_argument(
         "--milestones", nargs="+", type=int, metavar="N", help="fine-tuning iterations"
     )
@@ -77,17 +79,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Trains; the final model is experiments/NAME/models/net_g_latest.safetensors."""
+    from issp.sr import config
+    from issp.utils.errors import explain_out_of_memory
+
     tree = config.load_yaml(args.config) if args.config else _defaults(args)
     _apply_flags(tree, args)
     settings = config.parse(tree)
 
     from issp.sr.train import train
 
-    train(settings, resume=args.resume, quiet=args.quiet)
+    with explain_out_of_memory("use a smaller --batch or --patch"):
+        train(settings, resume=args.resume, quiet=args.quiet)
     return 0
 
 
 def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
+    from issp.sr import config
+
     for key, _, _ in _FLAGS.values():
         if getattr(args, key) is not None:
             config.set_key(tree, key, getattr(args, key))
@@ -96,8 +104,8 @@ def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
         for key in [key for key in datasets if key.startswith(("val", "test"))]:
             del datasets[key]
         for i, entry in enumerate(args.val):
-            name, found, folder = entry.partition("=")
-            folder = folder if found else name
+            name, separator, folder = entry.partition("=")
+            folder = folder if separator else name
             datasets[f"val_{i + 1}"] = {"name": Path(name).name, "dataroot_gt": folder}
     if args.exclude:
         config.set_key(tree, "sparsity.exclude", args.exclude)
@@ -108,9 +116,9 @@ def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
     if args.no_tensorboard:
         config.set_key(tree, "logger.use_tb_logger", False)
     for entry in args.set:
-        key, found, text = entry.partition("=")
-        if not found:
-            raise ValueError(f"--set {entry}: write KEY=VALUE, such as train.optim_g.lr=1e-4")
+        key, separator, text = entry.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {entry}: write KEY=VALUE, such as train.optim_g.lr=1e-4")
         config.set_key(tree, key, _value(text))
 
 
@@ -123,24 +131,24 @@ def _value(text: str) -> Any:
 
 
 def _defaults(args: argparse.Namespace) -> dict[str, Any]:
-    """What a run without a file has, in proportion to its length."""
+    """The configuration of a run without a file, in proportion to its length."""
     if args.resume:
-        raise ValueError("--resume needs the run's configuration: experiments/NAME/config.yml")
-    given = {flag: getattr(args, key) for flag, (key, _, _) in _FLAGS.items()}
-    missing = [flag for flag in ("--model", "--scale", "--iters") if given[flag] is None]
+        raise ConfigError("--resume needs the run's configuration: experiments/NAME/config.yml")
+    flags = {flag: getattr(args, key) for flag, (key, _, _) in _FLAGS.items()}
+    missing = [flag for flag in ("--model", "--scale", "--iters") if flags[flag] is None]
     if missing:
-        raise ValueError(f"give a CONFIG.yml, or {', '.join(missing)} (see issp train --help)")
-    iters, scale = given["--iters"], given["--scale"]
-    tree: dict[str, Any] = {"name": f"{given['--model']}_x{scale}", "datasets": {"train": {}}}
-    if given["--hr"] is None:
+        raise ConfigError(f"pass a CONFIG.yml, or {', '.join(missing)} (see issp train --help)")
+    iters, scale = flags["--iters"], flags["--scale"]
+    tree: dict[str, Any] = {"name": f"{flags['--model']}_x{scale}", "datasets": {"train": {}}}
+    if flags["--hr"] is None:
         tree["datasets"]["train"]["type"] = "SamplePhotographs"
         if not args.val:
             tree["datasets"]["val"] = {"name": "samples", "type": "SamplePhotographs"}
     fine_tuning = iters
-    if given["--sparsity"] is not None:
+    if flags["--sparsity"] is not None:
         freeze = max(1, iters // 2)
         tree["sparsity"] = {"freeze_iter": freeze}
-        fine_tuning = iters - (given["--freeze-at"] or freeze)
+        fine_tuning = iters - (flags["--freeze-at"] or freeze)
     milestones = [round(share * fine_tuning) for share in _MILESTONES]
     tree["train"] = {"scheduler": {"milestones": milestones}}
     tree["val"] = {

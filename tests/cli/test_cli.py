@@ -1,6 +1,5 @@
 """The command line: working examples, one-line errors with status 2, Ctrl-C loses nothing."""
 
-import importlib
 import json
 import os
 import shlex
@@ -14,7 +13,7 @@ import pytest
 
 from issp import cli, data
 from issp.sr import demo, logging
-from issp.utils import denormals
+from issp.utils import denormals, errors
 
 pytest.importorskip("PIL", reason="the commands read and write images")
 pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
@@ -24,10 +23,6 @@ pytest.importorskip("safetensors", reason="models are kept as safetensors")
 @pytest.fixture(autouse=True)
 def _float_mode_stays(monkeypatch):
     monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
-
-
-def module(name):
-    return importlib.import_module(f"issp.cli.{name.replace('-', '_')}")
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +60,21 @@ def test_help_has_an_example_that_parses(name, capsys):
     assert cli.main([name, "--help"]) == 0
     text = capsys.readouterr().out
     assert "example" in text and f"issp {name}" in text
-    parser = cli._command_parser(name, module(name))
-    lines = module(name).EXAMPLE.replace("\n             ", " ").splitlines()
+    parser = cli.build_parser()
+    lines = cli.command_module(name).EXAMPLE.replace("\n             ", " ").splitlines()
     for line in lines:
         words = shlex.split(line)
         assert words[:2] == ["issp", name]
         if "--help" not in words:
-            cli._parse(parser, words[2:])
+            args, unknown = parser.parse_known_args(words[1:])
+            assert args.command == name and not unknown
 
 
 def test_the_list_of_commands(capsys):
     assert cli.main([]) == 0
-    text = capsys.readouterr().out
-    assert all(name in text and module(name).HELP in text for name in cli.COMMANDS)
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(f"{name} {cli.command_module(name).HELP}" in text for name in cli.COMMANDS)
+    assert "`issp COMMAND --help` shows an example" in text
 
 
 def one_line_error(capsys, argv, *parts):
@@ -91,8 +88,16 @@ def one_line_error(capsys, argv, *parts):
 
 def test_errors_are_one_line_with_status_2(capsys, tmp_path, photos, trained):
     model = trained / "models" / "net_g_latest.safetensors"
-    one_line_error(capsys, ["trian"], "did you mean train?")
-    one_line_error(capsys, ["train", "--spasity", "0.9"], "did you mean --sparsity?")
+    one_line_error(capsys, ["trian"], "unknown command 'trian': did you mean 'train'?")
+    one_line_error(
+        capsys,
+        ["train", "--spasity", "0.9"],
+        "unknown argument --spasity: did you mean '--sparsity'?",
+    )
+    one_line_error(capsys, ["--versoin"], "did you mean '--version'?")
+    one_line_error(capsys, ["info", "now"], "unknown argument now")
+    rgb = ["test", "--model", "m", "--data", "d", "--channels", "rbg"]
+    one_line_error(capsys, rgb, "unknown --channels 'rbg': did you mean 'rgb'?")
     one_line_error(capsys, ["train", "--scale", "two"], "--scale")
     one_line_error(capsys, ["train"], "--model, --scale, --iters")
     one_line_error(capsys, ["train", tmp_path / "none.yml"], "none.yml")
@@ -151,6 +156,47 @@ def test_prepare_data(photos, tmp_path, capsys):
     assert cli.main(arguments) == 0
     assert "3 images" in capsys.readouterr().out
     assert data.read_image(tmp_path / "set" / "LR_bicubic" / "X4" / "p0x4.png").shape == (12, 10, 3)
+
+
+@pytest.mark.parametrize(
+    "error, is_users",
+    [
+        (ValueError("x"), True),
+        (OSError("x"), True),
+        (errors.NonFiniteLossError("x"), True),
+        (errors.OutOfMemoryError("x"), True),
+        (errors.MissingPackageError("x", "y"), True),
+        (TypeError("x"), False),
+        (RuntimeError("x"), False),
+        (ImportError("x"), False),
+        (KeyError("x"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_only_the_users_errors_become_one_line(capsys, monkeypatch, error, is_users):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(cli.command_module("info"), "main", fail)
+    if is_users:
+        one_line_error(capsys, ["info"], "issp info: error: x")
+    else:
+        with pytest.raises(type(error)):
+            cli.main(["info"])
+    with pytest.raises(type(error)):
+        cli.main(["info", "--debug"])
+
+
+def test_the_help_needs_no_optional_package():
+    code = (
+        "import sys\nfor name in ('pydantic', 'yaml', 'PIL', 'rich'): sys.modules[name] = None\n"
+        "from issp import cli\nassert cli.main(['--help']) == 0\nassert cli.main(['info']) == 0\n"
+        "assert 'issp.sr.models' not in sys.modules\n"
+        "assert cli.main(['train', 'x.yml']) == 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'training configurations need pydantic: pip install "issp[train]"' in done.stderr
 
 
 def test_demo_needs_a_positive_time(capsys):
