@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
 def _rows(
     args: argparse.Namespace, model: SuperResolver, name: str, dataset: EvalDataset
 ) -> list[list[str]]:
-    """Scores one set: a row for each image if asked for, then the row of the set."""
+    """Scores one set: with --per-image a row for each image, then the row of the set."""
     from issp.sr import data, evaluate
 
     results: list[evaluate.Score] = []

@@ -200,7 +200,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restores what `random_state` gave; generators of absent devices are passed over."""
+    """Restores what `random_state` gave; generators of absent devices are skipped."""
     torch.set_rng_state(state["torch"])
     random.setstate((3, tuple(state["python"]), state["gauss"]))
     kind, keys, *rest = state["numpy"]

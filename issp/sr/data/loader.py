@@ -15,7 +15,7 @@ from issp.sr.data.sampler import Draw, EnlargedSampler
 class TrainLoader:
     """Iterator over training batches, with or without worker processes.
 
-    Without workers a batch is sliced from the images in memory when it is asked for, which for
+    Without workers a batch is sliced from the images in memory on demand, which for
     small models on a CPU is faster than a transfer from another process. The batches are the same
     with and without workers. :meth:`state_dict` counts the batches that were returned, not those
     that workers prepared ahead. No global random generator is used.

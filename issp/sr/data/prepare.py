@@ -190,7 +190,7 @@ class _Journal:
         lines = self._read()
         if lines and lines[0] != settings:
             raise ValueError(
-                f"{out} was prepared with {lines[0]} but {settings} is asked for; "
+                f"{out} was prepared with {lines[0]}, not with {settings}; "
                 "choose another folder or remove it"
             )
         self.entries: dict[str, dict[str, Any]] = {e["source"]: e for e in lines[1:]}
