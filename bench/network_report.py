@@ -67,7 +67,7 @@ class Packed:
     sparsity: float
     weights: int
     kept: int
-    layers: pack_report.Report
+    layers: pack_report.PackReport
     task: Task | None = None
     where: Where | None = None
 

@@ -10,7 +10,6 @@ import torch
 
 from issp import ops
 from issp.ops.keep import Keep
-from issp.ops.validation import pruning as checks
 
 LEARNING_RATE = 2e-4
 _POOL_SLACK = 1 << 16
@@ -19,12 +18,7 @@ _PIECE = 1 << 22
 
 def divides(keep: Keep, shape: tuple[int, ...]) -> bool:
     """Whether a weight of that shape can have the pattern."""
-    try:
-        weight = torch.empty(shape, device="meta")
-        checks.pattern(weight, "weight", keep.n, keep.of, keep.v, keep.layout)
-    except ValueError:
-        return False
-    return True
+    return keep.divides(shape)
 
 
 class Workload:

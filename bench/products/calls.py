@@ -206,7 +206,7 @@ def two_four_call(data: Data, dtype: torch.dtype) -> Callable[[], object]:
         ValueError: torch cannot, and why.
     """
     x = data.x.to(dtype)
-    reason = semi_structured.usable(x, data.layer.weight, dtype)
+    reason = semi_structured.unsupported_reason(x, data.layer.weight, dtype)
     if reason:
         raise ValueError(reason)
     packed = semi_structured.pack(ops.nm_prune(data.weight.to(dtype), Keep(2, of=4)))

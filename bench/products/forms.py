@@ -57,7 +57,7 @@ class Sparse:
     @property
     def nbytes(self) -> int:
         """What a product reads of it."""
-        return sum(t.nbytes for t in (self.p.values, self.p.columns, self.p.starts))
+        return sum(t.nbytes for t in (self.p.values, self.p.col_indices, self.p.crow_indices))
 
     @property
     def weights(self) -> int:

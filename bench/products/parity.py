@@ -66,9 +66,9 @@ def _with_gradients(call, x: Tensor, grad: Tensor, weight: Tensor) -> tuple[Tens
 def kept(weight: Tensor, sparse: Sparse) -> Tensor:
     """The entries of a dense tensor that the packed weight stores, as its values are: [E, v]."""
     v = sparse.p.values.shape[1]
-    counts = sparse.p.starts.diff().long()
+    counts = sparse.p.crow_indices.diff().long()
     block = torch.repeat_interleave(torch.arange(len(counts), device=weight.device), counts)
-    return weight.reshape(len(counts), v, -1)[block, :, sparse.p.columns.long()]
+    return weight.reshape(len(counts), v, -1)[block, :, sparse.p.col_indices.long()]
 
 
 def _compare(what: str, y: Tensor, peer: Tensor, truth: Tensor, form: Form) -> None:

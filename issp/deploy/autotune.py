@@ -1,4 +1,4 @@
-"""The fastest of several ways to compute a layer: measured once per machine and shape, remembered.
+"""Chooses the fastest of several ways to compute a layer, measured once per machine and shape.
 
 The file of choices is JSON in the user's cache folder (`ISSP_CACHE` names another folder), readable
 and safe to delete.
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from issp.ops import backends
-from issp.ops import info as about
+from issp.ops.info import info
 from issp.utils.files import atomic_write, cache_folder
 from issp.utils.timing import CpuClock, CudaClock, Task, interleave
 
@@ -32,11 +32,11 @@ except ImportError:  # no such locks on this system, see `Cache.put`
 
 _FORMAT = 1
 _MARGIN = 0.03  # a gain below this is a tie
-_SURE = 0.75  # share of the rounds in which a winner must be faster
+_WIN_SHARE = 0.75  # share of the rounds in which a winner must be faster
 _FLUSH = 1 << 16  # bytes; a layer's input has just been written by the layer before it
 ROUNDS = 15
 SECONDS = 1.0  # to spend on one choice, roughly
-_LEAST = 5  # rounds
+_MIN_ROUNDS = 5
 _NO_LIMIT = 1e9  # seconds: all candidates take part in all rounds
 
 
@@ -65,18 +65,18 @@ def machine(device: str) -> str:
     Args:
         device: "cpu" or "cuda".
     """
-    info = about.info()
+    facts = info()
     back_end = backends.active(device)
-    parts = [info["cpu"]["name"], info["cpu"]["torch"], f"{torch.get_num_threads()} threads"]
+    parts = [facts["cpu"]["name"], facts["cpu"]["torch"], f"{torch.get_num_threads()} threads"]
     if back_end == "cpp":
         parts.append(f"kernels {torch.ops.issp._cpu_capability()}")
     if device == "cuda":
-        gpu = info["gpu"]
-        precise = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-        words = " ".join(x.fp32_precision for x in precise)
-        parts = [gpu["name"], f"CUDA {gpu['cuda']}", f"float32 by {words}"]
+        gpu = facts["gpu"]
+        conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+        precision = f"{torch.backends.cuda.matmul.fp32_precision} {conv.fp32_precision}"
+        parts = [gpu["name"], f"CUDA {gpu['cuda']}", f"float32 by {precision}"]
         parts.append(f"cudnn.benchmark {torch.backends.cudnn.benchmark:d}")
-    parts += [f"torch {torch.__version__}", f"issp {info['issp']} {back_end} {_fingerprint()}"]
+    parts += [f"torch {torch.__version__}", f"issp {facts['issp']} {back_end} {_fingerprint()}"]
     return "; ".join(parts)
 
 
@@ -101,15 +101,13 @@ class Cache:
             made when needed.
     """
 
-    def __init__(self, path: str | os.PathLike | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         self.path = cache_folder() / "choices.json" if path is None else Path(path)
 
     def get(self, machine: str, key: str) -> Choice | None:
-        """The choice that is kept for this machine and key, or None."""
-        kept = self._read().get(machine, {}).get(key)
-        if kept is None:
-            return None
-        return Choice(**kept, remembered=True)
+        """The stored choice of this machine and key, or None."""
+        stored = self._read().get(machine, {}).get(key)
+        return None if stored is None else Choice(**stored, remembered=True)
 
     def put(self, machine: str, key: str, choice: Choice) -> None:
         """Adds or replaces one choice; those of others, written in the meantime, stay.
@@ -122,7 +120,7 @@ class Cache:
             with self._locked():
                 machines = self._read()
                 machines.setdefault(machine, {})[key] = {
-                    name: getattr(choice, name) for name in _KEPT
+                    name: getattr(choice, name) for name in _STORED
                 }
                 content = {"format": _FORMAT, "machines": machines}
                 text = json.dumps(content, indent=1, sort_keys=True)
@@ -156,17 +154,17 @@ class Cache:
         problem = _problem(content)
         return self._broken(problem) if problem else content["machines"]
 
-    def _broken(self, why: str) -> dict[str, Any]:
+    def _broken(self, problem: str) -> dict[str, Any]:
         warnings.warn(
-            f"{self.path} is not a file of choices ({why}): what it should hold is measured again "
-            "and the file is replaced",
+            f"{self.path} is not a file of choices ({problem}): what it should hold is measured "
+            "again and the file is replaced",
             RuntimeWarning,
             stacklevel=4,
         )
         return {}
 
 
-_KEPT = {"name": str, "microseconds": dict, "errors": dict, "reason": str}
+_STORED = {"name": str, "microseconds": dict, "errors": dict, "reason": str}
 
 
 def _problem(content: Any) -> str | None:
@@ -181,13 +179,13 @@ def _problem(content: Any) -> str | None:
     return None
 
 
-def _is_choice(kept: Any) -> bool:
+def _is_choice(stored: Any) -> bool:
     return (
-        isinstance(kept, dict)
-        and kept.keys() == _KEPT.keys()
-        and all(isinstance(kept[name], kind) for name, kind in _KEPT.items())
-        and all(isinstance(x, int | float) and x > 0 for x in kept["microseconds"].values())
-        and kept["name"] in kept["microseconds"]
+        isinstance(stored, dict)
+        and stored.keys() == _STORED.keys()
+        and all(isinstance(stored[name], kind) for name, kind in _STORED.items())
+        and all(isinstance(x, int | float) and x > 0 for x in stored["microseconds"].values())
+        and stored["name"] in stored["microseconds"]
     )
 
 
@@ -200,7 +198,7 @@ def choose(
     rounds: int = ROUNDS,
     seconds: float = SECONDS,
 ) -> Choice:
-    """The fastest candidate; a dense one unless a sparse one is faster beyond doubt.
+    """The fastest candidate; a dense one unless a sparse one is clearly faster.
 
     Every candidate is timed in turn, in another order each round. A sparse one is chosen if it is
     faster than the fastest dense one by more than 3 % in the median of the rounds and faster in
@@ -222,28 +220,36 @@ def choose(
         raise ValueError("choose needs a dense candidate, and a name of its own for each")
     cache = Cache() if cache is None else cache
     name = machine(device)
-    kept = cache.get(name, key)
-    if kept is not None and kept.microseconds.keys() | kept.errors.keys() == {*dense, *sparse}:
-        return kept
-    choice = measured(dense, sparse, device, rounds, seconds)
+    stored = cache.get(name, key)
+    candidates = {*dense, *sparse}
+    if stored is not None and stored.microseconds.keys() | stored.errors.keys() == candidates:
+        return stored
+    choice = measure(dense, sparse, device, rounds=rounds, seconds=seconds)
     cache.put(name, key, choice)
     return choice
 
 
-def measured(
+def measure(
     dense: Mapping[str, Callable[[], object]],
     sparse: Mapping[str, Callable[[], object]],
     device: str = "cpu",
+    *,
     rounds: int = ROUNDS,
     seconds: float = SECONDS,
-    least: int = _LEAST,
+    min_rounds: int = _MIN_ROUNDS,
 ) -> Choice:
-    """As `choose`, measured now; nothing is read or kept. `least`: rounds, however slow."""
+    """As `choose`, but measured now, without a cache.
+
+    Args:
+        dense, sparse, device, rounds, seconds: see `choose`.
+        min_rounds: rounds that are made however slow they are.
+    """
     clock = CudaClock() if device == "cuda" else CpuClock(_FLUSH)
     mode = clock.modes[0]
     calls = {**dense, **sparse}
     plain = next(iter(dense))
-    once, errors = 0.0, {}
+    once = 0.0
+    errors: dict[str, str] = {}
     for name, call in calls.items():
         try:
             once += clock.time(call, mode)
@@ -251,7 +257,7 @@ def measured(
             if name == plain:
                 raise
             errors[name] = (str(error).splitlines() or [type(error).__name__])[0]
-    rounds = min(rounds, max(least, int(seconds / once)))
+    rounds = min(rounds, max(min_rounds, int(seconds / once)))
     tasks = {n: Task(call, lambda: None) for n, call in calls.items() if n not in errors}
     interleave(list(tasks.values()), clock, rounds, _NO_LIMIT, [mode])
     samples = {n: task.samples[mode.name][:rounds] for n, task in tasks.items()}
@@ -276,7 +282,7 @@ def decide(
         if _faster(samples[name], samples[best]):
             best = name
             break
-    # The fastest in the median first: one whose gain is in doubt does not hide a slower, safe one.
+    # The fastest in the median first; if its gain is not clear, the next one may still win.
     fastest = min(medians[n] for n in dense if n in medians)
     chosen, reason = best, "no sparse candidate"
     for name in sorted((n for n in samples if n not in dense), key=medians.__getitem__):
@@ -296,5 +302,5 @@ def decide(
 
 def _faster(one: Sequence[float], other: Sequence[float]) -> bool:
     ratios = [a / b for a, b in zip(one, other, strict=True)]
-    sure = sum(ratio < 1 for ratio in ratios) >= _SURE * len(ratios)
-    return sure and statistics.median(ratios) < 1 - _MARGIN
+    wins = sum(ratio < 1 for ratio in ratios)
+    return wins >= _WIN_SHARE * len(ratios) and statistics.median(ratios) < 1 - _MARGIN

@@ -1,49 +1,77 @@
-"""A sparse model on its fastest paths: every layer measured, dense where sparse is slower."""
+"""Packs a sparse model: measures every layer and leaves it dense where sparse is not faster."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from issp import nn as sparse_nn
 from issp.deploy import autotune, paths
-from issp.deploy.report import Line, Report
-from issp.nn import module_swap, selection
+from issp.deploy.report import Line, PackReport
+from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear, module_swap, selection
+from issp.nn.convert import NO_ZEROS, dense_reason
+from issp.nn.layers import SparseLayer
 from issp.ops.keep import Keep
-from issp.ops.validation.pruning import DTYPES
+from issp.ops.validation import DTYPES
 
-_ROWS = {"cpu": (1, 4), "cuda": (1, 4, 8, 16, 32)}
-_CROWDED = 1.25  # rows that share positions may store this many times the weights that are not zero
-_SIDE = 24  # of the part of an image, and a sixteenth of the tokens, on which results are compared
-# Of the whole model, once with and once without its sparse layers.
-_ROUNDS, _LEAST, _SECONDS = 7, 3, 5.0
+# Rows that may share positions, tried in this order, by device.
+ROWS_PER_BLOCK = {"cpu": (1, 4), "cuda": (1, 4, 8, 16, 32)}
+# Rows that share positions may store this many times the weights that are not zero.
+MAX_FILL = 1.25
+# Results are compared on an image of this height and width, or on the square of it as tokens.
+CHECK_CROP = 24
+# Timing of the whole model, once with and once without its sparse layers.
+_ROUNDS, _MIN_ROUNDS, _SECONDS = 7, 3, 5.0
+
+DenseLayer = nn.Conv2d | nn.Linear
+
+
+@dataclass(frozen=True)
+class LayerInput:
+    """What a layer is applied to in the example."""
+
+    shape: tuple[int, ...]
+    channels_last: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Tensor) -> LayerInput:
+        """That of a tensor."""
+        channels_last = x.dim() == 4 and not x.is_contiguous()
+        channels_last = channels_last and x.is_contiguous(memory_format=torch.channels_last)
+        return cls(tuple(x.shape), channels_last, x.dtype)
+
+    def random(self, device: torch.device) -> Tensor:
+        """Random numbers of this shape, memory format and dtype."""
+        x = torch.randn(self.shape, device=device).to(self.dtype)
+        return x.to(memory_format=torch.channels_last) if self.channels_last else x
 
 
 def pack(
     model: nn.Module,
-    example: Tensor | tuple,
+    example: Tensor | tuple[Any, ...],
     keep: Keep | Mapping[str, Keep] | None = None,
     cache: autotune.Cache | None = None,
 ) -> nn.Module:
-    """A copy of a model whose layers with zeros sit on their fastest measured path.
+    """A copy of a model in which every layer with zeros takes its fastest measured path.
 
     Every Conv2d and Linear whose weight has zeros is timed on the shapes that it meets in the
     example: dense, channels_last, and sparse in each form that its zeros allow. It stays dense
-    where sparse is not faster beyond doubt; so does the whole model. Choices are remembered per
-    machine and shape, see `issp.deploy.autotune`. Hooks on calls follow and are not called while a
-    layer is timed alone; a layer with something that cannot follow (see `issp.nn.convert`) stays
-    dense.
+    where sparse is not clearly faster; so does the whole model. Choices are remembered per
+    machine and shape, see `issp.deploy.autotune`. Hooks on calls are transferred and are not called
+    while a layer is timed alone; a layer with something that cannot be transferred (see
+    `issp.nn.convert`) stays dense.
 
     Args:
         model: any module; it is left as it is. Threads, device and dtype are those of later use.
         example: its input, or a tuple of its arguments.
-        keep: the N:M pattern of the zeros, for all layers or by name ("body.*", see
-            `issp.attach`); a layer that does not fit stays dense and says why. Default: rows that
-            share their zeros are found, N:M or not.
+        keep: the N:M pattern of the zeros, for all layers or by name pattern ("body.*", see
+            `issp.attach`); a layer that does not have it stays dense and the report says why.
+            Default: rows that share their zeros are found, N:M or not.
         cache: where choices are kept; default: the user's cache folder.
 
     Returns:
@@ -51,8 +79,8 @@ def pack(
         per layer, and `report.lines`. Its outputs equal the dense ones within twice their error.
 
     Raises:
-        TypeError, ValueError: no model, one on another device than CPU and CUDA, a pattern that
-            matches no layer, or a model that has something called `report`.
+        TypeError, ValueError: no model, one on another device than CPU and CUDA, a name
+            pattern that matches no layer, or a model that has something called `report`.
         RuntimeError: a sparse layer's result is further from float64 than allowed.
     """
     if not isinstance(model, nn.Module):
@@ -60,35 +88,52 @@ def pack(
     if hasattr(model, "report"):
         raise ValueError('the model has an attribute "report" already: rename it')
     args = example if isinstance(example, tuple) else (example,)
-    if _device(model) not in _ROWS:
+    if _device(model) not in ROWS_PER_BLOCK:
         raise ValueError(f"the model is on {_device(model)}: move it to the CPU or a CUDA device")
+    # The model is a child, so that it can itself be the layer that is replaced.
     root = nn.Sequential(copy.deepcopy(selection.unwrap(model)))
     modes = {module: module.training for module in root.modules()}
     root.eval()
-    patterns = _patterns(root[0], keep)
-    inputs = _inputs(root[0], args)
-    cache = autotune.Cache() if cache is None else cache
-    lines, replacements = [], {}
-    for name, module in root[0].named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            with module_swap.bare(module):
-                line, new = _packed(name, module, inputs.get(module, []), patterns.get(name), cache)
-            lines.append(line)
-            if new is not None:
-                module_swap.carry(module, new)
-                modes[new] = modes[module]
-                replacements[module] = new
-    report = Report(lines, autotune.machine(_device(root)))
+    lines, replacements = _pack_layers(
+        root[0], args, keep, autotune.Cache() if cache is None else cache
+    )
+    for old, new in replacements.items():
+        module_swap.transfer_hooks(old, new)
+        modes[new] = modes[old]
+    report = PackReport(lines, autotune.machine(_device(root)))
     if replacements:
-        report.whole = _swap_if_faster(root, replacements, args)
+        report.whole = keep_if_faster(root, replacements, args)
         if report.whole.name == "dense":
             for line in lines:
                 line.stay_dense()
     for module in root.modules():
         module.training = modes[module]
     packed = root[0]
-    packed.report = report
+    packed.report = report  # type: ignore[assignment]
     return packed
+
+
+def _pack_layers(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    keep: Keep | Mapping[str, Keep] | None,
+    cache: autotune.Cache,
+) -> tuple[list[Line], dict[nn.Module, nn.Module]]:
+    """The report's line of every layer, and layer -> what replaces it."""
+    patterns = _patterns(model, keep)
+    inputs = _layer_inputs(model, args)
+    lines: list[Line] = []
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            with module_swap.without_hooks(module):
+                line, new = pack_layer(
+                    name, module, inputs.get(module, []), patterns.get(name), cache
+                )
+            lines.append(line)
+            if new is not None:
+                replacements[module] = new
+    return lines, replacements
 
 
 def is_packed(model: nn.Module) -> bool:
@@ -99,7 +144,7 @@ def is_packed(model: nn.Module) -> bool:
 def unpack(model: nn.Module) -> nn.Module:
     """A copy with torch's own layers, zeros where nothing is stored: what can be saved and loaded.
 
-    Hooks on calls and attributes of sparse layers follow.
+    Hooks on calls and attributes of sparse layers are transferred.
 
     Args:
         model: packed, or with layers of `issp.nn`; is left as it is.
@@ -111,7 +156,7 @@ def unpack(model: nn.Module) -> nn.Module:
             if isinstance(child, _SPARSE):
                 if child not in dense:
                     dense[child] = child.to_dense()
-                    module_swap.carry(child, dense[child])
+                    module_swap.transfer_hooks(child, dense[child])
                 parent._modules[attribute] = dense[child]
             elif isinstance(child, _PATHS):
                 paths.restore_(child)
@@ -119,12 +164,7 @@ def unpack(model: nn.Module) -> nn.Module:
     return root[0]
 
 
-_SPARSE = (
-    sparse_nn.SparseConv2d,
-    sparse_nn.SparseLinear,
-    sparse_nn.NMConv2d,
-    sparse_nn.NMLinear,
-)
+_SPARSE = (SparseConv2d, SparseLinear, NMConv2d, NMLinear)
 _PATHS = (paths.ChannelsLastConv2d, paths.TwoFourLinear)
 
 
@@ -138,27 +178,26 @@ def _patterns(model: nn.Module, keep: Keep | Mapping[str, Keep] | None) -> dict[
         return {}
     if isinstance(keep, Keep):
         return dict.fromkeys(names, keep)
-    found: dict[str, Keep] = {}
+    patterns: dict[str, Keep] = {}
     every = [n for n, _ in model.named_modules()]
-    for pattern, value in keep.items():
+    for name_pattern, value in keep.items():
         if not isinstance(value, Keep):
-            raise TypeError(f'keep: "{pattern}" is {value!r}: it must be an issp.Keep')
-        found |= dict.fromkeys(selection._matching(pattern, every, "keep") & set(names), value)
-    return found
+            raise TypeError(f'keep: "{name_pattern}" is {value!r}: it must be an issp.Keep')
+        matches = selection.match_names(name_pattern, every, "keep") & set(names)
+        patterns |= dict.fromkeys(matches, value)
+    return patterns
 
 
 @torch.no_grad()
-def _inputs(model: nn.Module, args: tuple) -> dict[nn.Module, list[tuple]]:
-    """Distinct (shape, channels_last, dtype) of what each layer meets."""
-    found: dict[nn.Module, list[tuple]] = {}
+def _layer_inputs(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, list[LayerInput]]:
+    """The distinct inputs of each layer in the example."""
+    inputs: dict[nn.Module, list[LayerInput]] = {}
 
-    def note(module: nn.Module, given: tuple, named: Mapping[str, Any]) -> None:
-        x = given[0] if given else named["input"]
-        last = x.dim() == 4 and not x.is_contiguous()
-        last = last and x.is_contiguous(memory_format=torch.channels_last)
-        seen = found.setdefault(module, [])
-        if (tuple(x.shape), last, x.dtype) not in seen:
-            seen.append((tuple(x.shape), last, x.dtype))
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = LayerInput.of(args[0] if args else kwargs["input"])
+        seen = inputs.setdefault(module, [])
+        if x not in seen:
+            seen.append(x)
 
     hooks = [
         m.register_forward_pre_hook(note, with_kwargs=True)
@@ -170,25 +209,34 @@ def _inputs(model: nn.Module, args: tuple) -> dict[nn.Module, list[tuple]]:
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return inputs
 
 
-def _swap_if_faster(
-    root: nn.Module, replacements: Mapping[nn.Module, nn.Module], args: tuple
+def keep_if_faster(
+    root: nn.Sequential, replacements: Mapping[nn.Module, nn.Module], args: tuple[Any, ...]
 ) -> autotune.Choice:
-    """Replaces the layers, unless the whole model is slower for it; the times of both."""
-    places = [
+    """Replaces the layers unless the model is slower with the new ones.
+
+    Args:
+        root: holds the model as its only child.
+        replacements: layer -> what replaces it.
+        args: the arguments of the example.
+
+    Returns:
+        The choice between "packed" and "dense", with the times of the whole model.
+    """
+    children = [
         (parent, attribute, child)
         for parent in root.modules()
         for attribute, child in parent._modules.items()
-        if child in replacements
+        if child is not None and child in replacements
     ]
 
     def swap(packed: bool) -> None:
-        for parent, attribute, child in places:
+        for parent, attribute, child in children:
             parent._modules[attribute] = replacements[child] if packed else child
 
-    def call(packed: bool):
+    def call(packed: bool) -> Callable[[], None]:
         @torch.no_grad()
         def run() -> None:
             swap(packed)
@@ -196,98 +244,100 @@ def _swap_if_faster(
 
         return run
 
-    device = _device(root)
-    # The burden of proof is on dense: layer by layer, sparse has already won.
-    found = autotune.measured(
-        {"packed": call(True)}, {"dense": call(False)}, device, _ROUNDS, _SECONDS, least=_LEAST
+    # Layer by layer, sparse has won already: here dense must be clearly faster to be chosen.
+    choice = autotune.measure(
+        {"packed": call(True)},
+        {"dense": call(False)},
+        _device(root),
+        rounds=_ROUNDS,
+        seconds=_SECONDS,
+        min_rounds=_MIN_ROUNDS,
     )
-    swap(found.name == "packed")
-    return found
+    swap(choice.name == "packed")
+    return choice
 
 
-def _packed(
-    name: str, module: nn.Module, inputs: Sequence[tuple], keep: Keep | None, cache: autotune.Cache
+def pack_layer(
+    name: str,
+    module: DenseLayer,
+    inputs: Sequence[LayerInput],
+    keep: Keep | None,
+    cache: autotune.Cache,
 ) -> tuple[Line, nn.Module | None]:
-    """A layer's line of the report, and what replaces it, if anything does."""
+    """A layer's line of the report, and what replaces it; None: it stays as it is."""
     line = Line(name or "(model)", _shape(module, inputs), None)
-    line.reason = _unfit(module, inputs)
+    line.reason = _unsupported_reason(module, inputs)
     if line.reason:
         return line, None
     weight = module.weight.detach()
     zeros = int((weight == 0).sum())
     line.sparsity = zeros / weight.numel()
     if not zeros:
-        line.reason = "no weight is zero (masks are made final by pruner.finalize())"
+        line.reason = NO_ZEROS
         return line, None
-    sparse, problem = _sparse(name, module, keep)
-    if problem:
-        line.reason = problem
+    sparse, line.reason = _sparse_forms(name, module, keep)
+    if line.reason:
         return line, None
-    dense = {"dense": module}
+    dense: dict[str, nn.Module] = {"dense": module}
     if isinstance(module, nn.Conv2d):
         dense["dense channels_last"] = paths.channels_last(module)
-    samples = [_random(*spec, weight.device) for spec in inputs]
+    samples = [x.random(weight.device) for x in inputs]
     if isinstance(module, nn.Linear) and keep in (None, Keep(2, of=4)):
         two_four = paths.two_four(module, samples[0])
         sparse |= {} if two_four is None else {"torch 2:4": two_four}
-    calls = ({n: _call(m, samples) for n, m in group.items()} for group in (dense, sparse))
-    found = autotune.choose(_key(module, inputs, sparse), *calls, weight.device.type, cache)
-    line.fill(found, list(sparse))
-    if found.name == "dense":
+    choice = autotune.choose(
+        _key(module, inputs, sparse),
+        {form: _call(m, samples) for form, m in dense.items()},
+        {form: _call(m, samples) for form, m in sparse.items()},
+        weight.device.type,
+        cache,
+    )
+    line.record(choice, list(sparse))
+    if choice.name == "dense":
         return line, None
-    if found.name in sparse:
-        _compare(name, module, sparse[found.name], samples[0])
-    return line, {**dense, **sparse}[found.name]
+    if choice.name in sparse:
+        _check_accuracy(name, module, sparse[choice.name], samples[0])
+    return line, {**dense, **sparse}[choice.name]
 
 
-def _unfit(module: nn.Module, inputs: Sequence[tuple]) -> str:
-    """Why a layer cannot have a sparse product at all, or ""."""
-    if type(module) not in (nn.Conv2d, nn.Linear):
-        return f"it is a {type(module).__name__}, which may compute something else"
-    if obstacle := module_swap.obstacle(module):
-        return obstacle
-    weight = module.weight
-    if weight.dtype not in DTYPES:
-        return f"its weight is {weight.dtype}"
-    if getattr(module, "groups", 1) > 1:
-        return f"it has {module.groups} groups, sparse products have none"
-    if getattr(module, "padding_mode", "zeros") != "zeros":
-        return f"it pads by {module.padding_mode}, sparse products with zeros"
+def _unsupported_reason(module: DenseLayer, inputs: Sequence[LayerInput]) -> str:
+    """Why a layer cannot have a sparse form at all, or ""."""
+    reason = dense_reason(module)
+    if reason:
+        return reason
+    dtype = module.weight.dtype
+    if dtype not in DTYPES:
+        return f"its weight is {dtype}"
     if not inputs:
         return "the example does not reach it"
-    if any(len(shape) == 3 and isinstance(module, nn.Conv2d) for shape, _, _ in inputs):
+    if any(len(x.shape) == 3 and isinstance(module, nn.Conv2d) for x in inputs):
         return "its input has no batch: pass an example with one"
-    if any(dtype != weight.dtype for _, _, dtype in inputs):
-        return f"its input is not {weight.dtype} as its weight is"
+    if any(x.dtype != dtype for x in inputs):
+        return f"its input is not {dtype} as its weight is"
     return ""
 
 
-def _sparse(name: str, module: nn.Module, keep: Keep | None) -> tuple[dict[str, nn.Module], str]:
+def _sparse_forms(
+    name: str, module: DenseLayer, keep: Keep | None
+) -> tuple[dict[str, nn.Module], str]:
     """The sparse forms that the zeros of a layer allow; or why there are none."""
-    conv = isinstance(module, nn.Conv2d)
+    is_conv = isinstance(module, nn.Conv2d)
     if keep is not None:
-        kind = sparse_nn.NMConv2d if conv else sparse_nn.NMLinear
         try:
-            return {keep.name: kind.from_dense(module, keep)}, ""
+            return {keep.name: (NMConv2d if is_conv else NMLinear).from_dense(module, keep)}, ""
         except ValueError as error:
             return {}, f"{keep.name} does not fit {name}: {error}"
-    kind = sparse_nn.SparseConv2d if conv else sparse_nn.SparseLinear
-    kept = int((module.weight != 0).sum())
-    found = {}
-    for v in _ROWS[module.weight.device.type]:
+    kept = int(module.weight.ne(0).sum())
+    forms: dict[str, nn.Module] = {}
+    for v in ROWS_PER_BLOCK[module.weight.device.type]:
         if module.weight.shape[0] % v == 0:
-            new = kind.from_dense(module, v=v)
-            if v == 1 or new.values.numel() <= _CROWDED * kept:
-                found[f"rows v={v}" if v > 1 else "rows"] = new
-    return found, ""
+            layer = (SparseConv2d if is_conv else SparseLinear).from_dense(module, v=v)
+            if v == 1 or layer.values.numel() <= MAX_FILL * kept:
+                forms[f"rows v={v}" if v > 1 else "rows"] = layer
+    return forms, ""
 
 
-def _random(shape: tuple[int, ...], last: bool, dtype: torch.dtype, device) -> Tensor:
-    x = torch.randn(shape, device=device).to(dtype)
-    return x.to(memory_format=torch.channels_last) if last else x
-
-
-def _call(module: nn.Module, samples: Sequence[Tensor]):
+def _call(module: nn.Module, samples: Sequence[Tensor]) -> Callable[[], None]:
     @torch.no_grad()
     def call() -> None:
         for x in samples:
@@ -296,42 +346,50 @@ def _call(module: nn.Module, samples: Sequence[Tensor]):
     return call
 
 
-def _shape(module: nn.Module, inputs: Sequence[tuple]) -> str:
-    weight = "x".join(map(str, module.weight.shape))
-    return weight + "".join(f" on {'x'.join(map(str, shape))}" for shape, _, _ in inputs)
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
-def _key(module: nn.Module, inputs: Sequence[tuple], sparse: Mapping[str, Any]) -> str:
+def _shape(module: DenseLayer, inputs: Sequence[LayerInput]) -> str:
+    return _size(module.weight.shape) + "".join(f" on {_size(x.shape)}" for x in inputs)
+
+
+def _key(module: DenseLayer, inputs: Sequence[LayerInput], sparse: Mapping[str, nn.Module]) -> str:
     """All that the times of a layer depend on, as text."""
-    parts = [f"{type(module).__name__} {'x'.join(map(str, module.weight.shape))} forward"]
+    parts = [f"{type(module).__name__} {_size(module.weight.shape)} forward"]
     if isinstance(module, nn.Conv2d):
         parts += [f"{name} {getattr(module, name)}" for name in ("stride", "padding", "dilation")]
     parts.append("bias" if module.bias is not None else "no bias")
-    for shape, last, dtype in inputs:
-        parts.append(f"x {'x'.join(map(str, shape))} {dtype}" + " channels_last" * last)
+    for x in inputs:
+        parts.append(f"x {_size(x.shape)} {x.dtype}" + " channels_last" * x.channels_last)
     device, numel = module.weight.device.type, module.weight.numel()
     if torch.is_autocast_enabled(device):
         parts.append(f"autocast {torch.get_autocast_dtype(device)}")
-    for name, new in sparse.items():
+    for name, form in sparse.items():
         # Two digits: layers that differ in a handful of weights share a measurement.
-        share = new.values.numel() / numel if hasattr(new, "values") else 0.5
+        share = form.values.numel() / numel if isinstance(form, SparseLayer) else 0.5
         parts.append(f"{name} keeps {share:.2g}")
     return ", ".join(parts)
 
 
 @torch.no_grad()
-def _compare(name: str, dense: nn.Module, sparse: nn.Module, x: Tensor) -> None:
+def _check_accuracy(name: str, dense: DenseLayer, sparse: nn.Module, x: Tensor) -> None:
     """Raises RuntimeError where the sparse result is off by more than twice the dense one."""
     if isinstance(dense, nn.Conv2d):
-        least = [d * (k - 1) + 1 for d, k in zip(dense.dilation, dense.kernel_size, strict=True)]
-        x = x[:1, :, : max(_SIDE, least[0]), : max(_SIDE, least[1])].contiguous()
+        height, width = (
+            max(CHECK_CROP, d * (k - 1) + 1)
+            for d, k in zip(dense.dilation, dense.kernel_size, strict=True)
+        )
+        x = x[:1, :, :height, :width].contiguous()
     else:
-        x = x.reshape(-1, x.shape[-1])[: _SIDE * _SIDE].contiguous()
+        x = x.reshape(-1, x.shape[-1])[: CHECK_CROP * CHECK_CROP].contiguous()
     exact = copy.deepcopy(dense).double()(x.double())
-    ours, theirs = ((m(x).double() - exact).square().mean().sqrt() for m in (sparse, dense))
+    sparse_error, dense_error = (
+        (m(x).double() - exact).square().mean().sqrt() for m in (sparse, dense)
+    )
     rounding = torch.finfo(x.dtype).eps * exact.square().mean().sqrt()
-    if not bool(ours <= 2 * theirs + rounding):
+    if not bool(sparse_error <= 2 * dense_error + rounding):
         raise RuntimeError(
-            f"the sparse result of {name} is off by {ours:.3g} from float64, the dense one by "
-            f"{theirs:.3g}: the model was not packed; please report this with `issp info`"
+            f"the sparse result of {name} is off by {sparse_error:.3g} from float64, the dense one "
+            f"by {dense_error:.3g}: the model was not packed; please report this with `issp info`"
         )

@@ -1,4 +1,4 @@
-"""What `issp.pack` did to each layer, and why."""
+"""The report of `issp.pack`: what computes each layer now, and why."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Line:
         """Whether a sparse form computes it now."""
         return self.choice not in _DENSE
 
-    def fill(self, found: Choice, sparse: Sequence[str]) -> None:
-        """Takes over what was measured; `sparse` names the sparse candidates."""
-        times = found.microseconds
+    def record(self, choice: Choice, sparse: Sequence[str]) -> None:
+        """Records what was measured; `sparse` names the sparse candidates."""
+        times = choice.microseconds
         self.dense = min(t for name, t in times.items() if name not in sparse)
         timed = [name for name in times if name in sparse]
         if timed:
-            self.form = found.name if found.name in sparse else min(timed, key=times.__getitem__)
+            self.form = choice.name if choice.name in sparse else min(timed, key=times.__getitem__)
             self.sparse = times[self.form]
-        self.choice, self.reason = found.name, found.reason
-        for name, why in found.errors.items():
-            self.reason += f"; {name} could not be timed: {why}"
+        self.choice, self.reason = choice.name, choice.reason
+        for name, error in choice.errors.items():
+            self.reason += f"; {name} could not be timed: {error}"
 
     def stay_dense(self) -> None:
         """Records that the model as a whole is slower with its sparse layers."""
@@ -56,8 +56,8 @@ class Line:
 
 
 @dataclass
-class Report:
-    """Called without arguments, the report as text.
+class PackReport:
+    """The lines of all layers; called without arguments, the report as text.
 
     Attributes:
         lines: one per layer, in the order of the model.

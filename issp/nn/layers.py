@@ -1,43 +1,78 @@
-"""What the layers of issp/nn.py are put together from: a product and a pattern."""
+"""The sparse layers: each is made from two mixins, an op (linear or convolution) and a pattern."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from issp.nn import ste
-from issp.ops import num_pruned, sparse
-from issp.ops.formats import NMTensor, SparseRows, check_pattern, taken, transpose
+from issp.nn.support import unsupported_reason
+from issp.ops import num_pruned, sparse, validation
+from issp.ops.formats import (
+    NMTensor,
+    PackedWeight,
+    SparseRows,
+    check_pattern,
+    check_rows_per_block,
+    pack_entries,
+    transpose,
+)
 from issp.ops.keep import Keep
-from issp.ops.reference.sparse import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self needs Python 3.11
 
 MASKS = ("fixed", "ste", "sr-ste")
 DECAY = 2e-4  # lambda_W of SR-STE, Zhou et al. 2021
-_BEHIND = {"relu": nn.ReLU, "gelu": nn.GELU}
+_ACTIVATION_MODULES = {"relu": nn.ReLU, "gelu": nn.GELU}
+# Entries of the state of a layer with a fixed mask, and the names that older versions gave them.
+STORED = ("values", "col_indices", "crow_indices")
+_OLD_NAMES = {"columns": "col_indices", "starts": "crow_indices"}
+
+Size2 = int | tuple[int, int]
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+Device = torch.device | str | int | None
 
 
 class SparseLayer(nn.Module):
-    """What all four share; `LinearProduct` and `ConvProduct`, `NM` and `Rows` are its halves.
+    """What all four layers share; a layer adds `LinearMixin` or `Conv2dMixin`, and a pattern.
 
-    A layer with a fixed mask is its own packed weight: values, columns, starts, shape, transposed.
+    The mixins implement what is not implemented here. A layer with a fixed mask is its own packed
+    weight, see `issp.ops.formats.PackedWeight`.
     """
 
-    dense: type[nn.Module]
+    dense: ClassVar[type[nn.Conv2d] | type[nn.Linear]]
     # Attributes of an instance that the dense layer does not have.
-    STATE = frozenset({"mask", "activation", "decay", "shape", "_transposed"})
+    STATE: ClassVar[frozenset[str]] = frozenset(
+        {"mask", "activation", "decay", "shape", "_transposed"}
+    )
+    mask: str
+    activation: str
+    decay: float
+    shape: tuple[int, ...]
+    weight: nn.Parameter  # of a mask "ste" or "sr-ste"
+    values: nn.Parameter  # of a fixed mask, as the next two
+    col_indices: Tensor
+    crow_indices: Tensor
+    bias: nn.Parameter | None
+    _transposed: list[Tensor] | None
 
-    def _build(self, layer: nn.Module, mask: str, activation: str, decay: float) -> None:
-        """Takes everything over from a dense layer; the pattern has been set before."""
+    def _build(
+        self, layer: nn.Conv2d | nn.Linear, mask: str, activation: str, decay: float
+    ) -> None:
+        """Copies everything but the pattern from a dense layer."""
         if mask not in MASKS:
             raise ValueError(f'mask is "{mask}": use one of {", ".join(MASKS)}')
-        if activation not in ACTIVATIONS:
-            raise ValueError(f'activation is "{activation}": use one of {", ".join(ACTIVATIONS)}')
+        validation.check_activation(activation)
         if layer.weight.device.type == "meta":
             raise ValueError("the layer is on the meta device: give it memory first")
         self.mask, self.activation, self.decay = mask, activation, decay
         self.shape = tuple(layer.weight.shape)
-        self._transposed: list[Tensor] | None = None
-        self._geometry(layer)
+        self._transposed = None
+        self._copy_sizes(layer)
         self.train(layer.training)
         # Weight before bias, as in torch's layers: optimizer states go by the order.
         if mask == "fixed":
@@ -45,32 +80,65 @@ class SparseLayer(nn.Module):
         else:
             self.weight = _parameter(layer.weight, layer.weight.requires_grad)
         bias = layer.bias
-        fresh = None if bias is None else _parameter(bias, bias.requires_grad)
-        self.register_parameter("bias", fresh)
+        copied = None if bias is None else _parameter(bias, bias.requires_grad)
+        self.register_parameter("bias", copied)
 
     def _store(self, p: SparseRows, requires_grad: bool) -> None:
         self.values = _parameter(p.values, requires_grad)
-        self.register_buffer("columns", p.columns)
-        self.register_buffer("starts", p.starts)
+        self.register_buffer("col_indices", p.col_indices)
+        self.register_buffer("crow_indices", p.crow_indices)
 
     @classmethod
-    def _suits(cls, layer: nn.Module) -> None:
-        """Whether a dense layer can become this one; says why not."""
+    def _check_convertible(cls, layer: nn.Module) -> nn.Conv2d | nn.Linear:
+        """Refuses a dense layer that cannot become this one; returns it."""
         name = cls.__name__
         if not isinstance(layer, cls.dense):
             raise TypeError(
                 f"{name} is made from nn.{cls.dense.__name__}, not {type(layer).__name__}"
             )
-        if getattr(layer, "groups", 1) != 1:
-            raise ValueError(f"{name} has groups = 1 only, not {layer.groups}: leave it dense")
-        if getattr(layer, "padding_mode", "zeros") != "zeros":
-            raise ValueError(
-                f'{name} pads by zeros only, not by "{layer.padding_mode}": leave it dense'
-            )
+        reason = unsupported_reason(layer)
+        if reason:
+            raise ValueError(f"{name}: {reason}; leave the layer dense")
+        return layer
+
+    def _copy_sizes(self, layer: Any) -> None:
+        """Copies the sizes and the geometry of a dense layer."""
+        raise NotImplementedError
+
+    def _forward_op(
+        self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def _conv_args(self) -> tuple:
+        """Stride, padding and dilation of a convolution, () of a linear layer."""
+        raise NotImplementedError
+
+    def _dense_layer(self) -> nn.Conv2d | nn.Linear:
+        """torch's layer of these sizes, on the meta device."""
+        raise NotImplementedError
+
+    def _shape_repr(self) -> str:
+        raise NotImplementedError
 
     @property
     def v(self) -> int:
         """Consecutive output rows that share their positions."""
+        raise NotImplementedError
+
+    def _entries(self) -> int:
+        """Positions that are kept, each for v rows."""
+        raise NotImplementedError
+
+    def _kept(self) -> Tensor:
+        """Bool [O / v, length of a row]: what a mask "ste" or "sr-ste" keeps now."""
+        raise NotImplementedError
+
+    def _make_weight(self, values: Tensor, col_indices: Tensor, crow_indices: Tensor) -> SparseRows:
+        """The packed weight of these tensors, which are checked."""
+        raise NotImplementedError
+
+    def _pattern_repr(self) -> str:
         raise NotImplementedError
 
     @property
@@ -82,35 +150,35 @@ class SparseLayer(nn.Module):
     def transposed(self) -> list[Tensor]:
         """Lists of the transposed weight of a fixed mask, made when backward first needs them."""
         if self._transposed is None:
-            self._transposed = transpose(self.columns, self.starts, self.v, self.shape)
+            self._transposed = transpose(self.col_indices, self.crow_indices, self.v, self.shape)
         return self._transposed
 
-    def _apply(self, *args, **kwargs):
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self._transposed = None
         return super()._apply(*args, **kwargs)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """activation(W x + bias) + residual; fused where no gradient is wanted."""
         if self.mask == "fixed":
-            return self._product(x, self, residual, self.activation)
+            return self._forward_op(x, self, residual, self.activation)
         kept = self._kept()
-        rows = SparseRows.trusted(*taken(self.weight, kept, self._entries()), self.shape)
+        entries = pack_entries(self.weight, kept, self._entries())
+        rows = SparseRows.from_unchecked(*entries, self.shape)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return self._product(x, rows, residual, self.activation)
-        y = self._product(x, rows, None, "none")
+            return self._forward_op(x, rows, residual, self.activation)
+        y = self._forward_op(x, rows, None, "none")
         decayed = kept if self.mask == "sr-ste" else None
         y = ste.StraightThrough.apply(
-            y, self.weight, x.detach(), decayed, self.decay, self._convolved()
+            y, self.weight, x.detach(), decayed, self.decay, self._conv_args()
         )
-        return sparse.composed(y, residual, self.activation)
+        return sparse.apply_epilogue(y, residual, self.activation)
 
     def packed(self) -> SparseRows:
-        """A copy of the weight as products read it, without its graph."""
+        """A copy of the packed weight, without its graph."""
         if self.mask == "fixed":
-            stored = (self.values.detach().clone(), self.columns.clone(), self.starts.clone())
-        else:
-            stored = taken(self.weight, self._kept(), self._entries())
-        return self._typed(*stored)
+            stored = self.values.detach().clone(), self.col_indices, self.crow_indices
+            return self._make_weight(stored[0], stored[1].clone(), stored[2].clone())
+        return self._make_weight(*pack_entries(self.weight, self._kept(), self._entries()))
 
     def to_dense(self) -> nn.Module:
         """torch's layer with zeros where nothing is kept; in nn.Sequential with the activation."""
@@ -123,56 +191,83 @@ class SparseLayer(nn.Module):
         layer.train(self.training)
         if self.activation == "none":
             return layer
-        return nn.Sequential(layer, _BEHIND[self.activation]()).train(self.training)
+        activation = _ACTIVATION_MODULES[self.activation]()
+        return nn.Sequential(layer, activation).train(self.training)
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         if self.mask == "fixed":
-            problem = self._new_pattern(state_dict, prefix)
+            for old, new in _OLD_NAMES.items():
+                if prefix + old in state_dict and prefix + new not in state_dict:
+                    state_dict[prefix + new] = state_dict.pop(prefix + old)
+            problem = self._adopt_pattern(state_dict, prefix)
             if problem is not None:
-                errors = rest[-1]
-                errors.append(f"{prefix[:-1] or type(self).__name__}: {problem}")
+                error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {problem}")
                 return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict=strict,
+            missing_keys=missing_keys,
+            unexpected_keys=unexpected_keys,
+            error_msgs=error_msgs,
+        )
         self._transposed = None
 
-    def _new_pattern(self, state_dict, prefix: str) -> str | None:
+    def _adopt_pattern(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
         """Makes room for the positions that are being loaded; returns what is wrong with them."""
-        stored = [state_dict.get(prefix + name) for name in ("values", "columns", "starts")]
-        if any(tensor is None for tensor in stored):
-            if all(tensor is None for tensor in stored) and prefix + "weight" not in state_dict:
+        loaded = {name: state_dict[prefix + name] for name in STORED if prefix + name in state_dict}
+        if len(loaded) < len(STORED):
+            if not loaded and prefix + "weight" not in state_dict:
                 return None  # strict loading names them
             return (
-                "the state holds no packed weight (values, columns, starts): load a dense weight "
+                f"the state holds no packed weight ({', '.join(STORED)}): load a dense weight "
                 f"into torch's layer and use {type(self).__name__}.from_dense"
             )
         try:
-            self._typed(*(tensor.cpu() for tensor in stored))
+            self._make_weight(**{name: tensor.cpu() for name, tensor in loaded.items()})
         except (TypeError, ValueError) as error:
             return str(error)
-        for mine, theirs in zip((self.values, self.columns, self.starts), stored, strict=True):
-            if mine.shape != theirs.shape:
-                mine.data = mine.data.new_zeros(theirs.shape)
+        for name, tensor in loaded.items():
+            own = getattr(self, name)
+            if own.shape != tensor.shape:
+                own.data = own.data.new_zeros(tensor.shape)
         return None
 
     def extra_repr(self) -> str:
-        about = [self._numbers(), self._pattern(), f'mask="{self.mask}"']
+        parts = [self._shape_repr(), self._pattern_repr(), f'mask="{self.mask}"']
         if self.bias is None:
-            about.append("bias=False")
+            parts.append("bias=False")
         if self.activation != "none":
-            about.append(f'activation="{self.activation}"')
-        return ", ".join(about)
+            parts.append(f'activation="{self.activation}"')
+        return ", ".join(parts)
 
 
-class LinearProduct(SparseLayer):
+class LinearMixin(SparseLayer):
+    """The op and the sizes of nn.Linear."""
+
     dense = nn.Linear
+    in_features: int
+    out_features: int
 
-    def _geometry(self, layer: nn.Linear) -> None:
+    def _copy_sizes(self, layer: nn.Linear) -> None:
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
-    def _product(self, x, p, residual, activation) -> Tensor:
+    def _forward_op(
+        self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str
+    ) -> Tensor:
         return sparse.matmul(x, p, self.bias, residual, activation)
 
-    def _convolved(self) -> tuple:
+    def _conv_args(self) -> tuple:
         return ()
 
     def _dense_layer(self) -> nn.Linear:
@@ -180,55 +275,90 @@ class LinearProduct(SparseLayer):
             self.in_features, self.out_features, bias=self.bias is not None, device="meta"
         )
 
-    def _numbers(self) -> str:
+    def _shape_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
 
 
-class ConvProduct(SparseLayer):
+class Conv2dMixin(SparseLayer):
+    """The op, the sizes and the geometry of nn.Conv2d."""
+
     dense = nn.Conv2d
     groups, padding_mode = 1, "zeros"
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
 
-    def _geometry(self, layer: nn.Conv2d) -> None:
+    def _copy_sizes(self, layer: nn.Conv2d) -> None:
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
-        self.kernel_size, self.stride = layer.kernel_size, layer.stride
-        self.padding, self.dilation = _padding(layer, type(self).__name__), layer.dilation
+        self.kernel_size, self.stride = _two(layer.kernel_size), _two(layer.stride)
+        self.padding, self.dilation = _padding(layer, type(self).__name__), _two(layer.dilation)
 
-    def _product(self, x, p, residual, activation) -> Tensor:
-        geometry = (self.stride, self.padding, self.dilation)
-        return sparse.conv2d(x, p, self.bias, *geometry, residual, activation)
+    def _forward_op(
+        self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str
+    ) -> Tensor:
+        return sparse.conv2d(
+            x,
+            p,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            residual=residual,
+            activation=activation,
+        )
 
-    def _convolved(self) -> tuple:
+    def _conv_args(self) -> tuple:
         return (self.stride, self.padding, self.dilation)
 
     def _dense_layer(self) -> nn.Conv2d:
         return nn.Conv2d(
-            *(self.in_channels, self.out_channels, self.kernel_size, self.stride),
-            *(self.padding, self.dilation),
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
             bias=self.bias is not None,
             device="meta",
         )
 
-    def _numbers(self) -> str:
+    def _shape_repr(self) -> str:
         return (
             f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
         )
 
 
-class NM(SparseLayer):
+class NMMixin(SparseLayer):
+    """The pattern N:M."""
+
     keep: Keep
     STATE = SparseLayer.STATE | {"keep"}
 
-    def _begin(self, layer, keep, mask, activation, decay, prune: bool) -> None:
-        self._suits(layer)
-        check_pattern(layer.weight.shape, keep, f"{type(self).__name__}'s weight")
+    def _init_from(
+        self,
+        layer: nn.Module,
+        keep: Keep,
+        *,
+        mask: str,
+        activation: str,
+        decay: float,
+        prune: bool,
+    ) -> None:
+        """Copies a dense layer; `prune`: a fixed mask prunes, else the weight must be N:M."""
+        source = self._check_convertible(layer)
+        check_pattern(source.weight.shape, keep, f"{type(self).__name__}'s weight")
         self.keep = keep
-        self._build(layer, mask, activation, decay)
+        self._build(source, mask, activation, decay)
         if mask == "fixed" and prune:
-            self._store(self._typed(*taken(layer.weight, ste.kept_nm(layer.weight, keep))), True)
+            kept = ste.kept_nm(source.weight, keep)
+            self._store(self._make_weight(*pack_entries(source.weight, kept)), True)
         elif mask == "fixed":
-            p = NMTensor.from_dense(layer.weight, keep)
-            self._store(p, layer.weight.requires_grad)
+            p = NMTensor.from_dense(source.weight, keep)
+            self._store(p, source.weight.requires_grad)
 
     @classmethod
     def from_dense(
@@ -238,12 +368,12 @@ class NM(SparseLayer):
         mask: str = "fixed",
         activation: str = "none",
         decay: float = DECAY,
-    ) -> NM:
+    ) -> Self:
         """The layer with an N:M weight; copies, the dense layer stays as it is.
 
         Args:
             layer: torch's layer. mask "fixed": its weight must be N:M already, which
-                `issp.ops.nm_prune` makes it. Its hooks are not taken over.
+                `issp.ops.nm_prune` makes it. Its hooks are not copied.
             keep: the pattern, of layout "channels".
             mask, activation, decay: see `issp.nn`.
 
@@ -252,7 +382,14 @@ class NM(SparseLayer):
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._begin(layer, keep, mask, activation, decay, prune=False)
+        self._init_from(
+            layer,
+            keep,
+            mask=mask,
+            activation=activation,
+            decay=decay,
+            prune=False,
+        )
         return self
 
     @property
@@ -266,33 +403,44 @@ class NM(SparseLayer):
     def _kept(self) -> Tensor:
         return ste.kept_nm(self.weight, self.keep)
 
-    def _typed(self, values, columns, starts) -> NMTensor:
-        return NMTensor(values, columns, starts, self.shape, self.keep)
+    def _make_weight(self, values: Tensor, col_indices: Tensor, crow_indices: Tensor) -> NMTensor:
+        return NMTensor(values, col_indices, crow_indices, self.shape, self.keep)
 
-    def _pattern(self) -> str:
+    def _pattern_repr(self) -> str:
         return f"keep={self.keep.n}:{self.keep.of}, v={self.keep.v}"
 
 
-class Rows(SparseLayer):
-    STATE = SparseLayer.STATE | {"_v", "_chosen"}
+class RowsMixin(SparseLayer):
+    """No pattern but that v rows share their positions."""
 
-    def _begin(self, layer, sparsity, v, mask, activation, decay, prune: bool) -> None:
-        self._suits(layer)
-        rows = layer.weight.shape[0]
-        if v < 1 or rows % v:
-            raise ValueError(
-                f"{type(self).__name__}: v = {v} does not divide the {rows} rows of the weight"
-            )
+    STATE = SparseLayer.STATE | {"_v", "_num_kept"}
+    _v: int
+    _num_kept: int
+
+    def _init_from(
+        self,
+        layer: nn.Module,
+        sparsity: float | None,
+        v: int,
+        *,
+        mask: str,
+        activation: str,
+        decay: float,
+        prune: bool,
+    ) -> None:
+        """Copies a dense layer; `prune`: a fixed mask prunes, else it keeps what is not zero."""
+        source = self._check_convertible(layer)
+        check_rows_per_block(source.weight.shape[0], v, f"{type(self).__name__}'s weight")
         self._v = v
-        self._build(layer, mask, activation, decay)
-        positions = layer.weight.numel() // v
+        self._build(source, mask, activation, decay)
+        positions = source.weight.numel() // v
         if sparsity is not None:
-            self._chosen = positions - num_pruned(positions, sparsity)
+            self._num_kept = positions - num_pruned(positions, sparsity)
         if mask == "fixed" and prune:
-            kept = ste.kept_magnitudes(layer.weight, self._chosen, v)
-            self._store(self._typed(*taken(layer.weight, kept)), True)
+            kept = ste.kept_magnitudes(source.weight, self._num_kept, v)
+            self._store(self._make_weight(*pack_entries(source.weight, kept)), True)
         elif mask == "fixed":
-            self._store(SparseRows.from_dense(layer.weight, v), layer.weight.requires_grad)
+            self._store(SparseRows.from_dense(source.weight, v), source.weight.requires_grad)
 
     @classmethod
     def from_dense(
@@ -303,14 +451,14 @@ class Rows(SparseLayer):
         sparsity: float | None = None,
         activation: str = "none",
         decay: float = DECAY,
-    ) -> Rows:
+    ) -> Self:
         """The layer with a sparse weight; copies, the dense layer stays as it is.
 
         Args:
             layer: torch's layer. mask "fixed": what is not zero in its weight is kept. Its hooks
-                are not taken over.
+                are not copied.
             v: consecutive output rows that share their positions.
-            sparsity: share that a moving mask prunes, 0..1; none for "fixed".
+            sparsity: share that a mask "ste" or "sr-ste" prunes, 0..1; None for "fixed".
             mask, activation, decay: see `issp.nn`.
 
         Raises:
@@ -318,12 +466,20 @@ class Rows(SparseLayer):
         """
         if (sparsity is None) != (mask == "fixed"):
             raise ValueError(
-                f'mask "{mask}" with sparsity {sparsity}: a moving mask needs one, a fixed one '
-                "keeps what is not zero"
+                f'mask "{mask}" with sparsity {sparsity}: "ste" and "sr-ste" need a sparsity, '
+                '"fixed" keeps what is not zero'
             )
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        self._begin(layer, sparsity, v, mask, activation, decay, prune=False)
+        self._init_from(
+            layer,
+            sparsity,
+            v,
+            mask=mask,
+            activation=activation,
+            decay=decay,
+            prune=False,
+        )
         return self
 
     @property
@@ -331,31 +487,179 @@ class Rows(SparseLayer):
         return self._v
 
     def _entries(self) -> int:
-        return self.columns.shape[0] if self.mask == "fixed" else self._chosen
+        return self.col_indices.shape[0] if self.mask == "fixed" else self._num_kept
 
     def _kept(self) -> Tensor:
-        return ste.kept_magnitudes(self.weight, self._chosen, self._v)
+        return ste.kept_magnitudes(self.weight, self._num_kept, self._v)
 
-    def _typed(self, values, columns, starts) -> SparseRows:
-        p = SparseRows(values, columns, starts, self.shape)
+    def _make_weight(self, values: Tensor, col_indices: Tensor, crow_indices: Tensor) -> SparseRows:
+        p = SparseRows(values, col_indices, crow_indices, self.shape)
         if p.v != self.v:
             raise ValueError(f"values have v = {p.v}, the layer has v = {self.v}")
         return p
 
-    def _pattern(self) -> str:
+    def _pattern_repr(self) -> str:
         return f"sparsity={self.sparsity:.4f}, v={self.v}"
+
+
+class NMLinear(NMMixin, LinearMixin):
+    """nn.Linear of which every `keep.of` inputs have `keep.n` weights.
+
+    Args:
+        in_features, ..., dtype, mask, activation, decay: see `issp.nn`.
+        keep: the pattern, of layout "channels"; it must divide the weight.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        keep: Keep,
+        mask: str = "fixed",
+        activation: str = "none",
+        decay: float = DECAY,
+    ) -> None:
+        super().__init__()
+        layer = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._init_from(layer, keep, mask=mask, activation=activation, decay=decay, prune=True)
+
+
+class NMConv2d(NMMixin, Conv2dMixin):
+    """nn.Conv2d that keeps `keep.n` of every `keep.of` input channels at each kernel position.
+
+    The arguments are those of nn.Conv2d and of `NMLinear`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: Size2 | str = 0,
+        dilation: Size2 = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        keep: Keep,
+        mask: str = "fixed",
+        activation: str = "none",
+        decay: float = DECAY,
+    ) -> None:
+        super().__init__()
+        layer = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self._init_from(layer, keep, mask=mask, activation=activation, decay=decay, prune=True)
+
+
+class SparseLinear(RowsMixin, LinearMixin):
+    """nn.Linear that keeps the largest weights.
+
+    Args:
+        in_features, ..., dtype, mask, activation, decay: see `issp.nn`.
+        sparsity: share of the weights that is pruned, see `issp.num_pruned`.
+        v: consecutive output rows that share their positions.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sparsity: float,
+        v: int = 1,
+        mask: str = "fixed",
+        activation: str = "none",
+        decay: float = DECAY,
+    ) -> None:
+        super().__init__()
+        layer = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._init_from(
+            layer, sparsity, v, mask=mask, activation=activation, decay=decay, prune=True
+        )
+
+
+class SparseConv2d(RowsMixin, Conv2dMixin):
+    """nn.Conv2d that keeps the largest weights.
+
+    The arguments are those of nn.Conv2d and of `SparseLinear`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size2,
+        stride: Size2 = 1,
+        padding: Size2 | str = 0,
+        dilation: Size2 = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: PaddingMode = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        sparsity: float,
+        v: int = 1,
+        mask: str = "fixed",
+        activation: str = "none",
+        decay: float = DECAY,
+    ) -> None:
+        super().__init__()
+        layer = nn.Conv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self._init_from(
+            layer, sparsity, v, mask=mask, activation=activation, decay=decay, prune=True
+        )
 
 
 def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(), requires_grad)
 
 
+def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
+    height, width = sizes
+    return height, width
+
+
 def _padding(layer: nn.Conv2d, name: str) -> tuple[int, int]:
     """The padding in numbers; torch also takes "valid" and "same"."""
+    if not isinstance(layer.padding, str):
+        return _two(layer.padding)
     if layer.padding == "valid":
         return (0, 0)
-    if layer.padding != "same":
-        return layer.padding
     around = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
     if any(total % 2 for total in around):
         raise ValueError(

@@ -1,7 +1,7 @@
-"""What was set on a layer follows it when a sparse layer takes its place.
+"""Transfers a user's hooks and attributes when a sparse layer replaces a dense one.
 
-Hooks on calls and attributes of the user's own follow. Hooks keep the very dicts that they are
-registered in, so that the handles which registered them still remove them.
+Hooks on calls and attributes that the user has set are transferred. Hooks stay in the dicts that
+they are registered in, so that the handles which registered them still remove them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from issp.nn.layers import NM, ConvProduct, LinearProduct, Rows, SparseLayer
+from issp.nn.layers import (
+    STORED,
+    Conv2dMixin,
+    LinearMixin,
+    NMMixin,
+    RowsMixin,
+    SparseLayer,
+)
 
 _CALLS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -27,13 +34,13 @@ _DENSE = {
     nn.Conv2d: frozenset(vars(nn.Conv2d(1, 1, 1, device="meta"))),
     nn.Linear: frozenset(vars(nn.Linear(1, 1, device="meta"))),
 }
-# What a sparse layer calls its own: an attribute of that name cannot follow.
-_TAKEN = frozenset({"values", "columns", "starts"}).union(
-    NM.STATE, Rows.STATE, *map(dir, (NM, Rows, LinearProduct, ConvProduct))
+# Names that mean something in a sparse layer: an attribute of that name cannot be transferred.
+_RESERVED = frozenset(STORED).union(
+    NMMixin.STATE, RowsMixin.STATE, *map(dir, (NMMixin, RowsMixin, LinearMixin, Conv2dMixin))
 )
 
 
-def obstacle(layer: nn.Module) -> str:
+def replacement_blocker(layer: nn.Module) -> str:
     """Why a sparse layer cannot take the place of an nn.Conv2d or nn.Linear, or ""."""
     more = [*layer._parameters, *layer._buffers, *layer._modules]
     more = [name for name in more if name not in ("weight", "bias")]
@@ -48,23 +55,25 @@ def obstacle(layer: nn.Module) -> str:
         return "it has hooks on its state_dict, and a sparse layer's has other entries"
     if layer._backward_hooks and not layer._is_full_backward_hook:
         return "its backward hooks see torch's own operation alone: use register_full_backward_hook"
-    clash = [name for name in _own(layer) if name in _TAKEN or hasattr(type(layer), name)]
+    clash = [
+        name for name in user_attributes(layer) if name in _RESERVED or hasattr(type(layer), name)
+    ]
     if clash:
         return f"its attribute {', '.join(clash)} means something else in a sparse layer"
     return ""
 
 
-def carry(old: nn.Module, new: nn.Module) -> None:
-    """Gives the layer that takes another's place its hooks on calls and its user's attributes."""
+def transfer_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Gives `new`, which replaces `old`, its hooks on calls and its user's attributes."""
     for name in (*_CALLS, "_is_full_backward_hook"):
         setattr(new, name, getattr(old, name))
-    for name in _own(old):
+    for name in user_attributes(old):
         setattr(new, name, vars(old)[name])
 
 
 @contextmanager
-def bare(layer: nn.Module) -> Iterator[None]:
-    """The layer without its hooks on calls: what is measured inside disturbs nobody."""
+def without_hooks(layer: nn.Module) -> Iterator[None]:
+    """Removes the layer's hooks on calls for as long as the context lasts."""
     before = {name: getattr(layer, name) for name in _CALLS}
     for name in _CALLS:
         setattr(layer, name, OrderedDict())
@@ -75,7 +84,7 @@ def bare(layer: nn.Module) -> Iterator[None]:
             setattr(layer, name, hooks)
 
 
-def _own(layer: nn.Module) -> list[str]:
+def user_attributes(layer: nn.Module) -> list[str]:
     """Attributes that the user has set: those that a new layer of the kind does not have."""
     if isinstance(layer, SparseLayer):
         known = _DENSE[layer.dense] | layer.STATE

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from issp.nn.support import indivisible_reason
+from issp.ops import validation
 from issp.ops.keep import Keep
-from issp.ops.validation import pruning as checks
 
 _WRAPPERS = (
     nn.parallel.DistributedDataParallel,
@@ -41,7 +42,9 @@ class Layer:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter as it is now: `model.to` and loading may have replaced it."""
-        return self.module._parameters["weight"]
+        weight = self.module._parameters["weight"]
+        assert weight is not None  # `select` has refused a module without one
+        return weight
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -50,12 +53,11 @@ def unwrap(model: nn.Module) -> nn.Module:
     Their prefixes ("module.", "_orig_mod.") would otherwise stand in every name.
     """
     while True:
-        if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        elif isinstance(model, _WRAPPERS):
-            model = model.module
-        else:
+        compiled = getattr(model, "_orig_mod", None)
+        inner = model.module if isinstance(model, _WRAPPERS) else compiled
+        if not isinstance(inner, nn.Module):
             return model
+        model = inner
 
 
 def select(
@@ -70,13 +72,13 @@ def select(
     Args:
         model: unwrapped model.
         types: module classes whose `weight` is pruned.
-        exclude: globs ("body.*.conv1"), or "re:" and a regular expression for the whole name. A
-            pattern that matches a container holds for everything inside it.
-        overrides: patterns of the same kind -> sparsity in 0..1 or `Keep`; the last match wins.
+        exclude: name patterns: a glob ("body.*.conv1"), or "re:" and a regular expression for the
+            whole name. One that matches a container holds for everything inside it.
+        overrides: name pattern -> sparsity in 0..1 or `Keep`; the last match wins.
         sparsity: for all other layers, 0..1 or `Keep`.
 
     Raises:
-        ValueError: a pattern that matches nothing; no layer left; a ratio outside 0..1; tied
+        ValueError: a name pattern that matches nothing; no layer left; a ratio outside 0..1; tied
             weights with different targets; a weight that cannot be pruned; an N:M pattern that
             does not divide its weight, unless its tail is "dense".
     """
@@ -84,10 +86,10 @@ def select(
     for value in (sparsity, *overrides.values()):
         if not isinstance(value, Keep) and not 0.0 <= value <= 1.0:
             raise ValueError(f"sparsity is {value}: it must lie in 0..1, or be an issp.Keep")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    excluded = set()
-    for pattern in exclude:
-        excluded |= _matching(pattern, modules, "exclude")
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    excluded: set[str] = set()
+    for name_pattern in exclude:
+        excluded |= match_names(name_pattern, modules, "exclude")
     eligible = {name: m for name, m in modules.items() if isinstance(m, types)}
     # A weight that is excluded under one of its names is excluded.
     untouched = {id(m._parameters.get("weight")) for n, m in eligible.items() if n in excluded}
@@ -97,11 +99,13 @@ def select(
         if n not in excluded and id(_weight(n, m)) not in untouched
     }
     targets: dict[str, float | Keep] = dict.fromkeys(kept, sparsity)
-    for pattern, target in overrides.items():
-        hit = _matching(pattern, modules, "overrides") & kept.keys()
-        if not hit:
-            raise ValueError(f'overrides: "{pattern}" matches no pruned layer: correct or drop it')
-        targets |= dict.fromkeys(hit, target)
+    for name_pattern, target in overrides.items():
+        names = match_names(name_pattern, modules, "overrides") & kept.keys()
+        if not names:
+            raise ValueError(
+                f'overrides: "{name_pattern}" matches no pruned layer: correct or drop it'
+            )
+        targets |= dict.fromkeys(names, target)
     layers = _once(kept, targets)
     if not layers:
         wanted = ", ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
@@ -110,43 +114,51 @@ def select(
             f"{len(excluded & eligible.keys())} of them are excluded; pass other types"
         )
     for layer in layers:
-        layer.dense = _tail(layer)
+        layer.dense = _pattern_reason(layer)
     if all(layer.dense for layer in layers):
         raise ValueError(f"no layer to prune: {layers[0].name}, as all others, {layers[0].dense}")
     return layers
 
 
-def _tail(layer: Layer) -> str:
+def _pattern_reason(layer: Layer) -> str:
     """Why an N:M layer stays dense, "" if its pattern divides it (or it has none)."""
     keep = layer.target
     if not isinstance(keep, Keep):
         return ""
-    try:
-        checks.pattern(layer.weight, "weight", keep.n, keep.of, keep.v, keep.layout)
-    except ValueError as error:
-        if keep.tail == "dense":
-            return f"stays dense: {error}"
+    reason = indivisible_reason(layer.weight, keep)
+    if reason and keep.tail != "dense":
         raise ValueError(
-            f'{layer.name}: {error}; Keep(..., tail="dense") leaves such layers dense, or name '
+            f'{layer.name}: {reason}; Keep(..., tail="dense") leaves such layers dense, or name '
             "them in exclude= or overrides="
+        )
+    return f"stays dense: {reason}" if reason else ""
+
+
+def match_names(name_pattern: str, names: Collection[str], argument: str) -> set[str]:
+    """The names of modules that a name pattern selects, with everything inside of them.
+
+    Args:
+        name_pattern: a glob, or "re:" and a regular expression for the whole name.
+        names: of all modules of the model.
+        argument: which argument the name pattern comes from, for the message.
+
+    Raises:
+        ValueError: no regular expression, or one that matches no name.
+    """
+    is_expression = name_pattern.startswith("re:")
+    try:
+        expression = re.compile(
+            name_pattern[3:] if is_expression else fnmatch.translate(name_pattern)
+        )
+    except re.error as error:
+        raise ValueError(
+            f'{argument}: "{name_pattern}" is no regular expression: {error}'
         ) from None
-    return ""
-
-
-def _matching(pattern: str, names: Iterable[str], argument: str) -> set[str]:
-    if pattern.startswith("re:"):
-        try:
-            matches = re.compile(pattern[3:]).fullmatch
-        except re.error as error:
-            raise ValueError(f'{argument}: "{pattern}" is no regular expression: {error}') from None
-    else:
-
-        def matches(name: str) -> bool:
-            return fnmatch.fnmatchcase(name, pattern)
-
-    hit = {n for n in names if n and (matches(n) or matches(f"{n}.weight"))}
+    hit = {
+        n for n in names if n and (expression.fullmatch(n) or expression.fullmatch(f"{n}.weight"))
+    }
     if not hit:
-        raise ValueError(f'{argument}: "{pattern}" matches no module of the model')
+        raise ValueError(f'{argument}: "{name_pattern}" matches no module of the model')
     return {n for n in names if n in hit or any(n.startswith(f"{h}.") for h in hit)}
 
 
@@ -179,7 +191,7 @@ def _weight(name: str, module: nn.Module) -> Tensor:
             f"{name} is sharded (fully_shard): selecting over shards is not supported; use "
             "DistributedDataParallel, or exclude it"
         )
-    if weight.dtype not in checks.DTYPES:
+    if weight.dtype not in validation.DTYPES:
         raise ValueError(f"{name} has a weight of {weight.dtype}: exclude it")
     if weight.device.type == "meta":
         raise ValueError(f"{name} is on the meta device: give it memory before attaching")

@@ -1,13 +1,17 @@
-"""Masks that move while a layer trains: positions are chosen anew, gradients pass straight through.
+"""Masks that are chosen again in every forward; gradients pass straight through (STE, SR-STE).
 
 Source: Zhou et al., "Learning N:M fine-grained structured sparse neural networks from scratch",
-ICLR 2021: STE and SR-STE.
+ICLR 2021.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import grad as conv_gradients
 
 from issp import ops
 from issp.ops import reference
@@ -30,19 +34,19 @@ def kept_magnitudes(weight: Tensor, kept: int, v: int) -> Tensor:
     scores = scores[:, 0] if v == 1 else scores.sum(1)
     flat = scores.flatten()
     threshold = reference.key(ops.magnitude_threshold([flat], [flat.numel() - kept]))
-    key = reference.key(flat)
-    above, ties = key > threshold, key == threshold
+    keys = reference.key(flat)
+    above, ties = keys > threshold, keys == threshold
     surplus = ties.sum() + above.sum() - kept
     return (above | (ties & (ties.cumsum(0, dtype=torch.int32) > surplus))).view_as(scores)
 
 
 class StraightThrough(torch.autograd.Function):
-    """y as it is; backward adds the gradient of the dense weight as if nothing were pruned.
+    """Returns y; backward adds the gradient of the dense weight as if nothing were pruned.
 
     Args of `apply`:
-        y: W' x, the product with the pruned weight, before bias or after.
+        y: W' x with the pruned weight W', before bias or after.
         weight: [O, I] or [O, I, kh, kw], dense.
-        x: the product's input, detached; what gradients x gets come through y.
+        x: what W' was applied to, detached; the gradient of x comes through y.
         kept: bool [O / v, length of a row] for SR-STE, which adds decay * weight where it is
             False; None for STE.
         decay: lambda_W of SR-STE.
@@ -50,13 +54,21 @@ class StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, y, weight, x, kept, decay, geometry):
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor,
+        x: Tensor,
+        kept: Tensor | None,
+        decay: float,
+        geometry: tuple,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, kept)
         ctx.decay, ctx.geometry = decay, geometry
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple:
         x, weight, kept = ctx.saved_tensors
         dense = None
         if ctx.needs_input_grad[1]:
@@ -64,17 +76,17 @@ class StraightThrough(torch.autograd.Function):
                 dense = _dense_gradient(x.to(grad.dtype), grad, weight.shape, ctx.geometry)
                 dense = dense.to(weight.dtype)
                 if kept is not None:
-                    dense = dense + ctx.decay * weight * _pruned(kept, weight)
+                    dense = dense + ctx.decay * weight * _pruned_mask(kept, weight)
             (dense,) = first_order([dense], grad)
         return grad, dense, None, None, None, None
 
 
-def _dense_gradient(x: Tensor, grad: Tensor, shape, geometry) -> Tensor:
+def _dense_gradient(x: Tensor, grad: Tensor, shape: Sequence[int], geometry: tuple) -> Tensor:
     if geometry:
-        return torch.nn.grad.conv2d_weight(x, shape, grad, *geometry)
+        return conv_gradients.conv2d_weight(x, shape, grad, *geometry)
     return grad.reshape(-1, shape[0]).t() @ x.reshape(-1, shape[1])
 
 
-def _pruned(kept: Tensor, weight: Tensor) -> Tensor:
+def _pruned_mask(kept: Tensor, weight: Tensor) -> Tensor:
     v = weight.shape[0] // kept.shape[0]
     return ~kept[:, None].expand(-1, v, -1).reshape(weight.shape)

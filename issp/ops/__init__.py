@@ -1,15 +1,12 @@
-"""The ops: the fused pruning step, the auxiliary ops beside it, and the sparse products.
+"""The ops: the pruning step, the auxiliary ops, sparse convolution and sparse matmul.
 
 Importing this package loads the back ends and registers the ops, see `issp.ops.backends`.
 """
 
 from issp.ops import backends
-
-backends.register()
-
-from issp.ops.formats import NMTensor, SparseRows  # noqa: E402  (the ops exist from here on)
-from issp.ops.keep import Keep  # noqa: E402
-from issp.ops.pruning import (  # noqa: E402
+from issp.ops.formats import NMTensor, SparseRows
+from issp.ops.keep import Keep
+from issp.ops.pruning import (
     ShrinkState,
     adam_soft_shrink_,
     apply_masks_,
@@ -23,7 +20,7 @@ from issp.ops.pruning import (  # noqa: E402
     sgd_soft_shrink_,
     soft_shrink_,
 )
-from issp.ops.sparse import (  # noqa: E402
+from issp.ops.sparse import (
     nm_conv2d,
     nm_matmul,
     nm_pack,
@@ -55,3 +52,5 @@ __all__ = [
     "sparse_matmul",
     "sparse_pack",
 ]
+
+backends.register()

@@ -1,6 +1,6 @@
-"""Loads the native libraries, registers the implementations, chooses: the only file that knows all.
+"""Loads the native libraries, registers the implementations of the ops and chooses between them.
 
-Order on the CPU: cpp, reference. On a GPU: cuda, triton, reference; products that tensor cores may
+Order on the CPU: cpp, reference. On a GPU: cuda, triton, reference; sparse ops that tensor cores may
 compute go to Triton beside cuda. `ISSP_BACKEND` forces one of reference, cpp, triton, cuda: what
 cannot be active then is an error, never replaced. Without it, the slow reference, or Triton where
 the CUDA library was built but cannot be used, is a warning; with `ISSP_STRICT=1` an error.
@@ -15,40 +15,17 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from issp.ops import reference, schemas
-from issp.ops.validation import (
-    pruning as checks,
-)
-from issp.ops.validation import (
-    sparse as checks_products,
-)
-from issp.ops.validation import (
-    updates as checks_update,
-)
+from issp.ops.validation import PRUNING_OPS, SPARSE_OPS
 
 NAMES = ("reference", "cpp", "triton", "cuda")
-OPS = {
-    "soft_shrink_": checks.soft_shrink,
-    "magnitude_threshold": checks.magnitude_threshold,
-    "apply_masks_": checks.apply_masks,
-    "nm_prune": checks.nm_prune,
-    "regularize_": checks.regularize,
-    "magnitude_statistics": checks.magnitude_statistics,
-    "count_zeros": checks.count_zeros,
-    "adam_soft_shrink_": checks_update.adam_soft_shrink,
-    "sgd_soft_shrink_": checks_update.sgd_soft_shrink,
-}
-# The sparse products; their files stand beside those of the passes.
-PRODUCTS = {
-    "sparse_conv2d": checks_products.sparse_conv2d,
-    "sparse_conv2d_values_grad": checks_products.sparse_conv2d_values_grad,
-    "sparse_matmul": checks_products.sparse_matmul,
-    "sparse_matmul_values_grad": checks_products.sparse_matmul_values_grad,
-}
-_CHECKS = OPS | PRODUCTS
+_CHECKS = PRUNING_OPS | SPARSE_OPS
 _LIBRARIES = {"cpp": "_C", "cuda": "_CUDA"}
 
 _active: dict[str, str] = {}
@@ -73,7 +50,7 @@ def by_reference(device: str) -> list[str]:
 def implementations(name: str) -> dict[str, Callable]:
     """The ops of one back end as plain callables with the schemas' arguments."""
     if name == "reference":
-        return {op: _oracle(op) for op in _CHECKS}
+        return {op: _reference_op(op) for op in _CHECKS}
     if name == "triton":
         table = _import_triton().implementations()
         return {op: _checked(check, table[op]) for op, check in _CHECKS.items()}
@@ -84,19 +61,19 @@ def implementations(name: str) -> dict[str, Callable]:
     return {op: getattr(torch.ops.issp, op).default for op in _CHECKS}
 
 
-def _oracle(op: str) -> Callable:
+def _reference_op(op: str) -> Callable:
     return getattr(reference, op)
 
 
 def _checked(check: Callable, call: Callable) -> Callable:
-    def checked(*args, **kwargs):
+    def checked(*args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         return call(*args, **kwargs)
 
     return checked
 
 
-def _import_triton():
+def _import_triton() -> ModuleType:
     # Installed as issp.triton_kernels; in a checkout the folder stands beside issp/.
     try:
         return importlib.import_module("issp.triton_kernels")
@@ -164,34 +141,45 @@ def _try(name: str) -> bool:
 
 
 def _share_with_triton(key: str = "CUDA") -> None:
-    """Products that tensor cores may compute go to Triton, the others stay where they are."""
+    """Sparse ops that tensor cores may compute go to Triton, the others stay where they are."""
     try:
         triton = _import_triton()
-        native = {op: torch.library.get_kernel(f"issp::{op}", key) for op in PRODUCTS}
+        native = {op: torch.library.get_kernel(f"issp::{op}", key) for op in SPARSE_OPS}
     except (ImportError, AttributeError) as error:
-        _problems["tensor cores"] = f"products run without them: {error}"
+        _problems["tensor cores"] = f"sparse ops run without them: {error}"
         return
     table = triton.implementations()
-    for op, check in PRODUCTS.items():
+    for op, check in SPARSE_OPS.items():
         call = _either(op, check, table[op], native[op], triton.prefers_tensor_cores)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch says that a kernel is replaced
             schemas.library.impl(op, call, key, with_keyset=True, allow_override=True)
 
 
-def _either(op: str, check: Callable, by_triton: Callable, native, prefers: Callable) -> Callable:
+def _either(
+    op: str, check: Callable, by_triton: Callable, native: Any, prefers: Callable
+) -> Callable:
     # torch leaves trailing defaults out, but a boxed kernel of the stable ABI needs them all.
     defaults = [p.default for p in inspect.signature(check).parameters.values()]
-    sums = op.endswith("values_grad")
+    traits = _traits_of_gradient if op.endswith("values_grad") else _traits_of_product
 
-    def call(keys, *args):
-        v = args[4] if sums else args[1].shape[1]
-        if prefers(args[0].dtype, v):
+    def call(keys: Any, *args: Any) -> Any:
+        if prefers(*traits(*args)):
             check(*args)
             return by_triton(*args)
         return native.call_boxed(keys, *args, *defaults[len(args) :])
 
     return call
+
+
+def _traits_of_product(x: Tensor, values: Tensor, *_: Any) -> tuple[torch.dtype, int]:
+    return x.dtype, values.shape[1]
+
+
+def _traits_of_gradient(
+    x: Tensor, grad: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int, *_: Any
+) -> tuple[torch.dtype, int]:
+    return x.dtype, v
 
 
 def _choose(device: str, order: tuple[str, ...], forced: str | None) -> None:
@@ -227,7 +215,7 @@ def register() -> None:
     if forced is not None and forced not in NAMES:
         raise ValueError(f"ISSP_BACKEND={forced}: use one of {', '.join(NAMES)}")
     for op in _CHECKS:
-        schemas.library.impl(op, _oracle(op), "CompositeExplicitAutograd")
+        schemas.library.impl(op, _reference_op(op), "CompositeExplicitAutograd")
     # A back end of one device type leaves the choice of the other as it is.
     _choose("cpu", ("cpp",), forced if forced in ("reference", "cpp") else None)
     if torch.cuda.is_available():

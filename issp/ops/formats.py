@@ -1,50 +1,64 @@
-"""Sparse weights as products read them: `SparseRows`, unstructured, and `NMTensor`, N:M.
+"""Packed sparse weights: `SparseRows`, unstructured, and `NMTensor`, N:M.
 
-The format stands in schemas_products.py.
+The format is torch's BSR with blocks of (v, 1); see issp/ops/schemas/sparse.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
 import torch
 from torch import Tensor
 
+from issp.ops import reference, validation
 from issp.ops.keep import Keep
-from issp.ops.reference import sparse as reference_products
 from issp.ops.schemas import library
-from issp.ops.validation import pruning as checks
-from issp.ops.validation import sparse as checks_products
 
-# Opaque to torch.compile, which could not know the sizes in between. See reference_products.py.
-library.define(
-    "_sparse_transpose(Tensor columns, Tensor starts, int v, int inputs, int taps) "
-    "-> (Tensor, Tensor, Tensor)"
-)
-library.impl(
-    "_sparse_transpose",
-    lambda *args: tuple(reference_products.transpose(*args)),
-    "CompositeExplicitAutograd",
-)
+if TYPE_CHECKING:
+    from typing_extensions import Self  # typing.Self needs Python 3.11
+
+library.impl("_sparse_transpose", reference.transpose, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("issp::_sparse_transpose", lib=library)
-def _(columns: Tensor, starts: Tensor, v: int, inputs: int, taps: int):
-    entries = columns.shape[0] * v
-    return columns.new_empty(entries), columns.new_empty(inputs + 1), columns.new_empty(entries)
-
-
-def transpose(columns: Tensor, starts: Tensor, v: int, shape: tuple[int, ...]) -> list[Tensor]:
-    """`transposed` of schemas_products.py, for a weight of `shape`."""
+def transpose(
+    col_indices: Tensor, crow_indices: Tensor, v: int, shape: Sequence[int]
+) -> list[Tensor]:
+    """`transposed` of issp/ops/schemas/sparse.py, for a weight of `shape`."""
     inputs, taps = shape[1], torch.Size(shape[2:]).numel()
-    return list(torch.ops.issp._sparse_transpose(columns, starts, v, inputs, taps))
+    return list(torch.ops.issp._sparse_transpose(col_indices, crow_indices, v, inputs, taps))
+
+
+class PackedWeight(Protocol):
+    """What the sparse ops read of a weight: a `SparseRows`, or a sparse layer with a fixed mask."""
+
+    @property
+    def values(self) -> Tensor: ...
+
+    @property
+    def col_indices(self) -> Tensor: ...
+
+    @property
+    def crow_indices(self) -> Tensor: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def transposed(self) -> list[Tensor]: ...
 
 
 class SparseRows:
     """A weight of which only chosen positions are stored; blocks of v rows share theirs.
 
+    This is torch's BSR format with blocks of (v, 1) over the weight as a matrix [O, I * kh * kw];
+    see `to_bsr` and `from_bsr`.
+
     Args:
         values: [E, v] float32, float16, bfloat16 or float64: one weight for each row of the block.
-        columns: int32 [E]: positions in a row of the dense weight, ascending within a block.
-        starts: int32 [O / v + 1]: block b owns the entries starts[b] .. starts[b + 1].
+        col_indices: int32 [E]: positions in a row of the dense weight, ascending in a block row.
+        crow_indices: int32 [O / v + 1]: block row b owns the entries crow_indices[b] ..
+            crow_indices[b + 1].
         shape: (O, I) or (O, I, kh, kw), that of the dense weight.
 
     Raises:
@@ -52,22 +66,27 @@ class SparseRows:
     """
 
     def __init__(
-        self, values: Tensor, columns: Tensor, starts: Tensor, shape: tuple[int, ...]
+        self, values: Tensor, col_indices: Tensor, crow_indices: Tensor, shape: Sequence[int]
     ) -> None:
-        self.values, self.columns, self.starts = values, columns, starts
+        self.values, self.col_indices, self.crow_indices = values, col_indices, crow_indices
         self.shape = tuple(int(size) for size in shape)
         self._transposed: list[Tensor] | None = None
         self._check()
 
     def _check(self) -> None:
-        _two_or_four(self.shape, "shape")
-        rows = checks_products.weight(self.values, self.values, self.columns, self.starts)
+        _check_two_or_four(self.shape, "shape")
+        rows = validation.check_weight(
+            self.values, self.values, self.col_indices, self.crow_indices
+        )
         if rows != self.shape[0]:
             raise ValueError(
-                f"starts and values describe {rows} rows, but the shape {self.shape} has "
+                f"crow_indices and values describe {rows} rows, but the shape {self.shape} has "
                 f"{self.shape[0]}: pass the shape of the dense weight"
             )
-        checks_products.positions(self.columns, self.starts, torch.Size(self.shape[1:]).numel())
+        validation.check_positions(self.col_indices, self.crow_indices, self._row_length())
+
+    def _row_length(self) -> int:
+        return torch.Size(self.shape[1:]).numel()
 
     @classmethod
     def from_dense(cls, weight: Tensor, v: int = 1) -> SparseRows:
@@ -81,17 +100,51 @@ class SparseRows:
             TypeError, ValueError: a weight of another kind, or v that does not divide its rows.
         """
         kept = _blocks(weight, v).ne(0).any(1)
-        return cls(*taken(weight, kept), weight.shape)
+        return cls(*pack_entries(weight, kept), weight.shape)
 
     @classmethod
-    def trusted(
-        cls, values: Tensor, columns: Tensor, starts: Tensor, shape: tuple[int, ...]
+    def from_unchecked(
+        cls, values: Tensor, col_indices: Tensor, crow_indices: Tensor, shape: tuple[int, ...]
     ) -> SparseRows:
         """As the constructor, without its checks, which have to read the positions."""
         rows = object.__new__(cls)
-        rows.values, rows.columns, rows.starts, rows.shape = values, columns, starts, shape
+        rows.values, rows.col_indices, rows.crow_indices = values, col_indices, crow_indices
+        rows.shape = shape
         rows._transposed = None
         return rows
+
+    @classmethod
+    def from_bsr(cls, bsr: Tensor, shape: Sequence[int] | None = None) -> SparseRows:
+        """From torch's BSR tensor with blocks of (v, 1); shares its values where they allow it.
+
+        Args:
+            bsr: [O, L], layout torch.sparse_bsr. Its graph does not follow.
+            shape: of the weight, with O rows of L elements; default: that of `bsr`.
+
+        Raises:
+            TypeError, ValueError: a tensor of another kind, or one that does not make a weight.
+        """
+        validation.check_tensor(bsr, "bsr")
+        if bsr.layout != torch.sparse_bsr:
+            raise TypeError(f"bsr has the layout {bsr.layout}: it must be torch.sparse_bsr")
+        values = bsr.values().detach()
+        if values.dim() != 3 or values.shape[2] != 1:
+            raise ValueError(f"bsr has blocks {tuple(values.shape[1:])}: they must be (v, 1)")
+        shape = tuple(bsr.shape) if shape is None else tuple(shape)
+        if bsr.shape != (shape[0], torch.Size(shape[1:]).numel()):
+            raise ValueError(f"bsr is {tuple(bsr.shape)}: that is no weight of shape {shape}")
+        columns, starts = (x.to(torch.int32) for x in (bsr.col_indices(), bsr.crow_indices()))
+        return SparseRows(values[..., 0].contiguous(), columns, starts, shape)
+
+    def to_bsr(self) -> Tensor:
+        """torch's BSR tensor [O, I * kh * kw] with blocks of (v, 1); shares the values."""
+        return torch.sparse_bsr_tensor(
+            self.crow_indices,
+            self.col_indices,
+            self.values.detach()[..., None],
+            (self.shape[0], self._row_length()),
+            check_invariants=True,
+        )
 
     @property
     def v(self) -> int:
@@ -113,20 +166,20 @@ class SparseRows:
 
     @property
     def transposed(self) -> list[Tensor]:
-        """Columns, starts and order of the transposed weight, made when first asked for."""
+        """`transposed` of issp/ops/schemas/sparse.py, made when first asked for."""
         if self._transposed is None:
-            self._transposed = transpose(self.columns, self.starts, self.v, self.shape)
+            self._transposed = transpose(self.col_indices, self.crow_indices, self.v, self.shape)
         return self._transposed
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
         """The weight of `shape`, +0 where nothing is stored; without a graph."""
-        length = torch.Size(self.shape[1:]).numel()
-        return reference_products.dense(
-            self.values.detach(), self.columns, self.starts, length
-        ).view(self.shape)
+        weight = reference.to_dense(
+            self.values.detach(), self.col_indices, self.crow_indices, self._row_length()
+        )
+        return weight.view(self.shape)
 
-    def to(self, *args, **kwargs) -> SparseRows:
+    def to(self, *args: Any, **kwargs: Any) -> Self:
         """As `Tensor.to`: on another device, in another dtype. The positions stay int32."""
         values = self.values.to(*args, **kwargs)
         if values is self.values:
@@ -134,18 +187,19 @@ class SparseRows:
         moved = object.__new__(type(self))
         moved.__dict__.update(self.__dict__)
         moved.values = values
-        moved.columns, moved.starts = (x.to(values.device) for x in (self.columns, self.starts))
+        moved.col_indices = self.col_indices.to(values.device)
+        moved.crow_indices = self.crow_indices.to(values.device)
         if self._transposed is not None:
             moved._transposed = [x.to(values.device) for x in self._transposed]
         return moved
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({self._about()}, sparsity={self.sparsity:.4f}, "
+            f"{type(self).__name__}({self._description()}, sparsity={self.sparsity:.4f}, "
             f"{self.dtype}, {self.device})"
         )
 
-    def _about(self) -> str:
+    def _description(self) -> str:
         return f"shape={self.shape}, v={self.v}"
 
 
@@ -154,8 +208,8 @@ class NMTensor(SparseRows):
 
     Args:
         values: [E, v] with v = keep.v.
-        columns: int32 [E], see `SparseRows`.
-        starts: int32 [O / v + 1].
+        col_indices: int32 [E], see `SparseRows`.
+        crow_indices: int32 [O / v + 1].
         shape: (O, I) or (O, I, kh, kw); keep.of divides I and keep.v divides O.
         keep: the pattern, of layout "channels".
 
@@ -166,24 +220,24 @@ class NMTensor(SparseRows):
     def __init__(
         self,
         values: Tensor,
-        columns: Tensor,
-        starts: Tensor,
-        shape: tuple[int, ...],
+        col_indices: Tensor,
+        crow_indices: Tensor,
+        shape: Sequence[int],
         keep: Keep,
     ) -> None:
         self.keep = keep
-        super().__init__(values, columns, starts, shape)
+        super().__init__(values, col_indices, crow_indices, shape)
 
     def _check(self) -> None:
         super()._check()
         check_pattern(self.shape, self.keep)
         if self.v != self.keep.v:
             raise ValueError(f"values have v = {self.v} but the pattern is {self.keep}")
-        if self.columns.device.type == "cpu":
-            check_groups(self.columns, self.starts, self.shape, self.keep)
+        if self.col_indices.device.type == "cpu":
+            _check_groups(self.col_indices, self.crow_indices, self.shape, self.keep)
 
     @classmethod
-    def from_dense(cls, weight: Tensor, keep: Keep) -> NMTensor:
+    def from_dense(cls, weight: Tensor, keep: Keep) -> NMTensor:  # type: ignore[override]
         """Stores n positions of every group; where fewer are not zero, the first zeros as well.
 
         Args:
@@ -199,31 +253,39 @@ class NMTensor(SparseRows):
         check_pattern(weight.shape, keep)
         grouped = blocks.ne(0).any(1).view(len(blocks), -1, keep.of, _taps(weight.shape))
         counts = grouped.sum(2, keepdim=True)
-        crowded = (counts > keep.n).flatten(2).any(2)
-        if crowded.any():
-            block, group = crowded.nonzero()[0].tolist()
+        overfull = (counts > keep.n).flatten(2).any(2)
+        if overfull.any():
+            block, group = overfull.nonzero()[0].tolist()
             raise ValueError(
-                f"{int(crowded.sum())} groups hold more than {keep.n} weights per {keep.of} (the "
+                f"{int(overfull.sum())} groups hold more than {keep.n} weights per {keep.of} (the "
                 f"first: row {block * keep.v}, channels {group * keep.of}..."
                 f"{group * keep.of + keep.of - 1}): prune first, issp.ops.nm_prune(weight, {keep})"
             )
         zeros = ~grouped
         first = zeros & (zeros.cumsum(2) <= keep.n - counts)
         kept = (grouped | first).view(len(blocks), -1)
-        return cls(*taken(weight, kept), weight.shape, keep)
+        return cls(*pack_entries(weight, kept), weight.shape, keep)
+
+    @classmethod
+    def from_bsr(  # type: ignore[override]
+        cls, bsr: Tensor, keep: Keep, shape: Sequence[int] | None = None
+    ) -> NMTensor:
+        """As `SparseRows.from_bsr`, of a weight that has the pattern."""
+        rows = SparseRows.from_bsr(bsr, shape)
+        return cls(rows.values, rows.col_indices, rows.crow_indices, rows.shape, keep)
 
     @property
     def indices(self) -> Tensor:
-        """int32 [O / v, entries of a block]: `columns`, one line per block."""
-        return self.columns.view(self.shape[0] // self.v, -1)
+        """int32 [O / v, entries of a block row]: `col_indices`, one line per block row."""
+        return self.col_indices.view(self.shape[0] // self.v, -1)
 
-    def _about(self) -> str:
+    def _description(self) -> str:
         keep = self.keep
         return f"shape={self.shape}, keep={keep.n}:{keep.of}, v={keep.v}"
 
 
-def check_pattern(shape: tuple[int, ...], keep: Keep, name: str = "the weight") -> None:
-    """Whether products can have this pattern in a weight of this shape.
+def check_pattern(shape: Sequence[int], keep: Keep, name: str = "the weight") -> None:
+    """Refuses a pattern that a packed weight of this shape cannot have.
 
     Raises:
         TypeError: keep is no `Keep`.
@@ -233,24 +295,27 @@ def check_pattern(shape: tuple[int, ...], keep: Keep, name: str = "the weight") 
         raise TypeError(f"keep must be an issp.Keep, not {type(keep).__name__}")
     if keep.layout != "channels":
         raise ValueError(
-            f'{keep} groups weights in memory order, across rows: products of layout "flat" are '
+            f'{keep} groups weights in memory order, across rows: weights of layout "flat" are '
             "unstructured, use issp.ops.sparse_pack (SparseRows)"
         )
-    weight = torch.empty(shape, device="meta")
-    checks.pattern(weight, name, keep.n, keep.of, keep.v, keep.layout)
+    keep.check_divides(shape, name)
 
 
-def check_groups(columns: Tensor, starts: Tensor, shape: tuple[int, ...], keep: Keep) -> None:
-    """Whether every group of every block owns exactly n entries; reads the positions.
+def check_rows_per_block(rows: int, v: int, name: str = "the weight") -> None:
+    """Refuses v where it does not divide the rows of a weight."""
+    if v < 1 or rows % v:
+        raise ValueError(f"v = {v} does not divide the {rows} rows of {name}: choose another v")
 
-    Raises:
-        ValueError: it does not.
-    """
+
+def _check_groups(
+    col_indices: Tensor, crow_indices: Tensor, shape: Sequence[int], keep: Keep
+) -> None:
+    """Refuses positions unless every group of every block row owns exactly n entries."""
     taps, groups = _taps(shape), shape[1] // keep.of
-    block = torch.repeat_interleave(starts.diff().long())
-    channel, tap = columns.long() // taps, columns.long() % taps
-    place = (block * groups + channel // keep.of) * taps + tap
-    counts = torch.bincount(place, minlength=(shape[0] // keep.v) * groups * taps)
+    block = torch.repeat_interleave(crow_indices.diff().long())
+    channel, tap = col_indices.long() // taps, col_indices.long() % taps
+    group = (block * groups + channel // keep.of) * taps + tap
+    counts = torch.bincount(group, minlength=(shape[0] // keep.v) * groups * taps)
     if (counts != keep.n).any():
         raise ValueError(
             f"the positions do not keep {keep.n} of every {keep.of} channels in a weight of shape "
@@ -258,37 +323,29 @@ def check_groups(columns: Tensor, starts: Tensor, shape: tuple[int, ...], keep: 
         )
 
 
-def _two_or_four(shape: tuple[int, ...], name: str) -> None:
+def _check_two_or_four(shape: Sequence[int], name: str) -> None:
     if len(shape) not in (2, 4):
         raise ValueError(f"{name} is {tuple(shape)}: it must be [O, I] or [O, I, kh, kw]")
     if min(shape) < 1:
         raise ValueError(f"{name} is {tuple(shape)}: every size must be at least 1")
 
 
-def _taps(shape: tuple[int, ...]) -> int:
+def _taps(shape: Sequence[int]) -> int:
     return torch.Size(shape[2:]).numel()
 
 
 def _blocks(weight: Tensor, v: int) -> Tensor:
     """The weight as [O / v, v, length of a row]."""
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"the weight must be a tensor, not {type(weight).__name__}")
-    if weight.dtype not in checks.DTYPES:
-        raise TypeError(
-            f"the weight has dtype {weight.dtype}: use float32, float16, bfloat16, float64"
-        )
-    _two_or_four(weight.shape, "the weight's shape")
-    if v < 1 or weight.shape[0] % v:
-        raise ValueError(
-            f"v = {v} does not divide the {weight.shape[0]} rows of the weight: choose another v"
-        )
+    validation.check_tensor(weight, "the weight")
+    _check_two_or_four(weight.shape, "the weight's shape")
+    check_rows_per_block(weight.shape[0], v)
     return weight.detach().reshape(weight.shape[0] // v, v, -1)
 
 
-def taken(
+def pack_entries(
     weight: Tensor, kept: Tensor, entries: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """values, columns and starts of chosen positions of a dense weight.
+    """values, col_indices and crow_indices of chosen positions of a dense weight.
 
     Args:
         weight: [O, I] or [O, I, kh, kw].
@@ -300,7 +357,7 @@ def taken(
         block, column = kept.nonzero(as_tuple=True)
     else:
         block, column = torch.nonzero_static(kept, size=entries).t().contiguous()
-    begins = torch.arange(kept.shape[0] + 1, device=kept.device)
-    starts = torch.searchsorted(block, begins, out_int32=True)
+    rows = torch.arange(kept.shape[0] + 1, device=kept.device)
+    crow_indices = torch.searchsorted(block, rows, out_int32=True)
     values = _blocks(weight, weight.shape[0] // kept.shape[0])[block, :, column]
-    return values.contiguous(), column.int(), starts
+    return values.contiguous(), column.int(), crow_indices

@@ -9,9 +9,9 @@ Pair = tuple[int, int]
 
 
 class Geometry(NamedTuple):
-    """Height and width of all that the ops are told; their order and meaning: schemas_products.py.
+    """Height and width of each part; their order and meaning: issp/ops/schemas/sparse.py.
 
-    `size` is none where a gradient's shape says it.
+    `size` is None where the shape of a gradient says it.
     """
 
     kernel: Pair
@@ -26,13 +26,24 @@ class Geometry(NamedTuple):
         """From the 12 numbers of `sparse_conv2d` or the 8 of `sparse_conv2d_values_grad`."""
         return cls(*zip(numbers[::2], numbers[1::2], strict=True))
 
-    def for_product(self) -> tuple[int, ...]:
+    @property
+    def output_size(self) -> Pair:
+        """`size`.
+
+        Raises:
+            ValueError: the geometry has none.
+        """
+        if self.size is None:
+            raise ValueError("the geometry has no output size: pass 12 numbers")
+        return self.size
+
+    def for_conv2d(self) -> tuple[int, ...]:
         """The `geometry` of `sparse_conv2d`."""
         return (
             *(*self.kernel, *self.stride, *self.padding, *self.dilation),
-            *(*self.upsample, *self.size),
+            *(*self.upsample, *self.output_size),
         )
 
-    def for_gradient(self) -> tuple[int, ...]:
+    def for_values_grad(self) -> tuple[int, ...]:
         """The `geometry` of `sparse_conv2d_values_grad`."""
         return (*self.kernel, *self.stride, *self.padding, *self.dilation)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _WRITTEN = re.compile(r"(\d+):(\d+)(?::(\d+)|:(flat))?")
@@ -56,12 +58,12 @@ class Keep:
         Raises:
             ValueError: text of another form, or numbers that do not make a pattern.
         """
-        found = _WRITTEN.fullmatch(text)
-        if not found:
+        match = _WRITTEN.fullmatch(text)
+        if not match:
             raise ValueError(
                 f'pattern "{text}": write n:of, such as 2:4, with v as 1:10:4, or as 1:20:flat'
             )
-        n, of, v, flat = found.groups()
+        n, of, v, flat = match.groups()
         return cls(int(n), int(of), int(v or 1), "flat" if flat else "channels", tail)
 
     @property
@@ -73,6 +75,42 @@ class Keep:
     def sparsity(self) -> float:
         """Share of weights that the pattern prunes, 1 - n / of."""
         return 1.0 - self.n / self.of
+
+    def divides(self, shape: Sequence[int]) -> bool:
+        """Whether a weight of this shape divides into the pattern's groups."""
+        try:
+            self.check_divides(shape)
+        except ValueError:
+            return False
+        return True
+
+    def check_divides(self, shape: Sequence[int], name: str = "the weight") -> None:
+        """Refuses a weight that does not divide into the pattern's groups.
+
+        Args:
+            shape: of the weight, [O, I, ...]; any shape for layout "flat".
+            name: of the weight in the message.
+
+        Raises:
+            ValueError: the weight does not divide.
+        """
+        shape = tuple(shape)
+        if self.layout == "flat":
+            numel = math.prod(shape)
+            if numel % self.of:
+                raise ValueError(
+                    f"m = {self.of} does not divide the {numel} elements of {name} {shape}: choose "
+                    "another"
+                )
+        elif len(shape) < 2:
+            raise ValueError(
+                f'layout "channels" needs a weight [O, I, ...], not {name} {shape}: use "flat"'
+            )
+        elif shape[1] % self.of or shape[0] % self.v:
+            raise ValueError(
+                f"{name} {shape} does not divide into groups of m = {self.of} input channels and "
+                f"v = {self.v} output rows: choose other numbers or leave the layer dense"
+            )
 
     def pruned(self, numel: int) -> int:
         """How many of a divisible weight's `numel` elements the pattern prunes."""

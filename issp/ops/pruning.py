@@ -1,19 +1,17 @@
-"""Public functions over `torch.ops.issp`: the fused step, its state, and the passes beside it."""
+"""Public functions over `torch.ops.issp`: the pruning step, its state, and the auxiliary ops."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from issp.ops import reference
+from issp.ops import reference, validation
 from issp.ops.keep import Keep
 from issp.ops.schemas import mask_layout, mask_words, scratch_words
-from issp.ops.validation import pruning as checks
 from issp.ops.validation import raise_python_error
-from issp.ops.validation import updates as checks_update
 
 _op = torch.ops.issp
 
@@ -36,7 +34,7 @@ def num_pruned(n: int, ratio: float) -> int:
 
 
 class ShrinkState:
-    """What the fused step carries from call to call; allocated once, for one device and dtype.
+    """The state of the pruning step between calls; allocated once, for one device and dtype.
 
     Args:
         weights: the tensors that every later call will get, in this order: one device, one dtype
@@ -66,11 +64,11 @@ class ShrinkState:
         patterns: Sequence[Keep | None] | None = None,
     ) -> None:
         weights = list(weights)
-        checks.tensors(weights, "weights")
+        validation.check_tensor_list(weights, "weights")
         self.shapes = [w.shape for w in weights]
         self.numels = [w.numel() for w in weights]
         self.patterns = _numbers(patterns)
-        checks.divisible(weights, self.patterns)
+        validation.check_patterns_divide(weights, self.patterns)
         first = weights[0]
         self.k = torch.empty(len(weights), dtype=torch.int64, device=first.device)
         self.set_k(k)
@@ -87,7 +85,7 @@ class ShrinkState:
         Raises:
             ValueError: wrong number of entries, one outside 0..n, or one that its pattern excludes.
         """
-        checks.ranks(k, self.numels, "weights", self.patterns)
+        validation.check_ranks(k, self.numels, "weights", self.patterns)
         self.k.copy_(torch.tensor(k, dtype=torch.int64))
 
     def masks(self) -> list[Tensor]:
@@ -125,10 +123,10 @@ class ShrinkState:
             ValueError: a tensor is missing, or its shape or dtype belongs to other weights.
         """
         for name in _SAVED:
-            mine, theirs = getattr(self, name), saved.get(name)
-            if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
+            expected, actual = getattr(self, name), saved.get(name)
+            if actual is None or actual.shape != expected.shape or actual.dtype != expected.dtype:
                 raise ValueError(f"the saved state's {name} does not belong to these weights")
-        checks.ranks(saved["k"].tolist(), self.numels, "weights", self.patterns)
+        validation.check_ranks(saved["k"].tolist(), self.numels, "weights", self.patterns)
         for name in _SAVED:
             getattr(self, name).copy_(saved[name])
 
@@ -136,7 +134,7 @@ class ShrinkState:
 def _numbers(patterns: Sequence[Keep | None] | None) -> list[int]:
     if patterns is None or not any(patterns):
         return []
-    return [x for keep in patterns for x in ((0, 0, 0) if keep is None else keep.numbers())]
+    return [x for keep in patterns for x in (keep.numbers() if keep else (0, 0, 0))]
 
 
 def _all_kept(numels: Sequence[int]) -> Tensor:
@@ -154,27 +152,26 @@ def _all_kept(numels: Sequence[int]) -> Tensor:
 _SAVED = ("k", "thresholds", "flips", "packed")
 
 
-_soft_shrink = raise_python_error(checks.soft_shrink)(lambda *args: _op.soft_shrink_(*args))
-_threshold = raise_python_error(checks.magnitude_threshold)(
-    lambda w, k: _op.magnitude_threshold(w, k)
-)
-_apply_masks = raise_python_error(checks.apply_masks)(lambda *args: _op.apply_masks_(*args))
-_regularize = raise_python_error(checks.regularize)(lambda *args: _op.regularize_(*args))
-_statistics = raise_python_error(checks.magnitude_statistics)(lambda x: _op.magnitude_statistics(x))
-_zeros = raise_python_error(checks.count_zeros)(lambda x: _op.count_zeros(x))
-_nm_prune = raise_python_error(checks.nm_prune)(lambda *args: _op.nm_prune(*args))
-# For `issp.optim`, which knows when a weight's version has to be counted up; see schemas.py.
-adam_soft_shrink_ = raise_python_error(checks_update.adam_soft_shrink)(
-    lambda *args: _op.adam_soft_shrink_(*args)
-)
-sgd_soft_shrink_ = raise_python_error(checks_update.sgd_soft_shrink)(
-    lambda *args: _op.sgd_soft_shrink_(*args)
-)
+def _checked(op: str) -> Callable:
+    return raise_python_error(validation.PRUNING_OPS[op])(getattr(_op, op))
+
+
+_soft_shrink = _checked("soft_shrink_")
+_threshold = _checked("magnitude_threshold")
+_apply_masks = _checked("apply_masks_")
+_regularize = _checked("regularize_")
+_statistics = _checked("magnitude_statistics")
+_zeros = _checked("count_zeros")
+_nm_prune = _checked("nm_prune")
+# For `issp.optim`, which knows when a weight's version has to be counted up; the arguments are
+# those of the op schemas.
+adam_soft_shrink_ = _checked("adam_soft_shrink_")
+sgd_soft_shrink_ = _checked("sgd_soft_shrink_")
 
 
 def _numels(tensors: Sequence[Tensor], name: str) -> list[int]:
     if not all(isinstance(x, Tensor) for x in tensors):
-        checks.tensors(tensors, name, same_dtype=False)
+        validation.check_tensor_list(tensors, name, same_dtype=False)
     return [x.numel() for x in tensors]
 
 
@@ -201,7 +198,7 @@ def soft_shrink_(
         bracket: search around the previous threshold first. Never changes the result.
 
     Raises:
-        TypeError, ValueError: see `issp.ops.validation.pruning`; nothing has been modified.
+        TypeError, ValueError: see `issp.ops.validation`; nothing has been modified.
 
     Source: ISS-P, figure 1 and section 2.
     """
@@ -246,7 +243,7 @@ def apply_masks_(tensors: list[Tensor], state: ShrinkState) -> None:
         state: whose masks to apply.
 
     Raises:
-        TypeError, ValueError: see `issp.ops.validation.pruning`; nothing has been modified.
+        TypeError, ValueError: see `issp.ops.validation`; nothing has been modified.
     """
     sets = max(1, len(tensors) // len(state.numels))
     if _numels(tensors, "tensors") != state.numels * sets:
@@ -272,7 +269,7 @@ def regularize_(
         state: whose masks say which weights are unimportant.
 
     Raises:
-        TypeError, ValueError: see `issp.ops.validation.pruning`; nothing has been modified.
+        TypeError, ValueError: see `issp.ops.validation`; nothing has been modified.
 
     Source: ISS-R, the regularisation variant of ISS-P; the authors add lambda * w to the gradient.
     """
@@ -296,7 +293,7 @@ def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
         in every run.
 
     Raises:
-        TypeError, ValueError: see `issp.ops.validation.pruning`.
+        TypeError, ValueError: see `issp.ops.validation`.
 
     Source: the authors' gradient record: norm, variance, mean and deviation per pruned layer.
     """
@@ -314,7 +311,7 @@ def count_zeros(tensors: list[Tensor]) -> Tensor:
         int64 [T].
 
     Raises:
-        TypeError, ValueError: see `issp.ops.validation.pruning`.
+        TypeError, ValueError: see `issp.ops.validation`.
     """
     return _zeros(tensors)
 

@@ -19,7 +19,7 @@ MULTIPLE = 16  # of both sizes of the weight
 CAPABILITY = (8, 0)  # sparse tensor cores came with sm_80
 
 
-def usable(x: Tensor, weight_shape: Sequence[int], dtype: torch.dtype) -> str | None:
+def unsupported_reason(x: Tensor, weight_shape: Sequence[int], dtype: torch.dtype) -> str | None:
     """Why torch cannot multiply x by a 2:4 weight of this shape and dtype; None where it can.
 
     Args:
@@ -28,9 +28,9 @@ def usable(x: Tensor, weight_shape: Sequence[int], dtype: torch.dtype) -> str | 
         dtype: of the weight, and of x.
     """
     if len(weight_shape) != 2:
-        return "torch has no 2:4 convolution, only the product of a linear layer"
+        return "torch has no 2:4 convolution, only the matmul of a linear layer"
     if dtype not in DTYPES:
-        return f"torch has no 2:4 product in {dtype}: only in float16 and bfloat16"
+        return f"torch has no 2:4 matmul in {dtype}: only in float16 and bfloat16"
     if x.dtype != dtype:
         return f"the weight is {dtype} but x is {x.dtype}"
     if any(size < 1 or size % MULTIPLE for size in weight_shape):
@@ -42,9 +42,9 @@ def usable(x: Tensor, weight_shape: Sequence[int], dtype: torch.dtype) -> str | 
     if not x.numel():
         return "x is empty"
     if x.requires_grad and torch.is_grad_enabled():
-        return "torch's 2:4 product has no derivative: it serves inference only"
+        return "torch's 2:4 matmul has no derivative: it serves inference only"
     if x.device.type != "cuda":
-        return f"torch's 2:4 product runs on an NVIDIA GPU, and x is on {x.device}"
+        return f"torch's 2:4 matmul runs on an NVIDIA GPU, and x is on {x.device}"
     capability = torch.cuda.get_device_capability(x.device)
     if capability < CAPABILITY:
         return f"a GPU of capability {capability[0]}.{capability[1]} has no sparse tensor cores"
@@ -64,7 +64,7 @@ def pack(weight: Tensor) -> Tensor:
         ValueError: the weight is not 2:4, or not one that torch compresses.
     """
     weight = weight.detach()
-    reason = usable(weight, weight.shape, weight.dtype)
+    reason = unsupported_reason(weight, weight.shape, weight.dtype)
     if weight.dim() == 2 and weight.shape[1] % 4 == 0 and not _is_two_four(weight):
         raise ValueError("more than 2 of 4 weights are kept: prune with nm_prune(Keep(2, of=4))")
     if reason is not None:
@@ -91,9 +91,9 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., O].
 
     Raises:
-        ValueError: x does not fit; see `usable`.
+        ValueError: x does not fit; see `unsupported_reason`.
     """
-    reason = usable(x.detach(), packed.shape, packed.dtype)
+    reason = unsupported_reason(x.detach(), packed.shape, packed.dtype)
     if reason is not None:
         raise ValueError(reason)
     return F.linear(x.contiguous(), packed, bias)

@@ -1,29 +1,30 @@
-"""Public products of sparse weights, their autograd, and packing."""
+"""Public functions of sparse weights: convolution, matmul and packing."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from issp.ops import autograd as products_autograd
-from issp.ops.formats import NMTensor, SparseRows
-from issp.ops.geometry import Geometry
+from issp.ops import validation
+from issp.ops.autograd import Conv2d, Matmul
+from issp.ops.formats import NMTensor, PackedWeight, SparseRows
+from issp.ops.geometry import Geometry, Pair
 from issp.ops.keep import Keep
-from issp.ops.reference.sparse import ACTIVATIONS
+from issp.ops.reference import ACTIVATIONS
 from issp.ops.validation import raise_python_error
-from issp.ops.validation import sparse as checks_products
 
-Shape = tuple[int, ...]
+Size = int | Sequence[int]
 
 _op = torch.ops.issp
-_conv2d = raise_python_error(checks_products.sparse_conv2d)(_op.sparse_conv2d)
-_matmul = raise_python_error(checks_products.sparse_matmul)(_op.sparse_matmul)
+_conv2d = raise_python_error(validation.check_sparse_conv2d)(_op.sparse_conv2d)
+_matmul = raise_python_error(validation.check_sparse_matmul)(_op.sparse_matmul)
 _DIFFERENTIABLE = {
-    _conv2d: raise_python_error(checks_products.sparse_conv2d)(products_autograd.Conv2d.apply),
-    _matmul: raise_python_error(checks_products.sparse_matmul)(products_autograd.Matmul.apply),
+    _conv2d: raise_python_error(validation.check_sparse_conv2d)(Conv2d.apply),
+    _matmul: raise_python_error(validation.check_sparse_matmul)(Matmul.apply),
 }
 
 
@@ -41,9 +42,9 @@ def sparse_conv2d(
     x: Tensor,
     p: SparseRows,
     bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
     residual: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
@@ -68,23 +69,41 @@ def sparse_conv2d(
     Raises:
         TypeError, ValueError: what does not fit, named.
     """
-    _is(p, SparseRows, "issp.ops.sparse_pack")
-    return conv2d(x, p, bias, stride, padding, dilation, residual, activation)
+    _check_is_packed(p, SparseRows, "issp.ops.sparse_pack")
+    return conv2d(
+        x,
+        p,
+        bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        residual=residual,
+        activation=activation,
+    )
 
 
 def nm_conv2d(
     x: Tensor,
     p: NMTensor,
     bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
     residual: Tensor | None = None,
     activation: str = "none",
 ) -> Tensor:
     """As `sparse_conv2d`, for an N:M weight."""
-    _is(p, NMTensor, "issp.ops.nm_pack")
-    return conv2d(x, p, bias, stride, padding, dilation, residual, activation)
+    _check_is_packed(p, NMTensor, "issp.ops.nm_pack")
+    return conv2d(
+        x,
+        p,
+        bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        residual=residual,
+        activation=activation,
+    )
 
 
 def sparse_matmul(
@@ -111,7 +130,7 @@ def sparse_matmul(
     Raises:
         TypeError, ValueError: what does not fit, named.
     """
-    _is(p, SparseRows, "issp.ops.sparse_pack")
+    _check_is_packed(p, SparseRows, "issp.ops.sparse_pack")
     return matmul(x, p, bias, residual, activation)
 
 
@@ -123,77 +142,114 @@ def nm_matmul(
     activation: str = "none",
 ) -> Tensor:
     """As `sparse_matmul`, for an N:M weight."""
-    _is(p, NMTensor, "issp.ops.nm_pack")
+    _check_is_packed(p, NMTensor, "issp.ops.nm_pack")
     return matmul(x, p, bias, residual, activation)
 
 
-def conv2d(x, p, bias, stride, padding, dilation, residual, activation) -> Tensor:
-    """What `sparse_conv2d` and `nm_conv2d` share."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
+def conv2d(
+    x: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    *,
+    stride: Size,
+    padding: Size,
+    dilation: Size,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """What `sparse_conv2d`, `nm_conv2d` and the sparse layers share."""
+    validation.check_is_tensor(x, "x")
     geometry = _geometry(x.shape, p.shape, stride, padding, dilation)
-    return _finished(_conv2d, x, p, bias, residual, (geometry,), activation)
+    return _dispatch(
+        _conv2d, x, p, bias, residual=residual, geometry=(geometry,), activation=activation
+    )
 
 
-def _geometry(image, weight, stride, padding, dilation) -> tuple[int, ...]:
+def _geometry(
+    image: Sequence[int], weight: tuple[int, ...], stride: Size, padding: Size, dilation: Size
+) -> tuple[int, ...]:
     """The op's `geometry`, which the layers of a network ask for with few different arguments."""
     if not torch.compiler.is_compiling():
         try:
-            return _known_geometry(image, weight, stride, padding, dilation)
+            return _cached_geometry(image, weight, stride, padding, dilation)
         except TypeError:
             pass  # a list cannot be looked up; what is refused is refused again, without a context
     return _new_geometry(image, weight, stride, padding, dilation)
 
 
-def _new_geometry(image, weight, stride, padding, dilation) -> tuple[int, ...]:
+def _new_geometry(
+    image: Sequence[int], weight: tuple[int, ...], stride: Size, padding: Size, dilation: Size
+) -> tuple[int, ...]:
     if len(weight) != 4:
         raise ValueError(f"the weight of a convolution is [O, I, kh, kw], not {weight}")
-    _has_channels(image, weight, 4, 1)
-    stride, padding = _pair(stride, "stride", 1), _pair(padding, "padding", 0)
-    dilation = _pair(dilation, "dilation", 1)
-    given = (weight[2:], stride, padding, dilation)
-    return Geometry(*given, size=output_size(image[2:], *given)).for_product()
+    _check_channels(image, weight, 4, 1)
+    by = Geometry(
+        kernel=(weight[2], weight[3]),
+        stride=_pair(stride, "stride", 1),
+        padding=_pair(padding, "padding", 0),
+        dilation=_pair(dilation, "dilation", 1),
+    )
+    return by._replace(size=output_size(image[2:], by)).for_conv2d()
 
 
 # Typed: 1.0 is equal to 1, but refused.
-_known_geometry = functools.lru_cache(maxsize=1024, typed=True)(_new_geometry)
+_cached_geometry: Callable[..., tuple[int, ...]] = functools.lru_cache(maxsize=1024, typed=True)(
+    _new_geometry
+)
 
 
-def matmul(x, p, bias, residual, activation) -> Tensor:
-    """What `sparse_matmul` and `nm_matmul` share."""
+def matmul(
+    x: Tensor, p: PackedWeight, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Tensor:
+    """What `sparse_matmul`, `nm_matmul` and the sparse layers share."""
     if len(p.shape) != 2:
         raise ValueError(f"the weight of a matrix product is [O, I], not {p.shape}")
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, not {type(x).__name__}")
-    _has_channels(x.shape, p.shape, None, -1)
-    return _finished(_matmul, x, p, bias, residual, (), activation)
+    validation.check_is_tensor(x, "x")
+    _check_channels(x.shape, p.shape, None, -1)
+    return _dispatch(_matmul, x, p, bias, residual=residual, geometry=(), activation=activation)
 
 
-def output_size(image, kernel, stride, padding, dilation) -> tuple[int, int]:
+def output_size(image: Sequence[int], by: Geometry) -> Pair:
     """Height and width of a convolution's result.
 
     Raises:
         ValueError: the kernel does not fit the padded image.
     """
-    size = tuple(
-        (image[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+    height, width = [
+        (image[i] + 2 * by.padding[i] - by.dilation[i] * (by.kernel[i] - 1) - 1) // by.stride[i] + 1
         for i in (0, 1)
-    )
-    if min(size) < 1:
+    ]
+    if min(height, width) < 1:
         raise ValueError(
-            f"a kernel of {tuple(kernel)} with dilation {dilation} does not fit x of "
-            f"{tuple(image)} with padding {padding}: pad more"
+            f"a kernel of {by.kernel} with dilation {by.dilation} does not fit x of "
+            f"{tuple(image)} with padding {by.padding}: pad more"
         )
-    return size
+    return height, width
 
 
-def _finished(call, x, p, bias, residual, geometry, activation) -> Tensor:
-    checks_products.known_activation(activation)
-    values = p.values
+def _dispatch(
+    call: Callable[..., Tensor],
+    x: Tensor,
+    p: PackedWeight,
+    bias: Tensor | None,
+    *,
+    residual: Tensor | None,
+    geometry: tuple[tuple[int, ...], ...],
+    activation: str,
+) -> Tensor:
+    """Calls the op: with its epilogue where no gradient is wanted, else without.
+
+    `geometry` holds the arguments of the op that only a convolution has.
+    """
+    validation.check_activation(activation)
+    values: Tensor = p.values
     if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        x, values, bias, residual = _autocast(x, values, bias, residual)
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, values = _cast(x, dtype), _cast(values, dtype)
+        bias = None if bias is None else _cast(bias, dtype)
+        residual = None if residual is None else _cast(residual, dtype)
     x = x.contiguous()
-    weight = (values, p.columns, p.starts)
+    weight = (values, p.col_indices, p.crow_indices)
     if not torch.is_grad_enabled() or not (
         x.requires_grad
         or values.requires_grad
@@ -201,7 +257,7 @@ def _finished(call, x, p, bias, residual, geometry, activation) -> Tensor:
         or (residual is not None and residual.requires_grad)
     ):
         residual = None if residual is None else residual.contiguous()
-        args = (x, *weight, [], bias, residual, *geometry, activation)
+        args: tuple[Any, ...] = (x, *weight, [], bias, residual, *geometry, activation)
         if torch.compiler.is_compiling():
             return call(*args)
         # The detour over the registered gradient costs 9 us a call, as much as the rest of it.
@@ -210,38 +266,35 @@ def _finished(call, x, p, bias, residual, geometry, activation) -> Tensor:
     if not torch.compiler.is_compiling():
         call = _DIFFERENTIABLE[call]
     y = call(x, *weight, p.transposed if x.requires_grad else [], bias, None, *geometry, "none")
-    return composed(y, residual, activation)
+    return apply_epilogue(y, residual, activation)
 
 
-def composed(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+def apply_epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """activation(y) + residual by torch's ops, which know their gradients."""
     z = ACTIVATIONS[activation](y)
     if residual is None:
         return z
-    (residual,) = _autocast(residual.contiguous())
+    residual = residual.contiguous()
+    if torch.is_autocast_enabled(residual.device.type):
+        residual = _cast(residual, torch.get_autocast_dtype(residual.device.type))
     # The sum would broadcast in silence.
-    checks_products.beside(y, residual, tuple(y.shape), "residual")
+    validation.check_like(y, residual, tuple(y.shape), "residual")
     return z + residual
 
 
-def _autocast(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
-    """What torch.autocast does to the arguments of F.conv2d; register_autocast knows one dtype."""
-    tensors = [x, *others]
-    if not torch.is_autocast_enabled(x.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What torch.autocast does to an argument of F.conv2d; register_autocast knows one dtype."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
-def _is(p, kind: type, remedy: str) -> None:
+def _check_is_packed(p: object, kind: type, remedy: str) -> None:
     if not isinstance(p, kind):
         raise TypeError(f"p is {type(p).__name__}, not {kind.__name__}: pack the weight, {remedy}")
 
 
-def _has_channels(x: Shape, weight: Shape, dims: int | None, channel: int) -> None:
+def _check_channels(
+    x: Sequence[int], weight: tuple[int, ...], dims: int | None, channel: int
+) -> None:
     if dims is not None and len(x) == dims - 1:
         raise ValueError(f"x has shape {tuple(x)}, without a batch: pass x[None]")
     if len(x) < 1 or dims is not None and len(x) != dims:
@@ -254,7 +307,7 @@ def _has_channels(x: Shape, weight: Shape, dims: int | None, channel: int) -> No
         )
 
 
-def _pair(value: int | Sequence[int], name: str, least: int) -> tuple[int, int]:
+def _pair(value: Size, name: str, least: int) -> Pair:
     if type(value) is int and value >= least:
         return (value, value)
     pair = (value, value) if isinstance(value, int) else value

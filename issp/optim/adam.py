@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ _HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_captur
 class _AdamStep(FusedStep):
     _op = "adam_soft_shrink_"
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As torch's; with a pruner attached, update and shrink in one pass."""
         for name in _HEALTH_CHECKS:
             if hasattr(self, name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ class SGD(FusedStep, torch.optim.SGD):
 
     _op = "sgd_soft_shrink_"
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As torch's; with a pruner attached, update and shrink in one pass."""
         return super().step(closure)
 

@@ -134,7 +134,7 @@ class TestWhere:
             pack_report.Line("0", "4x4", 0.5, choice="rows"),
             pack_report.Line("2", "4x4", 0.5, choice="dense"),
         ]
-        model.report = pack_report.Report(lines, "machine")
+        model.report = pack_report.PackReport(lines, "machine")
         # A clock that layers advance, and nothing else.
         now = [0.0]
         monkeypatch.setattr(network.time, "perf_counter", lambda: now[0])
@@ -156,7 +156,7 @@ def packed_row(v: int, sparsity: float, seconds: float) -> Packed:
         pack_report.Line(name, "8x8", sparsity, choice=choice)
         for name, choice in (("a", "rows"), ("b", "dense"), ("c", "rows v=4"))
     ]
-    layers = pack_report.Report(lines, "machine")
+    layers = pack_report.PackReport(lines, "machine")
     task = timing.Task(lambda: None, lambda: None, samples={"warm": [seconds] * 5})
     return Packed(v, sparsity, 2000, 100, layers, task, Where(0.5, 0.2, 0.3))
 
@@ -309,7 +309,7 @@ class TestCommand:
         def wrong(model, example, cache):
             packed = copy.deepcopy(model)
             packed.conv_last.weight.data *= 1.01
-            packed.report = pack_report.Report([], "machine")
+            packed.report = pack_report.PackReport([], "machine")
             return packed
 
         monkeypatch.setattr(issp, "pack", wrong)

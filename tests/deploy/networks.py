@@ -61,14 +61,14 @@ def timed_fixture(monkeypatch):
     table |= {"packed": 1.0}
     table["measured"] = []
 
-    def measured(dense, sparse, *args, **kwargs):
+    def measure(dense, sparse, *args, **kwargs):
         table["measured"].append(tuple([*dense, *sparse]))
         for call in [*dense.values(), *sparse.values()]:
             call()
         samples = {name: [table.get(name, 1.0)] * 5 for name in (*dense, *sparse)}
         return autotune.decide(samples, list(dense))
 
-    monkeypatch.setattr(autotune, "measured", measured)
+    monkeypatch.setattr(autotune, "measure", measure)
     return table
 
 

@@ -103,8 +103,8 @@ class TestResults:
             def forward(self, x):
                 return self.linear(input=x)
 
-        found = pack._inputs(net := Named(), (torch.randn(4, 8),))
-        assert found == {net.linear: [((4, 8), False, torch.float32)]}
+        inputs = pack._layer_inputs(net := Named(), (torch.randn(4, 8),))
+        assert inputs == {net.linear: [pack.LayerInput((4, 8), False, torch.float32)]}
 
     def test_copies_and_pickles(self, net, cache, timed):
         packed = issp.pack(net.eval(), torch.randn(EXAMPLE), cache=cache)
@@ -181,8 +181,9 @@ class TestReport:
     def test_says_why_a_layer_stays_dense(self, net, cache, timed):
         net.full = nn.Linear(4, 4)
         packed = issp.pack(net, torch.randn(EXAMPLE), cache=cache)
-        assert line(packed, "grouped").reason == "it has 4 groups, sparse products have none"
-        assert line(packed, "mirrored").reason.startswith("it pads by reflect")
+        grouped, mirrored = (line(packed, name).reason for name in ("grouped", "mirrored"))
+        assert grouped == "sparse layers have groups = 1 only, not 4"
+        assert mirrored == 'sparse layers pad by zeros only, not by "reflect"'
         assert line(packed, "unused").reason == "the example does not reach it"
 
     def test_says_that_nothing_is_zero(self, cache, timed):
@@ -201,10 +202,10 @@ class TestReport:
         assert packed.report.lines[0].reason.startswith("its input has no batch")
 
     def test_a_candidate_that_fails_is_named(self, cache, timed, monkeypatch):
-        def measured(dense, sparse, *args, **kwargs):
+        def measure(dense, sparse, *args, **kwargs):
             return autotune.Choice("dense", {"dense": 2.0}, {"rows": "no kernel"}, "alone")
 
-        monkeypatch.setattr(autotune, "measured", measured)
+        monkeypatch.setattr(autotune, "measure", measure)
         packed = issp.pack(prune_(nn.Linear(4, 4)), torch.randn(2, 4), cache=cache)
         assert packed.report.lines[0].reason == "alone; rows could not be timed: no kernel"
 
@@ -273,6 +274,6 @@ def test_the_comparison_finds_one_percent():
     dense = nn.Linear(8, 8)
     wrong = copy.deepcopy(dense)
     wrong.weight.data *= 1.01
-    pack._compare("same", dense, copy.deepcopy(dense), torch.randn(4, 8))
+    pack._check_accuracy("same", dense, copy.deepcopy(dense), torch.randn(4, 8))
     with pytest.raises(RuntimeError, match="the sparse result of mine is off"):
-        pack._compare("mine", dense, wrong, torch.randn(4, 8))
+        pack._check_accuracy("mine", dense, wrong, torch.randn(4, 8))

@@ -30,7 +30,7 @@ class TestTwoFour:
             calls.append(weight.shape)
             return weight.detach().clone()
 
-        monkeypatch.setattr(semi_structured, "usable", lambda x, shape, dtype: None)
+        monkeypatch.setattr(semi_structured, "unsupported_reason", lambda x, shape, dtype: None)
         monkeypatch.setattr(semi_structured, "pack", pack)
         monkeypatch.setattr(semi_structured, "linear", F.linear)
         return calls

@@ -163,9 +163,9 @@ def test_a_parametrized_weight_is_refused(net):
 def test_a_new_sparse_layer_has_nothing_of_a_user(make, mask):
     layer = make(mask)
     layer(torch.randn(1, 8, 8, 8)).sum().backward()
-    assert module_swap._own(layer) == []
+    assert module_swap.user_attributes(layer) == []
     layer.label = "mine"
-    assert module_swap._own(layer) == ["label"]
+    assert module_swap.user_attributes(layer) == ["label"]
 
 
 class TestPack:

@@ -1,8 +1,12 @@
 """The reference: every op in plain torch, on any device, slow and obvious."""
 
-from issp.ops.reference.auxiliary import count_zeros, magnitude_statistics
+from issp.ops.reference.auxiliary import (
+    count_zeros,
+    magnitude_statistics,
+    regularize_,
+    regularized,
+)
 from issp.ops.reference.pruning import (
-    adam_soft_shrink_,
     apply_masks_,
     key,
     magnitude_threshold,
@@ -10,24 +14,29 @@ from issp.ops.reference.pruning import (
     nm_selected,
     pack,
     pattern_of,
-    regularize_,
     selected,
-    sgd_soft_shrink_,
     shrunk,
     soft_shrink_,
     unpack,
 )
 from issp.ops.reference.sparse import (
+    ACTIVATIONS,
+    gather_entries,
     sparse_conv2d,
     sparse_conv2d_values_grad,
     sparse_matmul,
     sparse_matmul_values_grad,
+    to_dense,
+    transpose,
 )
+from issp.ops.reference.updates import adam_soft_shrink_, sgd_soft_shrink_
 
 __all__ = [
+    "ACTIVATIONS",
     "adam_soft_shrink_",
     "apply_masks_",
     "count_zeros",
+    "gather_entries",
     "key",
     "magnitude_statistics",
     "magnitude_threshold",
@@ -36,6 +45,7 @@ __all__ = [
     "pack",
     "pattern_of",
     "regularize_",
+    "regularized",
     "selected",
     "sgd_soft_shrink_",
     "shrunk",
@@ -44,5 +54,7 @@ __all__ = [
     "sparse_conv2d_values_grad",
     "sparse_matmul",
     "sparse_matmul_values_grad",
+    "to_dense",
+    "transpose",
     "unpack",
 ]

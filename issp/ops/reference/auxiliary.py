@@ -1,14 +1,14 @@
-"""The oracle of the passes beside the step: ISS-R's rule, statistics of magnitudes, zeros."""
+"""The reference of the auxiliary ops: ISS-R's rule, statistics of magnitudes, zeros."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from issp.ops import validation
+from issp.ops.reference.pruning import INTEGER, unpack
 from issp.ops.reference.updates import narrow, rounded, widen
-from issp.ops.validation import pruning as checks
-
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from issp.ops.schemas import mask_layout, mask_words
 
 
 def regularized(g: Tensor, w: Tensor, factor: Tensor) -> Tensor:
@@ -24,9 +24,18 @@ def regularized(g: Tensor, w: Tensor, factor: Tensor) -> Tensor:
     return total.masked_fill(total.isnan(), float("nan"))
 
 
+def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
+    """See `regularize_` in issp/ops/schemas/pruning.py."""
+    validation.check_regularize(grads, weights, factors, masks)
+    starts, _ = mask_layout([w.numel() for w in weights])
+    for g, w, factor, start in zip(grads, weights, factors, starts, strict=True):
+        kept = unpack(masks[start : start + mask_words(w.numel())], w.numel()).view(g.shape)
+        g.copy_(torch.where(kept, g, regularized(g, w.view(g.shape), factor)))
+
+
 def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
-    """See `magnitude_statistics` in schemas.py."""
-    checks.magnitude_statistics(tensors)
+    """See `magnitude_statistics` in issp/ops/schemas/pruning.py."""
+    validation.check_magnitude_statistics(tensors)
     rows = []
     for x in tensors:
         magnitudes = (x if x.dtype == torch.float64 else widen(x)).abs().view(-1)
@@ -39,7 +48,7 @@ def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
 
 
 def count_zeros(tensors: list[Tensor]) -> Tensor:
-    """See `count_zeros` in schemas.py."""
-    checks.count_zeros(tensors)
+    """See `count_zeros` in issp/ops/schemas/pruning.py."""
+    validation.check_count_zeros(tensors)
     # the bits without the sign: where denormals are flushed, they would compare equal to zero
-    return torch.stack([(x.view(_INTEGER[x.element_size()]) << 1 == 0).sum() for x in tensors])
+    return torch.stack([(x.view(INTEGER[x.dtype]) << 1 == 0).sum() for x in tensors])

@@ -1,4 +1,4 @@
-"""The oracle: every op in plain torch, on any device, slow and obvious.
+"""The reference of the pruning step, of thresholds, masks and N:M: plain torch on any device.
 
 Rules, in the order of csrc/semantics.h and triton_kernels/semantics.py: key, selected, shrunk.
 Source: ISS-P, "Iterative Soft Shrinkage Learning for Efficient Image Super-Resolution", figure 1.
@@ -11,15 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from issp.ops.reference import updates as reference_updates
-from issp.ops.reference.auxiliary import count_zeros as count_zeros
-from issp.ops.reference.auxiliary import magnitude_statistics as magnitude_statistics
-from issp.ops.reference.auxiliary import regularized
+from issp.ops import validation
 from issp.ops.schemas import mask_layout, mask_words
-from issp.ops.validation import pruning as checks
-from issp.ops.validation import updates as checks_update
 
-_INTEGER = {
+# The integer dtype of the same size.
+INTEGER = {
     torch.float32: torch.int32,
     torch.float16: torch.int16,
     torch.bfloat16: torch.int16,
@@ -29,7 +25,7 @@ _INTEGER = {
 
 def key(w: Tensor) -> Tensor:
     """The order of magnitudes as integers: the bits without the sign; NaN above infinity."""
-    bits = w.view(_INTEGER[w.dtype])
+    bits = w.view(INTEGER[w.dtype])
     return bits & torch.iinfo(bits.dtype).max
 
 
@@ -47,7 +43,7 @@ def shrunk(w: Tensor, shrink: float) -> Tensor:
     product below the smallest normal number becomes a zero of w's sign (bfloat16: judged in
     float32), except for float16, whose denormals carry information. NaN stays as it is.
     """
-    bits = w.view(_INTEGER[w.dtype])
+    bits = w.view(INTEGER[w.dtype])
     zero = (bits & torch.iinfo(bits.dtype).min).view(w.dtype)
     tiny = torch.finfo(w.dtype).tiny
     if shrink == 0:
@@ -93,9 +89,18 @@ def soft_shrink_(
     bracket: bool = True,
     patterns: Sequence[int] = (),
 ) -> None:
-    """See `soft_shrink_` in schemas.py. Neither the bracket nor the scratch is used here."""
-    state = (k, shrink, thresholds, masks, flips, scratch)
-    checks.soft_shrink(weights, *state, found_inf, bracket, patterns)
+    """See `soft_shrink_` in issp/ops/schemas/pruning.py; bracket and scratch are not used here."""
+    validation.check_soft_shrink(
+        weights,
+        k=k,
+        shrink=shrink,
+        thresholds=thresholds,
+        masks=masks,
+        flips=flips,
+        scratch=scratch,
+        found_inf=found_inf,
+        patterns=patterns,
+    )
     if found_inf is not None and found_inf.item() != 0:
         return
     starts, _ = mask_layout([w.numel() for w in weights])
@@ -119,165 +124,37 @@ def soft_shrink_(
 
 def pattern_of(patterns: Sequence[int], t: int) -> tuple[int, int, int]:
     """(n, m, v) of tensor t; m == 0: it is unstructured."""
-    return tuple(patterns[3 * t : 3 * t + 3]) if patterns else (0, 0, 0)
-
-
-def adam_soft_shrink_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    k: Tensor,
-    shrink: float,
-    thresholds: Tensor,
-    masks: Tensor,
-    flips: Tensor,
-    scratch: Tensor,
-    found_inf: Tensor | None = None,
-    frozen: bool = False,
-    bracket: bool = True,
-    patterns: Sequence[int] = (),
-) -> None:
-    """See `adam_soft_shrink_` in schemas.py; the rule stands in reference_updates.py."""
-    state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
-    scalars = (lr, beta1, beta2, eps, weight_decay, decoupled)
-    checks_update.adam_soft_shrink(
-        *(weights, grads, exp_avgs, exp_avg_sqs, steps),
-        *(*scalars, maximize, lr_tensor, grad_scale, *state, frozen, bracket, patterns),
-    )
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    rate = lr if lr_tensor is None else lr_tensor.item()
-    for w, grad, m, v, step in zip(weights, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
-        step += 1
-        g = reference_updates.gradient(grad, grad_scale, maximize)
-        wide_w, wide_m, wide_v = map(reference_updates.widen, (w, m, v))
-        updated = reference_updates.adam_updated(
-            wide_w, g, wide_m, wide_v, max(0, int(step.item())), rate, *scalars[1:]
-        )
-        _store((w, m, v), updated)
-    _after_update(weights, [exp_avgs, exp_avg_sqs], *state[:-1], frozen, patterns)
-
-
-def sgd_soft_shrink_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    first: list[bool],
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    k: Tensor,
-    shrink: float,
-    thresholds: Tensor,
-    masks: Tensor,
-    flips: Tensor,
-    scratch: Tensor,
-    found_inf: Tensor | None = None,
-    frozen: bool = False,
-    bracket: bool = True,
-    patterns: Sequence[int] = (),
-) -> None:
-    """See `sgd_soft_shrink_` in schemas.py; the rule stands in reference_updates.py."""
-    state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
-    scalars = (lr, momentum, dampening, weight_decay, nesterov)
-    checks_update.sgd_soft_shrink(
-        *(weights, grads, momentum_buffers, first),
-        *(*scalars, maximize, lr_tensor, grad_scale, *state, frozen, bracket, patterns),
-    )
-    if found_inf is not None and found_inf.item() != 0:
-        return
-    rate = lr if lr_tensor is None else lr_tensor.item()
-    for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
-        g = reference_updates.gradient(grad, grad_scale, maximize)
-        buffer = reference_updates.widen(momentum_buffers[i]) if momentum else None
-        updated = reference_updates.sgd_updated(
-            reference_updates.widen(w), g, buffer, bool(momentum) and first[i], rate, *scalars[1:]
-        )
-        _store((w, momentum_buffers[i]) if momentum else (w,), updated)
-    moments = [momentum_buffers] if momentum else []
-    _after_update(weights, moments, *state[:-1], frozen, patterns)
-
-
-def _store(tensors: tuple[Tensor, ...], values: tuple[Tensor | None, ...]) -> None:
-    for tensor, value in zip(tensors, values, strict=False):
-        tensor.copy_(reference_updates.narrow(value))
-
-
-def _after_update(
-    weights: list[Tensor],
-    moments: list[list[Tensor]],
-    k: Tensor,
-    shrink: float,
-    thresholds: Tensor,
-    masks: Tensor,
-    flips: Tensor,
-    scratch: Tensor,
-    frozen: bool,
-    patterns: Sequence[int],
-) -> None:
-    """What follows the optimizer's update on the first weights, as many as k has entries."""
-    count = k.numel()
-    if not count:
-        return
-    if frozen:
-        for tensors in (weights, *moments):
-            apply_masks_(tensors[:count], masks)
-        flips.zero_()
-    else:
-        state = (k, shrink, thresholds, masks, flips, scratch)
-        soft_shrink_(weights[:count], *state, patterns=patterns)
+    if not patterns:
+        return 0, 0, 0
+    n, m, v = patterns[3 * t : 3 * t + 3]
+    return n, m, v
 
 
 def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
-    """See `magnitude_threshold` in schemas.py."""
-    checks.magnitude_threshold(weights, k)
-    found = torch.zeros(len(weights), dtype=weights[0].dtype, device=weights[0].device)
+    """See `magnitude_threshold` in issp/ops/schemas/pruning.py."""
+    validation.check_magnitude_threshold(weights, k)
+    thresholds = torch.zeros(len(weights), dtype=weights[0].dtype, device=weights[0].device)
     for t, (w, count) in enumerate(zip(weights, k, strict=True)):
         if count:
             ordered = torch.sort(key(w.view(-1))).values
-            found[t] = ordered[count - 1].view(w.dtype)
-    return found
+            thresholds[t] = ordered[count - 1].view(w.dtype)
+    return thresholds
 
 
 def apply_masks_(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
-    """See `apply_masks_` in schemas.py."""
-    checks.apply_masks(tensors, masks, sets)
+    """See `apply_masks_` in issp/ops/schemas/pruning.py."""
+    validation.check_apply_masks(tensors, masks, sets)
     numels = [x.numel() for x in tensors]
     starts, _ = mask_layout(numels[: len(tensors) // sets])
     for x, n, start in zip(tensors, numels, starts * sets, strict=True):
         x.view(-1)[~unpack(masks[start : start + mask_words(n)], n)] = 0
 
 
-def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
-    """See `regularize_` in schemas.py."""
-    checks.regularize(grads, weights, factors, masks)
-    starts, _ = mask_layout([w.numel() for w in weights])
-    for g, w, factor, start in zip(grads, weights, factors, starts, strict=True):
-        kept = unpack(masks[start : start + mask_words(w.numel())], w.numel()).view(g.shape)
-        g.copy_(torch.where(kept, g, regularized(g, w.view(g.shape), factor)))
-
-
 def nm_prune(
     weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """See `nm_prune` in schemas.py."""
-    checks.nm_prune(weight, n, m, v, layout, shrink)
+    """See `nm_prune` in issp/ops/schemas/pruning.py."""
+    validation.check_nm_prune(weight, n, m, v, layout, shrink)
     chosen = nm_selected(weight, n, m, v, layout)
     return torch.where(chosen, shrunk(weight, shrink), weight), pack(~chosen.flatten())
 
@@ -304,4 +181,4 @@ def _l1_key(groups: Tensor) -> Tensor:
     total = wide[..., 0].clone()
     for row in range(1, wide.shape[-1]):
         total += wide[..., row]
-    return torch.where(total.isnan(), torch.iinfo(_INTEGER[total.dtype]).max, key(total))
+    return torch.where(total.isnan(), torch.iinfo(INTEGER[total.dtype]).max, key(total))

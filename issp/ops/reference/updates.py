@@ -1,4 +1,4 @@
-"""The optimizers' rules for one tensor, as the oracle states them: Adam and SGD.
+"""The reference of the optimizer ops: the rules of Adam and SGD for one tensor, and the ops.
 
 The same rules, in the same order, stand in csrc/update.h and triton_kernels/updates.py. Every
 operation is rounded to float32 once, in the order of torch's fused CPU kernels, whose bits these
@@ -11,9 +11,13 @@ Regularization", algorithm 2; torch.optim.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+
+from issp.ops import validation
+from issp.ops.reference.pruning import apply_masks_, soft_shrink_
 
 TINY = 2.0**-126  # the smallest normal float32; the denormals are multiples of 2**-149
 
@@ -133,3 +137,207 @@ def sgd_updated(
         buffer = flushed(buffer)
         g = fma(buffer, rounded(momentum), g) if nesterov else buffer
     return fma(g, rounded(-lr), w), buffer
+
+
+def adam_soft_shrink_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    maximize: bool,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    found_inf: Tensor | None = None,
+    frozen: bool = False,
+    bracket: bool = True,
+    patterns: Sequence[int] = (),
+) -> None:
+    """See `adam_soft_shrink_` in issp/ops/schemas/pruning.py."""
+    validation.check_adam_soft_shrink(
+        weights=weights,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        steps=steps,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        decoupled=decoupled,
+        maximize=maximize,
+        lr_tensor=lr_tensor,
+        grad_scale=grad_scale,
+        k=k,
+        shrink=shrink,
+        thresholds=thresholds,
+        masks=masks,
+        flips=flips,
+        scratch=scratch,
+        found_inf=found_inf,
+        frozen=frozen,
+        patterns=patterns,
+    )
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    rate = lr if lr_tensor is None else lr_tensor.item()
+    for w, grad, m, v, step in zip(weights, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+        step += 1
+        updated = adam_updated(
+            w=widen(w),
+            g=gradient(grad, grad_scale, maximize),
+            m=widen(m),
+            v=widen(v),
+            t=max(0, int(step.item())),
+            lr=rate,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            weight_decay=weight_decay,
+            decoupled=decoupled,
+        )
+        _store((w, m, v), updated)
+    _prune_after_update(
+        weights,
+        [exp_avgs, exp_avg_sqs],
+        k=k,
+        shrink=shrink,
+        thresholds=thresholds,
+        masks=masks,
+        flips=flips,
+        scratch=scratch,
+        frozen=frozen,
+        patterns=patterns,
+    )
+
+
+def sgd_soft_shrink_(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    first: list[bool],
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    found_inf: Tensor | None = None,
+    frozen: bool = False,
+    bracket: bool = True,
+    patterns: Sequence[int] = (),
+) -> None:
+    """See `sgd_soft_shrink_` in issp/ops/schemas/pruning.py."""
+    validation.check_sgd_soft_shrink(
+        weights=weights,
+        grads=grads,
+        momentum_buffers=momentum_buffers,
+        first=first,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+        lr_tensor=lr_tensor,
+        grad_scale=grad_scale,
+        k=k,
+        shrink=shrink,
+        thresholds=thresholds,
+        masks=masks,
+        flips=flips,
+        scratch=scratch,
+        found_inf=found_inf,
+        frozen=frozen,
+        patterns=patterns,
+    )
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    rate = lr if lr_tensor is None else lr_tensor.item()
+    for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
+        weight, buffer = sgd_updated(
+            w=widen(w),
+            g=gradient(grad, grad_scale, maximize),
+            buffer=widen(momentum_buffers[i]) if momentum else None,
+            first=bool(momentum) and first[i],
+            lr=rate,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+        )
+        _store([w], [weight])
+        if buffer is not None:
+            _store([momentum_buffers[i]], [buffer])
+    _prune_after_update(
+        weights,
+        [momentum_buffers] if momentum else [],
+        k=k,
+        shrink=shrink,
+        thresholds=thresholds,
+        masks=masks,
+        flips=flips,
+        scratch=scratch,
+        frozen=frozen,
+        patterns=patterns,
+    )
+
+
+def _store(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(narrow(value))
+
+
+def _prune_after_update(
+    weights: list[Tensor],
+    moments: list[list[Tensor]],
+    *,
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    frozen: bool,
+    patterns: Sequence[int],
+) -> None:
+    """Prunes the first weights, as many as k has entries; frozen: applies their masks instead."""
+    count = k.numel()
+    if not count:
+        return
+    if frozen:
+        for tensors in (weights, *moments):
+            apply_masks_(tensors[:count], masks)
+        flips.zero_()
+    else:
+        soft_shrink_(
+            weights[:count],
+            k=k,
+            shrink=shrink,
+            thresholds=thresholds,
+            masks=masks,
+            flips=flips,
+            scratch=scratch,
+            patterns=patterns,
+        )

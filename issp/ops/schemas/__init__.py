@@ -1,6 +1,6 @@
 """The op schemas: names, arguments, exact semantics and fakes of every op."""
 
-from issp.ops.schemas import pruning, sparse  # each defines its ops when imported
+from issp.ops.schemas import sparse  # defines the sparse ops
 from issp.ops.schemas.pruning import (
     LINE_WORDS,
     SCRATCH_HEADER,
@@ -19,7 +19,6 @@ __all__ = [
     "mask_layout",
     "mask_words",
     "one_device",
-    "pruning",
     "scratch_region",
     "scratch_words",
     "sparse",

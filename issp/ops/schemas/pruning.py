@@ -1,4 +1,6 @@
-"""THE CONTRACT: every op of `torch.ops.issp`, its schema, its exact semantics and its fake.
+"""The op schemas: the pruning step, the optimizer updates and the auxiliary ops.
+
+Each op of `torch.ops.issp` stands here with its exact semantics and its fake.
 
 Common to all ops
     dtypes      float32, float16, bfloat16, float64; contiguous; a call's tensors on one device.
@@ -7,12 +9,14 @@ Common to all ops
     packed mask int32 words; bit j of word i is 1 when element 32*i + j is KEPT. Each tensor starts
                 at the word given by `mask_layout`; bits behind its last element are 0.
     errors      everything is checked first; on any error nothing has been modified.
-The rules (key, tie, shrink) stand in reference.py, csrc/semantics.h, triton_kernels/semantics.py.
+The rules (key, tie, shrink) stand in issp/ops/reference/pruning.py, csrc/semantics.h and
+triton_kernels/semantics.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +26,12 @@ SCRATCH_HEADER = 64
 
 library = torch.library.Library("issp", "DEF")
 
-# Per tensor t: select the k[t] smallest keys; w = shrunk(w) where selected, see `shrunk` in
-# reference.py; masks = not selected; flips[t] = mask bits that differ from the previous mask;
-# thresholds[t] = |w| of the last selected element before the shrink (0 when k[t] == 0).
-# thresholds on entry are those of the previous call (NaN: none); with bracket=True they may speed
-# the search, never change its result. found_inf: float32 [1]; when not 0, nothing is modified.
+# Per tensor t: select the k[t] smallest keys; w = shrunk(w) where selected, see
+# `issp.ops.reference.shrunk`; masks = not selected; flips[t] = mask bits that differ from the
+# previous mask; thresholds[t] = |w| of the last selected element before the shrink (0 when
+# k[t] == 0). thresholds on entry are those of the previous call (NaN: none); with bracket=True they
+# may speed the search, never change its result. found_inf: float32 [1]; when not 0, nothing is
+# modified.
 # k: int64 [T] in 0..n, checked on the CPU; on a GPU, where a check would wait for the device,
 # a tensor whose k is out of range is left unmodified. scratch: int32 [scratch_words(numels)],
 # zero before its first use, private to the back end; scratch[0] counts searches the bracket missed.
@@ -84,9 +89,9 @@ library.define(
 # (weights, moments, moving average); tensor i takes mask i % T. dtypes may differ from tensor to
 # tensor.
 library.define("apply_masks_(Tensor(a!)[] tensors, Tensor masks, int sets=1) -> ()")
-# ISS-R: grads[t] += factors[t] * weights[t] where the mask has a 0 bit; see `regularized` in
-# reference_passes.py. factors: [T] float32 (float64 for float64 weights). Elsewhere gradients keep
-# their bits. Each gradient has its weight's dtype.
+# ISS-R: grads[t] += factors[t] * weights[t] where the mask has a 0 bit; see
+# `issp.ops.reference.regularized`. factors: [T] float32 (float64 for float64 weights). Elsewhere
+# gradients keep their bits. Each gradient has its weight's dtype.
 library.define(
     "regularize_(Tensor(a!)[] grads, Tensor[] weights, Tensor factors, Tensor masks) -> ()"
 )
@@ -139,13 +144,13 @@ def one_device(tensors: Sequence[Tensor]) -> None:
 
 
 @torch.library.register_fake("issp::soft_shrink_", lib=library)
-def _(weights: list[Tensor], *_) -> None:
+def _(weights: list[Tensor], *_: Any) -> None:
     one_device(weights)
 
 
 @torch.library.register_fake("issp::adam_soft_shrink_", lib=library)
 @torch.library.register_fake("issp::sgd_soft_shrink_", lib=library)
-def _(weights: list[Tensor], grads: list[Tensor], *_) -> None:
+def _(weights: list[Tensor], grads: list[Tensor], *_: Any) -> None:
     one_device([*weights, *grads])
 
 
@@ -178,6 +183,8 @@ def _(tensors: list[Tensor]) -> Tensor:
 
 
 @torch.library.register_fake("issp::nm_prune", lib=library)
-def _(weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0):
-    words = -(-weight.numel() // (32 * LINE_WORDS)) * LINE_WORDS
+def _(
+    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    words = mask_words(weight.numel())
     return torch.empty_like(weight), weight.new_empty(words, dtype=torch.int32)

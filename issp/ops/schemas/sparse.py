@@ -1,30 +1,34 @@
-"""THE CONTRACT, products: sparse matrix and convolution ops, their schemas, semantics and fakes.
+"""The op schemas: sparse convolution and sparse matmul, with their semantics and fakes.
 
-One format for N:M and unstructured weights, rows in blocks of v that share their positions
-    values      [E, v]: entry e holds one weight for each of its v rows.
-    columns     int32 [E]: position in a row of the dense weight, (channel * kh + ky) * kw + kx;
-                strictly ascending within a block.
-    starts      int32 [O / v + 1], ascending from 0 to E: block b (output rows b*v .. b*v + v - 1)
-                owns the entries starts[b] .. starts[b + 1].
-    transposed  none, or the weight transposed and its taps turned by 180 degrees, [I, O, kh, kw],
-                with v = 1: its columns int32 [E * v], its starts int32 [I + 1], and order int32
-                [E * v], the place of each of its values in values.view(-1). Backward uses it; left
-                out, it is found anew there.
-Common to all products
-    dtypes      float32, float64, bfloat16, float16, the same for all tensors of values; sums in
-                float32 (float64 for float64), rounded once. Contiguous tensors, one device.
-    result      activation(W x + bias) + residual; activation: none, relu, gelu (by erf). Gradients
-                flow to x, values and bias of calls without activation and residual.
-    order       sums are taken in an order that depends on shapes and positions alone: the same bits
-                in every run and for any number of threads. Back ends differ in rounding.
-    geometry    of a convolution, height and width of each: kernel, stride, padding, dilation and,
-                but for the gradient of values, upsample, size. One list of 12 (8) numbers, as every
-                list adds 0.7 us to a call; issp/geometry.py names them.
-    errors      everything is checked first. Positions are checked on the CPU; on a GPU, where a
-                check would wait for the device, a position outside the weight counts as zero.
+One format for N:M and unstructured weights: torch's BSR with blocks of (v, 1), the v rows of a
+block row share their positions
+    values        [E, v]: entry e holds one weight for each of its v rows.
+    col_indices   int32 [E]: position in a row of the dense weight, (channel * kh + ky) * kw + kx;
+                  strictly ascending within a block row.
+    crow_indices  int32 [O / v + 1], ascending from 0 to E: block row b (output rows
+                  b*v .. b*v + v - 1) owns the entries crow_indices[b] .. crow_indices[b + 1].
+    transposed    none, or the weight transposed and its taps turned by 180 degrees,
+                  [I, O, kh, kw], with v = 1: col_indices int32 [E * v], crow_indices int32 [I + 1]
+                  and order int32 [E * v], which says where each value stands in values.view(-1).
+                  Backward uses it; when it is left out, backward computes it.
+Common to all sparse ops
+    dtypes        float32, float64, bfloat16, float16, the same for all tensors of values; sums in
+                  float32 (float64 for float64), rounded once. Contiguous tensors, one device.
+    result        activation(W x + bias) + residual; activation: none, relu, gelu (by erf).
+                  Gradients flow to x, values and bias of calls without activation and residual.
+    order         sums are taken in an order that depends on shapes and positions alone: the same
+                  bits in every run and for any number of threads. Back ends differ in rounding.
+    geometry      of a convolution, height and width of each: kernel, stride, padding, dilation
+                  and, but for the gradient of values, upsample, size. One list of 12 (8) numbers,
+                  because every list adds 0.7 us to a call; issp/ops/geometry.py names them.
+    errors        everything is checked first. Positions are checked on the CPU; on a GPU, where a
+                  check would wait for the device, a position outside the weight counts as zero.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,48 +41,83 @@ from issp.ops.schemas.pruning import library, one_device
 # divisible, or lies outside. padding may be negative. upsample > 1 and stride = 1 make the
 # gradient of a strided convolution. residual: of the result's shape. geometry: 12 numbers.
 library.define(
-    "sparse_conv2d(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor[] transposed, "
-    'Tensor? bias, Tensor? residual, int[] geometry, str activation="none") -> Tensor'
+    "sparse_conv2d(Tensor x, Tensor values, Tensor col_indices, Tensor crow_indices, "
+    "Tensor[] transposed, Tensor? bias, Tensor? residual, int[] geometry, "
+    'str activation="none") -> Tensor'
 )
 # [E, v]: the gradient of sum(grad * sparse_conv2d(x, values, ...)) with upsample 1, for every
 # entry; grad [N, O, oh, ow]. geometry: 8 numbers.
 library.define(
-    "sparse_conv2d_values_grad(Tensor x, Tensor grad, Tensor columns, Tensor starts, int v, "
-    "int[] geometry) -> Tensor"
+    "sparse_conv2d_values_grad(Tensor x, Tensor grad, Tensor col_indices, Tensor crow_indices, "
+    "int v, int[] geometry) -> Tensor"
 )
 # x [..., I] -> [..., O]; a convolution's op with one tap and the channels innermost in memory.
 library.define(
-    "sparse_matmul(Tensor x, Tensor values, Tensor columns, Tensor starts, Tensor[] transposed, "
-    'Tensor? bias, Tensor? residual, str activation="none") -> Tensor'
+    "sparse_matmul(Tensor x, Tensor values, Tensor col_indices, Tensor crow_indices, "
+    'Tensor[] transposed, Tensor? bias, Tensor? residual, str activation="none") -> Tensor'
 )
 # [E, v]; grad [..., O].
 library.define(
-    "sparse_matmul_values_grad(Tensor x, Tensor grad, Tensor columns, Tensor starts, int v) "
-    "-> Tensor"
+    "sparse_matmul_values_grad(Tensor x, Tensor grad, Tensor col_indices, Tensor crow_indices, "
+    "int v) -> Tensor"
+)
+# `transposed` of a weight [O, inputs, kh, kw] with taps = kh * kw. An op of its own because
+# torch.compile cannot trace the sizes in between.
+library.define(
+    "_sparse_transpose(Tensor col_indices, Tensor crow_indices, int v, int inputs, int taps) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
 @torch.library.register_fake("issp::sparse_conv2d", lib=library)
 def _(
-    x, values, columns, starts, transposed, bias, residual, geometry, activation="none"
+    x: Tensor,
+    values: Tensor,
+    col_indices: Tensor,
+    crow_indices: Tensor,
+    transposed: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Sequence[int],
+    activation: str = "none",
 ) -> Tensor:
-    one_device(
-        [t for t in (x, values, columns, starts, *transposed, bias, residual) if t is not None]
-    )
-    rows = (starts.shape[0] - 1) * values.shape[1]
-    return x.new_empty((x.shape[0], rows, *Geometry.of(geometry).size))
+    _same_device(x, values, col_indices, crow_indices, *transposed, bias, residual)
+    rows = (crow_indices.shape[0] - 1) * values.shape[1]
+    return x.new_empty((x.shape[0], rows, *Geometry.of(geometry).output_size))
 
 
 @torch.library.register_fake("issp::sparse_matmul", lib=library)
-def _(x, values, columns, starts, transposed, bias, residual, activation="none") -> Tensor:
-    one_device(
-        [t for t in (x, values, columns, starts, *transposed, bias, residual) if t is not None]
-    )
-    return x.new_empty((*x.shape[:-1], (starts.shape[0] - 1) * values.shape[1]))
+def _(
+    x: Tensor,
+    values: Tensor,
+    col_indices: Tensor,
+    crow_indices: Tensor,
+    transposed: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "none",
+) -> Tensor:
+    _same_device(x, values, col_indices, crow_indices, *transposed, bias, residual)
+    return x.new_empty((*x.shape[:-1], (crow_indices.shape[0] - 1) * values.shape[1]))
 
 
 @torch.library.register_fake("issp::sparse_conv2d_values_grad", lib=library)
 @torch.library.register_fake("issp::sparse_matmul_values_grad", lib=library)
-def _(x: Tensor, grad: Tensor, columns: Tensor, starts: Tensor, v: int, *_) -> Tensor:
-    one_device([x, grad, columns, starts])
-    return x.new_empty((columns.shape[0], v))
+def _(
+    x: Tensor, grad: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int, *_: Any
+) -> Tensor:
+    _same_device(x, grad, col_indices, crow_indices)
+    return x.new_empty((col_indices.shape[0], v))
+
+
+@torch.library.register_fake("issp::_sparse_transpose", lib=library)
+def _(
+    col_indices: Tensor, crow_indices: Tensor, v: int, inputs: int, taps: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    entries = col_indices.shape[0] * v
+    columns, rows = col_indices.new_empty(entries), col_indices.new_empty(inputs + 1)
+    return columns, rows, col_indices.new_empty(entries)
+
+
+def _same_device(*tensors: Tensor | None) -> None:
+    one_device([t for t in tensors if t is not None])

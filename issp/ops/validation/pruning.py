@@ -1,8 +1,8 @@
-"""Argument checks of the ops: one clear sentence with the remedy, before anything is written.
+"""Argument checks of the pruning step and of the auxiliary ops.
 
-csrc/checks.h makes the same checks at native speed; `issp.ops` comes here for the exact sentence
-and kind of error when a native op refuses. The optimizer ops' stand in checks_update.py, the
-products' in checks_products.py.
+Each refusal is one sentence with the remedy, before anything is written. Native code checks what
+protects memory; `issp.ops` calls these functions for the exact sentence and kind of error when a
+native op refuses.
 """
 
 from __future__ import annotations
@@ -13,30 +13,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from issp.ops.keep import Keep
 from issp.ops.schemas import mask_layout, mask_words, scratch_words
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def tensors(
-    values: Sequence[Tensor], name: str, same_dtype: bool = True, written: bool = True
-) -> None:
-    """A non-empty list of non-empty, contiguous tensors of one device (and dtype).
+def check_is_tensor(x: object, name: str) -> None:
+    """Refuses what is no tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
 
-    Those that are written lie in separate memory; what is only read may be listed twice.
-    """
+
+def check_tensor(x: object, name: str) -> None:
+    """Refuses what is no tensor of a dtype that the ops take."""
+    check_is_tensor(x, name)
+    if isinstance(x, Tensor) and x.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {x.dtype}: use float32, float16, bfloat16, float64")
+
+
+def _check_is_list(values: object, name: str) -> None:
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a list of tensors, not {type(values).__name__}")
+
+
+def check_tensor_list(
+    values: Sequence[Tensor], name: str, same_dtype: bool = True, written: bool = True
+) -> None:
+    """Refuses what is no list of non-empty, contiguous tensors of one device (and dtype).
+
+    Args:
+        values: the list.
+        name: of the list in the messages.
+        same_dtype: all tensors have the dtype of the first.
+        written: the tensors are written, so no two of them may overlap in memory.
+    """
+    _check_is_list(values, name)
     if not values:
         raise ValueError(f"{name} is an empty list: pass at least one tensor")
     first = values[0]
     for i, x in enumerate(values):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}[{i}] must be a tensor, not {type(x).__name__}")
-        if x.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}[{i}] has dtype {x.dtype}: use float32, float16, bfloat16, float64"
-            )
+        check_tensor(x, f"{name}[{i}]")
         if same_dtype and x.dtype != first.dtype:
             raise TypeError(
                 f"{name}[{i}] has dtype {x.dtype} but {name}[0] has {first.dtype}: group by dtype"
@@ -52,10 +69,10 @@ def tensors(
         if x.numel() == 0:
             raise ValueError(f"{name}[{i}] is empty: leave it out")
     if written:
-        _separate([(x, f"{name}[{i}]") for i, x in enumerate(values)])
+        _check_disjoint([(x, f"{name}[{i}]") for i, x in enumerate(values)])
 
 
-def _separate(named: Sequence[tuple[Tensor, str]]) -> None:
+def _check_disjoint(named: Sequence[tuple[Tensor, str]]) -> None:
     if not torch.compiler.is_compiling():
         spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for x, name in named)
         for (_, end, left), (begin, _, right) in zip(spans, spans[1:], strict=False):
@@ -63,8 +80,10 @@ def _separate(named: Sequence[tuple[Tensor, str]]) -> None:
                 raise ValueError(f"{left} and {right} overlap in memory: pass shared weights once")
 
 
-def vector(x: Tensor, name: str, dtype: torch.dtype, length: int, device: torch.device) -> None:
-    """One contiguous dimension of so many elements, on the weights' device."""
+def check_vector(
+    x: Tensor, name: str, dtype: torch.dtype, length: int, device: torch.device
+) -> None:
+    """Refuses what is no contiguous [length] tensor of this dtype on the weights' device."""
     if x.dtype != dtype:
         raise TypeError(f"{name} has dtype {x.dtype}: it must be {dtype}")
     if x.device != device:
@@ -76,54 +95,66 @@ def vector(x: Tensor, name: str, dtype: torch.dtype, length: int, device: torch.
         )
 
 
-def shrink_factor(shrink: float) -> None:
-    """Whether alpha lies in 0..1."""
+def check_shrink_factor(shrink: float) -> None:
+    """Refuses an alpha outside 0..1."""
     if not 0.0 <= shrink <= 1.0:
         raise ValueError(f"shrink is {shrink}: it must lie in 0..1 (0 is hard thresholding)")
 
 
-def soft_shrink(
-    weights,
-    k,
-    shrink,
-    thresholds,
-    masks,
-    flips,
-    scratch,
-    found_inf=None,
-    bracket=True,
-    patterns=(),
-):
-    """Checks of `soft_shrink_`; `bracket` needs none."""
-    tensors(weights, "weights")
-    shrink_factor(shrink)
+def check_soft_shrink(
+    weights: Sequence[Tensor],
+    k: Tensor,
+    shrink: float,
+    thresholds: Tensor,
+    masks: Tensor,
+    flips: Tensor,
+    scratch: Tensor,
+    found_inf: Tensor | None = None,
+    bracket: bool = True,
+    patterns: Sequence[int] = (),
+) -> None:
+    """The checks of `soft_shrink_`; `bracket` needs none."""
+    check_tensor_list(weights, "weights")
+    check_shrink_factor(shrink)
     numels = [w.numel() for w in weights]
     device, count = weights[0].device, len(weights)
-    vector(k, "k", torch.int64, count, device)
-    vector(thresholds, "thresholds", weights[0].dtype, count, device)
-    vector(masks, "masks", torch.int32, mask_layout(numels)[1], device)
-    vector(flips, "flips", torch.int64, count, device)
-    vector(scratch, "scratch", torch.int32, scratch_words(numels), device)
+    check_vector(k, "k", torch.int64, count, device)
+    check_vector(thresholds, "thresholds", weights[0].dtype, count, device)
+    check_vector(masks, "masks", torch.int32, mask_layout(numels)[1], device)
+    check_vector(flips, "flips", torch.int64, count, device)
+    check_vector(scratch, "scratch", torch.int32, scratch_words(numels), device)
     if found_inf is not None:
-        vector(found_inf.view(-1), "found_inf", torch.float32, 1, device)
+        check_vector(found_inf.view(-1), "found_inf", torch.float32, 1, device)
     state = {"k": k, "thresholds": thresholds, "masks": masks, "flips": flips, "scratch": scratch}
-    _separate(
+    _check_disjoint(
         [(w, f"weights[{i}]") for i, w in enumerate(weights)] + [(x, n) for n, x in state.items()]
     )
-    divisible(weights, patterns)
+    check_patterns_divide(weights, patterns)
     if device.type == "cpu":
-        ranks(k.tolist(), numels, "weights", patterns)
+        check_ranks(k.tolist(), numels, "weights", patterns)
 
 
-def beside(weights, values, name, dtypes, numel=None) -> None:
-    """One contiguous tensor per weight, on its device and (unless `numel` says) of its size."""
-    if isinstance(values, Tensor) or not isinstance(values, Sequence):
-        raise TypeError(f"{name} must be a list of tensors, not {type(values).__name__}")
+def check_matching(
+    weights: Sequence[Tensor],
+    values: Sequence[Tensor],
+    name: str,
+    dtypes: Sequence[torch.dtype],
+    numel: int | None = None,
+) -> None:
+    """Refuses what is no list of one contiguous tensor per weight, on the weight's device.
+
+    Args:
+        weights: the weights.
+        values: the list that is checked.
+        name: of the list in the messages.
+        dtypes: those that `values` may have.
+        numel: elements of each tensor; None: as many as its weight has.
+    """
+    _check_is_list(values, name)
     if len(values) != len(weights):
         raise ValueError(f"{name} has {len(values)} entries for {len(weights)} weights")
     for i, (w, x) in enumerate(zip(weights, values, strict=True)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}[{i}] must be a tensor, not {type(x).__name__}")
+        check_is_tensor(x, f"{name}[{i}]")
         if x.dtype not in dtypes:
             raise TypeError(f"{name}[{i}] has dtype {x.dtype}: use {' or '.join(map(str, dtypes))}")
         if x.device != w.device:
@@ -137,11 +168,11 @@ def beside(weights, values, name, dtypes, numel=None) -> None:
             raise ValueError(f"{name}[{i}] is not contiguous: pass {name}[{i}].contiguous()")
 
 
-def separate_from(
+def check_no_overlap(
     written: Sequence[tuple[Tensor, str]], read: Sequence[tuple[Tensor, str]]
 ) -> None:
-    """What is written overlaps nothing; what is only read may be shared."""
-    _separate(written)
+    """Refuses a written tensor that overlaps another; tensors that are only read may overlap."""
+    _check_disjoint(written)
     if torch.compiler.is_compiling():
         return
     spans = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, name) for x, name in written)
@@ -153,8 +184,13 @@ def separate_from(
             raise ValueError(f"{name} and {spans[last][2]} overlap in memory: pass a copy")
 
 
-def ranks(k: Sequence[int], numels: Sequence[int], name: str, patterns: Sequence[int] = ()) -> None:
-    """One k per tensor, each in 0..n; that of an N:M tensor is 0 or all that its pattern prunes."""
+def check_ranks(
+    k: Sequence[int], numels: Sequence[int], name: str, patterns: Sequence[int] = ()
+) -> None:
+    """Refuses k unless it is one number in 0..n per tensor.
+
+    That of an N:M tensor must be 0 or all that its pattern prunes.
+    """
     if len(k) != len(numels):
         raise ValueError(f"k has {len(k)} entries for {len(numels)} tensors: give one per tensor")
     for i, (count, numel) in enumerate(zip(k, numels, strict=True)):
@@ -171,8 +207,8 @@ def ranks(k: Sequence[int], numels: Sequence[int], name: str, patterns: Sequence
             )
 
 
-def divisible(weights: Sequence[Tensor], patterns: Sequence[int]) -> None:
-    """Whether the ops' `patterns` divide the weights."""
+def check_patterns_divide(weights: Sequence[Tensor], patterns: Sequence[int]) -> None:
+    """Refuses the ops' `patterns` where one does not divide its weight."""
     if patterns and len(patterns) != 3 * len(weights):
         raise ValueError(
             f"patterns has {len(patterns)} numbers for {len(weights)} pruned weights: give n, m, v "
@@ -181,18 +217,19 @@ def divisible(weights: Sequence[Tensor], patterns: Sequence[int]) -> None:
     for i in range(len(patterns) // 3):
         n, m, v = patterns[3 * i : 3 * i + 3]
         if m:
-            pattern(weights[i], f"weights[{i}]", n, m, v or 1, "channels" if v else "flat")
+            keep = Keep(n, m, v or 1, "channels" if v else "flat")
+            check_pattern_divides(weights[i], f"weights[{i}]", keep)
 
 
-def magnitude_threshold(weights, k) -> None:
-    """Checks of `magnitude_threshold`."""
-    tensors(weights, "weights")
-    ranks(k, [w.numel() for w in weights], "weights")
+def check_magnitude_threshold(weights: Sequence[Tensor], k: Sequence[int]) -> None:
+    """The checks of `magnitude_threshold`."""
+    check_tensor_list(weights, "weights")
+    check_ranks(k, [w.numel() for w in weights], "weights")
 
 
-def apply_masks(values, masks, sets=1) -> None:
-    """Checks of `apply_masks_`."""
-    tensors(values, "tensors", same_dtype=False)
+def check_apply_masks(values: Sequence[Tensor], masks: Tensor, sets: int = 1) -> None:
+    """The checks of `apply_masks_`."""
+    check_tensor_list(values, "tensors", same_dtype=False)
     if sets < 1 or len(values) % sets:
         raise ValueError(
             f"{len(values)} tensors do not make {sets} sets: give one tensor per weight and set"
@@ -205,18 +242,19 @@ def apply_masks(values, masks, sets=1) -> None:
                 f"tensors[{i}] has {numel} elements but shares the mask of tensors[{i % count}] "
                 f"with {numels[i % count]}: give the sets in the order of the weights"
             )
-    vector(masks, "masks", torch.int32, mask_layout(numels[:count])[1], values[0].device)
-    _separate([(x, f"tensors[{i}]") for i, x in enumerate(values)] + [(masks, "masks")])
+    check_vector(masks, "masks", torch.int32, mask_layout(numels[:count])[1], values[0].device)
+    _check_disjoint([(x, f"tensors[{i}]") for i, x in enumerate(values)] + [(masks, "masks")])
 
 
-def regularize(grads, weights, factors, masks) -> None:
-    """Checks of `regularize_`."""
-    tensors(weights, "weights")
+def check_regularize(
+    grads: Sequence[Tensor], weights: Sequence[Tensor], factors: Tensor, masks: Tensor
+) -> None:
+    """The checks of `regularize_`."""
+    check_tensor_list(weights, "weights")
     dtype, device = weights[0].dtype, weights[0].device
-    beside(weights, grads, "grads", (dtype,))
+    check_matching(weights, grads, "grads", (dtype,))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if not isinstance(factors, Tensor):
-        raise TypeError(f"factors must be a tensor, not {type(factors).__name__}")
+    check_is_tensor(factors, "factors")
     if factors.dtype != wide:
         raise TypeError(f"factors has dtype {factors.dtype}: it must be {wide} for {dtype} weights")
     if factors.device != device:
@@ -226,57 +264,35 @@ def regularize(grads, weights, factors, masks) -> None:
             f"factors must be contiguous with {len(weights)} elements, one per weight, not shape "
             f"{tuple(factors.shape)}"
         )
-    vector(masks, "masks", torch.int32, mask_layout([w.numel() for w in weights])[1], device)
+    check_vector(masks, "masks", torch.int32, mask_layout([w.numel() for w in weights])[1], device)
     read = [(w, f"weights[{i}]") for i, w in enumerate(weights)]
-    separate_from(
+    check_no_overlap(
         [(g, f"grads[{i}]") for i, g in enumerate(grads)],
         [*read, (factors, "factors"), (masks, "masks")],
     )
 
 
-def magnitude_statistics(values) -> None:
-    """Checks of `magnitude_statistics`."""
-    tensors(values, "tensors", written=False)
+def check_magnitude_statistics(values: Sequence[Tensor]) -> None:
+    """The checks of `magnitude_statistics`."""
+    check_tensor_list(values, "tensors", written=False)
 
 
-def count_zeros(values) -> None:
-    """Checks of `count_zeros`."""
-    tensors(values, "tensors", same_dtype=False, written=False)
+def check_count_zeros(values: Sequence[Tensor]) -> None:
+    """The checks of `count_zeros`."""
+    check_tensor_list(values, "tensors", same_dtype=False, written=False)
 
 
-def nm_prune(weight, n, m, v, layout, shrink=0.0) -> None:
-    """Checks of `nm_prune`; a dimension that the pattern does not divide is an error."""
-    tensors([weight], "weight")
-    shrink_factor(shrink)
-    pattern(weight, "weight", n, m, v, layout)
+def check_nm_prune(
+    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
+) -> None:
+    """The checks of `nm_prune`; a dimension that the pattern does not divide is an error."""
+    check_tensor_list([weight], "weight")
+    check_shrink_factor(shrink)
+    check_pattern_divides(weight, "weight", Keep(n, m, v, layout))
 
 
-def pattern(weight, name, n, m, v, layout) -> None:
-    """Whether an N:M pattern divides a weight."""
-    if not 1 <= n <= m:
-        raise ValueError(f"keep n = {n} of m = {m}: n must lie in 1..m")
-    if v < 1:
-        raise ValueError(f"v is {v}: it must be at least 1")
-    shape = tuple(weight.shape)
-    if layout == "flat":
-        if v != 1:
-            raise ValueError(f'layout "flat" has no rows to share a pattern (v = {v}): use v = 1')
-        if weight.numel() % m:
-            raise ValueError(
-                f"m = {m} does not divide the {weight.numel()} elements of {name} {shape}: choose "
-                "another"
-            )
-    elif layout == "channels":
-        if weight.dim() < 2:
-            raise ValueError(
-                f'layout "channels" needs a weight [O, I, ...], not {name} {shape}: use "flat"'
-            )
-        if weight.shape[1] % m or weight.shape[0] % v:
-            raise ValueError(
-                f"{name} {shape} does not divide into groups of m = {m} input channels and "
-                f"v = {v} output rows: choose other numbers or leave the layer dense"
-            )
-    else:
-        raise ValueError(f'layout is "{layout}": use "channels" or "flat"')
+def check_pattern_divides(weight: Tensor, name: str, keep: Keep) -> None:
+    """Refuses a weight that does not divide into the pattern's groups or exceeds one mask."""
+    keep.check_divides(weight.shape, name)
     if mask_words(weight.numel()) >= 2**31:
-        raise ValueError(f"{name} of shape {shape} is too large for one packed mask")
+        raise ValueError(f"{name} of shape {tuple(weight.shape)} is too large for one packed mask")

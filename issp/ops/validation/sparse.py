@@ -1,111 +1,133 @@
-"""Argument checks of the products: one clear sentence with the remedy, before anything is done.
-
-csrc/checks_products.h makes the same checks at native speed.
-"""
+"""Argument checks of sparse convolution and sparse matmul, see `issp.ops.validation.pruning`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from issp.ops.geometry import Geometry
-from issp.ops.validation.pruning import DTYPES
+from issp.ops.geometry import Geometry, Pair
+from issp.ops.validation.pruning import check_is_tensor, check_tensor
 
 ACTIVATIONS = ("none", "relu", "gelu")
 
 
-def sparse_conv2d(
-    x, values, columns, starts, transposed, bias, residual, geometry, activation="none"
+def check_sparse_conv2d(
+    x: Tensor,
+    values: Tensor,
+    col_indices: Tensor,
+    crow_indices: Tensor,
+    transposed: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: Sequence[int],
+    activation: str = "none",
 ) -> None:
-    """Checks of `sparse_conv2d`."""
-    _image(x, "x")
-    rows = weight(x, values, columns, starts)
-    by = _geometry(geometry, Geometry._fields)
-    positions(columns, starts, x.shape[1] * by.kernel[0] * by.kernel[1])
-    _transposed(transposed, columns.numel() * values.shape[1], x.shape[1], x.device)
-    beside(x, bias, (rows,), "bias")
-    beside(x, residual, (x.shape[0], rows, *by.size), "residual")
-    known_activation(activation)
+    """The checks of `sparse_conv2d`."""
+    _check_image(x, "x")
+    rows = check_weight(x, values, col_indices, crow_indices)
+    by = _check_geometry(geometry, Geometry._fields)
+    check_positions(col_indices, crow_indices, x.shape[1] * math.prod(by.kernel))
+    _check_transposed(transposed, col_indices.numel() * values.shape[1], x.shape[1], x.device)
+    check_like(x, bias, (rows,), "bias")
+    check_like(x, residual, (x.shape[0], rows, *by.output_size), "residual")
+    check_activation(activation)
 
 
-def sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry) -> None:
-    """Checks of `sparse_conv2d_values_grad`."""
-    _image(x, "x")
-    _image(grad, "grad")
-    by = _geometry(geometry, Geometry._fields[:4], size=tuple(grad.shape[2:]))
-    _lists(x, columns, starts, v)
-    positions(columns, starts, x.shape[1] * by.kernel[0] * by.kernel[1])
-    beside(x, grad, (x.shape[0], (starts.numel() - 1) * v, *grad.shape[2:]), "grad")
-
-
-def sparse_matmul(
-    x, values, columns, starts, transposed, bias, residual, activation="none"
+def check_sparse_conv2d_values_grad(
+    x: Tensor,
+    grad: Tensor,
+    col_indices: Tensor,
+    crow_indices: Tensor,
+    v: int,
+    geometry: Sequence[int],
 ) -> None:
-    """Checks of `sparse_matmul`."""
-    _data(x, "x")
+    """The checks of `sparse_conv2d_values_grad`."""
+    _check_image(x, "x")
+    _check_image(grad, "grad")
+    by = _check_geometry(geometry, Geometry._fields[:4], size=(grad.shape[2], grad.shape[3]))
+    _check_indices(x, col_indices, crow_indices, v)
+    check_positions(col_indices, crow_indices, x.shape[1] * math.prod(by.kernel))
+    check_like(x, grad, (x.shape[0], (crow_indices.numel() - 1) * v, *grad.shape[2:]), "grad")
+
+
+def check_sparse_matmul(
+    x: Tensor,
+    values: Tensor,
+    col_indices: Tensor,
+    crow_indices: Tensor,
+    transposed: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str = "none",
+) -> None:
+    """The checks of `sparse_matmul`."""
+    _check_data(x, "x")
     if x.dim() < 1:
         raise ValueError("x must have the shape [..., I], not be a single number")
-    rows = weight(x, values, columns, starts)
-    positions(columns, starts, x.shape[-1])
-    _transposed(transposed, columns.numel() * values.shape[1], x.shape[-1], x.device)
-    beside(x, bias, (rows,), "bias")
-    beside(x, residual, (*x.shape[:-1], rows), "residual")
-    known_activation(activation)
+    rows = check_weight(x, values, col_indices, crow_indices)
+    check_positions(col_indices, crow_indices, x.shape[-1])
+    _check_transposed(transposed, col_indices.numel() * values.shape[1], x.shape[-1], x.device)
+    check_like(x, bias, (rows,), "bias")
+    check_like(x, residual, (*x.shape[:-1], rows), "residual")
+    check_activation(activation)
 
 
-def sparse_matmul_values_grad(x, grad, columns, starts, v) -> None:
-    """Checks of `sparse_matmul_values_grad`."""
-    _data(x, "x")
-    _data(grad, "grad")
-    _lists(x, columns, starts, v)
-    positions(columns, starts, x.shape[-1])
-    beside(x, grad, (*x.shape[:-1], (starts.numel() - 1) * v), "grad")
+def check_sparse_matmul_values_grad(
+    x: Tensor, grad: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int
+) -> None:
+    """The checks of `sparse_matmul_values_grad`."""
+    _check_data(x, "x")
+    _check_data(grad, "grad")
+    _check_indices(x, col_indices, crow_indices, v)
+    check_positions(col_indices, crow_indices, x.shape[-1])
+    check_like(x, grad, (*x.shape[:-1], (crow_indices.numel() - 1) * v), "grad")
 
 
-def _data(x: Tensor, name: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {x.dtype}: use float32, float16, bfloat16, float64")
+def _check_data(x: Tensor, name: str) -> None:
+    check_tensor(x, name)
     if not x.is_contiguous():
         raise ValueError(f"{name} is not contiguous: pass {name}.contiguous()")
 
 
-def _image(x: Tensor, name: str) -> None:
-    _data(x, name)
+def _check_image(x: Tensor, name: str) -> None:
+    _check_data(x, name)
     if x.dim() != 4:
         raise ValueError(f"{name} must be [N, C, H, W], not of shape {tuple(x.shape)}")
 
 
-def weight(x: Tensor, values: Tensor, columns: Tensor, starts: Tensor) -> int:
-    """Checks the weight beside its input; returns its number of rows."""
-    _data(values, "values")
+def check_weight(x: Tensor, values: Tensor, col_indices: Tensor, crow_indices: Tensor) -> int:
+    """Refuses a weight that does not fit its input x; returns its number of rows."""
+    _check_data(values, "values")
     if values.dim() != 2 or values.shape[1] < 1:
         raise ValueError(f"values must be [entries, v], not of shape {tuple(values.shape)}")
     if values.dtype != x.dtype:
         raise TypeError(f"values are {values.dtype} but x is {x.dtype}: convert one of them")
     if values.device != x.device:
         raise ValueError(f"values are on {values.device} but x is on {x.device}")
-    _lists(x, columns, starts, values.shape[1])
-    if values.shape[0] != columns.numel():
-        raise ValueError(f"{values.shape[0]} rows of values for {columns.numel()} columns")
-    return (starts.numel() - 1) * values.shape[1]
+    _check_indices(x, col_indices, crow_indices, values.shape[1])
+    if values.shape[0] != col_indices.numel():
+        raise ValueError(
+            f"{values.shape[0]} rows of values for {col_indices.numel()} entries of col_indices"
+        )
+    return (crow_indices.numel() - 1) * values.shape[1]
 
 
-def _lists(x: Tensor, columns: Tensor, starts: Tensor, v: int) -> None:
+def _check_indices(x: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int) -> None:
     if v < 1:
         raise ValueError(f"v is {v}: it must be at least 1")
-    for name, tensor in (("columns", columns), ("starts", starts)):
-        _integers(tensor, name, x.device)
-    if starts.numel() < 2:
-        raise ValueError("starts has no block: it must hold one entry more than the weight blocks")
+    for name, tensor in (("col_indices", col_indices), ("crow_indices", crow_indices)):
+        _check_integers(tensor, name, x.device)
+    if crow_indices.numel() < 2:
+        raise ValueError(
+            "crow_indices has no block: it must hold one entry more than the weight has block rows"
+        )
 
 
-def _integers(tensor: Tensor, name: str, device: torch.device) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+def _check_integers(tensor: Tensor, name: str, device: torch.device) -> None:
+    check_is_tensor(tensor, name)
     if tensor.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {tensor.dtype}: it must be int32")
     if tensor.device != device:
@@ -114,35 +136,38 @@ def _integers(tensor: Tensor, name: str, device: torch.device) -> None:
         raise ValueError(f"{name} must be contiguous and of one dimension")
 
 
-def positions(columns: Tensor, starts: Tensor, length: int) -> None:
-    """Positions within 0..length - 1, ascending in each block, and starts that fit them.
+def check_positions(col_indices: Tensor, crow_indices: Tensor, length: int) -> None:
+    """Refuses positions outside 0..length - 1 or out of order, and crow_indices that do not fit.
 
-    Read on the CPU only: a GPU's cannot be read without waiting for it.
+    Checks tensors on the CPU only: reading those of a GPU would wait for it.
     """
-    if columns.device.type != "cpu":
+    if col_indices.device.type != "cpu":
         return
-    counts = starts.diff()
-    if int(starts[0]) != 0 or int(starts[-1]) != columns.numel() or bool((counts < 0).any()):
-        raise ValueError(f"starts must ascend from 0 to the {columns.numel()} entries of columns")
-    if not columns.numel():
+    entries = col_indices.numel()
+    ascending = bool((crow_indices.diff() >= 0).all())
+    if int(crow_indices[0]) != 0 or int(crow_indices[-1]) != entries or not ascending:
+        raise ValueError(f"crow_indices must ascend from 0 to the {entries} entries of col_indices")
+    if not entries:
         return
-    if int(columns.min()) < 0 or int(columns.max()) >= length:
+    if int(col_indices.min()) < 0 or int(col_indices.max()) >= length:
         raise ValueError(
-            f"columns must lie in 0..{length - 1}, the positions of one row: do the weight and x "
-            "have the same number of channels?"
+            f"col_indices must lie in 0..{length - 1}, the positions of one row: do the weight and "
+            "x have the same number of channels?"
         )
-    first = torch.zeros(columns.numel() + 1, dtype=torch.bool)
-    first[starts.long()] = True
-    if bool(((columns.diff() <= 0) & ~first[1:-1]).any()):
-        raise ValueError("columns must ascend strictly within each block: sort the entries")
+    first = torch.zeros(entries + 1, dtype=torch.bool)
+    first[crow_indices.long()] = True
+    if bool(((col_indices.diff() <= 0) & ~first[1:-1]).any()):
+        raise ValueError("col_indices must ascend strictly within each block row: sort the entries")
 
 
-def _transposed(tensors: Sequence[Tensor], entries: int, inputs: int, device) -> None:
+def _check_transposed(
+    tensors: Sequence[Tensor], entries: int, inputs: int, device: torch.device
+) -> None:
     if len(tensors) not in (0, 3):
-        raise ValueError("transposed must be empty or hold columns, starts and order")
-    lengths = (entries, inputs + 1, entries)
-    for tensor, length, name in zip(tensors, lengths, ("columns", "starts", "order"), strict=False):
-        _integers(tensor, f"transposed {name}", device)
+        raise ValueError("transposed must be empty or hold col_indices, crow_indices and order")
+    lengths = {"col_indices": entries, "crow_indices": inputs + 1, "order": entries}
+    for tensor, (name, length) in zip(tensors, lengths.items(), strict=False):
+        _check_integers(tensor, f"transposed {name}", device)
         if tensor.numel() != length:
             raise ValueError(
                 f"transposed {name} has {tensor.numel()} elements, not {length}: it belongs to "
@@ -150,24 +175,28 @@ def _transposed(tensors: Sequence[Tensor], entries: int, inputs: int, device) ->
             )
 
 
-def _geometry(numbers: Sequence[int], names: tuple[str, ...], **known) -> Geometry:
+def _check_geometry(
+    numbers: Sequence[int], names: Sequence[str], size: Pair | None = None
+) -> Geometry:
     if len(numbers) != 2 * len(names):
         raise ValueError(
             f"geometry has {len(numbers)} numbers: it must have {2 * len(names)}, the height and "
             f"width of {', '.join(names)}"
         )
-    by = Geometry.of(numbers)._replace(**known)
+    by = Geometry.of(numbers)
+    if size is not None:
+        by = by._replace(size=size)
     for name, pair in by._asdict().items():
-        if name != "padding" and min(pair) < 1:
+        if name != "padding" and pair is not None and min(pair) < 1:
             raise ValueError(f"{name} is {pair}: it must be two numbers of at least 1")
     return by
 
 
-def beside(x: Tensor, other: Tensor | None, shape: tuple[int, ...], name: str) -> None:
-    """A tensor (or none) of x's dtype and device and of a given shape."""
+def check_like(x: Tensor, other: Tensor | None, shape: tuple[int, ...], name: str) -> None:
+    """Refuses a tensor that has not x's dtype and device and this shape; None passes."""
     if other is None:
         return
-    _data(other, name)
+    _check_data(other, name)
     if other.dtype != x.dtype:
         raise TypeError(f"{name} has dtype {other.dtype} but x {x.dtype}: convert one of them")
     if other.device != x.device:
@@ -176,7 +205,7 @@ def beside(x: Tensor, other: Tensor | None, shape: tuple[int, ...], name: str) -
         raise ValueError(f"{name} has shape {tuple(other.shape)}: it must be {shape}")
 
 
-def known_activation(activation: str) -> None:
-    """One of `ACTIVATIONS`."""
+def check_activation(activation: str) -> None:
+    """Refuses what is none of `ACTIVATIONS`."""
     if activation not in ACTIVATIONS:
         raise ValueError(f'activation is "{activation}": use one of {", ".join(ACTIVATIONS)}')

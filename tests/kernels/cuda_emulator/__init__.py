@@ -19,9 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from issp.ops import validation
 from issp.ops.schemas import mask_words
-from issp.ops.validation import pruning as checks
-from issp.ops.validation import updates as checks_update
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
@@ -168,7 +167,7 @@ def soft_shrink_(
 ) -> None:
     """See schemas.py."""
     state = (k, shrink, thresholds, masks, flips, scratch)
-    checks.soft_shrink(weights, *state, found_inf, bracket, patterns)
+    validation.check_soft_shrink(weights, *state, found_inf, bracket, patterns)
     unchecked_soft_shrink_(weights, *state, found_inf, bracket, patterns)
 
 
@@ -227,7 +226,7 @@ def boxes(weight: Tensor, n: int, m: int, v: int) -> tuple[int, int]:
 
 def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
     """See schemas.py."""
-    checks.magnitude_threshold(weights, k)
+    validation.check_magnitude_threshold(weights, k)
     found = torch.empty(len(weights), dtype=weights[0].dtype)
     ranks = (ctypes.c_int64 * len(k))(*k)
     arguments = (*_list(weights), ranks, _pointer(found))
@@ -237,20 +236,20 @@ def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
 
 def apply_masks_(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
     """See schemas.py."""
-    checks.apply_masks(tensors, masks, sets)
+    validation.check_apply_masks(tensors, masks, sets)
     _call("apply_masks", _dtypes(tensors), *_list(tensors), _pointer(masks), sets)
 
 
 def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
     """See schemas.py."""
-    checks.regularize(grads, weights, factors, masks)
+    validation.check_regularize(grads, weights, factors, masks)
     both = _list([*grads, *weights])
     _call("regularize", _DTYPES[grads[0].dtype], *both, _pointer(factors), _pointer(masks))
 
 
 def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
     """See schemas.py."""
-    checks.magnitude_statistics(tensors)
+    validation.check_magnitude_statistics(tensors)
     found = torch.empty(len(tensors), 4, dtype=torch.float64)
     _call("magnitude_statistics", _DTYPES[tensors[0].dtype], *_list(tensors), _pointer(found))
     return found
@@ -258,7 +257,7 @@ def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
 
 def count_zeros(tensors: list[Tensor]) -> Tensor:
     """See schemas.py."""
-    checks.count_zeros(tensors)
+    validation.check_count_zeros(tensors)
     zeros = torch.zeros(len(tensors), dtype=torch.int64)
     _call("count_zeros", _dtypes(tensors), *_list(tensors), _pointer(zeros))
     return zeros
@@ -268,7 +267,7 @@ def nm_prune(
     weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """See schemas.py."""
-    checks.nm_prune(weight, n, m, v, layout, shrink)
+    validation.check_nm_prune(weight, n, m, v, layout, shrink)
     numel = weight.numel()
     pruned, mask = torch.empty_like(weight), torch.empty(mask_words(numel), dtype=torch.int32)
     _call(
@@ -357,7 +356,7 @@ def adam_soft_shrink_(
 ) -> None:
     """See schemas.py."""
     if _options["checked"]:
-        checks_update.adam_soft_shrink(
+        validation.check_adam_soft_shrink(
             *(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps),
             *(weight_decay, decoupled, *rest),
         )
@@ -372,7 +371,7 @@ def sgd_soft_shrink_(
 ) -> None:
     """See schemas.py."""
     if _options["checked"]:
-        checks_update.sgd_soft_shrink(
+        validation.check_sgd_soft_shrink(
             *(weights, grads, momentum_buffers, first, lr, momentum, dampening),
             *(weight_decay, nesterov, *rest),
         )

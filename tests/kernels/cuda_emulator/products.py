@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from issp.ops import validation
 from issp.ops.geometry import Geometry
-from issp.ops.validation import sparse as checks
 from tests.kernels import cuda_emulator as emulator
 
-_FINISHES = checks.ACTIVATIONS  # in the order of enum Finish
+_FINISHES = validation.ACTIVATIONS  # in the order of enum Finish
 
 
 class _Window(ctypes.Structure):
@@ -77,7 +77,7 @@ def sparse_conv2d(
 ) -> Tensor:
     """See schemas_products.py."""
     if emulator._options["checked"]:
-        checks.sparse_conv2d(
+        validation.check_sparse_conv2d(
             x, values, columns, starts, transposed, bias, residual, geometry, activation
         )
     by, rows = Geometry.of(geometry), (starts.numel() - 1) * values.shape[1]
@@ -93,7 +93,9 @@ def sparse_matmul(
 ) -> Tensor:
     """See schemas_products.py."""
     if emulator._options["checked"]:
-        checks.sparse_matmul(x, values, columns, starts, transposed, bias, residual, activation)
+        validation.check_sparse_matmul(
+            x, values, columns, starts, transposed, bias, residual, activation
+        )
     rows = (starts.numel() - 1) * values.shape[1]
     y = x.new_empty((*x.shape[:-1], rows))
     lists = _lists(columns, starts, values.shape[1], x.shape[-1])
@@ -106,7 +108,7 @@ def sparse_matmul(
 def sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry) -> Tensor:
     """See schemas_products.py."""
     if emulator._options["checked"]:
-        checks.sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry)
+        validation.check_sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry)
     by = Geometry.of(geometry)._replace(size=grad.shape[2:])
     found = x.new_empty((columns.numel(), v))
     window = _window(x, grad.shape[1], by)
@@ -119,7 +121,7 @@ def sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry) -> Tensor:
 def sparse_matmul_values_grad(x, grad, columns, starts, v) -> Tensor:
     """See schemas_products.py."""
     if emulator._options["checked"]:
-        checks.sparse_matmul_values_grad(x, grad, columns, starts, v)
+        validation.check_sparse_matmul_values_grad(x, grad, columns, starts, v)
     found = x.new_empty((columns.numel(), v))
     lists = _lists(columns, starts, v, x.shape[-1])
     pointers = map(emulator._pointer, (grad, found))

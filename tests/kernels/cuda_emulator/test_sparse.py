@@ -236,7 +236,7 @@ def test_gradient_of_the_input(name):
     padding = [case.dilation[i] * (kernel[i] - 1) - case.padding[i] for i in (0, 1)]
     found = cuda_emulator.implementations()["sparse_conv2d"](
         *(p.grad, values, columns, starts, [], None, None),
-        Geometry(kernel, (1, 1), padding, case.dilation, case.stride, case.image).for_product(),
+        Geometry(kernel, (1, 1), padding, case.dilation, case.stride, case.image).for_conv2d(),
     )
     wanted = []
     for dtype in (torch.float64, torch.float32):
@@ -340,7 +340,7 @@ def test_what_is_too_large_and_what_is_no_number(dtype):
 def test_positions_beyond_31_bits_are_refused():
     case = SCHEDULED[0]
     p = case.build()
-    geometry = Geometry((3, 3), (2**30, 1), (1, 1), (1, 1), (1, 1), (4, 4)).for_product()
+    geometry = Geometry((3, 3), (2**30, 1), (1, 1), (1, 1), (1, 1), (4, 4)).for_conv2d()
     with pytest.raises(RuntimeError, match="2\\^31: cut the image into parts"):
         cuda_emulator.implementations()["sparse_conv2d"](*p.args()[:5], None, None, geometry)
 

@@ -183,10 +183,10 @@ class ConvCase(ProductCase):
         )
 
     def tail(self) -> tuple:
-        return (self.geometry().for_product(),)
+        return (self.geometry().for_conv2d(),)
 
     def grad_tail(self) -> tuple:
-        return (self.geometry().for_gradient(),)
+        return (self.geometry().for_values_grad(),)
 
 
 @dataclass(frozen=True)

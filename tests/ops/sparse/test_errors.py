@@ -9,10 +9,9 @@ from torch import nn
 import issp
 from issp import Keep, ops
 from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear, convert
-from issp.ops import sparse
+from issp.ops import sparse, validation
 from issp.ops.formats import NMTensor, SparseRows
 from issp.ops.geometry import Geometry
-from issp.ops.validation import sparse as checks_products
 from tests.backends import BACK_ENDS
 from tests.ops.sparse.cases import ConvCase, MatmulCase, Weight
 from tests.ops.sparse.test_parity import op_of
@@ -20,7 +19,7 @@ from tests.ops.sparse.test_parity import op_of
 CONV = ConvCase("wrong", Weight(8, 6, (3, 3), 0.4, 4), residual=True, padding=(1, 1))
 MATMUL = MatmulCase("wrong", Weight(8, 6, pattern=0.8, v=4), residual=True)
 CONV_NAMES = (
-    *("x", "values", "columns", "starts", "transposed", "bias", "residual"),
+    *("x", "values", "col_indices", "crow_indices", "transposed", "bias", "residual"),
     *("geometry", "activation"),
 )
 
@@ -49,27 +48,28 @@ BAD = {
     "x: not contiguous": (lambda t: t.transpose(0, -1), ValueError, "x is not contiguous"),
     "x: another dtype": (lambda t: t.double(), TypeError, "float32 but x is torch.float64"),
     "x: fewer channels": (lambda t: t.narrow(CHANNEL[t.dim()], 0, 2).contiguous(), ValueError,
-                          r"columns must lie in 0\.\.\d+.*same number of channels"),
+                          r"col_indices must lie in 0\.\.\d+.*same number of channels"),
     "values: one dimension": (lambda t: t.flatten(), ValueError, r"must be \[entries, v\]"),
     "values: too few": (lambda t: t[1:].contiguous(), ValueError, "rows of values for"),
     "values: another device": (lambda t: t.to("meta"), ValueError, "values are on meta"),
     "bias: another device": (lambda t: t.to("meta"), ValueError, "bias is on meta but x is on cpu"),
-    "columns: int64": (lambda t: t.long(), TypeError, "columns has dtype torch.int64.*int32"),
-    "columns: None": (lambda t: None, TypeError, "columns must be a tensor"),
-    "columns: two dimensions": (lambda t: t[None], ValueError, "columns must be contiguous"),
-    "columns: too large": (moved(-1, 1000), ValueError, "columns must lie in"),
-    "columns: negative": (moved(0, -1000), ValueError, "columns must lie in"),
-    "columns: not ascending": (swapped, ValueError, "ascend strictly within each block"),
-    "columns: twice": (lambda t: torch.cat([t[1:2], t[1:]]), ValueError, "ascend strictly"),
-    "starts: int64": (lambda t: t.long(), TypeError, "starts has dtype torch.int64"),
-    "starts: no block": (lambda t: t[:1], ValueError, "starts has no block"),
-    "starts: not from 0": (moved(0, 1), ValueError, "starts must ascend from 0"),
-    "starts: beyond the end": (moved(-1, 1), ValueError, "starts must ascend from 0"),
-    "starts: descending": (moved(1, 1000), ValueError, "starts must ascend from 0"),
+    "col_indices: int64": (lambda t: t.long(), TypeError,
+                           "col_indices has dtype torch.int64.*int32"),
+    "col_indices: None": (lambda t: None, TypeError, "col_indices must be a tensor"),
+    "col_indices: two dimensions": (lambda t: t[None], ValueError, "col_indices must be contig"),
+    "col_indices: too large": (moved(-1, 1000), ValueError, "col_indices must lie in"),
+    "col_indices: negative": (moved(0, -1000), ValueError, "col_indices must lie in"),
+    "col_indices: not ascending": (swapped, ValueError, "ascend strictly within each block"),
+    "col_indices: twice": (lambda t: torch.cat([t[1:2], t[1:]]), ValueError, "ascend strictly"),
+    "crow_indices: int64": (lambda t: t.long(), TypeError, "crow_indices has dtype torch.int64"),
+    "crow_indices: no block": (lambda t: t[:1], ValueError, "crow_indices has no block"),
+    "crow_indices: not from 0": (moved(0, 1), ValueError, "crow_indices must ascend from 0"),
+    "crow_indices: beyond the end": (moved(-1, 1), ValueError, "crow_indices must ascend from 0"),
+    "crow_indices: descending": (moved(1, 1000), ValueError, "crow_indices must ascend from 0"),
     "transposed: two lists": (lambda t: t[:2], ValueError, "transposed must be empty or hold"),
     "transposed: another weight's": (lambda t: [t[0][1:], *t[1:]], ValueError,
-                                     "transposed columns has .* belongs to another weight"),
-    "transposed: int64": (lambda t: [x.long() for x in t], TypeError, "transposed columns has"),
+                                     "transposed col_indices has .* belongs to another weight"),
+    "transposed: int64": (lambda t: [x.long() for x in t], TypeError, "transposed col_indices has"),
     "bias: too short": (lambda t: t[1:], ValueError, r"bias has shape \(7,\): it must be \(8,\)"),
     "bias: another dtype": (lambda t: t.half(), TypeError, "bias has dtype torch.float16"),
     "residual: another shape": (lambda t: t[..., :1].contiguous(), ValueError, "residual has sha"),
@@ -81,7 +81,7 @@ CHANNEL = {4: 1, 2: 1}
 BAD_CONV = {
     "x: three dimensions": (lambda t: t[0], ValueError, r"x must be \[N, C, H, W\]"),
     "kernel: zero": (lambda t: (3, 0), ValueError, r"kernel is \(3, 0\)"),
-    "kernel: smaller": (lambda t: (1, 1), ValueError, "columns must lie in"),
+    "kernel: smaller": (lambda t: (1, 1), ValueError, "col_indices must lie in"),
     "stride: zero": (lambda t: (0, 1), ValueError, r"stride is \(0, 1\): it must be two"),
     "dilation: negative": (lambda t: (1, -1), ValueError, "dilation is"),
     "upsample: zero": (lambda t: (0, 0), ValueError, "upsample is"),
@@ -100,7 +100,7 @@ def spoilt(case, name, change):
     if which in Geometry._fields:
         by = case.geometry()
         changed = by._replace(**{which: change(getattr(by, which))})
-        arguments["geometry"] = changed.for_product()
+        arguments["geometry"] = changed.for_conv2d()
     else:
         arguments[which] = change(arguments[which])
     return tuple(arguments.values())
@@ -120,7 +120,7 @@ def refuses(op, check, args, kind, words):
 def test_conv2d_refuses(back_end, name):
     change, kind, words = (BAD | BAD_CONV)[name]
     args = spoilt(CONV, name, change)
-    refuses(op_of(back_end, "sparse_conv2d"), checks_products.sparse_conv2d, args, kind, words)
+    refuses(op_of(back_end, "sparse_conv2d"), validation.check_sparse_conv2d, args, kind, words)
     with pytest.raises(kind, match=words):
         sparse._conv2d(*args)
 
@@ -130,19 +130,19 @@ def test_conv2d_refuses(back_end, name):
 def test_matmul_refuses(back_end, name):
     change, kind, words = BAD[name]
     args = spoilt(MATMUL, name, change)
-    refuses(op_of(back_end, "sparse_matmul"), checks_products.sparse_matmul, args, kind, words)
+    refuses(op_of(back_end, "sparse_matmul"), validation.check_sparse_matmul, args, kind, words)
     with pytest.raises(kind, match=words):
         sparse._matmul(*args)
 
 
 BAD_GRAD = {
     "x: integers": (lambda t: t.int(), TypeError, "x has dtype"),
-    "x: fewer channels": (lambda t: t[:, :2].contiguous(), ValueError, "columns must lie in"),
+    "x: fewer channels": (lambda t: t[:, :2].contiguous(), ValueError, "col_indices must lie in"),
     "grad: another dtype": (lambda t: t.double(), TypeError, "grad has dtype torch.float64"),
     "grad: other rows": (lambda t: t[:, 1:].contiguous(), ValueError, "grad has shape"),
     "grad: not contiguous": (lambda t: t.transpose(0, -1), ValueError, "grad is not contiguous"),
-    "columns: not ascending": (swapped, ValueError, "ascend strictly"),
-    "starts: descending": (moved(1, 1000), ValueError, "starts must ascend"),
+    "col_indices: not ascending": (swapped, ValueError, "ascend strictly"),
+    "crow_indices: descending": (moved(1, 1000), ValueError, "crow_indices must ascend"),
     "v: zero": (lambda v: 0, ValueError, "v is 0"),
     "v: another": (lambda v: 2, ValueError, "grad has shape"),
 }
@@ -154,11 +154,11 @@ BAD_GRAD = {
 def test_values_grad_refuses(back_end, case, name):
     change, kind, words = BAD_GRAD[name]
     p, which = case.build(), name.partition(":")[0]
-    arguments = dict(x=p.x, grad=p.grad, columns=p.columns, starts=p.starts, v=4)
+    arguments = dict(x=p.x, grad=p.grad, col_indices=p.columns, crow_indices=p.starts, v=4)
     arguments[which] = change(arguments[which])
     op = f"sparse_{'conv2d' if case is CONV else 'matmul'}_values_grad"
     args = (*arguments.values(), *case.grad_tail())
-    refuses(op_of(back_end, op), getattr(checks_products, op), args, kind, words)
+    refuses(op_of(back_end, op), validation.SPARSE_OPS[op], args, kind, words)
 
 
 BAD_GRAD_GEOMETRY = {
@@ -173,7 +173,7 @@ def test_values_grad_refuses_a_geometry(back_end, name):
     geometry, words = BAD_GRAD_GEOMETRY[name]
     p, op = CONV.build(), "sparse_conv2d_values_grad"
     args = (p.x, p.grad, p.columns, p.starts, 4, geometry)
-    refuses(op_of(back_end, op), getattr(checks_products, op), args, ValueError, words)
+    refuses(op_of(back_end, op), validation.SPARSE_OPS[op], args, ValueError, words)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
@@ -257,7 +257,7 @@ def test_packing_refuses():
     weight = torch.randn(8, 12, 3, 3)
     pruned = ops.nm_prune(weight, Keep(2, of=4))
     p = ops.nm_pack(pruned, Keep(2, of=4))
-    parts = (p.values, p.columns, p.starts)
+    parts = (p.values, p.col_indices, p.crow_indices)
     for call, kind, words in (
         (lambda: ops.nm_pack(weight, Keep(1, of=4)), ValueError,
          r"24 groups hold more than 1 weights per 4 \(the first: row 0, channels 0\.\.\.3\): "
@@ -274,7 +274,7 @@ def test_packing_refuses():
         (lambda: ops.sparse_pack(weight.int()), TypeError, "dtype torch.int32: use float32"),
         (lambda: ops.sparse_pack([1.0]), TypeError, "must be a tensor, not list"),
         (lambda: SparseRows(*parts, (9, 12, 3, 3)), ValueError, "describe 8 rows, but the shape"),
-        (lambda: SparseRows(*parts, (8, 6, 3, 3)), ValueError, r"columns must lie in 0\.\.53"),
+        (lambda: SparseRows(*parts, (8, 6, 3, 3)), ValueError, r"col_indices must lie in 0\.\.53"),
         (lambda: SparseRows(*parts, (8, 108, 1)), ValueError, "it must be"),
         (lambda: NMTensor(*parts, p.shape, Keep(1, of=4)), ValueError, "do not keep 1 of every 4"),
         (lambda: NMTensor(*parts, p.shape, Keep(2, of=4, v=2)), ValueError, "values have v = 1"),
@@ -304,9 +304,9 @@ def test_layers_refuse():
         (lambda: SparseConv2d(8, 6, 3, sparsity=0.5, v=4), ValueError, "v = 4 does not divide"),
         (lambda: SparseLinear(8, 6, sparsity=1.5), ValueError, "it must lie in 0..1"),
         (lambda: SparseLinear.from_dense(nn.Linear(8, 6), mask="ste"), ValueError,
-         "a moving mask needs one"),
+         '"ste" and "sr-ste" need a sparsity'),
         (lambda: SparseLinear.from_dense(nn.Linear(8, 6), sparsity=0.5), ValueError,
-         "a fixed one keeps what is not zero"),
+         '"fixed" keeps what is not zero'),
         (lambda: convert(nn.Linear(8, 6), keep=keep), ValueError, "itself one layer"),
         (lambda: convert(nn.Sequential(conv), keep=keep, exclude="x"), ValueError, "matches no"),
         (lambda: convert(nn.Sequential(conv), keep=keep, v=2), ValueError, "leave sparsity and v"),
@@ -321,11 +321,14 @@ def test_loading_checks_the_pattern_and_changes_nothing():
     other = NMLinear(8, 6, keep=Keep(2, of=4)).state_dict()
     good = NMLinear(8, 6, keep=Keep(1, of=4)).state_dict()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
-    shifted = dict(good, columns=(good["columns"] + 4) % 8)
+    shifted = dict(good, col_indices=(good["col_indices"] + 4) % 8)
     for state, words in (
         (other, "do not keep 1 of every 4 channels"),
         (shifted, "ascend strictly|do not keep"),
-        (dict(good, starts=good["starts"].long()), "starts has dtype torch.int64"),
+        (
+            dict(good, crow_indices=good["crow_indices"].long()),
+            "crow_indices has dtype torch.int64",
+        ),
         (nn.Linear(8, 6).state_dict(), "holds no packed weight.*NMLinear.from_dense"),
     ):
         with pytest.raises(RuntimeError, match=words):

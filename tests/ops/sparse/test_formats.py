@@ -24,8 +24,8 @@ def test_rows_there_and_back(case, dtype):
     p = case.build(dtype)
     rows = SparseRows.from_dense(p.weight, case.weight.v)
     assert_bitwise_equal(rows.to_dense(), p.weight, "the dense weight")
-    assert_bitwise_equal(rows.columns, p.columns, "columns")
-    assert_bitwise_equal(rows.starts, p.starts, "starts")
+    assert_bitwise_equal(rows.col_indices, p.columns, "columns")
+    assert_bitwise_equal(rows.crow_indices, p.starts, "starts")
     assert_bitwise_equal(rows.values, p.values, "values")
     assert rows.shape == tuple(p.weight.shape) and rows.v == case.weight.v
     stored = p.values.numel() / p.weight.numel()
@@ -71,11 +71,11 @@ def test_groups_with_fewer_weights_are_filled_by_their_first_zeros():
 def test_rows_that_share_keep_the_union():
     weight = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0]])
     p = ops.sparse_pack(weight, v=2)
-    assert p.columns.tolist() == [0, 1] and p.starts.tolist() == [0, 2, 2]
+    assert p.col_indices.tolist() == [0, 1] and p.crow_indices.tolist() == [0, 2, 2]
     assert p.values.tolist() == [[1, 0], [0, 2]]
     # A zero of either sign is nothing; NaN is something.
     signed = ops.sparse_pack(torch.tensor([[-0.0, float("nan"), 0.0]]))
-    assert signed.columns.tolist() == [1]
+    assert signed.col_indices.tolist() == [1]
 
 
 def test_memory_formats_of_the_weight_do_not_matter():
@@ -110,10 +110,37 @@ def test_copies_and_conversions(p):
     half = p.to(torch.bfloat16)
     assert type(half) is type(p) and half.dtype == torch.bfloat16 and p.dtype == torch.float32
     assert_bitwise_equal(half.to_dense(), p.to_dense().bfloat16(), "the converted weight")
-    assert half.columns.dtype == half.starts.dtype == torch.int32
+    assert half.col_indices.dtype == half.crow_indices.dtype == torch.int32
     assert p.to("cpu") is p
     meta = p.to("meta")
-    assert {t.device.type for t in (meta.columns, meta.starts, *meta.transposed)} == {"meta"}
+    assert {t.device.type for t in (meta.col_indices, meta.crow_indices, *meta.transposed)} == {
+        "meta"
+    }
+
+
+@pytest.mark.parametrize("p", packed(), ids=lambda p: type(p).__name__)
+def test_bsr_there_and_back(p):
+    bsr = p.to_bsr()
+    assert bsr.layout == torch.sparse_bsr and bsr.shape == (8, 108)
+    assert torch.equal(bsr.to_dense().view(p.shape), p.to_dense())
+    rows = SparseRows.from_bsr(bsr, p.shape)
+    assert type(rows) is SparseRows and rows.shape == p.shape and rows.v == p.v
+    assert_bitwise_equal(rows.to_dense(), p.to_dense(), "the weight there and back")
+    if isinstance(p, NMTensor):
+        twin = NMTensor.from_bsr(bsr, p.keep, p.shape)
+        assert_bitwise_equal(twin.indices, p.indices, "the positions there and back")
+
+
+def test_bsr_of_another_kind_is_refused():
+    dense = torch.eye(4)
+    for bsr, kind, words in (
+        (dense, TypeError, "it must be torch.sparse_bsr"),
+        (dense.to_sparse_bsr((2, 2)), ValueError, r"blocks \(2, 2\): they must be \(v, 1\)"),
+    ):
+        with pytest.raises(kind, match=words):
+            SparseRows.from_bsr(bsr)
+    with pytest.raises(ValueError, match="that is no weight of shape"):
+        SparseRows.from_bsr(dense.to_sparse_bsr((2, 1)), (4, 5))
 
 
 def test_it_says_what_it_is():

@@ -16,7 +16,7 @@ HALF = torch.bfloat16
 
 def refused(words, shape=(32, 64), dtype=HALF, x=None):
     x = torch.zeros(3, 64, dtype=HALF) if x is None else x
-    reason = semi_structured.usable(x, shape, dtype)
+    reason = semi_structured.unsupported_reason(x, shape, dtype)
     assert reason is not None and words in reason, reason
 
 
@@ -50,7 +50,7 @@ def test_the_reasons_on_a_gpu(elsewhere):
     refused("sparse tensor cores", x=elsewhere((7, 5), True))
     refused("cuSPARSELt", x=elsewhere((9, 0), False))
     refused("cuSPARSELt", x=elsewhere((9, 0), True, "6.2"))
-    assert semi_structured.usable(elsewhere((9, 0), True), (32, 64), HALF) is None
+    assert semi_structured.unsupported_reason(elsewhere((9, 0), True), (32, 64), HALF) is None
 
 
 def test_what_would_lose_weights_is_refused():
@@ -72,7 +72,7 @@ def test_what_would_lose_weights_is_refused():
 def test_as_exact_as_dense(dtype, lead):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x = torch.randn(*lead, 64).to(dtype).to(device)
-    reason = semi_structured.usable(x, (32, 64), dtype)
+    reason = semi_structured.unsupported_reason(x, (32, 64), dtype)
     if reason is not None:
         pytest.skip(reason)
     weight = nm_prune(torch.randn(32, 64, dtype=dtype, device=device), Keep(2, of=4))

@@ -9,8 +9,9 @@ import sys
 PROGRAM = """
 import torch
 import issp
-from issp import backends, reference_products
-from tests.product_cases import CONVS, MATMULS
+from issp import backends
+from issp.ops import reference
+from tests.ops.sparse.cases import CONVS, MATMULS
 
 backends._share_with_triton("CPU")
 assert "tensor cores" not in backends.problems(), backends.problems()
@@ -25,7 +26,7 @@ for case in wanted:
     by_op = getattr(torch.ops.issp, name)(*p.args())
     by_triton = triton.implementations()[name](*p.args())
     same = torch.equal(by_op, by_triton)
-    expected = getattr(reference_products, name)(*p.args())
+    expected = getattr(reference, name)(*p.args())
     assert torch.allclose(by_op, expected, rtol=1e-2, atol=2e-2), case.name
     assert same == (case.weight.v == 16), case.name
     x = p.x.clone().requires_grad_()
