@@ -1,9 +1,9 @@
 """The ops of issp in Triton: multi-tensor, deterministic, one file per op.
 
 Arguments have been checked by the caller; nothing here imports issp. Results equal the
-reference's bit by bit, those of the sparse products up to the rounding of their sums. semantics.py
+reference's bit by bit, those of the sparse ops up to the rounding of their sums. semantics.py
 holds the rules, tables.py the launch over a whole model, select.py the exact search, products.py
-what the sparse products share; compile.py compiles every kernel without a GPU.
+what the sparse ops share; compile.py compiles every kernel without a GPU.
 """
 
 from __future__ import annotations

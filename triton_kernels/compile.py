@@ -41,8 +41,8 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 _BITS = {"float32": "*i32", "float16": "*i16", "bfloat16": "*i16", "float64": "*i64"}
 _VALUES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64": "*fp64"}
 
-# Types of the arguments by name; `bits` stands for a pointer to the weights' bits, and in a product
-# `values` for one to numbers of their dtype, `sums` for one to sums of them.
+# Types of the arguments by name; `bits` stands for a pointer to the weights' bits, and in a sparse
+# op `values` for one to numbers of their dtype, `sums` for one to sums of them.
 _ARGUMENTS = {
     "rows": "*i64", "tiles": "*i32", "k": "*i64", "work": "*i64", "flips": "*i64",
     "thresholds": "bits", "patterns": "*i64", "offset": "i64",
@@ -79,7 +79,7 @@ def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     yield shrink_groups, shape | {"INDEX": tl.int64}, group_options(dtype, wide=True)
 
 
-_SHOWN = ("PRECISION", "V", "ROWS", "PIXELS")  # constants of a product
+_SHOWN = ("PRECISION", "V", "ROWS", "PIXELS")  # constants of a sparse op
 
 KERNELS = {"step": _variants, "products": product_variants}
 
@@ -137,7 +137,7 @@ def compile_all(
         One dictionary per compiled kernel: kernel, dtype, target, registers, local_bytes (0 when
         nothing spills), shared_bytes, wide_loads (16-byte loads in the PTX), ftz and fma (float
         instructions that would break the step's bitwise equality; 0), matrix (tensor core
-        instructions), and the constants of a product.
+        instructions), and the constants of a sparse op.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, so there is no compiler.

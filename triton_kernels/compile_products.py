@@ -1,4 +1,4 @@
-"""What compile.py compiles of the sparse products: one variant per path through their rules."""
+"""What compile.py compiles of the sparse ops: one variant per path through their rules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _BLOCKS = {
 
 
 def product_variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """Kernel, constants and options of what the products launch for this dtype."""
+    """Kernel, constants and options of what the sparse ops launch for this dtype."""
     for (name, precision), blocks in _BLOCKS.items():
         for v in blocks if name == dtype else ():
             common = {"PRECISION": precision, "V": v, "INDEX": tl.int32}
@@ -43,7 +43,7 @@ def product_variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dic
 
 
 def _forward(dtype: torch.dtype, v: int, common: dict):
-    # Of a large image, with everything behind the product or nothing.
+    # Of a large image, with the whole epilogue or none.
     for epilogue in (True, False):
         own, options = _split(tile_sizes(dtype, common["PRECISION"], v, 1, 2**30, 1, epilogue))
         own |= common | {"ACTIVATION": "gelu" if epilogue else "relu"}

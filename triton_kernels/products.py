@@ -1,6 +1,6 @@
-"""The rules of the sparse products as Triton functions: lists of entries, sums, what follows them.
+"""The rules of the sparse ops as Triton functions: lists of entries, sums, the epilogue.
 
-schemas_products.py describes the format. Every product is a tl.dot of gathered tiles, its sums in
+issp/ops/schemas/sparse.py describes the format. Every op is a tl.dot of gathered tiles, its sums in
 float32 (float64 for float64), over chunks of ascending entries. PRECISION is tl.dot's: 16-bit types
 are multiplied by tensor cores, float32 by them only where torch allows TF32 ("tf32") and by fused
 multiply-adds otherwise ("ieee"), float64 by the tensor cores' float64 instructions.
@@ -20,7 +20,7 @@ TENSOR_CORE_ROWS = 16  # of v: a block fills the rows of one tensor core instruc
 CHUNK = 16  # entries per step, the least K of 16-bit types: blocks with few entries waste least
 PROGRAMS = 528  # four for each SM of the largest GPUs; below it tiles are made smaller
 # Entries of a run of float32. A tl.dot of fused multiply-adds continues the chain of its total, and
-# a chain of 2304 has several times the error of a dense product: runs are summed and added up. In
+# a chain of 2304 has several times the error of a dense matmul: runs are summed and added up. In
 # other types roundings of inputs or results hide it, or there are digits to spare.
 RUN = 128
 ONE_RUN: tl.constexpr = tl.constexpr(65536)  # no runs
@@ -30,9 +30,9 @@ SUM_TILE = 1024
 
 
 def prefers_tensor_cores(x_dtype: torch.dtype, v: int) -> bool:
-    """Whether tensor cores serve products of this dtype with blocks of v rows, and fill up.
+    """Whether tensor cores serve sparse ops of this dtype with blocks of v rows, and fill up.
 
-    float32 takes them where torch's own matrix products may: where
+    float32 takes them where torch's own matmul may: where
     `torch.backends.cuda.matmul.fp32_precision` is "tf32" (or its older name allow_tf32 is True).
     """
     if x_dtype == torch.float32 and precision(x_dtype) != "tf32":
@@ -55,7 +55,7 @@ def tile_sizes(
     blocks: int,
     epilogue: bool,
 ) -> dict:
-    """ROWS, PIXELS, CHUNK and RUN of a product's tile, and its launch options.
+    """ROWS, PIXELS, CHUNK and RUN of an op's tile, and its launch options.
 
     Two pixels per thread share what is worked out per entry. Tiles of 8192 sums leave room for
     three programs on an SM (168 registers), those of 4096 for four (128), both without spills. With

@@ -1,7 +1,8 @@
 """The scalar rules as Triton functions: key, selected, shrunk.
 
-The same rules, in the same order, stand in issp/reference.py and csrc/semantics.h. Kernels see a
-weight as its bits, a signed integer of its size; DTYPE is the name of what the bits mean.
+The same rules, in the same order, stand in issp/ops/reference/pruning.py and
+csrc/semantics.h. Kernels see a weight as its bits, a signed integer of its size; DTYPE is the name
+of what the bits mean.
 """
 
 import triton

@@ -1,6 +1,6 @@
 """The optimizers' rules for one weight as Triton functions, and the tensors beside a weight.
 
-The same rules, in the same order, stand in issp/reference_updates.py and csrc/update.h. Every
+The same rules, in the same order, stand in issp/ops/reference/updates.py and csrc/update.h. Every
 operation rounds once; where torch's fused kernels multiply and add in one rounding it is written
 `fused`. Scalars are computed in float64, once per program, and rounded to float32 once.
 """

@@ -42,13 +42,13 @@ _NO_LIMIT = 1e9  # seconds: all candidates take part in all rounds
 
 @dataclass(frozen=True)
 class Choice:
-    """What was found to be fastest, and by which figures.
+    """The fastest candidate, and the times that say so.
 
     Attributes:
         name: of the chosen candidate.
         microseconds: median of each candidate.
-        errors: candidate -> why it could not be timed.
-        reason: why this one, in words.
+        errors: candidate -> the error that kept it from being timed.
+        reason: of the choice, in words.
         remembered: it comes from the file; False: measured now.
     """
 
@@ -112,8 +112,8 @@ class Cache:
     def put(self, machine: str, key: str, choice: Choice) -> None:
         """Adds or replaces one choice; those of others, written in the meantime, stay.
 
-        Where the system has no file locks, of two that write in the same moment one may be lost:
-        it is measured again. A folder that cannot be written is a warning, not an error.
+        Where the system has no file locks, one of two choices that are written at once may be
+        dropped: it is measured again. A folder that cannot be written is a warning, not an error.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

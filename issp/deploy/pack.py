@@ -71,7 +71,7 @@ def pack(
         example: its input, or a tuple of its arguments.
         keep: the N:M pattern of the zeros, for all layers or by name pattern ("body.*", see
             `issp.attach`); a layer that does not have it stays dense and the report says why.
-            Default: rows that share their zeros are found, N:M or not.
+            Default: rows that share their zeros are looked for, N:M or not.
         cache: where choices are kept; default: the user's cache folder.
 
     Returns:

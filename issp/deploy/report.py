@@ -1,4 +1,4 @@
-"""The report of `issp.pack`: what computes each layer now, and why."""
+"""The report of `issp.pack`: what computes each layer now, and the reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Line:
         form: the sparse form that is fastest, chosen or not; "" where none was timed.
         sparse, dense: microseconds of that form, and of the fastest dense layout.
         choice: what computes it now: "dense", "dense channels_last", or the form.
-        reason: why.
+        reason: of the choice.
     """
 
     name: str

@@ -378,7 +378,7 @@ class NMMixin(SparseLayer):
             mask, activation, decay: see `issp.nn`.
 
         Raises:
-            TypeError, ValueError: the layer cannot have this pattern; why.
+            TypeError, ValueError: the layer cannot have this pattern.
         """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -462,7 +462,7 @@ class RowsMixin(SparseLayer):
             mask, activation, decay: see `issp.nn`.
 
         Raises:
-            TypeError, ValueError: the layer cannot become one; why.
+            TypeError, ValueError: the layer cannot become one.
         """
         if (sparsity is None) != (mask == "fixed"):
             raise ValueError(

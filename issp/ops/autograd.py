@@ -20,7 +20,7 @@ _op = torch.ops.issp
 
 
 class _FirstOrder(torch.autograd.Function):
-    """Passes gradients through; whoever differentiates them again is told why it fails."""
+    """Returns gradients as they are; differentiating them again raises an error that says why."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _transposed_weight(ctx: Any, kernel: tuple[int, ...]) -> tuple[Tensor, Tenso
 
 
 def _scatter_grads(ctx: Any, grad: Tensor, gradients: _Gradients) -> tuple:
-    """The gradients at the places of their arguments; `transposed` is a list of them."""
+    """The gradients in the order of the op's arguments; `transposed` has a list of None."""
     x, values, *_ = ctx.saved_tensors
     sources = [t for t in (x, values) if t is not None]
     checked = _Gradients(*first_order(gradients, grad, *sources))

@@ -74,7 +74,7 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def _is_two_four(weight: Tensor) -> bool:
-    # torch compresses whatever it is given, and loses what does not fit.
+    # torch compresses any weight, and drops what does not fit.
     return bool((weight.reshape(-1, 4).ne(0).sum(1) <= 2).all())
 
 

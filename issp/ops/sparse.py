@@ -51,9 +51,9 @@ def sparse_conv2d(
     """activation(convolution of x with the sparse weight + bias) + residual; groups = 1.
 
     Differentiable once in x, p.values, bias and residual. Where a gradient is wanted, activation
-    and residual follow the product as torch's own ops; otherwise one kernel does everything. Under
-    torch.autocast all of them are cast to its dtype, as for F.conv2d. Not for torch.func, which
-    cannot differentiate ops that a library registers.
+    and residual are torch's own ops after the convolution; otherwise one kernel does everything.
+    Under torch.autocast all of them are cast to its dtype, as for F.conv2d. Not for torch.func,
+    which cannot differentiate ops that a library registers.
 
     Args:
         x: [N, I, H, W]; copied with .contiguous() where it is not (channels_last, slices).
@@ -203,7 +203,7 @@ def matmul(
 ) -> Tensor:
     """What `sparse_matmul`, `nm_matmul` and the sparse layers share."""
     if len(p.shape) != 2:
-        raise ValueError(f"the weight of a matrix product is [O, I], not {p.shape}")
+        raise ValueError(f"the weight of a matmul is [O, I], not {p.shape}")
     validation.check_is_tensor(x, "x")
     _check_channels(x.shape, p.shape, None, -1)
     return _dispatch(_matmul, x, p, bias, residual=residual, geometry=(), activation=activation)

@@ -33,19 +33,19 @@ def noisy(median: float, noise: float, rounds: int = 16) -> list[float]:
 
 class TestDecide:
     def test_sparse_wins_where_it_is_faster(self):
-        found = decide({"dense": noisy(4, 0.1), "rows": noisy(1, 0.1)}, ["dense"])
-        assert found.name == "rows" and found.microseconds["rows"] == pytest.approx(1e6, rel=0.1)
-        assert found.reason == "4.00 times as fast as dense"
+        choice = decide({"dense": noisy(4, 0.1), "rows": noisy(1, 0.1)}, ["dense"])
+        assert choice.name == "rows" and choice.microseconds["rows"] == pytest.approx(1e6, rel=0.1)
+        assert choice.reason == "4.00 times as fast as dense"
 
     def test_dense_wins_where_it_is_faster(self):
-        found = decide({"dense": noisy(1, 0.1), "rows": noisy(4, 0.1)}, ["dense"])
-        assert found.name == "dense" and found.reason == "sparse takes 4.00 times as long"
+        choice = decide({"dense": noisy(1, 0.1), "rows": noisy(4, 0.1)}, ["dense"])
+        assert choice.name == "dense" and choice.reason == "sparse takes 4.00 times as long"
 
     @pytest.mark.parametrize("gain", [1.0, 0.99, 0.975])
     def test_dense_on_a_tie(self, gain):
-        found = decide({"dense": [1.0] * 9, "rows": [gain] * 9}, ["dense"])
-        assert found.name == "dense"
-        assert found.reason == "sparse and dense take the same time within the noise"
+        choice = decide({"dense": [1.0] * 9, "rows": [gain] * 9}, ["dense"])
+        assert choice.name == "dense"
+        assert choice.reason == "sparse and dense take the same time within the noise"
 
     def test_dense_where_the_noise_is_larger_than_the_gain(self):
         # Faster by 5 % in the median, but slower in a third of the rounds.
@@ -53,10 +53,10 @@ class TestDecide:
         assert decide({"dense": [1.0] * 15, "rows": rows}, ["dense"]).name == "dense"
         assert decide({"dense": [1.0] * 15, "rows": [0.95] * 15}, ["dense"]).name == "rows"
 
-    def test_the_yardstick_is_the_fastest_dense_layout(self):
+    def test_the_baseline_is_the_fastest_dense_layout(self):
         samples = {"dense": [3.0] * 9, "channels_last": [1.0] * 9, "rows": [2.0] * 9}
-        found = decide(samples, ["dense", "channels_last"])
-        assert found.name == "channels_last"
+        choice = decide(samples, ["dense", "channels_last"])
+        assert choice.name == "channels_last"
         samples["rows"] = [0.5] * 9
         assert decide(samples, ["dense", "channels_last"]).name == "rows"
 
@@ -81,21 +81,21 @@ class TestChoose:
         def fast():
             calls.append(1)
 
-        found = choose("a layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache, rounds=5)
-        assert found.name == "rows" and not found.remembered
-        assert found.microseconds["dense"] > 1900
+        choice = choose("a layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache, rounds=5)
+        assert choice.name == "rows" and not choice.remembered
+        assert choice.microseconds["dense"] > 1900
         before = len(calls)
         again = choose("a layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache)
         assert again.remembered and len(calls) == before
-        assert (again.name, again.microseconds) == (found.name, found.microseconds)
+        assert (again.name, again.microseconds) == (choice.name, choice.microseconds)
         choose("another layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache, rounds=5)
         assert len(calls) > before
 
     def test_never_picks_the_slower(self, cache):
-        found = choose(
+        choice = choose(
             "a layer", {"dense": lambda: None}, {"rows": sleeping(1e-3)}, cache=cache, rounds=5
         )
-        assert found.name == "dense"
+        assert choice.name == "dense"
 
     def test_another_number_of_threads_is_measured_anew(self, cache, threads):
         threads(1)
@@ -118,8 +118,8 @@ class TestChoose:
         def fail():
             raise RuntimeError("not for this shape\nsecond line")
 
-        found = choose("a layer", {"dense": lambda: None}, {"rows": fail}, cache=cache, rounds=5)
-        assert found.name == "dense" and found.errors == {"rows": "not for this shape"}
+        choice = choose("a layer", {"dense": lambda: None}, {"rows": fail}, cache=cache, rounds=5)
+        assert choice.name == "dense" and choice.errors == {"rows": "not for this shape"}
         with pytest.raises(RuntimeError, match="not for this shape"):
             choose("b", {"dense": fail}, {"rows": lambda: None}, cache=cache, rounds=5)
 
@@ -141,9 +141,9 @@ GOOD = Choice("dense", {"dense": 2.0, "rows": 3.5}, {"v=4": "no kernel"}, "becau
 class TestFile:
     def test_round_trip_and_readable(self, cache):
         cache.put("this machine", "a layer", GOOD)
-        found = cache.get("this machine", "a layer")
-        assert found.remembered
-        assert [getattr(found, n) for n in ("name", "microseconds", "errors", "reason")] == [
+        choice = cache.get("this machine", "a layer")
+        assert choice.remembered
+        assert [getattr(choice, n) for n in ("name", "microseconds", "errors", "reason")] == [
             *(GOOD.name, GOOD.microseconds, GOOD.errors, GOOD.reason)
         ]
         assert cache.get("this machine", "b") is None and cache.get("b", "a layer") is None
@@ -153,7 +153,7 @@ class TestFile:
         assert left == {"choices.json", ".choices.json.lock"}
 
     @pytest.mark.parametrize(
-        ("text", "why"),
+        ("text", "problem"),
         [
             ("", "no JSON"),
             ('{"format": 1, "machines": {"a": {"b"', "no JSON"),
@@ -169,12 +169,12 @@ class TestFile:
             ),
         ],
     )
-    def test_a_broken_or_foreign_file_is_reported_and_rebuilt(self, cache, text, why):
+    def test_a_broken_or_unknown_file_is_reported_and_rebuilt(self, cache, text, problem):
         cache.path.parent.mkdir()
         cache.path.write_text(text)
         with pytest.warns(RuntimeWarning, match="is not a file of choices") as seen:
             assert cache.get("m", "a layer") is None
-        assert why in str(seen[0].message) and str(cache.path) in str(seen[0].message)
+        assert problem in str(seen[0].message) and str(cache.path) in str(seen[0].message)
         with pytest.warns(RuntimeWarning, match="is not a file of choices"):
             cache.put("m", "a layer", GOOD)
         assert cache.get("m", "a layer").name == "dense"
@@ -228,8 +228,8 @@ class TestFile:
         monkeypatch.delenv("ISSP_CACHE", raising=False)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         assert Cache().path == tmp_path / "cache" / "issp" / "choices.json"
-        monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "mine"))
-        assert Cache().path == tmp_path / "mine" / "choices.json"
+        monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "choices"))
+        assert Cache().path == tmp_path / "choices" / "choices.json"
 
 
 def test_machine_names_all_that_times_depend_on(threads, monkeypatch):

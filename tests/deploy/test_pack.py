@@ -24,9 +24,9 @@ class TestResults:
         x = torch.randn(EXAMPLE)
         packed = issp.pack(net.eval(), x, cache=cache)
         exact = copy.deepcopy(net).double()(x.double())
-        ours, theirs = ((m(x).double() - exact).abs().max() for m in (packed, net))
+        packed_error, dense_error = ((m(x).double() - exact).abs().max() for m in (packed, net))
         assert kinds(packed)["head"] == "SparseConv2d" and kinds(packed)["twice"] == "SparseLinear"
-        assert ours <= 2 * theirs + torch.finfo(x.dtype).eps * exact.abs().max()
+        assert packed_error <= 2 * dense_error + torch.finfo(x.dtype).eps * exact.abs().max()
 
     def test_the_model_is_left_as_it_is(self, net, cache, timed):
         before = copy.deepcopy(net.state_dict())
@@ -227,9 +227,9 @@ class TestMemory:
             assert len(timed["measured"]) == before + 2
 
     def test_the_users_folder_is_used(self, timed, monkeypatch, tmp_path):
-        monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "mine"))
+        monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "choices"))
         issp.pack(prune_(nn.Linear(4, 4)), torch.randn(2, 4))
-        assert (tmp_path / "mine" / "choices.json").is_file()
+        assert (tmp_path / "choices" / "choices.json").is_file()
 
 
 @every_small
@@ -238,9 +238,9 @@ def test_with_a_real_clock_nothing_slower_is_chosen(make, cache, threads):
     net = prune_(make()).eval()
     x = torch.rand(1, 3, 16, 16)
     packed = issp.pack(net, x, cache=cache)
-    for found in packed.report.lines:
-        if found.choice not in ("dense", "dense channels_last"):
-            assert found.sparse < found.dense
+    for row in packed.report.lines:
+        if row.choice not in ("dense", "dense channels_last"):
+            assert row.sparse < row.dense
     with torch.no_grad():
         torch.testing.assert_close(packed(x), net(x), rtol=1e-4, atol=1e-5)
 
@@ -265,7 +265,7 @@ def test_bad_input(arguments, error, sentence):
 
 def test_a_model_with_a_report_of_its_own_is_refused():
     net = nn.Linear(4, 4)
-    net.report = "mine"
+    net.report = "taken"
     with pytest.raises(ValueError, match='has an attribute "report" already: rename it'):
         issp.pack(net, torch.zeros(1, 4))
 
@@ -275,5 +275,5 @@ def test_the_comparison_finds_one_percent():
     wrong = copy.deepcopy(dense)
     wrong.weight.data *= 1.01
     pack._check_accuracy("same", dense, copy.deepcopy(dense), torch.randn(4, 8))
-    with pytest.raises(RuntimeError, match="the sparse result of mine is off"):
-        pack._check_accuracy("mine", dense, wrong, torch.randn(4, 8))
+    with pytest.raises(RuntimeError, match="the sparse result of head is off"):
+        pack._check_accuracy("head", dense, wrong, torch.randn(4, 8))

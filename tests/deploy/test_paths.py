@@ -20,7 +20,7 @@ from tests.sr.networks import small_edsr
 
 
 class TestTwoFour:
-    """torch's 2:4 product, which needs a GPU: its place in a model, with a stand-in for it."""
+    """torch's 2:4 matmul needs a GPU: the layer around it, with a stand-in for the matmul."""
 
     @pytest.fixture
     def stand_in(self, monkeypatch):

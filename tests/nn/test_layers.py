@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_dense_twin(made, mask):
     torch.testing.assert_close(weight_of(layer).grad, wanted)
 
 
-def test_a_moving_mask_follows_the_largest_magnitudes(made):
+def test_an_ste_mask_follows_the_largest_magnitudes(made):
     make, x = made
     layer = make(mask="ste")
     for _ in range(2):
@@ -113,7 +113,7 @@ def test_a_moving_mask_follows_the_largest_magnitudes(made):
 
 
 @pytest.mark.parametrize("v", [1, 2])
-def test_ties_of_a_moving_mask_prune_the_lowest_index_first(v):
+def test_ties_of_an_ste_mask_prune_the_lowest_index_first(v):
     layer = SparseLinear.from_dense(nn.Linear(6, 4), v=v, mask="ste", sparsity=0.5)
     with torch.no_grad():
         layer.weight.fill_(0.25)
@@ -151,7 +151,7 @@ def test_states_go_both_ways(made, mask):
     assert_bitwise_equal(second, first, "the loaded layer's gradient")
 
 
-def test_a_moving_layer_shares_its_states_with_the_dense_one():
+def test_an_ste_layer_shares_its_states_with_the_dense_one():
     layer, dense = NMConv2d(8, 6, 3, keep=KEEP, mask="ste"), nn.Conv2d(8, 6, 3)
     dense.load_state_dict(layer.state_dict(), strict=True)
     layer.load_state_dict(dense.state_dict(), strict=True)
@@ -275,7 +275,7 @@ def test_compiles_to_one_graph(mask):
         torch.testing.assert_close(*results)
 
 
-def test_inductor_compiles_a_moving_mask():
+def test_inductor_compiles_an_ste_mask():
     layer, x = NMConv2d(8, 6, 3, keep=KEEP, mask="sr-ste"), CONV()
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)
     gradients = []
@@ -334,9 +334,10 @@ def test_convert_unstructured():
     assert dense["head"].startswith("no weight is zero")
     assert isinstance(net.body[0], SparseConv2d) and net.body[0].v == 2
     torch.testing.assert_close(net(x), expected)
-    moving = Net()
-    convert(moving, mask="sr-ste", sparsity=0.9)
-    assert moving.body[0].mask == "sr-ste" and moving.head.sparsity == pytest.approx(0.9, abs=0.01)
+    dense_weights = Net()
+    convert(dense_weights, mask="sr-ste", sparsity=0.9)
+    assert dense_weights.body[0].mask == "sr-ste"
+    assert dense_weights.head.sparsity == pytest.approx(0.9, abs=0.01)
 
 
 def test_convert_changes_nothing_where_one_layer_does_not_suit():
@@ -375,7 +376,7 @@ def test_a_pruned_model_becomes_one_of_sparse_layers():
     torch.testing.assert_close(net(x), expected)
 
 
-def test_second_derivatives_of_a_moving_mask_say_why_not():
+def test_second_derivatives_of_an_ste_mask_say_why_not():
     layer, x = NMLinear(8, 6, keep=KEEP, mask="ste"), LINEAR()
     (first,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivatives"):

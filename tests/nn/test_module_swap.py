@@ -1,4 +1,4 @@
-"""What was set on a layer follows it into a sparse one, or the layer stays as it is: why."""
+"""Hooks and attributes are transferred to a sparse layer, or the layer stays dense for a reason."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def net(request):
 
 
 def stay_dense(model: nn.Module) -> str:
-    """Converts a model whose only layer cannot follow; returns why."""
+    """Converts a model whose only layer cannot be converted; returns the reason."""
     layer = model[0]
     (reason,) = convert(model, keep=KEEP).values()
     assert model[0] is layer
@@ -95,12 +95,12 @@ def test_handles_still_remove_their_hooks(net):
 def test_mode_gradients_and_attributes_follow(net, mask):
     net[0].eval()
     net[0].weight.requires_grad_(False)
-    net[0].label = "mine"
+    net[0].label = "own label"
     convert(net, keep=KEEP, mask=mask)
-    assert not net[0].training and net.training and net[0].label == "mine"
+    assert not net[0].training and net.training and net[0].label == "own label"
     wanted = {name: p.requires_grad for name, p in net[0].named_parameters()}
     assert wanted == {"values" if mask == "fixed" else "weight": False, "bias": True}
-    assert pack.unpack(net)[0].label == "mine"
+    assert pack.unpack(net)[0].label == "own label"
 
 
 def test_what_cannot_follow_leaves_the_layer_as_it_is(net):
@@ -164,7 +164,7 @@ def test_a_new_sparse_layer_has_nothing_of_a_user(make, mask):
     layer = make(mask)
     layer(torch.randn(1, 8, 8, 8)).sum().backward()
     assert module_swap.user_attributes(layer) == []
-    layer.label = "mine"
+    layer.label = "own label"
     assert module_swap.user_attributes(layer) == ["label"]
 
 
@@ -177,7 +177,7 @@ class TestPack:
     def test_hooks_and_attributes_follow_there_and_back(self, cache, timed, fastest):
         net, x, calls = self.net(), torch.randn(1, 8, 6, 6), []
         net[0].register_forward_hook(lambda module, args, y: calls.append(type(module)) or y + 1)
-        net[0].label = "mine"
+        net[0].label = "own label"
         timed[fastest] = 0.1
         expected = net(x)
         packed = issp.pack(net, x, cache=cache)
@@ -185,7 +185,7 @@ class TestPack:
         for model in (packed, pack.unpack(packed)):
             calls.clear()
             torch.testing.assert_close(model(x), expected)
-            assert calls == [type(model[0])] and model[0].label == "mine"
+            assert calls == [type(model[0])] and model[0].label == "own label"
 
     def test_hooks_do_not_see_what_a_layer_is_timed_on(self, cache, timed):
         net, x, seen = self.net(), torch.randn(1, 8, 6, 6), []

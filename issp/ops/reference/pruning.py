@@ -66,14 +66,14 @@ def pack(kept: Tensor) -> Tensor:
     """Packs a flat bool tensor into int32 words, lowest element in the lowest bit."""
     bits = torch.zeros(mask_words(kept.numel()) * 32, dtype=torch.uint8, device=kept.device)
     bits[: kept.numel()] = kept
-    places = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    return (bits.view(-1, 8) << places).sum(1, dtype=torch.uint8).view(torch.int32)
+    shifts = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    return (bits.view(-1, 8) << shifts).sum(1, dtype=torch.uint8).view(torch.int32)
 
 
 def unpack(words: Tensor, numel: int) -> Tensor:
     """The inverse of `pack`: flat bool tensor, True = kept."""
-    places = torch.arange(8, dtype=torch.uint8, device=words.device)
-    bits = words.view(torch.uint8)[:, None] >> places
+    shifts = torch.arange(8, dtype=torch.uint8, device=words.device)
+    bits = words.view(torch.uint8)[:, None] >> shifts
     return (bits & 1).bool().flatten()[:numel]
 
 

@@ -40,7 +40,7 @@ def rounded(x: Tensor | float) -> Tensor:
     """x rounded to the nearest float32, ties to even, as float64.
 
     Sums, products, quotients and roots of float32 values may be rounded to float64 before: that has
-    more than twice the digits, so the second rounding gives what one would have given.
+    more than twice the digits, so rounding twice gives the same result as rounding once.
     """
     x = torch.as_tensor(x, dtype=torch.float64)
     denormal = torch.copysign(torch.round(x.abs() * 2.0**149) * 2.0**-149, x)
