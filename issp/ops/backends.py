@@ -1,9 +1,9 @@
 """Loads the native libraries, registers the implementations of the ops and chooses between them.
 
-Order on the CPU: cpp, reference. On a GPU: cuda, triton, reference; sparse ops that tensor cores may
-compute go to Triton beside cuda. `ISSP_BACKEND` forces one of reference, cpp, triton, cuda: what
-cannot be active then is an error, never replaced. Without it, the slow reference, or Triton where
-the CUDA library was built but cannot be used, is a warning; with `ISSP_STRICT=1` an error.
+Order on the CPU: cpp, reference. On a GPU: cuda, triton, reference; sparse ops that tensor cores
+may compute go to Triton beside cuda. `ISSP_BACKEND` forces one of reference, cpp, triton, cuda:
+what cannot be active then is an error, never replaced. Without it, the slow reference, or Triton
+where the CUDA library was built but cannot be used, is a warning; with `ISSP_STRICT=1` an error.
 """
 
 from __future__ import annotations
