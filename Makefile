@@ -1,4 +1,5 @@
 # Two commands for a new user: `make demo` and `make test`. Each makes .venv, installs, builds, runs.
+# `make test` takes minutes; `make test-all` runs every case and takes up to 40 minutes on 2 cores.
 # `make test VENV=` uses the current interpreter and downloads nothing.
 
 VENV ?= .venv
@@ -15,18 +16,26 @@ export ISSP_NATIVE ?= $(if $(shell command -v g++),1,0)
 
 NATIVE := $(wildcard csrc/*.h csrc/*/* csrc/*/*/*) setup.py
 TESTS ?= tests
+# Processes of pytest, each with one thread.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: demo test lint format wheel bench clean
+.PHONY: demo test test-all lint format wheel bench clean
 
 demo: .build-stamp
 	$(RUN) -m issp demo
 
 test: .build-stamp $(if $(VENV),lint)
-	$(RUN) -m pytest $(TESTS)
+	$(PYTEST) -m "not full" $(TESTS)
+
+test-all: .build-stamp $(if $(VENV),lint)
+	ISSP_TEST_FULL=1 $(PYTEST) $(TESTS)
 
 lint: .install-stamp
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(BIN)lint-imports
+	$(RUN) -m mypy
 	git ls-files csrc tests/kernels/cuda_emulator | grep -E '\.(h|cuh|cpp|cu)$$' | xargs $(BIN)clang-format --dry-run --Werror
 
 format: .install-stamp

@@ -8,6 +8,8 @@ import torch
 
 import issp
 from tests.deploy.networks import cache_fixture, net_fixture, timed_fixture
+from tests.processes import ForkServer
+from tests.tiers import mark_unsampled
 
 __all__ = ["cache_fixture", "net_fixture", "timed_fixture"]  # fixtures of several folders
 
@@ -15,6 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 if not torch.cuda.is_available():  # before anybody imports Triton
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+    torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` deselects
+def pytest_collection_modifyitems(items):
+    mark_unsampled(items)
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +70,11 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared (golden vectors, photographs) is not beside this checkout")
     return folder
+
+
+@pytest.fixture(scope="session")
+def fresh_python():
+    """`fresh_python.run(code)` runs a program in a fresh process with torch imported."""
+    server = ForkServer()
+    yield server
+    server.close()

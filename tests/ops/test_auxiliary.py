@@ -253,7 +253,7 @@ EMULATED = (emulated_masks, emulated_regularize, emulated_statistics, emulated_z
 @needs_emulator
 @pytest.mark.parametrize("case", EMULATED, ids=lambda f: f.__name__)
 def test_a_hundred_schedules(case):
-    for seed in range(100):
+    for seed in cuda_emulator.schedules():
         cuda_emulator.seed(seed, small=True)
         case(seed)
 

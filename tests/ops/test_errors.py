@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -170,49 +165,39 @@ def test_state_refuses_what_belongs_to_other_weights():
         state.set_masks([torch.ones(3, dtype=torch.bool)])
 
 
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        cwd=str(Path(__file__).parents[2]),
-    )
-
-
-def test_an_unknown_back_end_is_refused():
-    result = run_python("import issp", ISSP_BACKEND="fast")
+def test_an_unknown_back_end_is_refused(fresh_python):
+    result = fresh_python.run("import issp", ISSP_BACKEND="fast")
     assert result.returncode != 0
     assert "ISSP_BACKEND=fast: use one of" in result.stderr
 
 
-def test_the_reference_can_be_forced_without_a_warning():
+def test_the_reference_can_be_forced_without_a_warning(fresh_python):
     code = "import issp; print(issp.backends.active('cpu'))"
-    result = run_python(code, ISSP_BACKEND="reference", PYTHONWARNINGS="error")
+    result = fresh_python.run(code, warnings="error", ISSP_BACKEND="reference")
     assert result.stdout.strip() == "reference", result.stderr
 
 
-def test_strict_refuses_to_fall_back(tmp_path):
+def test_strict_refuses_to_fall_back(fresh_python):
     code = (
         "from issp import backends\n"
         "backends._load_library = lambda name: 'was not built'\n"
         "backends._choose('cpu', ('cpp',), None)"
     )
-    result = run_python(code, ISSP_STRICT="1", ISSP_BACKEND="reference")
+    result = fresh_python.run(code, ISSP_STRICT="1", ISSP_BACKEND="reference")
     assert result.returncode != 0
     assert "RuntimeError: issp runs its slow reference on cpu: was not built" in result.stderr
-    relaxed = run_python(code, ISSP_BACKEND="reference")
+    relaxed = fresh_python.run(code, ISSP_BACKEND="reference")
     assert relaxed.returncode == 0
     assert relaxed.stderr.count("RuntimeWarning: issp runs its slow reference") == 1
 
 
-def test_import_needs_torch_and_numpy_alone():
+def test_import_needs_torch_and_numpy_alone(fresh_python):
     code = (
         "import sys; import issp, torch, numpy\n"
         "heavy = {'PIL', 'yaml', 'rich', 'matplotlib', 'tensorboard', 'skimage', 'safetensors'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
-    assert run_python(code).stdout.strip() == "[]"
+    assert fresh_python.run(code).stdout.strip() == "[]"
 
 
 def test_problems_are_named():

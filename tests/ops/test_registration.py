@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch.library import opcheck
@@ -135,8 +132,8 @@ def test_a_training_step_with_the_op_compiles_to_one_graph(device):
     assert compiled_state.masks()[0].sum() == 240 - 200
 
 
-def passes(weights, grads, moments, factors, state):
-    """The passes beside the step, as a training loop would call them."""
+def auxiliary_ops(weights, grads, moments, factors, state):
+    """The auxiliary ops as a training loop would call them."""
     issp.ops.regularize_(grads, weights, factors, state)
     issp.ops.apply_masks_([*weights, *moments], state)
     return issp.ops.magnitude_statistics(grads), issp.ops.count_zeros(weights)
@@ -144,10 +141,10 @@ def passes(weights, grads, moments, factors, state):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_passes_compile_to_one_graph(device, backend):
-    step = torch.compile(passes, fullgraph=True, backend=backend)
+def test_the_auxiliary_ops_compile_to_one_graph(device, backend):
+    step = torch.compile(auxiliary_ops, fullgraph=True, backend=backend)
     results = []
-    for call in (passes, step):
+    for call in (auxiliary_ops, step):
         weights, grads, moments = (weights_on(device) for _ in range(3))
         state = ShrinkState(weights, K)
         issp.ops.soft_shrink_(weights, state)
@@ -212,7 +209,7 @@ def test_parameters_that_require_grad_are_shrunk_without_a_graph():
     assert (w != before).sum() == 90
 
 
-def test_default_thread_count_in_a_fresh_process():
+def test_default_thread_count_in_a_fresh_process(fresh_python):
     """Before anybody has set the number of threads, workers and caller disagree about it."""
     code = (
         "import torch, issp\n"
@@ -221,5 +218,5 @@ def test_default_thread_count_in_a_fresh_process():
         "for _ in range(20): issp.ops.soft_shrink_(w, s)\n"
         "print([int(m.sum()) for m in s.masks()] == [4_000] * 20)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = fresh_python.run(code)
     assert done.stdout.strip() == "True", done.stderr

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -21,13 +22,20 @@ from torch import Tensor
 
 from issp.ops import validation
 from issp.ops.schemas import mask_words
+from tests.tiers import quick_or_full
 
 ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
+SCHEDULES = int(os.environ.get("ISSP_TEST_SCHEDULES", quick_or_full(8, 100)))
 _EMULATOR = ("emulator", "memory", "order", "control")
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 _options = {"seed": 0, "resident": 0, "removed": -1, "small": False}
 _options |= {"processors": 4, "shared": None, "streamed": False, "checked": True}
+
+
+def schedules(most: int = 100) -> range:
+    """Seeds of the schedules that one test tries: `SCHEDULES` of them, at most `most`."""
+    return range(min(most, SCHEDULES))
 
 
 def compiler() -> str | None:
@@ -75,9 +83,11 @@ def library(small: bool = False, products: bool = False) -> ctypes.CDLL:
         digest.update(path.read_bytes())
     folder = ROOT / "build" / "cuda_emulator"
     built = folder / f"{digest.hexdigest()[:20]}.so"
-    if not built.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        _compile([*flags, *map(str, sources)], built)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(built.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be compiling the same library
+        if not built.exists():
+            _compile([*flags, *map(str, sources)], built)
     loaded = ctypes.CDLL(str(built))
     for name in ("emulator_site_name", *(() if products else ("planted_name", "run_planted"))):
         getattr(loaded, name).restype = ctypes.c_char_p

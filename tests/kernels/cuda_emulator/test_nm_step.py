@@ -21,7 +21,6 @@ pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
 )
 REFERENCE = issp.backends.implementations("reference")
-SCHEDULES = 100
 
 # shape, (n, m, v); v == 0: flat. In small shapes a tile has 512 elements, a box at most 1024
 # columns (512 in float64), 8 is the largest group whose elements compare themselves.
@@ -126,7 +125,7 @@ MIXES = (
 @pytest.mark.parametrize("mix", range(len(MIXES)))
 def test_a_hundred_schedules(mix):
     """N:M tensors and unstructured ones, which stay in shared memory or are streamed."""
-    for seed in range(SCHEDULES):
+    for seed in cuda_emulator.schedules():
         cuda_emulator.machine(processors=1 + seed % 4, streamed=seed % 5 == 0)
         cuda_emulator.seed(seed, resident=(0, 1, 2, 7)[seed % 4], small=True)
         model = model_of(*MIXES[mix], dtype=DTYPES[seed % 4], seed=seed, beside=(600, 40))
@@ -139,7 +138,7 @@ def test_ties_and_special_values():
     tiny = torch.finfo(torch.float32).tiny
     kinds = torch.tensor([0.0, -0.0, tiny, -tiny / 4, 1.0, -1.0, 2.0, torch.inf, -torch.inf, NAN])
     kinds = torch.cat([kinds, torch.tensor([0x7FC00005, -0x400001]).int().view(torch.float32)])
-    for seed in range(30):
+    for seed in cuda_emulator.schedules(30):
         cuda_emulator.seed(seed, small=True)
         model = model_of(*MIXES[seed % 3], seed=seed, beside=(300,))
         source = torch.Generator().manual_seed(seed)
@@ -278,7 +277,7 @@ def update_many(kind: str, rule: str, seeds, steps: int = 2, removed: int = -1) 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_updates_under_many_schedules(kind):
-    update_many(kind, "plain", range(25))
+    update_many(kind, "plain", cuda_emulator.schedules(25))
 
 
 @pytest.mark.parametrize(

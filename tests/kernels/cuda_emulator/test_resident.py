@@ -28,7 +28,6 @@ pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
 )
 REFERENCE = issp.backends.implementations("reference")
-SCHEDULES = 100
 # processors, bytes of shared memory: blocks x slots of float32 are 8 x 1, 4 x 2, 6 x 3, 1 x 1
 MACHINES = {"8x1": (4, 5400), "4x2": (2, 10_240), "6x3": (3, 13_600), "1x1": (1, 2700)}
 
@@ -49,7 +48,7 @@ def use(machine: str, seed: int, removed: int = -1) -> None:
 def test_a_hundred_schedules(machine):
     """Groups and lone blocks, a cold start, a bracket that holds, thresholds that jump."""
     sizes = (700, 1100, 40, 2600, 1500, 512, 1030, 4000)
-    for seed in range(SCHEDULES):
+    for seed in cuda_emulator.schedules():
         use(machine, seed)
         weights = normal(*sizes, dtype=DTYPES[seed % 7 % 4], seed=seed)
         model = Model(weights, share(weights, 0.9 if seed % 3 else 0.5))
@@ -64,7 +63,7 @@ def test_a_hundred_schedules(machine):
 @pytest.mark.parametrize("machine", ["8x1", "4x2"])
 def test_a_hundred_schedules_of_ties(machine):
     """Equal magnitudes in every part, more than are selected, by the bracket and by the search."""
-    for seed in range(SCHEDULES):
+    for seed in cuda_emulator.schedules():
         use(machine, seed)
         weights = [(w * 4).round() / 8 for w in normal(2600, 1700, 900, seed=seed)]
         ratio = (0.3, 0.5, 0.7, 0.0, 1.0)[seed % 5]
@@ -77,7 +76,7 @@ def test_a_hundred_schedules_of_ties(machine):
 def test_candidates_at_capacity_under_many_schedules(beyond):
     numel = 3000
     capacity = scratch_region(numel) - HEADER - RECORD * 6  # tiles
-    for seed in range(SCHEDULES):
+    for seed in cuda_emulator.schedules():
         use("8x1", seed)
         weights, k = with_candidates(numel, capacity + beyond)
         model = Model([*weights, *normal(1200, seed=seed)], [k, 1000], previous=1.0)
@@ -89,7 +88,7 @@ def test_candidates_at_capacity_under_many_schedules(beyond):
 @pytest.mark.parametrize("found_inf", [0.0, 1.0, NAN])
 def test_special_values_bad_counts_and_skipped_steps(found_inf):
     kinds = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 1.2e-38, 1.0, -2.0, torch.inf, NAN])
-    for seed in range(SCHEDULES):
+    for seed in cuda_emulator.schedules():
         use(("8x1", "4x2")[seed % 2], seed)
         source = torch.Generator().manual_seed(seed)
         weights = [kinds[torch.randint(9, (n,), generator=source)] for n in (1800, 700, 900, 600)]
@@ -145,7 +144,7 @@ def update_many(kind, rule, machine, seeds, case=GROUP, steps=2):
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_updates_under_a_hundred_schedules(kind, machine):
     """The largest tensor is streamed on the smaller machines."""
-    update_many(kind, "plain", machine, range(SCHEDULES))
+    update_many(kind, "plain", machine, cuda_emulator.schedules())
 
 
 @pytest.mark.parametrize(
@@ -153,7 +152,7 @@ def test_updates_under_a_hundred_schedules(kind, machine):
     [("adam", "decoupled decay"), ("adam", "odd scale, decay"), ("sgd", "nesterov")],
 )
 def test_rules_and_then_frozen(kind, rule):
-    update_many(kind, rule, "8x1", range(10), steps=4)
+    update_many(kind, rule, "8x1", cuda_emulator.schedules(10), steps=4)
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
@@ -169,7 +168,7 @@ def test_one_launch_for_a_parameter_group(kind):
 @pytest.mark.parametrize("bad", [-1, 601])
 def test_a_bad_k_updates_its_tensor_only(kind, bad):
     """As on a GPU, where k is not checked on the host."""
-    for seed in range(10):
+    for seed in cuda_emulator.schedules(10):
         use(("8x1", "1x1")[seed % 2], seed)
         case = Case("a bad count", ((600,), (1600,)), (500, 1400))
         expected = Training(kind, "plain", Case("a bad count", ((1600,),), (1400,)), rest=((600,),))

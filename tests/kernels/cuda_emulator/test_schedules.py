@@ -1,4 +1,4 @@
-"""A hundred schedules for the kernels that test_cuda_resident.py and test_passes.py leave out."""
+"""Many schedules for the kernels that test_resident.py and tests/ops/test_auxiliary.py leave out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from tests.kernels.cuda_emulator.model import Model, normal, share
 pytestmark = pytest.mark.skipif(
     cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
 )
-SCHEDULES = range(100)
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +26,7 @@ def _machine():
 def test_the_streamed_step(previous):
     """Two launches; the second searches where the bracket misses, with few or many blocks."""
     cuda_emulator.machine(streamed=True)
-    for seed in SCHEDULES:
+    for seed in cuda_emulator.schedules():
         cuda_emulator.seed(seed, resident=(1, 2, 5, 40)[seed % 4], small=True)
         weights = normal(700, 40, 1500, dtype=DTYPES[seed % 7 % 4], seed=seed)
         guess = {} if previous is None else {"previous": previous}
@@ -39,7 +38,7 @@ def test_the_streamed_step(previous):
 
 def test_magnitude_threshold():
     table = cuda_emulator.implementations()
-    for seed in SCHEDULES:
+    for seed in cuda_emulator.schedules():
         cuda_emulator.seed(seed, small=True)
         weights = normal(700, 33, 1500, dtype=DTYPES[seed % 4], seed=seed)
         k = share(weights, (0.0, 0.3, 0.9, 1.0)[seed % 5 % 4])
@@ -50,7 +49,7 @@ def test_magnitude_threshold():
 @pytest.mark.parametrize("v, layout", [(1, "channels"), (4, "channels"), (1, "flat")])
 def test_nm_prune(v, layout):
     table = cuda_emulator.implementations()
-    for seed in SCHEDULES:
+    for seed in cuda_emulator.schedules():
         cuda_emulator.seed(seed, small=True)
         source = torch.Generator().manual_seed(seed)
         weight = torch.randn((8, 40, 3, 1), generator=source).to(DTYPES[seed % 4])

@@ -161,7 +161,7 @@ def test_schedules(case, dtype, schedules):
     for call in calls_of(EMULATED, case, dtype):
         use("planes", 0)
         expected = call()
-        for seed in range(schedules):
+        for seed in cuda_emulator.schedules(schedules):
             design = list(DESIGNS)[seed % len(DESIGNS)]
             if case is MANY_TILES and design == "gathered":
                 continue  # seconds
@@ -309,7 +309,7 @@ def test_lists_that_make_no_sense_read_nothing_outside():
     p = case.build()
     table = cuda_emulator.implementations()
     source = torch.Generator().manual_seed(1)
-    for seed in range(10):
+    for seed in cuda_emulator.schedules(10):
         use("planes", seed)
         columns = torch.randint(-99, 99, p.columns.shape, generator=source, dtype=torch.int32)
         starts = torch.randint(-999, 999, p.starts.shape, generator=source, dtype=torch.int32)

@@ -1,10 +1,6 @@
-"""Products that tensor cores may compute go to Triton beside the native kernels, others stay."""
+"""Sparse ops that tensor cores may compute go to Triton, the others stay with the native kernels."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 PROGRAM = """
 import torch
@@ -36,14 +32,9 @@ print("shared", len(wanted))
 """
 
 
-def test_tensor_core_products_go_to_triton_and_the_others_stay_native():
+def test_what_tensor_cores_may_compute_goes_to_triton_and_the_rest_stays_native(fresh_python):
     """On the CPU's key, with Triton interpreted: what a GPU's registration does."""
-    done = subprocess.run(
-        [sys.executable, "-W", "error::RuntimeWarning", "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        timeout=300,
-    )
+    environment = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = fresh_python.run(PROGRAM, warnings="error", **environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "shared" in done.stdout
