@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def bits(x: Tensor) -> Tensor:
     """The tensor's bits as integers, on the CPU."""
-    return x.detach().cpu().contiguous().view(_INTEGER[x.element_size()])
+    return x.detach().cpu().contiguous().view(INTEGERS[x.element_size()])
 
 
 def assert_bitwise_equal(actual: Tensor, expected: Tensor, what: str) -> None:
@@ -37,11 +37,12 @@ def assert_as_close_as_dense(actual: Tensor, exact: Tensor, dense: Tensor, what:
     """
     assert actual.dtype == dense.dtype, f"{what}: {actual.dtype} is not {dense.dtype}"
     assert actual.shape == exact.shape, f"{what}: {actual.shape} is not {exact.shape}"
-    assert exact.dtype == torch.float64 and torch.isfinite(exact).all(), f"{what}: bad yardstick"
+    finite = exact.dtype == torch.float64 and torch.isfinite(exact).all()
+    assert finite, f"{what}: the exact result is not finite float64"
     if not exact.numel():
         return
     error, expected = ((x.detach().cpu().double() - exact.cpu()).abs() for x in (actual, dense))
-    # In float64 the yardstick itself is rounded: a few dozen terms, both sides.
+    # In float64 the exact result itself is rounded: a few dozen terms, both sides.
     roundings = 16 if actual.dtype == torch.float64 else 1
     rounding = torch.finfo(actual.dtype).eps * float(exact.abs().max())
     allowed = 2 * float(expected.max()) + roundings * rounding

@@ -113,7 +113,7 @@ def random_shapes(count: int, largest: int, per_call: int = 10) -> tuple[Case, .
     return tuple(cases)
 
 
-def drifting(steps: int, seed: int = 0):
+def training_updates(steps: int, seed: int = 0):
     """A life of two layers: (updates, k, shrink) per step, with jumps in learning rate and k.
 
     Updates are Adam-like, of unit scale times a rate that decays, jumps by 100 and falls back five
@@ -129,7 +129,7 @@ def drifting(steps: int, seed: int = 0):
         yield [torch.randn(s, generator=source) * rate for s in shapes], k, 0.95
 
 
-def start_of_drift() -> list[Tensor]:
+def training_start() -> list[Tensor]:
     source = torch.Generator().manual_seed(99)
     return [
         torch.randn((24, 16, 3, 3), generator=source) * 0.05,
@@ -188,7 +188,9 @@ SGD_RULES = {
 }
 
 
-def beside(weights: list[Tensor], fill: str, seed: int, positive: bool = False) -> list[Tensor]:
+def tensors_like(
+    weights: list[Tensor], fill: str, seed: int, positive: bool = False
+) -> list[Tensor]:
     """One float32 tensor like each weight: gradients, moments; second moments are positive."""
     source = torch.Generator().manual_seed(seed)
     made = [FILLS[fill](w.shape, source).to(w.device) for w in weights]

@@ -1,4 +1,4 @@
-"""The passes beside the step: masks of several sets, ISS-R's regularisation, CUDA schedules."""
+"""The auxiliary ops: masks of several sets, the regularisation of ISS-R, CUDA schedules."""
 
 from __future__ import annotations
 

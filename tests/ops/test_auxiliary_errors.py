@@ -1,4 +1,4 @@
-"""Bad input to the passes: one clear sentence of the right kind, and nothing modified."""
+"""Bad input to the auxiliary ops: one clear sentence of the right kind, and nothing modified."""
 
 from __future__ import annotations
 

@@ -14,23 +14,22 @@ from tests.backends import BACK_ENDS, FAST
 from tests.cases import DTYPES, Case
 
 NATIVE = [b for b in FAST if b.name.startswith("cpp")]
-_INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
 def check_step(back_end, weights, k, thresholds, shrink=0.95, threads=None):
     """One step with the given previous thresholds, against the reference, which ignores them."""
     expected = [w.clone() for w in weights]
     expected_state = ShrinkState(expected, k)
-    mine = [w.to(back_end.device, copy=True) for w in weights]
-    state = ShrinkState(mine, k)
+    actual = [w.to(back_end.device, copy=True) for w in weights]
+    state = ShrinkState(actual, k)
     state.thresholds.copy_(torch.as_tensor(thresholds))
-    for who, values, of in ((None, expected, expected_state), (back_end, mine, state)):
+    for who, values, of in ((None, expected, expected_state), (back_end, actual, state)):
         table = issp.backends.implementations("reference") if who is None else who.load()
         table["soft_shrink_"](
             *(values, of.k, shrink, of.thresholds, of.packed, of.flips, of.scratch, None, True)
         )
     what = f"{back_end}, previous thresholds {thresholds}"
-    for i, (x, y) in enumerate(zip(mine, expected, strict=True)):
+    for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         assert_bitwise_equal(x.cpu(), y, f"{what}, weights[{i}]")
     for name in ("thresholds", "packed", "flips"):
         assert_bitwise_equal(getattr(state, name).cpu(), getattr(expected_state, name), what)

@@ -154,7 +154,7 @@ def test_an_empty_list_and_no_pattern_at_all_are_the_plain_step(back_end):
             assert_bitwise_equal(x, y, f"{back_end}, unstructured by name")
 
 
-# The oracle
+# The reference
 
 
 def brute_force(weight, keep):
@@ -174,7 +174,7 @@ def brute_force(weight, keep):
 
 @pytest.mark.parametrize("keep", [Keep(2, of=4), Keep(1, of=6, v=2), Keep(5, of=6, v=3)], ids=str)
 @pytest.mark.parametrize("fill", ["normal", "few"])
-def test_the_oracle_prunes_what_sorting_each_group_prunes(keep, fill):
+def test_the_reference_prunes_what_sorting_each_group_prunes(keep, fill):
     (w,) = grouped("groups", ((6, 12, 3), keep), fill=fill).build(torch.float32)
     expected = brute_force(w, keep)
     before, state = w.clone(), ShrinkState([w], [keep.pruned(w.numel())], [keep])

@@ -9,7 +9,7 @@ import issp
 from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS, FAST, BackEnd
-from tests.cases import DTYPES, LARGE, NAMED, Case, drifting, random_shapes, start_of_drift
+from tests.cases import DTYPES, LARGE, NAMED, Case, random_shapes, training_start, training_updates
 
 RANDOM = random_shapes(100, 20_000)
 RANDOM_SMALL = random_shapes(100, 400, per_call=20)
@@ -78,11 +78,11 @@ def test_soft_shrink_random_shapes_where_slow(back_end, case):
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_a_thousand_drifting_steps(back_end, bracket):
     """Drifting weights, jumps in learning rate, changed k: the same bits at every step."""
-    expected = start_of_drift()
+    expected = training_start()
     weights = [w.to(back_end.device, copy=True) for w in expected]
     k = [0] * len(weights)
     expected_state, state = ShrinkState(expected, k), ShrinkState(weights, k)
-    for number, (updates, k, shrink) in enumerate(drifting(1000)):
+    for number, (updates, k, shrink) in enumerate(training_updates(1000)):
         expected_state.set_k(k)
         state.set_k(k)
         for x, y, update in zip(expected, weights, updates, strict=True):

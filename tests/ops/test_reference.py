@@ -1,4 +1,4 @@
-"""The oracle against an independent statement of the rules: numpy and Python's own floats."""
+"""The reference against an independent statement of the rules: numpy and Python's own floats."""
 
 from __future__ import annotations
 

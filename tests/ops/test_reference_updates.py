@@ -1,4 +1,4 @@
-"""The oracle's optimizer rules: against exact arithmetic and against torch's fused kernels."""
+"""The reference's optimizer rules: against exact arithmetic and against torch's fused kernels."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from tests.cases import (
     SGD,
     SGD_RULES,
     Case,
-    beside,
     random_shapes,
+    tensors_like,
 )
 
 # Infinities and NaNs are provoked here; Triton's interpreter computes with numpy, which warns.
@@ -47,8 +47,8 @@ class Training:
         extra = Case("others", rest, (0,) * len(rest), fill).build(torch.float32, device)
         pruned = case.build(torch.float32, device) if case.shapes else []
         self.weights = pruned + extra
-        self.first = beside(self.weights, fill, 11)
-        self.second = beside(self.weights, fill, 12, positive=True)
+        self.first = tensors_like(self.weights, fill, 11)
+        self.second = tensors_like(self.weights, fill, 12, positive=True)
         self.steps = [torch.full((), float(t), device=device) for _ in self.weights]
         self.fresh = t == 0
         patterns = getattr(case, "patterns", None)
@@ -88,8 +88,8 @@ class Training:
         return found
 
 
-def settled(x):
-    """NaNs made equal: their payloads are not part of the contract."""
+def with_equal_nans(x):
+    """NaNs made equal: the op schemas do not specify their payloads."""
     return torch.where(x.isnan(), torch.nan, x) if x.is_floating_point() else x
 
 
@@ -97,7 +97,7 @@ def assert_same(back_end, actual, expected, when):
     others = expected.tensors()
     for name, x in actual.tensors().items():
         what = f"{back_end}, {name} {when}"
-        assert_bitwise_equal(settled(x.cpu()), settled(others[name].cpu()), what)
+        assert_bitwise_equal(with_equal_nans(x.cpu()), with_equal_nans(others[name].cpu()), what)
 
 
 def check(back_end, kind, rule, case, steps=3, bracket=True, **options):
@@ -106,7 +106,7 @@ def check(back_end, kind, rule, case, steps=3, bracket=True, **options):
     expected = Training(kind, rule, case, **options)
     actual = Training(kind, rule, case, back_end.device, **options)
     for number in range(steps):
-        grads = beside(expected.weights, options.get("fill") or case.fill, 100 + number)
+        grads = tensors_like(expected.weights, options.get("fill") or case.fill, 100 + number)
         if number % 2:
             grads = [g.bfloat16() if i % 2 else g for i, g in enumerate(grads)]
         kept = [g.clone() for g in grads]
@@ -133,7 +133,7 @@ def test_the_bracket_misses_behind_an_update(back_end, kind):
         actual = Training(kind, "plain", MIXED, back_end.device)
         misses = []
         for number in range(2):
-            grads = beside(expected.weights, "normal", 7 + number)
+            grads = tensors_like(expected.weights, "normal", 7 + number)
             expected.step(REFERENCE, grads)
             actual.step(back_end.load(), [g.to(back_end.device) for g in grads])
             assert_same(back_end, actual, expected, f"with thresholds times {factor}")
@@ -214,7 +214,7 @@ def test_thirty_steps_find_the_bracket_again_and_again(back_end, kind):
 def test_found_inf_leaves_everything_unmodified(back_end, kind, flag):
     table = back_end.load()
     training = Training(kind, "plain", MIXED, back_end.device)
-    grads = beside(training.weights, "normal", 1)
+    grads = tensors_like(training.weights, "normal", 1)
     training.step(table, grads)
     before = {name: x.clone() for name, x in training.tensors().items()}
     for frozen in (False, True):
@@ -244,7 +244,7 @@ def test_the_reference_does_not_depend_on_the_floating_point_mode(kind):
     results = []
     for flush in (False, True):
         training = Training(kind, "plain", case)
-        grads = beside(training.weights, "magnitudes", 1)
+        grads = tensors_like(training.weights, "magnitudes", 1)
         assert torch.set_flush_denormal(flush)
         try:
             training.step(REFERENCE, grads)

@@ -1,4 +1,4 @@
-"""Every path of the CPU's products: tiles, runs of channels, straight from x, edges, threads."""
+"""Every path of the CPU's sparse ops: tiles, runs of channels, straight from x, edges, threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from tests.asserts import assert_bitwise_equal, bits
 from tests.backends import FAST
-from tests.ops.sparse import test_parity as products
+from tests.ops.sparse import test_parity as parity
 from tests.ops.sparse.cases import ConvCase, MatmulCase, Weight
 
 CPP = [back_end for back_end in FAST if back_end.name.startswith("cpp")]
@@ -58,10 +58,10 @@ MATMULS = [
 @pytest.mark.parametrize("case", [*TILES, *MATMULS], ids=lambda c: c.name)
 def test_tiles(back_end, case):
     op, kind = ("sparse_conv2d", "conv") if case.tail() else ("sparse_matmul", "matmul")
-    dense, gradient = (getattr(products, f"dense_{kind}{of}") for of in ("", "_grad"))
-    products.check(back_end, case, products.DTYPES, op, dense)
+    dense, gradient = (getattr(parity, f"dense_{kind}{of}") for of in ("", "_grad"))
+    parity.check(back_end, case, parity.DTYPES, op, dense)
     if case != TILES[-1]:  # a gradient knows no upsampling
-        products.check_values_grad(back_end, case, products.DTYPES, f"{op}_values_grad", gradient)
+        parity.check_values_grad(back_end, case, parity.DTYPES, f"{op}_values_grad", gradient)
 
 
 def few(i: int, image, kernel=(3, 3), padding=(1, 1), dilation=(1, 1), **more) -> ConvCase:
@@ -101,7 +101,7 @@ POWERS = [
 @pytest.mark.parametrize("cases", [WIDTHS, SEEN, PIXELS, POWERS], ids=lambda c: c[0].name)
 def test_straight_from_x(back_end, cases):
     for case in cases:
-        products.check(back_end, case, (torch.float32,), "sparse_conv2d", products.dense_conv)
+        parity.check(back_end, case, (torch.float32,), "sparse_conv2d", parity.dense_conv)
 
 
 STRAIGHT = [
@@ -121,7 +121,7 @@ THREADED = [
 
 @pytest.mark.parametrize("case", THREADED, ids=lambda c: c.name)
 def test_the_same_bits_for_any_number_of_threads_in_either_mode(back_end, case, threads):
-    for call in products.calls_of(back_end, case, torch.float32):
+    for call in parity.calls_of(back_end, case, torch.float32):
         threads(1)
         expected = call()
         for flush, count in ((False, 2), (False, 3), (False, 5), (True, 1), (True, 2)):
@@ -136,7 +136,7 @@ def test_denormals_are_flushed_as_the_caller_asks(back_end, case, threads):
     p = case.build()
     x, values, grad = p.x * 1e-22, p.values * 1e-20, p.grad * 1e-20
     op = "sparse_conv2d"
-    forward, backward = (products.op_of(back_end, op + of) for of in ("", "_values_grad"))
+    forward, backward = (parity.op_of(back_end, op + of) for of in ("", "_values_grad"))
     for call in (
         lambda: forward(x, values, p.columns, p.starts, p.transposed, None, None, *p.tail),
         lambda: backward(x, grad, p.columns, p.starts, case.weight.v, *case.grad_tail()),
@@ -173,8 +173,8 @@ def test_nan_and_infinity_spread_as_in_the_dense_product(back_end, case, in_x):
         else:  # of the first rows alone
             at = case.weight.length - 1 - i
             p.values[at, 0] = p.weight.view(case.weight.rows, -1)[0, at] = number
-    dense = products.dense_conv(p, case, torch.float64)
-    y = products.op_of(back_end, "sparse_conv2d")(*p.args()).double()
+    dense = parity.dense_conv(p, case, torch.float64)
+    y = parity.op_of(back_end, "sparse_conv2d")(*p.args()).double()
     kinds = [t.isnan() + 2 * (t == INF) + 4 * (t == -INF) for t in (y, dense)]
     assert_bitwise_equal(*kinds, f"NaN and infinity in {case.name}")
     assert y.isfinite().any() and not y.isfinite().all()
@@ -194,13 +194,13 @@ HIDDEN = [
 @pytest.mark.parametrize("case", HIDDEN, ids=lambda c: c.name)
 def test_an_output_depends_on_what_its_taps_see_alone(back_end, case):
     """One image for each of some outputs, NaN but for the pixels that this output sees."""
-    p, call, (oh, ow) = case.build(), products.op_of(back_end, "sparse_conv2d"), case.outputs()
+    p, call, (oh, ow) = case.build(), parity.op_of(back_end, "sparse_conv2d"), case.outputs()
     rows = torch.tensor([0, 1, oh // 2, oh - 1])
     columns = torch.tensor([0, 1, min(15, ow - 1), min(16, ow - 1), ow - 2, ow - 1])
     at = (torch.arange(24), slice(None), *torch.cartesian_prod(rows, columns).T)
     blank = torch.zeros(24, 1, *case.image, requires_grad=True)
-    unpadded = products.placed(replace(p, x=blank), case, torch.float32)
-    sums = products.dense_linear_conv(unpadded, torch.ones(1, 1, *case.weight.kernel), case)
+    unpadded = parity.padded_input(replace(p, x=blank), case, torch.float32)
+    sums = parity.dense_linear_conv(unpadded, torch.ones(1, 1, *case.weight.kernel), case)
     seen = torch.autograd.grad(sums[at].sum(), blank)[0] > 0
     y = call(torch.where(seen, p.x, NAN), *p.args()[1:])
     assert_bitwise_equal(y[at], call(*p.args()).expand_as(y)[at], case.name)
@@ -209,28 +209,28 @@ def test_an_output_depends_on_what_its_taps_see_alone(back_end, case):
 @pytest.mark.parametrize("case", HIDDEN, ids=lambda c: c.name)
 def test_a_gradient_depends_on_what_its_tap_sees_alone(back_end, case):
     """NaN in one pixel reaches the taps that meet it, as in the dense gradient, and no other."""
-    p, call = case.build(), products.op_of(back_end, "sparse_conv2d_values_grad")
-    given = (p.grad, p.columns, p.starts, case.weight.v, *case.grad_tail())
-    clean = call(p.x, *given)
+    p, call = case.build(), parity.op_of(back_end, "sparse_conv2d_values_grad")
+    arguments = (p.grad, p.columns, p.starts, case.weight.v, *case.grad_tail())
+    clean = call(p.x, *arguments)
     for at in ((0, 0), (3, 17), (18, 36), (18, 5), (4, 36)):
         x = p.x.clone()
         x[(0, slice(None), *at)] = NAN
-        meets = products.dense_conv_grad(replace(p, x=x), case, torch.float64).isnan()
-        assert_bitwise_equal(call(x, *given), torch.where(meets, NAN, clean), f"NaN at {at}")
+        meets = parity.dense_conv_grad(replace(p, x=x), case, torch.float64).isnan()
+        assert_bitwise_equal(call(x, *arguments), torch.where(meets, NAN, clean), f"NaN at {at}")
 
 
 MEMORY = """
 import os, sys, torch, issp
-from tests.product_cases import ConvCase, Weight
+from tests.ops.sparse.cases import ConvCase, Weight
 torch.set_num_threads(1)  # a process with threads must not fork
 def resident(what):
     return 1024 * int(open("/proc/self/status").read().split(what)[1].split()[0])
-def given(n, side):
+def arguments_of(n, side):
     case = ConvCase("large", Weight(n, n, (3, 3), 0.1), image=(side, side), padding=(1, 1))
     p = case.build()
     return p.args(), (p.x, p.grad, p.columns, p.starts, 1, *case.grad_tail())
 ops = torch.ops.issp.sparse_conv2d, torch.ops.issp.sparse_conv2d_values_grad
-for op, small, large in zip(ops, given(16, 96), given(256, 192)):
+for op, small, large in zip(ops, arguments_of(16, 96), arguments_of(256, 192)):
     for capability in sys.argv[1:]:
         if os.fork() and os.wait():
             continue
@@ -238,8 +238,8 @@ for op, small, large in zip(ops, given(16, 96), given(256, 192)):
         torch.set_num_threads(2)
         op(*small)  # starts the threads, loads the code
         before = resident("VmRSS:")
-        taken = op(*large).nbytes
-        print(capability, op, resident("VmHWM:") - before - taken, sep=",", flush=True)
+        result_bytes = op(*large).nbytes
+        print(capability, op, resident("VmHWM:") - before - result_bytes, sep=",", flush=True)
         os._exit(0)
 """
 

@@ -28,9 +28,9 @@ ROOT = Path(__file__).resolve().parents[3]
 HERE = Path(__file__).resolve().parent
 SCHEDULES = int(os.environ.get("ISSP_TEST_SCHEDULES", quick_or_full(8, 100)))
 _EMULATOR = ("emulator", "memory", "order", "control")
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-_options = {"seed": 0, "resident": 0, "removed": -1, "small": False}
-_options |= {"processors": 4, "shared": None, "streamed": False, "checked": True}
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+options = {"seed": 0, "resident": 0, "removed": -1, "small": False}
+options |= {"processors": 4, "shared": None, "streamed": False, "checked": True}
 
 
 def schedules(most: int = 100) -> range:
@@ -53,7 +53,7 @@ def seed(number: int, resident: int = 0, removed: int = -1, small: bool = False)
         removed: number of a barrier, a fence or a wait for copies to leave out, -1 for none.
         small: the kernels built with small tiles, few bins and short tables.
     """
-    _options.update(seed=number, resident=resident, removed=removed, small=small)
+    options.update(seed=number, resident=resident, removed=removed, small=small)
 
 
 def machine(processors: int = 4, shared: int | None = None, streamed: bool = False) -> None:
@@ -64,13 +64,13 @@ def machine(processors: int = 4, shared: int | None = None, streamed: bool = Fal
         shared: bytes of shared memory of a processor; None: 228 KiB, 10 KiB for small kernels.
         streamed: no tensor stays in shared memory, all take the two launches.
     """
-    _options.update(processors=processors, shared=shared, streamed=streamed)
+    options.update(processors=processors, shared=shared, streamed=streamed)
 
 
 @functools.cache
-def library(small: bool = False, products: bool = False) -> ctypes.CDLL:
-    """The kernels, or those of the products, as a library built once per state of their sources."""
-    own = ("products",) if products else ("kernels", "planted", "optimizers")
+def library(small: bool = False, sparse: bool = False) -> ctypes.CDLL:
+    """The kernels, or those of the sparse ops, built once per state of their sources."""
+    own = ("products",) if sparse else ("kernels", "planted", "optimizers")
     sources = [HERE / f"{part}.cpp" for part in (*_EMULATOR, *own)]
     flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden"]
     flags += ["-Wall", "-Wno-unknown-pragmas", "-ffp-contract=off", "-DISSP_EMULATOR"]
@@ -89,7 +89,7 @@ def library(small: bool = False, products: bool = False) -> ctypes.CDLL:
         if not built.exists():
             _compile([*flags, *map(str, sources)], built)
     loaded = ctypes.CDLL(str(built))
-    for name in ("emulator_site_name", *(() if products else ("planted_name", "run_planted"))):
+    for name in ("emulator_site_name", *(() if sparse else ("planted_name", "run_planted"))):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.emulator_switches.restype = ctypes.c_uint64
     loaded.emulator_launches.restype = ctypes.c_uint64
@@ -120,36 +120,38 @@ def shapes(small: bool = False) -> tuple[int, int, int]:
 @contextlib.contextmanager
 def unchecked():
     """Calls within are not checked, as on a GPU, where k is not known to the host."""
-    _options["checked"] = False
+    options["checked"] = False
     try:
         yield
     finally:
-        _options["checked"] = True
+        options["checked"] = True
 
 
 def launches() -> int:
     """Kernels launched so far."""
-    return library(_options["small"]).emulator_launches()
+    return library(options["small"]).emulator_launches()
 
 
-def _call(name: str, *arguments, products: bool = False) -> None:
-    loaded = library(_options["small"], products)
+def run(name: str, *arguments, sparse: bool = False) -> None:
+    """Calls an entry of the library; raises what the emulator has noticed."""
+    loaded = library(options["small"], sparse)
     loaded.emulator_options(
-        ctypes.c_uint64(_options["seed"]),
-        ctypes.c_uint32(_options["resident"]),
-        ctypes.c_int(_options["removed"]),
-        ctypes.c_uint32(_options["processors"]),
-        ctypes.c_uint32(_options["shared"] or (10 if _options["small"] else 228) * 1024),
-        ctypes.c_int(_options["streamed"]),
+        ctypes.c_uint64(options["seed"]),
+        ctypes.c_uint32(options["resident"]),
+        ctypes.c_int(options["removed"]),
+        ctypes.c_uint32(options["processors"]),
+        ctypes.c_uint32(options["shared"] or (10 if options["small"] else 228) * 1024),
+        ctypes.c_int(options["streamed"]),
     )
-    call = getattr(loaded, f"emulated_{name}")
-    call.restype = ctypes.c_char_p
-    message = call(*arguments)
+    entry = getattr(loaded, f"emulated_{name}")
+    entry.restype = ctypes.c_char_p
+    message = entry(*arguments)
     if message is not None:
         raise RuntimeError(message.decode())
 
 
-def _pointer(x: Tensor | None) -> ctypes.c_void_p:
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """The address of a tensor's first element."""
     return ctypes.c_void_p(None if x is None else x.data_ptr())
 
 
@@ -160,7 +162,7 @@ def _list(tensors: list[Tensor]) -> tuple:
 
 
 def _dtypes(tensors: list[Tensor]) -> ctypes.Array:
-    return (ctypes.c_int * len(tensors))(*[_DTYPES[x.dtype] for x in tensors])
+    return (ctypes.c_int * len(tensors))(*[DTYPE_CODES[x.dtype] for x in tensors])
 
 
 def soft_shrink_(
@@ -175,7 +177,7 @@ def soft_shrink_(
     bracket: bool = True,
     patterns: Sequence[int] = (),
 ) -> None:
-    """See schemas.py."""
+    """See issp/ops/schemas."""
     state = (k, shrink, thresholds, masks, flips, scratch)
     validation.check_soft_shrink(weights, *state, found_inf, bracket, patterns)
     unchecked_soft_shrink_(weights, *state, found_inf, bracket, patterns)
@@ -194,13 +196,13 @@ def unchecked_soft_shrink_(
     patterns=(),
 ) -> None:
     """As on a GPU, where k is not checked on the host."""
-    _call(
+    run(
         "soft_shrink",
-        _DTYPES[weights[0].dtype],
+        DTYPE_CODES[weights[0].dtype],
         *_list(weights),
-        _pointer(k),
+        pointer(k),
         ctypes.c_double(shrink),
-        *map(_pointer, (thresholds, masks, flips, scratch, found_inf)),
+        *map(pointer, (thresholds, masks, flips, scratch, found_inf)),
         int(bracket),
         _fields(weights, patterns),
     )
@@ -228,67 +230,67 @@ def boxes(weight: Tensor, n: int, m: int, v: int) -> tuple[int, int]:
     values = [ctypes.c_uint32() for _ in range(2)]
     pattern = _fields([weight], (n, m, v))
     pointers = map(ctypes.byref, values)
-    library(_options["small"]).emulator_boxes(
-        _DTYPES[weight.dtype], pattern, ctypes.c_int64(weight.numel()), *pointers
+    library(options["small"]).emulator_boxes(
+        DTYPE_CODES[weight.dtype], pattern, ctypes.c_int64(weight.numel()), *pointers
     )
     return values[0].value, values[1].value
 
 
 def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
-    """See schemas.py."""
+    """See issp/ops/schemas."""
     validation.check_magnitude_threshold(weights, k)
     found = torch.empty(len(weights), dtype=weights[0].dtype)
     ranks = (ctypes.c_int64 * len(k))(*k)
-    arguments = (*_list(weights), ranks, _pointer(found))
-    _call("magnitude_threshold", _DTYPES[weights[0].dtype], *arguments)
+    arguments = (*_list(weights), ranks, pointer(found))
+    run("magnitude_threshold", DTYPE_CODES[weights[0].dtype], *arguments)
     return found
 
 
 def apply_masks_(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
-    """See schemas.py."""
+    """See issp/ops/schemas."""
     validation.check_apply_masks(tensors, masks, sets)
-    _call("apply_masks", _dtypes(tensors), *_list(tensors), _pointer(masks), sets)
+    run("apply_masks", _dtypes(tensors), *_list(tensors), pointer(masks), sets)
 
 
 def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
-    """See schemas.py."""
+    """See issp/ops/schemas."""
     validation.check_regularize(grads, weights, factors, masks)
     both = _list([*grads, *weights])
-    _call("regularize", _DTYPES[grads[0].dtype], *both, _pointer(factors), _pointer(masks))
+    run("regularize", DTYPE_CODES[grads[0].dtype], *both, pointer(factors), pointer(masks))
 
 
 def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
-    """See schemas.py."""
+    """See issp/ops/schemas."""
     validation.check_magnitude_statistics(tensors)
     found = torch.empty(len(tensors), 4, dtype=torch.float64)
-    _call("magnitude_statistics", _DTYPES[tensors[0].dtype], *_list(tensors), _pointer(found))
+    run("magnitude_statistics", DTYPE_CODES[tensors[0].dtype], *_list(tensors), pointer(found))
     return found
 
 
 def count_zeros(tensors: list[Tensor]) -> Tensor:
-    """See schemas.py."""
+    """See issp/ops/schemas."""
     validation.check_count_zeros(tensors)
     zeros = torch.zeros(len(tensors), dtype=torch.int64)
-    _call("count_zeros", _dtypes(tensors), *_list(tensors), _pointer(zeros))
+    run("count_zeros", _dtypes(tensors), *_list(tensors), pointer(zeros))
     return zeros
 
 
 def nm_prune(
     weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """See schemas.py."""
+    """See issp/ops/schemas."""
     validation.check_nm_prune(weight, n, m, v, layout, shrink)
     numel = weight.numel()
     pruned, mask = torch.empty_like(weight), torch.empty(mask_words(numel), dtype=torch.int32)
-    _call(
+    run(
         "nm_prune",
-        _DTYPES[weight.dtype],
-        _pointer(weight),
+        DTYPE_CODES[weight.dtype],
+        pointer(weight),
         ctypes.c_int64(numel),
         _fields([weight], (n, m, 0 if layout == "flat" else v)),
         ctypes.c_double(shrink),
-        _pointer(pruned),
-        _pointer(mask),
+        pointer(pruned),
+        pointer(mask),
     )
     return pruned, mask
 
@@ -340,14 +342,14 @@ def _update(
             arrays[name] = (ctypes.c_int32 * len(values))(*values)
     group = _Group(count=count, pruned=k.numel(), lr=lr, maximize=maximize, shrink=shrink)
     group.frozen, group.bracket = frozen, bracket
-    group.lr_dtype = 0 if lr_tensor is None else _DTYPES[lr_tensor.dtype]
+    group.lr_dtype = 0 if lr_tensor is None else DTYPE_CODES[lr_tensor.dtype]
     for name, array in arrays.items():
         setattr(group, name, ctypes.addressof(array))
     single = {"lr_tensor": lr_tensor, "grad_scale": grad_scale, "found_inf": found_inf, "k": k}
     single |= {"thresholds": thresholds, "masks": masks, "flips": flips, "scratch": scratch}
     for name, x in single.items():
         setattr(group, name, None if x is None else x.data_ptr())
-    _call(op, ctypes.byref(group), *numbers)
+    run(op, ctypes.byref(group), *numbers)
 
 
 def adam_soft_shrink_(
@@ -364,8 +366,8 @@ def adam_soft_shrink_(
     decoupled,
     *rest,
 ) -> None:
-    """See schemas.py."""
-    if _options["checked"]:
+    """See issp/ops/schemas."""
+    if options["checked"]:
         validation.check_adam_soft_shrink(
             *(weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps),
             *(weight_decay, decoupled, *rest),
@@ -379,8 +381,8 @@ def adam_soft_shrink_(
 def sgd_soft_shrink_(
     weights, grads, momentum_buffers, first, lr, momentum, dampening, weight_decay, nesterov, *rest
 ) -> None:
-    """See schemas.py."""
-    if _options["checked"]:
+    """See issp/ops/schemas."""
+    if options["checked"]:
         validation.check_sgd_soft_shrink(
             *(weights, grads, momentum_buffers, first, lr, momentum, dampening),
             *(weight_decay, nesterov, *rest),
@@ -393,7 +395,7 @@ def sgd_soft_shrink_(
 
 def implementations() -> dict[str, Callable]:
     """The ops by name, with the arguments of their schemas."""
-    from tests.kernels.cuda_emulator import products
+    from tests.kernels.cuda_emulator import sparse
 
     return {
         "soft_shrink_": soft_shrink_,
@@ -405,5 +407,5 @@ def implementations() -> dict[str, Callable]:
         "regularize_": regularize_,
         "magnitude_statistics": magnitude_statistics,
         "count_zeros": count_zeros,
-        **products.implementations(),
+        **sparse.implementations(),
     }

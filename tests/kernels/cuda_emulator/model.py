@@ -70,7 +70,7 @@ class Model:
             start += scratch_region(w.numel())
         return dirty
 
-    def drift(self, scale: float, seed: int) -> None:
+    def perturb(self, scale: float, seed: int) -> None:
         """The same update on both sides."""
         for side in self.sides:
             source = torch.Generator().manual_seed(seed)
@@ -83,7 +83,7 @@ class Model:
 
 
 def _reference(weights, k, shrink, thresholds, masks, flips, scratch, found_inf, bracket, patterns):
-    """The oracle checks k as on a CPU; a GPU leaves the tensor of a bad k unmodified."""
+    """The reference checks k as on a CPU; a GPU leaves the tensor of a bad k unmodified."""
     if found_inf is not None and found_inf.item() != 0:
         return
     starts, total = mask_layout([w.numel() for w in weights])

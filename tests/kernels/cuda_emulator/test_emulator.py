@@ -1,6 +1,6 @@
 """The CUDA kernels, run thread by thread on the CPU, are bitwise the reference in any schedule.
 
-tests/test_parity.py runs the common cases; here are those that know how the kernels are built.
+tests/ops/test_parity.py runs the common cases; here are those that know how the kernels are built.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from issp.ops import reference
 from issp.ops.schemas import mask_layout, scratch_region, scratch_words
-from tests.asserts import assert_bitwise_equal
+from tests.asserts import INTEGERS, assert_bitwise_equal
 from tests.cases import DTYPES
 from tests.kernels import cuda_emulator
 from tests.kernels.cuda_emulator.model import (
@@ -58,7 +58,7 @@ def test_training_steps(dtype, seed):
     model = Model(normal(*SMALL_SIZES, dtype=dtype), share(normal(*SMALL_SIZES), 0.9))
     for step in range(4):
         model.step()
-        model.drift(1e-3, step)
+        model.perturb(1e-3, step)
     assert model.fallbacks <= 2  # of 30 brackets; the tiniest tensors may jump
 
 
@@ -72,7 +72,7 @@ def test_training_steps_in_real_shapes(dtype, design):
     model = Model(normal(*sizes, dtype=dtype), share(normal(*sizes), 0.95))
     for step in range(2):
         model.step()
-        model.drift(1e-3, step)
+        model.perturb(1e-3, step)
     model.step(bracket=False)
     assert model.fallbacks == 0
 
@@ -152,8 +152,9 @@ def test_special_values(dtype, shrink):
     kinds = torch.tensor([*kinds, -torch.inf, -NAN], dtype=torch.float64).to(dtype)
     source = torch.Generator().manual_seed(4)
     weights = kinds[torch.randint(len(kinds), (3333,), generator=source)]
-    payloads = weights[:40].view(reference._INTEGER[dtype])
-    payloads |= kinds[10].view(reference._INTEGER[dtype]) | 5
+    integer = INTEGERS[weights.element_size()]
+    payloads = weights[:40].view(integer)
+    payloads |= kinds[10].view(integer) | 5
     for seed, ratio in enumerate((0.0, 0.4, 0.8, 0.95, 1.0)):
         cuda_emulator.seed(seed, small=True)
         model = Model([weights, weights[:300]], share([weights, weights[:300]], ratio))
@@ -168,7 +169,7 @@ def test_counts_at_the_ends():
     model = Model(weights, [0, 2000, 1, 0, 50, 0, 1])
     for step in range(3):
         model.step()
-        model.drift(1e-3, step)
+        model.perturb(1e-3, step)
 
 
 def test_a_bad_k_leaves_its_tensor_alone():
@@ -198,7 +199,7 @@ def test_more_tensors_than_a_table_holds():
     model = Model(weights, share(weights, 0.8))
     for step in range(3):
         model.step()
-        model.drift(1e-3, step)
+        model.perturb(1e-3, step)
     model.step(bracket=False)
 
 

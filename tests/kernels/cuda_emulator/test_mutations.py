@@ -20,7 +20,7 @@ SEEDS = range(12)
 
 
 def _streamed(seed: int, removed: int) -> None:
-    """Every path of the two launches once, and the ops beside them."""
+    """Every path of the two launches once, and the auxiliary ops."""
     cuda_emulator.machine(streamed=True)
     cuda_emulator.seed(seed, removed=removed, small=True)
     ties = [
@@ -33,7 +33,7 @@ def _streamed(seed: int, removed: int) -> None:
     large = normal(450, 620, 3500, seed=seed)
     model = Model(large, share(large, 0.9))
     model.step()
-    model.drift(1e-3, seed)
+    model.perturb(1e-3, seed)
     model.step()
     model.step(bracket=False)
     few = (normal(3000, seed=seed)[0] * 40).round() / 40
@@ -70,7 +70,7 @@ def _resident(seed: int, removed: int) -> None:
     weights = normal(900, 1000, 2600, 3000, seed=seed)
     model = Model(weights, share(weights, 0.9), previous=NAN)
     model.step()
-    model.drift(1e-3, seed)
+    model.perturb(1e-3, seed)
     model.step()
     for side in model.sides:
         side["k"].copy_(torch.tensor([0, 900, 0, 2600]))

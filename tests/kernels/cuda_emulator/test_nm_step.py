@@ -1,6 +1,6 @@
 """N:M tensors in the fused step, as the CUDA kernels see them: boxes, shared words, schedules.
 
-What every back end must do stands in tests/test_nm_step.py; here are the cases that know how
+What every back end must do stands in tests/ops/test_nm_step.py; here are the cases that know how
 csrc/cuda/nm_shrink.cuh is built.
 """
 
@@ -12,7 +12,7 @@ import torch
 import issp
 from issp.ops import reference
 from tests.asserts import assert_bitwise_equal
-from tests.cases import DTYPES, Case, beside
+from tests.cases import DTYPES, Case, tensors_like
 from tests.kernels import cuda_emulator
 from tests.kernels.cuda_emulator.model import NAN, Model, normal
 from tests.ops.test_update_parity import Training, assert_same
@@ -48,7 +48,7 @@ def pruned_by(shape, pattern) -> int:
     return torch.Size(shape).numel() // m * (m - n)
 
 
-def model_of(*names: str, dtype=torch.float32, seed: int = 0, beside: tuple[int, ...] = ()):
+def model_of(*names: str, dtype=torch.float32, seed: int = 0, unstructured: tuple[int, ...] = ()):
     """A model of these N:M tensors between unstructured ones."""
     source = torch.Generator().manual_seed(seed)
     weights, k, patterns = [], [], []
@@ -57,7 +57,7 @@ def model_of(*names: str, dtype=torch.float32, seed: int = 0, beside: tuple[int,
         weights.append(torch.randn(shape, generator=source).to(dtype))
         k.append(pruned_by(shape, pattern))
         patterns += pattern
-    for numel in beside:
+    for numel in unstructured:
         weights.append(torch.randn(numel, generator=source).to(dtype))
         k.append(numel // 2)
         patterns += (0, 0, 0)
@@ -83,7 +83,7 @@ def test_every_shape_of_a_box(name, dtype):
         model = model_of(name, dtype=dtype, seed=seed)
         for step in range(2):
             model.step(bracket=step == 0)
-            model.drift(0.1, step)
+            model.perturb(0.1, step)
 
 
 def test_the_shapes_are_what_they_are_called():
@@ -109,9 +109,9 @@ def test_the_shapes_are_what_they_are_called():
 @pytest.mark.parametrize("name", ["whole words, compared", "whole bands", "a group of 1024"])
 def test_real_shapes(name, dtype):
     cuda_emulator.seed(3)
-    model = model_of(name, dtype=dtype, beside=(700,))
+    model = model_of(name, dtype=dtype, unstructured=(700,))
     model.step()
-    model.drift(0.1, 1)
+    model.perturb(0.1, 1)
     model.step()
 
 
@@ -128,9 +128,9 @@ def test_a_hundred_schedules(mix):
     for seed in cuda_emulator.schedules():
         cuda_emulator.machine(processors=1 + seed % 4, streamed=seed % 5 == 0)
         cuda_emulator.seed(seed, resident=(0, 1, 2, 7)[seed % 4], small=True)
-        model = model_of(*MIXES[mix], dtype=DTYPES[seed % 4], seed=seed, beside=(600, 40))
+        model = model_of(*MIXES[mix], dtype=DTYPES[seed % 4], seed=seed, unstructured=(600, 40))
         model.step()
-        model.drift(0.1, seed)
+        model.perturb(0.1, seed)
         model.step()
 
 
@@ -140,7 +140,7 @@ def test_ties_and_special_values():
     kinds = torch.cat([kinds, torch.tensor([0x7FC00005, -0x400001]).int().view(torch.float32)])
     for seed in cuda_emulator.schedules(30):
         cuda_emulator.seed(seed, small=True)
-        model = model_of(*MIXES[seed % 3], seed=seed, beside=(300,))
+        model = model_of(*MIXES[seed % 3], seed=seed, unstructured=(300,))
         source = torch.Generator().manual_seed(seed)
         drawn = [
             kinds[torch.randint(len(kinds) if seed % 2 else 7, w.shape, generator=source)]
@@ -156,13 +156,13 @@ def test_counts_that_select_nothing_or_are_out_of_range(name):
     """k is read on the device: 0 keeps everything, any other than the pattern's changes nothing."""
     for seed, k in enumerate((0, -1, 1, 2**40)):
         cuda_emulator.seed(seed, small=True)
-        model = model_of(name, beside=(700,), seed=seed)
+        model = model_of(name, unstructured=(700,), seed=seed)
         model.step()
         which = model.k.index(pruned_by(*SHAPES[name]))
         flips = model.sides[1]["flips"].clone()
         for side in model.sides:
             side["k"][which] = k
-        model.drift(0.1, seed)
+        model.perturb(0.1, seed)
         model.step()
         if k:
             assert model.sides[1]["flips"][which] == flips[which]
@@ -174,7 +174,7 @@ def test_counts_that_select_nothing_or_are_out_of_range(name):
 @pytest.mark.parametrize("found_inf", [1.0, float("inf"), NAN])
 def test_found_inf_stops_everything(found_inf):
     cuda_emulator.seed(1, small=True)
-    model = model_of(*MIXES[1], beside=(700,))
+    model = model_of(*MIXES[1], unstructured=(700,))
     model.step(found_inf)
     assert (model.sides[1]["flips"] == -7).all()
     model.step(0.0)
@@ -185,14 +185,14 @@ def test_found_inf_stops_everything(found_inf):
 def test_patterns_change_between_calls():
     """The scratch that an unstructured step leaves behind serves an N:M step, and back."""
     cuda_emulator.seed(2, small=True)
-    model = model_of("whole words, compared", "flat", beside=(2000,))
+    model = model_of("whole words, compared", "flat", unstructured=(2000,))
     plain, k = model.patterns, model.k
     for patterns in ([], plain, [], plain):
         model.patterns = patterns
         for side in model.sides:
             side["k"].copy_(torch.tensor(k))
         model.step()
-        model.drift(0.1, 1)
+        model.perturb(0.1, 1)
         model.step()
 
 
@@ -232,7 +232,7 @@ def test_one_more_launch_for_all_that_have_a_pattern():
     cuda_emulator.seed(0, small=True)
     three = MIXES[0]
     assert launches_of(model_of(*three).step) == 1
-    assert launches_of(model_of(*three, beside=(40, 700)).step) == 2
+    assert launches_of(model_of(*three, unstructured=(40, 700)).step) == 2
     table = cuda_emulator.shapes(small=True)[2]
     many = ["whole bands"] * (table + 1)
     assert launches_of(model_of(*many).step) == 2
@@ -267,7 +267,7 @@ def update_many(kind: str, rule: str, seeds, steps: int = 2, removed: int = -1) 
         actual = Training(kind, rule, case, rest=((7,), (600,)))
         tables = (REFERENCE, cuda_emulator.implementations())
         for number in range(steps):
-            grads = beside(expected.weights, case.fill, seed + number)
+            grads = tensors_like(expected.weights, case.fill, seed + number)
             grads = [g.bfloat16() if i % 2 == number % 2 else g for i, g in enumerate(grads)]
             for side, table in zip((expected, actual), tables, strict=True):
                 side.step(by_patterns(table, patterns), grads, frozen=number == 2)
@@ -294,7 +294,7 @@ def test_a_bad_k_updates_its_tensor_only(kind):
     for seed, bad in enumerate((-1, 3, 10**6)):
         cuda_emulator.seed(seed, small=True)
         sides = [Training(kind, "plain", case, rest=()) for _ in range(2)]
-        grads = beside(sides[0].weights, "normal", seed)
+        grads = tensors_like(sides[0].weights, "normal", seed)
         for t in (0, 2, 3):
             sides[1].state.k[t] = bad
             sides[0].state.k[t] = 0
@@ -317,6 +317,6 @@ def test_one_more_launch_behind_an_update(kind):
     case, patterns = group()
     cuda_emulator.seed(0, small=True)
     training = Training(kind, "plain", case, rest=((7,), (600,)))
-    grads = beside(training.weights, "normal", 1)
+    grads = tensors_like(training.weights, "normal", 1)
     table = by_patterns(cuda_emulator.implementations(), patterns)
     assert launches_of(lambda: training.step(table, grads)) == 2

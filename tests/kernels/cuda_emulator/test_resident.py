@@ -11,7 +11,7 @@ import torch
 import issp
 from issp.ops.schemas import scratch_region
 from tests.asserts import assert_bitwise_equal
-from tests.cases import DTYPES, Case, beside
+from tests.cases import DTYPES, Case, tensors_like
 from tests.kernels import cuda_emulator
 from tests.kernels.cuda_emulator.model import (
     HEADER,
@@ -57,7 +57,7 @@ def test_a_hundred_schedules(machine):
                 for w in side["weights"]:
                     w.mul_(scale)
             model.step()
-            model.drift(1e-4, seed)
+            model.perturb(1e-4, seed)
 
 
 @pytest.mark.parametrize("machine", ["8x1", "4x2"])
@@ -130,7 +130,7 @@ def update_many(kind, rule, machine, seeds, case=GROUP, steps=2):
         expected = Training(kind, rule, case, rest=((7,), (1300,)))
         actual = Training(kind, rule, case, rest=((7,), (1300,)))
         for number in range(steps):
-            grads = beside(expected.weights, case.fill, seed + number)
+            grads = tensors_like(expected.weights, case.fill, seed + number)
             grads = [g.bfloat16() if i % 2 == number % 2 else g for i, g in enumerate(grads)]
             frozen = number == 2
             expected.step(REFERENCE, grads, frozen=frozen)
@@ -160,7 +160,7 @@ def test_one_launch_for_a_parameter_group(kind):
     use("6x3", 0)
     training = Training(kind, "plain", GROUP, rest=((7,), (30_000,)))
     before = cuda_emulator.launches()
-    training.step(cuda_emulator.implementations(), beside(training.weights, "normal", 1))
+    training.step(cuda_emulator.implementations(), tensors_like(training.weights, "normal", 1))
     assert cuda_emulator.launches() - before == 1
 
 
@@ -173,17 +173,17 @@ def test_a_bad_k_updates_its_tensor_only(kind, bad):
         case = Case("a bad count", ((600,), (1600,)), (500, 1400))
         expected = Training(kind, "plain", Case("a bad count", ((1600,),), (1400,)), rest=((600,),))
         actual = Training(kind, "plain", case, rest=())
-        for mine, theirs in ((0, 1), (1, 0)):
+        for i, j in ((0, 1), (1, 0)):
             for name in ("weights", "first", "second"):
-                getattr(expected, name)[theirs].copy_(getattr(actual, name)[mine])
+                getattr(expected, name)[j].copy_(getattr(actual, name)[i])
         actual.state.k[0] = bad
-        grads = beside(actual.weights, "normal", seed)
+        grads = tensors_like(actual.weights, "normal", seed)
         with cuda_emulator.unchecked():
             actual.step(cuda_emulator.implementations(), grads)
         expected.step(REFERENCE, grads[::-1])
-        for mine, theirs in ((0, 1), (1, 0)):
+        for i, j in ((0, 1), (1, 0)):
             for name in ("weights", "first"):
-                pair = (getattr(actual, name)[mine], getattr(expected, name)[theirs])
-                assert_bitwise_equal(*pair, f"{name}[{mine}]")
+                pair = (getattr(actual, name)[i], getattr(expected, name)[j])
+                assert_bitwise_equal(*pair, f"{name}[{i}]")
         assert torch.equal(actual.state.thresholds[1:], expected.state.thresholds)
         assert actual.state.thresholds[0].isnan()

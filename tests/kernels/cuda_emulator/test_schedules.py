@@ -1,4 +1,4 @@
-"""Many schedules for the kernels that test_resident.py and tests/ops/test_auxiliary.py leave out."""
+"""Many schedules for the kernels that test_resident.py and test_auxiliary.py leave out."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_the_streamed_step(previous):
         guess = {} if previous is None else {"previous": previous}
         model = Model(weights, share(weights, 0.9 if seed % 3 else 0.5), **guess)
         model.step()
-        model.drift(1e-4, seed)
+        model.perturb(1e-4, seed)
         model.step()
 
 

@@ -1,8 +1,8 @@
-"""The CUDA products, run thread by thread on the CPU: every case, design and schedule.
+"""The CUDA kernels of the sparse ops, thread by thread on the CPU: cases, designs, schedules.
 
-tests/test_products.py runs a few cases; here are all of them, and those that know how the kernels
-are built. Bits are compared across schedules, chunks, teams and tile sizes: they must not depend on
-any of these.
+tests/ops/sparse/test_parity.py runs a few cases; here are all of them, and those that know how the
+kernels are built. Bits are compared across schedules, chunks, teams and tile sizes: they must not
+depend on any of these.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.ops.sparse.test_parity import (
     dense_conv,
     dense_linear_conv,
     dense_matmul,
-    placed,
+    padded_input,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -76,7 +76,7 @@ def dense_linear_grad(p, case, dtype):
     """The dense gradient at the stored positions."""
     weight = p.weight.to(dtype).requires_grad_()
     if isinstance(case, ConvCase):
-        y = dense_linear_conv(placed(p, case, dtype), weight, case)
+        y = dense_linear_conv(padded_input(p, case, dtype), weight, case)
     else:
         y = torch.nn.functional.linear(p.x.to(dtype), weight.flatten(1))
     grad = torch.autograd.grad(y, weight, p.grad.to(dtype))[0]
@@ -261,7 +261,7 @@ def test_one_launch_and_no_other_memory():
     cuda_emulator.seed(1, small=True)
     case = SCHEDULED[0]
     product, grad = calls_of(EMULATED, case, torch.float32)
-    library = cuda_emulator.library(small=True, products=True)
+    library = cuda_emulator.library(small=True, sparse=True)
     for call, launches in ((product, 1), (grad, 2)):
         before = library.emulator_launches()
         call()
@@ -361,7 +361,7 @@ def _works(seed: int, removed: int) -> None:
 def test_every_barrier_is_needed():
     """Without it some schedule notices."""
     _works(0, -1)
-    library = cuda_emulator.library(small=True, products=True)
+    library = cuda_emulator.library(small=True, sparse=True)
     found = [library.emulator_site_name(i).decode() for i in range(library.emulator_sites())]
     assert {name.split(".")[0] for name in found} == {"product_forward", "product_grad"}
     unnoticed = []

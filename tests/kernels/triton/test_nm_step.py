@@ -1,6 +1,6 @@
 """N:M tensors in the fused step, as the Triton kernel sees them: programs, tiles, tables, indices.
 
-What every back end must do stands in tests/test_nm_step.py.
+What every back end must do stands in tests/ops/test_nm_step.py.
 """
 
 from __future__ import annotations
@@ -105,13 +105,13 @@ def test_counts_that_select_nothing_or_are_out_of_range():
     pair.step()
     assert pair.states[1].thresholds[0] == 0
     # The reference refuses a count that no pattern has; a GPU cannot look, and leaves it alone.
-    mine, weights = pair.states[1], pair.sides[1]
-    before = [x.clone() for x in (weights[2], mine.thresholds, mine.flips)]
-    mine.k[2] = 3
-    state = (mine.thresholds, mine.packed, mine.flips, mine.scratch)
-    triton_kernels.soft_shrink_(weights, mine.k, 0.95, *state, None, True, PATTERNS)
+    actual, weights = pair.states[1], pair.sides[1]
+    before = [x.clone() for x in (weights[2], actual.thresholds, actual.flips)]
+    actual.k[2] = 3
+    state = (actual.thresholds, actual.packed, actual.flips, actual.scratch)
+    triton_kernels.soft_shrink_(weights, actual.k, 0.95, *state, None, True, PATTERNS)
     assert_bitwise_equal(weights[2], before[0], "the weights of a bad count")
-    for x, y in zip((mine.thresholds, mine.flips), before[1:], strict=True):
+    for x, y in zip((actual.thresholds, actual.flips), before[1:], strict=True):
         assert_bitwise_equal(x[2], y[2], "the state of a bad count")
 
 

@@ -1,6 +1,6 @@
-"""What is Triton's own in the products: chunks, tiles, TF32, splits, foreign positions, code.
+"""What is Triton's own in the sparse ops: chunks, tiles, TF32, splits, positions outside, code.
 
-Parity over the common cases stands in test_products.py.
+Parity over the common cases stands in tests/ops/sparse/test_parity.py.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def product(case, p, **tile):
 
 
 def values_grad(case, p, **tile):
-    given = (p.x, p.grad, p.columns, p.starts, case.weight.v, *case.grad_tail())
-    return OPS[f"{name_of(case)}_values_grad"](*given, **tile)
+    arguments = (p.x, p.grad, p.columns, p.starts, case.weight.v, *case.grad_tail())
+    return OPS[f"{name_of(case)}_values_grad"](*arguments, **tile)
 
 
 def calls_of(case, only=""):
@@ -155,12 +155,12 @@ def test_tf32_rounds_the_inputs_and_nothing_else(tf32, case):
         q = case.build(torch.float32, DEVICE)
         for name in ("x", "weight", "grad", "values"):
             setattr(q, name, rounded_to_tf32(getattr(q, name)))
-        yardstick = dense(q, case, torch.float64)
-        assert_as_close_as_dense(y, exact, yardstick.float(), f"TF32, {case.name}")
+        baseline = dense(q, case, torch.float64)
+        assert_as_close_as_dense(y, exact, baseline.float(), f"TF32, {case.name}")
         assert float((y.double() - exact).abs().max()) > 1e-5, "no TF32 was used"
         # Of rounded inputs every product is exact: what is left is the sums' rounding.
-        scale = float(yardstick.abs().max())
-        torch.testing.assert_close(y.double(), yardstick, rtol=0, atol=3e-6 * scale)
+        scale = float(baseline.abs().max())
+        torch.testing.assert_close(y.double(), baseline, rtol=0, atol=3e-6 * scale)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -191,30 +191,30 @@ def test_who_prefers_tensor_cores(tf32):
     assert prefers(torch.float32, 16)
 
 
-FOREIGN = (
+OUTSIDE = (
     conv("3x3", Weight(4, 3, (3, 3), 0.5, 2)),
     conv("7x7", Weight(4, 3, (7, 7), 0.2, 2)),
     MatmulCase("matmul", Weight(4, 30, (1, 1), 0.5, 2)),
 )
 
 
-@pytest.mark.parametrize("case", FOREIGN, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", OUTSIDE, ids=lambda case: case.name)
 def test_positions_outside_the_weight_count_as_zero(case):
     """On a GPU they are not checked: reading them would wait for the device."""
     p = case.build(torch.float32, DEVICE)
     expected, expected_grad = product(case, p), values_grad(case, p)
     entries = p.columns.numel()
-    foreign = [-1, -(2**31), case.weight.length, case.weight.length + 7, 2**31 - 1]
-    p.columns = torch.cat([p.columns, torch.tensor(foreign, dtype=torch.int32, device=DEVICE)])
-    p.values = torch.cat([p.values, torch.ones(len(foreign), 2, device=DEVICE)])
-    p.starts[-1] += len(foreign)
+    outside = [-1, -(2**31), case.weight.length, case.weight.length + 7, 2**31 - 1]
+    p.columns = torch.cat([p.columns, torch.tensor(outside, dtype=torch.int32, device=DEVICE)])
+    p.values = torch.cat([p.values, torch.ones(len(outside), 2, device=DEVICE)])
+    p.starts[-1] += len(outside)
     torch.testing.assert_close(product(case, p), expected, rtol=1e-6, atol=1e-6)
     grad = values_grad(case, p)
     torch.testing.assert_close(grad[:entries], expected_grad, rtol=1e-5, atol=1e-5)
-    assert_bitwise_equal(grad[entries:], torch.zeros_like(grad[entries:]), "foreign positions")
+    assert_bitwise_equal(grad[entries:], torch.zeros_like(grad[entries:]), "positions outside")
 
 
-@pytest.mark.parametrize("case", FOREIGN, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", OUTSIDE, ids=lambda case: case.name)
 def test_starts_outside_the_lists_read_nothing_there(case):
     p = case.build(torch.float32, DEVICE)
     expected = product(case, p)
@@ -287,7 +287,7 @@ def test_the_order_of_the_programs_does_not_matter(monkeypatch, case):
 
 
 @pytest.mark.parametrize(
-    "case", (*LONG, FOREIGN[1]), ids=lambda case: f"{name_of(case)} {case.name}"
+    "case", (*LONG, OUTSIDE[1]), ids=lambda case: f"{name_of(case)} {case.name}"
 )
 def test_offsets_of_64_bits(monkeypatch, case):
     p = case.build(torch.float32, DEVICE)

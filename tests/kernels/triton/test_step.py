@@ -1,6 +1,6 @@
 """What is Triton's own: tiles and spans, candidates, tables, 64-bit offsets, and the compiler.
 
-Parity over the common cases and the golden vectors stand in test_parity.py and test_golden.py.
+tests/ops has the common cases (test_parity.py) and the golden vectors (test_golden.py).
 Tiles of 512 weights keep the interpreter quick and put boundaries everywhere.
 """
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from tests.cases import Case, beside
+from tests.cases import Case, tensors_like
 from tests.ops.test_update_parity import REFERENCE, Training, assert_same
 
 pytest.importorskip("triton")
@@ -38,7 +38,7 @@ def check(kind, span, steps=3, case=AROUND, brackets=(True, True, False)):
         kind, "coupled decay" if kind == "adam" else "nesterov", case, DEVICE, rest=REST
     )
     for number in range(steps):
-        grads = beside(expected.weights, "normal", number)
+        grads = tensors_like(expected.weights, "normal", number)
         frozen, bracket = number == steps - 1, brackets[number % len(brackets)]
         expected.step(REFERENCE, grads, frozen=frozen)
         moved = [g.to(DEVICE) for g in grads]
@@ -78,7 +78,7 @@ def test_the_order_of_the_programs_does_not_matter(monkeypatch, kind, seed):
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 def test_a_repeated_call_uploads_nothing(monkeypatch, kind):
     training = Training(kind, "plain", AROUND, DEVICE, rest=REST)
-    grads = beside(training.weights, "normal", 1)
+    grads = tensors_like(training.weights, "normal", 1)
     for _ in range(2):  # SGD's first step has another table
         training.step(table(1), grads)
     monkeypatch.setattr(torch, "tensor", lambda *args, **kwargs: pytest.fail("a table was built"))
@@ -90,7 +90,7 @@ def test_gradients_that_move_get_a_table_of_their_own():
     actual = Training("adam", "plain", AROUND, DEVICE, rest=REST)
     kept = []
     for number in range(4):
-        grads = beside(expected.weights, "normal", number)
+        grads = tensors_like(expected.weights, "normal", number)
         kept.append([g.to(DEVICE, copy=True) for g in grads])  # alive: no address comes twice
         expected.step(REFERENCE, grads)
         actual.step(table(1), kept[-1])
@@ -102,13 +102,13 @@ def test_misaligned_scratch_is_refused():
     words = training.state.scratch.numel()
     training.state.scratch = torch.zeros(words + 1, dtype=torch.int32, device=DEVICE)[1:]
     with pytest.raises(ValueError, match="8 bytes"):
-        training.step(table(1), beside(training.weights, "normal", 1))
+        training.step(table(1), tensors_like(training.weights, "normal", 1))
 
 
 def test_the_cache_of_tables_stays_small():
     training = Training("sgd", "plain", AROUND, DEVICE, rest=REST)
     kept = []
     for number in range(70):
-        kept.append(beside(training.weights, "normal", number))
+        kept.append(tensors_like(training.weights, "normal", number))
         tables.uploaded([(g.data_ptr(),) for g in kept[-1]], torch.device(DEVICE))
     assert len(tables._cache) <= tables._CACHED

@@ -1,4 +1,4 @@
-"""The only input factory of the product tests: named sparse weights, inputs, geometries."""
+"""The only input factory of the tests of sparse ops: named sparse weights, inputs, geometries."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from issp import Keep
 from issp.ops.geometry import Geometry, Pair
-from issp.ops.reference import sparse as reference_products
+from issp.ops.reference import sparse as reference_sparse
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Weight:
 
 
 @dataclass
-class Product:
+class SparseCall:
     """The tensors of one call, of one dtype on one device.
 
     `weight` is dense, [O, I, kh, kw]; `transposed` what backward needs; `grad` a gradient of the
@@ -90,7 +90,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class ProductCase:
+class SparseCase:
     """One call; `build` makes fresh tensors, the same numbers rounded to the dtype asked for."""
 
     name: str
@@ -99,7 +99,7 @@ class ProductCase:
     residual: bool = False
     activation: str = "none"
 
-    def build(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Product:
+    def build(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> SparseCall:
         source = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         values, columns, starts = self.weight.build(source)
         w, blocks = self.weight, self.weight.rows // self.weight.v
@@ -111,14 +111,14 @@ class ProductCase:
             return torch.randn(shape, generator=source).to(dtype).to(device)
 
         taps = w.kernel[0] * w.kernel[1]
-        return Product(
+        return SparseCall(
             x=number(*self.x_shape()),
             values=values.to(dtype).to(device),
             columns=columns.to(device),
             starts=starts.to(device),
             transposed=[
                 t.to(device)
-                for t in reference_products.transpose(columns, starts, w.v, w.inputs, taps)
+                for t in reference_sparse.transpose(columns, starts, w.v, w.inputs, taps)
             ],
             bias=number(w.rows) if self.bias else None,
             residual=number(*self.y_shape()) if self.residual else None,
@@ -134,7 +134,7 @@ class ProductCase:
         raise NotImplementedError
 
     def tail(self) -> tuple:
-        """What the op is told behind the tensors: a convolution's geometry."""
+        """The arguments behind the tensors: a convolution's geometry."""
         return ()
 
     def grad_tail(self) -> tuple:
@@ -148,7 +148,7 @@ class ProductCase:
 
 
 @dataclass(frozen=True)
-class ConvCase(ProductCase):
+class ConvCase(SparseCase):
     """`sparse_conv2d`; size None: all outputs that the image and its padding hold."""
 
     image: Pair = (7, 9)
@@ -190,7 +190,7 @@ class ConvCase(ProductCase):
 
 
 @dataclass(frozen=True)
-class MatmulCase(ProductCase):
+class MatmulCase(SparseCase):
     """`sparse_matmul` on x [*lead, inputs]."""
 
     lead: tuple[int, ...] = (11,)
@@ -359,7 +359,7 @@ MATMULS = (
     MatmulCase("v=32, 2:32", Weight(64, 64, (1, 1), Keep(2, of=32, v=32), 32), lead=(70,)),
 )
 
-# Enough for what is slow or beside the point: one of each kind.
+# Enough for slow back ends and for other questions: one of each kind.
 FEW_CONVS = tuple(
     case
     for case in CONVS

@@ -1,4 +1,4 @@
-"""Derivatives of the products, and the ops as torch sees them: opcheck, compilation."""
+"""Derivatives of the sparse ops, and the ops as torch sees them: opcheck, compilation."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def leaves(p, values=True):
     return [t.requires_grad_() for t in wanted if t is not None]
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["transposed", "found anew"])
+@pytest.mark.parametrize("has_lists", [True, False], ids=["transposed", "found anew"])
 @pytest.mark.parametrize("case", SMALL, ids=names(SMALL))
-def test_gradcheck_conv2d(case, given):
+def test_gradcheck_conv2d(case, has_lists):
     p = case.build(torch.float64)
     args = p.args()
-    transposed = p.transposed if given else []
+    transposed = p.transposed if has_lists else []
 
     def call(x, values, bias):
         return op.sparse_conv2d(x, values, *args[2:4], transposed, bias, *args[6:])
@@ -55,11 +55,11 @@ def test_gradcheck_of_an_input_spread_by_zeros(case):
     assert torch.autograd.gradcheck(call, leaves(p, values=False), fast_mode=True)
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["transposed", "found anew"])
+@pytest.mark.parametrize("has_lists", [True, False], ids=["transposed", "found anew"])
 @pytest.mark.parametrize("case", SMALL_MATMULS, ids=names(SMALL_MATMULS))
-def test_gradcheck_matmul(case, given):
+def test_gradcheck_matmul(case, has_lists):
     p = case.build(torch.float64)
-    transposed = p.transposed if given else []
+    transposed = p.transposed if has_lists else []
 
     def call(x, values, bias):
         return op.sparse_matmul(x, values, p.columns, p.starts, transposed, bias, None)
@@ -74,7 +74,7 @@ def dense_twin(weight, v):
     return p, weight.clone().requires_grad_()
 
 
-def taken(gradient, p):
+def gather_entries(gradient, p):
     """The entries of a dense gradient."""
     blocks = torch.repeat_interleave(p.starts.diff().long())
     return gradient.reshape(len(p.starts) - 1, p.v, -1)[blocks, :, p.columns.long()]
@@ -100,7 +100,7 @@ def test_public_gradients_are_the_dense_ones(v, activation):
     actual = torch.autograd.grad((y * factor).sum(), [*inputs, p.values])
     wanted = torch.autograd.grad((expected * factor).sum(), [*inputs, dense])
     torch.testing.assert_close(actual[:3], wanted[:3])
-    torch.testing.assert_close(actual[3], taken(wanted[3], p))
+    torch.testing.assert_close(actual[3], gather_entries(wanted[3], p))
 
 
 def test_matmul_gradients_are_the_dense_ones():
@@ -112,7 +112,7 @@ def test_matmul_gradients_are_the_dense_ones():
     actual = torch.autograd.grad(y.square().sum(), [x, bias, p.values])
     wanted = torch.autograd.grad(expected.square().sum(), [x, bias, dense])
     torch.testing.assert_close(actual[:2], wanted[:2])
-    torch.testing.assert_close(actual[2], taken(wanted[2], p))
+    torch.testing.assert_close(actual[2], gather_entries(wanted[2], p))
 
 
 class Recorded(torch.utils._python_dispatch.TorchDispatchMode):
@@ -187,13 +187,13 @@ def test_gradients_have_the_same_bits_in_every_run_and_for_any_number_of_threads
 OPCHECKED = [c for c in FEW_CONVS if c.name in ("stride, padding, dilation", "0.5 v=4 1x1")]
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["transposed", "found anew"])
+@pytest.mark.parametrize("has_lists", [True, False], ids=["transposed", "found anew"])
 @pytest.mark.parametrize("case", OPCHECKED, ids=names(OPCHECKED))
-def test_opcheck_conv2d(case, given):
+def test_opcheck_conv2d(case, has_lists):
     p = case.build()
     leaves(p)
     args = list(p.args())
-    args[4] = p.transposed if given else []
+    args[4] = p.transposed if has_lists else []
     opcheck(op.sparse_conv2d.default, tuple(args))
 
 
@@ -215,14 +215,14 @@ def test_opcheck_values_grad_and_transpose():
     case = OPCHECKED[0]
     p, v = case.build(), case.weight.v
     geometry = case.grad_tail()
-    given = (p.x, p.grad, p.columns, p.starts, v)
-    opcheck(op.sparse_conv2d_values_grad.default, (*given, *geometry))
+    arguments = (p.x, p.grad, p.columns, p.starts, v)
+    opcheck(op.sparse_conv2d_values_grad.default, (*arguments, *geometry))
     taps = case.weight.kernel[0] * case.weight.kernel[1]
     opcheck(op._sparse_transpose.default, (p.columns, p.starts, v, case.weight.inputs, taps))
     case = FEW_MATMULS[0]
     p = case.build()
-    given = (p.x, p.grad, p.columns, p.starts, case.weight.v)
-    opcheck(op.sparse_matmul_values_grad.default, given)
+    arguments = (p.x, p.grad, p.columns, p.starts, case.weight.v)
+    opcheck(op.sparse_matmul_values_grad.default, arguments)
 
 
 class Attribute(torch.nn.Module):

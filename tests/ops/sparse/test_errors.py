@@ -1,4 +1,4 @@
-"""Wrong input to products, packing and layers: one clear sentence of the right kind."""
+"""Wrong input to sparse ops, packing and layers: one clear sentence of the right kind."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def swapped(t):
     return t
 
 
-# argument: (what is done to it, kind of error, words); the same for both products.
+# argument: (what is done to it, kind of error, words); the same for both ops.
 BAD = {
     "x: a list": (lambda t: t.tolist(), TypeError, "x must be a tensor, not list"),
     "x: integers": (lambda t: t.int(), TypeError, "x has dtype torch.int32: use float32"),

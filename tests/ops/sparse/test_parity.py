@@ -1,4 +1,4 @@
-"""Every product x back end x case against float64, and against itself: order, threads, inputs."""
+"""Every sparse op x back end x case against float64, and against itself: order, threads, inputs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from tests.ops.sparse.cases import (
 )
 
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
-# The oracle puts the dense weight together by the lists: it is compared like the others.
-ORACLE = BackEnd("reference", "cpu", lambda: issp.backends.implementations("reference"))
-TESTED = [ORACLE, *BACK_ENDS]
+# The reference puts the dense weight together by the lists: it is compared like the others.
+REFERENCE = BackEnd("reference", "cpu", lambda: issp.backends.implementations("reference"))
+TESTED = [REFERENCE, *BACK_ENDS]
 
 
 def op_of(back_end: BackEnd, name: str) -> Callable:
@@ -40,10 +40,12 @@ def op_of(back_end: BackEnd, name: str) -> Callable:
 
 def dense_conv(p, case: ConvCase, dtype: torch.dtype) -> torch.Tensor:
     """The result by torch's dense convolution in `dtype`."""
-    return epilogue(dense_linear_conv(placed(p, case, dtype), p.weight.to(dtype), case), p, case)
+    return epilogue(
+        dense_linear_conv(padded_input(p, case, dtype), p.weight.to(dtype), case), p, case
+    )
 
 
-def placed(p, case: ConvCase, dtype: torch.dtype) -> torch.Tensor:
+def padded_input(p, case: ConvCase, dtype: torch.dtype) -> torch.Tensor:
     """The input as a convolution without padding would read it."""
     x, (up_y, up_x) = p.x.to(dtype), case.upsample
     spread = x.new_zeros(*x.shape[:2], x.shape[2] * up_y, x.shape[3] * up_x)
@@ -74,7 +76,7 @@ def dense_matmul(p, case: MatmulCase, dtype: torch.dtype) -> torch.Tensor:
 def pairs(cases, few):
     """(back end, case, dtypes): everything where it is fast, one of each kind where it is slow.
 
-    Slow back ends see more in test_cuda_products.py and test_triton_products.py.
+    Slow back ends see more in tests/kernels.
     """
     chosen = []
     for back_end in TESTED:
@@ -85,7 +87,7 @@ def pairs(cases, few):
 
 
 @cache
-def yardstick(dense: Callable, case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_results(dense: Callable, case, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The result in float64 and by torch's dense product in `dtype`, once for all back ends."""
     p = case.build(dtype)
     return dense(p, case, torch.float64), dense(p, case, dtype)
@@ -98,7 +100,7 @@ def check(back_end, case, dtypes, name, dense):
         before = [t.clone() for t in (p.x, p.values, p.columns, p.starts)]
         y = call(*p.args(), case.activation)
         what = f"{back_end}, {case.name} in {dtype}"
-        assert_as_close_as_dense(y, *yardstick(dense, case, dtype), what)
+        assert_as_close_as_dense(y, *dense_results(dense, case, dtype), what)
         for kept, now in zip(before, (p.x, p.values, p.columns, p.starts), strict=True):
             assert_bitwise_equal(now, kept, f"an input of {what}")
 
@@ -117,7 +119,7 @@ RANDOM = random_convs(60)
 
 
 @pytest.mark.parametrize("case", RANDOM, ids=names(RANDOM))
-@pytest.mark.parametrize("back_end", [ORACLE, *FAST], ids=str)
+@pytest.mark.parametrize("back_end", [REFERENCE, *FAST], ids=str)
 def test_random_convolutions(back_end, case):
     dtypes = (torch.float32, torch.bfloat16)
     check(back_end, case, dtypes, "sparse_conv2d", dense_conv)
@@ -125,7 +127,7 @@ def test_random_convolutions(back_end, case):
         check_values_grad(back_end, case, dtypes, "sparse_conv2d_values_grad", dense_conv_grad)
 
 
-def taken(weight, p, v):
+def gather_entries(weight, p, v):
     """The stored positions of a dense gradient, [E, v]."""
     blocks = torch.repeat_interleave(p.starts.diff().long())
     return weight.reshape(len(p.starts) - 1, v, -1)[blocks, :, p.columns.long()]
@@ -133,14 +135,14 @@ def taken(weight, p, v):
 
 def dense_conv_grad(p, case, dtype):
     weight = p.weight.to(dtype).requires_grad_()
-    y = dense_linear_conv(placed(p, case, dtype), weight, case)
-    return taken(torch.autograd.grad(y, weight, p.grad.to(dtype))[0], p, case.weight.v)
+    y = dense_linear_conv(padded_input(p, case, dtype), weight, case)
+    return gather_entries(torch.autograd.grad(y, weight, p.grad.to(dtype))[0], p, case.weight.v)
 
 
 def dense_matmul_grad(p, case, dtype):
     weight = p.weight.flatten(1).to(dtype).requires_grad_()
     y = F.linear(p.x.to(dtype), weight)
-    return taken(torch.autograd.grad(y, weight, p.grad.to(dtype))[0], p, case.weight.v)
+    return gather_entries(torch.autograd.grad(y, weight, p.grad.to(dtype))[0], p, case.weight.v)
 
 
 PLAIN = [c for c in (*CONVS, *RANDOM) if c.upsample == (1, 1) and c.activation == "none"]
@@ -152,11 +154,11 @@ def check_values_grad(back_end, case, dtypes, name, dense):
     call = op_of(back_end, name)
     for dtype in dtypes:
         p = case.build(dtype, back_end.device)
-        given = (p.x, p.grad, p.columns, p.starts, case.weight.v)
+        arguments = (p.x, p.grad, p.columns, p.starts, case.weight.v)
         geometry = case.grad_tail()
-        grad = call(*given, *geometry)
+        grad = call(*arguments, *geometry)
         what = f"{back_end}, gradient of {case.name} in {dtype}"
-        assert_as_close_as_dense(grad, *yardstick(dense, case, dtype), what)
+        assert_as_close_as_dense(grad, *dense_results(dense, case, dtype), what)
 
 
 @pytest.mark.parametrize("back_end, case, dtypes", pairs(PLAIN_CONVS, FEW_CONVS))
@@ -178,8 +180,8 @@ def calls_of(back_end, case, dtype):
     forward = op_of(back_end, f"sparse_{kind}")
     backward = op_of(back_end, f"sparse_{kind}_values_grad")
     p = case.build(dtype, back_end.device)
-    given = (p.x, p.grad, p.columns, p.starts, case.weight.v, *case.grad_tail())
-    return lambda: forward(*p.args(), case.activation), lambda: backward(*given)
+    arguments = (p.x, p.grad, p.columns, p.starts, case.weight.v, *case.grad_tail())
+    return lambda: forward(*p.args(), case.activation), lambda: backward(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -207,8 +209,8 @@ def test_a_batch_of_nothing(back_end):
     p = case.build(torch.float32, back_end.device)
     empty = op_of(back_end, "sparse_conv2d")(p.x[:0], *p.args()[1:])
     assert empty.shape == (0, *p.grad.shape[1:])
-    given = (p.x[:0], p.grad[:0], p.columns, p.starts, case.weight.v, *case.grad_tail())
-    grad = op_of(back_end, "sparse_conv2d_values_grad")(*given)
+    arguments = (p.x[:0], p.grad[:0], p.columns, p.starts, case.weight.v, *case.grad_tail())
+    grad = op_of(back_end, "sparse_conv2d_values_grad")(*arguments)
     assert_bitwise_equal(grad, torch.zeros_like(p.values), "the gradient of nothing")
 
 
@@ -275,5 +277,5 @@ def test_autocast_does_as_for_a_dense_convolution(grad):
     assert y.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected)
     if grad:
-        (given,) = torch.autograd.grad(y.sum(), x)
-        assert given.dtype == torch.float32
+        (grad_x,) = torch.autograd.grad(y.sum(), x)
+        assert grad_x.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Sparse ops that tensor cores may compute go to Triton, the others stay with the native kernels."""
+"""What tensor cores may compute of the sparse ops goes to Triton, the rest stays native."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sparse products of csrc/cuda in the emulator; see `implementations`."""
+"""The sparse ops of csrc/cuda in the emulator; see `implementations`."""
 
 from __future__ import annotations
 
@@ -59,24 +59,22 @@ def _lists(columns: Tensor, starts: Tensor, v: int, length: int) -> _Lists:
 
 
 def _ends(bias: Tensor | None, residual: Tensor | None, y: Tensor, activation: str) -> _Ends:
-    given = [None if t is None else t.data_ptr() for t in (bias, residual, y)]
-    return _Ends(*given, _FINISHES.index(activation))
+    pointers = [None if t is None else t.data_ptr() for t in (bias, residual, y)]
+    return _Ends(*pointers, _FINISHES.index(activation))
 
 
 def _run(op: str, sizes, lists: _Lists, x: Tensor, *rest) -> None:
     by_value = isinstance(sizes, int)
     first = ctypes.c_uint64(sizes) if by_value else ctypes.byref(sizes)
-    dtype = emulator._DTYPES[x.dtype]
-    emulator._call(
-        op, first, ctypes.byref(lists), dtype, emulator._pointer(x), *rest, products=True
-    )
+    dtype = emulator.DTYPE_CODES[x.dtype]
+    emulator.run(op, first, ctypes.byref(lists), dtype, emulator.pointer(x), *rest, sparse=True)
 
 
 def sparse_conv2d(
     x, values, columns, starts, transposed, bias, residual, geometry, activation="none"
 ) -> Tensor:
-    """See schemas_products.py."""
-    if emulator._options["checked"]:
+    """See issp/ops/schemas."""
+    if emulator.options["checked"]:
         validation.check_sparse_conv2d(
             x, values, columns, starts, transposed, bias, residual, geometry, activation
         )
@@ -84,15 +82,15 @@ def sparse_conv2d(
     y = x.new_empty((x.shape[0], rows, *by.size))
     lists = _lists(columns, starts, values.shape[1], x.shape[1] * math.prod(by.kernel))
     ends = ctypes.byref(_ends(bias, residual, y, activation))
-    _run("sparse_conv2d", _window(x, rows, by), lists, x, emulator._pointer(values), ends)
+    _run("sparse_conv2d", _window(x, rows, by), lists, x, emulator.pointer(values), ends)
     return y
 
 
 def sparse_matmul(
     x, values, columns, starts, transposed, bias, residual, activation="none"
 ) -> Tensor:
-    """See schemas_products.py."""
-    if emulator._options["checked"]:
+    """See issp/ops/schemas."""
+    if emulator.options["checked"]:
         validation.check_sparse_matmul(
             x, values, columns, starts, transposed, bias, residual, activation
         )
@@ -101,36 +99,36 @@ def sparse_matmul(
     lists = _lists(columns, starts, values.shape[1], x.shape[-1])
     ends = ctypes.byref(_ends(bias, residual, y, activation))
     tokens = math.prod(x.shape[:-1])
-    _run("sparse_matmul", tokens, lists, x, emulator._pointer(values), ends)
+    _run("sparse_matmul", tokens, lists, x, emulator.pointer(values), ends)
     return y
 
 
 def sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry) -> Tensor:
-    """See schemas_products.py."""
-    if emulator._options["checked"]:
+    """See issp/ops/schemas."""
+    if emulator.options["checked"]:
         validation.check_sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry)
     by = Geometry.of(geometry)._replace(size=grad.shape[2:])
     found = x.new_empty((columns.numel(), v))
     window = _window(x, grad.shape[1], by)
     lists = _lists(columns, starts, v, x.shape[1] * math.prod(by.kernel))
-    pointers = map(emulator._pointer, (grad, found))
+    pointers = map(emulator.pointer, (grad, found))
     _run("sparse_conv2d_values_grad", window, lists, x, *pointers)
     return found
 
 
 def sparse_matmul_values_grad(x, grad, columns, starts, v) -> Tensor:
-    """See schemas_products.py."""
-    if emulator._options["checked"]:
+    """See issp/ops/schemas."""
+    if emulator.options["checked"]:
         validation.check_sparse_matmul_values_grad(x, grad, columns, starts, v)
     found = x.new_empty((columns.numel(), v))
     lists = _lists(columns, starts, v, x.shape[-1])
-    pointers = map(emulator._pointer, (grad, found))
+    pointers = map(emulator.pointer, (grad, found))
     _run("sparse_matmul_values_grad", math.prod(x.shape[:-1]), lists, x, *pointers)
     return found
 
 
 def implementations() -> dict[str, Callable]:
-    """The products by name, with the arguments of their schemas."""
+    """The ops by name, with the arguments of their schemas."""
     return {
         "sparse_conv2d": sparse_conv2d,
         "sparse_conv2d_values_grad": sparse_conv2d_values_grad,
