@@ -47,21 +47,21 @@ def _emulator() -> dict[str, Callable]:
 
 def back_ends() -> list[BackEnd]:
     """Reference excluded: it is what the others are compared with."""
-    found = []
+    runnable = []
     if backends.active("cpu") == "cpp":
         best = torch.ops.issp._cpu_capability()
         known = ["scalar", "avx2", "avx512"]
         usable = known[: known.index(best) + 1]
-        found += [BackEnd(f"cpp-{name}", "cpu", _cpp(name)) for name in usable]
+        runnable += [BackEnd(f"cpp-{name}", "cpu", _cpp(name)) for name in usable]
     if torch.cuda.is_available():
-        found.append(BackEnd("triton", "cuda", lambda: backends.implementations("triton")))
+        runnable.append(BackEnd("triton", "cuda", lambda: backends.implementations("triton")))
         if backends.active("cuda") == "cuda":
-            found.append(BackEnd("cuda", "cuda", lambda: backends.implementations("cuda")))
-        found.append(
+            runnable.append(BackEnd("cuda", "cuda", lambda: backends.implementations("cuda")))
+        runnable.append(
             BackEnd("reference-on-cuda", "cuda", lambda: backends.implementations("reference"))
         )
     else:
-        found.append(
+        runnable.append(
             BackEnd(
                 "triton-interpreted",
                 "cpu",
@@ -70,8 +70,8 @@ def back_ends() -> list[BackEnd]:
                 interpreted=True,
             )
         )
-    found.append(BackEnd("cuda-emulated", "cpu", _emulator, slow=True))
-    return found
+    runnable.append(BackEnd("cuda-emulated", "cpu", _emulator, slow=True))
+    return runnable
 
 
 BACK_ENDS = back_ends()

@@ -183,7 +183,7 @@ def test_bits_do_not_depend_on_the_floating_point_mode(back_end, dtype, flush):
     assert torch.set_flush_denormal(flush)
     try:
         back_end["regularize_"](grads, weights, *rest)
-        found = back_end["count_zeros"](grads)
+        actual = back_end["count_zeros"](grads)
         statistics = back_end["magnitude_statistics"](grads)
         reference.regularize_(again, *arguments)
         own = [reference.count_zeros(expected), reference.magnitude_statistics(expected)]
@@ -191,7 +191,7 @@ def test_bits_do_not_depend_on_the_floating_point_mode(back_end, dtype, flush):
         torch.set_flush_denormal(False)
     assert_all_equal(grads, expected, f"{back_end}, flush {flush}")
     assert_all_equal(again, expected, f"the reference, flush {flush}")
-    assert_bitwise_equal(found.cpu(), zeros, f"{back_end}, zeros, flush {flush}")
+    assert_bitwise_equal(actual.cpu(), zeros, f"{back_end}, zeros, flush {flush}")
     assert_bitwise_equal(own[0], zeros, f"zeros of the reference, flush {flush}")
     assert_close(statistics, reference.magnitude_statistics(expected), f"{back_end}, {flush}")
     assert_close(own[1], reference.magnitude_statistics(expected), f"the reference, {flush}")
@@ -230,17 +230,17 @@ def emulated_regularize(seed):
 
 def emulated_statistics(seed):
     tensors = SMALL.build(torch.float32)
-    found = cuda_emulator.magnitude_statistics(tensors)
+    actual = cuda_emulator.magnitude_statistics(tensors)
     if seed == 0:
-        emulated_statistics.first = found
-        assert_close(found, reference.magnitude_statistics(tensors), "statistics")
-    assert_bitwise_equal(found, emulated_statistics.first, f"statistics, seed {seed}")
+        emulated_statistics.first = actual
+        assert_close(actual, reference.magnitude_statistics(tensors), "statistics")
+    assert_bitwise_equal(actual, emulated_statistics.first, f"statistics, seed {seed}")
 
 
 def emulated_zeros(seed):
     tensors = sibling(SMALL, fill="few").build(torch.float32)
-    found = cuda_emulator.count_zeros(tensors)
-    assert_bitwise_equal(found, reference.count_zeros(tensors), f"zeros, seed {seed}")
+    actual = cuda_emulator.count_zeros(tensors)
+    assert_bitwise_equal(actual, reference.count_zeros(tensors), f"zeros, seed {seed}")
 
 
 # Tensors of several tiles in the small shapes, and more of them than a table holds.
@@ -266,8 +266,8 @@ def test_the_large_shapes_and_tensors_at_any_element():
     memory = torch.randn(3001)
     for offset in (1, 3):
         x = memory[offset:]
-        found = cuda_emulator.magnitude_statistics([x])
-        assert_close(found, reference.magnitude_statistics([x]), f"offset {offset}")
+        actual = cuda_emulator.magnitude_statistics([x])
+        assert_close(actual, reference.magnitude_statistics([x]), f"offset {offset}")
         grads, weights = [torch.ones(3001 - offset)], [x]
         expected = [grads[0].clone()]
         masks = torch.full((-(-x.numel() // 512) * 16,), 0x12345678, dtype=torch.int32)

@@ -58,8 +58,8 @@ BAD_REGULARIZE = {
 
 def watched(arguments):
     both = [x for x in (*arguments["grads"], *arguments["weights"]) if isinstance(x, torch.Tensor)]
-    found = [x for x in both if x.device.type == "cpu"]
-    return found, [x.clone() for x in found]
+    tensors = [x for x in both if x.device.type == "cpu"]
+    return tensors, [x.clone() for x in tensors]
 
 
 @pytest.mark.parametrize("name", BAD_REGULARIZE)

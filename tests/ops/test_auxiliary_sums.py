@@ -40,11 +40,11 @@ def of_torch(tensors):
 @pytest.mark.parametrize("back_end", [*BACK_ENDS, "reference"], ids=str)
 def test_statistics(back_end, case, dtype):
     if back_end == "reference":
-        tensors, found = case.build(dtype), reference.magnitude_statistics(case.build(dtype))
+        tensors, actual = case.build(dtype), reference.magnitude_statistics(case.build(dtype))
     else:
         tensors = case.build(dtype, back_end.device)
-        found = back_end["magnitude_statistics"](tensors)
-    assert_close(found, of_torch(tensors), f"{back_end}, {case.name}")
+        actual = back_end["magnitude_statistics"](tensors)
+    assert_close(actual, of_torch(tensors), f"{back_end}, {case.name}")
     assert_all_equal(tensors, case.build(dtype), "what is only read")
 
 
@@ -66,10 +66,10 @@ def test_statistics_far_from_zero(back_end):
         magnitudes = [abs(value) for value in x.tolist()]
         mean = math.fsum(magnitudes) / count
         variance = math.fsum((value - mean) ** 2 for value in magnitudes) / (count - 1)
-        found = back_end["magnitude_statistics"]([x.to(back_end.device)])
+        actual = back_end["magnitude_statistics"]([x.to(back_end.device)])
         expected = [math.sqrt(math.fsum(v * v for v in magnitudes)), variance, mean]
         expected = torch.tensor([[*expected, math.sqrt(variance)]], dtype=torch.float64)
-        assert_close(found, expected, f"{back_end}, {dtype}")
+        assert_close(actual, expected, f"{back_end}, {dtype}")
         for value in (0.1, -1e30, 1 / 3):
             constant = torch.full((count - 7,), value, dtype=dtype, device=back_end.device)
             norm, variance, mean, deviation = back_end["magnitude_statistics"]([constant])[0]
@@ -78,8 +78,8 @@ def test_statistics_far_from_zero(back_end):
             assert deviation == variance.sqrt()
         outlier = torch.full((count,), 1e-3, dtype=dtype)
         outlier[0] = 1e6  # where the kernels look for a first guess of the mean
-        found = back_end["magnitude_statistics"]([outlier.to(back_end.device)])
-        assert_close(found, of_torch([outlier]), f"{back_end}, an outlier")
+        actual = back_end["magnitude_statistics"]([outlier.to(back_end.device)])
+        assert_close(actual, of_torch([outlier]), f"{back_end}, an outlier")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -94,22 +94,22 @@ def test_statistics_of_nan_and_infinity(back_end, dtype):
         ):
             x = torch.ones(1700, dtype=dtype, device=back_end.device)
             x[place] = value
-            found = back_end["magnitude_statistics"]([x, torch.zeros_like(x), x[:1]]).cpu()
+            actual = back_end["magnitude_statistics"]([x, torch.zeros_like(x), x[:1]]).cpu()
             expected = torch.tensor([expected], dtype=torch.float64)
-            assert_close(found[:1], expected, f"{back_end}, {value} at {place}")
-            assert found[1].tolist() == [0] * 4
-            assert found[2, 1:].isnan().tolist() == [True, x[0].isnan().item(), True]
+            assert_close(actual[:1], expected, f"{back_end}, {value} at {place}")
+            assert actual[1].tolist() == [0] * 4
+            assert actual[2, 1:].isnan().tolist() == [True, x[0].isnan().item(), True]
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_statistics_have_the_same_bits_in_every_run(back_end, threads):
     case = ODD if back_end.slow else LARGE[0]
-    found = []
+    actual = []
     for count in (1, 2, 2):
         threads(count)
-        found.append(back_end["magnitude_statistics"](case.build(torch.float32, back_end.device)))
-    for other in found[1:]:
-        assert_bitwise_equal(other.cpu(), found[0].cpu(), f"{back_end}, another run")
+        actual.append(back_end["magnitude_statistics"](case.build(torch.float32, back_end.device)))
+    for other in actual[1:]:
+        assert_bitwise_equal(other.cpu(), actual[0].cpu(), f"{back_end}, another run")
 
 
 def test_statistics_have_the_same_bits_on_every_instruction_set():
@@ -135,11 +135,11 @@ def test_zeros(back_end, dtype):
     for case in cases:
         expected = [x.numel() - int(x.count_nonzero()) for x in case.build(dtype)]
         if back_end == "reference":
-            found = reference.count_zeros(case.build(dtype))
+            actual = reference.count_zeros(case.build(dtype))
         else:
-            found = back_end["count_zeros"](case.build(dtype, back_end.device))
-        assert found.dtype == torch.int64
-        assert found.tolist() == expected, f"{back_end}, {case.name}, {case.fill}"
+            actual = back_end["count_zeros"](case.build(dtype, back_end.device))
+        assert actual.dtype == torch.int64
+        assert actual.tolist() == expected, f"{back_end}, {case.name}, {case.fill}"
 
 
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
@@ -157,8 +157,8 @@ def test_zeros_of_large_tensors(back_end, count, threads):
     threads(count)
     for case in (LARGE[1], sibling(LARGE[0], fill="zero")):
         expected = [int((x == 0).sum()) for x in case.build(torch.bfloat16)]
-        found = back_end["count_zeros"](case.build(torch.bfloat16, back_end.device))
-        assert found.tolist() == expected
+        actual = back_end["count_zeros"](case.build(torch.bfloat16, back_end.device))
+        assert actual.tolist() == expected
 
 
 # Where the package counts

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -12,6 +14,7 @@ from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS, FAST
 from tests.cases import DTYPES, GROUPED, GROUPED_LARGE, grouped
+from tests.ops.test_parity import STATE, copies
 from tests.ops.test_update_parity import KINDS, check
 
 # Infinities and NaNs are provoked here; Triton's interpreter computes with numpy, which warns.
@@ -39,22 +42,33 @@ def step(table, weights, state, shrink, found_inf=None):
     )
 
 
-def check_steps(back_end, case, dtype, steps=2):
-    expected, weights = case.build(dtype), case.build(dtype, back_end.device)
-    expected_state, state = state_of(case, expected), state_of(case, weights)
+@cache
+def reference_steps(case, dtype, steps):
+    """Per step of the reference: the weights before it, and weights and state after it."""
+    weights, history = case.build(dtype), []
+    state = state_of(case, weights)
     source = torch.Generator().manual_seed(7)
-    for number in range(steps):
-        step(REFERENCE, expected, expected_state, case.shrink)
+    for _ in range(steps):
+        before = copies(weights)
+        step(REFERENCE, weights, state, case.shrink)
+        history.append((before, copies(weights), {x: getattr(state, x).clone() for x in STATE}))
+        for x in weights:
+            x += (torch.randn(x.shape, generator=source) * 1e-2).to(dtype)
+    return history
+
+
+def check_steps(back_end, case, dtype, steps=2):
+    weights = case.build(dtype, back_end.device)
+    state = state_of(case, weights)
+    for number, (before, expected, results) in enumerate(reference_steps(case, dtype, steps)):
+        for x, y in zip(weights, before, strict=True):
+            x.copy_(y)
         step(back_end, weights, state, case.shrink)
         when = f"after step {number} of {case.name} in {dtype} on {back_end}"
         for i, (x, y) in enumerate(zip(weights, expected, strict=True)):
             assert_bitwise_equal(x.cpu(), y, f"weights[{i}], {case.patterns[i]} {when}")
-        for name in ("thresholds", "packed", "flips"):
-            actual = getattr(state, name).cpu()
-            assert_bitwise_equal(actual, getattr(expected_state, name), f"{name} {when}")
-        for x, y in zip(expected, weights, strict=True):
-            x += (torch.randn(x.shape, generator=source) * 1e-2).to(dtype)
-            y.copy_(x)
+        for name, result in results.items():
+            assert_bitwise_equal(getattr(state, name).cpu(), result, f"{name} {when}")
 
 
 # Interpreted, where a call takes a second, the other dtypes see the mixed cases only.
@@ -141,16 +155,16 @@ def test_found_inf_leaves_everything_unmodified(back_end):
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_an_empty_list_and_no_pattern_at_all_are_the_plain_step(back_end):
     case = grouped("no patterns", ((20, 30), 500), ((65,), 9))
-    found = []
+    results = []
     for patterns in ([], [0, 0, 0] * 2, [3, 0, 7] * 2):
         weights = case.build(torch.float32, back_end.device)
         state = state_of(case, weights)
         assert state.patterns == []
         state.patterns = patterns
         step(back_end, weights, state, 0.95)
-        found.append([*weights, state.thresholds, state.packed, state.flips])
-    for others in found[1:]:
-        for x, y in zip(others, found[0], strict=True):
+        results.append([*weights, state.thresholds, state.packed, state.flips])
+    for others in results[1:]:
+        for x, y in zip(others, results[0], strict=True):
             assert_bitwise_equal(x, y, f"{back_end}, unstructured by name")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,6 +14,8 @@ from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS, FAST, BackEnd
 from tests.cases import DTYPES, LARGE, NAMED, Case, random_shapes, training_start, training_updates
 
+REFERENCE = issp.backends.implementations("reference")
+STATE = ("thresholds", "packed", "flips")
 RANDOM = random_shapes(100, 20_000)
 RANDOM_SMALL = random_shapes(100, 400, per_call=20)
 
@@ -22,30 +27,44 @@ def step(table, weights, state, shrink, found_inf=None, bracket=True):
     )
 
 
-REFERENCE = issp.backends.implementations("reference")
-
-
 def assert_same(back_end, weights, state, expected, expected_state, when):
     for i, (x, y) in enumerate(zip(weights, expected, strict=True)):
         assert_bitwise_equal(x.cpu(), y, f"{back_end}, weights[{i}] {when}")
-    for name in ("thresholds", "packed", "flips"):
+    for name in STATE:
         actual = getattr(state, name).cpu()
         assert_bitwise_equal(actual, getattr(expected_state, name), f"{back_end}, {name} {when}")
 
 
+def copies(tensors):
+    return [x.clone() for x in tensors]
+
+
+@cache
+def reference_steps(case: Case, dtype, steps):
+    """Per step of the reference: the weights before it, and weights and state after it."""
+    weights, history = case.build(dtype), []
+    state = ShrinkState(weights, case.k)
+    source = torch.Generator().manual_seed(7)
+    for _ in range(steps):
+        before = copies(weights)
+        step(REFERENCE, weights, state, case.shrink)
+        results = {name: getattr(state, name).clone() for name in STATE}
+        history.append((before, copies(weights), SimpleNamespace(**results)))
+        for x in weights:
+            x += (torch.randn(x.shape, generator=source) * 1e-3).to(dtype)
+    return history
+
+
 def check_steps(back_end: BackEnd, case: Case, dtype, bracket=True, steps=3):
     """Several steps with small updates between them, so that cold and warm searches both run."""
-    expected, weights = case.build(dtype), case.build(dtype, back_end.device)
-    expected_state, state = ShrinkState(expected, case.k), ShrinkState(weights, case.k)
-    source = torch.Generator().manual_seed(7)
-    for number in range(steps):
-        step(REFERENCE, expected, expected_state, case.shrink)
+    weights = case.build(dtype, back_end.device)
+    state = ShrinkState(weights, case.k)
+    for number, (before, *expected) in enumerate(reference_steps(case, dtype, steps)):
+        for x, y in zip(weights, before, strict=True):
+            x.copy_(y)
         step(back_end, weights, state, case.shrink, bracket=bracket)
         when = f"after step {number} of {case.name} in {dtype}"
-        assert_same(back_end, weights, state, expected, expected_state, when)
-        for x, y in zip(expected, weights, strict=True):
-            x += (torch.randn(x.shape, generator=source) * 1e-3).to(dtype)
-            y.copy_(x)
+        assert_same(back_end, weights, state, *expected, when)
 
 
 def names(values):

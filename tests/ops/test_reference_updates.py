@@ -35,8 +35,8 @@ def test_fma_and_rounding_are_exact():
     a, b = torch.cat([a, tie]), torch.cat([b, tie])
     c = torch.cat([c, torch.tensor([-(2.0**-24), 1.0, 2.0**-149, -(2.0**-149)])])
     result = rules.fma(*(rules.widen(y) for y in (a, b, c)))
-    for p, q, r, found in zip(a.tolist(), b.tolist(), c.tolist(), result.tolist(), strict=True):
-        assert found == nearest(Fraction(p) * Fraction(q) + Fraction(r)), (p, q, r)
+    for p, q, r, actual in zip(a.tolist(), b.tolist(), c.tolist(), result.tolist(), strict=True):
+        assert actual == nearest(Fraction(p) * Fraction(q) + Fraction(r)), (p, q, r)
 
 
 def test_widening_and_narrowing_keep_every_kind_of_float():
@@ -74,8 +74,8 @@ def follow(optimizer, parameter, rule, scale):
         state = {k: v.clone() for k, v in optimizer.state.get(parameter, {}).items()}
         expected = rule(rules.widen(parameter.detach()), grad, state, step)
         optimizer.step()
-        found = (parameter.detach(), *rule.moments(optimizer.state[parameter]))
-        for i, (x, y) in enumerate(zip(expected, found, strict=True)):
+        actual = (parameter.detach(), *rule.moments(optimizer.state[parameter]))
+        for i, (x, y) in enumerate(zip(expected, actual, strict=True)):
             assert_bitwise_equal(rules.narrow(x), y, f"tensor {i} after step {step}")
 
 
@@ -94,8 +94,8 @@ class AdamRule:
 
 class SgdRule(AdamRule):
     def __call__(self, w, g, state, step):
-        found = [rules.widen(m) for m in self.moments(state)]
-        buffer = (found or [torch.zeros_like(w)])[0] if self.numbers["momentum"] else None
+        moments = [rules.widen(m) for m in self.moments(state)]
+        buffer = (moments or [torch.zeros_like(w)])[0] if self.numbers["momentum"] else None
         w, buffer = rules.sgd_updated(w, g, buffer, step == 0, **self.numbers)
         return (w,) if buffer is None else (w, buffer)
 

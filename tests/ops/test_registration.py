@@ -150,8 +150,8 @@ def test_the_auxiliary_ops_compile_to_one_graph(device, backend):
         issp.ops.soft_shrink_(weights, state)
         factors = torch.full((len(weights),), 0.5, device=device)
         with torch.no_grad():
-            found = call(weights, grads, moments, factors, state)
-        results.append([*weights, *grads, *moments, *found])
+            readings = call(weights, grads, moments, factors, state)
+        results.append([*weights, *grads, *moments, *readings])
     for i, (x, y) in enumerate(zip(*results, strict=True)):
         assert_bitwise_equal(x, y, f"result {i} under compile")
     assert results[1][-1].tolist() == list(K)

@@ -219,10 +219,10 @@ def _pattern(weight: Tensor, n: int, m: int, v: int) -> list[int]:
 def _fields(weights: list[Tensor], patterns: Sequence[int]) -> ctypes.Array | None:
     if not patterns:
         return None
-    found = []
+    fields = []
     for t in range(len(patterns) // 3):
-        found += _pattern(weights[t], *patterns[3 * t : 3 * t + 3])
-    return (ctypes.c_int64 * len(found))(*found)
+        fields += _pattern(weights[t], *patterns[3 * t : 3 * t + 3])
+    return (ctypes.c_int64 * len(fields))(*fields)
 
 
 def boxes(weight: Tensor, n: int, m: int, v: int) -> tuple[int, int]:
@@ -239,11 +239,11 @@ def boxes(weight: Tensor, n: int, m: int, v: int) -> tuple[int, int]:
 def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
     """See issp/ops/schemas."""
     validation.check_magnitude_threshold(weights, k)
-    found = torch.empty(len(weights), dtype=weights[0].dtype)
+    result = torch.empty(len(weights), dtype=weights[0].dtype)
     ranks = (ctypes.c_int64 * len(k))(*k)
-    arguments = (*_list(weights), ranks, pointer(found))
+    arguments = (*_list(weights), ranks, pointer(result))
     run("magnitude_threshold", DTYPE_CODES[weights[0].dtype], *arguments)
-    return found
+    return result
 
 
 def apply_masks_(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
@@ -262,9 +262,9 @@ def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, mas
 def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
     """See issp/ops/schemas."""
     validation.check_magnitude_statistics(tensors)
-    found = torch.empty(len(tensors), 4, dtype=torch.float64)
-    run("magnitude_statistics", DTYPE_CODES[tensors[0].dtype], *_list(tensors), pointer(found))
-    return found
+    result = torch.empty(len(tensors), 4, dtype=torch.float64)
+    run("magnitude_statistics", DTYPE_CODES[tensors[0].dtype], *_list(tensors), pointer(result))
+    return result
 
 
 def count_zeros(tensors: list[Tensor]) -> Tensor:

@@ -108,23 +108,23 @@ def sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry) -> Tensor:
     if emulator.options["checked"]:
         validation.check_sparse_conv2d_values_grad(x, grad, columns, starts, v, geometry)
     by = Geometry.of(geometry)._replace(size=grad.shape[2:])
-    found = x.new_empty((columns.numel(), v))
+    values_grad = x.new_empty((columns.numel(), v))
     window = _window(x, grad.shape[1], by)
     lists = _lists(columns, starts, v, x.shape[1] * math.prod(by.kernel))
-    pointers = map(emulator.pointer, (grad, found))
+    pointers = map(emulator.pointer, (grad, values_grad))
     _run("sparse_conv2d_values_grad", window, lists, x, *pointers)
-    return found
+    return values_grad
 
 
 def sparse_matmul_values_grad(x, grad, columns, starts, v) -> Tensor:
     """See issp/ops/schemas."""
     if emulator.options["checked"]:
         validation.check_sparse_matmul_values_grad(x, grad, columns, starts, v)
-    found = x.new_empty((columns.numel(), v))
+    values_grad = x.new_empty((columns.numel(), v))
     lists = _lists(columns, starts, v, x.shape[-1])
-    pointers = map(emulator.pointer, (grad, found))
+    pointers = map(emulator.pointer, (grad, values_grad))
     _run("sparse_matmul_values_grad", math.prod(x.shape[:-1]), lists, x, *pointers)
-    return found
+    return values_grad
 
 
 def implementations() -> dict[str, Callable]:

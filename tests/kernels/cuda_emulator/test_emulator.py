@@ -226,8 +226,8 @@ def test_thresholds_of_many_tensors():
         weights = normal(*sizes, dtype=dtype, seed=seed)
         for ratio in (0.0, 0.5, 1.0):
             k = share(weights, ratio)
-            found = cuda_emulator.magnitude_threshold(weights, k)
-            assert_bitwise_equal(found, reference.magnitude_threshold(weights, k), str(dtype))
+            actual = cuda_emulator.magnitude_threshold(weights, k)
+            assert_bitwise_equal(actual, reference.magnitude_threshold(weights, k), str(dtype))
 
 
 def test_masks_of_mixed_dtypes():
@@ -299,9 +299,9 @@ def test_planted_faults_are_found():
     for number, name in enumerate(names):
         for seed in range(5):
             assert library.run_planted(number, 1, seed) is None, f"{name}, in its sound form"
-            found = library.run_planted(number, 0, seed)
-            assert found is not None, f"{name} was not found under seed {seed}"
-            assert PLANTED[name] in found.decode()
+            message = library.run_planted(number, 0, seed)
+            assert message is not None, f"{name} was not found under seed {seed}"
+            assert PLANTED[name] in message.decode()
 
 
 def test_a_tensor_beyond_32_bits_is_refused():

@@ -49,8 +49,8 @@ def _streamed(seed: int, removed: int) -> None:
         "n of m",
     )
     assert cuda_emulator.count_zeros(ties).tolist() == [int((w == 0).sum()) for w in ties]
-    found = cuda_emulator.magnitude_statistics(large)
-    torch.testing.assert_close(found, reference.magnitude_statistics(large), rtol=1e-12, atol=0)
+    actual = cuda_emulator.magnitude_statistics(large)
+    torch.testing.assert_close(actual, reference.magnitude_statistics(large), rtol=1e-12, atol=0)
 
 
 def _streamed_update(seed: int, removed: int) -> None:

@@ -234,7 +234,7 @@ def test_gradient_of_the_input(name):
     columns, starts, order = p.transposed
     values = p.values.flatten()[order.long()].view(-1, 1)
     padding = [case.dilation[i] * (kernel[i] - 1) - case.padding[i] for i in (0, 1)]
-    found = cuda_emulator.implementations()["sparse_conv2d"](
+    actual = cuda_emulator.implementations()["sparse_conv2d"](
         *(p.grad, values, columns, starts, [], None, None),
         Geometry(kernel, (1, 1), padding, case.dilation, case.stride, case.image).for_conv2d(),
     )
@@ -244,7 +244,7 @@ def test_gradient_of_the_input(name):
         weight, options = p.weight.to(dtype), (None, case.stride, case.padding, case.dilation)
         y = torch.nn.functional.conv2d(x, weight, *options)
         wanted.append(torch.autograd.grad(y, x, p.grad.to(dtype))[0])
-    assert_as_close_as_dense(found, *wanted, name)
+    assert_as_close_as_dense(actual, *wanted, name)
 
 
 def test_a_stride_that_leaves_no_room_for_a_plane():
@@ -295,11 +295,11 @@ def test_positions_outside_the_weight_count_as_zero(case):
         values, columns, starts = outside(p, case.weight.length)
         rest = p.args()[4:]
         with cuda_emulator.unchecked():
-            found = table[f"sparse_{kind}"](p.x, values, columns, starts, *rest, case.activation)
+            actual = table[f"sparse_{kind}"](p.x, values, columns, starts, *rest, case.activation)
             grad = table[f"sparse_{kind}_values_grad"](
                 *(p.x.nan_to_num(), p.grad, columns, starts, case.weight.v, *case.grad_tail())
             )
-        assert_bitwise_equal(found, expected, design)
+        assert_bitwise_equal(actual, expected, design)
         there = (columns >= 0) & (columns < case.weight.length)
         assert not grad[~there].any() and grad[there].any()
 
@@ -329,12 +329,12 @@ def test_what_is_too_large_and_what_is_no_number(dtype):
     columns = torch.zeros(3, dtype=torch.int32)
     bias = torch.tensor([0.0, 17.0, -0.1]).to(dtype)
     use("planes")
-    found = cuda_emulator.implementations()["sparse_matmul"](
+    actual = cuda_emulator.implementations()["sparse_matmul"](
         x, weight, columns, starts, [], bias, None
     )
     wide = torch.promote_types(dtype, torch.float32)
     expected = (x.to(wide) * weight.to(wide).t() + bias.to(wide)).to(dtype)
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_positions_beyond_31_bits_are_refused():
@@ -362,10 +362,10 @@ def test_every_barrier_is_needed():
     """Without it some schedule notices."""
     _works(0, -1)
     library = cuda_emulator.library(small=True, sparse=True)
-    found = [library.emulator_site_name(i).decode() for i in range(library.emulator_sites())]
-    assert {name.split(".")[0] for name in found} == {"product_forward", "product_grad"}
+    sites = [library.emulator_site_name(i).decode() for i in range(library.emulator_sites())]
+    assert {name.split(".")[0] for name in sites} == {"product_forward", "product_grad"}
     unnoticed = []
-    for site, name in enumerate(found):
+    for site, name in enumerate(sites):
         for seed in range(12):
             try:
                 _works(seed, site)

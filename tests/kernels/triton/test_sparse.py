@@ -234,9 +234,9 @@ def split_into(monkeypatch, wanted):
     seen = []
 
     def shares(*args):
-        found = products.shares(*args)
-        seen.append(found[1])
-        return found
+        result = products.shares(*args)
+        seen.append(result[1])
+        return result
 
     for module in (conv_module, matmul_module):
         monkeypatch.setattr(sys.modules[module.__module__], "shares", shares)

@@ -248,14 +248,14 @@ def test_offsets_beyond_32_bits(monkeypatch):
     plain = tables._build
 
     def moved(*args):
-        found = plain(*args)
-        row = found.rows[0]
+        moved_table = plain(*args)
+        row = moved_table.rows[0]
         row[0] -= far * 4  # bytes
         row[1] += far
         row[2] -= far // TILE
         row[3] += far // TILE
         row[4] -= far // 32
-        return found
+        return moved_table
 
     for cache in (tables._cache, tables._captured):
         cache.clear()
@@ -274,8 +274,8 @@ def test_thresholds_and_masks_by_tiles():
     dtypes = (torch.float32, torch.float16, torch.float64, torch.bfloat16)
     weights = normal(SIZES)
     k = [n // 3 for n in SIZES]
-    found = triton_kernels.magnitude_threshold([w.to(DEVICE) for w in weights], k, tile=TILE)
-    assert_bitwise_equal(found.cpu(), reference.magnitude_threshold(weights, k), "thresholds")
+    actual = triton_kernels.magnitude_threshold([w.to(DEVICE) for w in weights], k, tile=TILE)
+    assert_bitwise_equal(actual.cpu(), reference.magnitude_threshold(weights, k), "thresholds")
     mixed = [w.to(dtypes[i % 4]) for i, w in enumerate(weights)]
     masks = torch.randint(-(2**31), 2**31 - 1, (mask_layout(SIZES)[1],), dtype=torch.int32)
     moved = [x.to(DEVICE) for x in mixed]
@@ -288,9 +288,9 @@ def test_thresholds_and_masks_by_tiles():
 @pytest.mark.parametrize(("n", "m", "v", "layout"), [(2, 5, 3, "channels"), (1, 20, 1, "flat")])
 def test_nm_patterns_across_tiles(n, m, v, layout):
     weight = torch.randn(12, 20, 3, 3)
-    found, mask = triton_kernels.nm_prune(weight.to(DEVICE), n, m, v, layout, 0.5, tile=TILE)
+    actual, mask = triton_kernels.nm_prune(weight.to(DEVICE), n, m, v, layout, 0.5, tile=TILE)
     expected, expected_mask = reference.nm_prune(weight, n, m, v, layout, 0.5)
-    assert_bitwise_equal(found.cpu(), expected, "pruned")
+    assert_bitwise_equal(actual.cpu(), expected, "pruned")
     assert_bitwise_equal(mask.cpu(), expected_mask, "mask")
 
 
