@@ -9,7 +9,7 @@ import torch
 import issp
 from tests.deploy.networks import cache_fixture, net_fixture, timed_fixture
 from tests.processes import ForkServer
-from tests.tiers import mark_unsampled
+from tests.tiers import mark_full
 
 __all__ = ["cache_fixture", "net_fixture", "timed_fixture"]  # fixtures of several folders
 
@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` deselects
 def pytest_collection_modifyitems(items):
-    mark_unsampled(items)
+    mark_full(items)
 
 
 @pytest.fixture(autouse=True)

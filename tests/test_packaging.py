@@ -53,6 +53,7 @@ def wheel(tmp_path_factory):
     return path
 
 
+@pytest.mark.full
 def test_wheel_is_abi3_and_complete(wheel):
     assert "cp310-abi3" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
@@ -62,6 +63,7 @@ def test_wheel_is_abi3_and_complete(wheel):
     assert files == modules | kernels | {"issp/_C.abi3.so", "issp/py.typed"}
 
 
+@pytest.mark.full
 def test_wheel_works_without_compiler_or_checkout(wheel, tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from tests.backends import BackEnd
+
+# Folders whose tests are all `full`.
+FULL_FOLDERS = ("tests/bench/",)
 FULL = os.environ.get("ISSP_TEST_FULL") == "1"
 
 
@@ -20,16 +26,29 @@ def quick_or_full(quick: int, full: int) -> int:
     return full if FULL else quick
 
 
-def mark_unsampled(items: Iterable[pytest.Item]) -> None:
-    """Marks as `full` the cases that the marker `sampled` leaves out."""
+def some(cases: Sequence, back_end: BackEnd, every: int = 4) -> Sequence:
+    """The cases of a loop: all, but in `make test` one in `every` on a slow back end."""
+    return cases if FULL or not back_end.slow else cases[::every]
+
+
+def mark_full(items: Iterable[pytest.Item]) -> None:
+    """Marks as `full` what is in a folder of `FULL_FOLDERS` or left out by the marker `sampled`."""
+    for item in items:
+        if item.nodeid.startswith(FULL_FOLDERS):
+            item.add_marker(pytest.mark.full)
+    _mark_unsampled(items)
+
+
+def _mark_unsampled(items: Iterable[pytest.Item]) -> None:
     tests = defaultdict(list)
     for item in items:
         marker = item.get_closest_marker("sampled")
-        if marker is None:
+        if marker is None or not hasattr(item, "callspec"):
             continue
         values = dict(item.callspec.params)
         back_end = values.pop("back_end", None)
-        if back_end is None or not marker.kwargs.get("slow_only") or back_end.slow:
+        slow = getattr(back_end, "slow", False)
+        if slow or not marker.kwargs.get("slow_only"):
             name = item.nodeid.partition("[")[0]
             tests[name, str(back_end)].append((item, values, marker.kwargs.get("most")))
     for cases in tests.values():

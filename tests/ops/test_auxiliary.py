@@ -21,10 +21,7 @@ CASES = (
 )
 # The interpreter computes with numpy, which warns of what the tests provoke.
 QUIET = pytest.mark.filterwarnings("ignore:(invalid|overflow|divide):RuntimeWarning")
-pytestmark = QUIET
-needs_emulator = pytest.mark.skipif(
-    cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
-)
+pytestmark = [QUIET, pytest.mark.sampled(slow_only=True, most=4)]
 
 
 def assert_close(actual, expected, what):
@@ -250,7 +247,7 @@ SMALL = Case(
 EMULATED = (emulated_masks, emulated_regularize, emulated_statistics, emulated_zeros)
 
 
-@needs_emulator
+@cuda_emulator.needs_compiler
 @pytest.mark.parametrize("case", EMULATED, ids=lambda f: f.__name__)
 def test_a_hundred_schedules(case):
     for seed in cuda_emulator.schedules():
@@ -258,7 +255,7 @@ def test_a_hundred_schedules(case):
         case(seed)
 
 
-@needs_emulator
+@cuda_emulator.needs_compiler
 def test_the_large_shapes_and_tensors_at_any_element():
     cuda_emulator.seed(3)
     for case in EMULATED:
@@ -279,7 +276,7 @@ def test_the_large_shapes_and_tensors_at_any_element():
 # Barriers
 
 
-@needs_emulator
+@cuda_emulator.needs_compiler
 def test_every_barrier_of_the_merge_is_needed():
     """Leaves out one after the other; some schedule must notice each."""
     library = cuda_emulator.library(small=True)

@@ -20,7 +20,7 @@ from tests.ops.test_auxiliary import (
     names,
 )
 
-pytestmark = QUIET
+pytestmark = [QUIET, pytest.mark.sampled(slow_only=True, most=4)]
 
 
 # magnitude_statistics

@@ -13,6 +13,7 @@ from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS, FAST
 from tests.cases import DTYPES, Case
 
+pytestmark = pytest.mark.sampled(slow_only=True, most=4)
 NATIVE = [b for b in FAST if b.name.startswith("cpp")]
 
 

@@ -12,6 +12,7 @@ from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS
 from tests.ops.test_parity import step
 
+pytestmark = pytest.mark.sampled(slow_only=True, most=4)
 REFERENCE = "reference"
 
 

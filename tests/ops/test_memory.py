@@ -32,6 +32,7 @@ print((after - before) / n, below, kept)
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(backends.active("cpu") != "cpp", reason="the CPU library is not built here")
 def test_a_hundred_million_weights_in_half_a_byte_each():
     """State (1/8 byte of mask) and scratch; torch.quantile refuses above 16 M elements."""

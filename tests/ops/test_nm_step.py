@@ -16,9 +16,13 @@ from tests.backends import BACK_ENDS, FAST
 from tests.cases import DTYPES, GROUPED, GROUPED_LARGE, grouped
 from tests.ops.test_parity import STATE, copies
 from tests.ops.test_update_parity import KINDS, check
+from tests.tiers import some
 
 # Infinities and NaNs are provoked here; Triton's interpreter computes with numpy, which warns.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.sampled(slow_only=True, most=4),
+]
 
 REFERENCE = issp.backends.implementations("reference")
 MIXED = grouped(
@@ -110,7 +114,7 @@ def test_behind_an_update_large(back_end, kind, threads):
 
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_nm_prune(back_end):
-    for case in GROUPED[2::7] if back_end.interpreted else GROUPED:
+    for case in some(GROUPED[2::7] if back_end.interpreted else GROUPED, back_end):
         for w, keep in zip(case.build(torch.float32), case.patterns, strict=True):
             if keep is None:
                 continue

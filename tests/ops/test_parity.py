@@ -13,7 +13,9 @@ from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS, FAST, BackEnd
 from tests.cases import DTYPES, LARGE, NAMED, Case, random_shapes, training_start, training_updates
+from tests.tiers import FULL, quick_or_full, some
 
+pytestmark = pytest.mark.sampled(slow_only=True, most=4)
 REFERENCE = issp.backends.implementations("reference")
 STATE = ("thresholds", "packed", "flips")
 RANDOM = random_shapes(100, 20_000)
@@ -101,7 +103,8 @@ def test_a_thousand_drifting_steps(back_end, bracket):
     weights = [w.to(back_end.device, copy=True) for w in expected]
     k = [0] * len(weights)
     expected_state, state = ShrinkState(expected, k), ShrinkState(weights, k)
-    for number, (updates, k, shrink) in enumerate(training_updates(1000)):
+    steps = quick_or_full(40, 1000) if back_end.slow else 1000
+    for number, (updates, k, shrink) in enumerate(training_updates(steps)):
         expected_state.set_k(k)
         state.set_k(k)
         for x, y, update in zip(expected, weights, updates, strict=True):
@@ -150,9 +153,10 @@ def test_weights_that_only_shrink_end_as_zeros(back_end):
     state = ShrinkState([w], [90])
     tiny = torch.finfo(torch.float32).tiny
     table = back_end.load()
-    # interpreted, it starts near the end: the smallest normal numbers are what matters
-    steps = 200 if back_end.interpreted else 5000
-    if back_end.interpreted:
+    steps = 5000
+    if back_end.interpreted or (back_end.slow and not FULL):
+        # It starts near the end: the smallest normal numbers are what matters.
+        steps = quick_or_full(60, 200)
         w[w.abs().argsort()[:90]] *= 1e-36
     for _ in range(steps):
         step(table, [w], state, 0.95)
@@ -181,7 +185,7 @@ def test_found_inf_leaves_everything_unmodified(back_end):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_magnitude_threshold(back_end, dtype):
-    for case in NAMED + (RANDOM_SMALL if back_end.slow else RANDOM)[:4]:
+    for case in some(NAMED + (RANDOM_SMALL if back_end.slow else RANDOM)[:4], back_end):
         expected = reference.magnitude_threshold(case.build(dtype), list(case.k))
         weights = case.build(dtype, back_end.device)
         actual = back_end["magnitude_threshold"](weights, list(case.k))
@@ -191,7 +195,7 @@ def test_magnitude_threshold(back_end, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_apply_masks(back_end, dtype):
-    for case in NAMED if back_end.slow else NAMED + LARGE[:1]:
+    for case in some(NAMED, back_end) if back_end.slow else NAMED + LARGE[:1]:
         expected, tensors = case.build(dtype), case.build(dtype, back_end.device)
         state = ShrinkState(expected, case.k)
         state.set_masks([torch.rand(s) < 0.3 for s in case.shapes])
@@ -212,7 +216,7 @@ NM = [
 @pytest.mark.parametrize("fill", ["normal", "few", "special"])
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_nm_prune(back_end, fill, dtype):
-    for shape, n, m, v, layout in NM:
+    for shape, n, m, v, layout in some(NM, back_end):
         (w,) = Case("nm", (shape,), (0,), fill).build(dtype)
         for shrink in (0.0, 0.95):
             what = f"{back_end}, keep {n} of {m}, v = {v}, {layout}"

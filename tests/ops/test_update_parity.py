@@ -24,9 +24,13 @@ from tests.cases import (
     random_shapes,
     tensors_like,
 )
+from tests.tiers import FULL, some
 
 # Infinities and NaNs are provoked here; Triton's interpreter computes with numpy, which warns.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
+    pytest.mark.sampled(slow_only=True, most=4),
+]
 
 REFERENCE = issp.backends.implementations("reference")
 RANDOM = random_shapes(60, 20_000)
@@ -164,7 +168,7 @@ def test_the_bracket_misses_behind_an_update(back_end, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_named_cases(back_end, kind):
-    for case in NAMED:
+    for case in some(NAMED, back_end):
         if case.fill != "special":
             check(back_end, kind, "plain", case, steps=1 if back_end.slow else 2)
 
@@ -223,7 +227,8 @@ def test_bias_corrections_at_any_step(back_end, t):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_thirty_steps_find_the_bracket_again_and_again(back_end, kind):
-    check(back_end, kind, "plain", MIXED, steps=3 if back_end.interpreted else 30)
+    short = back_end.interpreted or (back_end.slow and not FULL)
+    check(back_end, kind, "plain", MIXED, steps=3 if short else 30)
 
 
 @pytest.mark.parametrize("flag", [1.0, 2.0, float("nan")])

@@ -244,6 +244,7 @@ for op, small, large in zip(ops, arguments_of(16, 96), arguments_of(256, 192)):
 """
 
 
+@pytest.mark.full
 def test_memory():
     """Beside the result, which is seen, at most the dense weights and 2 MB of tile a thread."""
     sets = [back_end.name.removeprefix("cpp-") for back_end in CPP]

@@ -123,6 +123,7 @@ def _runs_twice(source: Path, kernel: str) -> bool:
     return ours and "Float64" not in kernel
 
 
+@pytest.mark.full
 @needs_nvcc
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles_without_spills(source):

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -41,6 +42,11 @@ def schedules(most: int = 100) -> range:
 def compiler() -> str | None:
     """The C++ compiler, or None when this machine has none."""
     return shutil.which(os.environ.get("CXX", "g++"))
+
+
+needs_compiler = pytest.mark.skipif(
+    compiler() is None, reason="no C++ compiler (g++) to build the emulator"
+)
 
 
 def seed(number: int, resident: int = 0, removed: int = -1, small: bool = False) -> None:

@@ -24,9 +24,7 @@ from tests.kernels.cuda_emulator.model import (
     with_candidates,
 )
 
-pytestmark = pytest.mark.skipif(
-    cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
-)
+pytestmark = [cuda_emulator.needs_compiler, pytest.mark.sampled(most=4)]
 NAN = float("nan")
 
 

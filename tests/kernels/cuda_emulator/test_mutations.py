@@ -13,9 +13,7 @@ from tests.kernels.cuda_emulator.test_nm_step import MIXES, model_of
 from tests.kernels.cuda_emulator.test_nm_step import update_many as update_groups
 from tests.kernels.cuda_emulator.test_resident import update_many, use
 
-pytestmark = pytest.mark.skipif(
-    cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
-)
+pytestmark = cuda_emulator.needs_compiler
 SEEDS = range(12)
 
 
@@ -107,6 +105,7 @@ def _is_noticed(site: int) -> bool:
     return False
 
 
+@pytest.mark.full
 def test_every_barrier_fence_and_wait_is_needed():
     """Leaves out one after the other; each file's sites are found by running everything once."""
     try:

@@ -17,9 +17,7 @@ from tests.kernels import cuda_emulator
 from tests.kernels.cuda_emulator.model import NAN, Model, normal
 from tests.ops.test_update_parity import Training, assert_same
 
-pytestmark = pytest.mark.skipif(
-    cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
-)
+pytestmark = [cuda_emulator.needs_compiler, pytest.mark.sampled(most=4)]
 REFERENCE = issp.backends.implementations("reference")
 
 # shape, (n, m, v); v == 0: flat. In small shapes a tile has 512 elements, a box at most 1024

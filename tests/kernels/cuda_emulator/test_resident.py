@@ -24,9 +24,7 @@ from tests.kernels.cuda_emulator.model import (
 )
 from tests.ops.test_update_parity import Training, assert_same
 
-pytestmark = pytest.mark.skipif(
-    cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
-)
+pytestmark = [cuda_emulator.needs_compiler, pytest.mark.sampled(most=4)]
 REFERENCE = issp.backends.implementations("reference")
 # processors, bytes of shared memory: blocks x slots of float32 are 8 x 1, 4 x 2, 6 x 3, 1 x 1
 MACHINES = {"8x1": (4, 5400), "4x2": (2, 10_240), "6x3": (3, 13_600), "1x1": (1, 2700)}

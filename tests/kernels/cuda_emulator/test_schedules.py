@@ -11,9 +11,7 @@ from tests.cases import DTYPES
 from tests.kernels import cuda_emulator
 from tests.kernels.cuda_emulator.model import Model, normal, share
 
-pytestmark = pytest.mark.skipif(
-    cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
-)
+pytestmark = [cuda_emulator.needs_compiler, pytest.mark.sampled(most=4)]
 
 
 @pytest.fixture(autouse=True)

@@ -37,9 +37,7 @@ from tests.ops.sparse.test_parity import (
     padded_input,
 )
 
-pytestmark = pytest.mark.skipif(
-    cuda_emulator.compiler() is None, reason="no C++ compiler (g++) to build the emulator"
-)
+pytestmark = [cuda_emulator.needs_compiler, pytest.mark.sampled(most=4)]
 EMULATED = BackEnd("cuda-emulated", "cpu", cuda_emulator.implementations, slow=True)
 
 # Machines of the small build: planes of inputs in a few chunks, one plane at a time, none (every
@@ -358,6 +356,7 @@ def _works(seed: int, removed: int) -> None:
         assert_as_close_as_dense(grad(), exact, near, case.name)
 
 
+@pytest.mark.full
 def test_every_barrier_is_needed():
     """Without it some schedule notices."""
     _works(0, -1)

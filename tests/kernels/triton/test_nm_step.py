@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 import triton_kernels  # noqa: E402
 from triton_kernels import nm_shrink, tables  # noqa: E402
 
+pytestmark = pytest.mark.sampled(most=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # shape, (n, m, v): several programs each, groups of less and of more than a tile, two unstructured
 LAYERS = (

@@ -33,6 +33,7 @@ from triton_kernels import products  # noqa: E402
 from triton_kernels import sparse_conv2d as conv_module  # noqa: E402
 from triton_kernels import sparse_matmul as matmul_module  # noqa: E402
 
+pytestmark = pytest.mark.sampled(most=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = DEVICE == "cpu"
 OPS = triton_kernels.implementations()
@@ -344,6 +345,7 @@ def compiled(target, dtype):
     )
 
 
+@pytest.mark.full
 def test_the_kernels_compile_without_spills_and_use_tensor_cores(capsys):
     """For sm_80, sm_90 and sm_100, with no GPU."""
     runs = [compiled(target, dtype) for target, dtype in COMPILED]

@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 import triton_kernels  # noqa: E402
 from triton_kernels import tables  # noqa: E402
 
+pytestmark = pytest.mark.sampled(most=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 512
 SIZES = (1, 31, 511, 512, 513, 1024, 1600)
@@ -301,6 +302,7 @@ def test_misaligned_scratch_is_refused():
         pair.step()
 
 
+@pytest.mark.full
 def test_every_kernel_compiles_without_spills(capsys):
     """For sm_80, sm_90 and sm_100, with no GPU: in a process without the interpreter."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 import triton_kernels  # noqa: E402
 from triton_kernels import tables  # noqa: E402
 
+pytestmark = pytest.mark.sampled(most=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 512
 AROUND = Case(

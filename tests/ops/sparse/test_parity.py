@@ -25,6 +25,7 @@ from tests.ops.sparse.cases import (
     random_convs,
 )
 
+pytestmark = pytest.mark.sampled(slow_only=True, most=4)
 ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "gelu": F.gelu}
 # The reference puts the dense weight together by the lists: it is compared like the others.
 REFERENCE = BackEnd("reference", "cpu", lambda: issp.backends.implementations("reference"))
