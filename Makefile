@@ -16,9 +16,9 @@ export ISSP_NATIVE ?= $(if $(shell command -v g++),1,0)
 
 NATIVE := $(wildcard csrc/*.h csrc/*/* csrc/*/*/*) setup.py
 TESTS ?= tests
-# Processes of pytest, each with one thread.
-JOBS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist worksteal
+# Processes of pytest, each with one thread; a single one where pytest-xdist is not installed.
+JOBS ?= $(shell $(RUN) -c "import xdist" 2>/dev/null && echo 2)
+PYTEST = OMP_NUM_THREADS=1 $(RUN) -m pytest $(addprefix --dist worksteal -n ,$(JOBS))
 
 .PHONY: demo test test-all lint format wheel bench clean
 
