@@ -204,6 +204,7 @@ def test_demo_needs_a_positive_time(capsys):
     assert "--minutes is -1" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_demo(tmp_path, monkeypatch, capsys):
     y, x = np.mgrid[:120, :130]
     image = np.stack([np.sin(x * y / 300 + c) * 90 + 128 for c in range(3)], axis=2)

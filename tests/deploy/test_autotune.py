@@ -203,6 +203,7 @@ class TestFile:
             worker.join()
         assert len(json.loads(cache.path.read_text())["machines"]["m"]) == 40
 
+    @pytest.mark.full
     def test_processes_that_write_at_once_lose_nothing(self, cache):
         script = (
             "import sys; from issp.deploy.autotune import Cache, Choice\n"

@@ -105,6 +105,7 @@ def test_behind_an_update_and_then_frozen(back_end, kind):
     check(back_end, kind, "odd scale", MIXED, steps=4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("back_end", FAST, ids=str)
 def test_behind_an_update_large(back_end, kind, threads):

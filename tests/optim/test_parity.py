@@ -23,6 +23,7 @@ def _even_by_the_reference(monkeypatch):
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.replace(", ", "-"))
 
 
+@pytest.mark.sampled(most=2)
 @every_kind
 def test_a_hundred_steps_with_a_schedule_and_a_freeze(kind):
     pair = twins(kind, schedule=issp.Cubic(0.0, 0.9, begin=0, end=40), freeze_at=70)
