@@ -52,14 +52,14 @@ def _mark_unsampled(items: Iterable[pytest.Item]) -> None:
             name = item.nodeid.partition("[")[0]
             tests[name, str(back_end)].append((item, values, marker.kwargs.get("most")))
     for cases in tests.values():
-        kept = _every_value_once([values for _, values, _ in cases], cases[0][2])
+        kept = every_value_once([values for _, values, _ in cases], cases[0][2])
         for number, (item, _, _) in enumerate(cases):
             if number not in kept:
                 item.add_marker(pytest.mark.full)
 
 
-def _every_value_once(cases: list[dict], most: int | None) -> set[int]:
-    """Numbers of cases that have every value of every parameter at least once, `most` at most.
+def every_value_once(cases: list[dict], most: int | None) -> set[int]:
+    """Numbers of cases that have every value of every parameter, `most` at most, one at least.
 
     Greedy: the next case has the most values that no chosen one has, then the least used ones.
     """
@@ -67,7 +67,7 @@ def _every_value_once(cases: list[dict], most: int | None) -> set[int]:
     missing = {pair for case in named for pair in case}
     used: Counter = Counter()
     chosen: set[int] = set()
-    while missing and (most is None or len(chosen) < most):
+    while (missing and (most is None or len(chosen) < most)) or not chosen:
         number = max(
             (i for i in range(len(named)) if i not in chosen),
             key=lambda i: (len(missing.intersection(named[i])), -sum(used[p] for p in named[i])),
