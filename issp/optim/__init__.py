@@ -13,6 +13,6 @@ the optimizer before the pruner see weights that are shrunk already.
 
 from issp.optim.adam import Adam, AdamW
 from issp.optim.sgd import SGD
-from issp.optim.step import Way
+from issp.optim.step import GroupStepInfo
 
-__all__ = ["SGD", "Adam", "AdamW", "Way"]
+__all__ = ["SGD", "Adam", "AdamW", "GroupStepInfo"]

@@ -9,75 +9,95 @@ import torch
 from torch import Tensor
 
 from issp import ops
-from issp.optim.plan import Plan, Unsuited
-from issp.optim.step import FusedStep, like
+from issp.optim.arguments import AdamArgs, PruneArgs, StepArgs
+from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp
+from issp.optim.step import FusedStep
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE_NAMES = ("step", *_MOMENTS)
 # torch's refusal to be captured in a graph unless `capturable`; the second is its older name.
-_HEALTH_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+_CAPTURE_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
 
 class _AdamStep(FusedStep):
     _op = "adam_soft_shrink_"
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As torch's; with a pruner attached, update and shrink in one pass."""
-        for name in _HEALTH_CHECKS:
+    def _check_graph_capture(self) -> None:
+        for name in _CAPTURE_CHECKS:
             if hasattr(self, name):
                 getattr(self, name)()
                 break
-        return super().step(closure)
 
-    def _refusal(self, group: dict[str, Any]) -> str:
+    def _fallback_reason(self, group: dict[str, Any]) -> str:
         if group["amsgrad"]:
             return "amsgrad"
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
             return "betas are tensors"
-        return super()._refusal(group)
+        return super()._fallback_reason(group)
 
-    def _fill(self, group: dict[str, Any], plan: Plan) -> None:
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return _STATE_NAMES
+
+    def _init_states(self, plan: FusedStepPlan, names: tuple[str, ...]) -> None:
         for p in plan.trained:
             state = self.state[p]
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                for key in _MOMENTS:
-                    state[key] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        plan.states = [self.state[p] for p in plan.weights]
-        for t, (p, state) in enumerate(zip(plan.weights, plan.states, strict=True)):
-            if state.keys() != {"step", *_MOMENTS}:
-                raise Unsuited(f"the state holds {', '.join(state)}")
-            for key in _MOMENTS:
-                plan.settle(state, key, t)
+                for name in _MOMENTS:
+                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        states = [self.state[p] for p in plan.weights]
+        for t, (p, state) in enumerate(zip(plan.weights, states, strict=True)):
+            if state.keys() != set(names):
+                raise UnsupportedByFusedOp(f"the state holds {', '.join(state)}")
+            for name in _MOMENTS:
+                plan.match_layout_(state, name, t)
             step = state["step"]
             if not isinstance(step, Tensor) or (step.dtype, step.numel(), step.device) != (
                 torch.float32,
                 1,
                 p.device,
             ):
-                raise Unsuited("the state's step is no float32 number on the weight's device")
+                raise UnsupportedByFusedOp(
+                    "the state's step is no float32 number on the weight's device"
+                )
+        plan.bind_states(states, names)
 
-    def _launch(self, group, plan, grads, rate, rest) -> None:
+    def _launch(
+        self,
+        group: dict[str, Any],
+        plan: FusedStepPlan,
+        grads: list[Tensor],
+        step_args: StepArgs,
+        prune_args: PruneArgs,
+    ) -> None:
+        state = plan.state_tensors
         beta1, beta2 = group["betas"]
-        ops.adam_soft_shrink_(
-            plan.folded(),
-            grads,
-            *(plan.views([state[key] for state in plan.states]) for key in _MOMENTS),
-            [state["step"] for state in plan.states],
-            rate[0],
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            group["decoupled_weight_decay"],
-            *rest,
+        args = AdamArgs(
+            weights=plan.weight_views(),
+            grads=grads,
+            exp_avgs=plan.contiguous_views(state["exp_avg"]),
+            exp_avg_sqs=plan.contiguous_views(state["exp_avg_sq"]),
+            steps=state["step"],
+            lr=step_args.lr,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=step_args.weight_decay,
+            decoupled=group["decoupled_weight_decay"],
+            maximize=step_args.maximize,
+            lr_tensor=step_args.lr_tensor,
+            grad_scale=step_args.grad_scale,
         )
+        ops.adam_soft_shrink_(*args, *prune_args)
 
 
-@like(torch.optim.Adam)
 class Adam(_AdamStep, torch.optim.Adam):
-    """torch.optim.Adam that prunes within its step."""
+    """torch.optim.Adam that prunes within its step: the same arguments, defaults and state."""
+
+    _torch = torch.optim.Adam
 
 
-@like(torch.optim.AdamW)
 class AdamW(_AdamStep, torch.optim.AdamW):
-    """torch.optim.AdamW that prunes within its step."""
+    """torch.optim.AdamW that prunes within its step: the same arguments, defaults and state."""
+
+    _torch = torch.optim.AdamW

@@ -1,156 +1,228 @@
-"""The tensors of one parameter group in the order of the op, found once and kept."""
+"""The tensors of one parameter group in the order of the op, looked up once and kept."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from issp.ops.schemas import SCRATCH_HEADER
-from issp.pruning.buckets import Group, memory_order
+from issp.optim.arguments import PruneState, no_state
+from issp.pruning.buckets import WeightBucket
+from issp.pruning.memory_order import memory_order
 
-GRADIENTS = (torch.float32, torch.bfloat16)
+GRAD_DTYPES = frozenset((torch.float32, torch.bfloat16))
 DEVICES = ("cpu", "cuda")
 
+_dtype_of = operator.attrgetter("dtype")
 
-class Unsuited(Exception):
+
+class UnsupportedByFusedOp(Exception):
     """The op does not take these tensors; the message says why."""
 
 
-def same(left: Iterable, right: Iterable) -> bool:
+def same_objects(left: Iterable[object], right: Iterable[object]) -> bool:
     """Whether two equally long sequences hold the very same objects."""
     return all(map(operator.is_, left, right))
 
 
-class Plan:
+class FusedStepPlan:
     """One parameter group while its tensors stay the same: first the pruned weights, then the rest.
 
     Parameters without a gradient are left out, as torch leaves them. If a pruned weight is among
-    them, none is shrunk by the op: it updates only, and the pruner's hook shrinks after it.
+    them, the op shrinks no weight: it updates only, and the pruner's hook shrinks after it.
 
     Args:
         params: `params` of the parameter group.
-        grads: their gradients, or None.
-        pruned: the pruner's group for this parameter group, or None.
+        bucket: the pruned weights of this parameter group, or None.
 
     Attributes:
-        trained: the parameters with a gradient, in the group's order.
-        weights: the same in the op's order; the first `count` are pruned.
-        states: the optimizer's dict per weight, which the optimizer fills in.
-        whole: whether the op does all of the pruner's work for `pruned`.
+        bucket: as in Args.
+        trained: the parameters with a gradient, in the order of the parameter group.
+        weights: the same in the order of the op; the first `num_pruned` are pruned.
+        num_pruned: how many weights the op prunes.
+        prunes_all: whether the op does all of the pruner's work for `bucket`.
+        prune_state: the bucket's masks and counts; empty tensors where nothing is pruned.
+        patterns: N:M patterns of the pruned weights as the op takes them.
+        states: the optimizer's dict of each weight; empty without state.
+        state_tensors: name -> that entry of all `states`, in the order of the weights.
 
     Raises:
-        Unsuited: the op does not take these weights or gradients.
+        UnsupportedByFusedOp: the op does not take these weights or gradients.
     """
 
-    def __init__(
-        self, params: Sequence[Tensor], grads: Sequence[Tensor | None], pruned: Group | None
-    ) -> None:
-        self.params, self.pruned = list(params), pruned
-        self.missing = [grad is None for grad in grads]
-        self._own = [] if pruned is None else pruned.parameters()
-        place = {id(p): i for i, p in enumerate(params) if grads[i] is not None}
-        self.whole = pruned is not None and all(id(p) in place for p in self._own)
-        first = [place[id(p)] for p in self._own] if self.whole else []
-        self.count = len(first)
-        self._order = first + sorted(set(place.values()) - set(first))
-        self.weights = [params[i] for i in self._order]
-        self.trained = [p for p, out in zip(params, self.missing, strict=True) if not out]
-        _check(self.trained)
-        self._turns = [memory_order(w) for w in self.weights]
-        if any(turn == [] for turn in self._turns):
-            raise Unsuited("a weight is a view with gaps or overlaps in memory")
-        self._plain = not any(self._turns)
-        self._copied = not self._check_grads(grads)
-        self.states: list[dict] = []
+    def __init__(self, params: Sequence[Tensor], bucket: WeightBucket | None) -> None:
+        self.bucket = bucket
+        self.states: list[dict[str, Any]] = []
+        self.state_tensors: dict[str, list[Any]] = {}
+        by_id = {id(p): p for p in params if p.grad is not None}
+        self.trained = list(by_id.values())
+        _check_weights(self.trained)
+        in_bucket = {} if bucket is None else {id(w): w for w in bucket.weights}
+        self.prunes_all = bucket is not None and in_bucket.keys() <= by_id.keys()
+        pruned = in_bucket if self.prunes_all else {}
+        self.num_pruned = len(pruned)
+        self.weights = [*pruned.values(), *(p for p in self.trained if id(p) not in pruned)]
+        self._orders = [memory_order(w) for w in self.weights]
+        if any(order == [] for order in self._orders):
+            raise UnsupportedByFusedOp("a weight is a view with gaps or overlaps in memory")
+        self._all_contiguous = not any(self._orders)
+        _check_grads(self.weights)
+        self.prune_state, self.patterns = self._pruning()
+        # What the plan depends on; see `is_current`.
+        self._params = list(params)
+        self._untrained = [p for p in params if p.grad is None]
+        self._bucket_version = 0 if bucket is None else bucket.version
+        self._outside_bucket = [w for w in self.weights if id(w) not in in_bucket]
+        self._pointers = _pointers(self._outside_bucket)
 
-    def holds(self, params: Sequence[Tensor], missing: list[bool], pruned: Group | None) -> bool:
-        """Whether this is still the plan for these parameters."""
+    def _pruning(self) -> tuple[PruneState, list[int]]:
+        if self.bucket is None or not self.prunes_all:
+            device = self.weights[0].device if self.weights else torch.device("cpu")
+            return no_state(device), []
+        state = self.bucket.state
+        tensors = PruneState(
+            k=state.k,
+            thresholds=state.thresholds,
+            masks=state.packed,
+            flips=state.flips,
+            scratch=state.scratch,
+        )
+        return tensors, state.patterns
+
+    def is_current(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        bucket: WeightBucket | None,
+        state_names: Sequence[str],
+    ) -> bool:
+        """Whether nothing has changed that the plan was made from.
+
+        That is: the parameters, their memory (of the pruned ones the bucket keeps watch), which of
+        them have gradients, the gradients' dtypes, the bucket, the tensors of the state. The dicts
+        of the state are compared by the optimizer, for all groups at once.
+
+        Args:
+            params: `params` of the parameter group now.
+            grads: what `grads` returns now.
+            bucket: the bucket of the parameter group now.
+            state_names: the entries of the state that the op takes now.
+        """
         return (
-            self.pruned is pruned
-            and self.missing == missing
-            and same(self.params, params)
-            and (pruned is None or same(self._own, pruned.parameters()))
+            self.bucket is bucket
+            and (bucket is None or self._bucket_version == bucket.version)
+            and len(self._params) == len(params)
+            and same_objects(self._params, params)
+            and _pointers(self._outside_bucket) == self._pointers
+            and all(map(operator.is_not, grads, repeat(None)))
+            and all(p.grad is None for p in self._untrained)
+            and GRAD_DTYPES.issuperset(map(_dtype_of, grads))
+            and self._states_are_current(state_names)
         )
 
-    def grads(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients in the op's order and memory layout; from all of the group's."""
-        ordered = [grads[i] for i in self._order]
-        if self._copied:
-            ordered = [_like(g, w) for g, w in zip(ordered, self.weights, strict=True)]
-        return self.views(ordered)
+    def _states_are_current(self, state_names: Sequence[str]) -> bool:
+        if len(self.state_tensors) != len(state_names):
+            return False
+        for name in state_names:
+            if not same_objects([s.get(name) for s in self.states], self.state_tensors[name]):
+                return False
+        return True
 
-    def views(self, tensors: list[Tensor]) -> list[Tensor]:
-        """One tensor per weight as the op wants it: contiguous (channels_last is permuted)."""
-        if self._plain:
-            return tensors
-        return [
-            x if turn is None else x.permute(turn)
-            for x, turn in zip(tensors, self._turns, strict=True)
-        ]
+    def grads(self) -> list[Tensor | None]:
+        """The gradients as they are now, in the order of the op."""
+        return [w.grad for w in self.weights]
 
-    def folded(self) -> list[Tensor]:
-        """The weights as the op wants them: as `views`, N:M weights as their pattern reads them."""
-        views = self.views(self.weights)
-        return (
-            self.pruned.folded(views[: self.count]) + views[self.count :] if self.whole else views
-        )
-
-    def settle(self, state: dict, key: str, t: int) -> None:
-        """Gives a moment the memory layout of its weight, where loading has brought another.
+    def grad_views(self, grads: list[Tensor]) -> list[Tensor]:
+        """The gradients as the op takes them; those in another memory order are copied.
 
         Raises:
-            Unsuited: it is of another shape, dtype or device.
+            UnsupportedByFusedOp: a gradient that is not strided.
         """
-        moment, weight, turn = state[key], self.weights[t], self._turns[t]
+        views = self.contiguous_views(grads)
+        if all(map(Tensor.is_contiguous, views)):
+            return views
+        _check_grads(self.weights)
+        return self.contiguous_views(
+            [
+                grad if view.is_contiguous() else _in_layout_of(weight, grad)
+                for grad, view, weight in zip(grads, views, self.weights, strict=True)
+            ]
+        )
+
+    def contiguous_views(self, tensors: list[Tensor]) -> list[Tensor]:
+        """One tensor per weight as the op takes it: contiguous (channels_last is permuted)."""
+        if self._all_contiguous:
+            return tensors
+        return [
+            x if order is None else x.permute(order)
+            for x, order in zip(tensors, self._orders, strict=True)
+        ]
+
+    def weight_views(self) -> list[Tensor]:
+        """The weights as the op takes them: contiguous, N:M weights as their pattern reads them."""
+        views = self.contiguous_views(self.weights)
+        if self.bucket is None or not self.prunes_all:
+            return views
+        pruned = views[: self.num_pruned]
+        return self.bucket.selection_views(pruned) + views[self.num_pruned :]
+
+    def bind_states(self, states: list[dict[str, Any]], names: Sequence[str]) -> None:
+        """Takes the optimizer's dicts, one per weight, and the entries that the op takes."""
+        self.states = states
+        self.state_tensors = {name: [state.get(name) for state in states] for name in names}
+
+    def match_layout_(self, state: dict[str, Any], name: str, t: int) -> None:
+        """Gives a moment the memory layout of its weight; a loaded one may have another.
+
+        Args:
+            state: the optimizer's dict of weight `t`; its entry `name` is replaced if need be.
+
+        Raises:
+            UnsupportedByFusedOp: it is of another shape, dtype or device.
+        """
+        moment, weight, order = state[name], self.weights[t], self._orders[t]
         if not isinstance(moment, Tensor) or (moment.shape, moment.dtype, moment.device) != (
             weight.shape,
             weight.dtype,
             weight.device,
         ):
-            raise Unsuited(f"the state's {key} is not like its weight")
-        if not (moment if turn is None else moment.permute(turn)).is_contiguous():
-            state[key] = _like(moment, weight)
-
-    def _check_grads(self, grads: Sequence[Tensor | None]) -> bool:
-        """Whether all gradients lie in memory as their weights do."""
-        for i in self._order:
-            grad, weight = grads[i], self.params[i]
-            if grad.layout != torch.strided or grad.dtype not in GRADIENTS:
-                raise Unsuited(f"gradients of {grad.dtype}, {grad.layout}")
-            if grad.device != weight.device:
-                raise Unsuited("a gradient on another device than its weight")
-        ordered = [grads[i] for i in self._order]
-        return all(g.is_contiguous() for g in self.views(ordered))
+            raise UnsupportedByFusedOp(f"the state's {name} is not like its weight")
+        if not (moment if order is None else moment.permute(order)).is_contiguous():
+            state[name] = _in_layout_of(weight, moment)
 
 
-def _check(weights: Sequence[Tensor]) -> None:
+def _check_weights(weights: Sequence[Tensor]) -> None:
     for weight in weights:
         if type(weight) not in (Tensor, torch.nn.Parameter):
-            raise Unsuited(f"weights of type {type(weight).__name__}")  # DTensor among them
+            # DTensor is one of them.
+            raise UnsupportedByFusedOp(f"weights of type {type(weight).__name__}")
         if weight.dtype != torch.float32:
-            raise Unsuited(f"weights of {weight.dtype}")
+            raise UnsupportedByFusedOp(f"weights of {weight.dtype}")
         if weight.device != weights[0].device:
-            raise Unsuited("weights on several devices")
+            raise UnsupportedByFusedOp("weights on several devices")
         if weight.device.type not in DEVICES:
-            raise Unsuited(f"weights on {weight.device.type}")
+            raise UnsupportedByFusedOp(f"weights on {weight.device.type}")
         if weight.numel() == 0:
-            raise Unsuited("an empty weight")
+            raise UnsupportedByFusedOp("an empty weight")
 
 
-def _like(x: Tensor, weight: Tensor) -> Tensor:
+def _check_grads(weights: Sequence[Tensor]) -> None:
+    for weight in weights:
+        grad = weight.grad
+        assert grad is not None
+        if grad.layout != torch.strided or grad.dtype not in GRAD_DTYPES:
+            raise UnsupportedByFusedOp(f"gradients of {grad.dtype}, {grad.layout}")
+        if grad.device != weight.device:
+            raise UnsupportedByFusedOp("a gradient on another device than its weight")
+
+
+def _pointers(tensors: Iterable[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _in_layout_of(weight: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=x.dtype).copy_(x)
-
-
-def no_state(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """k, thresholds, masks, flips and scratch of a call that prunes nothing."""
-    integers = torch.empty(0, dtype=torch.int64, device=device)
-    return (
-        integers,
-        torch.empty(0, device=device),
-        torch.empty(0, dtype=torch.int32, device=device),
-        integers.clone(),
-        torch.zeros(SCRATCH_HEADER, dtype=torch.int32, device=device),
-    )

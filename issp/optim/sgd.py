@@ -9,59 +9,67 @@ import torch
 from torch import Tensor
 
 from issp import ops
-from issp.optim.plan import Plan
-from issp.optim.step import FusedStep, like
+from issp.optim.arguments import PruneArgs, SGDArgs, StepArgs
+from issp.optim.plan import FusedStepPlan
+from issp.optim.step import FusedStep
+
+_BUFFER = "momentum_buffer"
 
 
-@like(torch.optim.SGD)
 class SGD(FusedStep, torch.optim.SGD):
-    """torch.optim.SGD that prunes within its step."""
+    """torch.optim.SGD that prunes within its step: the same arguments, defaults and state."""
 
+    _torch = torch.optim.SGD
     _op = "sgd_soft_shrink_"
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As torch's; with a pruner attached, update and shrink in one pass."""
-        return super().step(closure)
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return (_BUFFER,) if group["momentum"] else ()
 
-    def _fill(self, group: dict[str, Any], plan: Plan) -> None:
-        if not group["momentum"]:
+    def _init_states(self, plan: FusedStepPlan, names: tuple[str, ...]) -> None:
+        if not names:
             return
         for p in plan.trained:
             self.state[p]  # an entry each, in torch's order
-        plan.states = [self.state[p] for p in plan.weights]
-        for t, state in enumerate(plan.states):
-            if state.get("momentum_buffer") is not None:
-                plan.settle(state, "momentum_buffer", t)
+        states = [self.state[p] for p in plan.weights]
+        for t, state in enumerate(states):
+            if state.get(_BUFFER) is not None:
+                plan.match_layout_(state, _BUFFER, t)
+        plan.bind_states(states, names)
 
-    def _launch(self, group, plan, grads, rate, rest) -> None:
-        momentum = group["momentum"]
-        buffers: list[Tensor | None] = []
-        first: list[bool] = []
-        if momentum:
-            if not plan.states:  # momentum was 0 when the plan was made
-                self._fill(group, plan)
-            buffers = [state.get("momentum_buffer") for state in plan.states]
-            first = [buffer is None for buffer in buffers]
-        new = any(first)
-        if new:
+    def _launch(
+        self,
+        group: dict[str, Any],
+        plan: FusedStepPlan,
+        grads: list[Tensor],
+        step_args: StepArgs,
+        prune_args: PruneArgs,
+    ) -> None:
+        buffers: list[Any] = plan.state_tensors.get(_BUFFER, [])
+        is_empty = [buffer is None for buffer in buffers]
+        is_first_step = any(is_empty)
+        if is_first_step:
             buffers = [
-                torch.empty_like(w) if b is None else b
-                for b, w in zip(buffers, plan.weights, strict=True)
+                torch.empty_like(weight) if buffer is None else buffer
+                for buffer, weight in zip(buffers, plan.weights, strict=True)
             ]
-        ops.sgd_soft_shrink_(
-            plan.folded(),
-            grads,
-            plan.views(buffers),
-            first,
-            rate[0],
-            momentum,
-            group["dampening"],
-            group["weight_decay"],
-            group["nesterov"],
-            *rest,
+        args = SGDArgs(
+            weights=plan.weight_views(),
+            grads=grads,
+            momentum_buffers=plan.contiguous_views(buffers),
+            first=is_empty,
+            lr=step_args.lr,
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=step_args.weight_decay,
+            nesterov=group["nesterov"],
+            maximize=step_args.maximize,
+            lr_tensor=step_args.lr_tensor,
+            grad_scale=step_args.grad_scale,
         )
-        found_inf = rest[-4]
-        # A buffer counts as filled once a step was not skipped; only a first step waits to know.
-        if new and (found_inf is None or found_inf.item() == 0):
+        ops.sgd_soft_shrink_(*args, *prune_args)
+        found_inf = prune_args.found_inf
+        # A buffer counts as filled once a step was not skipped. Only a first step waits to know that.
+        if is_first_step and (found_inf is None or found_inf.item() == 0):
             for state, buffer in zip(plan.states, buffers, strict=True):
-                state["momentum_buffer"] = buffer
+                state[_BUFFER] = buffer
+            plan.bind_states(plan.states, (_BUFFER,))

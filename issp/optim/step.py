@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import repeat
-from typing import Any
+from typing import Any, ClassVar, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from issp.ops import backends
-from issp.optim.plan import DEVICES, Plan, Unsuited, no_state, same
-from issp.pruning.buckets import Turn
+from issp.optim.arguments import PruneArgs, StepArgs
+from issp.optim.plan import DEVICES, FusedStepPlan, UnsupportedByFusedOp, same_objects
+from issp.pruning.buckets import WeightBucket
+from issp.pruning.prune_step import BeginStep, PruneStep
+
+T = TypeVar("T")
+
+_NO_PRUNER = "no pruner is attached: issp.attach(model, optimizer)"
+_SHRUNK_AFTERWARDS = "a pruned weight has no gradient: shrunk after the update"
 
 
 @dataclass(frozen=True)
-class Way:
+class GroupStepInfo:
     """How a parameter group is stepped.
 
     Args:
@@ -27,75 +31,79 @@ class Way:
         fused: by the op of issp; otherwise by torch.
         pruned: weights that the op shrinks (or masks) in the same pass.
         others: further weights that it updates.
-        why: why not all in one pass; "" when it is.
+        fallback_reason: why not all is done in one pass; "" when it is.
     """
 
     group: int
     fused: bool
     pruned: int = 0
     others: int = 0
-    why: str = ""
+    fallback_reason: str = ""
 
     def __str__(self) -> str:
+        reason = self.fallback_reason
         if not self.fused:
-            return f"group {self.group}: torch's own step: {self.why}"
-        after = f" ({self.why})" if self.why else ""
+            return f"group {self.group}: torch's own step: {reason}"
+        after = f" ({reason})" if reason else ""
         return f"group {self.group}: fused, {self.pruned} pruned and {self.others} other{after}"
 
 
-class FusedStep:
+class FusedStep(Optimizer):
     """Mixed into one of torch's optimizers: `step` does the pruner's work in the same pass.
 
-    GradScaler's contract for fused optimizers holds (`grad_scale`, `found_inf`); unlike torch's
-    kernels the op does not unscale the gradients in place.
+    It has torch's constructor. GradScaler's protocol for fused optimizers is followed (`grad_scale`,
+    `found_inf`); unlike torch's kernels the op does not unscale the gradients in place.
     """
 
-    _torch: type[Optimizer]  # whose step it is otherwise
-    _op: str
-    _needs = "no pruner is attached: issp.attach(model, optimizer)"
+    _torch: ClassVar[type[Optimizer]]
+    """The optimizer of torch whose step is done where the op does not fit."""
+    _op: ClassVar[str]
+    """Name of the op."""
 
-    def __init__(self, params, *args, **kwargs) -> None:
-        if not isinstance(params, Tensor):
-            params = list(params)
-        super().__init__(params, *args, **kwargs)
-        self._forget()
+    _begin_step: BeginStep | None = None
+    _remaining: tuple[WeightBucket, ...] | None = None
 
-    def _forget(self) -> None:
-        self._pruning: Callable[[Tensor | None], Turn] | None = None
-        self._plans: dict[int, Plan | str] = {}
-        self._dicts: list[dict] = []
-        self._nothing: dict[torch.device, tuple] = {}
-        self._support_scaling()
+    # Set by torch's constructor through `add_param_group`.
+    _plans: dict[int, FusedStepPlan]
+    _fallback_reasons: dict[int, str]
+    _state_dicts: list[dict[str, Any]]
 
-    def _support_scaling(self) -> None:
-        # GradScaler leaves unscaling and overflow to the step only if all of it can do that.
-        self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
+    def _forget_plans(self) -> None:
+        self._plans, self._fallback_reasons, self._state_dicts = {}, {}, []
 
-    def __setstate__(self, state: dict) -> None:
-        pruning = self.__dict__.get("_pruning")  # loading a state keeps it, unpickling has none
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             self._choose_fused(group)
             if group["fused"]:
                 self._move_counters(group)
-        self._forget()
-        self._pruning = pruning
+        self._forget_plans()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's; a group that leaves `fused` open gets torch's fused kernels if they fit."""
         super().add_param_group(param_group)
         self._choose_fused(self.param_groups[-1])
-        self._support_scaling()
+        if len(self.param_groups) == 1:  # called by the constructor
+            self._forget_plans()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # GradScaler leaves unscaling and overflow to the step only if every group can do that.
+        return all(group["fused"] for group in self.param_groups)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's constructor sets it; the parameter groups alone decide."""
 
     @staticmethod
     def _choose_fused(group: dict[str, Any]) -> None:
         if group["fused"] is not None or group["foreach"] or group["differentiable"]:
             return
         params = group["params"]
-        suited = all(p.is_floating_point() and p.device.type in DEVICES for p in params)
+        supported = all(p.is_floating_point() and p.device.type in DEVICES for p in params)
         # On a CPU, capturable is an error of torch's, which its fused step would hide.
         on_cpu = any(p.device.type == "cpu" for p in params)
-        if suited and not (group.get("capturable") and on_cpu):
+        if supported and not (group.get("capturable") and on_cpu):
             group["fused"] = True
 
     def _move_counters(self, group: dict[str, Any]) -> None:
@@ -105,145 +113,177 @@ class FusedStep:
             if isinstance(step, Tensor):
                 self.state[p]["step"] = step.to(p.device, torch.float32)
 
-    def follow_pruner(self, prepare: Callable[[Tensor | None], Turn]) -> bool:
-        """Lets a pruner's work be done within the step; one pruner at a time.
-
-        Args:
-            prepare: called at the start of a step with AMP's overflow flag.
-
-        Returns:
-            False if another pruner has been here first: it works in its hook then.
-        """
-        if self._pruning is not None:
+    def attach_pruner(self, begin_step: BeginStep) -> bool:
+        """See `issp.pruning.prune_step.PruningOptimizer`."""
+        if self._begin_step is not None:
             return False
-        self._pruning = prepare
+        self._begin_step, self._remaining = begin_step, None
         return True
 
-    def leave_pruner(self) -> None:
-        """Ends `follow_pruner`."""
-        self._pruning = None
+    def detach_pruner(self) -> None:
+        """Ends `attach_pruner`."""
+        self._begin_step = None
+
+    def take_remaining(self) -> tuple[WeightBucket, ...] | None:
+        """See `issp.pruning.prune_step.PruningOptimizer`."""
+        remaining, self._remaining = self._remaining, None
+        return remaining
 
     @property
-    def report(self) -> tuple[Way, ...]:
-        """How the latest step went, one `Way` per parameter group; before it, what is known."""
-        ways = []
-        for number, group in enumerate(self.param_groups):
-            why = self._needs if self._pruning is None else self._refusal(group)
-            plan = why or self._plans.get(number, "no step yet")
-            if isinstance(plan, str):
-                ways.append(Way(number, False, why=plan))
-                continue
-            after = (
-                ""
-                if plan.whole or plan.pruned is None
-                else ("a pruned weight has no gradient: shrunk after the update")
-            )
-            ways.append(Way(number, True, plan.count, len(plan.weights) - plan.count, after))
-        return tuple(ways)
+    def report(self) -> tuple[GroupStepInfo, ...]:
+        """How the latest step went, per parameter group; before it, what is known already."""
+        return tuple(self._info(number, group) for number, group in enumerate(self.param_groups))
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def _info(self, number: int, group: dict[str, Any]) -> GroupStepInfo:
+        if self._begin_step is None:
+            reason = _NO_PRUNER
+        else:
+            reason = self._fallback_reason(group) or self._fallback_reasons.get(number, "")
+        plan = self._plans.get(number)
+        if reason or plan is None:
+            reason = reason or "no step yet"
+            return GroupStepInfo(group=number, fused=False, fallback_reason=reason)
+        return GroupStepInfo(
+            group=number,
+            fused=True,
+            pruned=plan.num_pruned,
+            others=len(plan.weights) - plan.num_pruned,
+            fallback_reason="" if plan.prunes_all or plan.bucket is None else _SHRUNK_AFTERWARDS,
+        )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], T]) -> T: ...
+
+    def step(self, closure: Callable[[], T] | None = None) -> T | None:
         """One optimization step, and the pruner's if one is attached.
 
         Args:
             closure: evaluates the model again and returns the loss.
+
+        Returns:
+            What the closure returns.
         """
+        self._check_graph_capture()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._pruning is None or torch.compiler.is_compiling():
+        self._remaining = None
+        if self._begin_step is None or torch.compiler.is_compiling():
             self._torch_step(self.param_groups)
-            return loss
-        turn = self._pruning(getattr(self, "found_inf", None))
-        if len(self._dicts) != len(self.state) or not same(self._dicts, self.state.values()):
-            self._plans.clear()  # somebody has replaced a part of the state
-        for number, group in enumerate(self.param_groups):
-            with torch.no_grad():
-                fused = self._fused(number, group, turn)
-            if not fused:
-                self._torch_step([group])
-        self._dicts = list(self.state.values())
+        else:
+            prune_step = self._begin_step(getattr(self, "found_inf", None))
+            self._remaining = self._update(prune_step)
         return loss
+
+    def _check_graph_capture(self) -> None:
+        """Torch's refusal to be captured in a graph; SGD has none."""
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
         """torch's step, without the hooks that surround ours, on some of the groups."""
-        step = self._torch.step
+        step: Any = self._torch.step
         while getattr(step, "hooked", False):
             step = step.__wrapped__
-        kept = self.param_groups
+        all_groups = self.param_groups
         self.param_groups = groups
         try:
             step(self)
         finally:
-            self.param_groups = kept
+            self.param_groups = all_groups
 
-    def _fused(self, number: int, group: dict[str, Any], turn: Turn) -> bool:
-        """Steps one group by the op; False: torch must."""
-        why = self._refusal(group)
-        if why:
-            self._plans[number] = why
-            return False
-        params = group["params"]
-        grads = [p.grad for p in params]
-        missing = list(map(operator.is_, grads, repeat(None)))
-        pruned = turn.within(number)
-        plan = self._plans.get(number)
-        known = isinstance(plan, Plan) and plan.holds(params, missing, pruned)
-        if known:
+    def _update(self, prune_step: PruneStep) -> tuple[WeightBucket, ...]:
+        """Steps every parameter group; returns the buckets that are still to be shrunk."""
+        dicts = self._state_dicts
+        if len(dicts) != len(self.state) or not same_objects(dicts, self.state.values()):
+            self._forget_plans()  # somebody has replaced a part of the state
+        completed = []
+        for number, group in enumerate(self.param_groups):
+            with torch.no_grad():
+                plan = self._update_fused(number, group, prune_step)
+            if plan is None:
+                self._torch_step([group])
+            elif plan.bucket is not None and plan.prunes_all:
+                completed.append(plan.bucket)
+        self._state_dicts = list(self.state.values())
+        return prune_step.remaining(completed)
+
+    def _update_fused(
+        self, number: int, group: dict[str, Any], prune_step: PruneStep
+    ) -> FusedStepPlan | None:
+        """Steps one group by the op; returns its plan, or None if torch must step the group."""
+        reason = self._fallback_reason(group)
+        if not reason:
             try:
-                self._run(group, plan, grads, turn)
-                return True
-            except (KeyError, RuntimeError, TypeError, ValueError):
-                pass  # nothing has been modified: a tensor has changed, look at all of them anew
-        try:
-            plan = Plan(params, grads, pruned)
+                plan, grads = self._current_plan(number, group, prune_step.bucket_of(number))
+            except UnsupportedByFusedOp as error:
+                reason = str(error)
+        if reason:
+            self._plans.pop(number, None)
+            self._fallback_reasons[number] = reason
+            return None
+        if plan.weights:
+            self._run(group, plan, grads, prune_step)
+        return plan
+
+    def _current_plan(
+        self, number: int, group: dict[str, Any], bucket: WeightBucket | None
+    ) -> tuple[FusedStepPlan, list[Tensor]]:
+        """The plan of a group, made anew if something has changed, and its gradients."""
+        params, names = group["params"], self._state_names(group)
+        plan = self._plans.get(number)
+        grads: list[Any] = [] if plan is None else plan.grads()
+        if plan is None or not plan.is_current(params, grads, bucket, names):
+            plan = FusedStepPlan(params, bucket)
             self._check_kernel(plan)
-            self._fill(group, plan)
-        except Unsuited as why:
-            self._plans[number] = str(why)
-            return False
-        self._plans[number] = plan
-        self._run(group, plan, grads, turn)
-        return True
+            self._init_states(plan, names)
+            self._plans[number] = plan
+            self._fallback_reasons.pop(number, None)
+            grads = plan.grads()
+        return plan, plan.grad_views(grads)
 
     def _run(
-        self, group: dict[str, Any], plan: Plan, grads: list[Tensor | None], turn: Turn
+        self,
+        group: dict[str, Any],
+        plan: FusedStepPlan,
+        grads: list[Tensor],
+        prune_step: PruneStep,
     ) -> None:
-        if not plan.weights:
-            return
         device = plan.weights[0].device
-        patterns: list[int] = []
-        if plan.whole:
-            state = plan.pruned.state
-            tensors = (state.k, state.thresholds, state.packed, state.flips, state.scratch)
-            patterns = state.patterns
-        else:
-            if device not in self._nothing:
-                self._nothing[device] = no_state(device)
-            tensors = self._nothing[device]
         lr = group["lr"]
         on_device = isinstance(lr, Tensor) and lr.device == device
-        rate = (0.0, lr) if on_device else (float(lr), None)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is not None:
             scale = scale.to(device, torch.float32, non_blocking=True)
         if found_inf is not None:
             found_inf = found_inf.to(device, torch.float32, non_blocking=True)
-        k, *rest = tensors
-        tail = (found_inf, turn.frozen, True, patterns)
-        self._launch(
-            group,
-            plan,
-            plan.grads(grads),
-            rate,
-            (group["maximize"], rate[1], scale, k, turn.factor, *rest, *tail),
+        state = plan.prune_state
+        step_args = StepArgs(
+            lr=0.0 if on_device else float(lr),
+            lr_tensor=lr if on_device else None,
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+            grad_scale=scale,
         )
+        prune_args = PruneArgs(
+            k=state.k,
+            shrink=prune_step.factor,
+            thresholds=state.thresholds,
+            masks=state.masks,
+            flips=state.flips,
+            scratch=state.scratch,
+            found_inf=found_inf,
+            frozen=prune_step.frozen,
+            bracket=True,
+            patterns=plan.patterns,
+        )
+        self._launch(group, plan, grads, step_args, prune_args)
         torch.autograd.graph.increment_version(plan.weights)
-        if plan.whole:
-            turn.done.append(plan.pruned)
 
-    def _refusal(self, group: dict[str, Any]) -> str:
-        """Why the options of a group are not the op's; "" if they are."""
+    def _fallback_reason(self, group: dict[str, Any]) -> str:
+        """Why the op does not take the options of a group; "" if it does."""
         if not group["fused"]:
             return f"fused is {group['fused']}"
         if group["differentiable"]:
@@ -254,25 +294,30 @@ class FusedStep:
             return "lr requires a gradient"
         return ""
 
-    def _check_kernel(self, plan: Plan) -> None:
+    def _check_kernel(self, plan: FusedStepPlan) -> None:
         device = plan.weights[0].device.type if plan.weights else "cpu"
         if self._op in backends.by_reference(device):
-            raise Unsuited(f"the slow reference would serve {self._op} on {device}")
+            raise UnsupportedByFusedOp(f"the slow reference would serve {self._op} on {device}")
 
-    def _fill(self, group: dict[str, Any], plan: Plan) -> None:
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The entries of the state that the op takes."""
         raise NotImplementedError
 
-    def _launch(self, group, plan, grads, rate, rest) -> None:
+    def _init_states(self, plan: FusedStepPlan, names: tuple[str, ...]) -> None:
+        """Creates missing entries of the state, checks all and binds them to the plan.
+
+        Raises:
+            UnsupportedByFusedOp: the op does not take the state.
+        """
         raise NotImplementedError
 
-
-def like(torchs: type[Optimizer]) -> Callable[[type], type]:
-    """Gives a class the signature and documentation of torch's."""
-
-    def decorate(cls: type) -> type:
-        cls._torch = torchs
-        cls.__signature__ = inspect.signature(torchs)
-        cls.__doc__ = f"{cls.__doc__}\n\n{inspect.getdoc(torchs)}"
-        return cls
-
-    return decorate
+    def _launch(
+        self,
+        group: dict[str, Any],
+        plan: FusedStepPlan,
+        grads: list[Tensor],
+        step_args: StepArgs,
+        prune_args: PruneArgs,
+    ) -> None:
+        """Calls the op."""
+        raise NotImplementedError

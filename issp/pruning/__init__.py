@@ -1,1 +1,1 @@
-"""Pruning during training: which weights shrink, when, and what is kept of it."""
+"""Pruning during training: `attach`, methods, schedules, masks."""

@@ -1,129 +1,132 @@
-"""The weights of one optimizer, device and dtype: one `ShrinkState`, one op call per step."""
+"""The pruned weights in buckets: one optimizer, device and dtype each, one op call per step."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import operator
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from issp import ops
-from issp.nn.selection import Layer
+from issp.nn.selection import Layer, unwrap
 from issp.ops import ShrinkState, reference
 from issp.ops.keep import Keep
 from issp.ops.schemas import mask_layout, mask_words
+from issp.pruning.ema import EMAWeights
+from issp.pruning.memory_order import inverse, memory_order
+from issp.pruning.moments import OptimizerMoments
+from issp.pruning.prune_step import prunes_within_step
+from issp.pruning.state import LayerState
 
 
-@dataclass(frozen=True)
-class Record:
-    """What is known of one layer, free of its group: to regroup, to save, to load.
-
-    Args:
-        shape: of the weight.
-        k: how many weights are selected.
-        threshold: 0-dim tensor in the weight's dtype; NaN before the first selection.
-        flips: mask bits that the latest step changed.
-        packed: int32 words of the mask in the order of the weight's indices, whatever its memory
-            order, as in `issp.ops.schemas`.
-    """
-
-    shape: tuple[int, ...]
-    k: int
-    threshold: Tensor
-    flips: int
-    packed: Tensor
-
-
-class Group:
+class WeightBucket:
     """Weights that share an optimizer, a device and a dtype, unstructured and N:M ones alike.
 
     Args:
         layers: their order is the order of the state.
-        index: number of the optimizer whose steps drive them.
-        part: number of the parameter group that has them all, where that matters.
+        optimizer: number of the optimizer whose steps prune them.
+        param_group: number of the parameter group that has all of them; None where it does not
+            matter, because the optimizer does not prune within its step.
+
+    Attributes:
+        weights: as they were at the latest `refresh`.
+        version: how often `refresh` has accepted weights of other memory.
+        state: masks, counts and thresholds, as the ops take them.
 
     Raises:
         ValueError: a weight that no permutation of its dimensions makes contiguous, or an N:M one
             in an order other than contiguous and channels_last.
     """
 
-    def __init__(self, layers: Sequence[Layer], index: int, part: int | None = None) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], optimizer: int, param_group: int | None = None
+    ) -> None:
         self.layers = list(layers)
-        self.index = index
-        self.part = part
-        self._stores = [layer.module._parameters for layer in layers]
+        self.optimizer = optimizer
+        self.param_group = param_group
+        self._parameter_dicts = [layer.module._parameters for layer in layers]
         self._orders = [_memory_order(layer) for layer in layers]
         self._patterns = [x.target if isinstance(x.target, Keep) else None for x in layers]
-        self._folds = [_folds(x, order) for x, order in zip(layers, self._orders, strict=True)]
-        self._plain = not any(self._orders)
-        weights = self.parameters()
-        self._shapes = [tuple(w.shape) for w in weights]
-        self._pointers = _pointers(weights)
-        self._sizes = [(layer.target, w.numel()) for layer, w in zip(layers, weights, strict=True)]
-        self.k = [0] * len(weights)
-        views = self.views(weights)
+        self._flattened = [
+            _is_flattened(x, order) for x, order in zip(layers, self._orders, strict=True)
+        ]
+        self._all_contiguous = not any(self._orders)
+        self._any_flattened = any(self._flattened)
+        self.weights = self.current_weights()
+        self.version = 0
+        self._pointers = _pointers(self.weights)
+        self._shapes = [tuple(w.shape) for w in self.weights]
+        self._sizes = [(x.target, w.numel()) for x, w in zip(layers, self.weights, strict=True)]
+        self.k = [0] * len(self.weights)
+        views = self.contiguous_views(self.weights)
         self._view_shapes = [v.shape for v in views]
-        self.state = ShrinkState(self.folded(views), self.k, self._patterns)
+        self.state = ShrinkState(self.selection_views(views), self.k, self._patterns)
         starts, _ = mask_layout(self.state.numels)
-        self._spans = [
+        self._word_ranges = [
             (s, s + mask_words(n)) for s, n in zip(starts, self.state.numels, strict=True)
         ]
-        self._moments = _Moments()
+        self._moments = OptimizerMoments()
 
-    def parameters(self) -> list[Tensor]:
-        """The weights as they are now; never cached, since loading and `to` replace them."""
-        return [store["weight"] for store in self._stores]
+    def current_weights(self) -> list[Tensor]:
+        """The weights as they are now: loading and `to` may have replaced them."""
+        return [parameters["weight"] for parameters in self._parameter_dicts]  # type: ignore[misc]
 
-    def _words(self, t: int) -> Tensor:
-        begin, end = self._spans[t]
-        return self.state.packed[begin:end]
-
-    def views(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The tensors as the ops want them: contiguous (channels_last is permuted, not copied)."""
-        if self._plain:
+    def contiguous_views(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors as the ops take them: contiguous (channels_last is permuted, not copied)."""
+        if self._all_contiguous:
             return tensors
         with torch.no_grad():
             return [
-                t if order is None else t.permute(order)
-                for t, order in zip(tensors, self._orders, strict=True)
+                x if order is None else x.permute(order)
+                for x, order in zip(tensors, self._orders, strict=True)
             ]
 
-    def folded(self, views: list[Tensor]) -> list[Tensor]:
-        """Views of the weights as the selection wants them.
+    def selection_views(self, views: list[Tensor]) -> list[Tensor]:
+        """The contiguous views as the selection takes them.
 
         An N:M pattern groups input channels, dimension 1 of [O, I, ...]. In a channels_last weight,
-        [O, kh, kw, I] in memory, m of them lie side by side: [O, kh * kw * I] has the same groups.
+        [O, kh, kw, I] in memory, M of them are adjacent: [O, kh * kw * I] has the same groups.
         """
-        if not any(self._folds):
+        if not self._any_flattened:
             return views
         with torch.no_grad():
-            return [v.flatten(1) if fold else v for v, fold in zip(views, self._folds, strict=True)]
+            return [
+                v.flatten(1) if flat else v for v, flat in zip(views, self._flattened, strict=True)
+            ]
 
-    def moved(self) -> bool:
-        """Whether a weight has other memory than at the last call."""
-        return _pointers(self.parameters()) != self._pointers
+    def refresh(self) -> bool:
+        """Accepts weights that were replaced or have other memory, if the state suits them.
 
-    def fits(self) -> bool:
-        """Whether the state still suits the weights; if so, their new memory is accepted."""
-        weights = self.parameters()
-        first, home = weights[0].dtype, self.state.k.device
-        if any(w.device != home or w.dtype != first for w in weights):
+        Returns:
+            False if it does not: another device, dtype, shape or memory order.
+        """
+        weights = self.current_weights()
+        pointers = _pointers(weights)
+        if pointers == self._pointers and all(map(operator.is_, weights, self.weights)):
+            return True
+        dtype, device = weights[0].dtype, self.state.k.device
+        if any(w.device != device or w.dtype != dtype for w in weights):
             return False
-        views = self.views(weights)
-        if first != self.state.thresholds.dtype or [v.shape for v in views] != self._view_shapes:
+        views = self.contiguous_views(weights)
+        if dtype != self.state.thresholds.dtype or [v.shape for v in views] != self._view_shapes:
             return False
         if not all(v.is_contiguous() for v in views):
             return False
-        self._pointers = _pointers(weights)
+        self.weights, self._pointers = weights, pointers
+        self.version += 1
         return True
 
     def set_ratio(self, ratio: float, final: float) -> None:
         """Sets how many weights are selected; the device is written only when a number changes.
 
         Args:
-            ratio: what the schedule says now.
-            final: what it says at the end; a layer's own target is scaled by ratio / final.
+            ratio: sparsity of the schedule now.
+            final: sparsity of the schedule at its end; the target of a layer is scaled by
+                ratio / final.
         """
         counts = {size: _count(*size, ratio, final) for size in set(self._sizes)}
         k = [counts[size] for size in self._sizes]
@@ -133,45 +136,49 @@ class Group:
 
     def shrink(self, factor: float, found_inf: Tensor | None = None) -> None:
         """Selects anew and shrinks; the device skips it where `found_inf` is not 0."""
-        home = self.state.k.device
-        if found_inf is not None and found_inf.device != home:
-            found_inf = found_inf.to(home, non_blocking=True)
-        weights = self.folded(self.views(self.parameters()))
+        device = self.state.k.device
+        if found_inf is not None and found_inf.device != device:
+            found_inf = found_inf.to(device, non_blocking=True)
+        weights = self.selection_views(self.contiguous_views(self.current_weights()))
         ops.soft_shrink_(weights, self.state, factor, found_inf)
 
-    def mask(
-        self, optimizer: torch.optim.Optimizer | None = None, average: list[Tensor] | None = None
+    def apply_masks(
+        self, optimizer: Optimizer | None = None, averages: list[Tensor] | None = None
     ) -> None:
-        """Writes zeros where the mask says pruned: weights, moments and average in one call.
+        """Writes zeros where the mask says pruned: weights, moments and averages in one call.
 
         Args:
-            optimizer: of whose state every tensor of a weight's shape is masked.
-            average: one tensor per weight.
+            optimizer: whose moments of the weights are masked.
+            averages: one tensor per weight.
         """
-        sets, odd = [self.parameters()], []
+        weights = self.current_weights()
+        lists: list[list[Tensor]] = [weights]
+        irregular: list[tuple[int, Tensor]] = []
         if optimizer is not None:
-            self._moments.refresh(optimizer, sets[0], self.state.k.device, self._orders)
-            sets += self._moments.complete()
-            odd += self._moments.odd
-        if average is not None:
-            if self._regular(average):
-                sets.append(average)
+            self._moments.refresh(optimizer, weights, self.state.k.device, self._orders)
+            lists += self._moments.complete()
+            irregular += self._moments.irregular
+        if averages is not None:
+            if self._is_regular(averages):
+                lists.append(averages)
             else:
-                odd += enumerate(average)
-        ops.apply_masks_([view for tensors in sets for view in self.views(tensors)], self.state)
-        if odd:
-            self.mask_each(odd)
+                irregular += enumerate(averages)
+        views = [view for tensors in lists for view in self.contiguous_views(tensors)]
+        ops.apply_masks_(views, self.state)
+        if irregular:
+            self._apply_masks_one_by_one(irregular)
 
-    def _regular(self, tensors: list[Tensor]) -> bool:
-        home = self.state.k.device
+    def _is_regular(self, tensors: list[Tensor]) -> bool:
+        """Whether the tensors have the device and the memory orders of the weights."""
+        device = self.state.k.device
         return all(
-            t.device == home and v.is_contiguous()
-            for t, v in zip(tensors, self.views(tensors), strict=True)
+            x.device == device and v.is_contiguous()
+            for x, v in zip(tensors, self.contiguous_views(tensors), strict=True)
         )
 
     @torch.no_grad()
-    def mask_each(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
-        """Masks single tensors of any device and memory order: (number of the layer, tensor)."""
+    def _apply_masks_one_by_one(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
+        """Masks tensors of any device and memory order: (number of the layer, tensor)."""
         kept = self.masks()
         for t, tensor in tensors:
             tensor.masked_fill_(~kept[t].to(tensor.device), 0)
@@ -179,61 +186,68 @@ class Group:
     def masks(self) -> list[Tensor]:
         """Bool masks in the weights' shapes, True = kept."""
         return [
-            mask if order is None else mask.view(shape).permute(_inverse(order))
+            mask if order is None else mask.view(shape).permute(inverse(order))
             for mask, order, shape in zip(
                 self.state.masks(), self._orders, self._view_shapes, strict=True
             )
         ]
 
-    def chosen(self) -> list[bool]:
-        """Per layer, whether a selection has ever been made."""
-        return (~self.state.thresholds.isnan()).tolist()
+    def has_selection(self) -> list[bool]:
+        """Whether a selection has ever been made, per layer."""
+        return [bool(x) for x in (~self.state.thresholds.isnan()).tolist()]
 
     def set_masks(self, masks: Sequence[Tensor]) -> None:
-        """Fixes given masks as if a step had selected them: bool in the weights' shapes."""
-        self.state.set_masks(self.folded([v.contiguous() for v in self.views(list(masks))]))
+        """Sets masks as if a step had selected them: bool in the weights' shapes, True = kept."""
+        views = self.contiguous_views(list(masks))
+        self.state.set_masks(self.selection_views([v.contiguous() for v in views]))
         self.state.thresholds.zero_()
         self._set_k([int((~mask).sum()) for mask in masks])
 
-    def records(self) -> dict[str, Record]:
-        """Copies of everything, by layer name."""
+    def layer_states(self) -> dict[str, LayerState]:
+        """Copies of masks, counts and thresholds, by layer name."""
         flips, thresholds = self.state.flips.tolist(), self.state.thresholds.clone()
-        records = {}
+        states = {}
         for t, layer in enumerate(self.layers):
-            packed = self._words(t).clone()
-            if self._orders[t] is not None:
+            packed, order = self._mask_words(t).clone(), self._orders[t]
+            if order is not None:
                 kept = reference.unpack(packed, self.state.numels[t]).view(self._view_shapes[t])
-                packed = reference.pack(kept.permute(_inverse(self._orders[t])).flatten())
-            records[layer.name] = Record(
-                self._shapes[t], self.k[t], thresholds[t], flips[t], packed
+                packed = reference.pack(kept.permute(inverse(order)).flatten())
+            states[layer.name] = LayerState(
+                shape=self._shapes[t],
+                k=self.k[t],
+                threshold=thresholds[t],
+                flips=flips[t],
+                packed_mask=packed,
             )
-        return records
+        return states
 
-    def restore(self, records: Mapping[str, Record]) -> None:
-        """Takes over the records of its layers; a layer without one stays as it is.
+    def load_layer_states(self, states: Mapping[str, LayerState]) -> None:
+        """Takes over the states of its layers; a layer without one stays as it is.
 
         Raises:
-            ValueError: a weight has another shape than its record.
+            ValueError: a weight has another shape than its state; nothing has been changed.
         """
-        mine = [(t, layer, records.get(layer.name)) for t, layer in enumerate(self.layers)]
-        for t, layer, record in mine:
-            if record is not None and self._shapes[t] != record.shape:
+        own = {t: states[x.name] for t, x in enumerate(self.layers) if x.name in states}
+        for t, state in own.items():
+            if self._shapes[t] != state.shape:
                 raise ValueError(
-                    f"{layer.name}: the mask has shape {record.shape} but the weight "
+                    f"{self.layers[t].name}: the mask has shape {state.shape} but the weight "
                     f"{self._shapes[t]}: attach anew"
                 )
-        for t, _, record in mine:
-            if record is None:
-                continue
-            packed = record.packed.to(self.state.k.device)
-            if self._orders[t] is not None:
+        for t, state in own.items():
+            packed, order = state.packed_mask.to(self.state.k.device), self._orders[t]
+            if order is not None:
                 kept = reference.unpack(packed, self.state.numels[t]).view(self._shapes[t])
-                packed = reference.pack(kept.permute(self._orders[t]).flatten())
-            self._words(t).copy_(packed)
-            self.state.thresholds[t] = record.threshold
-            self.state.flips[t] = record.flips
-            self.k[t] = record.k
+                packed = reference.pack(kept.permute(order).flatten())
+            self._mask_words(t).copy_(packed)
+            self.state.thresholds[t] = state.threshold
+            self.state.flips[t] = state.flips
+            self.k[t] = state.k
         self._set_k(self.k)
+
+    def _mask_words(self, t: int) -> Tensor:
+        begin, end = self._word_ranges[t]
+        return self.state.packed[begin:end]
 
     def _set_k(self, k: list[int]) -> None:
         """Takes over counts; masks from elsewhere may prune any number of an N:M weight."""
@@ -244,96 +258,203 @@ class Group:
         self.state.set_k(self.k)
 
 
-@dataclass
-class Turn:
-    """The pruner's work of one optimizer step, for the optimizer to do what it can of it.
+class Owner(NamedTuple):
+    """Who trains a weight.
 
     Args:
-        index: number of the optimizer.
-        groups: those that its steps drive.
-        factor: what the selected weights are multiplied by.
-        frozen: whether the masks are fixed: then they are applied instead.
-        done: the groups whose work is done; the others are left to the pruner's hook.
+        optimizer: number of the optimizer.
+        param_group: number of its parameter group; None if the optimizer does not prune within its
+            step.
     """
 
-    index: int
-    groups: list[Group]
-    factor: float
-    frozen: bool
-    done: list[Group] = field(default_factory=list)
-
-    def within(self, part: int) -> Group | None:
-        """The group of a parameter group, if it has one."""
-        for group in self.groups:
-            if group.part == part:
-                return group
-        return None
-
-    def left(self) -> list[Group]:
-        """The groups whose work is not done."""
-        return [group for group in self.groups if group not in self.done]
+    optimizer: int
+    param_group: int | None
 
 
-class _Moments:
-    """The optimizer's tensors per weight, found again only when its state was replaced or grew."""
+class WeightBuckets:
+    """All layers to prune, and the buckets of those that are pruned now; iterates over the buckets.
 
-    def __init__(self) -> None:
-        self._source: object = None
-        self._signature: tuple[int, int] = (-1, -1)
-        self._dicts: list[dict] = []
-        self._keys: list[str] = []
-        self.odd: list[tuple[int, Tensor]] = []
+    Weights of one bucket share an optimizer, a device and a dtype. Where the optimizer prunes
+    within its step (`issp.optim`) they also share a parameter group, since that is what it updates
+    in one pass.
 
-    def __getstate__(self) -> dict:
-        return {"odd": []}
+    A layer becomes active once its weight requires a gradient and belongs to an optimizer. It stays
+    active from then on: its mask must hold when the weight is no longer trained. Layers marked
+    dense are never active.
 
-    def __setstate__(self, state: dict) -> None:
-        self.__init__()
+    Args:
+        layers: all layers to prune, in the model's order.
+        optimizers: may be empty; then requiring a gradient is enough.
 
-    def refresh(
-        self,
-        optimizer: torch.optim.Optimizer,
-        parameters: list[Tensor],
-        home: torch.device,
-        orders: list[list[int] | None],
+    Attributes:
+        prunable: the layers that are not marked dense.
+        active: names of the active layers.
+
+    Raises:
+        ValueError: none of the weights is trained.
+    """
+
+    def __init__(self, layers: list[Layer], optimizers: list[Optimizer]) -> None:
+        self.layers = layers
+        self.prunable = [layer for layer in layers if not layer.dense]
+        self.optimizers = optimizers
+        self.active: set[str] = set()
+        self._buckets: list[WeightBucket] = []
+        self.rebuild({})
+
+    def __iter__(self) -> Iterator[WeightBucket]:
+        return iter(self._buckets)
+
+    def __len__(self) -> int:
+        return len(self._buckets)
+
+    def refresh(self) -> bool:
+        """Notices weights that moved (device, dtype, memory) or have come to be trained.
+
+        Returns:
+            Whether the buckets were formed anew.
+        """
+        # A list: every bucket is refreshed, also behind the first one that does not suit.
+        if all([bucket.refresh() for bucket in self._buckets]) and not self._newly_trainable():
+            return False
+        self.rebuild(self.layer_states())
+        return True
+
+    def _newly_trainable(self) -> bool:
+        """Whether a layer that is not active yet is trained now."""
+        if len(self.active) == len(self.prunable):
+            return False
+        inactive = [x for x in self.prunable if x.name not in self.active]
+        if not any(layer.weight.requires_grad for layer in inactive):
+            return False
+        owners = self._owners()
+        return any(owners[layer.name] is not None for layer in inactive)
+
+    def _owners(self) -> dict[str, Owner | None]:
+        """Who trains each layer; None for layers that nobody trains."""
+        by_id = {
+            id(parameter): Owner(index, number if prunes_within_step(optimizer) else None)
+            for index, optimizer in enumerate(self.optimizers)
+            for number, group in enumerate(optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        owners = {}
+        for layer in self.prunable:
+            owner = by_id.get(id(layer.weight)) if self.optimizers else Owner(0, None)
+            owners[layer.name] = owner if layer.weight.requires_grad else None
+        return owners
+
+    def is_trained_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer has one of the weights."""
+        weights = {id(layer.weight) for layer in self.layers}
+        return any(id(p) in weights for group in optimizer.param_groups for p in group["params"])
+
+    def rebuild(
+        self, states: Mapping[str, LayerState], active: Collection[str] | None = None
     ) -> None:
-        state = optimizer.state
-        if self._source is state and self._signature == (len(state), self._entries()):
-            return
-        # `state` is a defaultdict: asking with [] would create entries and change its state_dict.
-        self._dicts = [state.get(p, {}) for p in parameters]
-        found: dict[str, list[tuple[int, Tensor]]] = {}
-        unset = False
-        for t, (parameter, values) in enumerate(zip(parameters, self._dicts, strict=True)):
-            for key, value in values.items():
-                unset |= value is None
-                if (
-                    isinstance(value, Tensor)
-                    and value.shape == parameter.shape
-                    and value.is_floating_point()
-                    and value.dim() > 0
-                ):
-                    found.setdefault(key, []).append((t, value))
-        self._keys, self.odd = [], []
-        for key, values in found.items():
-            if len(values) == len(parameters) and all(
-                v.device == home
-                and (v if orders[t] is None else v.permute(orders[t])).is_contiguous()
-                for t, v in values
-            ):
-                self._keys.append(key)
-            else:
-                self.odd += values
-        # An entry that is still None becomes a tensor without changing any length.
-        self._source = None if unset or self.odd else state
-        self._signature = (len(state), self._entries())
+        """Forms the buckets anew.
 
-    def _entries(self) -> int:
-        return sum(map(len, self._dicts))
+        Args:
+            states: masks and counts by layer name; a layer without them starts with all kept.
+            active: the layers that stay active, None: those that are now. Layers that have come to
+                be trained become active in any case.
 
-    def complete(self) -> list[list[Tensor]]:
-        """One list per kind of moment, in the order of the weights."""
-        return [[values[key] for values in self._dicts] for key in self._keys]
+        Raises:
+            ValueError: none of the weights is trained, or a weight has another shape than its
+                state; nothing has been changed.
+        """
+        active = self.active if active is None else active
+        owners = self._owners()
+        parts: dict[tuple[Owner, torch.device, torch.dtype], list[Layer]] = {}
+        for layer in self.prunable:
+            owner = owners[layer.name]
+            if owner is not None or layer.name in active:
+                key = (owner or Owner(0, None), layer.weight.device, layer.weight.dtype)
+                parts.setdefault(key, []).append(layer)
+        if all(owner is None for owner in owners.values()):
+            raise ValueError(
+                "no weight to prune is trained: the weights must require gradients and be in the "
+                "optimizer (of a copied model, pass its own optimizer)"
+            )
+        buckets = [WeightBucket(layers, *owner) for (owner, _, _), layers in parts.items()]
+        for bucket in buckets:
+            bucket.load_layer_states(states)
+        self._buckets = buckets
+        self.active = {layer.name for bucket in buckets for layer in bucket.layers}
+
+    def rebind(self, model: nn.Module | None, optimizers: list[Optimizer]) -> None:
+        """Goes on with a copy of the model (None: the same) and other optimizers.
+
+        Raises:
+            ValueError: the model lacks a layer, or no weight is trained; nothing has been changed.
+        """
+        states = self.layer_states()
+        before = (self.optimizers, [layer.module for layer in self.layers])
+        if model is not None:
+            self._set_modules(model)
+        self.optimizers = optimizers
+        try:
+            self.rebuild(states)
+        except Exception:
+            self.optimizers, modules = before
+            for layer, module in zip(self.layers, modules, strict=True):
+                layer.module = module
+            raise
+
+    def _set_modules(self, model: nn.Module) -> None:
+        modules = dict(unwrap(model).named_modules(remove_duplicate=False))
+        for layer in self.layers:
+            weight = getattr(modules.get(layer.name), "_parameters", {}).get("weight")
+            if weight is None or weight.shape != layer.weight.shape:
+                raise ValueError(
+                    f"the model has no layer {layer.name} with a weight of shape "
+                    f"{tuple(layer.weight.shape)}: attach anew"
+                )
+        for layer in self.layers:
+            layer.module = modules[layer.name]
+
+    def layer_states(self) -> dict[str, LayerState]:
+        """Copies of masks, counts and thresholds of every active layer."""
+        return {name: x for bucket in self for name, x in bucket.layer_states().items()}
+
+    def notes(self) -> dict[str, str]:
+        """For every layer that is not active, why not."""
+        return {
+            layer.name: layer.dense
+            or ("not in the optimizer" if layer.weight.requires_grad else "requires_grad is False")
+            for layer in self.layers
+            if layer.name not in self.active
+        }
+
+    def warn_missing(self) -> None:
+        """Warns of layers that no optimizer has; to be called by what `attach` calls."""
+        missing = [name for name, note in self.notes().items() if note == "not in the optimizer"]
+        if missing:
+            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            warnings.warn(
+                f"{len(missing)} weights to prune are not in the optimizer and stay dense until "
+                f"add_param_group brings them: {names}; exclude them to silence this",
+                stacklevel=4,
+            )
+
+    def select_missing(self) -> None:
+        """Selects, at the full sparsity, for layers that no step has selected yet."""
+        for bucket in self:
+            selected = zip(bucket.layers, bucket.has_selection(), strict=True)
+            missing = [layer for layer, has_selection in selected if not has_selection]
+            if missing:
+                late = WeightBucket(missing, bucket.optimizer)
+                late.set_ratio(1.0, 1.0)
+                late.shrink(0.0)
+                bucket.load_layer_states(late.layer_states())
+
+    def apply_masks(self, buckets: Iterable[WeightBucket], ema: EMAWeights | None = None) -> None:
+        """Writes zeros into pruned weights, their optimizer moments and their averages."""
+        for bucket in buckets:
+            bucket.apply_masks(
+                self.optimizers[bucket.optimizer] if self.optimizers else None,
+                None if ema is None else ema.tensors(bucket.layers),
+            )
 
 
 def _count(target: float | Keep, numel: int, ratio: float, final: float) -> int:
@@ -344,7 +465,7 @@ def _count(target: float | Keep, numel: int, ratio: float, final: float) -> int:
     return ops.num_pruned(numel, ratio if target == final else target * (ratio / final))
 
 
-def _folds(layer: Layer, order: list[int] | None) -> bool:
+def _is_flattened(layer: Layer, order: list[int] | None) -> bool:
     """Whether an N:M weight is channels_last, where the selection reads it as [O, kh * kw * I]."""
     keep = layer.target
     if order is None or not isinstance(keep, Keep) or keep.layout == "flat" or order[:2] == [0, 1]:
@@ -369,15 +490,3 @@ def _memory_order(layer: Layer) -> list[int] | None:
             "weight.contiguous() or exclude the layer"
         )
     return order
-
-
-def memory_order(x: Tensor) -> list[int] | None:
-    """The permutation that makes a tensor contiguous: None if it is, empty if there is none."""
-    if x.is_contiguous():
-        return None
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    return order if x.permute(order).is_contiguous() else []
-
-
-def _inverse(order: list[int]) -> list[int]:
-    return sorted(range(len(order)), key=order.__getitem__)

@@ -1,4 +1,4 @@
-"""The moving average of a model: where its tensor for a pruned layer is."""
+"""The weights of the pruned layers in an exponential moving average of the model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from issp.nn.selection import Layer
 
 
-class Average:
-    """Finds the averaged weights by name, anew each time: updates may replace the tensors.
+class EMAWeights:
+    """Looks the averaged weights up by name, anew each time: updates may replace the tensors.
 
     Args:
         source: a module with the model's names (also inside `.module`, as torch's AveragedModel has
             it), or a dict from parameter name to tensor.
-        layers: the pruned layers; all must be there.
+        layers: the pruned layers; the average must have all of them.
 
     Raises:
         TypeError: another kind of source.
@@ -33,19 +33,23 @@ class Average:
 
     def tensors(self, layers: Sequence[Layer]) -> list[Tensor]:
         """The averaged weight of every layer, in their order."""
-        source = self._source
-        if isinstance(source, nn.Module):
-            while isinstance(getattr(source, "module", None), nn.Module):
-                source = source.module
-            source = dict(source.named_parameters(remove_duplicate=False))
-        found = []
+        by_name = _tensors_by_name(self._source)
+        averages = []
         for layer in layers:
             name = f"{layer.name}.weight" if layer.name else "weight"
-            tensor = source.get(name, source.get(f"module.{name}"))
+            tensor = by_name.get(name, by_name.get(f"module.{name}"))
             if tensor is None or tensor.shape != layer.weight.shape:
                 raise ValueError(
                     f"ema has no {name} of shape {tuple(layer.weight.shape)}: it must average the "
                     "model given to attach"
                 )
-            found.append(tensor.data)
-        return found
+            averages.append(tensor.data)
+        return averages
+
+
+def _tensors_by_name(source: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if not isinstance(source, nn.Module):
+        return source
+    while isinstance(getattr(source, "module", None), nn.Module):
+        source = source.module
+    return dict(source.named_parameters(remove_duplicate=False))

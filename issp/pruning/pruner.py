@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,14 @@ from torch.optim import Optimizer
 from issp.nn.selection import Layer, select, unwrap
 from issp.ops.keep import Keep
 from issp.pruning import methods
-from issp.pruning import state as pruner_state
-from issp.pruning import summary as report
-from issp.pruning.buckets import Turn
-from issp.pruning.ema import Average
-from issp.pruning.hooks import Hooks, optimizers
-from issp.pruning.roster import Roster
+from issp.pruning import state as saved_state
+from issp.pruning import summary as summaries
+from issp.pruning.buckets import WeightBucket, WeightBuckets
+from issp.pruning.ema import EMAWeights
+from issp.pruning.hooks import Hooks, as_list
+from issp.pruning.prune_step import PruneStep
 from issp.pruning.schedules import Schedule, final_sparsity
-from issp.pruning.step_counter import StepCounter, skipped
+from issp.pruning.step_counter import StepCounter, is_skipped
 
 
 def attach(
@@ -53,12 +54,12 @@ def attach(
         shrink: factor alpha of ISS-P in 0..1.
         method: "iss-p" or "iht".
         types: module classes whose `weight` is pruned.
-        exclude: globs, or "re:" and a regular expression, for whole module names; a container
-            stands for everything inside it.
+        exclude: name patterns: globs, or "re:" and a regular expression, for whole module names. A
+            container stands for everything inside it.
         pattern: the N:M pattern of all layers, instead of a sparsity. A layer that it does not
             divide is an error, or with `Keep(..., tail="dense")` stays dense and says so in the
             summary.
-        overrides: patterns -> sparsity in 0..1 or `issp.Keep`; the last match wins. A schedule
+        overrides: name patterns -> sparsity in 0..1 or `issp.Keep`; the last match wins. A schedule
             scales these ratios too; an N:M pattern holds as soon as the schedule is above 0.
         schedule: `issp.Cubic`, `issp.Linear`, `issp.Constant`, in optimizer steps.
         freeze_at: optimizer step after which the masks are fixed, as `Pruner.freeze` does.
@@ -69,12 +70,12 @@ def attach(
         hook: False leaves the optimizer alone; call `pruner.step()` after each of its steps.
 
     Raises:
-        ValueError: a pattern that matches nothing, no layer to prune, an impossible ratio or
-            schedule, a pattern that does not divide a layer, an optimizer without any of the
+        ValueError: a name pattern that matches nothing, no layer to prune, an impossible ratio or
+            schedule, an N:M pattern that does not divide a layer, an optimizer without any of the
             weights.
         TypeError: opt or ema of a wrong kind.
 
-    Source: ISS-P, figure 1.
+    Source: docs/method.md, section 1 (the paper's figure 1).
     """
     if pattern is not None and sparsity is not None:
         raise ValueError(f"sparsity is {sparsity} beside pattern {pattern}: give one of them")
@@ -83,13 +84,13 @@ def attach(
     layers = select(unwrap(model), types, exclude, overrides or {}, target)
     pruner = Pruner(
         model,
-        optimizers(opt),
+        as_list(opt),
         layers,
-        methods.create(method, shrink),
-        schedule,
-        freeze_at,
-        None if ema is None else Average(ema, layers),
-        hook,
+        method=methods.create(method, shrink),
+        schedule=schedule,
+        freeze_at=freeze_at,
+        ema=None if ema is None else EMAWeights(ema, layers),
+        hook=hook,
     )
     if from_zeros:
         pruner.freeze_zeros()
@@ -97,7 +98,7 @@ def attach(
 
 
 class Pruner:
-    """What `attach` returns; build it with `attach`.
+    """Prunes a model while it trains; `attach` builds it.
 
     Attributes:
         method: name and factor of the method.
@@ -106,24 +107,24 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        opts: list[Optimizer],
+        optimizers: list[Optimizer],
         layers: list[Layer],
+        *,
         method: methods.Shrinkage,
         schedule: Schedule | None,
         freeze_at: int | None,
-        ema: Average | None,
+        ema: EMAWeights | None,
         hook: bool,
     ) -> None:
         self.method = method
-        self._model, self._roster = model, Roster(layers, opts)
+        self._model, self._buckets = model, WeightBuckets(layers, optimizers)
         self._schedule, self._freeze_at, self._ema, self._hook = schedule, freeze_at, ema, hook
         self._stage = "pruning"  # then "frozen", then "final"
         self._counter = StepCounter()
-        self._ratio: float | None = None
+        self._ratio: float | None = None  # that the counts of the buckets follow
         self._hooks = Hooks()
         self._callbacks: list[Callable[[Pruner], None]] = []
-        self._turn: Turn | None = None  # of the step that is under way
-        self._roster.warn_missing()
+        self._buckets.warn_missing()
         self._attach_hooks()
 
     # Properties
@@ -131,7 +132,7 @@ class Pruner:
     @property
     def step_count(self) -> int:
         """Optimizer steps taken; a step that AMP skipped does not count."""
-        return self._counter.settled()
+        return self._counter.synchronize()
 
     @property
     def frozen(self) -> bool:
@@ -141,7 +142,7 @@ class Pruner:
     @property
     def attached(self) -> bool:
         """Whether every optimizer has the pruner's hook."""
-        return bool(self._roster.optimizers) and self._hooks.present(self._roster.optimizers)
+        return bool(self._buckets.optimizers) and self._hooks.present(self._buckets.optimizers)
 
     # The step
 
@@ -151,70 +152,73 @@ class Pruner:
         Args:
             found_inf: float32 tensor of one element; when it is not 0 the step does not count.
         """
-        for index in range(max(1, len(self._roster.optimizers))):
-            self._advance(index, found_inf)
+        for index in range(max(1, len(self._buckets.optimizers))):
+            self._finish_step(index, found_inf)
 
     def on_step(self, callback: Callable[[Pruner], None]) -> Callable[[], None]:
         """Calls `callback(pruner)` after every step; returns a function that ends it."""
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
-    def _prepare(self, index: int, found_inf: Tensor | None) -> Turn:
-        """What an optimizer's step has to do, decided before its update where it can do it."""
+    def _begin_step(self, index: int, found_inf: Tensor | None) -> PruneStep:
+        """What is to be done in a step of optimizer `index`, with the counts of that step set."""
         self._check_open()
         if index == 0:
-            self._counter.settled()
-        self._follow()
-        if not (self.frozen or skipped(found_inf)):
+            self._counter.synchronize()
+        self._refresh()
+        if not (self.frozen or is_skipped(found_inf)):
             count = self._counter.known
             self._set_ratio(count + 1 if index == 0 else max(1, count))
-        mine = [group for group in self._roster.groups if group.index == index]
-        return Turn(index, mine, self.method.factor, self.frozen)
+        buckets = tuple(bucket for bucket in self._buckets if bucket.optimizer == index)
+        return PruneStep(buckets, self.method.factor, self.frozen)
 
-    def _before_update(self, index: int, found_inf: Tensor | None) -> Turn:
-        """Called by an optimizer that can do the pruner's work within its step."""
-        self._turn = self._prepare(index, found_inf)
-        return self._turn
+    def _finish_step(
+        self,
+        index: int,
+        found_inf: Tensor | None,
+        remaining: Sequence[WeightBucket] | None = None,
+    ) -> None:
+        """The work after a step of optimizer `index`.
 
-    def _after_step(self, index: int, found_inf: Tensor | None) -> None:
-        """The hook: does what the optimizer has not done within its step."""
-        turn, self._turn = self._turn, None
-        mine = turn is not None and turn.index == index
-        self._advance(index, found_inf, turn if mine else None)
-
-    def _advance(self, index: int, found_inf: Tensor | None, turn: Turn | None = None) -> None:
+        Args:
+            index: number of the optimizer.
+            found_inf: AMP's overflow flag.
+            remaining: the buckets that the optimizer has not pruned within its step; None: it has
+                done nothing of the pruner's work.
+        """
         self._check_open()
         if found_inf is not None and found_inf.device.type != "cuda":
-            if skipped(found_inf):
+            if is_skipped(found_inf):
                 return
             found_inf = None
-        left = (turn or self._prepare(index, found_inf)).left()
+        if remaining is None:
+            remaining = self._begin_step(index, found_inf).buckets
         if self.frozen:
-            self._roster.mask(left)
-            for group in left:
-                group.state.flips.zero_()
+            self._buckets.apply_masks(remaining)
+            for bucket in remaining:
+                bucket.state.flips.zero_()
         else:
-            for group in left:
-                group.shrink(self.method.factor, found_inf)
+            for bucket in remaining:
+                bucket.shrink(self.method.factor, found_inf)
         if index == 0:
-            self._tally(found_inf)
+            self._count_step(found_inf)
             for callback in self._callbacks:
                 callback(self)
 
-    def _follow(self) -> None:
-        if self._roster.follow():
-            self._regrouped()
+    def _refresh(self) -> None:
+        if self._buckets.refresh():
+            self._after_rebuild()
 
-    def _regrouped(self) -> None:
+    def _after_rebuild(self) -> None:
         self._ratio = None
         if self.frozen:
-            self._mask_all()
+            self._apply_all_masks()
 
     def _check_open(self) -> None:
         if self._stage == "final":
             raise RuntimeError("the pruner is finalized: attach a new one to prune further")
 
-    def _tally(self, found_inf: Tensor | None) -> None:
+    def _count_step(self, found_inf: Tensor | None) -> None:
         self._counter.add(found_inf)
         if not self.frozen and self._counter.reached(self._freeze_at):
             self.freeze()
@@ -223,8 +227,8 @@ class Pruner:
         schedule = self._schedule
         ratio = 1.0 if schedule is None else schedule(step)
         if ratio != self._ratio:
-            for group in self._roster.groups:
-                group.set_ratio(ratio, 1.0 if schedule is None else schedule.final)
+            for bucket in self._buckets:
+                bucket.set_ratio(ratio, 1.0 if schedule is None else schedule.final)
             self._ratio = ratio
 
     # Freezing
@@ -245,9 +249,9 @@ class Pruner:
                 f"{self._schedule.end}: the sparsity stays at {self._schedule(count):.4g}",
                 stacklevel=2,
             )
-        self._follow()
+        self._refresh()
         self._stage = "frozen"
-        self._mask_all()
+        self._apply_all_masks()
 
     def freeze_zeros(self) -> None:
         """Fixes the masks to the present zeros: training goes on from a sparse model.
@@ -255,19 +259,19 @@ class Pruner:
         Raises:
             ValueError: no weight of the pruned layers is zero.
         """
-        kept = {layer.name: layer.weight.detach() != 0 for layer in self._roster.prunable}
+        kept = {layer.name: layer.weight.detach() != 0 for layer in self._buckets.prunable}
         if all(bool(mask.all()) for mask in kept.values()):
             raise ValueError(
                 "from_zeros: no weight to prune is zero; load the sparse weights before attaching"
             )
-        for group in self._roster.groups:
-            group.set_masks([kept[layer.name] for layer in group.layers])
+        for bucket in self._buckets:
+            bucket.set_masks([kept[layer.name] for layer in bucket.layers])
         self._stage = "frozen"
-        self._mask_all()
+        self._apply_all_masks()
 
-    def _mask_all(self) -> None:
-        self._roster.select_missing()
-        self._roster.mask(self._roster.groups, self._ema)
+    def _apply_all_masks(self) -> None:
+        self._buckets.select_missing()
+        self._buckets.apply_masks(self._buckets, self._ema)
 
     def finalize(self) -> nn.Module:
         """Freezes if that has not happened, writes hard zeros, removes the hooks.
@@ -277,8 +281,8 @@ class Pruner:
         """
         if self._stage != "final":
             self.freeze()
-            self._follow()
-            self._mask_all()
+            self._refresh()
+            self._apply_all_masks()
             self.detach()
             self._stage = "final"
         return self._model
@@ -305,68 +309,69 @@ class Pruner:
             RuntimeError: the pruner is finalized.
         """
         self._check_open()
-        self._roster.move_to(model, self._roster.optimizers if opt is None else optimizers(opt))
-        self._regrouped()
+        self._buckets.rebind(model, self._buckets.optimizers if opt is None else as_list(opt))
+        self._after_rebuild()
         self._model = self._model if model is None else model
         self._hooks.detach()
         self._attach_hooks()
 
     def _attach_hooks(self) -> None:
-        if self._hook and self._roster.optimizers:
+        if self._hook and self._buckets.optimizers:
             self._hooks.attach(
-                self._roster.optimizers,
-                self._after_step,
-                self._roster.trained_by,
-                self._before_update,
+                self._buckets.optimizers,
+                begin_step=self._begin_step,
+                finish_step=self._finish_step,
+                is_trained_by=self._buckets.is_trained_by,
             )
 
     def _warn_if_unhooked(self) -> None:
         if self._hook:
-            self._hooks.warn_if_missing(self._roster.optimizers)
+            self._hooks.warn_if_missing(self._buckets.optimizers)
 
-    # Reports
+    # What the masks are
 
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> bool tensor in the weight's shape, True = kept; at first all are."""
-        found = {}
-        for group in self._roster.groups:
-            found |= {x.name: m for x, m in zip(group.layers, group.masks(), strict=True)}
-        return report.by_name(
-            self._roster.layers,
-            found,
+        masks: dict[str, Tensor] = {}
+        for bucket in self._buckets:
+            masks |= {x.name: m for x, m in zip(bucket.layers, bucket.masks(), strict=True)}
+        return summaries.by_name(
+            self._buckets.layers,
+            masks,
             lambda layer: torch.ones_like(layer.weight, dtype=torch.bool),
         )
 
     def thresholds(self) -> dict[str, float]:
         """Layer name -> magnitude of the last selected weight; NaN before the first selection."""
-        found = report.column(self._roster.groups, "thresholds")
-        return report.by_name(self._roster.layers, found, lambda layer: float("nan"))
+        thresholds: dict[str, float] = summaries.column(self._buckets, "thresholds")
+        return summaries.by_name(self._buckets.layers, thresholds, lambda layer: float("nan"))
 
     def flips(self) -> dict[str, int]:
         """Layer name -> mask bits that the latest step changed."""
-        return report.by_name(
-            self._roster.layers, report.column(self._roster.groups, "flips"), lambda layer: 0
-        )
+        flips: dict[str, int] = summaries.column(self._buckets, "flips")
+        return summaries.by_name(self._buckets.layers, flips, lambda layer: 0)
 
-    def summary(self) -> report.Summary:
+    def summary(self) -> summaries.Summary:
         """Counts per layer, taken from the masks and weights as they are now; `print` it."""
         self._warn_if_unhooked()
         title = f"{self.method.name}, step {self.step_count}, {self._stage}"
-        return report.summary(title, self._roster.layers, self._roster.groups, self._roster.notes())
+        return summaries.summary(
+            title, self._buckets.layers, list(self._buckets), self._buckets.notes()
+        )
 
     # Saving
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs besides model and optimizer; loads weights_only."""
         return {
             **self._configuration(),
             "stage": self._stage,
             "step_count": self.step_count,
-            "layers": pruner_state.pack(self._roster.records()),
+            "layers": saved_state.pack(self._buckets.layer_states()),
         }
 
-    def load_state_dict(self, state: Mapping, strict: bool = True) -> None:
-        """Restores what `state_dict` gave, into a pruner attached with the same arguments.
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Restores what `state_dict` returned, in a pruner attached with the same arguments.
 
         Args:
             state: from `state_dict`.
@@ -377,12 +382,11 @@ class Pruner:
         """
         self._check_open()
         configuration = self._configuration() if strict else {}
-        records = pruner_state.unpack(state, self._roster.layers, configuration)
-        self._roster.joined = set(records)
-        self._roster.regroup(records)
+        layer_states = saved_state.unpack(state, self._buckets.layers, configuration)
+        self._buckets.rebuild(layer_states, active=layer_states)
         self._stage = "pruning" if state["stage"] == "pruning" else "frozen"
         self._counter.set(state["step_count"])
-        self._regrouped()
+        self._after_rebuild()
 
     def _configuration(self) -> dict[str, object]:
         return {
@@ -391,9 +395,9 @@ class Pruner:
             "shrink": self.method.factor,
             "schedule": repr(self._schedule),
             "freeze_at": self._freeze_at,
-            "targets": {layer.name: repr(layer.target) for layer in self._roster.layers},
+            "targets": {layer.name: repr(layer.target) for layer in self._buckets.layers},
         }
 
-    def __getstate__(self) -> dict:
-        self._counter.settled()
-        return {**self.__dict__, "_callbacks": [], "_turn": None}
+    def __getstate__(self) -> dict[str, Any]:
+        self._counter.synchronize()
+        return {**self.__dict__, "_callbacks": []}

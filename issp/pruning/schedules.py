@@ -1,4 +1,4 @@
-"""How the sparsity grows: schedules, counted in optimizer steps."""
+"""Schedules: the sparsity as a function of the optimizer step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class Linear:
-    """From `initial` to `final` sparsity at constant speed.
+    """From `initial` to `final` sparsity, by equal amounts per step.
 
     Args:
         initial: ratio in 0..1 up to step `begin`.
@@ -101,7 +101,7 @@ def final_sparsity(
     """The sparsity that the arguments of `issp.attach` lead to: 0.95 if they leave it open.
 
     Raises:
-        ValueError: they contradict one another.
+        ValueError: two of the arguments contradict each other.
     """
     if schedule is not None and sparsity is not None and sparsity != schedule.final:
         raise ValueError(
@@ -118,14 +118,14 @@ def final_sparsity(
 
 
 def _between(schedule: Linear | Cubic, step: int, power: int) -> float:
-    # The ends are returned as given: interpolation could miss them by a rounding error, and then
-    # the count of pruned weights by one.
+    # Both ends are returned exactly. Interpolation could miss them by a rounding error, and then
+    # the count of pruned weights would be off by one.
     if step <= schedule.begin:
         return schedule.initial
     if step >= schedule.end:
         return schedule.final
-    left = (schedule.end - step) / (schedule.end - schedule.begin)
-    return schedule.final + (schedule.initial - schedule.final) * left**power
+    remaining = (schedule.end - step) / (schedule.end - schedule.begin)
+    return schedule.final + (schedule.initial - schedule.final) * remaining**power
 
 
 def _check(initial: float, final: float, begin: int, end: int) -> None:

@@ -1,79 +1,105 @@
-"""The pruner's state as plain dicts, numbers and tensors, and the checks when it comes back."""
+"""The pruner's state as plain dicts, numbers and tensors, and the checks when it is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from issp.nn.selection import Layer
 from issp.ops.schemas import mask_words
-from issp.pruning.buckets import Record
 
-_LAYER = ("shape", "k", "threshold", "flips", "mask")
+_LAYER_KEYS = ("shape", "k", "threshold", "flips", "mask")
 
 
-def pack(records: Mapping[str, Record]) -> dict[str, dict]:
-    """The records as dicts: what `torch.load(weights_only=True)` reads."""
+@dataclass(frozen=True)
+class LayerState:
+    """What is known of one layer, independent of its bucket: to form new buckets, save and load.
+
+    Args:
+        shape: of the weight.
+        k: how many weights are selected.
+        threshold: 0-dim tensor in the weight's dtype; NaN before the first selection.
+        flips: mask bits that the latest step changed.
+        packed_mask: int32 words of the mask in the order of the weight's indices, whatever the
+            weight's memory order, as in `issp.ops.schemas`.
+    """
+
+    shape: tuple[int, ...]
+    k: int
+    threshold: Tensor
+    flips: int
+    packed_mask: Tensor
+
+
+def pack(states: Mapping[str, LayerState]) -> dict[str, dict[str, Any]]:
+    """The states of the layers as dicts: what `torch.load(weights_only=True)` reads."""
     return {
         name: {
-            "shape": list(record.shape),
-            "k": record.k,
-            "threshold": record.threshold,
-            "flips": record.flips,
-            "mask": record.packed,
+            "shape": list(state.shape),
+            "k": state.k,
+            "threshold": state.threshold,
+            "flips": state.flips,
+            "mask": state.packed_mask,
         }
-        for name, record in records.items()
+        for name, state in states.items()
     }
 
 
 def unpack(
-    state: Mapping, layers: Sequence[Layer], configuration: Mapping[str, object]
-) -> dict[str, Record]:
-    """The records of a saved state, checked against the layers and the settings here.
+    saved: Mapping[str, Any], layers: Sequence[Layer], configuration: Mapping[str, object]
+) -> dict[str, LayerState]:
+    """The states of the layers in a saved state, checked against the layers and settings here.
 
     Args:
-        state: what `Pruner.state_dict` gave.
+        saved: what `Pruner.state_dict` returned.
         layers: those of the pruner that loads.
         configuration: settings that must be equal.
 
     Raises:
-        ValueError: the first difference found.
+        ValueError: the first difference.
     """
-    missing = {"version", "stage", "step_count", "layers", *configuration} - set(state)
-    if missing:
+    missing_keys = {"version", "stage", "step_count", "layers", *configuration} - set(saved)
+    if missing_keys:
         raise ValueError(
-            f"the pruner's state lacks {', '.join(sorted(missing))}: it is something else"
+            f"the pruner's state lacks {', '.join(sorted(missing_keys))}: it is something else"
         )
-    if state["version"] != 1:
-        raise ValueError(f"the pruner's state has version {state['version']}: this issp reads 1")
-    for name, mine in configuration.items():
-        theirs = state[name]
-        if theirs == mine:
+    if saved["version"] != 1:
+        raise ValueError(f"the pruner's state has version {saved['version']}: this issp reads 1")
+    for name, expected in configuration.items():
+        actual = saved[name]
+        if actual == expected:
             continue
         if name == "targets":
-            name, mine, theirs = _first_difference(mine, theirs)
+            name, actual, expected = _first_difference(actual, expected)
         raise ValueError(
-            f"the pruner's state was saved with {name} {theirs}, but here it is {mine}: attach "
+            f"the pruner's state was saved with {name} {actual}, but here it is {expected}: attach "
             "with the same arguments, or load with strict=False"
         )
     shapes = {layer.name: tuple(layer.weight.shape) for layer in layers}
-    return {name: _record(name, saved, shapes) for name, saved in state["layers"].items()}
+    return {name: _layer_state(name, entry, shapes) for name, entry in saved["layers"].items()}
 
 
-def _first_difference(mine: Mapping, theirs: Mapping) -> tuple[str, object, object]:
-    for name in [*mine, *theirs]:
-        if mine.get(name) != theirs.get(name):
-            return f"for layer {name} the sparsity", mine.get(name), theirs.get(name)
-    return "the layers", list(mine), list(theirs)
+def _first_difference(actual: Any, expected: Any) -> tuple[str, object, object]:
+    for name in [*expected, *actual]:
+        if actual.get(name) != expected.get(name):
+            return f"for layer {name} the sparsity", actual.get(name), expected.get(name)
+    return "the layers", list(actual), list(expected)
 
 
-def _record(name: str, saved: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> Record:
+def _layer_state(
+    name: str, saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> LayerState:
     if name not in shapes:
         raise ValueError(f"the pruner's state has layer {name}, which is not pruned here")
-    lacking = [key for key in _LAYER if key not in saved]
-    if lacking:
-        raise ValueError(f"the pruner's state lacks {lacking[0]} of layer {name}: it is damaged")
+    missing_keys = [key for key in _LAYER_KEYS if key not in saved]
+    if missing_keys:
+        raise ValueError(
+            f"the pruner's state lacks {missing_keys[0]} of layer {name}: it is damaged"
+        )
     shape = tuple(saved["shape"])
     if shape != shapes[name]:
         raise ValueError(
@@ -85,4 +111,10 @@ def _record(name: str, saved: Mapping, shapes: Mapping[str, tuple[int, ...]]) ->
         raise ValueError(f"the mask of {name} in the pruner's state is damaged")
     if not 0 <= saved["k"] <= numel:
         raise ValueError(f"k of {name} in the pruner's state is {saved['k']}: it is damaged")
-    return Record(shape, saved["k"], saved["threshold"], saved["flips"], mask)
+    return LayerState(
+        shape=shape,
+        k=saved["k"],
+        threshold=saved["threshold"],
+        flips=saved["flips"],
+        packed_mask=mask,
+    )

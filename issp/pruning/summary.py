@@ -1,9 +1,10 @@
-"""What the pruner reports: values by layer name, and the table of them."""
+"""Values by layer name, and the summary of a pruner: its rows, its totals, its table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,79 +13,84 @@ from issp import ops
 from issp.nn.selection import Layer
 from issp.ops.keep import Keep
 from issp.ops.validation import pruning as checks
-from issp.pruning.buckets import Group
+from issp.pruning.buckets import WeightBucket
+from issp.pruning.memory_order import by_stride
+
+T = TypeVar("T")
 
 
-def by_name(layers: Sequence[Layer], found: Mapping, default: Callable[[Layer], object]) -> dict:
+def by_name(
+    layers: Sequence[Layer], values: Mapping[str, T], default: Callable[[Layer], T]
+) -> dict[str, T]:
     """Values in the model's order, those of tied weights under each of their names.
 
     Args:
         layers: in the model's order.
-        found: first name of a layer -> value.
+        values: first name of a layer -> value.
         default: value of a layer that is not pruned yet.
     """
     return {
-        name: found[layer.name] if layer.name in found else default(layer)
+        name: values[layer.name] if layer.name in values else default(layer)
         for layer in layers
         for name in (layer.name, *layer.aliases)
     }
 
 
-def column(groups: Sequence[Group], name: str) -> dict:
-    """A tensor of the state (flips, thresholds) by layer name; waits once per group."""
-    found = {}
-    for group in groups:
-        values = getattr(group.state, name).tolist()
-        found |= {x.name: value for x, value in zip(group.layers, values, strict=True)}
-    return found
+def column(buckets: Iterable[WeightBucket], name: str) -> dict[str, Any]:
+    """A tensor of the state (flips, thresholds) by layer name; waits once per bucket."""
+    by_layer: dict[str, Any] = {}
+    for bucket in buckets:
+        values = getattr(bucket.state, name).tolist()
+        by_layer |= {x.name: value for x, value in zip(bucket.layers, values, strict=True)}
+    return by_layer
 
 
 def zeros(tensors: Sequence[Tensor]) -> list[int]:
     """Exact zeros of each tensor, of either sign; reads once and waits once per device."""
-    places: dict[torch.device, list[int]] = {}
+    by_device: dict[torch.device, list[int]] = {}
     for i, x in enumerate(tensors):
-        places.setdefault(x.device, []).append(i)
-    found = [0] * len(tensors)
-    for indices in places.values():
-        parts = [(i, in_memory_order(tensors[i])) for i in indices if tensors[i].numel()]
-        counts = ops.count_zeros([x for _, x in parts]).tolist() if parts else []
-        for (i, _), count in zip(parts, counts, strict=True):
-            found[i] = count
-    return found
+        if x.numel():
+            by_device.setdefault(x.device, []).append(i)
+    result = [0] * len(tensors)
+    for indices in by_device.values():
+        counts = ops.count_zeros([in_memory_order(tensors[i]) for i in indices]).tolist()
+        for i, count in zip(indices, counts, strict=True):
+            result[i] = count
+    return result
 
 
 def in_memory_order(x: Tensor) -> Tensor:
-    """What `count_zeros` and `magnitude_statistics` take, with the same elements.
+    """The tensor's elements, contiguous, as `count_zeros` and `magnitude_statistics` take them.
 
-    A copy only of what has gaps in memory. Of dtypes that no op takes, just the zeros are kept.
+    Only a tensor with gaps in memory is copied. Of a dtype that no op takes, just the zeros are
+    kept.
     """
     if x.dtype not in checks.DTYPES:
         x = (x != 0).half()
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
-    return x.detach().permute(order).contiguous()
+    return x.detach().permute(by_stride(x)).contiguous()
 
 
 def summary(
-    title: str, layers: Sequence[Layer], groups: Sequence[Group], notes: Mapping[str, str]
+    title: str, layers: Sequence[Layer], buckets: Sequence[WeightBucket], notes: Mapping[str, str]
 ) -> Summary:
     """Counts what is in the masks and weights now, not what was asked for."""
-    flips, thresholds = column(groups, "flips"), column(groups, "thresholds")
-    selected = {}
-    for group in groups:
-        masks = zip(group.layers, group.masks(), strict=True)
+    flips, thresholds = column(buckets, "flips"), column(buckets, "thresholds")
+    selected: dict[str, int] = {}
+    for bucket in buckets:
+        masks = zip(bucket.layers, bucket.masks(), strict=True)
         selected |= {layer.name: int((~mask).sum()) for layer, mask in masks}
     rows = []
     counts = zeros([layer.weight for layer in layers])
     for layer, count in zip(layers, counts, strict=True):
         row = Row(
-            layer.name,
-            tuple(layer.weight.shape),
-            layer.target,
-            selected.get(layer.name, 0),
-            count,
-            flips.get(layer.name, 0),
-            thresholds.get(layer.name, float("nan")),
-            notes.get(layer.name, ""),
+            name=layer.name,
+            shape=tuple(layer.weight.shape),
+            target=layer.target,
+            selected=selected.get(layer.name, 0),
+            zeros=count,
+            flips=flips.get(layer.name, 0),
+            threshold=thresholds.get(layer.name, float("nan")),
+            note=notes.get(layer.name, ""),
         )
         rows += [row, *(replace(row, name=x, tied_to=layer.name) for x in layer.aliases)]
     return Summary(title, rows)
@@ -120,13 +126,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the pruner did, one row per name; `print` it. Tied weights count once in the totals."""
+    """The state of all layers, one row per name; `print` it. Tied weights count once in totals."""
 
     title: str
     rows: list[Row]
 
     def _total(self, column: str) -> int:
-        return sum(getattr(row, column) for row in self.rows if row.tied_to is None)
+        return sum(int(getattr(row, column)) for row in self.rows if row.tied_to is None)
 
     @property
     def numel(self) -> int:
@@ -149,31 +155,40 @@ class Summary:
         return self.zeros / self.numel
 
     def __str__(self) -> str:
-        table = [("layer", "shape", "target", "selected", "zeros", "flips", "threshold", "")]
-        for row in self.rows:
-            target = row.target
-            table.append(
-                (
-                    row.name or "(model)",
-                    "x".join(map(str, row.shape)),
-                    f"{target.n}:{target.of}" if isinstance(target, Keep) else f"{target:.4g}",
-                    _share(row.selected, row.numel),
-                    _share(row.zeros, row.numel),
-                    str(row.flips),
-                    f"{row.threshold:.4g}",
-                    row.note if row.tied_to is None else f"tied to {row.tied_to}",
-                )
-            )
-        total = (_share(self.selected, self.numel), _share(self.zeros, self.numel))
-        flips = str(self._total("flips"))
-        table.append(("total", str(self.numel), "", *total, flips, "", ""))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = [
-            "  ".join(c.ljust(w) if i in (0, 7) else c.rjust(w) for i, (c, w) in cells).rstrip()
-            for cells in (list(enumerate(zip(line, widths, strict=True))) for line in table)
-        ]
-        return "\n".join([self.title, *lines])
+        header = ("layer", "shape", "target", "selected", "zeros", "flips", "threshold", "")
+        return "\n".join([self.title, *_aligned([header, *map(_cells, self.rows), self._totals()])])
+
+    def _totals(self) -> tuple[str, ...]:
+        shares = (_share(self.selected, self.numel), _share(self.zeros, self.numel))
+        return ("total", str(self.numel), "", *shares, str(self._total("flips")), "", "")
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part} ({100 * part / whole:.2f}%)"
+def _cells(row: Row) -> tuple[str, ...]:
+    target = row.target
+    return (
+        row.name or "(model)",
+        "x".join(map(str, row.shape)),
+        f"{target.n}:{target.of}" if isinstance(target, Keep) else f"{target:.4g}",
+        _share(row.selected, row.numel),
+        _share(row.zeros, row.numel),
+        str(row.flips),
+        f"{row.threshold:.4g}",
+        row.note if row.tied_to is None else f"tied to {row.tied_to}",
+    )
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of equally wide columns: names and notes to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    to_left = (0, len(widths) - 1)
+    return [
+        "  ".join(
+            cell.ljust(width) if i in to_left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+
+
+def _share(part: int, total: int) -> str:
+    return f"{part} ({100 * part / total:.2f}%)"

@@ -29,7 +29,7 @@ def test_a_hundred_steps_with_a_schedule_and_a_freeze(kind):
     pair = twins(kind, schedule=issp.Cubic(0.0, 0.9, begin=0, end=40), freeze_at=70)
     together(*pair, 100)
     (way,) = pair[1].opt.report
-    assert (way.fused, way.pruned, way.others, way.why) == (True, 3, 4, "")
+    assert (way.fused, way.pruned, way.others, way.fallback_reason) == (True, 3, 4, "")
     summary = pair[1].pruner.summary()
     assert pair[1].pruner.frozen and summary.zeros == summary.selected > 0
 
@@ -93,7 +93,7 @@ def test_parameters_without_gradients(kind):
         assert_twins(*pair, f"after step {number}")
         (way,) = pair[1].opt.report
         pruned = {"0.weight", "2.weight", "4.weight"} & set(names)
-        assert ("no gradient" in way.why) == bool(pruned)
+        assert ("no gradient" in way.fallback_reason) == bool(pruned)
 
 
 def scaled_step(twin, scaler, number, overflow=False):
@@ -172,7 +172,7 @@ def test_a_group_that_the_op_does_not_take_is_stepped_by_torch():
     pair = twins("adam", groups=groups)
     together(*pair, 5)
     first, *others = pair[1].opt.report
-    assert not first.fused and first.why == "amsgrad" and all(way.fused for way in others)
+    assert not first.fused and first.fallback_reason == "amsgrad" and all(way.fused for way in others)
     assert str(first) == "group 0: torch's own step: amsgrad"
 
 

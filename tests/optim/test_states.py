@@ -63,7 +63,7 @@ def test_without_a_pruner_the_step_is_torchs():
     for a, b in zip(*(m.parameters() for m in results), strict=True):
         assert_bitwise_equal(b.detach(), a.detach(), "a parameter")
     (way,) = opt.report
-    assert not way.fused and "no pruner" in way.why
+    assert not way.fused and "no pruner" in way.fallback_reason
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -73,7 +73,7 @@ def test_copies_go_on_after_reattach(copied):
         twin.step(number)
         expected.step(number)
     model, opt = copied((twin.model, twin.opt))
-    assert "no pruner" in opt.report[0].why and opt._step_supports_amp_scaling
+    assert "no pruner" in opt.report[0].fallback_reason and opt._step_supports_amp_scaling
     twin.pruner.reattach(opt, model)
     twin.model, twin.opt = model, opt
     for number in range(4, 8):
@@ -169,7 +169,7 @@ def test_freezing_within_a_step_and_leaving():
     for twin in pair:
         twin.pruner.detach()
     together(*pair, 2, begin=6)
-    assert "no pruner" in pair[1].opt.report[0].why
+    assert "no pruner" in pair[1].opt.report[0].fallback_reason
 
 
 def test_state_entries_that_somebody_replaced_or_emptied_are_used():
@@ -204,9 +204,9 @@ def test_a_learning_rate_in_a_tensor():
 )
 def test_the_report_says_why_torch_steps(options, why):
     twin = Twin("adam", True, options=options)
-    assert why in twin.opt.report[0].why
+    assert why in twin.opt.report[0].fallback_reason
     twin.step(0)
-    assert why in twin.opt.report[0].why
+    assert why in twin.opt.report[0].fallback_reason
     assert twin.pruner.summary().selected > 0
 
 
@@ -218,7 +218,7 @@ def test_other_dtypes_are_stepped_by_torch():
     for p in twin.model.parameters():
         p.grad = torch.randn_like(p)
     twin.opt.step()
-    assert "float64" in twin.opt.report[0].why
+    assert "float64" in twin.opt.report[0].fallback_reason
     assert twin.pruner.summary().selected > 0
 
 
@@ -233,7 +233,7 @@ def test_parameters_of_another_type_are_stepped_by_torch():
 
     pair = twins("adam", model=model)
     together(*pair, 2)
-    assert pair[1].opt.report[0].why == "weights of type Own"
+    assert pair[1].opt.report[0].fallback_reason == "weights of type Own"
 
 
 def test_impossible_options_are_refused_before_anything_is_written():

@@ -30,7 +30,7 @@ def test_copies_are_independent_and_ask_for_reattach():
     copied.reattach()
     assert copied.attached
     other = copied._model
-    train(other, copied._roster.optimizers[0], range(2, 5))
+    train(other, copied._buckets.optimizers[0], range(2, 5))
     train(model, opt, range(2, 5))
     assert other is not model and same(weights(other), weights(model))
     assert same(copied.masks(), pruner.masks()) and copied.step_count == pruner.step_count == 5

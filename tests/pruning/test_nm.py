@@ -64,7 +64,7 @@ def test_a_dense_tail_stays_dense_and_says_why():
 def test_a_frozen_dense_tail_is_no_reason_to_look_for_newcomers(monkeypatch):
     model = net()
     pruner = attach(model, adam(model), pattern=DENSE)
-    monkeypatch.setattr(type(pruner._roster), "_owners", lambda self: pytest.fail("looked"))
+    monkeypatch.setattr(type(pruner._buckets), "_owners", lambda self: pytest.fail("looked"))
     pruner.step()
 
 
@@ -119,7 +119,7 @@ def test_all_layers_share_one_call(monkeypatch):
     )
     pruner = attach(model, adam(model), sparsity=0.9, overrides={"2.0": Keep(2, of=8, v=2)})
     pruner.step()
-    assert len(pruner._roster.groups) == len(calls) == 1
+    assert len(pruner._buckets) == len(calls) == 1
     assert calls[0][-1] == [0, 0, 0, 2, 8, 2, 0, 0, 0]
 
 
@@ -133,7 +133,7 @@ def test_the_optimizers_take_patterns_into_their_call(kind, last):
     pair = twins(kind, model=model, overrides=overrides, freeze_at=3)
     together(*pair, 5)
     way = pair[1].opt.report[0]
-    assert (way.fused, way.pruned, way.why) == (True, 3, "")
+    assert (way.fused, way.pruned, way.fallback_reason) == (True, 3, "")
     assert int(pair[1].pruner.masks()["2"].sum()) == 64 * 64 * 9 // 16
 
 
@@ -142,7 +142,7 @@ def test_a_weight_without_gradient_leaves_the_pattern_to_the_hook():
     for twin in pair:
         twin.model[2].weight.requires_grad_(False)
     together(*pair, 2)
-    assert "shrunk after the update" in pair[1].opt.report[0].why
+    assert "shrunk after the update" in pair[1].opt.report[0].fallback_reason
 
 
 # Memory

@@ -77,7 +77,7 @@ def test_parametrized_weight_is_refused_by_name():
 def test_overrides_the_last_match_wins():
     model = net()
     pruner = attach(model, adam(model), 0.9, overrides={"*": 0.5, "2.*": 0.7})
-    step(model, pruner._roster.optimizers[0], 0)
+    step(model, pruner._buckets.optimizers[0], 0)
     counts = {row.name: row.selected for row in pruner.summary().rows}
     sizes = {"0": (216, 0.5), "2.0": (576, 0.7), "4": (2880, 0.5)}
     assert counts == {name: num_pruned(*size) for name, size in sizes.items()}
@@ -141,7 +141,7 @@ def test_by_hand_without_optimizer_or_hook():
     pruner.step(found_inf=torch.ones(()))
     assert pruner.step_count == 1 and pruner.flips()["4"] == num_pruned(2880, 0.9)
     unhooked = attach(model, adam(model), hook=False)
-    step(model, unhooked._roster.optimizers[0], 0)
+    step(model, unhooked._buckets.optimizers[0], 0)
     assert unhooked.step_count == 0
 
 

@@ -176,7 +176,7 @@ def test_masks_follow_a_model_that_changes_dtype_or_memory(frozen):
         assert sum(pruner.flips().values()) < 200  # against the carried masks, not from scratch
     for row in pruner.summary().rows:
         assert row.selected == num_pruned(row.numel, 0.9)
-    assert {g.state.thresholds.dtype for g in pruner._roster.groups} == {torch.float64}
+    assert {g.state.thresholds.dtype for g in pruner._buckets} == {torch.float64}
 
 
 def test_replaced_data_and_assigned_parameters_are_found():
@@ -242,7 +242,7 @@ def test_patterned_layers_shrink_and_freeze_like_the_others(keep):
 def test_patterned_layer_obeys_found_inf():
     model = net()
     pruner = attach(model, sparsity=0.9, overrides={"2.0": Keep(2, of=8)})
-    (group,) = pruner._roster.groups  # N:M and unstructured layers together
+    (group,) = pruner._buckets  # N:M and unstructured layers together
     group.set_ratio(1.0, 1.0)
     before, state = weights(model), group.state.state_dict()
     group.shrink(0.5, torch.ones(()))

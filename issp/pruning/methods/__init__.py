@@ -1,35 +1,23 @@
 """The pruning methods: what happens to the unimportant weights after every optimizer step.
 
-A method is one small object with `factor`; the pruner asks it once per step. Selection, masks,
-counting and the freeze are the same for all and stand in pruner.py and groups.py.
+Each method is one file with a `NAME` and a `create`. The pruner reads the factor once per step.
+Selection, masks, counting and the freeze are the same for all methods (buckets.py, pruner.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Shrinkage:
-    """Multiplies the unimportant weights by a constant after every optimizer step.
-
-    Args:
-        name: name of the method.
-        factor: 0..1; ISS-P shrinks in proportion to the magnitude, IHT is the limit 0.
-
-    Source: ISS-P, figure 1: S(w) = w where |w| >= tau, alpha * w elsewhere.
-    """
-
-    name: str
-    factor: float
-
+from issp.pruning.methods import iht, iss_p
+from issp.pruning.methods.shrinkage import Shrinkage
 
 METHODS: dict[str, Callable[[float], Shrinkage]] = {
-    "iss-p": lambda shrink: Shrinkage("iss-p", shrink),
-    "iht": lambda shrink: Shrinkage("iht", 0.0),
+    iss_p.NAME: iss_p.create,
+    iht.NAME: iht.create,
 }
 PLANNED = ("iss-r", "l1", "scratch", "srp", "assl", "sls")
+
+__all__ = ["METHODS", "PLANNED", "Shrinkage", "create"]
 
 
 def create(name: str, shrink: float) -> Shrinkage:
