@@ -173,7 +173,7 @@ CHECKS = {
     ("docs/usage.md", "Fused optimizers"): check_optimizers,
     ("docs/usage.md", "N:M patterns"): check_nm,
     ("docs/usage.md", "Packing for inference"): check_packing,
-    ("docs/usage.md", "Sparse layers and products"): check_sparse_layers,
+    ("docs/usage.md", "Sparse layers, conv and matmul"): check_sparse_layers,
     ("docs/usage.md", "The ops"): check_ops,
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ FILES: dict[str, tuple[str, Sequence[int] | None]] = {
 }
 
 
-def selected(arrays: dict[str, np.ndarray], layers: Sequence[int] | None) -> dict[str, np.ndarray]:
+def selected(arrays: dict[str, Any], layers: Sequence[int] | None) -> dict[str, Any]:
     """The arrays of the chosen layers, renumbered from 0, and what belongs to no layer."""
     if layers is None:
         return arrays
