@@ -176,8 +176,8 @@ class SparseLayer(nn.Module):
     def packed(self) -> SparseRows:
         """A copy of the packed weight, without its graph."""
         if self.mask == "fixed":
-            stored = self.values.detach().clone(), self.col_indices, self.crow_indices
-            return self._make_weight(stored[0], stored[1].clone(), stored[2].clone())
+            values = self.values.detach().clone()
+            return self._make_weight(values, self.col_indices.clone(), self.crow_indices.clone())
         return self._make_weight(*pack_entries(self.weight, self._kept(), self._entries()))
 
     def to_dense(self) -> nn.Module:
