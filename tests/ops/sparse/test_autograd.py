@@ -76,8 +76,8 @@ def dense_twin(weight, v):
 
 def gather_entries(gradient, p):
     """The entries of a dense gradient."""
-    blocks = torch.repeat_interleave(p.starts.diff().long())
-    return gradient.reshape(len(p.starts) - 1, p.v, -1)[blocks, :, p.columns.long()]
+    blocks = torch.repeat_interleave(p.crow_indices.diff().long())
+    return gradient.reshape(len(p.crow_indices) - 1, p.v, -1)[blocks, :, p.col_indices.long()]
 
 
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
