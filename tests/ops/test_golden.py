@@ -20,7 +20,7 @@ from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS
 from tests.ops.test_parity import step
 
-pytestmark = pytest.mark.sampled(slow_only=True, most=4)
+pytestmark = pytest.mark.sampled(slow_only=True, most=2)
 REFERENCE = "reference"
 
 
@@ -78,6 +78,7 @@ def test_soft_shrink(back_end, name, count, bracket, threads):
         assert_bitwise_equal(w.cpu(), layer.end, f"{back_end} on {name}")
 
 
+@pytest.mark.sampled(slow_only=True, most=1)
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", ["nm_prune19of20_small", "nm_prune19of20"])
 @pytest.mark.parametrize("back_end", [REFERENCE, *BACK_ENDS], ids=str)

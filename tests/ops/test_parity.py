@@ -103,7 +103,7 @@ def test_a_thousand_drifting_steps(back_end, bracket):
     weights = [w.to(back_end.device, copy=True) for w in expected]
     k = [0] * len(weights)
     expected_state, state = ShrinkState(expected, k), ShrinkState(weights, k)
-    steps = quick_or_full(40, 1000) if back_end.slow else 1000
+    steps = quick_or_full(20, 1000) if back_end.slow else 1000
     for number, (updates, k, shrink) in enumerate(training_updates(steps)):
         expected_state.set_k(k)
         state.set_k(k)

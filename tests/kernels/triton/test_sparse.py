@@ -92,6 +92,7 @@ LONG_ROWS = (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", LONG_ROWS, ids=name_of)
 def test_long_rows_are_as_exact_as_those_of_a_dense_product(case):
     """With chunks of one entry the interpreter adds up in a chain, as compiled code does."""
