@@ -2,7 +2,7 @@
 
 Arguments have been checked by the caller; nothing here imports issp. Results equal the
 reference's bit by bit, those of the sparse ops up to the rounding of their sums. semantics.py
-holds the rules, tables.py the launch over a whole model, select.py the exact search, products.py
+holds the rules, tables.py the launch over a whole model, select.py the exact search, sparse.py
 what the sparse ops share; compile.py compiles every kernel without a GPU.
 """
 
@@ -16,10 +16,10 @@ from .count_zeros import count_zeros
 from .magnitude_statistics import magnitude_statistics
 from .magnitude_threshold import magnitude_threshold
 from .nm_prune import nm_prune
-from .products import prefers_tensor_cores
 from .regularize import regularize_
 from .sgd_soft_shrink import sgd_soft_shrink_
 from .soft_shrink import soft_shrink_
+from .sparse import prefers_tensor_cores
 from .sparse_conv2d import sparse_conv2d, sparse_conv2d_values_grad
 from .sparse_matmul import sparse_matmul, sparse_matmul_values_grad
 

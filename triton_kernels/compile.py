@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from .adam_soft_shrink import adam
 from .apply_masks import apply_masks
-from .compile_products import PRODUCT_ARGUMENTS, PRODUCT_KERNELS, product_variants
+from .compile_sparse import SPARSE_ARGUMENTS, SPARSE_KERNELS, sparse_variants
 from .count_zeros import zeros
 from .magnitude_statistics import CHUNK, MERGE_LAUNCH, merge, parts
 from .nm_shrink import TILE as GROUP_TILE
@@ -81,13 +81,13 @@ def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
 
 _SHOWN = ("PRECISION", "V", "ROWS", "PIXELS")  # constants of a sparse op
 
-KERNELS = {"step": _variants, "products": product_variants}
+KERNELS = {"step": _variants, "sparse": sparse_variants}
 
 
 def _source(kernel, constants: dict, dtype: str) -> ASTSource:
     sums = "*fp64" if dtype == "float64" else "*fp32"
     pointers, types = {"bits": _BITS[dtype], "values": _VALUES[dtype], "sums": sums}, {}
-    known = PRODUCT_ARGUMENTS if kernel in PRODUCT_KERNELS else _ARGUMENTS
+    known = SPARSE_ARGUMENTS if kernel in SPARSE_KERNELS else _ARGUMENTS
     for name in kernel.arg_names:
         kind = "constexpr" if name in constants else known.get(name, "i32")
         types[name] = pointers.get(kind, kind)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .products import (
+from .sparse import (
     GRAD_RUN,
     activated,
     added,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ class SGD(FusedStep, torch.optim.SGD):
         )
         ops.sgd_soft_shrink_(*args, *prune_args)
         found_inf = prune_args.found_inf
-        # A buffer counts as filled once a step was not skipped. Only a first step waits to know that.
+        # A buffer is filled once a step was not skipped. Only a first step waits to know that.
         if is_first_step and (found_inf is None or found_inf.item() == 0):
             for state, buffer in zip(plan.states, buffers, strict=True):
                 state[_BUFFER] = buffer

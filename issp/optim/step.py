@@ -51,8 +51,9 @@ class GroupStepInfo:
 class FusedStep(Optimizer):
     """Mixed into one of torch's optimizers: `step` does the pruner's work in the same pass.
 
-    It has torch's constructor. GradScaler's protocol for fused optimizers is followed (`grad_scale`,
-    `found_inf`); unlike torch's kernels the op does not unscale the gradients in place.
+    It has torch's constructor. GradScaler's protocol for fused optimizers is followed
+    (`grad_scale`, `found_inf`); unlike torch's kernels the op does not unscale the gradients in
+    place.
     """
 
     _torch: ClassVar[type[Optimizer]]

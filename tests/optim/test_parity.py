@@ -172,7 +172,9 @@ def test_a_group_that_the_op_does_not_take_is_stepped_by_torch():
     pair = twins("adam", groups=groups)
     together(*pair, 5)
     first, *others = pair[1].opt.report
-    assert not first.fused and first.fallback_reason == "amsgrad" and all(way.fused for way in others)
+    assert (
+        not first.fused and first.fallback_reason == "amsgrad" and all(way.fused for way in others)
+    )
     assert str(first) == "group 0: torch's own step: amsgrad"
 
 

@@ -29,7 +29,7 @@ pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 import triton_kernels  # noqa: E402
-from triton_kernels import products  # noqa: E402
+from triton_kernels import sparse  # noqa: E402
 from triton_kernels import sparse_conv2d as conv_module  # noqa: E402
 from triton_kernels import sparse_matmul as matmul_module  # noqa: E402
 
@@ -179,7 +179,7 @@ def test_tf32_keeps_what_is_not_finite(tf32):
 
 def test_float32_is_strict_by_default():
     assert torch.backends.cuda.matmul.fp32_precision != "tf32"
-    assert products.precision(torch.float32) == "ieee"
+    assert sparse.precision(torch.float32) == "ieee"
 
 
 def test_who_prefers_tensor_cores(tf32):
@@ -232,11 +232,11 @@ LONG = (
 
 def split_into(monkeypatch, wanted):
     """Makes every launch small enough to be split; returns the numbers of splits seen."""
-    monkeypatch.setattr(products, "PROGRAMS", wanted)
+    monkeypatch.setattr(sparse, "PROGRAMS", wanted)
     seen = []
 
     def shares(*args):
-        result = products.shares(*args)
+        result = sparse.shares(*args)
         seen.append(result[1])
         return result
 
@@ -259,7 +259,7 @@ def test_shares_cover_everything_in_bounded_memory():
     for _ in range(2000):
         entries, v, blocks = draw.randrange(1, 5000), draw.choice((1, 4, 32)), draw.randrange(1, 99)
         dense, tiles = entries * v + draw.randrange(10**6), draw.randrange(0, 3000)
-        ways, splits, share = products.shares(entries, v, dense, blocks, tiles)
+        ways, splits, share = sparse.shares(entries, v, dense, blocks, tiles)
         assert ways >= 1 and splits >= 1
         assert (splits - 1) * share < max(tiles, 1) and splits * share >= tiles
         assert splits == 1 or splits * entries * v <= dense
@@ -310,7 +310,7 @@ def test_large_tensors_get_offsets_of_64_bits():
 
 def test_tiles_shrink_until_there_are_programs_enough():
     call = (torch.float32, "ieee", 16)
-    sizes = [products.tile_sizes(*call, n, 48 * 48, 16, False) for n in (1, 3, 16)]
+    sizes = [sparse.tile_sizes(*call, n, 48 * 48, 16, False) for n in (1, 3, 16)]
     assert [tile["PIXELS"] for tile in sizes] == [64, 128, 256]
 
 
@@ -335,7 +335,7 @@ COMPILED = ((90, "float32"), (80, "float16"), (100, "bfloat16"))
 def compiled(target, dtype):
     """Starts the compiler in a process without the interpreter."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "triton_kernels.compile", "--kernels", "products"]
+    command = [sys.executable, "-m", "triton_kernels.compile", "--kernels", "sparse"]
     return subprocess.Popen(
         [*command, "--targets", str(target), "--dtypes", dtype],
         cwd=Path(triton_kernels.__file__).parent.parent,

@@ -8,12 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .products import SUM_TILE, grad_sizes, sum_splits, tile_sizes
+from .sparse import SUM_TILE, grad_sizes, sum_splits, tile_sizes
 from .sparse_conv2d import convolve, convolve_values_grad
 from .sparse_matmul import multiply, multiply_values_grad
 
-PRODUCT_KERNELS = (convolve, convolve_values_grad, multiply, multiply_values_grad, sum_splits)
-PRODUCT_ARGUMENTS = {
+SPARSE_KERNELS = (convolve, convolve_values_grad, multiply, multiply_values_grad, sum_splits)
+SPARSE_ARGUMENTS = {
     "x": "values", "values": "values", "bias": "values", "residual": "values", "y": "values",
     "grad": "values", "target": "values", "partial": "sums", "columns": "*i32", "starts": "*i32",
 }  # fmt: skip
@@ -30,7 +30,7 @@ _BLOCKS = {
 }
 
 
-def product_variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
+def sparse_variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     """Kernel, constants and options of what the sparse ops launch for this dtype."""
     for (name, precision), blocks in _BLOCKS.items():
         for v in blocks if name == dtype else ():
