@@ -1,41 +1,58 @@
-"""`issp bench`: tables of what was measured, beside its peers from the same run."""
+"""Benchmarks of this machine: measured times beside those of baselines from the same run."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
+from collections.abc import Sequence
+from types import ModuleType
 
-from bench.harness import registry
+from bench.harness.errors import BenchmarkFailed
+
+# One module each, with `add_arguments`, `run` and `EXAMPLE`; only the module asked for is imported.
+BENCHMARKS = {
+    "step": "the fused step (select, shrink, mask, flips)",
+    "optim": "optimizer update and pruning in one pass",
+    "train": "whole training iterations, dense and pruned",
+    "conv": "sparse convolutions, forward and training step",
+    "matmul": "sparse linear layers, forward and training step",
+    "network": "whole sparse networks, packed by issp.pack",
+    "accuracy": "PSNR by N:M pattern: trainings, no times",
+    "all": "all of them but accuracy, each in a process of its own",
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds one sub-command per benchmark."""
+def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The module of the benchmark that a command line names, and its arguments."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
-    for name, module in registry.benchmarks().items():
-        summary, _, details = module.__doc__.partition("\n\n")
+    module = None
+    for name, summary in BENCHMARKS.items():
         command = commands.add_parser(
-            name,
-            help=summary,
-            description=f"{summary}\n\n{details}",
-            epilog=module.EXAMPLE,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        module.add_arguments(command)
+        if name in argv[:1]:
+            module = importlib.import_module(f"bench.{name}")
+            command.description, command.epilog = module.__doc__, module.EXAMPLE
+            module.add_arguments(command)
+    return module, parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs one benchmark.
 
     Returns:
-        0; 1 when parity is red (then nothing was timed); 2 for bad
+        0; 1 when parity is red (nothing was timed) or a benchmark of `all` failed; 2 for bad
         input.
     """
+    module, args = parse(argv)
     try:
-        registry.benchmarks()[args.benchmark].run(args)
-    except registry.ParityError as error:
-        print(f"issp bench: {error}", file=sys.stderr)
+        module.run(args)
+    except BenchmarkFailed as error:
+        print(f"bench: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        print(f"issp bench: {error}", file=sys.stderr)
+        print(f"bench: {error}", file=sys.stderr)
         return 2
     return 0

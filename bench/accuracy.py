@@ -9,6 +9,7 @@ so that the rows of a sparsity keep equally many weights.
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,15 +21,15 @@ from torch import nn
 
 from bench.harness import options
 from bench.harness.machine import machine_line
-from bench.harness.report import grid
+from bench.harness.table import Column, Row, Table
 from bench.harness.workload import divides
 from issp.ops.keep import Keep
 from issp.sr.interrupt import Interrupted
 from issp.utils.files import atomic_write
 
 EXAMPLE = """examples:
-  issp bench accuracy --pattern 3:32 3:32:4 --iters 300 --seeds 0
-  issp bench accuracy --threads 1 --out patterns-psnr.md"""
+  python -m bench accuracy --pattern 3:32 3:32:4 --iters 300 --seeds 0
+  python -m bench accuracy --threads 1 --out patterns-psnr.md"""
 PATTERNS = ("3:32", "3:32:2", "3:32:4", "2:4")  # of 32 channels, 3 are the nearest to 90 %
 ITERATIONS, SEEDS = 700, (0, 1, 2)
 
@@ -49,7 +50,7 @@ class Variant:
 
 
 @dataclass
-class Line:
+class Score:
     """A variant's results; `psnr`, `ssim`: seed -> mean of the photographs."""
 
     variant: Variant
@@ -59,7 +60,7 @@ class Line:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `issp bench accuracy`."""
+    """Arguments of `python -m bench accuracy`."""
     parser.add_argument(
         "--pattern",
         nargs="+",
@@ -73,8 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="also write the table to this .md file")
 
 
-def run(args: argparse.Namespace) -> list[Report]:
-    """Trains every variant with every seed and prints the table; returns it.
+def run(args: argparse.Namespace) -> None:
+    """Trains every variant with every seed and prints the table.
 
     After each seed the table so far is written to --out.
 
@@ -87,26 +88,25 @@ def run(args: argparse.Namespace) -> list[Report]:
     seeds = list(dict.fromkeys(args.seeds))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    report = Report(variants(keeps), args.iters)
+    study = Study(variants(keeps), args.iters)
     try:
         for seed in seeds:
-            report.train(seed)
+            study.train(seed)
             if args.out:
-                atomic_write(args.out, report.markdown().encode())
+                atomic_write(args.out, study.table().markdown().encode())
     except Interrupted as stopped:
-        # Its advice how to go on is about one training, whose folder is gone.
+        # Its advice how to go on is about one training, whose folder is deleted.
         raise KeyboardInterrupt from stopped
-    print(report.markdown(), flush=True)
-    return [report]
+    print(study.table().markdown(), flush=True)
 
 
 def variants(keeps: Sequence[Keep]) -> list[Variant]:
     """The rows: dense, then each sparsity with its unstructured row in front of its patterns."""
-    found = [Variant("dense")]
+    rows = [Variant("dense")]
     for sparsity in dict.fromkeys(keep.sparsity for keep in keeps):
-        found.append(Variant(_unstructured(sparsity), sparsity))
-        found += [Variant(f"N:M {k.name}", sparsity, k) for k in keeps if k.sparsity == sparsity]
-    return found
+        rows.append(Variant(_unstructured(sparsity), sparsity))
+        rows += [Variant(f"N:M {k.name}", sparsity, k) for k in keeps if k.sparsity == sparsity]
+    return rows
 
 
 def stay_dense(model: nn.Module, keeps: Sequence[Keep]) -> list[str]:
@@ -128,7 +128,7 @@ def _unstructured(sparsity: float) -> str:
     return f"unstructured {100 * sparsity:.4g} %"
 
 
-class Report:
+class Study:
     """The trainings and their table.
 
     Args:
@@ -139,7 +139,7 @@ class Report:
     def __init__(self, rows: Sequence[Variant], iterations: int) -> None:
         from issp.sr import builders, data, demo, evaluate
 
-        self.lines = [Line(variant) for variant in rows]
+        self.scores = [Score(variant) for variant in rows]
         self.iterations = iterations
         self.seeds: list[int] = []
         self.machine = machine_line("cpu")
@@ -155,25 +155,25 @@ class Report:
 
     def train(self, seed: int) -> None:
         """Trains every variant with one seed; says on stderr how far it is."""
-        for line in self.lines:
-            self._train(line, seed)
+        for score in self.scores:
+            self._train(score, seed)
             print(
-                f"seed {seed}, {line.variant.name}: {line.psnr[seed]:.2f} dB",
+                f"seed {seed}, {score.variant.name}: {score.psnr[seed]:.2f} dB",
                 file=sys.stderr,
                 flush=True,
             )
         self.seeds.append(seed)
 
-    def _train(self, line: Line, seed: int) -> None:
+    def _train(self, score: Score, seed: int) -> None:
         from issp.sr import checkpoint, evaluate
         from issp.sr.train import train
 
         with tempfile.TemporaryDirectory() as folder:
-            model = train(self.settings(line.variant, seed, Path(folder)), quiet=True)
-        score = evaluate.mean(evaluate.evaluate(evaluate.of_model(model), self.held_out))
-        line.psnr[seed], line.ssim[seed] = score.psnr, score.ssim
-        about = checkpoint.sparsity(model)
-        line.kept = about["weights"] - about["zeros"]
+            model = train(self.settings(score.variant, seed, Path(folder)), quiet=True)
+        mean = evaluate.mean(evaluate.evaluate(evaluate.of_model(model), self.held_out))
+        score.psnr[seed], score.ssim[seed] = mean.psnr, mean.ssim
+        counts = checkpoint.sparsity(model)
+        score.kept = counts["weights"] - counts["zeros"]
 
     def settings(self, variant: Variant, seed: int, folder: Path):
         """The demo's configuration (`issp.sr.config.Config`) with this variant's pruning."""
@@ -193,45 +193,51 @@ class Report:
                 )
         return settings
 
-    def against_unstructured(self, line: Line) -> list[float]:
+    def against_unstructured(self, score: Score) -> list[float]:
         """Per seed: PSNR less that of unstructured pruning to the same sparsity, in dB."""
-        control = _unstructured(line.variant.sparsity)
-        other = next(x for x in self.lines if x.variant.name == control)
-        return [line.psnr[seed] - other.psnr[seed] for seed in self.seeds]
+        control = _unstructured(score.variant.sparsity)
+        other = next(x for x in self.scores if x.variant.name == control)
+        return [score.psnr[seed] - other.psnr[seed] for seed in self.seeds]
 
-    def markdown(self) -> str:
-        """The table with its machine line, and what has to be known to read or repeat it."""
+    def table(self) -> Table:
+        """The table, and what has to be known to read or repeat it."""
         from issp.sr import demo
 
-        head = ["what", "kept weights", *(f"PSNR, seed {seed}" for seed in self.seeds)]
-        head += ["mean", "SSIM", "against unstructured, dB"]
-        empty = ["" for _ in self.seeds]
-        cubic = [f"{self.bicubic.psnr:.2f}", f"{self.bicubic.ssim:.4f}", ""]
-        rows = [["bicubic", "", *empty, *cubic], *map(self._cells, self.lines)]
-        title = f"### PSNR by pattern: {demo.MODEL} x{demo.SCALE}, {self.iterations} steps"
-        notes = (f"- {note}" for note in self._notes())
-        return "\n".join([title, "", self.machine, "", *grid(head, rows), "", *notes, ""])
-
-    def _cells(self, line: Line) -> list[str]:
-        psnr, ssim = ([values[seed] for seed in self.seeds] for values in (line.psnr, line.ssim))
-        cells = [line.variant.name, f"{line.kept:,}", *(f"{x:.2f}" for x in psnr)]
-        cells += [f"{_mean(psnr):.2f}", f"{_mean(ssim):.4f}"]
-        if not line.variant.keep:
-            return [*cells, ""]
-        apart = self.against_unstructured(line)
-        return [*cells, f"{_mean(apart):+.2f} ({min(apart):+.2f} to {max(apart):+.2f})"]
+        db, signed = "{:.2f}".format, "{:+.2f}".format
+        columns = [Column("what", "what"), Column("kept", "kept weights", format="{:,.0f}".format)]
+        columns += [Column(f"psnr {s}", f"PSNR, seed {s}", format=db) for s in self.seeds]
+        columns += [
+            Column("mean", "mean", format=db),
+            Column("ssim", "SSIM", format="{:.4f}".format),
+        ]
+        columns += [Column("against", "against unstructured, dB")]
+        bicubic = {"what": "bicubic", "mean": self.bicubic.psnr, "ssim": self.bicubic.ssim}
+        rows = [Row(bicubic)]
+        for score in self.scores:
+            psnr, ssim = ([x[seed] for seed in self.seeds] for x in (score.psnr, score.ssim))
+            cells = {"what": score.variant.name, "kept": score.kept}
+            cells |= {f"psnr {seed}": score.psnr[seed] for seed in self.seeds}
+            cells |= {"mean": statistics.mean(psnr), "ssim": statistics.mean(ssim)}
+            if score.variant.keep:
+                apart = self.against_unstructured(score)
+                span = f"({signed(min(apart))} to {signed(max(apart))})"
+                cells["against"] = f"{signed(statistics.mean(apart))} {span}"
+            rows.append(Row(cells))
+        title = f"PSNR by pattern: {demo.MODEL} x{demo.SCALE}, {self.iterations} steps"
+        return Table(title, self.machine, columns, rows, self._notes())
 
     def _notes(self) -> list[str]:
         from issp.sr import demo
 
-        sparse = next((x.variant for x in self.lines if x.variant.sparsity), None)
+        sparse = next((x.variant for x in self.scores if x.variant.sparsity), None)
         freeze = self.settings(sparse, 0, Path()).sparsity.freeze_iter if sparse else 0
-        patterns = " ".join(_written(x.variant.keep) for x in self.lines if x.variant.keep)
+        patterns = " ".join(_as_option(x.variant.keep) for x in self.scores if x.variant.keep)
         seeds = " ".join(map(str, self.seeds))
         notes = [
-            f"`issp bench accuracy --pattern {patterns} --iters {self.iterations} --seeds {seeds} "
-            f"--threads {torch.get_num_threads()}` repeats it. PSNR in dB and SSIM: Y channel, "
-            f"mean of {', '.join(self.held_out.pairs.names)}, which no training sees.",
+            f"`python -m bench accuracy --pattern {patterns} --iters {self.iterations} "
+            f"--seeds {seeds} --threads {torch.get_num_threads()}` repeats it. "
+            "PSNR in dB and SSIM: Y channel, mean of "
+            f"{', '.join(self.held_out.pairs.names)}, which no training sees.",
             f"Each row is a training from random weights by ISS-P, {self.iterations} steps of "
             f"{demo.BATCH} crops of {demo.PATCH}x{demo.PATCH}; the mask is frozen at step "
             f"{freeze}. Within a seed all rows start from the same weights and see the same "
@@ -242,7 +248,7 @@ class Report:
             "Against unstructured: difference to the row of the same sparsity, seed by seed; mean "
             "(least to greatest).",
         ]
-        if any(x.variant.keep and x.variant.keep.layout == "flat" for x in self.lines):
+        if any(x.variant.keep and x.variant.keep.layout == "flat" for x in self.scores):
             notes.append(
                 'Layout "flat" groups weights that are neighbours in memory: `issp train` keeps '
                 "them channels_last, so neighbours are the input channels of a kernel position."
@@ -250,11 +256,7 @@ class Report:
         return notes
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _written(keep: Keep) -> str:
+def _as_option(keep: Keep) -> str:
     """As `Keep.parse` reads it."""
     last = ":flat" if keep.layout == "flat" else f":{keep.v}" if keep.v > 1 else ""
     return f"{keep.n}:{keep.of}{last}"

@@ -1,7 +1,5 @@
 """All benchmarks, each in a process of its own: one that fails or hangs does not stop the others.
 
-    python -m bench all --device cuda --folder bench/results/gpu-2026-11-22
-
 Leaves bench.md (tables as far as they got, and what failed), samples.json (every measured time) and
 one picture per benchmark in the folder. Exit status 1 when a benchmark failed.
 """
@@ -19,10 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.harness.errors import BenchmarkFailed
+
+EXAMPLE = "example: python -m bench all --device cuda --folder bench/results/gpu-2026-11-22"
 # `accuracy` is left out: it trains for half an hour and times nothing.
-# Bar charts say less than their tables: no picture of step, optim, train and network, since what a
-# rented GPU machine gives back is a handful of files.
-BENCHMARKS = {
+# Step, optim, train and network have no picture: a GPU machine gives back few files, and their
+# bars show no more than their tables.
+PLAN = {
     "must-show": ["conv", "--must-show"],
     "step": ["step"],
     "scaling": ["step", "--scaling"],
@@ -47,7 +48,6 @@ PACE = {
         "network": ["--model", "edsr-baseline", "--sparsity", "0.95", "--seconds", "2"],
     },
 }
-ROOT = Path(__file__).resolve().parents[1]
 COMMAND = ("-m", "bench")
 _MOST_ERRORS = 4000  # characters
 LIMIT = {"cpu": 1800, "cuda": 110}
@@ -75,11 +75,11 @@ class Outcome:
         return self.tables + failed
 
 
-def run(name: str, options: Sequence[str], picture: Path | None, limit: float) -> Outcome:
-    """Runs one benchmark; whatever happens to it, this returns.
+def run_one(name: str, options: Sequence[str], picture: Path | None, limit: float) -> Outcome:
+    """Runs one benchmark in a process of its own; also returns when it fails or hangs.
 
     Args:
-        name: key of `BENCHMARKS`.
+        name: key of `PLAN`.
         options: of its command line.
         picture: where its plot goes.
         limit: seconds.
@@ -87,7 +87,7 @@ def run(name: str, options: Sequence[str], picture: Path | None, limit: float) -
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         out, err, samples = (Path(folder, x) for x in ("out.md", "err.txt", "samples.json"))
-        command = [sys.executable, *COMMAND, *BENCHMARKS[name], *options]
+        command = [sys.executable, *COMMAND, *PLAN[name], *options]
         command += ["--samples", samples]
         command += ["--plot", picture] if picture else []
         with open(out, "wb") as stdout, open(err, "wb") as stderr:
@@ -96,31 +96,33 @@ def run(name: str, options: Sequence[str], picture: Path | None, limit: float) -
                 problem = "failed" if code.returncode else ""
             except subprocess.TimeoutExpired:
                 problem = f"stopped after its {limit:.0f} s"
-        known = json.loads(samples.read_text()) if samples.exists() else []
+        timed = json.loads(samples.read_text()) if samples.exists() else []
         tables, errors = (path.read_text(errors="replace") for path in (out, err))
     if problem == "failed":
         lines = [line.strip() for line in errors.splitlines() if line.strip()]
         problem = f"failed: {lines[-1] if lines else 'no message'}"
-    return Outcome(name, time.monotonic() - begin, problem, errors, tables, known)
+    return Outcome(name, time.monotonic() - begin, problem, errors, tables, timed)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Runs what the arguments ask for."""
-    parser = argparse.ArgumentParser(
-        prog="bench/run.py all",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m bench all`."""
     parser.add_argument("--device", default="cpu", choices=PACE)
     parser.add_argument("--folder", type=Path, required=True, help="must exist")
-    parser.add_argument("--only", nargs="+", default=list(BENCHMARKS), choices=BENCHMARKS)
+    parser.add_argument("--only", nargs="+", default=list(PLAN), choices=PLAN)
     parser.add_argument("--threads", help="CPU threads; default: torch's")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--limit", type=float, help="seconds for each; default on a GPU: minutes")
-    args = parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs what the arguments ask for.
+
+    Raises:
+        ValueError: the folder does not exist.
+        BenchmarkFailed: names those that failed, after all have run.
+    """
     if not args.folder.is_dir():
-        print(f"bench/run.py: the folder {args.folder} does not exist: create it", file=sys.stderr)
-        return 2
+        raise ValueError(f"the folder {args.folder} does not exist: create it")
     pictures = PICTURES if importlib.util.find_spec("matplotlib") else ()
     if not pictures:
         print("no pictures: matplotlib is not installed", flush=True)
@@ -133,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
         picture = args.folder / f"{name}.png" if name in pictures else None
         limit = LIMITS.get(args.device, {}).get(name, LIMIT[args.device])
         limit = limit if args.limit is None else args.limit
-        outcomes.append(run(name, [*common, *pace], picture, limit))
+        outcomes.append(run_one(name, [*common, *pace], picture, limit))
         print(outcomes[-1].line(), flush=True)
         if outcomes[-1].problem:
             print(outcomes[-1].errors[-_MOST_ERRORS:], flush=True)
@@ -142,4 +144,6 @@ def main(argv: Sequence[str]) -> int:
         (args.folder / "bench.md").write_text(text)
         samples = {outcome.name: outcome.samples for outcome in outcomes}
         (args.folder / "samples.json").write_text(json.dumps(samples, indent=1))
-    return int(any(outcome.problem for outcome in outcomes))
+    failed = [outcome.name for outcome in outcomes if outcome.problem]
+    if failed:
+        raise BenchmarkFailed(f"failed: {', '.join(failed)}")

@@ -1,17 +1,44 @@
-"""The rows of the step's table: our ops, the floors they are measured against, their peers."""
+"""The rows of the step's table: our ops, lower bounds of their traffic, other selections."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from bench.harness import cub
-from bench.harness.registry import Row
+from bench import cub
 from bench.harness.workload import Workload
 from issp import ops
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One row of the table.
+
+    Attributes:
+        name: as printed.
+        traffic: bytes that any implementation must move, from (weights, bytes per weight).
+        counted: the same in words.
+        make: from a workload, the call that is timed.
+        prepare: from a workload, what happens before each call, not timed.
+        ours: an error in it is an error; an error in a baseline becomes a note.
+        per_layer: works on one tensor after the other, so the largest sets its peak memory.
+        capturable: a CUDA graph can hold it.
+        missing: why it cannot be timed here ("not installed"), or None.
+    """
+
+    name: str
+    traffic: Callable[[int, int], float]
+    counted: str
+    make: Callable[[Workload], Callable[[], object]]
+    prepare: Callable[[Workload], object]
+    ours: bool = False
+    per_layer: bool = False
+    capturable: bool = True
+    missing: Callable[[], str | None] = lambda: None
 
 
 def _step(bracket: bool):
@@ -118,13 +145,13 @@ def _read_write_mask(numel: int, size: int) -> float:
     return 2.0 * numel * size + numel / 8
 
 
-# Only the fused step drifts the weights: drift without a step in between would be no training.
+# Only the fused step perturbs the weights: without a step in between it would be no training.
 _COPY = {"traffic": _read_write, "counted": "read w, write w", "prepare": Workload.restore}
 _SELECT = {"traffic": _read, "counted": "read w", "prepare": Workload.restore}
 _FUSED = {
     "traffic": _read_write_mask,
     "counted": "read w, write w, read the mask",
-    "prepare": Workload.drift,
+    "prepare": Workload.perturb,
     "ours": True,
 }
 
@@ -134,31 +161,31 @@ FLAT = "flat mul_"
 COLD = "issp step, cold start"
 TOPK = "torch.topk"
 AUTHORS = "authors' numpy argsort"
-ROWS = (
-    Row(STEP, make=_step(True), **_FUSED),
-    Row(COLD, make=_step(False), **_FUSED),
-    Row("issp magnitude_threshold", make=_threshold, ours=True, **_SELECT),
-    Row(BASE, make=_foreach_mul, **(_COPY | {"prepare": Workload.touch})),
-    Row(FLAT, make=_flat_mul, **_COPY),
-    Row("flat copy_", make=_flat_copy, **_COPY),
-    Row(TOPK, make=_topk, per_layer=True, **_SELECT),
-    Row("torch.kthvalue", make=_kthvalue, per_layer=True, **_SELECT),
-    Row("torch.sort(stable)", make=_sort, per_layer=True, **_SELECT),
-    Row("torch.quantile", make=_quantile, per_layer=True, **_SELECT),
-    Row(AUTHORS, make=_authors, per_layer=True, capturable=False, **_COPY),
+OPERATIONS = (
+    Operation(STEP, make=_step(True), **_FUSED),
+    Operation(COLD, make=_step(False), **_FUSED),
+    Operation("issp magnitude_threshold", make=_threshold, ours=True, **_SELECT),
+    Operation(BASE, make=_foreach_mul, **(_COPY | {"prepare": Workload.warm_cache})),
+    Operation(FLAT, make=_flat_mul, **_COPY),
+    Operation("flat copy_", make=_flat_copy, **_COPY),
+    Operation(TOPK, make=_topk, per_layer=True, **_SELECT),
+    Operation("torch.kthvalue", make=_kthvalue, per_layer=True, **_SELECT),
+    Operation("torch.sort(stable)", make=_sort, per_layer=True, **_SELECT),
+    Operation("torch.quantile", make=_quantile, per_layer=True, **_SELECT),
+    Operation(AUTHORS, make=_authors, per_layer=True, capturable=False, **_COPY),
 )
-GPU_ROWS = (
-    Row(
+GPU_OPERATIONS = (
+    Operation(
         "FlashInfer top_k_mask_logits",
         make=_flashinfer,
         per_layer=True,
         missing=_flashinfer_missing,
         **_SELECT,
     ),
-    Row("CUB DeviceTopK", make=_cub, per_layer=True, missing=cub.missing, **_SELECT),
+    Operation("CUB DeviceTopK", make=_cub, per_layer=True, missing=cub.missing, **_SELECT),
 )
 
 
-def rows(device: str) -> tuple[Row, ...]:
-    """What the table of a device ("cpu", "cuda") holds."""
-    return ROWS + GPU_ROWS if device == "cuda" else ROWS
+def operations(device: str) -> tuple[Operation, ...]:
+    """The rows on a device ("cpu", "cuda")."""
+    return OPERATIONS + GPU_OPERATIONS if device == "cuda" else OPERATIONS

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 
-from bench.products import measure
+from bench.sparse import measure
 
 EXAMPLE = """examples:
-  issp bench conv --model edsr-l --size 48 --threads 1 2 --plot conv.png
-  issp bench conv --shape 256x256x3x3 --size 48 --sparsity 0.9 0.95 --v 1 4 --passes forward
-  issp bench conv --must-show"""
+  python -m bench conv --model edsr-l --size 48 --threads 1 2 --plot conv.png
+  python -m bench conv --shape 256x256x3x3 --size 48 --sparsity 0.9 0.95 --v 1 4 --passes forward
+  python -m bench conv --must-show"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `issp bench conv`."""
+    """Arguments of `python -m bench conv`."""
     measure.add_arguments(parser, conv=True)
     parser.add_argument(
         "--must-show",
@@ -27,6 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> list:
-    """See `bench.products.measure.run`."""
-    return measure.run(args, conv=True)
+def run(args: argparse.Namespace) -> None:
+    """See `bench.sparse.measure.run`."""
+    measure.run(args, conv=True)

@@ -3,7 +3,7 @@
 Prints the median milliseconds per training iteration of every 500, for the fused step and for the
 same selection followed by a plain `w *= 0.95`, which leaves denormals. Neither flushes to zero.
 
-    python bench/denormals.py --iterations 2000
+    python -m bench.denormals --iterations 2000
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import time
 import torch
 
 import issp
+from bench.harness.machine import machine_line
+from bench.harness.table import Column, Row, Table
+
+_EACH = 500  # iterations to a median
 
 
 def network() -> torch.nn.Module:
@@ -41,7 +45,7 @@ def denormals(model: torch.nn.Module) -> int:
     return sum(int(((p != 0) & (p.abs() < tiny)).sum()) for p in model.parameters())
 
 
-def measure(fused: bool, iterations: int) -> str:
+def measure(fused: bool, iterations: int) -> Row:
     """One row of the table."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), 2e-4, betas=(0.9, 0.99))
@@ -58,21 +62,28 @@ def measure(fused: bool, iterations: int) -> str:
         optimizer.step()
         if not fused:
             plain_shrink(weights)
-        times.append(1e3 * (time.perf_counter() - start))
-    medians = [statistics.median(times[i : i + 500]) for i in range(0, iterations, 500)]
-    name = "fused step" if fused else "plain w *= 0.95"
-    return f"| {name} | {' | '.join(f'{t:.1f}' for t in medians)} | {denormals(model)} |"
+        times.append(time.perf_counter() - start)
+    cells = {"what": "fused step" if fused else "plain w *= 0.95", "denormals": denormals(model)}
+    cells |= {f"to {i}": statistics.median(times[i - _EACH : i]) for i in _marks(iterations)}
+    return Row(cells)
+
+
+def _marks(iterations: int) -> range:
+    return range(_EACH, iterations + 1, _EACH)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=2000)
+    """Prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m bench.denormals", description=__doc__)
+    parser.add_argument("--iterations", type=int, default=2000, help="a multiple of 500")
     iterations = parser.parse_args().iterations
     torch.set_num_threads(2)
-    marks = [f"to {i + 500}" for i in range(0, iterations, 500)]
-    print(f"| ms per iteration | {' | '.join(marks)} | denormal weights at the end |")
-    print("|---|" + "---:|" * (len(marks) + 1))
-    print(measure(True, iterations), measure(False, iterations), sep="\n")
+    columns = [Column("what", "iteration")]
+    columns += [Column(f"to {i}", f"to {i}", "ms", "{:.1f}".format) for i in _marks(iterations)]
+    columns += [Column("denormals", "denormal weights at the end")]
+    rows = [measure(fused, iterations) for fused in (True, False)]
+    title = f"training with dead units, medians of {_EACH} iterations"
+    print(Table(title, machine_line("cpu"), columns, rows).markdown())
 
 
 if __name__ == "__main__":

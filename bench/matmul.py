@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import argparse
 
-from bench.products import measure
+from bench.sparse import measure
 
 EXAMPLE = """examples:
-  issp bench matmul --model swinir-light --size 64 --threads 1 2 --plot matmul.png
-  issp bench matmul --shape 180x60 256x256 --size 48 --sparsity 0.9 0.99 --v 4 --passes step"""
+  python -m bench matmul --model swinir-light --size 64 --threads 1 2 --plot matmul.png
+  python -m bench matmul --shape 180x60 256x256 --size 48 --sparsity 0.9 0.99 --v 4 --passes step"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `issp bench matmul`."""
+    """Arguments of `python -m bench matmul`."""
     measure.add_arguments(parser, conv=False)
 
 
-def run(args: argparse.Namespace) -> list:
-    """See `bench.products.measure.run`."""
-    return measure.run(args, conv=False)
+def run(args: argparse.Namespace) -> None:
+    """See `bench.sparse.measure.run`."""
+    measure.run(args, conv=False)

@@ -6,36 +6,35 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from bench import baselines
 from bench.harness import options
-from bench.harness.bandwidth import Probe, Roof
+from bench.harness.bandwidth import Bandwidth
 from bench.harness.machine import free_bytes, machine_line
-from bench.harness.report import UNITS, grid, new_figure, number, percent, save_figure
+from bench.harness.plots import Lines, plot_lines
+from bench.harness.table import Column, Row, Table, percent, ratio
 from bench.harness.workload import Workload
-from issp.utils.timing import CpuClock, CudaClock, Task, interleave
+from issp.utils.timing import CpuClock, CudaClock, Mode, Task, interleave
 
 COUNTS = (1, 3, 10, 30, 100, 300, 1000)
-_SIZE_ROWS = (baselines.STEP, baselines.COLD, baselines.FLAT, baselines.TOPK, "torch.kthvalue")
-_COUNT_ROWS = (baselines.STEP, baselines.COLD, baselines.BASE, baselines.FLAT, baselines.TOPK)
+_KTHVALUE = "torch.kthvalue"
+_SIZE_ROWS = (baselines.STEP, baselines.COLD, baselines.FLAT, baselines.TOPK, _KTHVALUE)
+_COUNT_ROWS = (*(baselines.STEP, baselines.COLD, baselines.BASE, baselines.FLAT, baselines.TOPK),)
 # Bytes per weight at once beyond weights and copy: |w|, values and indices, and on a CPU topk's
 # pairs of value and index.
-_NEEDS = {baselines.TOPK: 32, "torch.kthvalue": 20}
+_EXTRA_BYTES = {baselines.TOPK: 32, _KTHVALUE: 20}
 _STYLES = {
-    baselines.STEP: {"color": "tab:orange", "linewidth": 2.5},
-    baselines.COLD: {"color": "tab:orange", "linestyle": "--", "markersize": 4},
-    baselines.FLAT: {"color": "tab:gray", "markersize": 4},
-    baselines.BASE: {"color": "tab:gray", "linestyle": "--", "markersize": 4},
-    baselines.TOPK: {"color": "tab:blue", "markersize": 4},
-    "torch.kthvalue": {"color": "tab:blue", "linestyle": "--", "markersize": 4},
+    baselines.STEP: {"color": "tab:orange", "linewidth": 2.5, "marker": "o"},
+    baselines.COLD: {"color": "tab:orange", "linestyle": "--", "marker": "o", "markersize": 4},
+    baselines.FLAT: {"color": "tab:gray", "marker": "o", "markersize": 4},
+    baselines.BASE: {"color": "tab:gray", "linestyle": "--", "marker": "o", "markersize": 4},
+    baselines.TOPK: {"color": "tab:blue", "marker": "o", "markersize": 4},
+    _KTHVALUE: {"color": "tab:blue", "linestyle": "--", "marker": "o", "markersize": 4},
 }
 _FAN_IN = 1000
 _SHARE_OF_MEMORY = 0.9
-_FIRST_GUESS = 3e-9  # seconds per weight of a drift and a step, until they have been timed
+_FIRST_GUESS = 3e-9  # seconds per weight of a perturbation and a step, until they have been timed
 
 
 @dataclass
@@ -44,92 +43,22 @@ class Point:
 
     Attributes:
         x: weights of the tensor, or number of tensors.
-        numel: weights in all.
+        shapes: of the weights.
         samples: row name -> seconds of each call.
+        medians: row name -> median of them.
         skipped: row name -> why it was not timed.
     """
 
     x: int
-    numel: int
+    shapes: Sequence[tuple[int, int]]
     samples: dict[str, list[float]] = field(default_factory=dict)
+    medians: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def seconds(self, name: str) -> float | None:
-        """Median of a row, or None."""
-        calls = sorted(self.samples.get(name, ()))
-        return (calls[(len(calls) - 1) // 2] + calls[len(calls) // 2]) / 2 if calls else None
-
-
-@dataclass
-class Curve:
-    """Times of some rows along one axis.
-
-    Attributes:
-        title, machine, unit, mode: as printed; mode: how the clock timed.
-        axis: what `Point.x` counts.
-        names: of the rows.
-        size: bytes of one weight.
-        roof: bandwidth of the machine.
-        points: in rising order.
-    """
-
-    title: str
-    machine: str
-    unit: str
-    mode: str
-    axis: str
-    names: Sequence[str]
-    size: int
-    roof: Roof
-    points: list[Point] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        """The table: medians of every row, then the step's rate and its ratios."""
-        multiply = baselines.FLAT
-        head = [self.axis, *(f"{name} {self.unit}" for name in self.names)]
-        head += ["step ns/weight", "GB/s", "of roofline", f"step / {multiply}", "topk / step"]
-        text = [f"### {self.title}", "", self.machine, "", f"Roofline: {self.roof}.", ""]
-        text += grid(head, map(self._cells, self.points))
-        notes = [
-            f"Medians, {self.mode}, all rows of a line in turn. Bytes counted for the step: read "
-            "w, write w, read the mask; above 100 % the caches held them. topk and kthvalue only "
-            "select."
-        ]
-        for point in self.points:
-            reasons: dict[str, list[str]] = {}
-            for name, reason in point.skipped.items():
-                reasons.setdefault(reason, []).append(name)
-            notes += [
-                f"{point.x} {self.axis}: {', '.join(names)} skipped, {reason}."
-                for reason, names in reasons.items()
-            ]
-        return "\n".join([*text, "", *(f"- {note}" for note in notes), ""])
-
-    def record(self) -> dict[str, Any]:
-        """Title, machine and every measured time in seconds, for JSON."""
-        return {
-            "title": self.title,
-            "machine": self.machine,
-            "roofline": {"copy": self.roof.copy, "multiply": self.roof.multiply},
-            "axis": self.axis,
-            "points": [
-                {"x": p.x, "numel": p.numel, "seconds": p.samples, "skipped": p.skipped}
-                for p in self.points
-            ],
-        }
-
-    def _cells(self, point: Point) -> list[str]:
-        times = [point.seconds(name) for name in self.names]
-        factor = UNITS[self.unit]
-        cells = [str(point.x), *(number(None if t is None else t * factor) for t in times)]
-        step, multiply, topk = map(point.seconds, (baselines.STEP, baselines.FLAT, baselines.TOPK))
-        if step is None:
-            return [*cells, "-", "-", "-", "-", "-"]
-        traffic = (2 * self.size + 1 / 8) * point.numel
-        cells += [number(step / point.numel * 1e9), number(traffic / step / 1e9)]
-        cells += [percent(self.roof.share(traffic, step))]
-        cells += [number(multiply and step / multiply), number(topk and topk / step)]
-        return cells
+    @property
+    def numel(self) -> int:
+        """Weights in all."""
+        return sum(rows * columns for rows, columns in self.shapes)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace, settings) -> list[Curve]:
+def run(args: argparse.Namespace, settings: Any) -> None:
     """Measures, prints and writes both curves; `settings`: see `bench.step.Settings`."""
     largest = (10**7 if args.quick else 10**9) if args.largest is None else args.largest
     budget = (40.0 if args.quick else 240.0) if args.budget is None else args.budget
@@ -155,83 +84,118 @@ def run(args: argparse.Namespace, settings) -> list[Curve]:
     total = min(largest, 10**6 if args.quick else 10**7)
     counts = [count for count in COUNTS if total // count >= 100]
     end = time.monotonic() + budget
-    places = [(count, [layer(total // count)] * count) for count in counts]
-    tensors = measure("tensors", _COUNT_ROWS, places, settings, budget / 4)
-    places = [(n, [layer(n)]) for n in sizes]
-    weights = measure("weights", _SIZE_ROWS, places, settings, end - time.monotonic())
-    curves = [weights, tensors]
-    for curve in curves:
-        print(curve.markdown(), flush=True)
-    options.deliver(args, curves, plot)
-    return curves
+    points = [Point(count, [layer(total // count)] * count) for count in counts]
+    tensors = measure("tensors", _COUNT_ROWS, points, settings, budget / 4)
+    points = [Point(n, [layer(n)]) for n in sizes]
+    weights = measure("weights", _SIZE_ROWS, points, settings, end - time.monotonic())
+    tables = [weights, tensors]
+    for table in tables:
+        print(table.markdown(), flush=True)
+    options.write_outputs(
+        args, tables, lambda path: plot_lines([[_lines(table) for table in tables]], path, 4.4)
+    )
 
 
 def layer(numel: int) -> tuple[int, int]:
     """A layer of about so many weights, and of one fan-in: it sets the scale of the weights.
 
-    One row of a million would start at a thousandth, where the drift of a step is no small change.
+    One row of a million would start at a thousandth, which a step's perturbation changes a lot.
     """
     return max(1, numel // _FAN_IN), min(numel, _FAN_IN)
 
 
 def measure(
-    axis: str,
-    names: Sequence[str],
-    places: Sequence[tuple[int, list[tuple[int, int]]]],
-    settings,
-    budget: float,
-) -> Curve:
-    """Times the rows at every place, as far as memory and time allow.
+    axis: str, names: Sequence[str], points: Sequence[Point], settings: Any, budget: float
+) -> Table:
+    """Times the rows at every point, as far as memory and time allow.
 
     Args:
         axis: "weights" or "tensors".
-        names: of rows in `peers.ROWS`.
-        places: what the axis counts -> shapes of the weights.
+        names: of `bench.baselines.OPERATIONS`.
+        points: in rising order; get their times.
         settings: see `bench.step.Settings`.
         budget: seconds for everything.
     """
-    clock = (CudaClock if settings.device == "cuda" else CpuClock)(settings.flush_bytes)
+    clock = settings.clock()
     # Not cold on a CPU: between two flushes even Python's own code has left the caches, and small
     # tensors would all take the same 0.2 ms.
     wanted = "graph" if settings.device == "cuda" else "warm"
     mode = next(mode for mode in clock.modes if mode.name == wanted)
-    rows = [row for row in baselines.ROWS if row.name in names]
     machine = machine_line(settings.device)
-    probe = Probe(settings.device, settings.probe_bytes)
+    probe = settings.probe()
     interleave(probe.tasks, clock, settings.rounds, settings.seconds, [mode])
-    total = sum(rows_ * columns for rows_, columns in places[-1][1])
+    run_ = _Run(names, settings, clock, mode, _Pace(budget, len(points)))
+    for point in points:
+        run_.fill(point)
+    total = points[-1].numel
     what = "one tensor" if axis == "weights" else f"{total} weights in several tensors"
-    curve = Curve(
-        title=f"scaling: {what}, {settings.dtype}, sparsity {settings.sparsity}, "
+    bandwidth = probe.result(mode.name)
+    return Table(
+        f"scaling: {what}, {settings.dtype}, sparsity {settings.sparsity}, "
         f"shrink {settings.shrink}",
-        machine=machine,
-        unit=clock.unit,
-        mode=mode.name,
-        axis=axis,
-        names=[row.name for row in rows],
-        size=getattr(torch, settings.dtype).itemsize,
-        roof=probe.roof(mode.name),
+        machine,
+        _columns(axis, names, clock.unit),
+        [_row(point, axis, names, settings.element_size, bandwidth) for point in points],
+        _notes(axis, points, mode),
+        roofline=str(bandwidth),
+        limits=bandwidth.limits() | {"axis": axis, "mode": mode.name},
     )
-    pace = _Pace(budget, len(places))
-    for x, model_shapes in places:
-        point = Point(x, sum(rows_ * columns for rows_, columns in model_shapes))
-        curve.points.append(point)
-        _fill(point, model_shapes, rows, settings, clock, mode, pace)
-    return curve
+
+
+def _columns(axis: str, names: Sequence[str], unit: str) -> list[Column]:
+    return [
+        Column(axis, axis),
+        *(Column(name, name, unit) for name in names),
+        *(Column("per weight", "step ns/weight"), Column("rate", unit="GB/s")),
+        Column("share", "of roofline", format=percent),
+        Column("over multiply", f"step / {baselines.FLAT}"),
+        Column("topk over", "topk / step"),
+    ]
+
+
+def _row(point: Point, axis: str, names: Sequence[str], size: int, bandwidth: Bandwidth) -> Row:
+    step = point.medians.get(baselines.STEP)
+    traffic = (2 * size + 1 / 8) * point.numel
+    medians = {name: point.medians.get(name) for name in names}
+    cells = {axis: point.x, "numel": point.numel, **medians, "skipped": point.skipped}
+    cells["per weight"] = step and step / point.numel * 1e9
+    cells["rate"] = step and traffic / step
+    cells["share"] = step and bandwidth.share(traffic, step)
+    cells["over multiply"] = ratio(step, point.medians.get(baselines.FLAT))
+    cells["topk over"] = ratio(point.medians.get(baselines.TOPK), step)
+    cells["roofline per weight"] = (2 * size + 1 / 8) / bandwidth.peak * 1e9
+    return Row(cells, point.samples)
+
+
+def _notes(axis: str, points: Sequence[Point], mode: Mode) -> list[str]:
+    notes = [
+        f"Medians, {mode.name}, all rows of a line in turn. Bytes counted for the step: read "
+        "w, write w, read the mask; above 100 % the caches held them. topk and kthvalue only "
+        "select."
+    ]
+    for point in points:
+        reasons: dict[str, list[str]] = {}
+        for name, reason in point.skipped.items():
+            reasons.setdefault(reason, []).append(name)
+        notes += [
+            f"{point.x} {axis}: {', '.join(names)} skipped, {reason}."
+            for reason, names in reasons.items()
+        ]
+    return notes
 
 
 class _Pace:
-    """What is left of the budget, and how long a call will take, judged by the last place."""
+    """What is left of the budget, and how long a call will take, judged by the last point."""
 
-    def __init__(self, budget: float, places: int) -> None:
-        self._end, self._places = time.monotonic() + budget, places
+    def __init__(self, budget: float, points: int) -> None:
+        self._end, self._points = time.monotonic() + budget, points
         self._per_weight: dict[str, float] = {}
 
     def left(self) -> float:
         """Seconds."""
         return self._end - time.monotonic()
 
-    def learn(self, name: str, seconds: float, numel: int) -> None:
+    def update(self, name: str, seconds: float, numel: int) -> None:
         """Keeps the seconds per weight of a call."""
         self._per_weight[name] = seconds / numel
 
@@ -240,78 +204,87 @@ class _Pace:
         return self._per_weight.get(name, default) * numel
 
     def share(self) -> float:
-        """Seconds that one row may take at one place."""
-        return max(0.0, self.left()) / (2 * self._places)
+        """Seconds that one row may take at one point."""
+        return max(0.0, self.left()) / (2 * self._points)
 
 
-def _fill(point: Point, model_shapes, rows, settings, clock, mode, pace: _Pace) -> None:
-    size = getattr(torch, settings.dtype).itemsize
-    free = _SHARE_OF_MEMORY * free_bytes(settings.device)
-    base = point.numel * (2 * size + 1)  # weights, the copy for mul_, state
-    step = pace.guess("settle", point.numel, _FIRST_GUESS)
-    reason = _too_much(base, free) or _too_slow(5 * step, pace)
-    if reason:
-        point.skipped = dict.fromkeys((row.name for row in rows), reason)
-        return
-    dtype = getattr(torch, settings.dtype)
-    work = Workload(model_shapes, settings.sparsity, dtype, settings.device, settings.shrink)
-    steps = max(5, min(settings.settle, int(pace.share() / step)))
-    begin = time.monotonic()
-    work.settle(steps)
-    work.synchronize()
-    pace.learn("settle", (time.monotonic() - begin) / steps, point.numel)
-    tasks = {}
-    for row in rows:
-        needs = base + point.numel * _NEEDS.get(row.name, 0)
-        reason = _too_much(needs, free) or _too_slow(2 * pace.guess(row.name, point.numel), pace)
+@dataclass
+class _Run:
+    """Times rows at one point after the other."""
+
+    names: Sequence[str]
+    settings: Any
+    clock: CpuClock | CudaClock
+    mode: Mode
+    pace: _Pace
+
+    def fill(self, point: Point) -> None:
+        """Fills in the times of a point, and why a row has none."""
+        settings, pace = self.settings, self.pace
+        free = _SHARE_OF_MEMORY * free_bytes(settings.device)
+        # Weights, the copy for mul_, state.
+        base = point.numel * (2 * settings.element_size + 1)
+        step = pace.guess("settle", point.numel, _FIRST_GUESS)
+        reason = _memory_reason(base, free) or _time_reason(5 * step, pace)
         if reason:
-            point.skipped[row.name] = reason
-        else:
-            tasks[row.name] = Task(row.make(work), _prepare(row, work), required=row.ours)
-    interleave(
-        list(tasks.values()), clock, settings.rounds, min(settings.seconds, pace.share()), [mode]
-    )
-    for name, task in tasks.items():
-        if task.error:
-            point.skipped[name] = task.error
-            continue
-        point.samples[name] = task.samples[mode.name]
-        pace.learn(name, task.median(mode.name), point.numel)
+            point.skipped = dict.fromkeys(self.names, reason)
+            return
+        work = settings.workload(point.shapes)
+        steps = max(5, min(settings.settle, int(pace.share() / step)))
+        begin = time.monotonic()
+        work.settle(steps)
+        work.synchronize()
+        pace.update("settle", (time.monotonic() - begin) / steps, point.numel)
+        tasks = {}
+        for op in (op for op in baselines.OPERATIONS if op.name in self.names):
+            needs = base + point.numel * _EXTRA_BYTES.get(op.name, 0)
+            guess = pace.guess(op.name, point.numel)
+            reason = _memory_reason(needs, free) or _time_reason(2 * guess, pace)
+            if reason:
+                point.skipped[op.name] = reason
+            else:
+                tasks[op.name] = _task(op, work)
+        seconds = min(settings.seconds, pace.share())
+        interleave(list(tasks.values()), self.clock, settings.rounds, seconds, [self.mode])
+        for name, task in tasks.items():
+            if task.error:
+                point.skipped[name] = task.error
+                continue
+            point.samples[name] = task.samples[self.mode.name]
+            point.medians[name] = task.median(self.mode.name)
+            pace.update(name, point.medians[name], point.numel)
 
 
-def _prepare(row, work: Workload):
-    return lambda: row.prepare(work)
+def _task(op: baselines.Operation, work: Workload) -> Task:
+    return Task(op.make(work), lambda: op.prepare(work), required=op.ours)
 
 
-def _too_much(needs: float, free: float) -> str | None:
+def _memory_reason(needs: float, free: float) -> str | None:
     if needs <= free:
         return None
     return f"needs up to {needs / 1e9:.3g} GB and {free / 1e9:.3g} GB are free"
 
 
-def _too_slow(seconds: float, pace: _Pace) -> str | None:
+def _time_reason(seconds: float, pace: _Pace) -> str | None:
     if seconds <= max(0.0, pace.left()):
         return None
     return f"would take about {seconds:.2g} s and {max(0.0, pace.left()):.2g} s are left"
 
 
-def plot(curves: Sequence[Curve], path: Path) -> None:
-    """Nanoseconds per weight against the axis of each curve, both logarithmic, side by side."""
-    figure = new_figure(figsize=(11, 5))
-    panels = figure.subplots(1, len(curves), squeeze=False)[0]
-    handles = {}
-    for panel, curve in zip(panels, curves, strict=True):
-        for name in curve.names:
-            known = [p for p in curve.points if p.samples.get(name)]
-            x = [p.x for p in known]
-            y = [p.seconds(name) / p.numel * 1e9 for p in known]
-            handles[name] = panel.plot(x, y, label=name, marker="o", **_STYLES[name])[0]
-        limit = (2 * curve.size + 1 / 8) / curve.roof.rate * 1e9
-        handles["roofline"] = panel.axhline(limit, color="black", linestyle=":", label="roofline")
-        panel.set(xscale="log", yscale="log")
-        panel.set_xlabel(f"number of {curve.axis}")
-        panel.set_ylabel(f"ns per weight, {curve.mode}")
-        panel.set_title(curve.title.removeprefix("scaling: "), fontsize="small")
-        panel.grid(True, alpha=0.3)
-    figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=4)
-    save_figure(figure, path)
+def _lines(table: Table) -> Lines:
+    """Nanoseconds per weight against the axis, both logarithmic."""
+    axis = table.limits["axis"]
+    lines = Lines(
+        table.title.removeprefix("scaling: "),
+        f"number of {axis}",
+        f"ns per weight, {table.limits['mode']}",
+    )
+    for name, style in _STYLES.items():
+        timed = [row for row in table.rows if row.cells.get(name) is not None]
+        if timed:
+            x = [row[axis] for row in timed]
+            y = [row[name] / row["numel"] * 1e9 for row in timed]
+            lines.series.append((name, x, y, style))
+    level = table.rows[0]["roofline per weight"]
+    lines.series.append(("roofline", None, level, {"color": "black", "linestyle": ":"}))
+    return lines

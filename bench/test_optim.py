@@ -1,13 +1,13 @@
 """The fused optimizers and torch's under pytest-benchmark: pytest bench --benchmark-only -k optim.
 
-The same variants, copies of the network and gradients as `issp bench optim`.
+The same variants, copies of the network and gradients as `python -m bench optim`.
 """
 
 import pytest
 import torch
 
 from bench import optim, optim_parity
-from bench.harness.training import FAMILIES, settled
+from bench.harness.training import OPTIMIZERS, steady_replica
 from issp.sr import models
 
 SETTINGS = optim.Settings()
@@ -21,24 +21,24 @@ def network(request):
     return models.build(request.param, 4)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=OPTIMIZERS)
 def start(request, network):
-    """A settled trainee and its gradients, after the fused op was found equal to the reference."""
+    """A steady replica and its gradients, after the fused op was found equal to the reference."""
     optim_parity.check([request.param], "cpu", SETTINGS.sparsity, SETTINGS.shrink)
-    family = FAMILIES[request.param]
-    trainee, gradients = settled(network, family, SETTINGS.sparsity, SETTINGS.shrink, SETTLE)
-    return trainee, gradients, [mask.float() for mask in trainee.pruner.masks().values()]
+    spec = OPTIMIZERS[request.param]
+    replica, gradients = steady_replica(network, spec, SETTINGS.sparsity, SETTINGS.shrink, SETTLE)
+    return replica, gradients, [mask.float() for mask in replica.pruner.masks().values()]
 
 
 @pytest.mark.parametrize(
     "variant", optim.VARIANTS, ids=lambda variant: variant.name.replace("{} ", "")
 )
 def bench_optim(benchmark, start, variant):
-    trainee, gradients, masks = start
-    mine = optim.make_trainee(variant, trainee, gradients, SETTINGS)
-    task = optim.make_task(variant, mine, gradients, masks)
-    numel = sum(p.numel() for p in mine.parameters())
-    pruned = 0 if variant.stage == "update" else sum(p.numel() for p in mine.prunable())
-    benchmark.extra_info["bytes"] = trainee.family.traffic(numel, pruned)
-    benchmark.group = f"{trainee.family.name}, {numel} weights"
+    first, gradients, masks = start
+    replica = optim.make_replica(variant, first, gradients, SETTINGS)
+    task = optim.make_task(variant, replica, gradients, masks)
+    numel = sum(p.numel() for p in replica.parameters())
+    pruned = 0 if variant.stage == "update" else sum(p.numel() for p in replica.prunable())
+    benchmark.extra_info["bytes"] = replica.spec.traffic(numel, pruned)
+    benchmark.group = f"{replica.spec.name}, {numel} weights"
     benchmark.pedantic(task.call, setup=lambda: task.prepare() and None, rounds=10)

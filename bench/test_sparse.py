@@ -1,6 +1,6 @@
-"""The sparse products under pytest-benchmark: pytest bench --benchmark-only -k products.
+"""Sparse layers under pytest-benchmark: pytest bench --benchmark-only -k sparse.
 
-The same layers, weights and calls as `issp bench conv` and `issp bench matmul`.
+The same layers, weights and calls as `python -m bench conv` and `matmul`.
 """
 
 import math
@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
-from bench.products import calls, forms
-from bench.products.calls import Data
-from bench.products.layers import Layer
-from bench.products.parity import check
-from bench.products.targets import LAYERS
+from bench.sparse import calls, forms
+from bench.sparse.calls import LayerTensors
+from bench.sparse.layers import Layer
+from bench.sparse.parity import check
+from bench.sparse.targets import LAYERS
 
 SPARSITIES = (0.9, 0.95, 0.99)
 TIMED = (*LAYERS, Layer((180, 60), (1, 64 * 64, 60)), Layer((60, 120), (1, 64 * 64, 120)))
@@ -21,7 +21,7 @@ TIMED = (*LAYERS, Layer((180, 60), (1, 64 * 64, 60)), Layer((60, 120), (1, 64 * 
 @pytest.fixture(scope="module", params=TIMED, ids=lambda layer: layer.name.replace("->", "-to-"))
 def data(request):
     """A layer's tensors."""
-    return Data.of(request.param, "cpu")
+    return LayerTensors.of(request.param, "cpu")
 
 
 @pytest.fixture(scope="module", params=sorted({1, torch.get_num_threads()}), ids="threads{}".format)
@@ -43,7 +43,7 @@ def measured(benchmark, data, threads, pass_, call, flops):
 
 @pytest.mark.parametrize("pass_", calls.PASSES)
 @pytest.mark.parametrize("place", range(6))
-def bench_products_dense(benchmark, data, threads, pass_, place):
+def bench_sparse_layers_dense(benchmark, data, threads, pass_, place):
     variants = calls.dense_variants(data.layer, "cpu")
     if place >= len(variants):
         pytest.skip(f"{data.layer.name} has {len(variants)} dense variants")
@@ -56,7 +56,7 @@ def bench_products_dense(benchmark, data, threads, pass_, place):
 @pytest.mark.parametrize("pass_", calls.PASSES)
 @pytest.mark.parametrize("sparsity", SPARSITIES)
 @pytest.mark.parametrize("form", forms.forms("cpu"), ids=lambda form: form.name)
-def bench_products_sparse(benchmark, data, threads, form, sparsity, pass_):
+def bench_sparse_layers(benchmark, data, threads, form, sparsity, pass_):
     sparse = forms.make(data.weight, form, sparsity)
     check(data, sparse, form)
     call = calls.sparse_call(data, sparse, pass_)

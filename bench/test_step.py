@@ -1,7 +1,8 @@
-"""The fused step and its peers under pytest-benchmark: pytest bench --benchmark-only -k swinir.
+"""The fused step and its baselines under pytest-benchmark: pytest bench --benchmark-only -k swinir.
 
-The same rows, workload and preparation as `issp bench step`; pytest-benchmark adds its statistics,
-its files (--benchmark-autosave) and its comparisons between two revisions (--benchmark-compare).
+The same operations, workload and preparation as `python -m bench step`; pytest-benchmark adds
+its statistics, its files (--benchmark-autosave) and comparisons between two revisions
+(--benchmark-compare).
 """
 
 import pytest
@@ -25,10 +26,10 @@ def work(request):
     return work
 
 
-@pytest.mark.parametrize("row", baselines.ROWS, ids=lambda row: row.name)
-def bench_step(benchmark, work, row):
-    benchmark.extra_info["bytes"] = row.traffic(work.numel, work.flat.element_size())
+@pytest.mark.parametrize("op", baselines.OPERATIONS, ids=lambda op: op.name)
+def bench_step(benchmark, work, op):
+    benchmark.extra_info["bytes"] = op.traffic(work.numel, work.flat.element_size())
     benchmark.group = f"step, {work.numel} weights"
     benchmark.pedantic(
-        row.make(work), setup=lambda: row.prepare(work) and None, rounds=SLOW.get(row.name, 10)
+        op.make(work), setup=lambda: op.prepare(work) and None, rounds=SLOW.get(op.name, 10)
     )

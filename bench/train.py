@@ -2,7 +2,7 @@
 
 Copies of one network train side by side from one steady state, on the same batches, in another
 order each round: dense with torch's fused Adam, the same with the step after it, issp.optim.Adam,
-and the authors' way (argsort on the CPU, index lists). Whole iterations vary by more than pruning
+and the authors' step (argsort on the CPU, index lists). Whole iterations vary by more than pruning
 costs; so optimizer and pruning are timed inside the same iterations as well.
 """
 
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +22,13 @@ from torch import Tensor, nn
 from bench import baselines, optim_parity, step
 from bench.harness import options
 from bench.harness.machine import machine_line
-from bench.harness.report import grid, new_figure, number, percent, save_figure
-from bench.harness.training import FAMILIES, Trainee
+from bench.harness.plots import Bars, plot_bars
+from bench.harness.table import Column, Row, Table, number, percent
+from bench.harness.training import OPTIMIZERS, TrainingReplica
 from issp import ops
 from issp.sr import models
 
-EXAMPLE = "example: issp bench train --model swinir-light --batch 2 --patch 32 --quick"
+EXAMPLE = "example: python -m bench train --model swinir-light --batch 2 --patch 32 --quick"
 _MODELS = ("edsr-baseline", "swinir-light", "edsr-l")
 # (batch, patch in LR pixels) that a few CPU cores can do; a GPU gets the paper's.
 _SIZES = {"edsr-l": (1, 24), "cat-r": (1, 16)}
@@ -42,7 +42,7 @@ FUSED = "issp Adam, pruner attached"
 AUTHORS = f"torch Adam fused, then {baselines.AUTHORS}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """What to train and for how long.
 
@@ -65,73 +65,25 @@ class Settings:
 
 
 @dataclass
-class Lane:
+class TrainVariant:
     """One way to train.
 
     Attributes:
         name: as printed.
-        trainee: its copy of the network, optimizer and pruner.
+        replica: its copy of the network, optimizer and pruner.
         after: what follows the optimizer's step.
         whole, update: round -> seconds of the iteration, and of optimizer and pruning inside it.
     """
 
     name: str
-    trainee: Trainee
+    replica: TrainingReplica
     after: Callable[[], None] = lambda: None
     whole: dict[int, float] = field(default_factory=dict)
     update: dict[int, float] = field(default_factory=dict)
 
 
-@dataclass
-class Report:
-    """The table of one network."""
-
-    title: str
-    machine: str
-    lanes: list[Lane]
-    notes: list[str]
-
-    def markdown(self) -> str:
-        """Medians; ratios and differences are taken round by round."""
-        head = ["what", "iteration ms", "over dense", "quartiles", "update ms", "of iteration"]
-        head += ["pruning ms", "of dense iteration", "iterations"]
-        text = [f"### {self.title}", "", self.machine, ""]
-        text += grid(head, map(self._cells, self.lanes))
-        return "\n".join([*text, "", *(f"- {note}" for note in self.notes), ""])
-
-    def record(self) -> dict[str, Any]:
-        """Title, machine and every measured time in seconds, for JSON."""
-        times = {x.name: {"iteration": x.whole, "update": x.update} for x in self.lanes}
-        return {"title": self.title, "machine": self.machine, "seconds": times}
-
-    def ratios(self, lane: Lane) -> list[float]:
-        """Time of each iteration over the dense one's of the same round."""
-        return [t / self.lanes[0].whole[i] for i, t in lane.whole.items()]
-
-    def pruning(self, lane: Lane) -> float:
-        """Seconds by which optimizer and pruning exceed the dense optimizer; median over rounds."""
-        dense = self.lanes[0].update
-        return statistics.median(t - dense[i] for i, t in lane.update.items())
-
-    def _cells(self, lane: Lane) -> list[str]:
-        whole = statistics.median(lane.whole.values())
-        update = statistics.median(lane.update.values())
-        ratios = self.ratios(lane)
-        low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 3 else (None,) * 3
-        cells = [lane.name, number(1e3 * whole), f"{statistics.median(ratios):.4g}"]
-        cells.append("-" if low is None else f"{low:.4g} to {high:.4g}")
-        cells += [number(1e3 * update), percent(update / whole)]
-        if lane is self.lanes[0]:
-            cells += ["-", "-"]
-        else:
-            cost = self.pruning(lane)
-            dense = statistics.median(self.lanes[0].whole.values())
-            cells += [number(1e3 * cost), percent(cost / dense)]
-        return [*cells, str(len(lane.whole))]
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `issp bench train`."""
+    """Arguments of `python -m bench train`."""
     parser.add_argument(
         "--model",
         nargs="+",
@@ -146,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_arguments(parser, "of timed iterations per network, default 60 (quick: 6)")
 
 
-def run(args: argparse.Namespace) -> list[Report]:
+def run(args: argparse.Namespace) -> None:
     """Measures and prints what the arguments ask for.
 
     Raises:
@@ -155,34 +107,32 @@ def run(args: argparse.Namespace) -> list[Report]:
     """
     options.apply(args)
     options.at_least_one(args, "batch", "patch", "settle")
-    pace = {"seconds": 6.0, "settle": 10} if args.quick else {}
-    given = {"settle": args.settle, "seconds": args.seconds}
-    pace |= {name: value for name, value in given.items() if value is not None}
+    names = ("sparsity", "shrink", "device", "settle", "seconds")
+    chosen = options.overrides(args, names, quick={"seconds": 6.0, "settle": 10})
     optim_parity.check(["adam"], args.device, args.sparsity, args.shrink)
-    reports = []
+    tables = []
     for model in args.model or _MODELS[: 2 if args.quick else None]:
         batch, patch = _DEFAULT_SIZE[args.device]
         if args.device == "cpu":
             batch, patch = _SIZES.get(model, (batch, patch))
-        batch, patch = args.batch or batch, args.patch or patch
-        settings = Settings(args.sparsity, args.shrink, args.device, batch, patch, **pace)
+        settings = Settings(batch=args.batch or batch, patch=args.patch or patch, **chosen)
         torch.manual_seed(0)
         # As the training driver lays it out.
         network = models.build(model, args.scale).to(
             settings.device, memory_format=torch.channels_last
         )
-        weights = [tuple(p.shape) for p in network.parameters()]
         step.check_parity(
-            weights, step.Settings(args.sparsity, args.shrink, device=args.device, whole=False)
+            [tuple(p.shape) for p in network.parameters()],
+            step.Settings(
+                sparsity=args.sparsity, shrink=args.shrink, device=args.device, whole=False
+            ),
         )
-        report = measure(f"{model} x{args.scale}", network, args.scale, settings)
-        reports.append(report)
-        print(report.markdown(), flush=True)
-    options.deliver(args, reports, plot)
-    return reports
+        tables.append(measure(f"{model} x{args.scale}", network, args.scale, settings))
+        print(tables[-1].markdown(), flush=True)
+    options.write_outputs(args, tables, lambda path: plot(tables, path))
 
 
-def measure(title: str, network: nn.Module, scale: int, settings: Settings) -> Report:
+def measure(title: str, network: nn.Module, scale: int, settings: Settings) -> Table:
     """Trains copies of a network side by side and times every iteration.
 
     Args:
@@ -195,34 +145,92 @@ def measure(title: str, network: nn.Module, scale: int, settings: Settings) -> R
         torch.backends.cudnn.benchmark = True
     machine = machine_line(settings.device)
     data = Data(scale, settings.device)
-    lanes = make_lanes(network, data, settings)
+    variants = make_variants(network, data, settings)
+    rounds = time_iterations(variants, data, settings)
+    count = sum(p.numel() for p in network.parameters())
+    what = f"{count} weights, batch {settings.batch}, patch {settings.patch} (LR), float32"
+    pruning = f"sparsity {settings.sparsity}, shrink {settings.shrink}"
+    notes = _notes(variants, rounds, settings)
+    return table(f"training {title}: {what}, {pruning}", machine, variants, notes)
+
+
+def time_iterations(variants: Sequence[TrainVariant], data: Data, settings: Settings) -> int:
+    """Fills in the times of the variants, the last of which is slow; returns the rounds."""
     watch = Stopwatch(settings.device)
-    fast, authors = lanes[:-1], lanes[-1]
+    *fast, authors = variants
     batch = data.batch(settings.batch, settings.patch)
     for _ in range(2):  # the first iteration allocates and, on a GPU, chooses its algorithms
-        taken = 0.0
-        for lane in fast:
+        seconds = 0.0
+        for variant in fast:
             torch.manual_seed(0)
-            taken += sum(iterate(lane, *batch, watch))
-    rounds = min(_MOST_ROUNDS, max(3, int(settings.seconds / taken)))
+            seconds += sum(iterate(variant, *batch, watch))
+    rounds = min(_MOST_ROUNDS, max(3, int(settings.seconds / seconds)))
     order = random.Random(0)
     slow_rounds = {0}
     for i in range(rounds):
         batch = data.batch(settings.batch, settings.patch)
         now = [*fast, authors] if i in slow_rounds else list(fast)
         order.shuffle(now)
-        for lane in now:
+        for variant in now:
             torch.manual_seed(i)  # of dropped paths
-            before, update = iterate(lane, *batch, watch)
-            lane.whole[i], lane.update[i] = before + update, update
+            before, update = iterate(variant, *batch, watch)
+            variant.whole[i], variant.update[i] = before + update, update
         if i == 0:
             affordable = int(_SHARE_OF_AUTHORS * settings.seconds / authors.whole[0])
             slow_rounds = set(range(0, rounds, max(1, -(-rounds // max(1, affordable)))))
-    notes = _notes(lanes, rounds, settings)
-    count = sum(p.numel() for p in network.parameters())
-    what = f"{count} weights, batch {settings.batch}, patch {settings.patch} (LR), float32"
-    pruning = f"sparsity {settings.sparsity}, shrink {settings.shrink}"
-    return Report(f"training {title}: {what}, {pruning}", machine, lanes, notes)
+    return rounds
+
+
+def table(
+    title: str, machine: str, variants: Sequence[TrainVariant], notes: Sequence[str]
+) -> Table:
+    """The table: medians; ratios and differences are taken round by round.
+
+    Args:
+        title, machine, notes: see `Table`.
+        variants: with their times, the dense one first.
+    """
+    columns = [
+        Column("what", "what"),
+        Column("iteration", "iteration", "ms"),
+        Column("over dense", "over dense", format=lambda x: f"{x:.4g}"),
+        Column("quartiles", "quartiles"),
+        Column("update", "update", "ms"),
+        Column("update share", "of iteration", format=percent),
+        Column("pruning", "pruning", "ms"),
+        Column("pruning share", "of dense iteration", format=percent),
+        Column("runs", "iterations"),
+    ]
+    dense, *sparse = variants
+    rows = [_row(dense, dense), *(_row(variant, dense) for variant in sparse)]
+    return Table(title, machine, columns, rows, list(notes))
+
+
+def ratios(variant: TrainVariant, dense: TrainVariant) -> list[float]:
+    """Time of each iteration over the dense one's of the same round."""
+    return [t / dense.whole[i] for i, t in variant.whole.items()]
+
+
+def pruning_seconds(variant: TrainVariant, dense: TrainVariant) -> float:
+    """Seconds by which optimizer and pruning exceed the dense optimizer; median over rounds."""
+    return statistics.median(t - dense.update[i] for i, t in variant.update.items())
+
+
+def _row(variant: TrainVariant, dense: TrainVariant) -> Row:
+    whole = statistics.median(variant.whole.values())
+    update = statistics.median(variant.update.values())
+    over = ratios(variant, dense)
+    cells = {"what": variant.name, "iteration": whole, "over dense": statistics.median(over)}
+    if len(over) > 3:
+        low, _, high = statistics.quantiles(over, n=4)
+        cells["quartiles"] = f"{low:.4g} to {high:.4g}"
+    cells |= {"update": update, "update share": update / whole, "runs": len(variant.whole)}
+    if variant is not dense:
+        cells["pruning"] = pruning_seconds(variant, dense)
+        cells["pruning share"] = cells["pruning"] / statistics.median(dense.whole.values())
+    rounds = {"round": list(variant.whole)}
+    times = {"iteration": list(variant.whole.values()), "update": list(variant.update.values())}
+    return Row(cells, rounds | times)
 
 
 class Data:
@@ -274,47 +282,51 @@ class Stopwatch:
         return b - a, c - b
 
 
-def iterate(lane: Lane, low: Tensor, high: Tensor, watch: Stopwatch) -> tuple[float, float]:
+def iterate(
+    variant: TrainVariant, low: Tensor, high: Tensor, watch: Stopwatch
+) -> tuple[float, float]:
     """One iteration: seconds of forward and backward, and of optimizer and pruning."""
-    model, optimizer = lane.trainee.model, lane.trainee.optimizer
+    model, optimizer = variant.replica.model, variant.replica.optimizer
     watch.start()
     loss = (model(low) - high).abs().mean()
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     watch.mark()
     optimizer.step()
-    lane.after()
+    variant.after()
     watch.mark()
     return watch.read()
 
 
-def make_lanes(network: nn.Module, data: Data, settings: Settings) -> list[Lane]:
-    """The ways to train, in the order of the table, each with a copy from one settled state."""
+def make_variants(network: nn.Module, data: Data, settings: Settings) -> list[TrainVariant]:
+    """The ways to train, in the order of the table, each with a copy from one steady state."""
 
-    def train(kind: str, pruned: bool) -> Trainee:
-        pruning = settings.sparsity, settings.shrink
-        return Trainee.of(network, FAMILIES["adam"], kind, pruned, *pruning)
+    def replica(kind: str, pruned: bool) -> TrainingReplica:
+        pruning = {"sparsity": settings.sparsity, "shrink": settings.shrink}
+        return TrainingReplica.copy_of(network, OPTIMIZERS["adam"], kind, pruned, **pruning)
 
-    start = Lane("settle", train("fused", True))
+    start = TrainVariant("settle", replica("fused", True))
     watch = Stopwatch(settings.device)
     for _ in range(settings.settle):
         iterate(start, *data.batch(1, min(settings.patch, _SETTLE_PATCH)), watch)
-    lanes = [
-        Lane(DENSE, train("fused", False)),
-        Lane(AFTER, train("fused", True)),
-        Lane(FUSED, train("issp", True)),
-        Lane(AUTHORS, train("fused", False)),
+    authors = TrainVariant(AUTHORS, replica("fused", False))
+    variants = [
+        TrainVariant(DENSE, replica("fused", False)),
+        TrainVariant(AFTER, replica("fused", True)),
+        TrainVariant(FUSED, replica("issp", True)),
+        authors,
     ]
-    for lane in lanes:
-        lane.trainee.take(start.trainee)
-    weights = [w.detach() for w in lanes[-1].trainee.prunable()]
+    for variant in variants:
+        variant.replica.copy_state_from(start.replica)
+    weights = [w.detach() for w in authors.replica.prunable()]
     flat = [w.as_strided((w.numel(),), (1,)) for w in weights]  # whatever its memory format
     k = [ops.num_pruned(w.numel(), settings.sparsity) for w in weights]
-    lanes[-1].after = lambda: baselines.authors_step(flat, k, settings.shrink)
-    return lanes
+    authors.after = lambda: baselines.authors_step(flat, k, settings.shrink)
+    return variants
 
 
-def _notes(lanes: Sequence[Lane], rounds: int, settings: Settings) -> list[str]:
+def _notes(variants: Sequence[TrainVariant], rounds: int, settings: Settings) -> list[str]:
+    _, after, fused, _ = variants
     tf32 = f" (float32 in convolutions: {torch.backends.cudnn.conv.fp32_precision})"
     return [
         "Medians. Ratios to the dense iteration, with quartiles, and the differences of "
@@ -322,17 +334,17 @@ def _notes(lanes: Sequence[Lane], rounds: int, settings: Settings) -> list[str]:
         "and pruning, timed inside the iteration.",
         f"All train on the same batches from the same state{tf32 * (settings.device == 'cuda')}, "
         f"in another order each round; {settings.settle} iterations on small patches came before. "
-        "The authors' way is slow and runs less often.",
-        f"{difference(lanes[1].trainee, lanes[2].trainee)} after {rounds + 2} iterations "
-        f"({lanes[1].name}; {lanes[2].name}).",
+        "The authors' step is slow and runs less often.",
+        f"{difference(after.replica, fused.replica)} after {rounds + 2} iterations "
+        f"({after.name}; {fused.name}).",
     ]
 
 
-def difference(one: Trainee, other: Trainee) -> str:
-    """In words: whether two trainees have the same bits, or where they differ first."""
+def difference(one: TrainingReplica, other: TrainingReplica) -> str:
+    """In words: whether two replicas have the same bits, or where they differ first."""
     wrong, numel, first, largest = 0, 0, "", 0.0
     names = [name for name, _ in one.model.named_parameters()]
-    for what in ("weights", *one.family.moments):
+    for what in ("weights", *one.spec.moments):
         pairs = [
             x.parameters() if what == "weights" else x.moments(x.parameters(), what)
             for x in (one, other)
@@ -345,8 +357,8 @@ def difference(one: Trainee, other: Trainee) -> str:
                 wrong += int(different.sum())
                 first = first or f"{what} of {name}"
                 largest = max(largest, float((x - y).abs().max()))
-    theirs = other.pruner.masks()
-    bits = sum(int((mask != theirs[name]).sum()) for name, mask in one.pruner.masks().items())
+    others = other.pruner.masks()
+    bits = sum(int((mask != others[name]).sum()) for name, mask in one.pruner.masks().items())
     if not wrong and not bits:
         return "The two sparse variants are bit-identical (weights, moments, masks)"
     return (
@@ -356,23 +368,15 @@ def difference(one: Trainee, other: Trainee) -> str:
     )
 
 
-def plot(reports: Sequence[Report], path: Path) -> None:
-    """Stacked bars per network: forward and backward, then optimizer and pruning."""
-    figure = new_figure(figsize=(10, 0.4 + 2.2 * len(reports)))
-    panels = figure.subplots(len(reports), 1, squeeze=False)[:, 0]
-    for panel, report in zip(panels, reports, strict=True):
-        names = [lane.name for lane in report.lanes]
-        whole = [1e3 * statistics.median(lane.whole.values()) for lane in report.lanes]
-        update = [1e3 * statistics.median(lane.update.values()) for lane in report.lanes]
-        rest = [a - b for a, b in zip(whole, update, strict=True)]
-        panel.barh(names, rest, color="tab:gray", label="forward, backward")
-        bars = panel.barh(names, update, left=rest, color="tab:orange", label="update, pruning")
-        ratios = [statistics.median(report.ratios(lane)) for lane in report.lanes]
-        labels = [f" {number(t)} ms, {r:.3f} x" for t, r in zip(whole, ratios, strict=True)]
-        panel.bar_label(bars, labels=labels)
-        panel.invert_yaxis()
-        panel.margins(x=0.25)
-        panel.set_xlabel("ms per iteration, median")
-        panel.set_title(report.title, fontsize="small")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    save_figure(figure, path)
+def plot(tables: Sequence[Table], path: Path) -> None:
+    """Bars per network: forward and backward, then optimizer and pruning."""
+    panels = []
+    for each in tables:
+        rows = each.rows
+        update = [1e3 * row["update"] for row in rows]
+        rest = [1e3 * row["iteration"] - u for row, u in zip(rows, update, strict=True)]
+        labels = [f"{number(1e3 * r['iteration'])} ms, {r['over dense']:.3f} x" for r in rows]
+        parts = {"forward, backward": rest, "update, pruning": update}
+        names = [row["what"] for row in rows]
+        panels.append(Bars(each.title, "ms per iteration, median", names, parts, labels))
+    plot_bars(panels, path)

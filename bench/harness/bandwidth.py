@@ -8,12 +8,12 @@ import torch
 
 from issp.utils.timing import Task
 
-# The working set of the large networks, so that what the caches keep of it is the same for both.
-_DEFAULT = {"cpu": 256 << 20, "cuda": 1 << 30}
+# The working set of the large networks, so that the caches keep the same share of both.
+DEFAULT_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 
 
 @dataclass(frozen=True)
-class Roof:
+class Bandwidth:
     """Bandwidth in bytes per second, read and written bytes both counted.
 
     Attributes:
@@ -28,23 +28,27 @@ class Roof:
     nbytes: int
 
     @property
-    def rate(self) -> float:
+    def peak(self) -> float:
         """The faster of the two: what memory gives to a pass that reads and writes."""
         return max(self.copy, self.multiply)
 
     def share(self, traffic: float, seconds: float) -> float:
-        """Which part of the roofline a call reaches that must move `traffic` bytes."""
-        return traffic / seconds / self.rate
+        """Share of the roofline that a call reaches which must move `traffic` bytes."""
+        return traffic / seconds / self.peak
+
+    def limits(self) -> dict[str, float]:
+        """For the samples file."""
+        return {"copy": self.copy, "multiply": self.multiply, "bytes": self.nbytes}
 
     def __str__(self) -> str:
         return (
-            f"{self.rate / 1e9:.4g} GB/s, the faster of copying ({self.copy / 1e9:.4g}) and "
+            f"{self.peak / 1e9:.4g} GB/s, the faster of copying ({self.copy / 1e9:.4g}) and "
             f"multiplying in place ({self.multiply / 1e9:.4g}) {self.nbytes / 1e6:.0f} MB in the "
             "same rounds; read and written bytes both count"
         )
 
 
-class Probe:
+class BandwidthProbe:
     """Two tasks to be timed among the rows.
 
     Args:
@@ -53,18 +57,17 @@ class Probe:
     """
 
     def __init__(self, device: str, nbytes: int | None = None) -> None:
-        self._source = torch.ones((nbytes or _DEFAULT[device]) // 4, device=device)
+        self._source = torch.ones((nbytes or DEFAULT_BYTES[device]) // 4, device=device)
         self._target = self._source.clone()
-        self._copy = Task(lambda: self._target.copy_(self._source), _nothing)
-        self._multiply = Task(lambda: self._target.mul_(1.0), _nothing)
+        self._copy = Task(lambda: self._target.copy_(self._source), lambda: None)
+        self._multiply = Task(lambda: self._target.mul_(1.0), lambda: None)
         self.tasks = [self._copy, self._multiply]
 
-    def roof(self, mode: str) -> Roof:
-        """What was measured in one mode."""
+    def result(self, mode: str) -> Bandwidth:
+        """The bandwidth that was measured in one mode."""
         moved = 2.0 * self._source.nbytes
-        copy, multiply = (moved / task.median(mode) for task in self.tasks)
-        return Roof(copy, multiply, self._source.nbytes)
-
-
-def _nothing() -> None:
-    return None
+        return Bandwidth(
+            copy=moved / self._copy.median(mode),
+            multiply=moved / self._multiply.median(mode),
+            nbytes=self._source.nbytes,
+        )

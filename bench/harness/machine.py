@@ -1,4 +1,4 @@
-"""The machine line that stands above every table: a number without it is hearsay."""
+"""One line that names CPU, GPU, threads and versions; it is printed above every table."""
 
 from __future__ import annotations
 
@@ -33,12 +33,11 @@ def machine_line(device: str) -> str:
 
 def revision() -> str:
     """Git revision of the checkout; ISSP_REVISION where git cannot tell."""
-    found = git_revision(Path(__file__).parent)
-    return found or os.environ.get("ISSP_REVISION", "unknown")
+    return git_revision(Path(__file__).parent) or os.environ.get("ISSP_REVISION", "unknown")
 
 
 def free_bytes(device: str) -> int:
-    """Memory that can still be had: of the GPU, or of this process's machine or container."""
+    """Bytes of free memory: of the GPU, or of the machine or container of this process."""
     if device == "cuda":
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + unused
@@ -51,7 +50,7 @@ def free_bytes(device: str) -> int:
         if limit.isdigit():
             free = min(free, int(limit) - int((group / "memory.current").read_text()))
     except (OSError, KeyError, ValueError):
-        pass  # other systems, and containers that show less: what the pages say is good enough
+        pass  # other systems, and containers that show less: the number of free pages is used
     return free
 
 

@@ -6,9 +6,11 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench.harness.table import Table
 from issp import ops
 from issp.utils.files import atomic_write
 
@@ -84,17 +86,53 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
     """
     for name in names:
         value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}: use at least 1")
+        check_counts(f"--{name}", None if value is None else [value])
 
 
-def deliver(args: argparse.Namespace, tables: Sequence, draw: Callable[..., None]) -> None:
+def check_counts(option: str, values: Sequence[int] | None) -> None:
+    """Checks an option that takes several counts.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+    if values and min(values) < 1:
+        raise ValueError(f"{option} is {min(values)}: use at least 1")
+
+
+def check_sparsities(values: Sequence[float] | None) -> None:
+    """Checks the values of --sparsity where it takes several.
+
+    Raises:
+        ValueError: one of them does not lie between 0 and 1.
+    """
+    for value in values or ():
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"--sparsity is {value}: it must lie between 0 and 1")
+
+
+def overrides(
+    args: argparse.Namespace, names: Sequence[str], quick: dict[str, Any]
+) -> dict[str, Any]:
+    """Settings that the options change.
+
+    Args:
+        args: the options.
+        names: of the options that are settings of the same name; those not used are left out.
+        quick: what --quick sets where no option does.
+    """
+    used = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {**(quick if args.quick else {}), **used}
+
+
+def write_outputs(
+    args: argparse.Namespace, tables: Sequence[Table], plot: Callable[[Path], None]
+) -> None:
     """Writes the files that --out, --plot and --samples ask for, each whole or not at all.
 
     Args:
         args: the options.
-        tables: printed already; each has `markdown()` and `record()`.
-        draw: makes the picture from tables and a path.
+        tables: printed already.
+        plot: draws the picture into a file.
     """
     if args.out:
         atomic_write(args.out, "\n".join(table.markdown() for table in tables).encode())
@@ -102,4 +140,4 @@ def deliver(args: argparse.Namespace, tables: Sequence, draw: Callable[..., None
         text = json.dumps([table.record() for table in tables], indent=1)
         atomic_write(args.samples, text.encode())
     if args.plot:
-        draw(tables, args.plot)
+        plot(args.plot)

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 import issp
 from issp import ops
 
-_GRADIENT = 1e-3  # scale of the noise: of a gradient of a mean absolute error, roughly
-_PIECE = 1 << 22
+_GRADIENT_SCALE = 1e-3  # about that of the gradient of a mean absolute error
+_SEGMENT = 1 << 22
 _SLACK = 1 << 16
 
 
 @dataclass(frozen=True)
-class Family:
-    """An optimizer as torch and issp both have it.
+class OptimizerSpec:
+    """An optimizer that both torch and issp have.
 
     Attributes:
         name: of the class.
@@ -42,8 +42,8 @@ class Family:
     @property
     def op(self) -> Callable[..., None]:
         """The fused op."""
-        found = torch.ops.issp
-        return found.adam_soft_shrink_ if self.adaptive else found.sgd_soft_shrink_
+        fused = torch.ops.issp
+        return fused.adam_soft_shrink_ if self.adaptive else fused.sgd_soft_shrink_
 
     def build(self, parameters, kind: str, device: str) -> torch.optim.Optimizer:
         """The optimizer; kind: "fused" or "foreach" for torch's, "issp" for ours."""
@@ -63,31 +63,91 @@ class Family:
         """
         return 4.0 * (3 + 2 * len(self.moments)) * numel + pruned / 8
 
-    def head(self, weights, grads, moments: Sequence[list[Tensor]], steps) -> list:
-        """The op's arguments up to those of the pruning."""
-        o = self.options
-        decay = o.get("weight_decay", 0.0)
-        if self.adaptive:
-            scalars = [o["lr"], *o["betas"], o.get("eps", 1e-8), decay, self.name == "AdamW", False]
-            return [weights, grads, *moments, steps, *scalars, None, None]
-        begun = [False] * len(weights)
-        scalars = [o["lr"], o["momentum"], o.get("dampening", 0.0), decay, o.get("nesterov", False)]
-        return [weights, grads, *moments, begun, *scalars, False, None, None]
-
 
 _ADAM = {"lr": 2e-4, "betas": (0.9, 0.99)}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-FAMILIES = {
-    "adam": Family("Adam", _ADAM, _MOMENTS),
-    "adamw": Family("AdamW", {**_ADAM, "weight_decay": 1e-2}, _MOMENTS),
-    "sgd": Family("SGD", {"lr": 0.1, "momentum": 0.9}, ("momentum_buffer",)),
+OPTIMIZERS = {
+    "adam": OptimizerSpec("Adam", _ADAM, _MOMENTS),
+    "adamw": OptimizerSpec("AdamW", {**_ADAM, "weight_decay": 1e-2}, _MOMENTS),
+    "sgd": OptimizerSpec("SGD", {"lr": 0.1, "momentum": 0.9}, ("momentum_buffer",)),
 }
 
 
-def tail(state: ops.ShrinkState, shrink: float, frozen: bool, bracket: bool) -> list:
-    """The op's arguments from k on."""
-    buffers = [state.thresholds, state.packed, state.flips, state.scratch]
-    return [state.k, shrink, *buffers, None, frozen, bracket]
+@dataclass
+class FusedUpdate:
+    """The tensors of one call of the fused op; the first weights are pruned.
+
+    Attributes:
+        spec: of the optimizer.
+        weights: float32.
+        moments: one list of tensors per kind of moment.
+        steps: 0-dimensional counts of Adam, one per weight; None for SGD.
+        state: of the pruned weights.
+        shrink: alpha.
+    """
+
+    spec: OptimizerSpec
+    weights: list[Tensor]
+    moments: list[list[Tensor]]
+    steps: list[Tensor] | None
+    state: ops.ShrinkState
+    shrink: float
+
+    @classmethod
+    def fresh(
+        cls,
+        spec: OptimizerSpec,
+        weights: Sequence[Tensor],
+        pruned: int,
+        sparsity: float,
+        shrink: float,
+        device: str,
+    ) -> FusedUpdate:
+        """The state before the first step, on copies of the weights.
+
+        Args:
+            spec, shrink: see the class.
+            weights: are copied to `device`.
+            pruned: how many of them, from the first on, are pruned.
+            sparsity: of each of these.
+        """
+        copies = [w.to(device, copy=True) for w in weights]
+        k = [ops.num_pruned(w.numel(), sparsity) for w in copies[:pruned]]
+        moments = [[torch.zeros_like(w) for w in copies] for _ in spec.moments]
+        steps = [torch.zeros((), device=device) for _ in copies]
+        return cls(spec, copies, moments, steps, ops.ShrinkState(copies[:pruned], k), shrink)
+
+    def args(self, grads: Sequence[Tensor], frozen: bool, bracket: bool) -> list[Any]:
+        """The op's arguments, in the order of its schema."""
+        o, state = self.spec.options, self.state
+        decay = o.get("weight_decay", 0.0)
+        if self.spec.adaptive:
+            decoupled = self.spec.name == "AdamW"
+            scalars = [o["lr"], *o["betas"], o.get("eps", 1e-8), decay, decoupled, False]
+            update = [self.weights, grads, *self.moments, self.steps, *scalars, None, None]
+        else:
+            begun, damping = [False] * len(self.weights), o.get("dampening", 0.0)
+            scalars = [o["lr"], o["momentum"], damping, decay, o.get("nesterov", False)]
+            update = [self.weights, grads, *self.moments, begun, *scalars, False, None, None]
+        buffers = [state.thresholds, state.packed, state.flips, state.scratch]
+        return [*update, state.k, self.shrink, *buffers, None, frozen, bracket]
+
+    def step(
+        self, op: Callable[..., None], grads: Sequence[Tensor], frozen: bool, bracket: bool = True
+    ) -> None:
+        """One update, and pruning or masking; the gradients are copied to the weights' device."""
+        there = [g.to(w.device, copy=True) for g, w in zip(grads, self.weights, strict=True)]
+        op(*self.args(there, frozen, bracket))
+
+    def results(self) -> dict[str, Tensor]:
+        """All that a step writes, by name."""
+        named = {"weights": self.weights, **dict(zip(self.spec.moments, self.moments, strict=True))}
+        if self.spec.adaptive:
+            named["steps"] = self.steps
+        written = {f"{key}[{i}]": x for key, xs in named.items() for i, x in enumerate(xs)}
+        state = self.state
+        buffers = {"thresholds": state.thresholds, "packed": state.packed, "flips": state.flips}
+        return {**written, **buffers}
 
 
 class Gradients:
@@ -100,36 +160,36 @@ class Gradients:
 
     def __init__(self, parameters: Sequence[Tensor], seed: int = 0) -> None:
         self.tensors = [torch.zeros_like(p) for p in parameters]
-        self._pieces = [x for g in self.tensors for x in g.view(-1).split(_PIECE)]
+        self._segments = [x for g in self.tensors for x in g.view(-1).split(_SEGMENT)]
         device = self.tensors[0].device
-        size = max(x.numel() for x in self._pieces) + _SLACK
+        size = max(x.numel() for x in self._segments) + _SLACK
         random = torch.Generator(device).manual_seed(seed)
-        self._pool = torch.randn(size, device=device, generator=random).mul_(_GRADIENT)
-        self._places = torch.Generator().manual_seed(seed)
+        self._pool = torch.randn(size, device=device, generator=random).mul_(_GRADIENT_SCALE)
+        self._offsets = torch.Generator().manual_seed(seed)
 
     def renew(self) -> None:
         """Other noise, in the same memory: a captured graph reads it too."""
-        starts = torch.randint(_SLACK, (len(self._pieces),), generator=self._places).tolist()
+        starts = torch.randint(_SLACK, (len(self._segments),), generator=self._offsets).tolist()
         noise = [
             self._pool[start : start + x.numel()]
-            for x, start in zip(self._pieces, starts, strict=True)
+            for x, start in zip(self._segments, starts, strict=True)
         ]
-        torch._foreach_copy_(self._pieces, noise)
+        torch._foreach_copy_(self._segments, noise)
 
 
 @dataclass
-class Trainee:
+class TrainingReplica:
     """A copy of a network with its own optimizer and, if pruned, its own pruner.
 
     Args:
         model: the copy.
-        family, kind: see `Family.build`.
+        spec, kind: see `OptimizerSpec.build`.
         pruned: a pruner is attached.
         sparsity, shrink: of the pruning.
     """
 
     model: nn.Module
-    family: Family
+    spec: OptimizerSpec
     kind: str
     pruned: bool
     sparsity: float
@@ -139,14 +199,14 @@ class Trainee:
 
     def __post_init__(self) -> None:
         parameters = self.parameters()
-        self.optimizer = self.family.build(parameters, self.kind, parameters[0].device.type)
+        self.optimizer = self.spec.build(parameters, self.kind, parameters[0].device.type)
         if self.pruned:
             self.pruner = issp.attach(self.model, self.optimizer, self.sparsity, self.shrink)
 
     @classmethod
-    def of(cls, model: nn.Module, *args) -> Trainee:
-        """A trainee of a copy of a model; the other arguments are the class's."""
-        return cls(copy.deepcopy(model), *args)
+    def copy_of(cls, model: nn.Module, *args: Any, **kwargs: Any) -> TrainingReplica:
+        """A replica of a copy of a model; the other arguments are the class's."""
+        return cls(copy.deepcopy(model), *args, **kwargs)
 
     def parameters(self) -> list[nn.Parameter]:
         """In the model's order."""
@@ -161,14 +221,14 @@ class Trainee:
         """One tensor of the optimizer's state per parameter."""
         return [self.optimizer.state[p][key] for p in parameters]
 
-    def use(self, gradients: Gradients) -> None:
-        """Hands it the gradients, once: they change in place."""
+    def set_gradients(self, gradients: Gradients) -> None:
+        """Sets the gradients, once: they change in place."""
         for p, g in zip(self.parameters(), gradients.tensors, strict=True):
             p.grad = g
 
     @torch.no_grad()
-    def take(self, other: Trainee) -> None:
-        """Goes on from another trainee's weights, moments and, if both are pruned, masks."""
+    def copy_state_from(self, other: TrainingReplica) -> None:
+        """Copies the weights, moments and, if both are pruned, masks of another replica."""
         torch._foreach_copy_(self.parameters(), other.parameters())
         groups = self.optimizer.state_dict()["param_groups"]
         state = copy.deepcopy(other.optimizer.state_dict()["state"])  # torch would share it
@@ -176,26 +236,32 @@ class Trainee:
         if self.pruned and other.pruned:
             self.pruner.load_state_dict(other.pruner.state_dict())
 
-    def op(self, bracket: bool) -> Callable[[], object]:
-        """A call of the fused op on this trainee's tensors, without optimizer and pruner."""
+    def fused_call(self, bracket: bool) -> Callable[[], object]:
+        """A call of the fused op on this replica's tensors, without optimizer and pruner."""
         chosen = self.prunable()
         ids = {id(p) for p in chosen}
         order = [*chosen, *(p for p in self.parameters() if id(p) not in ids)]
         k = [ops.num_pruned(w.numel(), self.sparsity) for w in chosen]
         weights = [p.detach() for p in order]
-        state = ops.ShrinkState(weights[: len(chosen)], k)
-        moments = [self.moments(order, key) for key in self.family.moments]
-        steps = self.moments(order, "step") if self.family.adaptive else None
-        head = self.family.head(weights, [p.grad for p in order], moments, steps)
-        call = functools.partial(self.family.op, *head, *tail(state, self.shrink, False, bracket))
+        update = FusedUpdate(
+            self.spec,
+            weights,
+            moments=[self.moments(order, key) for key in self.spec.moments],
+            steps=self.moments(order, "step") if self.spec.adaptive else None,
+            state=ops.ShrinkState(weights[: len(chosen)], k),
+            shrink=self.shrink,
+        )
+        call = functools.partial(
+            self.spec.op, *update.args([p.grad for p in order], frozen=False, bracket=bracket)
+        )
         call()  # leaves thresholds behind for the bracket
         return call
 
-    def masked_apart(self, masks: Sequence[Tensor]) -> Callable[[], object]:
+    def step_then_mask(self, masks: Sequence[Tensor]) -> Callable[[], object]:
         """The optimizer's step, then separate multiplications of weights and moments by masks."""
         chosen = self.prunable()
         weights = [p.detach() for p in chosen]
-        moments = [self.moments(chosen, key) for key in self.family.moments]
+        moments = [self.moments(chosen, key) for key in self.spec.moments]
 
         def call() -> None:
             self.optimizer.step()
@@ -205,14 +271,14 @@ class Trainee:
         return call
 
 
-def settled(
-    model: nn.Module, family: Family, sparsity: float, shrink: float, steps: int
-) -> tuple[Trainee, Gradients]:
-    """A trainee in the steady state of ISS-P, by torch's fused optimizer and the step after it."""
-    trainee = Trainee.of(model, family, "fused", True, sparsity, shrink)
-    gradients = Gradients(trainee.parameters())
-    trainee.use(gradients)
+def steady_replica(
+    model: nn.Module, spec: OptimizerSpec, sparsity: float, shrink: float, steps: int
+) -> tuple[TrainingReplica, Gradients]:
+    """A replica in the steady state of ISS-P, by torch's fused optimizer and the step after it."""
+    replica = TrainingReplica.copy_of(model, spec, "fused", True, sparsity, shrink)
+    gradients = Gradients(replica.parameters())
+    replica.set_gradients(gradients)
     for _ in range(steps):
         gradients.renew()
-        trainee.optimizer.step()
-    return trainee, gradients
+        replica.optimizer.step()
+    return replica, gradients

@@ -1,4 +1,4 @@
-"""The weights that a benchmark works on: a training run's, but for the network."""
+"""The weights that the step is timed on: those of a training run, without its network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from issp.ops.keep import Keep
 
 LEARNING_RATE = 2e-4
 _POOL_SLACK = 1 << 16
-_PIECE = 1 << 22
+_SEGMENT = 1 << 22
 
 
 def divides(keep: Keep, shape: tuple[int, ...]) -> bool:
@@ -22,22 +22,22 @@ def divides(keep: Keep, shape: tuple[int, ...]) -> bool:
 
 
 class Workload:
-    """Weights in the steady state of ISS-P, drifting as under Adam, and a copy for the peers.
+    """Weights in the steady state of ISS-P, perturbed as under Adam, and a copy for the baselines.
 
     Args:
         shapes: one per weight.
         sparsity: share of each weight that is selected, see `issp.num_pruned`.
         dtype: of the weights.
         device: where they live.
-        seed: of the initial values and the drift.
-        keep: the N:M pattern of all weights, which it divides; `sparsity` then says nothing.
+        seed: of the initial values and the perturbations.
+        keep: the N:M pattern of all weights, which it divides; `sparsity` is then ignored.
 
     Attributes:
         weights: initialised as `kaiming_uniform_(a=sqrt(5))` does, PyTorch's default.
         state: their `issp.ops.ShrinkState`.
         k: its counts, as ints.
         flat: a buffer of the size of all weights.
-        copies: the weights' shapes over `flat`, for peers that write.
+        copies: the weights' shapes over `flat`, for baselines that write.
     """
 
     def __init__(
@@ -57,15 +57,15 @@ class Workload:
         self.weights = [self._kaiming(shape, dtype, device) for shape in shapes]
         self.state = ops.ShrinkState(self.weights, self.k, [keep] * len(numels) if keep else None)
         # Drawing 43 M normal numbers takes longer than the step: every tensor of every step gets
-        # a piece of one pool, from a random place; a huge tensor gets several.
-        self._pieces = [x for w in self.weights for x in w.view(-1).split(_PIECE)]
-        largest = max(x.numel() for x in self._pieces)
+        # a segment of one pool, from a random offset; a huge tensor gets several.
+        self._segments = [x for w in self.weights for x in w.view(-1).split(_SEGMENT)]
+        largest = max(x.numel() for x in self._segments)
         self._pool = torch.empty(largest + _POOL_SLACK, dtype=dtype, device=device)
         self._pool.normal_(generator=self._random)
-        self._places = torch.Generator().manual_seed(seed)
+        self._offsets = torch.Generator().manual_seed(seed)
         self.flat = torch.empty(sum(numels), dtype=dtype, device=device)
-        pieces = self.flat.split(numels)
-        self.copies = [x.view(shape) for x, shape in zip(pieces, shapes, strict=True)]
+        parts = self.flat.split(numels)
+        self.copies = [x.view(shape) for x, shape in zip(parts, shapes, strict=True)]
 
     def _kaiming(self, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
         bound = 1.0 / math.sqrt(math.prod(shape[1:]))
@@ -79,31 +79,33 @@ class Workload:
 
     @functools.cached_property
     def source(self) -> torch.Tensor:
-        """A second buffer of the size of all weights; made when somebody copies from it."""
+        """A second buffer of the size of all weights; made when it is first copied from."""
         return torch.ones_like(self.flat)
 
     @torch.no_grad()
-    def drift(self, rate: float = LEARNING_RATE) -> None:
-        """What an optimizer step does to the weights: each moves by about the learning rate."""
-        starts = torch.randint(_POOL_SLACK, (len(self._pieces),), generator=self._places).tolist()
+    def perturb(self, rate: float = LEARNING_RATE) -> None:
+        """Moves each weight by about the learning rate, as an optimizer step does."""
+        starts = torch.randint(
+            _POOL_SLACK, (len(self._segments),), generator=self._offsets
+        ).tolist()
         noise = [
             self._pool[start : start + x.numel()]
-            for x, start in zip(self._pieces, starts, strict=True)
+            for x, start in zip(self._segments, starts, strict=True)
         ]
-        torch._foreach_add_(self._pieces, noise, alpha=rate)
+        torch._foreach_add_(self._segments, noise, alpha=rate)
 
-    def touch(self) -> None:
-        """Leaves the weights as they are and the caches as `drift` does."""
-        self.drift(0.0)
+    def warm_cache(self) -> None:
+        """Leaves the weights as they are and the caches as `perturb` does."""
+        self.perturb(0.0)
 
     def step(self, bracket: bool = True) -> None:
         """The fused step, on the weights."""
         ops.soft_shrink_(self.weights, self.state, self.shrink, bracket=bracket)
 
     def settle(self, steps: int) -> None:
-        """Drifts and steps, so that magnitudes are distributed as they are late in training."""
+        """Perturbs and steps, so that magnitudes are distributed as they are late in training."""
         for _ in range(steps):
-            self.drift()
+            self.perturb()
             self.step()
 
     def restore(self) -> None:
@@ -115,7 +117,7 @@ class Workload:
         if self.flat.is_cuda:
             torch.cuda.synchronize()
 
-    def missed(self, steps: int) -> int:
+    def bracket_misses(self, steps: int) -> int:
         """How many searches of `steps` further steps missed the bracket, as the op counts them."""
         before = int(self.state.scratch[0])
         self.settle(steps)

@@ -1,6 +1,5 @@
-"""`issp bench accuracy`: which rows there are, what each of them trains, and its table."""
+"""`python -m bench accuracy`: which rows there are, what each of them trains, and its table."""
 
-import argparse
 import re
 
 import numpy as np
@@ -34,9 +33,7 @@ def small(monkeypatch):
 
 
 def command(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.main(parser.parse_args(["accuracy", *words]))
+    return bench.main(["accuracy", *words])
 
 
 def cells(markdown: str) -> list[list[str]]:
@@ -64,25 +61,27 @@ def test_layers_that_one_pattern_does_not_divide_are_dense_in_all_rows():
         accuracy.stay_dense(model, [Keep(1, of=5)])
 
 
+@pytest.mark.full
 def test_rows_differ_in_their_pattern_alone(tmp_path):
     rows = accuracy.variants([Keep(3, of=32), Keep(3, of=32, v=4)])
-    report = accuracy.Report(rows, 10)
+    study = accuracy.Study(rows, 10)
     targets, starts = [], []
     for row in rows[1:]:
-        settings = report.settings(row, 7, tmp_path)
+        settings = study.settings(row, 7, tmp_path)
         builders.seed_everything(settings.manual_seed)
         model = builders.network(settings)
         pruner = builders.pruner(settings, model, builders.optimizer(settings, model), None)
         starts.append(model.state_dict())
         targets.append({r.name: r.target for r in pruner.summary().rows})
         settings.sparsity.keep = None
-        assert settings == report.settings(rows[1], 7, tmp_path)
+        assert settings == study.settings(rows[1], 7, tmp_path)
     assert all(t.keys() == targets[0].keys() and "conv_first" not in t for t in targets)
     assert [set(t.values()) for t in targets] == [{0.90625}, {rows[2].keep}, {rows[3].keep}]
     for start in starts[1:]:
         assert all(torch.equal(start[name], starts[0][name]) for name in start)
 
 
+@pytest.mark.full
 def test_the_table_says_what_was_trained_and_how_to_repeat_it(tmp_path, capsys):
     out = tmp_path / "psnr.md"
     words = ["--pattern", "3:32:4", "3:32:flat", "--iters", "2", "--seeds", "3", "5"]
@@ -102,22 +101,23 @@ def test_the_table_says_what_was_trained_and_how_to_repeat_it(tmp_path, capsys):
     apart = [b - a for a, b in zip(unstructured, grouped, strict=True)]
     found = [float(x) for x in re.findall(r"[+-]\d+\.\d+", rows[3][-1])]
     assert found == pytest.approx([sum(apart) / 2, min(apart), max(apart)], abs=0.021)
-    assert f"`issp bench accuracy {' '.join(words)}` repeats it" in shown.out
+    assert f"`python -m bench accuracy {' '.join(words)}` repeats it" in shown.out
     assert "conv_first, conv_last stay dense in all rows" in shown.out
     assert "the mask is frozen at step 1" in shown.out and "channels_last" in shown.out
     assert shown.err.count("\n") == 8 and "seed 5, dense: " in shown.err
 
 
+@pytest.mark.full
 def test_each_seed_that_is_through_is_written(tmp_path, monkeypatch):
     out = tmp_path / "psnr.md"
-    right = accuracy.Report.train
+    right = accuracy.Study.train
 
     def train(self, seed):
         if seed == 1:
             raise accuracy.Interrupted(1, "issp train nowhere --resume", 130)
         right(self, seed)
 
-    monkeypatch.setattr(accuracy.Report, "train", train)
+    monkeypatch.setattr(accuracy.Study, "train", train)
     with pytest.raises(KeyboardInterrupt):
         command("--pattern", "2:4", "--iters", "1", "--seeds", "0", "1", "--out", str(out))
     assert "PSNR, seed 0" in out.read_text() and "seed 1" not in out.read_text()
@@ -141,5 +141,5 @@ def test_bad_input_is_one_sentence_and_status_2(words, sentence, capsys):
 
 
 def test_default_patterns_suit_the_demos_network():
-    report = accuracy.Report(accuracy.variants(list(map(Keep.parse, accuracy.PATTERNS))), 10)
-    assert report.dense == ["conv_first", "conv_last"]
+    study = accuracy.Study(accuracy.variants(list(map(Keep.parse, accuracy.PATTERNS))), 10)
+    assert study.dense == ["conv_first", "conv_last"]

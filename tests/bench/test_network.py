@@ -1,6 +1,5 @@
-"""`issp bench network`: what is pruned, the check before the clock, table and command."""
+"""`python -m bench network`: what is pruned, the check before the clock, table and command."""
 
-import argparse
 import copy
 import json
 import re
@@ -13,9 +12,9 @@ from torch import nn
 import bench
 import issp
 from bench import network
-from bench.harness import registry
-from bench.network_report import Dense, Packed, Report, Where
-from bench.products import calls
+from bench.harness.errors import ParityError
+from bench.network import DenseNetwork, NetworkTimes, PackedNetwork, TimeShares
+from bench.sparse import calls
 from issp import models, num_pruned
 from issp.deploy import report as pack_report
 from issp.utils import timing
@@ -29,9 +28,7 @@ FAST = network.Settings(
 
 
 def command(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.main(parser.parse_args(["network", *words]))
+    return bench.main(["network", *words])
 
 
 def cells(markdown: str) -> list[dict[str, str]]:
@@ -103,7 +100,7 @@ class TestCheck:
         wrong = copy.deepcopy(model)
         with torch.no_grad():
             list(layers(wrong).values())[place].weight *= 1.001
-        with pytest.raises(registry.ParityError, match="tiny: the output is off by .* dense by"):
+        with pytest.raises(ParityError, match="tiny: the output is off by .* dense by"):
             network.check("tiny", model, wrong, x)
 
     def test_another_shape_and_nan_are_refused(self):
@@ -112,7 +109,7 @@ class TestCheck:
             (lambda x: model(x)[..., 1:], "has shape .1, 3, 16, 15., not .1, 3, 16, 16."),
             (lambda x: model(x) * float("nan"), "is off by nan"),
         ):
-            with pytest.raises(registry.ParityError, match=words):
+            with pytest.raises(ParityError, match=words):
                 network.check("tiny", model, wrong, x)
 
     def test_a_large_input_is_cut(self):
@@ -127,7 +124,7 @@ class TestCheck:
         assert seen == [(1, 3, 48, 40)]
 
 
-class TestWhere:
+class TestTimeShares:
     def test_time_is_shared_out_by_what_packing_chose(self, monkeypatch):
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
         lines = [
@@ -146,41 +143,43 @@ class TestWhere:
                 return forward(x)
 
             model[i].forward = slow
-        found = network.where(model, torch.rand(2, 4))
+        found = network.time_shares(model, torch.rand(2, 4))
         assert (found.sparse, found.dense, found.rest) == pytest.approx((2 / 8, 5 / 8, 1 / 8))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def packed_row(v: int, sparsity: float, seconds: float) -> Packed:
+def packed_row(v: int, sparsity: float, seconds: float) -> PackedNetwork:
     lines = [
         pack_report.Line(name, "8x8", sparsity, choice=choice)
         for name, choice in (("a", "rows"), ("b", "dense"), ("c", "rows v=4"))
     ]
     layers = pack_report.PackReport(lines, "machine")
     task = timing.Task(lambda: None, lambda: None, samples={"warm": [seconds] * 5})
-    return Packed(v, sparsity, 2000, 100, layers, task, Where(0.5, 0.2, 0.3))
+    return PackedNetwork(v, sparsity, 2000, 100, layers, task, TimeShares(0.5, 0.2, 0.3))
 
 
-def dense_row(variant: str, precision: str, seconds: float | None) -> Dense:
+def dense_row(variant: str, precision: str, seconds: float | None) -> DenseNetwork:
     samples = {} if seconds is None else {"warm": [seconds]}
-    return Dense(variant, precision, timing.Task(lambda: None, lambda: None, samples=samples))
+    return DenseNetwork(
+        variant, precision, timing.Task(lambda: None, lambda: None, samples=samples)
+    )
 
 
-class TestReport:
-    def report(self, bf16: float | None = 3e-3) -> Report:
+class TestTable:
+    def times(self, bf16: float | None = 3e-3) -> NetworkTimes:
         dense = [
             dense_row("fp32", "fp32", 12e-3),
             dense_row("fp32 channels_last", "fp32", 8e-3),
             dense_row("bf16 AMX", "bf16", bf16),
         ]
         packed = [packed_row(1, 0.9, 4e-3), packed_row(4, 0.99, 2e-3)]
-        return Report("tiny x2", "1x3x8x8", "machine", "warm", dense, packed)
+        return NetworkTimes("tiny x2", "1x3x8x8", "warm", dense, packed)
 
-    def test_the_yardstick_is_the_fastest_fp32_layout(self):
-        report = self.report()
-        assert [report.speed(row) for row in report.packed] == [2, 4]
-        assert [report.speed(row, "bf16") for row in report.packed] == [0.75, 1.5]
-        first, second = cells(report.markdown())
+    def test_the_baseline_is_the_fastest_fp32_layout(self):
+        times = self.times()
+        assert [times.speed(row) for row in times.packed] == [2, 4]
+        assert [times.speed(row, "bf16") for row in times.packed] == [0.75, 1.5]
+        first, second = cells(network.table(times, "machine", FAST).markdown())
         assert first | {"v": "4", "sparsity": "99 %"} == {
             "model": "tiny x2",
             "input": "1x3x8x8",
@@ -202,55 +201,56 @@ class TestReport:
         assert second["speed"] == "4" and second["speed over bf16"] == "1.5"
 
     def test_where_bf16_is_faster_a_note_says_so(self):
-        notes = list(network._exceptions(self.report(), FAST, {}))
+        notes = network.notes(self.times(), FAST)
         assert "Dense bf16 is faster than packed fp32 at v=1 at 90 %." in notes
-        notes = list(network._exceptions(self.report(bf16=9e-3), FAST, {}))
-        assert not any("faster" in note for note in notes)
+        notes = network.notes(self.times(bf16=9e-3), FAST)
+        assert not any("is faster" in note for note in notes)
 
     def test_what_does_not_run_is_a_dash_and_a_note(self):
-        report = self.report(bf16=None)
-        report.dense[2].task.error = "warm: no such kernel"
-        assert cells(report.markdown())[0]["speed over bf16"] == "-"
-        notes = list(network._exceptions(report, FAST, {}))
+        times = self.times(bf16=None)
+        times.dense[2].task.error = "warm: no such kernel"
+        assert cells(network.table(times, "machine", FAST).markdown())[0]["speed over bf16"] == "-"
+        notes = network.notes(times, FAST)
         assert "dense bf16 AMX could not be timed, warm: no such kernel." in notes
-        del report.dense[2]
-        notes = list(network._exceptions(report, FAST, {}))
+        del times.dense[2]
+        notes = network.notes(times, FAST)
         assert "This machine has no fast bfloat16: no such column." in notes
 
     def test_a_network_that_stays_dense_says_why(self):
-        report = self.report()
-        report.packed[0].layers.whole = issp.deploy.autotune.Choice(
+        times = self.times()
+        times.packed[0].layers.whole = issp.deploy.autotune.Choice(
             "packed", {"packed": 1.0, "dense": 2.0}
         )
-        notes = [n for n in network._exceptions(report, FAST, {}) if "left it dense" in n]
+        notes = [n for n in network.notes(times, FAST) if "left it dense" in n]
         assert len(notes) == 1 and notes[0].startswith("v=4 at 99 %: `issp.pack` left it dense.")
 
 
 class TestMeasure:
+    @pytest.mark.full
     def test_every_row_is_timed_and_the_model_left_as_it_is(self, timed):
         model = small_edsr()
         before = copy.deepcopy(model.state_dict())
-        report = network.measure("tiny x2", model, replace(FAST, sparsities=(0.75, 0.9)))
-        assert [row.name for row in report.packed] == [
+        times = network.measure("tiny x2", model, replace(FAST, sparsities=(0.75, 0.9)))
+        assert [row.name for row in times.packed] == [
             *("v=1 at 75 %", "v=1 at 90 %", "v=4 at 75 %", "v=4 at 90 %")
         ]
         weights = sum(m.weight.numel() for m in layers(model).values())
         kept = sum(
             m.weight.numel() - num_pruned(m.weight.numel(), 0.75) for m in layers(model).values()
         )
-        assert (report.packed[0].weights, report.packed[0].kept) == (weights, kept)
-        assert all(report.seconds(row) > 0 for row in report.rows())
-        assert [d.name for d in report.dense[:2]] == ["dense fp32", "dense fp32 channels_last"]
-        for row in cells(report.markdown()):
+        assert (times.packed[0].weights, times.packed[0].kept) == (weights, kept)
+        assert all(times.seconds(row) > 0 for row in times.all())
+        assert [d.name for d in times.dense[:2]] == ["dense fp32", "dense fp32 channels_last"]
+        for row in cells(network.table(times, "machine", FAST).markdown()):
             assert row["sparse layers"] == f"{len(layers(model))} of {len(layers(model))}"
         shared = "v=4 at 75 %, v=4 at 90 %: v = 1 and unstructured in conv_last: v=4 does not"
-        assert any(note.startswith(shared) for note in report.notes)
+        assert any(note.startswith(shared) for note in network.notes(times, FAST))
         assert all(torch.equal(value, before[n]) for n, value in model.state_dict().items())
 
     def test_dense_has_the_pruned_weights_in_every_layout(self):
         model, x = small_edsr().eval(), torch.rand(1, 3, 8, 8)
-        rows = network._dense(model, x)
-        names = [v.name for v in calls.dense_variants(network._ANY, "cpu")]
+        rows = network.dense_networks(model, x)
+        names = [v.name for v in calls.dense_variants(network.ANY_LAYER, "cpu")]
         assert [row.variant for row in rows] == names
         for row in rows:
             row.task.call()
@@ -266,7 +266,7 @@ class TestMeasure:
 
         monkeypatch.setattr(issp, "pack", wrong)
         monkeypatch.setattr(network, "interleave", lambda *a: pytest.fail("timed"))
-        with pytest.raises(registry.ParityError, match="tiny x2, v=1 at 75 %: the output is off"):
+        with pytest.raises(ParityError, match="tiny x2, v=1 at 75 %: the output is off"):
             network.measure("tiny x2", small_edsr(), FAST)
 
 
@@ -274,8 +274,9 @@ class TestCommand:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
         made = {"edsr-tiny": small_edsr, "swinir-light": small_swinir}
-        monkeypatch.setattr(models, "build", lambda name, scale: made[name](upscale=scale))
+        monkeypatch.setattr(network.models, "build", lambda name, scale: made[name](upscale=scale))
 
+    @pytest.mark.full
     def test_writes_tables_picture_and_samples(self, timed, capsys, tmp_path):
         pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
         files = {x: tmp_path / f"network.{x}" for x in ("md", "png", "json")}
@@ -291,15 +292,15 @@ class TestCommand:
         assert "1 threads" in text and "issp " in text and "Random weights (seed 0)" in text
         assert files["png"].read_bytes().startswith(b"\x89PNG")
         records = json.loads(files["json"].read_text())
-        assert [[row["v"] for row in record["packed"]] for record in records] == [[1, 2]] * 2
-        assert all(row["seconds"]["warm"] for record in records for row in record["packed"])
+        assert [[row["v"] for row in record["rows"]] for record in records] == [[1, 2]] * 2
+        assert all(row["seconds"]["packed"] for record in records for row in record["rows"])
 
     def test_the_same_seed_is_the_same_network(self, timed, monkeypatch):
         seen = []
         monkeypatch.setattr(
             network, "measure", lambda name, model, settings: seen.append(model) or fake
         )
-        fake = Report("", "", "", "warm", [], [])
+        fake = NetworkTimes("", "", "warm", [], [])
         for seed in ("1", "1", "2"):
             assert command("--model", "edsr-tiny", "--seed", seed) == 0
         one, same, other = (model.conv_first.weight for model in seen)
@@ -338,12 +339,13 @@ class TestCommand:
 
 @pytest.mark.parametrize("name", models.names())
 def test_every_preset_fits_the_default_size(name):
-    network._fits(name, 4, network.Settings().size)
+    network.check_size(name, 4, network.Settings().size)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.full
 def test_cuda_has_every_precision():
     found = network.measure("tiny x2", small_edsr(), replace(FAST, device="cuda"))
     assert found.others() == ["tf32", "bf16"] and found.mode == "eager"
-    assert all(found.seconds(row) for row in found.rows())
-    assert "the rest" not in cells(found.markdown())[0]
+    assert all(found.seconds(row) for row in found.all())
+    assert "the rest" not in cells(network.table(found, "machine", FAST).markdown())[0]

@@ -1,13 +1,13 @@
-"""`issp bench step --pattern`: N:M groups in place of unstructured selection."""
+"""`python -m bench step --pattern`: N:M groups in place of unstructured selection."""
 
-import argparse
 import math
 
 import pytest
 
 import bench
 from bench import baselines, step
-from bench.harness import bandwidth, registry
+from bench.harness import bandwidth, settings
+from bench.harness.errors import ParityError
 from bench.harness.workload import Workload, divides
 from issp import Keep, ops
 from issp.sr import shapes
@@ -26,14 +26,12 @@ each_pattern = pytest.mark.parametrize("keep", PATTERNS, ids=lambda keep: keep.n
 def tiny_model(monkeypatch):
     """`swinir-light` becomes three small tensors."""
     monkeypatch.setattr(shapes, "prunable_shapes", lambda name, scale: MODEL)
-    monkeypatch.setattr(step, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
-    monkeypatch.setitem(bandwidth._DEFAULT, "cpu", 1 << 16)
+    monkeypatch.setattr(settings, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
+    monkeypatch.setitem(bandwidth.DEFAULT_BYTES, "cpu", 1 << 16)
 
 
 def command(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.main(parser.parse_args(["step", "--model", "swinir-light", *words]))
+    return bench.main(["step", "--model", "swinir-light", *words])
 
 
 def rows(markdown: str) -> list[str]:
@@ -43,11 +41,11 @@ def rows(markdown: str) -> list[str]:
 
 @each_pattern
 def test_the_workload_keeps_n_of_every_m(keep):
-    fitting = step.Settings(keep=keep).fitting(MODEL)
-    assert fitting == [MODEL[0], MODEL[2]] if keep.layout == "channels" else [MODEL[2]]
-    work = Workload(fitting, 0.1, keep=keep)
+    divided = step.Settings(keep=keep).divided(MODEL)
+    assert divided == [MODEL[0], MODEL[2]] if keep.layout == "channels" else [MODEL[2]]
+    work = Workload(divided, 0.1, keep=keep)
     work.settle(3)
-    assert work.k == [math.prod(shape) * (keep.of - keep.n) // keep.of for shape in fitting]
+    assert work.k == [math.prod(shape) * (keep.of - keep.n) // keep.of for shape in divided]
     for mask in work.state.masks():
         if keep.layout == "flat":
             groups = mask.view(-1, keep.of)
@@ -65,11 +63,11 @@ def test_the_step_passes_in_every_pattern(keep, whole):
 @each_pattern
 def test_what_is_compared_is_cut_to_whole_groups(keep):
     model = [(1024, 256, 3, 3), (256, 256, 3, 3), (720, 48)]
-    fitting = step.Settings(keep=keep).fitting(model)
-    cut = step._sample(fitting, step.Settings(keep=keep, whole=False))
-    assert all(divides(keep, shape) and math.prod(shape) <= step._CUT for shape in cut)
-    assert {shape[1:] for shape in cut} == {shape[1:] for shape in fitting}
-    assert max(fitting, key=math.prod) in step._sample(fitting, step.Settings(keep=keep))
+    divided = step.Settings(keep=keep).divided(model)
+    cut = step.parity_shapes(divided, step.Settings(keep=keep, whole=False))
+    assert all(divides(keep, shape) and math.prod(shape) <= step.PARITY_NUMEL for shape in cut)
+    assert {shape[1:] for shape in cut} == {shape[1:] for shape in divided}
+    assert max(divided, key=math.prod) in step.parity_shapes(divided, step.Settings(keep=keep))
 
 
 def test_a_step_that_ignores_the_groups_is_refused(monkeypatch, tiny_model, capsys):
@@ -80,28 +78,30 @@ def test_a_step_that_ignores_the_groups_is_refused(monkeypatch, tiny_model, caps
         right(weights, state, shrink, bracket=bracket)
 
     monkeypatch.setattr(ops, "soft_shrink_", wrong)
-    settings = step.Settings(keep=Keep(2, of=4))
-    with pytest.raises(registry.ParityError, match="weight of 512 elements, step 0"):
-        step.check_parity(MODEL, settings)
+    grouped = step.Settings(keep=Keep(2, of=4))
+    with pytest.raises(ParityError, match="weight of 512 elements, step 0"):
+        step.check_parity(MODEL, grouped)
     assert command("--quick", "--pattern", "2:4") == 1
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.full
 def test_the_table_names_the_pattern_and_what_is_left_out():
-    settings = step.Settings(keep=Keep(1, of=8, v=4), **FAST)
-    text = step.measure("tiny", MODEL, settings, baselines.ROWS[:4]).markdown()
+    grouped = step.Settings(keep=Keep(1, of=8, v=4), **FAST)
+    text = step.measure("tiny", MODEL, grouped, baselines.OPERATIONS[:4]).markdown()
     assert "### tiny: 2 tensors, 2816 weights, float32, 1:8 v=4 (87.5 %), shrink 0.95" in text
     assert "The step prunes 1:8 v=4 groups" in text and "The bracket around" not in text
     assert "1 of 3 tensors, which the pattern does not divide, are left out" in text
-    plain = step.measure("tiny", MODEL, step.Settings(**FAST), baselines.ROWS[:4]).markdown()
+    plain = step.measure("tiny", MODEL, step.Settings(**FAST), baselines.OPERATIONS[:4]).markdown()
     assert "groups" not in plain and "The bracket around" in plain
 
 
+@pytest.mark.full
 def test_command_times_the_pattern(tiny_model, capsys):
     assert command("--quick", "--pattern", "2:4", "--seconds", "0.01", "--settle", "1") == 0
     text = capsys.readouterr().out
     assert "2 tensors, 2816 weights, float32, 2:4 v=1 (50 %)" in text
-    assert rows(text) == [row.name for row in baselines.ROWS if row.name != baselines.COLD]
+    assert rows(text) == [row.name for row in baselines.OPERATIONS if row.name != baselines.COLD]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,8 @@
-"""The scripts in bench/: all benchmarks in one call, the GPU script, the sanitizer's cases."""
+"""All benchmarks in one call, the GPU script, the sanitizer's cases."""
 
-import argparse
-import importlib.util
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,18 +12,14 @@ import pytest
 import torch
 
 import bench
+from bench import all as everything
+from bench import sanitize
 from issp import backends, ops
 from issp.ops import reference
+from issp.ops.reference import pruning
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
-
-
-def everything():
-    spec = importlib.util.spec_from_file_location("everything", ROOT / "bench" / "everything.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 STAND_IN = """
@@ -34,7 +27,7 @@ import json, sys, time
 name, out = sys.argv[1], sys.argv[sys.argv.index("--samples") + 1]
 print(f"### table of {name}", flush=True)
 if name == "bad":
-    print("first line\\nissp bench: not bitwise equal", file=sys.stderr)
+    print("first line\\nbench: not bitwise equal", file=sys.stderr)
     sys.exit(1)
 time.sleep(60 if name == "hanging" else 0)
 open(out, "w").write(json.dumps([{"title": name, "words": sys.argv[2:]}]))
@@ -42,24 +35,24 @@ open(out, "w").write(json.dumps([{"title": name, "words": sys.argv[2:]}]))
 
 
 class TestEverything:
+    @pytest.mark.full
     def test_one_that_fails_and_one_that_hangs_are_named_and_the_rest_runs(
         self, monkeypatch, tmp_path, capsys
     ):
-        module = everything()
         (tmp_path / "run.py").write_text(STAND_IN)
         (tmp_path / "results").mkdir()
-        monkeypatch.setattr(module, "SCRIPT", tmp_path / "run.py")
-        monkeypatch.setattr(module, "BENCHMARKS", {x: [x] for x in ("bad", "hanging", "good")})
+        monkeypatch.setattr(everything, "COMMAND", (str(tmp_path / "run.py"),))
+        monkeypatch.setattr(everything, "PLAN", {x: [x] for x in ("bad", "hanging", "good")})
         words = ["--folder", str(tmp_path / "results"), "--limit", "2", "--device", "cuda"]
-        assert module.main([*words, "--only", "bad", "hanging", "good"]) == 1
+        assert bench.main(["all", *words]) == 1
         shown = capsys.readouterr().out
-        assert "bad: failed: issp bench: not bitwise equal" in shown
-        assert "first line\nissp bench: not bitwise equal" in shown  # all of it, for the log
+        assert "bad: failed: bench: not bitwise equal" in shown
+        assert "first line\nbench: not bitwise equal" in shown  # all of it, for the log
         assert "hanging: stopped after its 2 s" in shown and "good: passed" in shown
         text = (tmp_path / "results" / "bench.md").read_text()
         assert re.findall("### (.*)", text) == [
             "table of bad",
-            "bad: failed: issp bench: not bitwise equal",
+            "bad: failed: bench: not bitwise equal",
             "table of hanging",
             "hanging: stopped after its 2 s",
             "table of good",
@@ -69,16 +62,14 @@ class TestEverything:
         assert samples["good"][0]["words"][:2] == ["--device", "cuda"]
 
     def test_every_benchmark_and_option_of_the_plan_exists(self):
-        module = everything()
-        parser = argparse.ArgumentParser()
-        bench.add_arguments(parser)
-        for device, pace in module.PACE.items():
-            for name, words in module.BENCHMARKS.items():
-                given = [*words, "--device", device, "--threads", "2", *pace.get(name, [])]
-                assert parser.parse_args([*given, "--plot", "x.png"]).device == device
+        for device, pace in everything.PACE.items():
+            for name, words in everything.PLAN.items():
+                options = [*words, "--device", device, "--threads", "2", *pace.get(name, [])]
+                _, args = bench.parse([*options, "--plot", "x.png"])
+                assert args.device == device
 
     def test_a_missing_folder_is_one_sentence_and_status_2(self, capsys):
-        assert everything().main(["--folder", "/nowhere/results"]) == 2
+        assert bench.main(["all", "--folder", "/nowhere/results"]) == 2
         shown = capsys.readouterr().err
         assert "/nowhere/results does not exist" in shown and shown.count("\n") == 1
 
@@ -110,6 +101,7 @@ class TestScript:
         assert "only the parts info and build can run" in done.stderr
         assert not (tmp_path / "results").exists()
 
+    @pytest.mark.full
     def test_info_needs_none_and_leaves_a_summary(self, tmp_path):
         done = self.run("--parts", "info", out=tmp_path / "results")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -127,7 +119,7 @@ class TestScript:
         # What a GPU machine gives back is limited to eight files.
         named = set(re.findall(r"\[\d+ s, ([\w.]+)\]", done.stdout))
         assert named == {"summary.txt", "log.txt", "ncu.txt"}
-        assert len(named | {"bench.md", "samples.json"} | set(everything().PICTURES)) == 8
+        assert len(named | {"bench.md", "samples.json"} | set(everything.PICTURES)) == 8
 
     def on_a_gpu(self, tmp_path, **environment) -> subprocess.CompletedProcess:
         """The part ncu, where a driver and a GPU are pretended; issp still sees none."""
@@ -175,33 +167,27 @@ class TestScript:
         assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-def test_sanitizer_cases_equal_the_reference(monkeypatch, capsys):
-    path = str(ROOT / "bench" / "sanitize.py")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
-    assert runpy.run_path(path)["main"]() == 0
+@pytest.mark.full
+def test_sanitizer_cases_equal_the_reference(capsys):
+    assert sanitize.main(["--device", "cpu"]) == 0
     assert "94 of 94 cases equal" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_sanitizer_cases_find_a_wrong_product(monkeypatch, capsys):
-    path = str(ROOT / "bench" / "sanitize.py")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
     right = ops.nm_matmul
     monkeypatch.setattr(ops, "nm_matmul", lambda *args: right(*args) * 1.05)
-    assert runpy.run_path(path)["main"]() == 1
+    assert sanitize.main(["--device", "cpu"]) == 1
     shown = capsys.readouterr().out
-    assert "differs from the reference: products linear 4->64, 129 tokens N:M v=4" in shown
+    assert "differs from the reference: sparse linear 4->64, 129 tokens N:M v=4" in shown
     assert "90 of 94 cases equal" in shown
 
 
 @pytest.mark.skipif(
     backends.active("cpu") == "reference", reason="the reference cannot differ from itself"
 )
+@pytest.mark.full
 def test_sanitizer_cases_find_a_wrong_tie(monkeypatch, capsys):
-    path = str(ROOT / "bench" / "sanitize.py")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "argv", [path, "--device", "cpu"])
 
     def last_of_the_ties(w, k):
         chosen = torch.zeros(w.numel(), dtype=torch.bool)
@@ -209,8 +195,8 @@ def test_sanitizer_cases_find_a_wrong_tie(monkeypatch, capsys):
         chosen[w.numel() - 1 - order[:k]] = True
         return chosen
 
-    monkeypatch.setattr(reference, "selected", last_of_the_ties)
-    assert runpy.run_path(path)["main"]() == 1
+    monkeypatch.setattr(pruning, "selected", last_of_the_ties)
+    assert sanitize.main(["--device", "cpu"]) == 1
     shown = capsys.readouterr().out
     assert "soft_shrink_ torch.float32 ties True step 0" in shown
     assert "soft_shrink_ torch.float32 ties False step 0" not in shown

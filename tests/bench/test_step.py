@@ -1,21 +1,20 @@
-"""The tables of `issp bench step`, their refusal on wrong bits, scaling, and the shape tables."""
+"""`python -m bench step`: its tables, refusal of wrong bits, scaling, and the shape tables."""
 
-import argparse
 import json
 import math
-import os
 import re
 
 import pytest
 import torch
 
 import bench
-from bench import baselines, scaling, step
-from bench.harness import bandwidth, cub, report
+from bench import baselines, cub, scaling, step
+from bench.harness import bandwidth, settings
+from bench.harness.step_table import Entry, make
 from bench.harness.workload import Workload
 from issp import num_pruned, ops
 from issp.sr import shapes
-from issp.utils import timing
+from issp.utils import files, timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,15 +28,12 @@ FAST = step.Settings(
 def tiny_model(monkeypatch):
     """`swinir-light` becomes three small tensors."""
     monkeypatch.setattr(shapes, "prunable_shapes", lambda name, scale: TINY)
-    for module in (step, scaling):
-        monkeypatch.setattr(module, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
-    monkeypatch.setitem(bandwidth._DEFAULT, "cpu", 1 << 16)
+    monkeypatch.setattr(settings, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
+    monkeypatch.setitem(bandwidth.DEFAULT_BYTES, "cpu", 1 << 16)
 
 
 def command(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.main(parser.parse_args(["step", "--model", "swinir-light", *words]))
+    return bench.main(["step", "--model", "swinir-light", *words])
 
 
 def cells(markdown: str) -> list[list[str]]:
@@ -95,55 +91,58 @@ def table(one_thread):
     return step.measure("tiny", TINY, FAST)
 
 
+@pytest.mark.full
 class TestTable:
     def test_has_every_row_and_well_formed_markdown(self, table):
         rows = cells(table.markdown())
         assert {len(row) for row in rows} == {len(rows[0])}
-        assert set(rows[1]) == {"---", "---:"}
-        assert [row[0] for row in rows[2:]] == [row.name for row in baselines.ROWS]
+        assert all(re.fullmatch("-+:?", cell) for cell in rows[1])
+        assert [row[0] for row in rows[2:]] == [row.name for row in baselines.OPERATIONS]
         numbers = [cell.rstrip(" %") for row in rows[2:] for cell in row[1:]]
         assert all(cell == "-" or math.isfinite(float(cell)) for cell in numbers)
 
     def test_names_the_machine(self, table):
-        wanted = r"\d+ cores, 1 threads; load .*; torch .*; Python .*; issp \w+\+?; back end \w+"
+        wanted = r"\d+ cores, 1 threads; load .*; torch .*; Python .*; issp [\w-]+; back end \w+"
         assert re.search(wanted, table.markdown())
 
     def test_ratios_and_times_are_positive(self, table):
-        for line in table.lines:
-            for mode in table.modes():
-                assert line.seconds[mode] > 0 and table.ratio(line, mode) > 0
-            assert table.rate(line) == line.traffic / line.seconds["cold"]
-            assert table.share(line) == table.rate(line) / table.roof.rate
-        assert table.ratio(table.line(baselines.BASE), "cold") == 1
+        peak = max(table.limits["copy"], table.limits["multiply"])
+        numel = sum(map(math.prod, TINY))
+        for row in table.rows:
+            for mode in ("warm", "cold"):
+                assert row[mode] > 0 and row[f"{mode} ratio"] > 0
+            assert row["rate"] == row["traffic"] * numel / row["cold"]
+            assert row["share"] == row["rate"] / peak
+        assert table.row(baselines.BASE)["cold ratio"] == 1
 
     def test_memory_of_the_step_is_its_scratch_and_of_argsort_its_indices(self, table):
         state = Workload(TINY, FAST.sparsity).state
         scratch = state.scratch.nbytes / sum(state.numels)
-        assert table.line(baselines.STEP).extra >= scratch
+        assert table.row(baselines.STEP)["extra"] >= scratch
         largest = max(map(math.prod, TINY))
         indices = 8 * largest / sum(map(math.prod, TINY))
-        assert table.line("authors' numpy argsort").extra > indices
+        assert table.row("authors' numpy argsort")["extra"] > indices
 
-    def test_a_peer_that_fails_becomes_a_note(self):
+    def test_a_baseline_that_fails_becomes_a_note(self):
         def fail(work):
             def call():
                 raise RuntimeError("not for this dtype\nsecond line")
 
             return call
 
-        broken = baselines.Row(
+        broken = baselines.Operation(
             "broken", traffic=lambda n, size: n, counted="nothing", make=fail,
             prepare=Workload.restore,
         )  # fmt: skip
-        table = step.measure("tiny", TINY, FAST, [*baselines.ROWS[:6], broken])
+        table = step.measure("tiny", TINY, FAST, [*baselines.OPERATIONS[:6], broken])
         assert "broken could not be timed, cold: not for this dtype" in table.markdown()
         assert cells(table.markdown())[-1][1] == "-"
 
     def test_what_is_not_installed_is_named(self, monkeypatch):
         monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(cub.shutil, "which", lambda name: None)
-        rows = [row for row in baselines.rows("cuda") if row not in baselines.ROWS]
-        table = step.measure("tiny", TINY, FAST, [*baselines.ROWS[:4], *rows])
+        rows = [op for op in baselines.operations("cuda") if op not in baselines.OPERATIONS]
+        table = step.measure("tiny", TINY, FAST, [*baselines.OPERATIONS[:4], *rows])
         last = {row[0]: row[1] for row in cells(table.markdown())[-2:]}
         assert last == {
             "FlashInfer top_k_mask_logits": "not installed",
@@ -151,18 +150,18 @@ class TestTable:
         }
 
     def test_roofline_is_counted_bytes_over_the_best_bandwidth(self):
-        line = report.Line("op", {"cold": [0.5]}, {"cold": 0.5}, 0.5, None, traffic=10e9)
-        table = report.Table(
-            "title",
-            "machine",
-            "ms",
-            "cold",
-            "op",
-            10**9,
-            bandwidth.Roof(30e9, 40e9, 8),
-            lines=[line],
+        task = timing.Task(lambda: None, lambda: None, samples={"cold": [0.5]})
+        table = make(
+            title="title",
+            machine="machine",
+            clock=timing.CpuClock(1 << 16),
+            bandwidth=bandwidth.Bandwidth(30e9, 40e9, 8),
+            numel=10**9,
+            entries=[Entry("op", task, traffic=10e9)],
+            base="op",
         )
-        assert table.roof.rate == 40e9 and table.rate(line) == 20e9 and table.share(line) == 0.5
+        (row,) = table.rows
+        assert row["rate"] == 20e9 and row["share"] == 0.5
         found = dict(zip(*(cells(table.markdown())[i] for i in (0, 2)), strict=True))
         assert (found["B/weight"], found["GB/s"], found["of roofline"]) == ("10", "20", "50 %")
         assert "40 GB/s, the faster of copying (30) and multiplying in place (40)" in (
@@ -170,11 +169,13 @@ class TestTable:
         )
 
     def test_bandwidth_is_that_of_both_buffers(self):
-        probe = bandwidth.Probe("cpu", 1 << 12)
+        probe = bandwidth.BandwidthProbe("cpu", 1 << 12)
         for task, seconds in zip(probe.tasks, (2.0, 4.0), strict=True):
             task.call()
             task.samples["cold"] = [seconds]
-        assert probe.roof("cold") == bandwidth.Roof(copy=4096.0, multiply=2048.0, nbytes=4096)
+        assert probe.result("cold") == bandwidth.Bandwidth(
+            copy=4096.0, multiply=2048.0, nbytes=4096
+        )
 
     @pytest.mark.parametrize("k", [1, 17, 100])
     def test_quantile_is_asked_for_the_threshold(self, k):
@@ -183,15 +184,14 @@ class TestTable:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.full
 def test_cuda_table_times_launches_and_graphs():
-    settings = step.Settings(rounds=3, seconds=0.05, settle=2, whole=False, device="cuda")
-    step.check_parity(TINY, settings)
-    table = step.measure("tiny", TINY, settings)
-    assert table.modes() == ["eager", "graph", "graph, warm"]
-    fused = table.line(baselines.STEP).seconds
-    assert all(fused[mode] > 0 for mode in table.modes())
+    on_gpu = step.Settings(rounds=3, seconds=0.05, settle=2, whole=False, device="cuda")
+    step.check_parity(TINY, on_gpu)
+    table = step.measure("tiny", TINY, on_gpu)
+    assert all(table.row(baselines.STEP)[mode] > 0 for mode in ("eager", "graph", "graph, warm"))
     # numpy cannot be captured: only the column of launches has its time.
-    authors = table.line("authors' numpy argsort").seconds
+    authors = table.row("authors' numpy argsort")
     assert authors["eager"] > 0 and authors["graph"] is None
 
 
@@ -227,6 +227,7 @@ class TestParity:
 
 
 class TestCommand:
+    @pytest.mark.full
     def test_writes_the_table_and_the_picture(self, tiny_model, capsys, tmp_path):
         pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
         out, picture = tmp_path / "table.md", tmp_path / "times.png"
@@ -237,12 +238,14 @@ class TestCommand:
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert sorted(p.name for p in tmp_path.iterdir()) == ["table.md", "times.png"]
 
+    @pytest.mark.full
     def test_writes_every_sample(self, tiny_model, tmp_path):
         out = tmp_path / "samples.json"
         arguments = ("--quick", "--seconds", "0.01", "--settle", "1")
         assert command(*arguments, "--samples", str(out)) == 0
         (table,) = json.loads(out.read_text())
-        seconds = table["seconds"][baselines.STEP]
+        row = next(row for row in table["rows"] if row["what"] == baselines.STEP)
+        seconds = row["seconds"]
         assert seconds.keys() == {"warm", "cold"} and all(len(x) == 7 for x in seconds.values())
         assert table["roofline"]["copy"] > 0
 
@@ -270,55 +273,58 @@ class TestCommand:
         assert command("--device", "cuda") == 2
         assert "torch sees no CUDA device" in capsys.readouterr().err
 
-    def test_a_full_disk_leaves_the_old_file(self, monkeypatch, tmp_path):
+    @pytest.mark.full
+    def test_a_full_disk_leaves_the_old_file(self, tiny_model, monkeypatch, capsys, tmp_path):
         path = tmp_path / "table.md"
         path.write_text("old")
 
         def full(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match="No space"):
-            report.atomic_write(path, b"new")
+        monkeypatch.setattr(files.os, "replace", full)
+        words = ("--quick", "--seconds", "0.01", "--settle", "1", "--out", str(path))
+        assert command(*words) == 2
+        assert "No space left on device" in capsys.readouterr().err
         assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 class TestScaling:
-    PLACES = [(n, [(1, n)]) for n in (100, 1000)]
+    @pytest.fixture
+    def points(self):
+        return [scaling.Point(n, [(1, n)]) for n in (100, 1000)]
 
+    @pytest.mark.full
     def test_both_curves_are_printed_written_and_drawn(self, tiny_model, capsys, tmp_path):
         pytest.importorskip("matplotlib", reason="the picture needs matplotlib")
-        files = {x: tmp_path / f"scaling.{x}" for x in ("md", "png", "json")}
+        paths = {x: tmp_path / f"scaling.{x}" for x in ("md", "png", "json")}
         words = ["--scaling", "--quick", "--largest", "1000", "--settle", "1"]
-        words += ["--out", str(files["md"]), "--plot", str(files["png"])]
-        assert command(*words, "--samples", str(files["json"])) == 0
-        text = files["md"].read_text()
+        words += ["--out", str(paths["md"]), "--plot", str(paths["png"])]
+        assert command(*words, "--samples", str(paths["json"])) == 0
+        text = paths["md"].read_text()
         assert capsys.readouterr().out.strip() == text.strip()
         rows = [row for row in cells(text) if row[0].isdigit()]
         assert [row[0] for row in rows] == ["1000", "1", "3", "10"]
         assert all(float(cell.rstrip(" %")) > 0 for row in rows for cell in row)
-        assert files["png"].read_bytes().startswith(b"\x89PNG")
-        curves = json.loads(files["json"].read_text())
-        assert [curve["axis"] for curve in curves] == ["weights", "tensors"]
+        assert paths["png"].read_bytes().startswith(b"\x89PNG")
+        curves = json.loads(paths["json"].read_text())
+        assert [curve["roofline"]["axis"] for curve in curves] == ["weights", "tensors"]
 
     def test_layers_have_one_fan_in_whatever_their_size(self):
         sizes = (100, 1000, 3000, 10**7)
         assert list(map(scaling.layer, sizes)) == [(1, 100), (1, 1000), (3, 1000), (10**4, 1000)]
 
-    def test_what_does_not_fit_memory_says_so(self, monkeypatch):
+    def test_what_does_not_fit_memory_says_so(self, monkeypatch, points):
         monkeypatch.setattr(scaling, "free_bytes", lambda device: 20_000)
-        curve = scaling.measure(
-            "weights", (baselines.STEP, baselines.TOPK), self.PLACES, FAST, 60.0
-        )
-        assert curve.points[0].skipped == {}
-        assert list(curve.points[1].skipped) == [baselines.TOPK]
+        curve = scaling.measure("weights", (baselines.STEP, baselines.TOPK), points, FAST, 60.0)
+        assert points[0].skipped == {}
+        assert list(points[1].skipped) == [baselines.TOPK]
         expected = "1000 weights: torch.topk skipped, needs up to 4.1e-05 GB and 1.8e-05 GB are"
         assert expected in curve.markdown()
         assert cells(curve.markdown())[-1][2] == "-"
 
-    def test_what_does_not_fit_the_budget_says_so(self):
-        curve = scaling.measure("weights", (baselines.STEP,), self.PLACES, FAST, 0.0)
-        assert all("0 s are left" in point.skipped[baselines.STEP] for point in curve.points)
+    def test_what_does_not_fit_the_budget_says_so(self, points):
+        curve = scaling.measure("weights", (baselines.STEP,), points, FAST, 0.0)
+        assert all("0 s are left" in point.skipped[baselines.STEP] for point in points)
         assert set(cells(curve.markdown())[-1][1:]) == {"-"}
 
 
@@ -352,10 +358,10 @@ class TestTiming:
         assert timing.peak_bytes(lambda: x + (x + 1), "cpu") >= 2 * x.nbytes
         assert timing.peak_bytes(lambda: x.numpy() + 1, "cpu") >= x.nbytes
 
-    def test_drift_moves_by_the_learning_rate_and_settling_keeps_parity(self):
+    def test_a_perturbation_moves_by_the_learning_rate_and_settling_keeps_parity(self):
         work = Workload([(256, 64)], 0.95)
         before = work.weights[0].clone()
-        work.drift()
+        work.perturb()
         moved = (work.weights[0] - before).std().item()
         assert 0.9e-4 * 2 < moved < 1.1e-4 * 2
         work.settle(3)

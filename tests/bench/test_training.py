@@ -1,8 +1,9 @@
-"""The tables of `issp bench optim` and `issp bench train`, and their refusal on wrong numbers."""
+"""The tables of `python -m bench optim` and `train`, and their refusal on wrong numbers."""
 
-import argparse
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,9 +12,16 @@ from torch import nn
 import bench
 import issp
 from bench import optim, optim_parity, step, train
-from bench.harness import bandwidth, registry
-from bench.harness.training import FAMILIES, Gradients, Trainee, settled
-from issp import backends, models
+from bench.harness import bandwidth, settings
+from bench.harness.errors import ParityError
+from bench.harness.training import (
+    OPTIMIZERS,
+    Gradients,
+    OptimizerSpec,
+    TrainingReplica,
+    steady_replica,
+)
+from issp import backends
 from issp.utils import timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,15 +40,13 @@ def network() -> nn.Module:
 @pytest.fixture
 def tiny(monkeypatch):
     """Every model becomes a very small EDSR, and nothing large is read between the calls."""
-    monkeypatch.setattr(models, "build", lambda name, scale: network())
-    monkeypatch.setattr(optim, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
-    monkeypatch.setitem(bandwidth._DEFAULT, "cpu", 1 << 16)
+    monkeypatch.setattr(optim.models, "build", lambda name, scale: network())
+    monkeypatch.setattr(settings, "CpuClock", lambda flush_bytes: timing.CpuClock(1 << 16))
+    monkeypatch.setitem(bandwidth.DEFAULT_BYTES, "cpu", 1 << 16)
 
 
 def command(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    return bench.main(parser.parse_args(words))
+    return bench.main(words)
 
 
 def cells(markdown: str) -> list[list[str]]:
@@ -48,19 +54,21 @@ def cells(markdown: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
-class TestTrainees:
-    @pytest.mark.parametrize("name", FAMILIES)
+class TestReplicas:
+    @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_a_copy_goes_on_bit_for_bit_and_shares_nothing(self, name):
-        start, gradients = settled(network(), FAMILIES[name], *PRUNING, steps=3)
-        copy = Trainee.of(network(), FAMILIES[name], "fused", True, *PRUNING)
-        copy.take(start)
-        copy.use(gradients)
-        for key in FAMILIES[name].moments:
-            mine, theirs = (x.moments(x.parameters(), key) for x in (copy, start))
-            assert not {x.data_ptr() for x in mine} & {x.data_ptr() for x in theirs}
+        start, gradients = steady_replica(network(), OPTIMIZERS[name], *PRUNING, steps=3)
+        copy = TrainingReplica.copy_of(network(), OPTIMIZERS[name], "fused", True, *PRUNING)
+        copy.copy_state_from(start)
+        copy.set_gradients(gradients)
+        for key in OPTIMIZERS[name].moments:
+            pointers = [
+                {m.data_ptr() for m in x.moments(x.parameters(), key)} for x in (copy, start)
+            ]
+            assert pointers[0].isdisjoint(pointers[1])
         gradients.renew()
-        for trainee in (copy, start):
-            trainee.optimizer.step()
+        for replica in (copy, start):
+            replica.optimizer.step()
         assert "bit-identical" in train.difference(copy, start)
 
     def test_gradients_change_in_place(self):
@@ -74,16 +82,16 @@ class TestTrainees:
         assert all((a != b).any() for a, b in zip(first, gradients.tensors, strict=True))
         assert 0.2e-3 < first[0].std() < 3e-3
 
-    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_the_op_alone_does_what_the_class_does(self, name):
-        family = FAMILIES[name]
-        start, gradients = settled(network(), family, *PRUNING, steps=2)
-        alone = Trainee.of(network(), family, "fused", False, *PRUNING)
-        whole = Trainee.of(network(), family, "issp", True, *PRUNING)
-        for trainee in (alone, whole):
-            trainee.take(start)
-            trainee.use(gradients)
-        call = alone.op(True)  # steps once, to leave thresholds behind
+        spec = OPTIMIZERS[name]
+        start, gradients = steady_replica(network(), spec, *PRUNING, steps=2)
+        alone = TrainingReplica.copy_of(network(), spec, "fused", False, *PRUNING)
+        whole = TrainingReplica.copy_of(network(), spec, "issp", True, *PRUNING)
+        for replica in (alone, whole):
+            replica.copy_state_from(start)
+            replica.set_gradients(gradients)
+        call = alone.fused_call(True)  # steps once, to leave thresholds behind
         whole.optimizer.step()
         gradients.renew()
         call()
@@ -92,25 +100,25 @@ class TestTrainees:
             assert torch.equal(x, y)
 
     def test_masks_apart_are_zero_in_weights_and_moments(self):
-        start, gradients = settled(network(), FAMILIES["adam"], *PRUNING, steps=2)
+        start, gradients = steady_replica(network(), OPTIMIZERS["adam"], *PRUNING, steps=2)
         masks = [mask.float() for mask in start.pruner.masks().values()]
-        trainee = Trainee.of(network(), FAMILIES["adam"], "fused", False, *PRUNING)
-        trainee.take(start)
-        trainee.use(gradients)
-        trainee.masked_apart(masks)()
-        chosen = trainee.prunable()
-        for tensors in (chosen, *(trainee.moments(chosen, x) for x in ("exp_avg", "exp_avg_sq"))):
+        replica = TrainingReplica.copy_of(network(), OPTIMIZERS["adam"], "fused", False, *PRUNING)
+        replica.copy_state_from(start)
+        replica.set_gradients(gradients)
+        replica.step_then_mask(masks)()
+        chosen = replica.prunable()
+        for tensors in (chosen, *(replica.moments(chosen, x) for x in ("exp_avg", "exp_avg_sq"))):
             assert all((x[m == 0] == 0).all() for x, m in zip(tensors, masks, strict=True))
             assert all((x[m == 1] != 0).any() for x, m in zip(tensors, masks, strict=True))
 
     @pytest.mark.parametrize(("name", "each"), [("adam", 28), ("adamw", 28), ("sgd", 20)])
     def test_bytes_of_an_update(self, name, each):
-        assert FAMILIES[name].traffic(1000) == each * 1000
-        assert FAMILIES[name].traffic(1000, pruned=800) == each * 1000 + 100
+        assert OPTIMIZERS[name].traffic(1000) == each * 1000
+        assert OPTIMIZERS[name].traffic(1000, pruned=800) == each * 1000 + 100
 
 
 class TestParity:
-    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("name", OPTIMIZERS)
     def test_passes(self, name):
         optim_parity.check([name], "cpu", 0.95, 0.95)
 
@@ -121,8 +129,7 @@ class TestParity:
             right(weights, *args)
             weights[1].view(-1)[5] *= 1 + 1e-6
 
-        found = property(lambda self: adam_soft_shrink_)
-        monkeypatch.setattr(type(FAMILIES["adam"]), "op", found)
+        monkeypatch.setattr(OptimizerSpec, "op", property(lambda self: adam_soft_shrink_))
         for name in ("optim", "train"):
             assert command(name, "--quick") == 1
             shown = capsys.readouterr()
@@ -137,15 +144,16 @@ class TestParity:
             self.param_groups[0]["params"][-1].data[3] += 1e-6
 
         monkeypatch.setattr(issp.optim.SGD, "step", wrong)
-        with pytest.raises(registry.ParityError, match="more than 2 ulp .SGD: weight 5, step 0, 1"):
+        with pytest.raises(ParityError, match="more than 2 ulp .SGD: weight 5, step 0, 1"):
             optim_parity.check(["sgd"], "cpu", 0.95, 0.95)
 
 
 @pytest.fixture(scope="module")
 def table(one_thread):
-    return optim.measure("tiny x2", network(), FAMILIES["adam"], FAST)
+    return optim.measure("tiny x2", network(), OPTIMIZERS["adam"], FAST)
 
 
+@pytest.mark.full
 class TestOptim:
     def test_has_every_variant_and_ratios_to_torchs_fused_optimizer(self, table):
         rows = cells(table.markdown())
@@ -154,18 +162,19 @@ class TestOptim:
         assert all(row[2] == "1" for row in rows[2:3])
         numbers = [cell.rstrip(" %") for row in rows[2:] for cell in row[1:]]
         assert all(cell in ("-", "0", "no kernel") or float(cell) > 0 for cell in numbers)
-        assert all(line.repetitions == 2 for line in table.lines if not line.missing)
+        assert all(row["runs"] == 2 for row in table.rows if row["warm"] != "no kernel")
 
     def test_counts_the_masks_bits_of_pruned_weights_alone(self, table):
         pruned = sum(m.weight.numel() for m in network().modules() if isinstance(m, nn.Conv2d))
-        update = table.line("torch Adam fused").traffic
-        assert update == 28 * sum(p.numel() for p in network().parameters())
+        numel = sum(p.numel() for p in network().parameters())
+        update = table.row("torch Adam fused")["traffic"] * numel
+        assert update == 28 * numel
         for name in (
             "issp op alone",
             "issp Adam, pruner attached",
             "torch Adam fused, then foreach masks",
         ):
-            assert table.line(name).traffic == update + pruned / 8
+            assert table.row(name)["traffic"] * numel == pytest.approx(update + pruned / 8)
 
     def test_says_which_path_the_class_took(self, table):
         text = table.markdown()
@@ -178,13 +187,13 @@ class TestOptim:
 
     def test_an_op_without_a_kernel_is_named_not_timed(self, monkeypatch):
         monkeypatch.setattr(backends, "by_reference", lambda device: ["adam_soft_shrink_"])
-        table = optim.measure("tiny x2", network(), FAMILIES["adam"], FAST)
+        table = optim.measure("tiny x2", network(), OPTIMIZERS["adam"], FAST)
         rows = {row[0]: row for row in cells(table.markdown())}
         for name in ("issp op alone", "issp op alone, cold start"):
             assert rows[name][1] == "no kernel" and rows[name][-1] == "0"
 
     def test_a_variant_that_fails_becomes_a_note(self):
-        def fail(trainee, masks):
+        def fail(replica, masks):
             def call():
                 raise RuntimeError("no such kernel")
 
@@ -192,7 +201,7 @@ class TestOptim:
 
         broken = optim.Variant("broken {}", "fused", "update", fail)
         few = [optim.VARIANTS[0], broken]
-        table = optim.measure("tiny x2", network(), FAMILIES["adam"], FAST, few)
+        table = optim.measure("tiny x2", network(), OPTIMIZERS["adam"], FAST, few)
         assert "broken Adam could not be timed, cold: no such kernel." in table.markdown()
 
     def test_command_writes_tables_picture_and_samples(self, tiny, capsys, tmp_path):
@@ -205,50 +214,57 @@ class TestOptim:
         assert "### edsr-l x4, SGD: 12 tensors" in files["md"].read_text()
         assert files["png"].read_bytes().startswith(b"\x89PNG")
         (record,) = json.loads(files["json"].read_text())
-        assert len(record["seconds"]) == len(optim.VARIANTS)
+        assert len(record["rows"]) == len(optim.VARIANTS)
 
 
 @pytest.fixture(scope="module")
-def report(one_thread):
-    settings = train.Settings(*PRUNING, "cpu", batch=1, patch=8, seconds=0.1, settle=2)
-    return train.measure("tiny x2", network(), 2, settings)
+def variants(one_thread):
+    sparsity, shrink = PRUNING
+    chosen = train.Settings(
+        sparsity=sparsity, shrink=shrink, device="cpu", batch=1, patch=8, seconds=0.1, settle=2
+    )
+    data = train.Data(2, "cpu")
+    variants = train.make_variants(network(), data, chosen)
+    train.time_iterations(variants, data, chosen)
+    return variants
 
 
+@pytest.mark.full
 class TestTrain:
-    def test_measures_every_way_on_the_same_rounds(self, report):
-        rows = cells(report.markdown())
+    def test_measures_every_variant_on_the_same_rounds(self, variants):
+        rows = cells(train.table("title", "machine", variants, []).markdown())
         names = [train.DENSE, train.AFTER, train.FUSED, train.AUTHORS]
         assert [row[0] for row in rows[2:]] == names
         assert rows[2][2] == "1" and rows[2][6] == "-"
-        dense, after, fused, authors = report.lanes
+        dense, after, fused, authors = variants
         assert dense.whole.keys() == after.whole.keys() == fused.whole.keys()
         assert authors.whole.keys() <= dense.whole.keys() and 0 in authors.whole
-        for lane in report.lanes:
-            assert all(0 < lane.update[i] < t for i, t in lane.whole.items())
+        for variant in variants:
+            assert all(0 < variant.update[i] < t for i, t in variant.whole.items())
 
-    def test_sparse_ways_end_alike(self, report):
-        after, fused = (lane.trainee for lane in report.lanes[1:3])
+    def test_sparse_variants_end_alike(self, variants):
+        after, fused = (variant.replica for variant in variants[1:3])
         for one, other in zip(after.parameters(), fused.parameters(), strict=True):
             # torch's kernels round the last few elements of a tensor in another order.
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-        assert re.search(r"The two sparse variants (are bit-identical|differ in)", report.notes[-1])
+        text = train.difference(after, fused)
+        assert re.match(r"The two sparse variants (are bit-identical|differ in)", text)
 
     def test_ratios_are_taken_round_by_round(self):
-        slow = train.Lane("slow", None)
-        dense = train.Lane("dense", None)
+        slow = train.TrainVariant("slow", None)
+        dense = train.TrainVariant("dense", None)
         for i in range(5):
             dense.whole[i], slow.whole[i] = 1.0 + i, 1.5 * (1.0 + i)
             dense.update[i], slow.update[i] = 0.1, 0.3
-        report = train.Report("title", "machine", [dense, slow], [])
-        assert report.ratios(slow) == [1.5] * 5
-        assert report.pruning(slow) == pytest.approx(0.2)
-        row = cells(report.markdown())[-1]
+        assert train.ratios(slow, dense) == [1.5] * 5
+        assert train.pruning_seconds(slow, dense) == pytest.approx(0.2)
+        row = cells(train.table("title", "machine", [dense, slow], []).markdown())[-1]
         assert row == ["slow", "4500", "1.5", "1.5 to 1.5", "300", "6.7 %", "200", "6.7 %", "5"]
 
     def test_a_difference_is_counted_and_named(self):
-        start, _ = settled(network(), FAMILIES["adam"], *PRUNING, steps=2)
-        copy = Trainee.of(network(), FAMILIES["adam"], "fused", True, *PRUNING)
-        copy.take(start)
+        start, _ = steady_replica(network(), OPTIMIZERS["adam"], *PRUNING, steps=2)
+        copy = TrainingReplica.copy_of(network(), OPTIMIZERS["adam"], "fused", True, *PRUNING)
+        copy.copy_state_from(start)
         with torch.no_grad():
             copy.model.conv_last.weight[0, 0, 0, 0] += 0.5
             copy.moments(copy.parameters(), "exp_avg_sq")[0].view(-1)[:2] += 1
@@ -270,7 +286,8 @@ class TestTrain:
         assert "### training swinir-light x2: 1259 weights, batch 1, patch 8 (LR)" in text
         assert files["png"].read_bytes().startswith(b"\x89PNG")
         (record,) = json.loads(files["json"].read_text())
-        assert record["seconds"][train.FUSED].keys() == {"iteration", "update"}
+        row = next(row for row in record["rows"] if row["what"] == train.FUSED)
+        assert row["seconds"].keys() == {"round", "iteration", "update"}
 
 
 @pytest.mark.parametrize(
@@ -290,14 +307,19 @@ def test_bad_input_is_one_sentence_and_status_2(words, sentence, capsys):
     assert sentence in shown.err and shown.err.count("\n") == 1 and shown.out == ""
 
 
-@pytest.mark.parametrize("name", registry.benchmarks())
+@pytest.mark.parametrize("name", bench.BENCHMARKS)
 def test_help_shows_an_example_that_parses(name, capsys):
     with pytest.raises(SystemExit) as stop:
         command(name, "--help")
     assert stop.value.code == 0
-    examples = re.findall(r"issp bench (.*)", capsys.readouterr().out)
-    parser = argparse.ArgumentParser()
-    bench.add_arguments(parser)
-    own = [words.split() for words in examples if words.startswith(name)]
-    assert own and all(parser.parse_args(words).benchmark == name for words in own)
-    assert step.EXAMPLE.count("issp bench step") == 3
+    examples = re.findall(r"python -m bench (.*)", capsys.readouterr().out)
+    own = [words.split() for words in examples if words.startswith(f"{name} -")]
+    assert own and all(bench.parse(words)[1].benchmark == name for words in own)
+    assert step.EXAMPLE.count("python -m bench step") == 3
+
+
+def test_only_the_benchmark_that_is_run_is_imported():
+    code = "import sys, bench; bench.BENCHMARKS; sys.exit(any(x in sys.modules for x in MODULES))"
+    modules = ["torch", *(f"bench.{name}" for name in bench.BENCHMARKS)]
+    done = subprocess.run([sys.executable, "-c", code.replace("MODULES", repr(modules))])
+    assert done.returncode == 0

@@ -1,4 +1,4 @@
-"""The calls that are timed: our products, dense ones of every precision and layout, torch's sparse.
+"""The calls that are timed: our ops, dense ones of every precision and layout, torch's sparse.
 
 A step is forward, the gradient of the input and that of the weight (its kept values, if sparse).
 """
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.products.forms import Sparse
-from bench.products.layers import Layer
+from bench.sparse.forms import SparseWeight
+from bench.sparse.layers import Layer
 from issp import ops
 from issp.ops import semi_structured
 from issp.ops.keep import Keep
@@ -27,12 +27,14 @@ DTYPES = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-_UNFOLDED = 512 << 20  # bytes of the unfolded input beyond which a convolution by CSR is left out
+MOST_UNFOLDED = (
+    512 << 20
+)  # bytes of the unfolded input beyond which a convolution by CSR is left out
 
 
 @dataclass(frozen=True)
-class Dense:
-    """One way torch computes the dense product.
+class DenseVariant:
+    """One way in which torch computes the dense op.
 
     Attributes:
         precision: see `Form`.
@@ -56,7 +58,7 @@ class Dense:
 
 
 @dataclass
-class Data:
+class LayerTensors:
     """Input, output gradient and dense weight of a layer, float32."""
 
     layer: Layer
@@ -65,7 +67,7 @@ class Data:
     grad: Tensor
 
     @classmethod
-    def of(cls, layer: Layer, device: str, seed: int = 0) -> Data:
+    def of(cls, layer: Layer, device: str, seed: int = 0) -> LayerTensors:
         """Normal numbers; the weight's are scaled like an initialisation."""
         random = torch.Generator().manual_seed(seed)
         shapes = (layer.x, layer.weight, layer.y)
@@ -73,22 +75,22 @@ class Data:
         return cls(layer, x, weight / weight[0].numel() ** 0.5, grad)
 
 
-def dense_variants(layer: Layer, device: str) -> list[Dense]:
-    """Every precision and layout of the dense product that this machine offers."""
+def dense_variants(layer: Layer, device: str) -> list[DenseVariant]:
+    """Every precision and layout of the dense op that this machine offers."""
     labels = {"fp32": "", **({"tf32": "", "bf16": "", "fp16": ""} if device == "cuda" else {})}
     if device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         labels["bf16"] = "bf16 AMX" if torch.cpu._is_amx_tile_supported() else "bf16"
     layouts = (False, True) if layer.conv else (False,)
-    found = [
-        Dense(precision, last, label=label)
+    variants = [
+        DenseVariant(precision, last, label=label)
         for precision, label in labels.items()
         for last in layouts
     ]
     if layer.conv and layer.weight[2:] == (1, 1):
-        found += [Dense(p, matmul=True, label=label) for p, label in labels.items()]
+        variants += [DenseVariant(p, matmul=True, label=label) for p, label in labels.items()]
     if layer.conv and device == "cuda":
-        found += [Dense(precision, search=False) for precision in ("fp32", "tf32")]
-    return found
+        variants += [DenseVariant(precision, search=False) for precision in ("fp32", "tf32")]
+    return variants
 
 
 def set_precision(precision: str, search: bool = True) -> None:
@@ -98,7 +100,7 @@ def set_precision(precision: str, search: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def switches() -> Iterator[None]:
+def keep_switches() -> Iterator[None]:
     """Leaves torch's switches as they were."""
     matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     before = matmul.fp32_precision, conv.fp32_precision, torch.backends.cudnn.benchmark
@@ -114,8 +116,8 @@ def _switch(matmul: str, conv: str, search: bool) -> None:
     torch.backends.cudnn.benchmark = search
 
 
-def product(layer: Layer, matmul: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
-    """The dense product of one layer, from x and weight."""
+def dense_op(layer: Layer, matmul: bool = False) -> Callable[[Tensor, Tensor], Tensor]:
+    """The dense op of one layer, from x and weight."""
     if not layer.conv:
         return F.linear
     if matmul:
@@ -124,7 +126,7 @@ def product(layer: Layer, matmul: bool = False) -> Callable[[Tensor, Tensor], Te
     return lambda x, w: F.conv2d(x, w, padding=padding)
 
 
-def dense_call(data: Data, variant: Dense, name: str) -> Callable[[], object]:
+def dense_call(data: LayerTensors, variant: DenseVariant, name: str) -> Callable[[], object]:
     """What is timed of a dense variant; `name` is one of `PASSES`."""
     dtype = DTYPES[variant.precision]
     layout = torch.channels_last if variant.channels_last else torch.contiguous_format
@@ -132,26 +134,26 @@ def dense_call(data: Data, variant: Dense, name: str) -> Callable[[], object]:
         t.to(dtype, memory_format=layout, copy=True) if data.layer.conv else t.to(dtype, copy=True)
         for t in (data.x, data.weight, data.grad)
     )
-    call = product(data.layer, variant.matmul)
+    call = dense_op(data.layer, variant.matmul)
     return _timed(lambda: call(x, weight), (x, weight), grad, name)
 
 
-def sparse_product(layer: Layer, sparse: Sparse) -> Callable[[Tensor], Tensor]:
-    """Our product of one layer, from x."""
-    nm = hasattr(sparse.p, "keep")
+def sparse_op(layer: Layer, sparse: SparseWeight) -> Callable[[Tensor], Tensor]:
+    """Our op of one layer, from x."""
+    nm = hasattr(sparse.packed, "keep")
     if not layer.conv:
         call = ops.nm_matmul if nm else ops.sparse_matmul
-        return lambda x: call(x, sparse.p)
+        return lambda x: call(x, sparse.packed)
     call, padding = (ops.nm_conv2d if nm else ops.sparse_conv2d), layer.padding
-    return lambda x: call(x, sparse.p, padding=padding)
+    return lambda x: call(x, sparse.packed, padding=padding)
 
 
-def sparse_call(data: Data, sparse: Sparse, name: str) -> Callable[[], object]:
+def sparse_call(data: LayerTensors, sparse: SparseWeight, name: str) -> Callable[[], object]:
     """What is timed of ours; the tensors have the dtype of the packed values."""
-    dtype = sparse.p.values.dtype
+    dtype = sparse.packed.values.dtype
     x, grad = (t.to(dtype, copy=True) for t in (data.x, data.grad))
-    call = sparse_product(data.layer, sparse)
-    return _timed(lambda: call(x), (x, sparse.p.values), grad, name)
+    call = sparse_op(data.layer, sparse)
+    return _timed(lambda: call(x), (x, sparse.packed.values), grad, name)
 
 
 def _timed(
@@ -171,7 +173,7 @@ def _timed(
     return step
 
 
-def csr_call(data: Data, sparse: Sparse) -> Callable[[], object]:
+def csr_call(data: LayerTensors, sparse: SparseWeight) -> Callable[[], object]:
     """torch's sparse CSR product, forward; a convolution goes through the unfolded input.
 
     Raises:
@@ -185,7 +187,7 @@ def csr_call(data: Data, sparse: Sparse) -> Callable[[], object]:
         x = data.x.flatten(0, -2)
         return torch.no_grad()(lambda: torch.mm(weight, x.t()).t())
     nbytes = 4 * layer.applications * weight.shape[1]
-    if nbytes > _UNFOLDED:
+    if nbytes > MOST_UNFOLDED:
         raise ValueError(f"the unfolded input takes {nbytes / 1e9:.2g} GB")
     x, kernel, padding = data.x, layer.weight[2:], layer.padding
     if x.shape[0] != 1:
@@ -199,7 +201,7 @@ def csr_call(data: Data, sparse: Sparse) -> Callable[[], object]:
     return conv
 
 
-def two_four_call(data: Data, dtype: torch.dtype) -> Callable[[], object]:
+def two_four_call(data: LayerTensors, dtype: torch.dtype) -> Callable[[], object]:
     """torch's semi-structured 2:4 product of a linear layer, forward, on a GPU.
 
     Raises:

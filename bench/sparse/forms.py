@@ -12,8 +12,8 @@ from torch import Tensor
 from issp import ops
 from issp.ops.keep import Keep
 
-_CLOSE = 0.02  # a pattern that keeps this share more than asked is as good as exact
-_FARTHEST = 1.0  # one that keeps twice as much as asked is not that sparsity any more
+_CLOSE = 0.02  # a pattern that keeps up to this share more than asked counts as exact
+_FARTHEST = 1.0  # one that keeps more than twice as much as asked is not used
 
 
 @dataclass(frozen=True)
@@ -41,28 +41,28 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Sparse:
+class SparseWeight:
     """A packed weight.
 
     Attributes:
-        p: NMTensor or SparseRows.
+        packed: NMTensor or SparseRows.
         dense: the same weight with its zeros, [O, I, ...].
         label: the pattern and what it prunes: "13:128 (89.84 %)".
     """
 
-    p: Any
+    packed: Any
     dense: Tensor
     label: str
 
     @property
     def nbytes(self) -> int:
         """What a product reads of it."""
-        return sum(t.nbytes for t in (self.p.values, self.p.col_indices, self.p.crow_indices))
+        return sum(t.nbytes for t in (self.packed.values, self.packed.columns, self.packed.starts))
 
     @property
     def weights(self) -> int:
         """How many weights are stored."""
-        return self.p.values.numel()
+        return self.packed.values.numel()
 
 
 def forms(device: str, rows: list[int] | None = None) -> list[Form]:
@@ -71,56 +71,56 @@ def forms(device: str, rows: list[int] | None = None) -> list[Form]:
     Args:
         device: "cpu" or "cuda".
         rows: values of v; default 1 and 4, on a GPU also 8, 16 and 32. From 16 on a GPU's tensor
-            cores do the work, so that TF32 and bfloat16 are what is of interest.
+            cores compute, with TF32 and bfloat16.
     """
     if rows is None:
         rows = [1, 4, 8, 16, 32] if device == "cuda" else [1, 4]
-    found = [Form(nm=False)] if 1 in rows else []
+    chosen = [Form(nm=False)] if 1 in rows else []
     for v in rows:
         tensor_cores = device == "cuda" and v >= 16
-        found += [Form(v, precision=p) for p in (("tf32", "bf16") if tensor_cores else ("fp32",))]
-    return found
+        chosen += [Form(v, precision=p) for p in (("tf32", "bf16") if tensor_cores else ("fp32",))]
+    return chosen
 
 
-def pattern(channels: int, sparsity: float) -> tuple[int, int] | None:
+def nm_pattern(channels: int, sparsity: float) -> tuple[int, int] | None:
     """N and M with M a divisor of `channels`: the smallest M that prunes nearly as much as asked.
 
     Never more than asked, so that a time is not flattered: 90 % of 256 channels is 13:128
     (89.84 %), of 60 channels 1:10. None where the sparsest keeps more than twice as much as asked.
     """
     wanted = round(1 - sparsity, 12)
-    found = []
+    candidates = []
     for m in (m for m in range(2, channels + 1) if channels % m == 0):
         n = math.ceil(wanted * m - 1e-9)
         if n < m:
-            found.append((n / m / wanted - 1, m, n))
-    least = min(found, default=(math.inf,))[0]
+            candidates.append((n / m / wanted - 1, m, n))
+    least = min(candidates, default=(math.inf,))[0]
     if least > _FARTHEST:
         return None
-    return next((n, m) for excess, m, n in found if excess <= max(_CLOSE, least))
+    return next((n, m) for excess, m, n in candidates if excess <= max(_CLOSE, least))
 
 
-def unfit(form: Form, shape: tuple[int, ...], sparsity: float) -> str | None:
+def unsupported_reason(form: Form, shape: tuple[int, ...], sparsity: float) -> str | None:
     """Why a weight cannot have that form at that sparsity, or None."""
     if shape[0] % form.v:
         return f"v={form.v} does not divide {shape[0]} outputs"
-    if form.nm and pattern(shape[1], sparsity) is None:
+    if form.nm and nm_pattern(shape[1], sparsity) is None:
         return f"no N:M of {shape[1]} input channels prunes about {100 * sparsity:g} %"
     return None
 
 
-def make(weight: Tensor, form: Form, sparsity: float) -> Sparse:
+def make(weight: Tensor, form: Form, sparsity: float) -> SparseWeight:
     """Prunes and packs a weight.
 
     Args:
         weight: [O, I, ...], dense; is left as it is.
-        form: fits it, see `unfit`.
+        form: fits it, see `unsupported_reason`.
         sparsity: in 0..1.
     """
     if form.nm:
-        keep = Keep(*pattern(weight.shape[1], sparsity), v=form.v)
+        keep = Keep(*nm_pattern(weight.shape[1], sparsity), v=form.v)
         pruned = ops.nm_prune(weight, keep)
-        return Sparse(
+        return SparseWeight(
             ops.nm_pack(pruned, keep), pruned, f"{keep.n}:{keep.of} ({100 * keep.sparsity:.4g} %)"
         )
     shared = weight.view(-1, form.v, weight[0].numel())
@@ -131,4 +131,4 @@ def make(weight: Tensor, form: Form, sparsity: float) -> Sparse:
         keep.view(-1)[sums.flatten().topk(k, largest=False).indices] = 0
     pruned = (shared * keep).view(weight.shape)
     label = f"{100 * k / sums.numel():.4g} %"
-    return Sparse(ops.sparse_pack(pruned, form.v), pruned, label)
+    return SparseWeight(ops.sparse_pack(pruned, form.v), pruned, label)

@@ -1,4 +1,4 @@
-"""The layers whose products are timed: those of the networks at an image size, or given ones."""
+"""The layers that are timed: those of the networks at an image size, or of chosen shapes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Layer:
-    """One product: a weight and the shape of what it is applied to.
+    """One sparse conv or matmul: a weight and the shape of what it is applied to.
 
     Attributes:
         weight: [O, I] of a linear layer, [O, I, kh, kw] of a convolution (stride 1, padded so that
             the size stays).
         x: shape of the input, [..., I] or [N, I, H, W].
         models: where it occurs.
-        groups: of the convolution; only 1 has a sparse product.
+        groups: of the convolution; only 1 has a sparse op.
     """
 
     weight: Shape
@@ -69,7 +69,7 @@ class Layer:
         return f"{kernel} {inputs}->{outputs}{grouped} at {size}"
 
     def cut(self, flops: float) -> Layer:
-        """The same on fewer pixels or tokens, so that the dense product needs at most `flops`."""
+        """The same on fewer pixels or tokens, so that the dense op needs at most `flops`."""
         share = flops / (2.0 * math.prod(self.weight) * self.applications)
         if share >= 1:
             return self
@@ -120,7 +120,9 @@ def _seen(network: nn.Module, height: int, width: int, conv: bool) -> list[tuple
     return list(seen)
 
 
-def given(shapes: Sequence[Shape], sizes: Sequence[tuple[int, int]], conv: bool) -> list[Layer]:
+def from_shapes(
+    shapes: Sequence[Shape], sizes: Sequence[tuple[int, int]], conv: bool
+) -> list[Layer]:
     """Layers of these weights at these image sizes; a linear layer sees a token per pixel.
 
     Raises:
@@ -140,7 +142,7 @@ def given(shapes: Sequence[Shape], sizes: Sequence[tuple[int, int]], conv: bool)
     ]
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def parse_numbers(text: str) -> tuple[int, ...]:
     """Parses "256x256x3x3".
 
     Raises:
@@ -151,13 +153,13 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split("x")))
 
 
-def size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     """Parses an image size: "48" for 48x48, or "48x64", height first.
 
     Raises:
         ValueError: it is something else.
     """
-    sides = numbers(text)
+    sides = parse_numbers(text)
     if len(sides) > 2:
         raise ValueError(f"{text!r} is no image size: give 48 or 48x64, height first")
     return sides[0], sides[-1]

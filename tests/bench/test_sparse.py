@@ -1,16 +1,16 @@
-"""What `issp bench conv` and `matmul` time: layers, patterns, calls, and their refusal if wrong."""
+"""What `python -m bench conv` and `matmul` time: layers, patterns, calls; refusal if wrong."""
 
 import math
 
 import pytest
 import torch
 
-from bench.harness import registry
-from bench.products import calls, forms, measure, parity
-from bench.products import layers as products_layers
-from bench.products.calls import Data, Dense
-from bench.products.forms import Form
-from bench.products.layers import Layer
+from bench.harness.errors import ParityError
+from bench.sparse import calls, forms, measure, parity
+from bench.sparse import layers as sparse_layers
+from bench.sparse.calls import DenseVariant, LayerTensors
+from bench.sparse.forms import Form
+from bench.sparse.layers import Layer
 from issp import Keep, num_pruned, ops
 from issp.sr import shapes
 
@@ -22,16 +22,18 @@ LINEAR = Layer((8, 8), (2, 5, 8))
 
 class TestLayers:
     @pytest.mark.parametrize("model", measure.MODELS)
+    @pytest.mark.full
     def test_every_prunable_shape_is_met(self, model):
         both = [
             layer
             for conv in (True, False)
-            for layer in products_layers.of_models([model], [(16, 16)], conv)
+            for layer in sparse_layers.of_models([model], [(16, 16)], conv)
         ]
         assert {layer.weight for layer in both} == set(shapes.prunable_shapes(model))
 
+    @pytest.mark.full
     def test_sizes_are_those_inside_the_network(self):
-        layers = products_layers.of_models(["edsr-l"], [(48, 64)], conv=True)
+        layers = sparse_layers.of_models(["edsr-l"], [(48, 64)], conv=True)
         assert [layer.name for layer in layers] == [
             "3x3 3->256 at 48x64",
             "3x3 256->256 at 48x64",
@@ -39,17 +41,17 @@ class TestLayers:
             "3x3 256->1024 at 96x128",
             "3x3 256->3 at 192x256",
         ]
-        linear = products_layers.of_models(["swinir-light"], [(16, 24)], conv=False)
+        linear = sparse_layers.of_models(["swinir-light"], [(16, 24)], conv=False)
         assert {layer.applications for layer in linear} == {16 * 24}
 
     def test_a_layer_of_two_networks_is_one(self):
-        layers = products_layers.of_models(["edsr-l", "edsr-l"], [(8, 8)], conv=True)
+        layers = sparse_layers.of_models(["edsr-l", "edsr-l"], [(8, 8)], conv=True)
         assert len(layers) == 5 and all(layer.models == ("edsr-l",) for layer in layers)
 
     @pytest.mark.parametrize("layer", [CONV, LINEAR, Layer((4, 2, 1, 1), (1, 2, 3, 7))])
     def test_output_shape_is_torchs(self, layer):
         x, weight = torch.zeros(layer.x), torch.zeros(layer.weight)
-        assert calls.product(layer)(x, weight).shape == layer.y
+        assert calls.dense_op(layer)(x, weight).shape == layer.y
         assert layer.applications * layer.weight[0] == math.prod(layer.y)
 
     def test_a_large_layer_is_cut_for_the_check(self):
@@ -63,13 +65,13 @@ class TestLayers:
     @pytest.mark.parametrize("text", ["", "48x", "x48", "4 8", "-3", "0x48", "1e3"])
     def test_bad_numbers_are_refused(self, text):
         with pytest.raises(ValueError, match="is not a product of positive numbers"):
-            products_layers.numbers(text)
+            sparse_layers.parse_numbers(text)
 
     def test_sizes_are_parsed(self):
-        assert products_layers.size("48") == (48, 48)
-        assert products_layers.size("48x64") == (48, 64)
+        assert sparse_layers.parse_size("48") == (48, 48)
+        assert sparse_layers.parse_size("48x64") == (48, 64)
         with pytest.raises(ValueError, match="'4x4x4' is no image size"):
-            products_layers.size("4x4x4")
+            sparse_layers.parse_size("4x4x4")
 
 
 class TestForms:
@@ -90,12 +92,12 @@ class TestForms:
         ],
     )
     def test_pattern(self, channels, sparsity, pattern):
-        assert forms.pattern(channels, sparsity) == pattern
+        assert forms.nm_pattern(channels, sparsity) == pattern
 
     @pytest.mark.parametrize("channels", [2, 3, 5, 60, 64, 120, 180, 256, 720])
     @pytest.mark.parametrize("sparsity", measure.SPARSITIES)
     def test_patterns_divide_and_never_prune_more_than_asked(self, channels, sparsity):
-        found = forms.pattern(channels, sparsity)
+        found = forms.nm_pattern(channels, sparsity)
         if found:
             n, m = found
             assert channels % m == 0 and 1 - n / m <= sparsity + 1e-12
@@ -108,7 +110,7 @@ class TestForms:
         assert sparse.weights == kept and sparse.label == "90.02 %"
         smallest = weight.abs()[sparse.dense == 0].max()
         assert smallest <= weight.abs()[sparse.dense != 0].min()
-        assert torch.equal(sparse.p.to_dense(), sparse.dense)
+        assert torch.equal(sparse.packed.to_dense(), sparse.dense)
 
     def test_rows_that_share_what_they_keep_are_exact_too(self):
         weight = torch.randn(16, 8, 3, 3)
@@ -117,22 +119,22 @@ class TestForms:
         kept = (sparse.dense.view(4, 4, 72) != 0).all(1)
         assert kept.sum() == 288 - num_pruned(288, 0.9) and sparse.label == "90.28 %"
         assert sums[~kept].max() <= sums[kept].min()
-        assert sparse.weights == 4 * kept.sum() and sparse.p.values.shape[1] == 4
-        assert torch.equal(sparse.p.to_dense(), sparse.dense)
+        assert sparse.weights == 4 * kept.sum() and sparse.packed.values.shape[1] == 4
+        assert torch.equal(sparse.packed.to_dense(), sparse.dense)
 
     @pytest.mark.parametrize("v", [1, 4])
     def test_nm_is_the_pattern(self, v):
         weight = torch.randn(16, 20, 3, 3)
         sparse = forms.make(weight, Form(v), 0.9)
-        assert sparse.label == "1:10 (90 %)" and sparse.p.keep == Keep(1, of=10, v=v)
+        assert sparse.label == "1:10 (90 %)" and sparse.packed.keep == Keep(1, of=10, v=v)
         assert sparse.weights == weight.numel() // 10
-        assert torch.equal(sparse.p.to_dense(), sparse.dense)
+        assert torch.equal(sparse.packed.to_dense(), sparse.dense)
 
     def test_what_does_not_fit_is_named(self):
-        assert forms.unfit(Form(4), (3, 64), 0.5) == "v=4 does not divide 3 outputs"
-        why = forms.unfit(Form(1), (64, 3, 3, 3), 0.95)
-        assert why == "no N:M of 3 input channels prunes about 95 %"
-        assert forms.unfit(Form(nm=False), (3, 3), 0.95) is None
+        assert forms.unsupported_reason(Form(4), (3, 64), 0.5) == "v=4 does not divide 3 outputs"
+        reason = forms.unsupported_reason(Form(1), (64, 3, 3, 3), 0.95)
+        assert reason == "no N:M of 3 input channels prunes about 95 %"
+        assert forms.unsupported_reason(Form(nm=False), (3, 3), 0.95) is None
 
     def test_gpus_time_tensor_cores_from_v_16_on(self):
         assert [form.name for form in forms.forms("cpu")] == [
@@ -147,39 +149,39 @@ class TestForms:
 class TestCalls:
     @pytest.mark.parametrize("layer", [CONV, LINEAR, Layer((8, 4, 1, 1), (1, 4, 5, 3))])
     def test_every_dense_variant_computes_the_same(self, layer):
-        data = Data.of(layer, "cpu")
+        data = LayerTensors.of(layer, "cpu")
         for name in calls.PASSES:
             variants = calls.dense_variants(layer, "cpu")
             found = [calls.dense_call(data, v, name)() for v in variants]
             for variant, result in zip(variants, found, strict=True):
                 result, first = ((r,) if name == "forward" else r for r in (result, found[0]))
                 close = {"rtol": 0.05, "atol": 0.1} if variant.precision == "bf16" else {}
-                for mine, theirs in zip(result, first, strict=True):
-                    torch.testing.assert_close(mine.float(), theirs, **close)
+                for actual, expected in zip(result, first, strict=True):
+                    torch.testing.assert_close(actual.float(), expected, **close)
 
     @pytest.mark.parametrize("layer", [CONV, LINEAR])
     @pytest.mark.parametrize("form", [Form(nm=False), Form(1), Form(4)])
     def test_a_step_gives_the_gradients_of_input_and_kept_weights(self, layer, form):
-        data = Data.of(layer, "cpu")
+        data = LayerTensors.of(layer, "cpu")
         sparse = forms.make(data.weight, form, 0.5)
         dx, dw = calls.sparse_call(data, sparse, "step")()
         data.weight = sparse.dense
-        dense_dx, dense_dw = calls.dense_call(data, Dense(), "step")()
+        dense_dx, dense_dw = calls.dense_call(data, DenseVariant(), "step")()
         torch.testing.assert_close(dx, dense_dx)
         torch.testing.assert_close(dw, parity.kept(dense_dw, sparse))
 
     @pytest.mark.parametrize("layer", [CONV, LINEAR, Layer((8, 4, 1, 1), (1, 4, 5, 3))])
     def test_torchs_sparse_product_is_the_same_product(self, layer):
-        data = Data.of(layer, "cpu")
+        data = LayerTensors.of(layer, "cpu")
         sparse = forms.make(data.weight, Form(nm=False), 0.5)
         found = calls.csr_call(data, sparse)().view(layer.y)
-        torch.testing.assert_close(found, calls.product(layer)(data.x, sparse.dense))
+        torch.testing.assert_close(found, calls.dense_op(layer)(data.x, sparse.dense))
 
     def test_a_large_unfolded_input_is_left_out(self, monkeypatch):
-        monkeypatch.setattr(calls, "_UNFOLDED", 100)
+        monkeypatch.setattr(calls, "MOST_UNFOLDED", 100)
         sparse = forms.make(torch.randn(CONV.weight), Form(nm=False), 0.5)
         with pytest.raises(ValueError, match="the unfolded input takes"):
-            calls.csr_call(Data.of(CONV, "cpu"), sparse)
+            calls.csr_call(LayerTensors.of(CONV, "cpu"), sparse)
 
     def test_one_by_one_is_also_timed_as_a_matrix_product(self):
         names = [v.name for v in calls.dense_variants(Layer((8, 4, 1, 1), CONV.x), "cpu")]
@@ -190,7 +192,7 @@ class TestParity:
     @pytest.mark.parametrize("layer", [CONV, LINEAR])
     @pytest.mark.parametrize("form", [Form(nm=False), Form(1), Form(4), Form(4, precision="bf16")])
     def test_passes(self, layer, form):
-        data = Data.of(layer, "cpu")
+        data = LayerTensors.of(layer, "cpu")
         weight = data.weight.to(calls.DTYPES[form.precision])
         parity.check(data, forms.make(weight, form, 0.5), form)
 
@@ -206,9 +208,9 @@ class TestParity:
     def test_what_is_wrong_is_refused(self, monkeypatch, op, wrong, named):
         right = getattr(ops, op)
         monkeypatch.setattr(ops, op, lambda *args, **kw: wrong(right(*args, **kw)))
-        data = Data.of(CONV, "cpu")
+        data = LayerTensors.of(CONV, "cpu")
         sparse = forms.make(data.weight, Form(nm=False), 0.5)
-        with pytest.raises(registry.ParityError, match=named):
+        with pytest.raises(ParityError, match=named):
             parity.check(data, sparse, Form(nm=False))
 
     def test_a_wrong_gradient_of_the_values_is_refused(self, monkeypatch):
@@ -218,9 +220,9 @@ class TestParity:
             return right(x, p) + (p.values.sum() - p.values.detach().sum()) * 1e-3
 
         monkeypatch.setattr(ops, "sparse_matmul", wrong)
-        data = Data.of(LINEAR, "cpu")
+        data = LayerTensors.of(LINEAR, "cpu")
         sparse = forms.make(data.weight, Form(nm=False), 0.5)
-        with pytest.raises(registry.ParityError, match="the gradient of the values is off"):
+        with pytest.raises(ParityError, match="the gradient of the values is off"):
             parity.check(data, sparse, Form(nm=False))
 
 

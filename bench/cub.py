@@ -1,4 +1,4 @@
-"""CUB's DeviceTopK as a peer: compiled on the spot where the CUDA toolkit has it (CCCL 3.2)."""
+"""CUB's DeviceTopK as a baseline: compiled on the spot where the CUDA toolkit has it (CCCL 3.2)."""
 
 from __future__ import annotations
 
