@@ -104,7 +104,7 @@ part_info() {
   if command -v nvidia-smi >/dev/null; then
     run 20 summary.txt nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem,power.limit --format=csv || status=1
   fi
-  run 60 summary.txt "$PYTHON" bench/describe.py || status=1
+  run 60 summary.txt "$PYTHON" -m bench.describe || status=1
   return $status
 }
 
@@ -128,7 +128,7 @@ part_sanitize() {
   for check in memcheck racecheck synccheck; do
     # The caching allocator would hide what lies beyond the end of a tensor.
     run 60 log.txt env ISSP_STRICT=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
-      compute-sanitizer --tool "$check" --error-exitcode 9 "$PYTHON" bench/sanitize.py || status=1
+      compute-sanitizer --tool "$check" --error-exitcode 9 "$PYTHON" -m bench.sanitize || status=1
   done
   return $status
 }
@@ -137,7 +137,7 @@ part_bench() {
   # Benchmarks in processes of their own, each with its limit; bench.md says which failed.
   local only=()
   [[ -z ${BENCH:-} ]] || read -ra only <<<"--only $BENCH"
-  run 420 log.txt env ISSP_STRICT=1 "$PYTHON" bench/run.py all --device cuda --folder "$OUT" "${only[@]}"
+  run 420 log.txt env ISSP_STRICT=1 "$PYTHON" -m bench all --device cuda --folder "$OUT" "${only[@]}"
 }
 
 part_ncu() {
@@ -156,8 +156,8 @@ sm__throughput.avg.pct_of_peak_sustained_elapsed
 END
 )
   local ncu=(ncu --clock-control none --profile-from-start off --metrics "$metrics")
-  run 90 ncu.txt "${ncu[@]}" "$PYTHON" bench/profile_step.py --steps 1 || status=1
-  run 90 ncu.txt "${ncu[@]}" "$PYTHON" bench/profile_products.py || status=1
+  run 90 ncu.txt "${ncu[@]}" "$PYTHON" -m bench.profile step --steps 1 || status=1
+  run 90 ncu.txt "${ncu[@]}" "$PYTHON" -m bench.profile sparse || status=1
   return $status
 }
 
