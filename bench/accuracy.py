@@ -24,7 +24,9 @@ from bench.harness.machine import machine_line
 from bench.harness.table import Column, Row, Table
 from bench.harness.workload import divides
 from issp.ops.keep import Keep
+from issp.sr import builders, checkpoint, config_keys, data, demo, evaluate
 from issp.sr.interrupt import Interrupted
+from issp.sr.train import train
 from issp.utils.files import atomic_write
 
 EXAMPLE = """examples:
@@ -137,8 +139,6 @@ class Study:
     """
 
     def __init__(self, rows: Sequence[Variant], iterations: int) -> None:
-        from issp.sr import builders, data, demo, evaluate
-
         self.scores = [Score(variant) for variant in rows]
         self.iterations = iterations
         self.seeds: list[int] = []
@@ -165,9 +165,6 @@ class Study:
         self.seeds.append(seed)
 
     def _train(self, score: Score, seed: int) -> None:
-        from issp.sr import checkpoint, evaluate
-        from issp.sr.train import train
-
         with tempfile.TemporaryDirectory() as folder:
             model = train(self.settings(score.variant, seed, Path(folder)), quiet=True)
         mean = evaluate.mean(evaluate.evaluate(evaluate.of_model(model), self.held_out))
@@ -201,8 +198,6 @@ class Study:
 
     def table(self) -> Table:
         """The table, and what has to be known to read or repeat it."""
-        from issp.sr import demo
-
         db, signed = "{:.2f}".format, "{:+.2f}".format
         columns = [Column("what", "what"), Column("kept", "kept weights", format="{:,.0f}".format)]
         columns += [Column(f"psnr {s}", f"PSNR, seed {s}", format=db) for s in self.seeds]
@@ -227,8 +222,6 @@ class Study:
         return Table(title, self.machine, columns, rows, self._notes())
 
     def _notes(self) -> list[str]:
-        from issp.sr import demo
-
         sparse = next((x.variant for x in self.scores if x.variant.sparsity), None)
         freeze = self.settings(sparse, 0, Path()).sparsity.freeze_iter if sparse else 0
         patterns = " ".join(_as_option(x.variant.keep) for x in self.scores if x.variant.keep)

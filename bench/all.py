@@ -1,4 +1,4 @@
-"""All benchmarks, each in a process of its own: one that fails or hangs does not stop the others.
+"""All benchmarks, each in its own process: one that fails or hangs does not stop the others.
 
 Leaves bench.md (tables as far as they got, and what failed), samples.json (every measured time) and
 one picture per benchmark in the folder. Exit status 1 when a benchmark failed.

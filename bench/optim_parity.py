@@ -92,10 +92,10 @@ def _check_torch(spec: OptimizerSpec, device: str) -> None:
         gradients.renew()
         actual.optimizer.step()
         expected.optimizer.step()
-        found, wanted = _tensors(actual), _tensors(expected)
+        ours, torchs = _tensors(actual), _tensors(expected)
         for name, old in before.items():
             what = f"{spec.name}: {name}, step {step}"
-            _check_close(what, found[name], wanted[name], old, _ULPS[device])
+            _check_close(what, ours[name], torchs[name], old, _ULPS[device])
         # Rounding differences of one step must not grow into the next.
         actual.copy_state_from(expected)
 

@@ -3,7 +3,7 @@
     compute-sanitizer --tool racecheck python -m bench.sanitize --device cuda
 
 This is what compute-sanitizer runs. Few kernels and small tensors, since the sanitizer slows each
-of them down by orders of magnitude. The sizes end in every way a tile or a mask word can end.
+of them down by orders of magnitude. The sizes cover every kind of end of a tile and of a mask word.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def nm_step_cases(device: str, dtype: torch.dtype) -> Results:
         yield f"N:M soft_shrink_ {dtype} step {i}", steps.step()
 
 
-# Ends of tiles in every way: a single pixel, odd images, more outputs than inputs and the reverse.
+# Every kind of end of a tile: a single pixel, odd images, more outputs than inputs and the reverse.
 LAYERS = (
     Layer((16, 12, 3, 3), (2, 12, 7, 9)),
     Layer((32, 60, 3, 3), (1, 60, 1, 1)),

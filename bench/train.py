@@ -66,7 +66,7 @@ class Settings:
 
 @dataclass
 class TrainVariant:
-    """One way to train.
+    """An optimizer and a pruning step.
 
     Attributes:
         name: as printed.
@@ -299,7 +299,7 @@ def iterate(
 
 
 def make_variants(network: nn.Module, data: Data, settings: Settings) -> list[TrainVariant]:
-    """The ways to train, in the order of the table, each with a copy from one steady state."""
+    """The variants in the order of the table, each with a copy from one steady state."""
 
     def replica(kind: str, pruned: bool) -> TrainingReplica:
         pruning = {"sparsity": settings.sparsity, "shrink": settings.shrink}

@@ -18,12 +18,12 @@ _FARTHEST = 1.0  # one that keeps more than twice as much as asked is not used
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of sparse weight and the precision of its product.
+    """A kind of sparse weight and the precision of its op.
 
     Attributes:
         v: output rows that share a pattern.
         nm: N:M along the input channels; otherwise unstructured, by the rows' summed magnitudes.
-        precision: "fp32", "tf32" (float32 tensors, the products of a GPU's tensor cores), "bf16"
+        precision: "fp32", "tf32" (float32 tensors, multiplied by a GPU's tensor cores), "bf16"
             or "fp16".
     """
 
@@ -56,7 +56,7 @@ class SparseWeight:
 
     @property
     def nbytes(self) -> int:
-        """What a product reads of it."""
+        """Bytes of it that an op reads."""
         return sum(t.nbytes for t in (self.packed.values, self.packed.columns, self.packed.starts))
 
     @property

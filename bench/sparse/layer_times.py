@@ -70,8 +70,8 @@ class LayerTimes:
     @property
     def title(self) -> str:
         """The layer, where it occurs, threads."""
-        found = f" ({', '.join(self.layer.models)})" if self.layer.models else ""
-        return f"{self.layer.name}{found}, {self.threads} thread{'s' * (self.threads > 1)}"
+        models = f" ({', '.join(self.layer.models)})" if self.layer.models else ""
+        return f"{self.layer.name}{models}, {self.threads} thread{'s' * (self.threads > 1)}"
 
     @property
     def basis(self) -> str:

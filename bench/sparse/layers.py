@@ -92,15 +92,15 @@ def of_models(
         conv: convolutions, otherwise linear layers.
         scale: of super-resolution.
     """
-    found: dict[tuple, list[str]] = {}
+    models_of: dict[tuple, list[str]] = {}
     for name in names:
         with torch.device("meta"):
             network = models.build(name, scale).eval()
         for height, width in sizes:
             for key in _seen(network, height, width, conv):
-                found.setdefault(key, [])
-                found[key] += [name] * (name not in found[key])
-    return [Layer(weight, x, tuple(who), groups) for (weight, x, groups), who in found.items()]
+                models_of.setdefault(key, [])
+                models_of[key] += [name] * (name not in models_of[key])
+    return [Layer(weight, x, tuple(who), groups) for (weight, x, groups), who in models_of.items()]
 
 
 @torch.no_grad()

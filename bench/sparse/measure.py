@@ -171,7 +171,7 @@ def measure(layer: Layer, settings: Settings) -> list[LayerTimes]:
 
 
 def _checked(data: LayerTensors, settings: Settings) -> tuple[Packed, list[str]]:
-    """The packed weights of all forms and sparsities, found right; and what cannot be."""
+    """The packed weights that pass the check, by form and sparsity, and notes on those left out."""
     packed: Packed = {}
     notes = []
     for form in settings.forms:

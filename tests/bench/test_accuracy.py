@@ -99,8 +99,8 @@ def test_the_table_says_what_was_trained_and_how_to_repeat_it(tmp_path, capsys):
         assert mean == pytest.approx((first + second) / 2, abs=0.011)
     unstructured, grouped = ([float(x) for x in rows[i][2:4]] for i in (2, 3))
     apart = [b - a for a, b in zip(unstructured, grouped, strict=True)]
-    found = [float(x) for x in re.findall(r"[+-]\d+\.\d+", rows[3][-1])]
-    assert found == pytest.approx([sum(apart) / 2, min(apart), max(apart)], abs=0.021)
+    printed = [float(x) for x in re.findall(r"[+-]\d+\.\d+", rows[3][-1])]
+    assert printed == pytest.approx([sum(apart) / 2, min(apart), max(apart)], abs=0.021)
     assert f"`python -m bench accuracy {' '.join(words)}` repeats it" in shown.out
     assert "conv_first, conv_last stay dense in all rows" in shown.out
     assert "the mask is frozen at step 1" in shown.out and "channels_last" in shown.out

@@ -143,8 +143,8 @@ class TestTimeShares:
                 return forward(x)
 
             model[i].forward = slow
-        found = network.time_shares(model, torch.rand(2, 4))
-        assert (found.sparse, found.dense, found.rest) == pytest.approx((2 / 8, 5 / 8, 1 / 8))
+        shares = network.time_shares(model, torch.rand(2, 4))
+        assert (shares.sparse, shares.dense, shares.rest) == pytest.approx((2 / 8, 5 / 8, 1 / 8))
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -345,7 +345,7 @@ def test_every_preset_fits_the_default_size(name):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 @pytest.mark.full
 def test_cuda_has_every_precision():
-    found = network.measure("tiny x2", small_edsr(), replace(FAST, device="cuda"))
-    assert found.others() == ["tf32", "bf16"] and found.mode == "eager"
-    assert all(found.seconds(row) for row in found.all())
-    assert "the rest" not in cells(network.table(found, "machine", FAST).markdown())[0]
+    times = network.measure("tiny x2", small_edsr(), replace(FAST, device="cuda"))
+    assert times.others() == ["tf32", "bf16"] and times.mode == "eager"
+    assert all(times.seconds(row) for row in times.all())
+    assert "the rest" not in cells(network.table(times, "machine", FAST).markdown())[0]

@@ -97,9 +97,9 @@ class TestForms:
     @pytest.mark.parametrize("channels", [2, 3, 5, 60, 64, 120, 180, 256, 720])
     @pytest.mark.parametrize("sparsity", measure.SPARSITIES)
     def test_patterns_divide_and_never_prune_more_than_asked(self, channels, sparsity):
-        found = forms.nm_pattern(channels, sparsity)
-        if found:
-            n, m = found
+        pattern = forms.nm_pattern(channels, sparsity)
+        if pattern:
+            n, m = pattern
             assert channels % m == 0 and 1 - n / m <= sparsity + 1e-12
             assert n / m <= 2 * (1 - sparsity) + 1e-12
 
@@ -152,9 +152,9 @@ class TestCalls:
         data = LayerTensors.of(layer, "cpu")
         for name in calls.PASSES:
             variants = calls.dense_variants(layer, "cpu")
-            found = [calls.dense_call(data, v, name)() for v in variants]
-            for variant, result in zip(variants, found, strict=True):
-                result, first = ((r,) if name == "forward" else r for r in (result, found[0]))
+            results = [calls.dense_call(data, v, name)() for v in variants]
+            for variant, result in zip(variants, results, strict=True):
+                result, first = ((r,) if name == "forward" else r for r in (result, results[0]))
                 close = {"rtol": 0.05, "atol": 0.1} if variant.precision == "bf16" else {}
                 for actual, expected in zip(result, first, strict=True):
                     torch.testing.assert_close(actual.float(), expected, **close)
@@ -174,8 +174,8 @@ class TestCalls:
     def test_torchs_sparse_product_is_the_same_product(self, layer):
         data = LayerTensors.of(layer, "cpu")
         sparse = forms.make(data.weight, Form(nm=False), 0.5)
-        found = calls.csr_call(data, sparse)().view(layer.y)
-        torch.testing.assert_close(found, calls.dense_op(layer)(data.x, sparse.dense))
+        actual = calls.csr_call(data, sparse)().view(layer.y)
+        torch.testing.assert_close(actual, calls.dense_op(layer)(data.x, sparse.dense))
 
     def test_a_large_unfolded_input_is_left_out(self, monkeypatch):
         monkeypatch.setattr(calls, "MOST_UNFOLDED", 100)

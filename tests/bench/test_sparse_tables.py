@@ -131,8 +131,8 @@ class TestLayerTimes:
 
 @pytest.fixture(scope="module", params=[CONV, LINEAR], ids=["conv", "linear"])
 def times(request, one_thread):
-    (found,) = measure.measure(request.param, FAST)
-    return found
+    (times,) = measure.measure(request.param, FAST)
+    return times
 
 
 @pytest.mark.full
@@ -166,14 +166,14 @@ class TestMeasure:
 
     def test_what_does_not_fit_is_a_note(self):
         settings = replace(FAST, passes=("forward",), forms=(Form(nm=False), Form(4)))
-        (found,) = measure.measure(Layer((6, 8), (3, 8)), settings)
-        assert "N:M v=4 at 50 %: left out, v=4 does not divide 6 outputs." in found.notes
-        assert {e.name for e in found.entries if not e.dense} == {"issp unstructured", "torch CSR"}
+        (times,) = measure.measure(Layer((6, 8), (3, 8)), settings)
+        assert "N:M v=4 at 50 %: left out, v=4 does not divide 6 outputs." in times.notes
+        assert {e.name for e in times.entries if not e.dense} == {"issp unstructured", "torch CSR"}
 
     def test_a_baseline_that_fails_is_a_note(self, monkeypatch):
         monkeypatch.setattr(sparse_calls, "MOST_UNFOLDED", 100)
-        (found,) = measure.measure(CONV, FAST)
-        assert any(note.startswith("torch CSR of unfold: left out, the") for note in found.notes)
+        (times,) = measure.measure(CONV, FAST)
+        assert any(note.startswith("torch CSR of unfold: left out, the") for note in times.notes)
 
     def test_a_short_call_is_repeated_and_a_slow_one_is_not(self):
         calls = []
@@ -330,6 +330,6 @@ def test_cuda_tables_have_every_precision():
     forms = (Form(nm=False), Form(4), Form(16, precision="tf32"), Form(16, precision="bf16"))
     settings = replace(FAST, device="cuda", forms=forms, probe_bytes=None)
     layer = Layer((32, 32, 3, 3), (1, 32, 16, 16))
-    (found,) = measure.measure(layer, settings)
-    assert found.modes == ["graph", "eager"]
-    assert {"fp32", "tf32", "bf16", "fp16"} <= set(found.peaks)
+    (times,) = measure.measure(layer, settings)
+    assert times.modes == ["graph", "eager"]
+    assert {"fp32", "tf32", "bf16", "fp16"} <= set(times.peaks)

@@ -66,8 +66,8 @@ class TestShapes:
     )
     def test_pruned_counts_are_the_authors(self, model, pruned):
         numels = list(map(math.prod, shapes.prunable_shapes(model)))
-        found = tuple(sum(num_pruned(n, ratio) for n in numels) for ratio in (0.9, 0.95, 0.99))
-        assert found == pruned
+        actual = tuple(sum(num_pruned(n, ratio) for n in numels) for ratio in (0.9, 0.95, 0.99))
+        assert actual == pruned
 
     @pytest.mark.parametrize("model", ["swinir-light", "edsr-baseline"])
     @pytest.mark.parametrize("scale", shapes.SCALES)
@@ -75,8 +75,8 @@ class TestShapes:
         models = pytest.importorskip("issp.models", reason="the networks are not installed")
         kinds = (torch.nn.Conv2d, torch.nn.Linear)
         net = models.build(model, scale)
-        found = [tuple(m.weight.shape) for m in net.modules() if isinstance(m, kinds)]
-        assert found == shapes.prunable_shapes(model, scale)
+        actual = [tuple(m.weight.shape) for m in net.modules() if isinstance(m, kinds)]
+        assert actual == shapes.prunable_shapes(model, scale)
 
     def test_unknown_names_are_refused(self):
         with pytest.raises(ValueError, match="unknown model 'vgg': known: edsr-tiny"):
@@ -162,8 +162,8 @@ class TestTable:
         )
         (row,) = table.rows
         assert row["rate"] == 20e9 and row["share"] == 0.5
-        found = dict(zip(*(cells(table.markdown())[i] for i in (0, 2)), strict=True))
-        assert (found["B/weight"], found["GB/s"], found["of roofline"]) == ("10", "20", "50 %")
+        actual = dict(zip(*(cells(table.markdown())[i] for i in (0, 2)), strict=True))
+        assert (actual["B/weight"], actual["GB/s"], actual["of roofline"]) == ("10", "20", "50 %")
         assert "40 GB/s, the faster of copying (30) and multiplying in place (40)" in (
             table.markdown()
         )
