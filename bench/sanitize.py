@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 import issp
+from bench.harness import options
 from bench.harness.errors import ParityError
 from bench.harness.training import OPTIMIZERS, FusedUpdate
 from bench.sparse.calls import DTYPES as PRECISIONS
@@ -230,7 +231,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     device = parser.parse_args(argv).device
     if device == "cuda" and not torch.cuda.is_available():
-        print("torch sees no CUDA device: use --device cpu", file=sys.stderr)
+        print(options.NO_CUDA, file=sys.stderr)
         return 3
     results = [result for dtype in DTYPES for cases in CASES for result in cases(device, dtype)]
     wrong = [name for name, right in results if not right]

@@ -14,6 +14,8 @@ from bench.harness.table import Table
 from issp import ops
 from issp.utils.files import atomic_write
 
+NO_CUDA = "torch sees no CUDA device: use --device cpu"
+
 
 def add_arguments(parser: argparse.ArgumentParser, seconds: str) -> None:
     """Adds the shared options.
@@ -61,7 +63,7 @@ def check_pace(args: argparse.Namespace) -> None:
         ValueError: no GPU for --device cuda, no time to measure, or no such folder.
     """
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("torch sees no CUDA device: use --device cpu")
+        raise ValueError(NO_CUDA)
     if args.seconds is not None and not args.seconds > 0:
         raise ValueError(f"--seconds is {args.seconds}: it must be above 0")
     folders_exist(args.out, args.plot, args.samples)

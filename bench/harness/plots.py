@@ -109,7 +109,7 @@ def plot_lines(rows: Sequence[Sequence[Lines]], path: Path, height: float) -> No
             panel.set_title(textwrap.fill(lines.title, 50), fontsize="small")
             panel.grid(True, alpha=0.3)
             lines.finish(panel)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2 * columns)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=1 + columns)
     _save_figure(figure, path)
 
 
