@@ -204,7 +204,7 @@ def interleave(
                 continue
             try:
                 call, first = _first_call(task, clock, mode)
-            except Exception as error:  # a baseline may fail in any way; it is printed, never hidden
+            except Exception as error:  # any failure of a baseline is printed
                 if task.required:
                     raise
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
