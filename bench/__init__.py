@@ -19,7 +19,8 @@ BENCHMARKS = {
     "matmul": "sparse linear layers, forward and training step",
     "network": "whole sparse networks, packed by issp.pack",
     "accuracy": "PSNR by N:M pattern: trainings, no times",
-    "all": "all of them but accuracy, each in a process of its own",
+    "revisions": "another checkout beside this one: ops, optimizers and the hook, in turn",
+    "all": "all of them but accuracy and revisions, each in a process of its own",
 }
 
 

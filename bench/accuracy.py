@@ -24,7 +24,7 @@ from bench.harness.machine import machine_line
 from bench.harness.table import Column, Row, Table
 from bench.harness.workload import divides
 from issp.ops.keep import Keep
-from issp.sr import builders, checkpoint, config_keys, data, demo, evaluate
+from issp.sr import builders, checkpoint, config, data, demo, evaluate
 from issp.sr.interrupt import Interrupted
 from issp.sr.train import train
 from issp.utils.files import atomic_write
@@ -174,7 +174,6 @@ class Study:
 
     def settings(self, variant: Variant, seed: int, folder: Path):
         """The demo's configuration (`issp.sr.config.Config`) with this variant's pruning."""
-        from issp.sr import config, demo
 
         chosen = demo.Options(folder, seed=seed)
         # Scored at the end alone.

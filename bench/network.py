@@ -117,7 +117,7 @@ class PackedNetwork:
     sparsity: float
     weights: int
     kept: int
-    layers: pack_report.Report
+    layers: pack_report.PackReport
     task: Task
     shares: TimeShares | None = None
 

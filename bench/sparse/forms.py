@@ -57,7 +57,10 @@ class SparseWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of it that an op reads."""
-        return sum(t.nbytes for t in (self.packed.values, self.packed.columns, self.packed.starts))
+        return sum(
+            t.nbytes
+            for t in (self.packed.values, self.packed.col_indices, self.packed.crow_indices)
+        )
 
     @property
     def weights(self) -> int:

@@ -68,9 +68,9 @@ def _with_gradients(call, x: Tensor, grad: Tensor, weight: Tensor) -> dict[str, 
 def kept(weight: Tensor, sparse: SparseWeight) -> Tensor:
     """The entries of a dense tensor that the packed weight stores, as its values are: [E, v]."""
     v = sparse.packed.values.shape[1]
-    counts = sparse.packed.starts.diff().long()
+    counts = sparse.packed.crow_indices.diff().long()
     block = torch.repeat_interleave(torch.arange(len(counts), device=weight.device), counts)
-    return weight.reshape(len(counts), v, -1)[block, :, sparse.packed.columns.long()]
+    return weight.reshape(len(counts), v, -1)[block, :, sparse.packed.col_indices.long()]
 
 
 def _compare(what: str, y: Tensor, dense: Tensor, exact: Tensor, form: Form) -> None:
