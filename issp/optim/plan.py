@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from issp.optim.arguments import PruneState, no_state
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.memory_order import memory_order
 
-GRAD_DTYPES = frozenset((torch.float32, torch.bfloat16))
+GRAD_DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
-
-_dtype_of = operator.attrgetter("dtype")
 
 
 class UnsupportedByFusedOp(Exception):
@@ -96,21 +93,19 @@ class FusedStepPlan:
     def is_current(
         self,
         params: Sequence[Tensor],
-        grads: Sequence[Tensor | None],
+        grads: Sequence[Tensor],
         bucket: WeightBucket | None,
-        state_names: Sequence[str],
     ) -> bool:
-        """Whether nothing has changed that the plan was made from.
+        """Whether nothing has changed that the plan was made from, the optimizer's state aside.
 
-        That is: the parameters, their memory (of the pruned ones the bucket keeps watch), which of
-        them have gradients, the gradients' dtypes, the bucket, the tensors of the state. The dicts
-        of the state are compared by the optimizer, for all groups at once.
+        That is: the bucket, the parameters, their memory (of the pruned ones the bucket compares
+        it), and which of them have gradients. The memory order of the gradients is none of it, see
+        `grad_views`. A gradient's dtype can change too, but torch's step refuses what the op does.
 
         Args:
             params: `params` of the parameter group now.
             grads: what `grads` returns now.
             bucket: the bucket of the parameter group now.
-            state_names: the entries of the state that the op takes now.
         """
         return (
             self.bucket is bucket
@@ -118,23 +113,13 @@ class FusedStepPlan:
             and len(self._params) == len(params)
             and same_objects(self._params, params)
             and _pointers(self._outside_bucket) == self._pointers
-            and all(map(operator.is_not, grads, repeat(None)))
+            and len(grads) == len(self.weights)
             and all(p.grad is None for p in self._untrained)
-            and GRAD_DTYPES.issuperset(map(_dtype_of, grads))
-            and self._states_are_current(state_names)
         )
 
-    def _states_are_current(self, state_names: Sequence[str]) -> bool:
-        if len(self.state_tensors) != len(state_names):
-            return False
-        for name in state_names:
-            if not same_objects([s.get(name) for s in self.states], self.state_tensors[name]):
-                return False
-        return True
-
-    def grads(self) -> list[Tensor | None]:
-        """The gradients as they are now, in the order of the op."""
-        return [w.grad for w in self.weights]
+    def grads(self) -> list[Tensor]:
+        """The gradients as they are now, in the order of the op, without those that are None."""
+        return [grad for w in self.weights if (grad := w.grad) is not None]
 
     def grad_views(self, grads: list[Tensor]) -> list[Tensor]:
         """The gradients as the op takes them; those in another memory order are copied.

@@ -21,11 +21,17 @@ class SGD(FusedStep, torch.optim.SGD):
     _torch = torch.optim.SGD
     _op = "sgd_soft_shrink_"
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return (_BUFFER,) if group["momentum"] else ()
+    def _states_are_current(self, group: dict[str, Any], plan: FusedStepPlan) -> bool:
+        buffers = plan.state_tensors.get(_BUFFER)
+        if buffers is None or not group["momentum"]:
+            return buffers is None and not group["momentum"]
+        for state, buffer in zip(plan.states, buffers, strict=True):
+            if state.get(_BUFFER) is not buffer:
+                return False
+        return True
 
-    def _init_states(self, plan: FusedStepPlan, names: tuple[str, ...]) -> None:
-        if not names:
+    def _init_states(self, group: dict[str, Any], plan: FusedStepPlan) -> None:
+        if not group["momentum"]:
             return
         for p in plan.trained:
             self.state[p]  # an entry each, in torch's order
@@ -33,7 +39,7 @@ class SGD(FusedStep, torch.optim.SGD):
         for t, state in enumerate(states):
             if state.get(_BUFFER) is not None:
                 plan.match_layout_(state, _BUFFER, t)
-        plan.bind_states(states, names)
+        plan.bind_states(states, (_BUFFER,))
 
     def _launch(
         self,
@@ -67,7 +73,7 @@ class SGD(FusedStep, torch.optim.SGD):
         )
         ops.sgd_soft_shrink_(*args, *prune_args)
         found_inf = prune_args.found_inf
-        # A buffer is filled once a step was not skipped. Only a first step waits to know that.
+        # A buffer counts as filled once a step was not skipped. Only a first step waits for that.
         if is_first_step and (found_inf is None or found_inf.item() == 0):
             for state, buffer in zip(plan.states, buffers, strict=True):
                 state[_BUFFER] = buffer

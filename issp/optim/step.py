@@ -51,9 +51,8 @@ class GroupStepInfo:
 class FusedStep(Optimizer):
     """Mixed into one of torch's optimizers: `step` does the pruner's work in the same pass.
 
-    It has torch's constructor. GradScaler's protocol for fused optimizers is followed
-    (`grad_scale`, `found_inf`); unlike torch's kernels the op does not unscale the gradients in
-    place.
+    The constructor is torch's. The step follows GradScaler's protocol for fused optimizers
+    (`grad_scale`, `found_inf`); unlike torch's kernels the op does not unscale gradients in place.
     """
 
     _torch: ClassVar[type[Optimizer]]
@@ -233,13 +232,16 @@ class FusedStep(Optimizer):
         self, number: int, group: dict[str, Any], bucket: WeightBucket | None
     ) -> tuple[FusedStepPlan, list[Tensor]]:
         """The plan of a group, made anew if something has changed, and its gradients."""
-        params, names = group["params"], self._state_names(group)
-        plan = self._plans.get(number)
-        grads: list[Any] = [] if plan is None else plan.grads()
-        if plan is None or not plan.is_current(params, grads, bucket, names):
+        params, plan = group["params"], self._plans.get(number)
+        grads = [] if plan is None else plan.grads()
+        if (
+            plan is None
+            or not plan.is_current(params, grads, bucket)
+            or not self._states_are_current(group, plan)
+        ):
             plan = FusedStepPlan(params, bucket)
             self._check_kernel(plan)
-            self._init_states(plan, names)
+            self._init_states(group, plan)
             self._plans[number] = plan
             self._fallback_reasons.pop(number, None)
             grads = plan.grads()
@@ -300,11 +302,11 @@ class FusedStep(Optimizer):
         if self._op in backends.by_reference(device):
             raise UnsupportedByFusedOp(f"the slow reference would serve {self._op} on {device}")
 
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The entries of the state that the op takes."""
+    def _states_are_current(self, group: dict[str, Any], plan: FusedStepPlan) -> bool:
+        """Whether the state holds the tensors of the plan; its dicts are known to be the same."""
         raise NotImplementedError
 
-    def _init_states(self, plan: FusedStepPlan, names: tuple[str, ...]) -> None:
+    def _init_states(self, group: dict[str, Any], plan: FusedStepPlan) -> None:
         """Creates missing entries of the state, checks all and binds them to the plan.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -33,8 +32,8 @@ class WeightBucket:
             matter, because the optimizer does not prune within its step.
 
     Attributes:
-        weights: as they were at the latest `refresh`.
-        version: how often `refresh` has accepted weights of other memory.
+        weights: as they were when their memory was last another one.
+        version: how often `refresh` has accepted other memory.
         state: masks, counts and thresholds, as the ops take them.
 
     Raises:
@@ -99,14 +98,14 @@ class WeightBucket:
             ]
 
     def refresh(self) -> bool:
-        """Accepts weights that were replaced or have other memory, if the state suits them.
+        """Accepts weights whose memory is another than before, if the state suits them.
 
         Returns:
             False if it does not: another device, dtype, shape or memory order.
         """
         weights = self.current_weights()
         pointers = _pointers(weights)
-        if pointers == self._pointers and all(map(operator.is_, weights, self.weights)):
+        if pointers == self._pointers:
             return True
         dtype, device = weights[0].dtype, self.state.k.device
         if any(w.device != device or w.dtype != dtype for w in weights):
