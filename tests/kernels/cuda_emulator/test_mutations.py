@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from issp.ops import reference
@@ -105,7 +104,6 @@ def _is_noticed(site: int) -> bool:
     return False
 
 
-@pytest.mark.full
 def test_every_barrier_fence_and_wait_is_needed():
     """Leaves out one after the other; each file's sites are found by running everything once."""
     try:

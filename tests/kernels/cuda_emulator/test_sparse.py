@@ -356,7 +356,6 @@ def _works(seed: int, removed: int) -> None:
         assert_as_close_as_dense(grad(), exact, near, case.name)
 
 
-@pytest.mark.full
 def test_every_barrier_is_needed():
     """Without it some schedule notices."""
     _works(0, -1)
