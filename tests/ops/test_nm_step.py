@@ -213,10 +213,10 @@ REFUSED = (
     ([2, 3, 1], r"weights\[0\] \(4, 8, 3, 3\) does not divide into groups of m = 3"),
     ([2, 4, 3], r"weights\[0\] \(4, 8, 3, 3\) does not divide .* v = 3"),
     ([2, 7, 0], "m = 7 does not divide the 288 elements"),
-    ([0, 4, 1], "keep n = 0 of m = 4"),
-    ([5, 4, 1], "keep n = 5 of m = 4"),
-    ([2, -4, 1], "keep n = 2 of m = -4"),
-    ([2, 4, -1], "v is -1"),
+    ([0, 4, 1], r"Keep\(0, of=4\): n must lie in 1..of"),
+    ([5, 4, 1], r"Keep\(5, of=4\): n must lie in 1..of"),
+    ([2, -4, 1], r"Keep\(2, of=-4\): n must lie in 1..of"),
+    ([2, 4, -1], r"Keep\(v=-1\): v must be at least 1"),
     ([1, 4, 1], r"k\[0\] is 144 but weights\[0\] keeps 1 of 4: use 0 or 216"),
 )
 
