@@ -147,7 +147,7 @@ def test_the_reference_does_not_depend_on_the_floating_point_mode(dtype):
 
 @pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
 def test_weights_that_only_shrink_end_as_zeros(back_end):
-    """5 000 steps without a gradient: exact zeros, never denormals (kernels.md A7)."""
+    """5 000 steps without a gradient: exact zeros, never denormals."""
     (w,) = Case("only shrinking", ((100,),), (90,)).build(torch.float32, back_end.device)
     w[:5] = 0
     state = ShrinkState([w], [90])
