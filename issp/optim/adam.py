@@ -35,13 +35,12 @@ class _AdamStep(FusedStep):
         return super()._fallback_reason(group)
 
     def _states_are_current(self, group: dict[str, Any], plan: FusedStepPlan) -> bool:
-        tensors = (plan.state_tensors[name] for name in _STATE_NAMES)
-        # One plain loop, the fastest form: every step runs it over every weight.
-        for state, step, exp_avg, exp_avg_sq in zip(plan.states, *tensors, strict=True):
+        # The fastest form: every step runs this loop over every weight.
+        for get, step, exp_avg, exp_avg_sq in plan.lookups:
             if (
-                state.get("step") is not step
-                or state.get("exp_avg") is not exp_avg
-                or state.get("exp_avg_sq") is not exp_avg_sq
+                get("step") is not step
+                or get("exp_avg") is not exp_avg
+                or get("exp_avg_sq") is not exp_avg_sq
             ):
                 return False
         return True

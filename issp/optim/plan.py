@@ -46,6 +46,8 @@ class FusedStepPlan:
         patterns: N:M patterns of the pruned weights as the op takes them.
         states: the optimizer's dict of each weight; empty without state.
         state_tensors: name -> that entry of all `states`, in the order of the weights.
+        lookups: (`get` of its dict, the entries in the order of the names) of each weight.
+        has_empty_states: whether an entry is still None.
 
     Raises:
         UnsupportedByFusedOp: the op does not take these weights or gradients.
@@ -55,6 +57,8 @@ class FusedStepPlan:
         self.bucket = bucket
         self.states: list[dict[str, Any]] = []
         self.state_tensors: dict[str, list[Any]] = {}
+        self.lookups: list[tuple[Any, ...]] = []
+        self.has_empty_states = False
         by_id = {id(p): p for p in params if p.grad is not None}
         self.trained = list(by_id.values())
         _check_weights(self.trained)
@@ -159,6 +163,9 @@ class FusedStepPlan:
         """Takes the optimizer's dicts, one per weight, and the entries that the op takes."""
         self.states = states
         self.state_tensors = {name: [state.get(name) for state in states] for name in names}
+        columns = list(self.state_tensors.values())
+        self.lookups = list(zip([state.get for state in states], *columns, strict=True))
+        self.has_empty_states = any(entry is None for column in columns for entry in column)
 
     def match_layout_(self, state: dict[str, Any], name: str, t: int) -> None:
         """Gives a moment the memory layout of its weight; a loaded one may have another.

@@ -22,13 +22,9 @@ class SGD(FusedStep, torch.optim.SGD):
     _op = "sgd_soft_shrink_"
 
     def _states_are_current(self, group: dict[str, Any], plan: FusedStepPlan) -> bool:
-        buffers = plan.state_tensors.get(_BUFFER)
-        if buffers is None or not group["momentum"]:
-            return buffers is None and not group["momentum"]
-        for state, buffer in zip(plan.states, buffers, strict=True):
-            if state.get(_BUFFER) is not buffer:
-                return False
-        return True
+        if bool(group["momentum"]) != (_BUFFER in plan.state_tensors):
+            return False
+        return all([get(_BUFFER) is buffer for get, buffer in plan.lookups])
 
     def _init_states(self, group: dict[str, Any], plan: FusedStepPlan) -> None:
         if not group["momentum"]:
@@ -50,9 +46,9 @@ class SGD(FusedStep, torch.optim.SGD):
         prune_args: PruneArgs,
     ) -> None:
         buffers: list[Any] = plan.state_tensors.get(_BUFFER, [])
-        is_empty = [buffer is None for buffer in buffers]
-        is_first_step = any(is_empty)
-        if is_first_step:
+        is_empty = [False] * len(buffers)
+        if plan.has_empty_states:
+            is_empty = [buffer is None for buffer in buffers]
             buffers = [
                 torch.empty_like(weight) if buffer is None else buffer
                 for buffer, weight in zip(buffers, plan.weights, strict=True)
@@ -74,7 +70,7 @@ class SGD(FusedStep, torch.optim.SGD):
         ops.sgd_soft_shrink_(*args, *prune_args)
         found_inf = prune_args.found_inf
         # A buffer counts as filled once a step was not skipped. Only a first step waits for that.
-        if is_first_step and (found_inf is None or found_inf.item() == 0):
+        if plan.has_empty_states and (found_inf is None or found_inf.item() == 0):
             for state, buffer in zip(plan.states, buffers, strict=True):
                 state[_BUFFER] = buffer
             plan.bind_states(plan.states, (_BUFFER,))

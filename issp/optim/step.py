@@ -207,7 +207,8 @@ class FusedStep(Optimizer):
                 self._torch_step([group])
             elif plan.bucket is not None and plan.prunes_all:
                 completed.append(plan.bucket)
-        self._state_dicts = list(self.state.values())
+        if len(self._state_dicts) != len(self.state):
+            self._state_dicts = list(self.state.values())
         return prune_step.remaining(completed)
 
     def _update_fused(

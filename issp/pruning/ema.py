@@ -50,6 +50,6 @@ class EMAWeights:
 def _tensors_by_name(source: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     if not isinstance(source, nn.Module):
         return source
-    while isinstance(getattr(source, "module", None), nn.Module):
-        source = source.module
+    while isinstance(inner := getattr(source, "module", None), nn.Module):
+        source = inner
     return dict(source.named_parameters(remove_duplicate=False))

@@ -15,7 +15,7 @@ def memory_order(x: Tensor) -> list[int] | None:
 
 def by_stride(x: Tensor) -> list[int]:
     """The dimensions from the largest stride to the smallest; equal strides keep their order."""
-    return sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    return sorted(range(x.dim()), key=x.stride().__getitem__, reverse=True)
 
 
 def inverse(order: list[int]) -> list[int]:

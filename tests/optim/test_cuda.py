@@ -25,9 +25,9 @@ def put_gradients(twin, number, scale=1.0):
 
 
 def assert_same(gpu, cpu, when):
-    theirs = cpu.tensors()
+    expected = cpu.tensors()
     for name, x in gpu.tensors().items():
-        assert_bitwise_equal(x.cpu(), theirs[name].cpu(), f"{name} {when}")
+        assert_bitwise_equal(x.cpu(), expected[name].cpu(), f"{name} {when}")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.replace(", ", "-"))

@@ -28,8 +28,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.replace(", "
 def test_a_hundred_steps_with_a_schedule_and_a_freeze(kind):
     pair = twins(kind, schedule=issp.Cubic(0.0, 0.9, begin=0, end=40), freeze_at=70)
     together(*pair, 100)
-    (way,) = pair[1].opt.report
-    assert (way.fused, way.pruned, way.others, way.fallback_reason) == (True, 3, 4, "")
+    (info,) = pair[1].opt.report
+    assert (info.fused, info.pruned, info.others, info.fallback_reason) == (True, 3, 4, "")
     summary = pair[1].pruner.summary()
     assert pair[1].pruner.frozen and summary.zeros == summary.selected > 0
 
@@ -81,19 +81,19 @@ def test_odd_sizes_differ_from_torch_by_rounding_alone(kind):
 
 @every_kind
 def test_parameters_without_gradients(kind):
-    """torch skips them, the pruner does not; a group of them alone is stepped by nobody."""
+    """torch skips them, the pruner does not; a group without any gradient is not stepped."""
     pair = twins(kind)
-    lacking = [(), ("2.weight",), ("0.bias", "4.weight"), ("5.weight",), ()]
-    for number, names in enumerate([*lacking, [n for n, _ in pair[0].model.named_parameters()]]):
+    missing = [(), ("2.weight",), ("0.bias", "4.weight"), ("5.weight",), ()]
+    for number, names in enumerate([*missing, [n for n, _ in pair[0].model.named_parameters()]]):
         for twin in pair:
             backward(twin.model, number)
             for name in names:
                 twin.model.get_parameter(name).grad = None
             twin.opt.step()
         assert_twins(*pair, f"after step {number}")
-        (way,) = pair[1].opt.report
+        (info,) = pair[1].opt.report
         pruned = {"0.weight", "2.weight", "4.weight"} & set(names)
-        assert ("no gradient" in way.fallback_reason) == bool(pruned)
+        assert ("no gradient" in info.fallback_reason) == bool(pruned)
 
 
 def scaled_step(twin, scaler, number, overflow=False):
@@ -172,9 +172,8 @@ def test_a_group_that_the_op_does_not_take_is_stepped_by_torch():
     pair = twins("adam", groups=groups)
     together(*pair, 5)
     first, *others = pair[1].opt.report
-    assert (
-        not first.fused and first.fallback_reason == "amsgrad" and all(way.fused for way in others)
-    )
+    assert (first.fused, first.fallback_reason) == (False, "amsgrad")
+    assert all(info.fused for info in others)
     assert str(first) == "group 0: torch's own step: amsgrad"
 
 
@@ -194,7 +193,7 @@ def test_add_param_group_and_schedulers():
             twin.step(number)
             scheduler.step()
         assert_twins(*pair, f"after step {number}")
-    assert [way.fused for way in pair[1].opt.report] == [True, True]
+    assert [info.fused for info in pair[1].opt.report] == [True, True]
     assert pair[1].opt.param_groups[1]["fused"] is True
 
 

@@ -43,11 +43,11 @@ def test_a_state_of_torchs_default_step_goes_on_fused():
     opt = torch.optim.Adam(model.parameters())
     backward(model, 0)
     opt.step()
-    mine = issp.optim.Adam(other.parameters(), lr=5.0)
-    mine.load_state_dict(opt.state_dict())
-    (group,) = mine.param_groups
+    loaded = issp.optim.Adam(other.parameters(), lr=5.0)
+    loaded.load_state_dict(opt.state_dict())
+    (group,) = loaded.param_groups
     assert group["fused"] is True and group["lr"] == 1e-3
-    assert mine.state_dict()["state"].keys() == opt.state_dict()["state"].keys()
+    assert loaded.state_dict()["state"].keys() == opt.state_dict()["state"].keys()
 
 
 def test_without_a_pruner_the_step_is_torchs():
@@ -62,8 +62,8 @@ def test_without_a_pruner_the_step_is_torchs():
         results.append(model)
     for a, b in zip(*(m.parameters() for m in results), strict=True):
         assert_bitwise_equal(b.detach(), a.detach(), "a parameter")
-    (way,) = opt.report
-    assert not way.fused and "no pruner" in way.fallback_reason
+    (info,) = opt.report
+    assert not info.fused and "no pruner" in info.fallback_reason
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
@@ -199,14 +199,14 @@ def test_a_learning_rate_in_a_tensor():
 
 
 @pytest.mark.parametrize(
-    ("options", "why"),
+    ("options", "reason"),
     [({"amsgrad": True}, "amsgrad"), ({"foreach": True}, "fused"), ({"fused": False}, "fused")],
 )
-def test_the_report_says_why_torch_steps(options, why):
+def test_the_report_says_why_torch_steps(options, reason):
     twin = Twin("adam", True, options=options)
-    assert why in twin.opt.report[0].fallback_reason
+    assert reason in twin.opt.report[0].fallback_reason
     twin.step(0)
-    assert why in twin.opt.report[0].fallback_reason
+    assert reason in twin.opt.report[0].fallback_reason
     assert twin.pruner.summary().selected > 0
 
 
@@ -253,14 +253,14 @@ def test_impossible_options_are_refused_before_anything_is_written():
 
 def test_arguments_are_torchs():
     for name in ("Adam", "AdamW", "SGD"):
-        theirs, mine = getattr(torch.optim, name), getattr(issp.optim, name)
-        assert issubclass(mine, theirs)
-        assert inspect.signature(mine) == inspect.signature(theirs)
+        expected, actual = getattr(torch.optim, name), getattr(issp.optim, name)
+        assert issubclass(actual, expected)
+        assert inspect.signature(actual) == inspect.signature(expected)
         p = nn.Parameter(torch.zeros(2))
-        assert mine([p]).defaults == theirs([p]).defaults
-        named = mine([("p", p)])
+        assert actual([p]).defaults == expected([p]).defaults
+        named = actual([("p", p)])
         assert named.state_dict()["param_groups"][0]["param_names"] == ["p"]
         with pytest.raises(ValueError, match="learning rate"):
-            mine([p], lr=-1.0)
+            actual([p], lr=-1.0)
         with pytest.raises(TypeError, match="iterable"):
-            mine(p)
+            actual(p)

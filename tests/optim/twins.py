@@ -65,14 +65,14 @@ class Twin:
         self.opt.step()
 
     def tensors(self):
-        found = {f"parameter {n}": p.detach() for n, p in self.model.named_parameters()}
+        tensors = {f"parameter {n}": p.detach() for n, p in self.model.named_parameters()}
         for i, state in enumerate(self.opt.state_dict()["state"].values()):
-            found |= {f"state {i} {key}": x for key, x in state.items() if x is not None}
-        found |= {f"mask of {n}": m for n, m in self.pruner.masks().items()}
+            tensors |= {f"state {i} {key}": x for key, x in state.items() if x is not None}
+        tensors |= {f"mask of {n}": m for n, m in self.pruner.masks().items()}
         flips, thresholds = self.pruner.flips(), self.pruner.thresholds()
-        found["flips"] = torch.tensor(list(flips.values()))
-        found["thresholds"] = torch.tensor(list(thresholds.values()))
-        return found
+        tensors["flips"] = torch.tensor(list(flips.values()))
+        tensors["thresholds"] = torch.tensor(list(thresholds.values()))
+        return tensors
 
 
 def twins(kind, **kwargs):
@@ -81,10 +81,10 @@ def twins(kind, **kwargs):
 
 
 def assert_twins(torchs, ours, when):
-    theirs, mine = torchs.tensors(), ours.tensors()
-    assert theirs.keys() == mine.keys(), when
-    for name, x in mine.items():
-        assert_bitwise_equal(x, theirs[name], f"{name} {when}")
+    expected, actual = torchs.tensors(), ours.tensors()
+    assert expected.keys() == actual.keys(), when
+    for name, x in actual.items():
+        assert_bitwise_equal(x, expected[name], f"{name} {when}")
     assert torchs.pruner.step_count == ours.pruner.step_count, when
     assert str(torchs.pruner.summary()) == str(ours.pruner.summary()), when
 

@@ -1,6 +1,6 @@
 """What users of other pruning tools complain about, each complaint one test.
 
-The numbers and the linked issues are those of the project's list of complaints.
+Each test is named by its number; the linked issue of another project stands above it.
 """
 
 import copy

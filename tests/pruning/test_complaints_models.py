@@ -1,6 +1,6 @@
 """What users of other pruning tools complain about, each complaint one test: from 11 on.
 
-The numbers and the linked issues are those of the project's list of complaints.
+Each test is named by its number; the linked issue of another project stands above it.
 """
 
 import copy
@@ -165,10 +165,11 @@ def test_18_excluded_layers_are_those_of_a_dense_run():
             p.grad = q.grad.clone()
         opt.step()
         other.step()
-    mine, theirs = bits(model.state_dict()), bits(plain.state_dict())
-    assert [n for n in mine if not torch.equal(mine[n], theirs[n])] == ["0.weight"]
+    actual, expected = bits(model.state_dict()), bits(plain.state_dict())
+    assert [n for n in actual if not torch.equal(actual[n], expected[n])] == ["0.weight"]
     pruner.finalize()
-    assert all(torch.equal(bits(model.state_dict())[n], theirs[n]) for n in mine if n != "0.weight")
+    actual = bits(model.state_dict())
+    assert all(torch.equal(actual[n], expected[n]) for n in actual if n != "0.weight")
 
 
 class Tied(nn.Module):
@@ -198,7 +199,7 @@ def test_18_tied_weights_are_processed_once_and_reported_under_every_name():
     assert "tied to first" in str(summary)
 
 
-def test_18_tied_weights_with_two_wishes():
+def test_18_tied_weights_with_two_targets():
     model = Tied()
     with pytest.raises(ValueError, match="first and last share one weight"):
         attach(model, overrides={"last": 0.5})

@@ -68,6 +68,18 @@ def test_rebuilt_optimizer_is_noticed_and_reattached():
     assert pruner.step_count == 2
 
 
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_warning_points_at_the_line_that_steps(scheduled):
+    model = net()
+    pruner = attach(model, adam(model), sparsity=0.9)
+    rebuilt = adam(model)
+    if scheduled:  # wraps `step` once more
+        torch.optim.lr_scheduler.StepLR(rebuilt, 2)
+    with pytest.warns(UserWarning, match="without the pruner's hook") as caught:
+        rebuilt.step()
+    assert [w.filename for w in caught] == [__file__] and not pruner.step_count
+
+
 def test_reattach_to_a_copied_model():
     model = net()
     opt = adam(model)

@@ -61,7 +61,7 @@ def test_a_dense_tail_stays_dense_and_says_why():
         assert (groups_of(layer.weight, DENSE) == 2).all()
 
 
-def test_a_frozen_dense_tail_is_no_reason_to_look_for_newcomers(monkeypatch):
+def test_a_dense_tail_is_no_reason_to_look_for_newly_trainable_layers(monkeypatch):
     model = net()
     pruner = attach(model, adam(model), pattern=DENSE)
     monkeypatch.setattr(type(pruner._buckets), "_owners", lambda self: pytest.fail("looked"))
@@ -132,8 +132,8 @@ def test_the_optimizers_take_patterns_into_their_call(kind, last):
     overrides = {"0": Keep(1, of=16), "2": Keep(2, of=32, v=4)}
     pair = twins(kind, model=model, overrides=overrides, freeze_at=3)
     together(*pair, 5)
-    way = pair[1].opt.report[0]
-    assert (way.fused, way.pruned, way.fallback_reason) == (True, 3, "")
+    info = pair[1].opt.report[0]
+    assert (info.fused, info.pruned, info.fallback_reason) == (True, 3, "")
     assert int(pair[1].pruner.masks()["2"].sum()) == 64 * 64 * 9 // 16
 
 

@@ -176,10 +176,10 @@ def test_masks_follow_a_model_that_changes_dtype_or_memory(frozen):
         assert sum(pruner.flips().values()) < 200  # against the carried masks, not from scratch
     for row in pruner.summary().rows:
         assert row.selected == num_pruned(row.numel, 0.9)
-    assert {g.state.thresholds.dtype for g in pruner._buckets} == {torch.float64}
+    assert {b.state.thresholds.dtype for b in pruner._buckets} == {torch.float64}
 
 
-def test_replaced_data_and_assigned_parameters_are_found():
+def test_replaced_data_and_assigned_parameters_are_noticed():
     model = net()
     opt = adam(model)
     pruner = attach(model, opt, sparsity=0.9, freeze_at=2)
@@ -242,13 +242,13 @@ def test_patterned_layers_shrink_and_freeze_like_the_others(keep):
 def test_patterned_layer_obeys_found_inf():
     model = net()
     pruner = attach(model, sparsity=0.9, overrides={"2.0": Keep(2, of=8)})
-    (group,) = pruner._buckets  # N:M and unstructured layers together
-    group.set_ratio(1.0, 1.0)
-    before, state = weights(model), group.state.state_dict()
-    group.shrink(0.5, torch.ones(()))
+    (bucket,) = pruner._buckets  # N:M and unstructured layers together
+    bucket.set_ratio(1.0, 1.0)
+    before, state = weights(model), bucket.state.state_dict()
+    bucket.shrink(0.5, torch.ones(()))
     assert same(weights(model), before) and same(
-        {k: v.nan_to_num() for k, v in group.state.state_dict().items()},
+        {k: v.nan_to_num() for k, v in bucket.state.state_dict().items()},
         {k: v.nan_to_num() for k, v in state.items()},
     )
-    group.shrink(0.5, torch.zeros(()))
-    assert group.state.flips[1] == 432 and not same(weights(model), before)
+    bucket.shrink(0.5, torch.zeros(()))
+    assert bucket.state.flips[1] == 432 and not same(weights(model), before)
