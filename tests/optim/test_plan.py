@@ -129,13 +129,33 @@ def test_a_weight_that_is_not_pruned_changes_its_dtype():
     assert str(pair[0].pruner.summary()) == str(pair[1].pruner.summary())
 
 
-def test_parameters_are_exchanged_within_the_group():
+def test_a_parameter_of_the_group_is_replaced():
     pair = twins("adam")
     together(*pair, 2)
     for twin in pair:
-        params = twin.opt.param_groups[0]["params"]
-        params[0], params[1] = params[1], params[0]
-    together(*pair, 2, begin=2)
+        params, old = twin.opt.param_groups[0]["params"], twin.model[4].bias
+        number = next(i for i, p in enumerate(params) if p is old)
+        params[number] = twin.model[4].bias = nn.Parameter(torch.ones(64))
+        twin.step(2)
+        twin.opt.state.pop(old)
+    assert_twins(*pair, "after step 2")
+    assert fused(pair[1]) == [True]
+
+
+def test_assigned_parameters_are_pruned_though_the_optimizer_does_not_have_them():
+    """The optimizer updates the parameters it has; the pruner shrinks those of the model."""
+    pair = twins("adam")
+    together(*pair, 2)
+    for twin in pair:
+        state = {name: x.clone() for name, x in twin.model.state_dict().items()}
+        olds = list(twin.model.parameters())
+        twin.model.load_state_dict(state, assign=True)
+        for p, old in zip(twin.model.parameters(), olds, strict=True):
+            old.grad = torch.ones_like(p)
+        twin.opt.step()
+        assert not any(torch.equal(p, old) for p, old in zip(state.values(), olds, strict=True))
+    assert_twins(*pair, "after the step")
+    assert "shrunk after the update" in pair[1].opt.report[0].fallback_reason
 
 
 def test_sparse_gradients_are_left_to_torch():
