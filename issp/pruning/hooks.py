@@ -24,13 +24,13 @@ _watchers: weakref.WeakSet[Hooks] = weakref.WeakSet()
 _global_handles: list[RemovableHandle] = []
 
 
-class BeginStep(Protocol):
+class _BeginStep(Protocol):
     """Called at the start of a step: number of the optimizer, AMP's overflow flag."""
 
     def __call__(self, index: int, found_inf: Tensor | None) -> PruneStep: ...
 
 
-class FinishStep(Protocol):
+class _FinishStep(Protocol):
     """Called after a step: number of the optimizer, AMP's overflow flag, remaining buckets.
 
     `remaining` is None where the step has done nothing of the pruner's work.
@@ -63,8 +63,8 @@ class Hooks:
         self,
         optimizers: Sequence[Optimizer],
         *,
-        begin_step: BeginStep,
-        finish_step: FinishStep,
+        begin_step: _BeginStep,
+        finish_step: _FinishStep,
         is_trained_by: Callable[[Optimizer], bool],
     ) -> None:
         """Hooks the optimizers and watches all others.
