@@ -179,7 +179,8 @@ class _Worker:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the benchmark."""
     parser.add_argument("--old", type=Path, required=True, metavar="PATH", help="built checkout")
-    parser.add_argument("--rounds", type=int, default=30, help="calls of each (default: 30)")
+    parser.add_argument("--rounds", type=int, default=15, help="calls of each (default: 15)")
+    parser.add_argument("--processes", type=int, default=3, help="of each revision (default: 3)")
     parser.add_argument("--threads", type=int, default=1, help="of each process (default: 1)")
 
 
@@ -189,23 +190,23 @@ def run(args: argparse.Namespace) -> None:
     from bench.harness.machine import machine_line
     from issp.utils.text import table
 
-    workers = {
-        "old": _Worker(args.old.resolve(), args.threads),
-        "new": _Worker(ROOT, args.threads),
-    }
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
+    for _ in range(args.processes):
+        # New processes: where their memory lies changes a step by several per cent.
+        roots = {"old": args.old.resolve(), "new": ROOT}
+        workers = {w: _Worker(roots[w], args.threads) for w in random.sample(list(roots), 2)}
+        for name in CASES:
+            for which in workers:
+                workers[which].time(name)
+            for _ in range(args.rounds):
+                order = random.sample(list(workers), 2)
+                rounds[name].append({which: workers[which].time(name) for which in order})
+        for worker in workers.values():
+            worker.close()
     rows = []
-    for name in CASES:
-        rounds = []
-        for _ in range(args.rounds + 1):
-            order = random.sample(list(workers), 2)
-            times = {which: workers[which].time(name) for which in order}
-            rounds.append(times)
-        rounds = rounds[1:]
-        old, new = (statistics.median(r[w] for r in rounds) for w in ("old", "new"))
-        ratio = statistics.median(r["new"] / r["old"] for r in rounds)
+    for name, times in rounds.items():
+        old, new = (statistics.median(r[which] for r in times) for which in ("old", "new"))
+        ratio = statistics.median(r["new"] / r["old"] for r in times)
         rows.append([name, f"{1e6 * old:.1f}", f"{1e6 * new:.1f}", f"{ratio:.3f}"])
-        print(rows[-1], file=sys.stderr, flush=True)
-    for worker in workers.values():
-        worker.close()
     print(f"{machine_line('cpu')}; {args.threads} threads each\n")
     print(table(["case", "old us", "new us", "new / old"], rows))
