@@ -48,7 +48,7 @@ def _shapes(name: str) -> list[tuple[int, ...]]:
     return [tuple(m.weight.shape) for m in model.modules() if isinstance(m, kinds)]
 
 
-def _optimizer(name: str) -> Callable[[], object]:
+def _optimizer(name: str, kind: str = "Adam") -> Callable[[], object]:
     import torch
     from torch import nn
 
@@ -57,7 +57,8 @@ def _optimizer(name: str) -> Callable[[], object]:
     # A model without a forward pass: the optimizer's work alone.
     layers = [nn.Linear(s[1] * s[2] * s[3] if len(s) > 2 else s[1], s[0]) for s in _shapes(name)]
     model = nn.Sequential(*layers)
-    optimizer = issp.optim.Adam(model.parameters(), lr=1e-4)
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer = getattr(issp.optim, kind)(model.parameters(), lr=1e-4, **options)
     issp.attach(model, optimizer, sparsity=0.95)
     for p in model.parameters():
         p.grad = torch.randn_like(p) * 1e-3
@@ -118,6 +119,7 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "step, SwinIR-light": lambda: _step("swinir-light"),
     "Adam and step, edsr-baseline": lambda: _optimizer("edsr-baseline"),
     "Adam and step, SwinIR-light": lambda: _optimizer("swinir-light"),
+    "SGD and step, SwinIR-light": lambda: _optimizer("swinir-light", "SGD"),
     "hook of 200 tiny layers": _hook,
     "sparse conv 3x3 256->256, 48x48": lambda: _conv(256, 48),
     "sparse conv 3x3 60->60, 64x64": lambda: _conv(60, 64),

@@ -31,7 +31,7 @@ class StepCounter:
         else:
             flag = torch.empty(1, pin_memory=True)
             flag.copy_(found_inf.view(1), non_blocking=True)
-            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(found_inf.device))
             self._pending = (flag, copied)
 
