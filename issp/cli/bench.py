@@ -29,6 +29,11 @@ def main(args: argparse.Namespace) -> int:
             "the benchmarks are not part of the installed package: clone the repository and run "
             "`python -m bench` there"
         )
+    # `python -m` would take a bench.py of the user's working folder first.
+    run = (
+        "import runpy, sys; sys.path[0] = sys.argv.pop(1); "
+        "runpy.run_module('bench', run_name='__main__')"
+    )
     path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "bench", *args.rest]
+    command = [sys.executable, "-c", run, str(root), *args.rest]
     return subprocess.call(command, env={**os.environ, "PYTHONPATH": path})
