@@ -1,27 +1,25 @@
 """Loads issp/_CUDA into a CUDA build of torch, lists its registrations, runs every fake: no GPU.
 
-    /path/to/python-with-cuda-torch bench/load_cuda.py [issp/_CUDA.abi3.so]
+    PYTHON_WITH_A_CUDA_TORCH -m bench.load_cuda [issp/_CUDA.abi3.so]
 
 What only a GPU would show, that kernels compute the right thing, is for bench/on_gpu.sh.
 """
 
 import argparse
 import re
-import runpy
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 warnings.simplefilter("ignore")  # the slow reference will do where issp/_C was not built
 
-from issp import backends, ops  # noqa: E402  (found through the line above)
+from bench.sanitize import CASES  # noqa: E402  (after the filter of warnings)
+from issp import ops  # noqa: E402
+from issp.ops import validation  # noqa: E402
 
 
 class Recorder(TorchDispatchMode):
@@ -40,7 +38,7 @@ class Recorder(TorchDispatchMode):
 def recorded() -> list:
     """Calls of every op: the sanitizer's small cases, on the CPU."""
     with Recorder() as recorder:
-        for cases in runpy.run_path(str(ROOT / "bench" / "sanitize.py"))["CASES"]:
+        for cases in CASES:
             for _ in cases("cpu", torch.float32):
                 pass
         ops.magnitude_statistics([torch.randn(40), torch.randn(3, 3)])
@@ -68,10 +66,10 @@ def registration(op: str) -> str | None:
 def main() -> int:
     """Exit status 1 when an op has no kernel or a fake fails."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("library", nargs="?", default=str(ROOT / "issp" / "_CUDA.abi3.so"))
+    parser.add_argument("library", nargs="?", default="issp/_CUDA.abi3.so")
     library = parser.parse_args().library
     print(f"torch {torch.__version__}, CUDA {torch.version.cuda}, {library}")
-    names = [*backends.OPS, *backends.PRODUCTS]
+    names = [*validation.PRUNING_OPS, *validation.SPARSE_OPS]
     before = [op for op in names if registration(op)]
     torch.ops.load_library(library)
     lines = {op: registration(op) for op in names if op not in before}

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from issp import backends
+from issp.ops import validation
 
 ROOT = Path(__file__).resolve().parents[3]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
@@ -106,13 +107,14 @@ def test_the_library_names_its_runtime_to_the_back_ends(library, monkeypatch):
 @pytest.mark.skipif(not PYTHON, reason="ISSP_CUDA_TORCH_PYTHON names no Python with CUDA's torch")
 def test_the_library_loads_in_a_cuda_build_of_torch(library):
     done = subprocess.run(
-        [PYTHON, str(ROOT / "bench" / "load_cuda.py"), str(library)],
+        [PYTHON, "-m", "bench.load_cuda", str(library)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    ops = len(backends.OPS) + len(backends.PRODUCTS)
+    ops = len(validation.PRUNING_OPS) + len(validation.SPARSE_OPS)
     assert f"{ops} of {ops} ops registered for CUDA, {ops} of {ops} fakes ran" in done.stdout
 
 
