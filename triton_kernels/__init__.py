@@ -2,8 +2,8 @@
 
 Arguments have been checked by the caller; nothing here imports issp. Results equal the
 reference's bit by bit, those of the sparse ops up to the rounding of their sums. semantics.py
-holds the rules, tables.py the launch over a whole model, select.py the exact search, sparse.py
-what the sparse ops share; compile.py compiles every kernel without a GPU.
+has the scalar rules, tables.py the multi-tensor launch, select.py the exact search, sparse.py the
+common functions of the sparse ops; compile.py compiles every kernel without a GPU.
 """
 
 from __future__ import annotations

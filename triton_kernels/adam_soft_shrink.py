@@ -2,9 +2,9 @@
 
 Launches, as soft_shrink_ but for the update in front:
 
-1. update  a program per span of tiles: updates weight and moments, and for a weight to prune counts
-           and collects candidates as soft_shrink's `count` does, reading back what it has just
-           written (out of L1 or L2). The last program of a weight adds 1 to its step.
+1. update  a program per NUM_TILES tiles: updates weight and moments, and for a weight to prune
+           counts and collects candidates as soft_shrink's `count` does, from the weights that it
+           has just written (read from L1 or L2). The last program of a weight adds 1 to its step.
 2. apply   soft_shrink's.
 
 With fixed masks, or without a weight to prune, the first launch does everything. Traffic per weight
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from .select import last_to_arrive
 from .semantics import factor
-from .soft_shrink import count_span
-from .tables import TILE, halves, locate, overflowed, pointer
+from .soft_shrink import count_tiles
+from .tables import TILE, locate, overflowed, pointer, split_f64
 from .updates import (
     adam_updated,
     float_pointer,
     gradient,
     kept_tile,
+    launch_update,
     power,
     rate,
-    run,
     selects,
 )
 
@@ -42,62 +42,62 @@ from .updates import (
     ]
 )  # fmt: skip
 def adam(
-    rows, tiles, table, arrivals, pruned, lr_tensor, grad_scale, k, thresholds, masks, flips,
+    rows, tiles, state_table, arrivals, pruned, lr_tensor, grad_scale, k, thresholds, masks, flips,
     scratch, found_inf, shrink_high, shrink_low, lr_high, lr_low, beta1_high, beta1_low,
     beta2_high, beta2_low, eps_high, eps_low, decay_high, decay_low,
     COUPLED: tl.constexpr, DECOUPLED: tl.constexpr, MAXIMIZE: tl.constexpr,
-    FROZEN: tl.constexpr, COUNT: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr,
+    FROZEN: tl.constexpr, COUNT: tl.constexpr, NUM_TILES: tl.constexpr, TILE: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
     """Launch 1."""
     if overflowed(found_inf):
         return
     t, address, n, index, programs = locate(rows, tiles, tl.program_id(0))
-    beside = table + t.to(tl.int64) * 5
+    state_row = state_table + t.to(tl.int64) * 5
     weight = address.to(tl.pointer_type(tl.float32))
-    first = float_pointer(beside, 2)
-    second = float_pointer(beside, 3)
-    step = float_pointer(beside, 4)
-    now = tl.load(step) + 1
+    exp_avg = float_pointer(state_row, 2)
+    exp_avg_sq = float_pointer(state_row, 3)
+    step = float_pointer(state_row, 4)
+    new_step = tl.load(step) + 1
     lr = rate(lr_tensor, lr_high, lr_low)
     beta1 = factor(beta1_high, beta1_low, "float64")
     beta2 = factor(beta2_high, beta2_low, "float64")
     decay = factor(decay_high, decay_low, "float64")
     eps = factor(eps_high, eps_low, "float64").to(tl.float32)
-    times = now.to(tl.int32)
-    bias2_root = tl.sqrt(1.0 - power(beta2, times)).to(tl.float32)
-    step_size = (lr / (1.0 - power(beta1, times))).to(tl.float32)
-    start = index * (SPAN * TILE)
-    for at in range(start, tl.minimum(n, start + SPAN * TILE), TILE):
-        place, inside, kept = kept_tile(rows, t, masks, n, at, pruned, FROZEN, TILE)
-        w = tl.load(weight + at + place, mask=inside, other=0.0)
-        m = tl.load(first + at + place, mask=inside, other=0.0)
-        v = tl.load(second + at + place, mask=inside, other=0.0)
-        g = gradient(beside, at, place, inside, grad_scale, MAXIMIZE)
+    step_number = new_step.to(tl.int32)
+    bias2_root = tl.sqrt(1.0 - power(beta2, step_number)).to(tl.float32)
+    step_size = (lr / (1.0 - power(beta1, step_number))).to(tl.float32)
+    start = index * (NUM_TILES * TILE)
+    for at in range(start, tl.minimum(n, start + NUM_TILES * TILE), TILE):
+        local, inside, kept = kept_tile(rows, t, masks, n, at, pruned, FROZEN, TILE)
+        w = tl.load(weight + at + local, mask=inside, other=0.0)
+        m = tl.load(exp_avg + at + local, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + at + local, mask=inside, other=0.0)
+        g = gradient(state_row, at, local, inside, grad_scale, MAXIMIZE)
         w, m, v = adam_updated(
             w, g, m, v, decay.to(tl.float32), (1.0 - lr * decay).to(tl.float32),
             (1.0 - beta1).to(tl.float32), beta2.to(tl.float32), (1.0 - beta2).to(tl.float32), eps,
             bias2_root, step_size, COUPLED, DECOUPLED,
         )  # fmt: skip
-        tl.store(weight + at + place, tl.where(kept, w, 0.0), mask=inside)
-        tl.store(first + at + place, tl.where(kept, m, 0.0), mask=inside)
-        tl.store(second + at + place, tl.where(kept, v, 0.0), mask=inside)
+        tl.store(weight + at + local, tl.where(kept, w, 0.0), mask=inside)
+        tl.store(exp_avg + at + local, tl.where(kept, m, 0.0), mask=inside)
+        tl.store(exp_avg_sq + at + local, tl.where(kept, v, 0.0), mask=inside)
     # All programs of the weight have read its step when the last one arrives.
     if last_to_arrive(arrivals + t, programs):
-        tl.store(step, now)
+        tl.store(step, new_step)
         if FROZEN:  # noqa: SIM102 (decided by the compiler)
             if t < pruned:
                 tl.store(flips + t, 0)
     if COUNT:
-        tl.debug_barrier()  # what follows reads the tiles in another layout than they were written
-        if (t < pruned) & selects(beside):
+        tl.debug_barrier()  # count_tiles reads the tiles in another layout than they were written
+        if (t < pruned) & selects(state_row):
             wanted = tl.load(k + t)
             if (wanted >= 0) & (wanted <= n):
                 source = pointer(address, "float32", False)
                 shrink = factor(shrink_high, shrink_low, "float32")
-                count_span(
+                count_tiles(
                     rows, t, source, n, index, programs, wanted, thresholds, flips, scratch,
-                    shrink, "float32", SPAN, TILE, AXIS,
+                    shrink, "float32", NUM_TILES, TILE, AXIS,
                 )  # fmt: skip
 
 
@@ -128,17 +128,17 @@ def adam_soft_shrink_(
     patterns: Sequence[int] = (),
     *,
     tile: int = TILE,
-    span: int | None = None,
+    tiles_per_program: int | None = None,
 ) -> None:
     """See `adam_soft_shrink_` in the schemas."""
-    scalars = [x for value in (lr, beta1, beta2, eps, weight_decay) for x in halves(value)]
+    scalars = [x for value in (lr, beta1, beta2, eps, weight_decay) for x in split_f64(value)]
     rule = {
         "COUPLED": weight_decay != 0 and not decoupled,
         "DECOUPLED": weight_decay != 0 and decoupled,
         "MAXIMIZE": maximize,
     }
-    run(
+    launch_update(
         adam, scalars, rule, weights, grads, [exp_avgs, exp_avg_sqs, steps], lr_tensor,
         grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf, frozen, bracket,
-        patterns, tile, span,
+        patterns, tile, tiles_per_program,
     )  # fmt: skip

@@ -44,10 +44,10 @@ _VALUES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64
 # Types of the arguments by name; `bits` stands for a pointer to the weights' bits, and in a sparse
 # op `values` for one to numbers of their dtype, `sums` for one to sums of them.
 _ARGUMENTS = {
-    "rows": "*i64", "tiles": "*i32", "k": "*i64", "work": "*i64", "flips": "*i64",
-    "thresholds": "bits", "patterns": "*i64", "offset": "i64",
+    "rows": "*i64", "tiles": "*i32", "k": "*i64", "radix_state": "*i64", "flips": "*i64",
+    "thresholds": "bits", "patterns": "*i64", "target_offset": "i64",
     "masks": "*i32", "scratch": "*i32", "found_inf": "*fp32", "counts": "*i64",
-    "sums": "*fp64", "statistics": "*fp64", "table": "*i64", "arrivals": "*i32",
+    "sums": "*fp64", "statistics": "*fp64", "state_table": "*i64", "arrivals": "*i32",
     "lr_tensor": "*fp32", "grad_scale": "*fp32",
 }  # fmt: skip
 
@@ -55,11 +55,11 @@ _ARGUMENTS = {
 def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     """Kernel, constants and options of what the ops launch for this dtype."""
     tiled = {"DTYPE": dtype, "TILE": TILE}
-    spanned = tiled | {"SPAN": 8}
+    multi_tile = tiled | {"NUM_TILES": 8}
     if dtype != "float64":
-        yield count, spanned | {"AXIS": AXIS}, launch(dtype)
-    yield apply, spanned | {"ALIGNED": True}, launch(dtype)
-    yield radix_pass, spanned | {"ALIGNED": True}, launch(dtype)
+        yield count, multi_tile | {"AXIS": AXIS}, launch(dtype)
+    yield apply, multi_tile | {"ALIGNED": True}, launch(dtype)
+    yield radix_pass, multi_tile | {"ALIGNED": True}, launch(dtype)
     yield apply_masks, tiled | {"SETS": 3, "SIZES": 0b111}, launch(dtype)
     yield regularize, tiled, launch(dtype)
     yield zeros, tiled | {"ALIGNED": True}, launch(dtype)
@@ -67,14 +67,14 @@ def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     yield merge, {"TILE": TILE, "CHUNK": CHUNK}, MERGE_LAUNCH
     if dtype == "float32":
         # the rules with the most arithmetic; the others leave some of it out
-        update = {"FROZEN": False, "COUNT": True, "SPAN": 8, "TILE": TILE, "AXIS": AXIS}
+        update = {"FROZEN": False, "COUNT": True, "NUM_TILES": 8, "TILE": TILE, "AXIS": AXIS}
         update |= {"MAXIMIZE": False}
         yield adam, update | {"COUPLED": True, "DECOUPLED": False}, UPDATE_LAUNCH
         frozen = update | {"FROZEN": True, "COUNT": False, "TILE": TILE // 2}
         yield adam, frozen | {"COUPLED": False, "DECOUPLED": True}, UPDATE_LAUNCH
         yield sgd, update | {"DECAY": True, "MOMENTUM": True, "NESTEROV": True}, UPDATE_LAUNCH
-    for places in (4, 32, 128):
-        shape = {"DTYPE": dtype, "PLACES": places, "GROUPS": GROUP_TILE // places}
+    for positions in (4, 32, 128):
+        shape = {"DTYPE": dtype, "POSITIONS": positions, "GROUPS": GROUP_TILE // positions}
         yield shrink_groups, shape | {"INDEX": tl.int32}, group_options(dtype)
     yield shrink_groups, shape | {"INDEX": tl.int64}, group_options(dtype, wide=True)
 
@@ -107,16 +107,16 @@ def _resources(cubin: bytes) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(cubin)
-        usage, code = (
+        listing, code = (
             subprocess.run(
                 [tools / tool, option, file], capture_output=True, text=True, check=True
             ).stdout
             for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
         )
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
     return {
-        "registers": found["REG"],
-        "local_bytes": found["STACK"] + found["LOCAL"],
+        "registers": usage["REG"],
+        "local_bytes": usage["STACK"] + usage["LOCAL"],
         "matrix": len(re.findall(r"\b(?:H|D|HG|UTCH|UTCQ)MMA\b", code)),
     }
 
@@ -146,8 +146,8 @@ def compile_all(
         raise RuntimeError("TRITON_INTERPRET is set: compile in a process without it")
     rows = []
     for dtype in dtypes:
-        found = (variant for name in kernels for variant in KERNELS[name](dtype))
-        for (kernel, constants, options), target in itertools.product(found, targets):
+        variants = (variant for name in kernels for variant in KERNELS[name](dtype))
+        for (kernel, constants, options), target in itertools.product(variants, targets):
             source = _source(kernel, constants, dtype)
             built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
             ptx = built.asm["ptx"]

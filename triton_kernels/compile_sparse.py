@@ -36,21 +36,23 @@ def sparse_variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict
         for v in blocks if name == dtype else ():
             common = {"PRECISION": precision, "V": v, "INDEX": tl.int32}
             yield from _forward(getattr(torch, dtype), v, common)
-            own, options = _split(grad_sizes(getattr(torch, dtype), v))
-            yield convolve_values_grad, common | own | _GEOMETRY, options
-            yield multiply_values_grad, common | own, options
+            sizes, options = _split(grad_sizes(getattr(torch, dtype), v))
+            yield convolve_values_grad, common | sizes | _GEOMETRY, options
+            yield multiply_values_grad, common | sizes, options
     yield sum_splits, {"TILE": SUM_TILE}, {}
 
 
 def _forward(dtype: torch.dtype, v: int, common: dict):
     # Of a large image, with the whole epilogue or none.
     for epilogue in (True, False):
-        own, options = _split(tile_sizes(dtype, common["PRECISION"], v, 1, 2**30, 1, epilogue))
-        own |= common | {"ACTIVATION": "gelu" if epilogue else "relu"}
-        own |= {} if epilogue else {"residual": None}
-        yield convolve, own | _GEOMETRY | {"UPSAMPLE": (1, 1)}, options
+        constants, options = _split(
+            tile_sizes(dtype, common["PRECISION"], v, 1, 2**30, 1, epilogue)
+        )
+        constants |= common | {"ACTIVATION": "gelu" if epilogue else "relu"}
+        constants |= {} if epilogue else {"residual": None}
+        yield convolve, constants | _GEOMETRY | {"UPSAMPLE": (1, 1)}, options
         if epilogue == (v != 32):
-            yield multiply, own, options
+            yield multiply, constants, options
 
 
 def _split(sizes: dict) -> tuple[dict, dict]:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .semantics import key
-from .tables import TILE, launch, left, load_tile, locate, name_of, pointer, tables
+from .tables import TILE, elements_in_tile, launch, load_tile, locate, name_of, pointer, tables
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def zeros(rows, tiles, counts, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, TILE:
     t, address, n, index, _ = locate(rows, tiles, tl.program_id(0))
     start = index * TILE
     source = pointer(address, DTYPE, ALIGNED) + start
-    bits = load_tile(source, tl.arange(0, TILE), left(n, start, TILE), TILE)
+    bits = load_tile(source, tl.arange(0, TILE), elements_in_tile(n, start, TILE), TILE)
     count = tl.sum((key(bits) == 0).to(tl.int32), 0)
     if count > 0:
         tl.atomic_add(counts + t, count.to(tl.int64), sem="relaxed")
@@ -31,14 +31,14 @@ def count_zeros(tensors: list[Tensor], *, tile: int = TILE) -> Tensor:
     by_size: dict[int, list[int]] = {}
     for t, x in enumerate(tensors):
         by_size.setdefault(x.element_size(), []).append(t)
-    found = torch.zeros(len(tensors), dtype=torch.int64, device=tensors[0].device)
-    with torch.cuda.device_of(found):
-        for same in by_size.values():
-            table = tables(tensors, tile, 1, same)
-            dtype = name_of(tensors[same[0]].dtype)
+    counts = torch.zeros(len(tensors), dtype=torch.int64, device=tensors[0].device)
+    with torch.cuda.device_of(counts):
+        for members in by_size.values():
+            table = tables(tensors, tile, 1, members)
+            dtype = name_of(tensors[members[0]].dtype)
             zeros[table.grid](
-                *(table.rows, table.tiles, found),
+                *(table.rows, table.tiles, counts),
                 DTYPE=dtype, ALIGNED=table.aligned, TILE=tile,
                 **launch(dtype, table.aligned),
             )  # fmt: skip
-    return found
+    return counts

@@ -1,16 +1,15 @@
 """N:M tensors of a call in one launch: whole groups per program, selected and shrunk in place.
 
-A program takes GROUPS groups that lie side by side, in tiles [PLACES, GROUPS] of 1024 weights; the
-size of groups and the rows that share a pattern are the tensor's, so that one launch serves all
-patterns of a model. A group of up to RANKED places is one tile, whose scores are compared with
-every other's; a larger one is cut where halving the range of scores leaves as many as are selected
-(31 rounds for float32, 15 for 16-bit weights, 63 for float64), then ranked among ties.
+A program takes GROUPS adjacent groups, in tiles [POSITIONS, GROUPS] of 1024 weights; m and v are
+read per tensor, so that one launch serves all patterns of a model. A group of up to RANKED
+positions is one tile: every score is compared with every other of its group. In a larger group a
+bisection over the range of scores finds the threshold (31 rounds for float32, 15 for 16-bit
+weights, 63 for float64); ties are ranked by position.
 
-Traffic per float32 weight: 4 bytes from and 4 to DRAM. A program reads its weights again, out of
-the L1 or L2 cache: once for the comparisons, or in every round what a group has beyond one tile,
-and once more to shrink them, since a group of any size would not fit the registers. Masks change
-bit by bit, by an atomic for every bit that flips, which in training few do: 1/8 byte of mask is
-read.
+Traffic per float32 weight: 4 bytes from and 4 to DRAM. A program reads its weights again, from
+the L1 or L2 cache: once for the comparisons (or, in every round, the part of a group beyond one
+tile), and again to shrink them, since a group of any size would not fit the registers. Every mask
+bit that flips is one atomic; in training few bits flip: 1/8 byte of mask is read.
 """
 
 from __future__ import annotations
@@ -27,29 +26,29 @@ from .semantics import factor, key, shrunk, widen
 from .tables import (
     INTEGER,
     group_tables,
-    halves,
     locate,
     mask_start,
     name_of,
     overflowed,
     pointer,
     region,
+    split_f64,
 )
 
-# Small, since every weight holds its score, rank, address and mask bit in registers.
+# Small, since score, rank, address and mask bit of every weight are in registers.
 TILE = 1024
 RANKED: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
-def score_at(source, at, valid, v, columns, DTYPE: tl.constexpr):
-    """Keys of the weights at `at`; with v > 1 those of |w| summed over v rows in row order."""
-    bits = tl.load(source + at, mask=valid, other=0)
+def score_at(source, offsets, valid, v, columns, DTYPE: tl.constexpr):
+    """Keys of the weights at `offsets`; with v > 1 those of |w| summed over v rows in row order."""
+    bits = tl.load(source + offsets, mask=valid, other=0)
     score = key(bits)
     if v > 1:
         total = tl.abs(widen(bits, DTYPE))
         for row in range(1, v):
-            below = tl.load(source + at + row * columns, mask=valid, other=0)
+            below = tl.load(source + offsets + row * columns, mask=valid, other=0)
             total += tl.abs(widen(below, DTYPE))
         if DTYPE == "float64":
             score = tl.where(total != total, 0x7FFFFFFFFFFFFFFF, total.to(tl.int64, bitcast=True))
@@ -60,69 +59,77 @@ def score_at(source, at, valid, v, columns, DTYPE: tl.constexpr):
 
 @triton.jit
 def cut_groups(
-    source, first, valid, m, inner, v, columns, chosen, DTYPE: tl.constexpr, PLACES: tl.constexpr
+    source, first, valid, m, inner, v, columns, chosen, DTYPE: tl.constexpr, POSITIONS: tl.constexpr
 ):  # fmt: skip
-    """tau and end of every group: selected is what is below tau, or equal at a place before end."""
+    """tau and end of every group: selected are scores < tau, and == tau before position end."""
     WIDE: tl.constexpr = DTYPE == "float64"
     SCORE: tl.constexpr = 63 if WIDE else 31
     KEY: tl.constexpr = SCORE if WIDE or DTYPE == "float32" else 15
     bits = tl.where(v == 1, KEY, SCORE)
     base = tl.zeros_like(first).to(tl.int64 if WIDE else tl.int32)
     rank = tl.zeros_like(first).to(tl.int32) + chosen
-    place = tl.arange(0, PLACES)[:, None]
-    near = valid & (place < m)
-    held = score_at(source, first + place.to(first.dtype) * inner, near, v, columns, DTYPE)
-    for done in range(bits):
-        half = (base * 0 + 1) << (bits - 1 - done)
-        count = tl.sum((near & (held >= base) & (held - base < half)).to(tl.int32), 0)[None, :]
-        for start in range(PLACES, m, PLACES):
-            there = valid & (start + place < m)
-            at = first + (start + place).to(first.dtype) * inner
-            ahead = score_at(source, at, there, v, columns, DTYPE) - base
-            count += tl.sum((there & (ahead >= 0) & (ahead < half)).to(tl.int32), 0)[None, :]
+    position = tl.arange(0, POSITIONS)[:, None]
+    in_first_tile = valid & (position < m)
+    first_scores = score_at(
+        source, first + position.to(first.dtype) * inner, in_first_tile, v, columns, DTYPE
+    )
+    for round_index in range(bits):
+        half = (base * 0 + 1) << (bits - 1 - round_index)
+        count = tl.sum(
+            (in_first_tile & (first_scores >= base) & (first_scores - base < half)).to(tl.int32), 0
+        )[None, :]
+        for start in range(POSITIONS, m, POSITIONS):
+            in_group = valid & (start + position < m)
+            offsets = first + (start + position).to(first.dtype) * inner
+            distance = score_at(source, offsets, in_group, v, columns, DTYPE) - base
+            count += tl.sum((in_group & (distance >= 0) & (distance < half)).to(tl.int32), 0)[
+                None, :
+            ]
         above = count < rank
         base = tl.where(above, base + half, base)
         rank = tl.where(above, rank - count, rank)
     end = tl.zeros_like(rank)
-    for start in range(0, m, PLACES):
-        there = valid & (start + place < m)
-        at = first + (start + place).to(first.dtype) * inner
-        equal = (there & (score_at(source, at, there, v, columns, DTYPE) == base)).to(tl.int32)
+    for start in range(0, m, POSITIONS):
+        in_group = valid & (start + position < m)
+        offsets = first + (start + position).to(first.dtype) * inner
+        equal = (in_group & (score_at(source, offsets, in_group, v, columns, DTYPE) == base)).to(
+            tl.int32
+        )
         last = (equal == 1) & (tl.cumsum(equal, 0) == rank)
-        end += tl.sum(tl.where(last, start + place + 1, 0), 0)[None, :]
+        end += tl.sum(tl.where(last, start + position + 1, 0), 0)[None, :]
         rank -= tl.sum(equal, 0)[None, :]
     return base, end
 
 
 @triton.jit
 def rank_groups(
-    source, first, valid, m, inner, v, columns, chosen, DTYPE: tl.constexpr, PLACES: tl.constexpr
+    source, first, valid, m, inner, v, columns, chosen, DTYPE: tl.constexpr, POSITIONS: tl.constexpr
 ):  # fmt: skip
-    """Of a tile of whole groups: what is selected."""
-    place = tl.arange(0, PLACES)[:, None]
-    there = valid & (place < m)
-    score = score_at(source, first + place.to(first.dtype) * inner, there, v, columns, DTYPE)
+    """Which weights of a tile of complete groups are selected."""
+    position = tl.arange(0, POSITIONS)[:, None]
+    in_group = valid & (position < m)
+    score = score_at(source, first + position.to(first.dtype) * inner, in_group, v, columns, DTYPE)
     smaller = tl.zeros_like(score).to(tl.int32)
     for j in range(m):
         other = score_at(source, first + j * inner, valid, v, columns, DTYPE)
-        smaller += ((other < score) | ((other == score) & (j < place))).to(tl.int32)
-    return there & (smaller < chosen)
+        smaller += ((other < score) | ((other == score) & (j < position))).to(tl.int32)
+    return in_group & (smaller < chosen)
 
 
 @triton.jit
-def flip_bits(words, at, valid, kept):
-    """Makes the mask bits at `at` what `kept` says; returns how many change in each column."""
-    bit = (at & 31).to(tl.int32)
-    old = (tl.load(words + (at >> 5), mask=valid, other=0) >> bit) & 1
+def flip_bits(words, offsets, valid, kept):
+    """Sets the mask bits at `offsets` to `kept`; returns how many change in each column."""
+    bit = (offsets & 31).to(tl.int32)
+    old = (tl.load(words + (offsets >> 5), mask=valid, other=0) >> bit) & 1
     changed = valid & ((old == 1) != kept)
     one = tl.zeros_like(bit) + 1
-    tl.atomic_xor(words + (at >> 5), one << bit, mask=changed, sem="relaxed")
+    tl.atomic_xor(words + (offsets >> 5), one << bit, mask=changed, sem="relaxed")
     return tl.sum(changed.to(tl.int32), 0)
 
 
 @triton.jit
 def clear_padding(words, n):
-    """Bits of a tensor's last line of mask words behind its last element."""
+    """Clears the mask bits behind a tensor's last element."""
     word = n // 32 + tl.arange(0, 16)
     rest = tl.maximum(n - word * 32, 0).to(tl.int32)
     owned = word < (n + 511) // 512 * 16
@@ -130,8 +137,8 @@ def clear_padding(words, n):
 
 
 @triton.jit
-def settle(rows, t, programs, scratch, thresholds, flips, flipped, largest):
-    """Gathers flips and threshold in scratch; the tensor's last program hands them over."""
+def finalize_tensor(rows, t, programs, scratch, thresholds, flips, flipped, largest):
+    """Adds up flips and threshold in scratch; the tensor's last program writes both results."""
     words, _ = region(rows, t, scratch)
     counters = words.to(tl.pointer_type(tl.int64))  # arrivals, flips, largest key
     tl.atomic_add(counters + 1, flipped.to(tl.int64), sem="relaxed")
@@ -146,70 +153,82 @@ def settle(rows, t, programs, scratch, thresholds, flips, flipped, largest):
         tl.store(thresholds + t, threshold.to(thresholds.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["offset", "shrink_high", "shrink_low"])
+@triton.jit(do_not_specialize=["target_offset", "shrink_high", "shrink_low"])
 def shrink_groups(
-    rows, tiles, patterns, k, thresholds, masks, flips, scratch, found_inf, offset, shrink_high,
-    shrink_low, DTYPE: tl.constexpr, PLACES: tl.constexpr, GROUPS: tl.constexpr,
+    rows, tiles, patterns, k, thresholds, masks, flips, scratch, found_inf, target_offset,
+    shrink_high, shrink_low, DTYPE: tl.constexpr, POSITIONS: tl.constexpr, GROUPS: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """offset: bytes from the weights to where they are written, 0 in place."""
+    """target_offset: bytes from the weights to the result, 0 in place."""
     if overflowed(found_inf):
         return
     t, address, n, index, programs = locate(rows, tiles, tl.program_id(0))
-    own = patterns + t.to(tl.int64) * 8
+    pattern = patterns + t.to(tl.int64) * 8
     n = n.to(INDEX)
-    columns, inner = tl.load(own).to(INDEX), tl.load(own + 1).to(INDEX)
-    m, v = tl.load(own + 2).to(tl.int32), tl.load(own + 3).to(tl.int32)
-    chosen = tl.load(own + 4).to(tl.int32)
+    columns, inner = tl.load(pattern).to(INDEX), tl.load(pattern + 1).to(INDEX)
+    m, v = tl.load(pattern + 2).to(tl.int32), tl.load(pattern + 3).to(tl.int32)
+    chosen = tl.load(pattern + 4).to(tl.int32)
     if k is not None:
         wanted = tl.load(k + t)
         if (wanted != 0) & (wanted != (n // m).to(tl.int64) * chosen):
             return
         chosen = tl.where(wanted == 0, 0, chosen)
     source = pointer(address, DTYPE, False)
-    target = pointer(address + offset, DTYPE, False)
+    target = pointer(address + target_offset, DTYPE, False)
     words = masks + mask_start(rows, t)
     group = index.to(INDEX) * GROUPS + tl.arange(0, GROUPS)[None, :]
     valid = group < n // m // v
-    span = group // inner
-    per_band = columns // (m * inner)
-    first = span // per_band * v * columns + span % per_band * m * inner + group % inner
-    place = tl.arange(0, PLACES)[:, None]
-    LIMIT: tl.constexpr = PLACES if PLACES < RANKED else RANKED
+    group_block = group // inner
+    blocks_per_row = columns // (m * inner)
+    first = (
+        group_block // blocks_per_row * v * columns
+        + group_block % blocks_per_row * m * inner
+        + group % inner
+    )
+    position = tl.arange(0, POSITIONS)[:, None]
+    LIMIT: tl.constexpr = POSITIONS if POSITIONS < RANKED else RANKED
     ranked = m <= LIMIT
     tau = tl.zeros([1, GROUPS], tl.int64 if DTYPE == "float64" else tl.int32)
     end = tl.zeros([1, GROUPS], tl.int32)
-    small = tl.zeros([PLACES, GROUPS], tl.int1)
+    pruned_by_rank = tl.zeros([POSITIONS, GROUPS], tl.int1)
     if ranked:
-        small = rank_groups(source, first, valid, m, inner, v, columns, chosen, DTYPE, PLACES)
+        pruned_by_rank = rank_groups(
+            source, first, valid, m, inner, v, columns, chosen, DTYPE, POSITIONS
+        )
     else:
-        tau, end = cut_groups(source, first, valid, m, inner, v, columns, chosen, DTYPE, PLACES)
-    tl.debug_barrier()  # the whole program has read its groups before a weight is written
+        tau, end = cut_groups(source, first, valid, m, inner, v, columns, chosen, DTYPE, POSITIONS)
+    tl.debug_barrier()  # every warp has read its groups before a weight is written
     shrink = factor(shrink_high, shrink_low, DTYPE)
     flipped = tl.zeros([GROUPS], tl.int32)
-    largest = tl.zeros([PLACES, GROUPS], tau.dtype)
-    for start in range(0, m, PLACES):
-        there = valid & (start + place < m)
-        at = first + (start + place).to(first.dtype) * inner
-        gone = small
+    largest = tl.zeros([POSITIONS, GROUPS], tau.dtype)
+    for start in range(0, m, POSITIONS):
+        in_group = valid & (start + position < m)
+        offsets = first + (start + position).to(first.dtype) * inner
+        pruned = pruned_by_rank
         if ranked == 0:
-            score = score_at(source, at, there, v, columns, DTYPE)
-            gone = there & ((score < tau) | ((score == tau) & (start + place < end)))
+            score = score_at(source, offsets, in_group, v, columns, DTYPE)
+            pruned = in_group & ((score < tau) | ((score == tau) & (start + position < end)))
         for row in range(v):
-            here = at + row * columns
-            bits = tl.load(source + here, mask=there, other=0)
-            tl.store(target + here, tl.where(gone, shrunk(bits, shrink, DTYPE), bits), mask=there)
-            largest = tl.maximum(largest, tl.where(gone, key(bits), 0).to(largest.dtype))
-            flipped += flip_bits(words, here, there, gone == 0)
+            row_offsets = offsets + row * columns
+            bits = tl.load(source + row_offsets, mask=in_group, other=0)
+            tl.store(
+                target + row_offsets,
+                tl.where(pruned, shrunk(bits, shrink, DTYPE), bits),
+                mask=in_group,
+            )
+            largest = tl.maximum(largest, tl.where(pruned, key(bits), 0).to(largest.dtype))
+            flipped += flip_bits(words, row_offsets, in_group, pruned == 0)
     if index == 0:
         clear_padding(words, n)
     if flips is not None:
         total = tl.sum(flipped, 0)
-        settle(rows, t, programs, scratch, thresholds, flips, total, tl.max(tl.max(largest, 0), 0))
+        finalize_tensor(
+            rows, t, programs, scratch, thresholds, flips, total, tl.max(tl.max(largest, 0), 0)
+        )
 
 
 def options(dtype: str, wide: bool = False) -> dict:
-    """Launch options; left to itself the compiler spills a word or two to save registers.
+    """Launch options; without maxnreg the compiler spills a word or two to save registers.
 
     128 registers let four programs share an SM, 96 spill; float64 and indices of 64 bits take 168.
     """
@@ -262,17 +281,17 @@ def shrink_all(
     chosen = grouped(patterns, len(weights))
     if not chosen:
         return
-    own = [grouping(w, *patterns[3 * t : 3 * t + 3]) for t, w in enumerate(weights)]
-    places = min(128, max(4, *(triton.next_power_of_2(own[t][2]) for t in chosen)))
-    groups = tile // places
-    found, rows = group_tables(weights, own, chosen, groups)
-    offset = 0 if out is None else out.data_ptr() - weights[0].data_ptr()
+    groupings = [grouping(w, *patterns[3 * t : 3 * t + 3]) for t, w in enumerate(weights)]
+    positions = min(128, max(4, *(triton.next_power_of_2(groupings[t][2]) for t in chosen)))
+    groups = tile // positions
+    table, pattern_table = group_tables(weights, groupings, chosen, groups)
+    target_offset = 0 if out is None else out.data_ptr() - weights[0].data_ptr()
     dtype = weights[0].dtype
     bits = None if thresholds is None else thresholds.view(INTEGER[dtype])
     name, wide = name_of(dtype), max(w.numel() for w in weights) >= 2**31
     with torch.cuda.device_of(masks):
-        shrink_groups[found.grid](
-            found.rows, found.tiles, rows, k, bits, masks, flips, scratch, found_inf, offset,
-            *halves(shrink), DTYPE=name, PLACES=places, GROUPS=groups,
+        shrink_groups[table.grid](
+            table.rows, table.tiles, pattern_table, k, bits, masks, flips, scratch, found_inf,
+            target_offset, *split_f64(shrink), DTYPE=name, POSITIONS=positions, GROUPS=groups,
             INDEX=tl.int64 if wide else tl.int32, **options(name, wide),
         )  # fmt: skip

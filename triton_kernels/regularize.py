@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .apply_masks import another, pruned_in_tile
+from .apply_masks import pruned_in_tile, tensor_pointer
 from .semantics import narrow, widen
 from .tables import TILE, launch, locate, name_of, tables
 
@@ -38,9 +38,9 @@ def regularize(rows, tiles, factors, masks, count, DTYPE: tl.constexpr, TILE: tl
     t, _, n, index, _ = locate(rows, tiles, tl.program_id(0))
     local, pruned = pruned_in_tile(rows, t, masks, n, index, TILE)
     start = index * TILE
-    target = another(rows, t, DTYPE) + start + local
+    target = tensor_pointer(rows, t, DTYPE) + start + local
     g = tl.load(target, mask=pruned, other=0)
-    w = tl.load(another(rows, t + count, DTYPE) + start + local, mask=pruned, other=0)
+    w = tl.load(tensor_pointer(rows, t + count, DTYPE) + start + local, mask=pruned, other=0)
     tl.store(target, regularized(g, w, tl.load(factors + t), DTYPE), mask=pruned)
 
 
@@ -49,10 +49,10 @@ def regularize_(
 ) -> None:
     """See `regularize_` in the schemas."""
     with torch.cuda.device_of(masks):
-        found = tables([*grads, *weights], tile, 1, range(len(grads)))
+        table = tables([*grads, *weights], tile, 1, range(len(grads)))
         dtype = name_of(grads[0].dtype)
-        regularize[found.grid](
-            *(found.rows, found.tiles, factors, masks, len(grads)),
+        regularize[table.grid](
+            *(table.rows, table.tiles, factors, masks, len(grads)),
             DTYPE=dtype, TILE=tile,
             **launch(dtype),
         )  # fmt: skip

@@ -6,7 +6,7 @@ sums commute, so the result does not depend on the order of the programs.
 
 Two traversals of a tensor:
     search       one program reads its tensor once per digit: for a tensor whose bracket missed.
-                 Slow (by estimate 3 ms for 2.4 M weights), but no launch of its own, and rare.
+                 Slow (by estimate 3 ms for 2.4 M weights), but no additional launch, and rare.
     radix_pass   one launch per digit over all tiles of all tensors: 2 launches for 16-bit weights,
                  4 for float32, 8 for float64, each reading the weights once. For the calls that
                  are known to need it: bracket=False and magnitude_threshold.
@@ -23,8 +23,8 @@ from .semantics import key
 from .tables import (
     INTEGER,
     Tables,
+    elements_in_tile,
     launch,
-    left,
     load_tile,
     locate,
     name_of,
@@ -33,7 +33,7 @@ from .tables import (
     region,
 )
 
-WORK = 256 + 8  # int64 words of a tensor in radix_pass: bins, arrivals, prefix, rank
+RADIX_STATE_WORDS = 256 + 8  # int64 words of a tensor in radix_pass: bins, arrivals, prefix, rank
 
 
 @triton.jit
@@ -46,31 +46,31 @@ def bit_length(x):
 
 @triton.jit
 def pick(bins, rank):
-    """The digit whose bin holds the rank-th element (from 1), its rank in there, the bin's size."""
+    """The digit whose bin holds the rank-th element (from 1), its rank in it, the bin's size."""
     upto = tl.cumsum(bins, 0)
     before = upto < rank
     digit = tl.sum(before.to(tl.int32), 0)
-    within = rank - tl.sum(tl.where(before, bins, 0), 0)
+    rank_in_bin = rank - tl.sum(tl.where(before, bins, 0), 0)
     size = tl.sum(tl.where(tl.arange(0, 256) == digit, bins, 0), 0)
-    return digit, within, size
+    return digit, rank_in_bin, size
 
 
 @triton.jit
 def nth_equal(source, n, start, tau, nth, TILE: tl.constexpr):
     """Flat index of the nth element (from 1) at or behind `start` whose key is tau; it exists."""
     local = tl.arange(0, TILE)
-    found = n
+    position = n
     while nth > 0:
-        equal = (key(load_tile(source + start, local, left(n, start, TILE), TILE)) == tau).to(
-            tl.int32
-        )
+        equal = (
+            key(load_tile(source + start, local, elements_in_tile(n, start, TILE), TILE)) == tau
+        ).to(tl.int32)
         upto = tl.cumsum(equal, 0)
-        here = tl.sum(equal, 0).to(tl.int64)
-        if here >= nth:
-            found = start + tl.sum((upto < nth).to(tl.int32), 0)
-        nth -= here
+        num_equal = tl.sum(equal, 0).to(tl.int64)
+        if num_equal >= nth:
+            position = start + tl.sum((upto < nth).to(tl.int32), 0)
+        nth -= num_equal
         start += TILE
-    return found
+    return position
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def search(source, n, rank, DTYPE: tl.constexpr, TILE: tl.constexpr):
         shift = (DIGITS - 1 - digit) * 8
         bins = tl.zeros([256], tl.int64)
         for start in range(tl.cast(0, tl.int64), n, TILE):
-            keys = key(load_tile(source + start, local, left(n, start, TILE), TILE))
+            keys = key(load_tile(source + start, local, elements_in_tile(n, start, TILE), TILE))
             high = keys >> shift
             bins += tl.histogram((high & 255).to(tl.int32), 256, mask=(high >> 8) == tau).to(
                 tl.int64
@@ -111,7 +111,7 @@ def select_words(words, count, rank, width, CHUNK: tl.constexpr):
         bins = tl.zeros([256], tl.int64)
         for start in range(tl.cast(0, tl.int64), count, CHUNK):
             inside = local < count - start
-            # .cg: these words were written by other programs; an SM's own L1 may be stale.
+            # .cg: these words were written by other programs; the L1 of this SM may be stale.
             high = tl.load(words + start + local, mask=inside, cache_modifier=".cg") >> shift
             bins += tl.histogram(high & 255, 256, mask=inside & ((high >> 8) == value)).to(tl.int64)
         chosen, nth, equal = pick(bins, nth)
@@ -122,9 +122,9 @@ def select_words(words, count, rank, width, CHUNK: tl.constexpr):
 
 @triton.jit
 def last_to_arrive(counter, programs):
-    """True in the last of `programs` programs that come here, which then sees what all wrote.
+    """True in the last of `programs` programs to call this, which then sees the writes of all.
 
-    The counter is left at zero, ready for the next call. The barrier orders this program's writes
+    The counter is reset to zero for the next call. The barrier orders this program's writes
     before the release of its arrival.
     """
     tl.debug_barrier()
@@ -137,8 +137,8 @@ def last_to_arrive(counter, programs):
 
 @triton.jit(do_not_specialize=["shift"])
 def radix_pass(
-    rows, tiles, k, work, thresholds, flips, scratch, found_inf, shift,
-    DTYPE: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    rows, tiles, k, radix_state, thresholds, flips, scratch, found_inf, shift,
+    DTYPE: tl.constexpr, NUM_TILES: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One digit of the search, a program per tile; the last program of a tensor picks the digit.
 
@@ -151,26 +151,26 @@ def radix_pass(
     count = tl.load(k + t)
     if (count < 0) | (count > n):
         return
-    mine = work + t.to(tl.int64) * 264
-    each = mine + tl.arange(0, 256)
+    state = radix_state + t.to(tl.int64) * 264
+    bin_ptrs = state + tl.arange(0, 256)
     local = tl.arange(0, TILE)
     source = pointer(address, DTYPE, ALIGNED)
-    start = index * (SPAN * TILE)
-    prefix = tl.load(mine + 257)
+    start = index * (NUM_TILES * TILE)
+    prefix = tl.load(state + 257)
     bins = tl.zeros([256], tl.int32)
-    for at in range(start, tl.minimum(n, start + SPAN * TILE), TILE):
-        high = key(load_tile(source + at, local, left(n, at, TILE), TILE)) >> shift
+    for at in range(start, tl.minimum(n, start + NUM_TILES * TILE), TILE):
+        high = key(load_tile(source + at, local, elements_in_tile(n, at, TILE), TILE)) >> shift
         bins += tl.histogram((high & 255).to(tl.int32), 256, mask=(high >> 8) == prefix)
-    tl.atomic_add(each, bins.to(tl.int64), mask=bins > 0, sem="relaxed")
-    if last_to_arrive(mine + 256, programs):
+    tl.atomic_add(bin_ptrs, bins.to(tl.int64), mask=bins > 0, sem="relaxed")
+    if last_to_arrive(state + 256, programs):
         # The first pass finds 0 and starts from k; later passes go on from the rank in the bin.
-        left_over = tl.load(mine + 258)
-        rank = tl.where(left_over == 0, count, left_over)
-        digit, nth, equal = pick(tl.load(each, cache_modifier=".cg"), rank)
+        previous_rank = tl.load(state + 258)
+        rank = tl.where(previous_rank == 0, count, previous_rank)
+        digit, nth, equal = pick(tl.load(bin_ptrs, cache_modifier=".cg"), rank)
         prefix = (prefix << 8) | digit
-        tl.store(each, tl.zeros([256], tl.int64))
-        tl.store(mine + 257, prefix)
-        tl.store(mine + 258, nth)
+        tl.store(bin_ptrs, tl.zeros([256], tl.int64))
+        tl.store(state + 257, prefix)
+        tl.store(state + 258, nth)
         if shift == 0:
             tau = tl.where(count == 0, 0, prefix).to(key(tl.load(source)).dtype)
             tl.store(thresholds + t, tau.to(thresholds.dtype.element_ty))
@@ -178,21 +178,21 @@ def radix_pass(
                 cutoff = n
                 if (nth < equal) & (count > 0):
                     cutoff = nth_equal(source, n, tl.cast(0, tl.int64), tau, nth, TILE)
-                conclude(rows, t, scratch, flips, tau, cutoff)
+                store_threshold(rows, t, scratch, flips, tau, cutoff)
 
 
 @triton.jit
-def conclude(rows, t, scratch, flips, tau, cutoff):
-    """Leaves the verdict on tensor t where `apply` reads it, and the flips ready to be added."""
+def store_threshold(rows, t, scratch, flips, tau, cutoff):
+    """Stores tau and cutoff of tensor t for `apply`, and clears its flips."""
     words, _ = region(rows, t, scratch)
-    verdict = words.to(tl.pointer_type(tl.int64))
-    tl.store(verdict + 3, tau.to(tl.int64))
-    tl.store(verdict + 4, cutoff)
+    header = words.to(tl.pointer_type(tl.int64))
+    tl.store(header + 3, tau.to(tl.int64))
+    tl.store(header + 4, cutoff)
     tl.store(flips + t, 0)
 
 
 def radix_search(
-    found: Tables,
+    table: Tables,
     k: Tensor,
     thresholds: Tensor,
     tile: int,
@@ -203,18 +203,18 @@ def radix_search(
     """Writes thresholds[t] = |w| of rank k[t] for every tensor, by one launch per digit.
 
     Args:
-        found: the tables of the weights.
+        table: the tables of the weights.
         k: [T] int64 on the device.
         thresholds: [T] in the weights' dtype, written.
         tile: elements per tile of the tables.
         flips, scratch, found_inf: as in soft_shrink_, whose `apply` follows; else None.
     """
-    work = torch.zeros(k.numel() * WORK, dtype=torch.int64, device=k.device)
+    radix_state = torch.zeros(k.numel() * RADIX_STATE_WORDS, dtype=torch.int64, device=k.device)
     bits = thresholds.view(INTEGER[thresholds.dtype])
     dtype = name_of(thresholds.dtype)
     for shift in range(8 * (thresholds.element_size() - 1), -1, -8):
-        radix_pass[found.grid](
-            found.rows, found.tiles, k, work, bits, flips, scratch, found_inf, shift,
-            DTYPE=dtype, SPAN=found.span, TILE=tile, ALIGNED=found.aligned,
-            **launch(dtype, found.aligned),
+        radix_pass[table.grid](
+            table.rows, table.tiles, k, radix_state, bits, flips, scratch, found_inf, shift,
+            DTYPE=dtype, NUM_TILES=table.tiles_per_program, TILE=tile, ALIGNED=table.aligned,
+            **launch(dtype, table.aligned),
         )  # fmt: skip

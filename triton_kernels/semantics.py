@@ -1,8 +1,8 @@
 """The scalar rules as Triton functions: key, selected, shrunk.
 
 The same rules, in the same order, stand in issp/ops/reference/pruning.py and
-csrc/semantics.h. Kernels see a weight as its bits, a signed integer of its size; DTYPE is the name
-of what the bits mean.
+csrc/semantics.h. Kernels see a weight as its bits, a signed integer of its size; DTYPE names the
+type of the weight.
 """
 
 import triton
@@ -93,7 +93,7 @@ def shrunk(bits, shrink, DTYPE: tl.constexpr):
 
 @triton.jit
 def factor(high, low, DTYPE: tl.constexpr):
-    """The shrink factor from the two halves of its float64 bits, at the precision of the product.
+    """The shrink factor from the two words of its float64 bits, at the precision of the product.
 
     A float argument of a Triton kernel is a float32, which would be too coarse for float64 weights.
     """

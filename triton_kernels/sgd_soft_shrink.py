@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .semantics import factor
-from .soft_shrink import count_span
-from .tables import TILE, halves, locate, overflowed, pointer
-from .updates import float_pointer, gradient, kept_tile, rate, run, selects, sgd_updated
+from .soft_shrink import count_tiles
+from .tables import TILE, locate, overflowed, pointer, split_f64
+from .updates import float_pointer, gradient, kept_tile, launch_update, rate, selects, sgd_updated
 
 
 @triton.jit(
@@ -25,52 +25,52 @@ from .updates import float_pointer, gradient, kept_tile, rate, run, selects, sgd
     ]
 )  # fmt: skip
 def sgd(
-    rows, tiles, table, arrivals, pruned, lr_tensor, grad_scale, k, thresholds, masks, flips,
+    rows, tiles, state_table, arrivals, pruned, lr_tensor, grad_scale, k, thresholds, masks, flips,
     scratch, found_inf, shrink_high, shrink_low, lr_high, lr_low, momentum_high, momentum_low,
     damping_high, damping_low, decay_high, decay_low,
     DECAY: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
-    FROZEN: tl.constexpr, COUNT: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr,
+    FROZEN: tl.constexpr, COUNT: tl.constexpr, NUM_TILES: tl.constexpr, TILE: tl.constexpr,
     AXIS: tl.constexpr,
 ):  # fmt: skip
     """Launch 1. `arrivals` is not used: there is no step to count."""
     if overflowed(found_inf):
         return
     t, address, n, index, programs = locate(rows, tiles, tl.program_id(0))
-    beside = table + t.to(tl.int64) * 5
+    state_row = state_table + t.to(tl.int64) * 5
     weight = address.to(tl.pointer_type(tl.float32))
-    momenta = float_pointer(beside, 2)
-    fresh = tl.load(beside + 3) == 1
+    momenta = float_pointer(state_row, 2)
+    is_first_step = tl.load(state_row + 3) == 1
     minus_lr = -(rate(lr_tensor, lr_high, lr_low).to(tl.float32))
     momentum = factor(momentum_high, momentum_low, "float32")
     rest = (1.0 - factor(damping_high, damping_low, "float64")).to(tl.float32)
     decay = factor(decay_high, decay_low, "float32")
-    start = index * (SPAN * TILE)
-    for at in range(start, tl.minimum(n, start + SPAN * TILE), TILE):
-        place, inside, kept = kept_tile(rows, t, masks, n, at, pruned, FROZEN, TILE)
-        w = tl.load(weight + at + place, mask=inside, other=0.0)
+    start = index * (NUM_TILES * TILE)
+    for at in range(start, tl.minimum(n, start + NUM_TILES * TILE), TILE):
+        local, inside, kept = kept_tile(rows, t, masks, n, at, pruned, FROZEN, TILE)
+        w = tl.load(weight + at + local, mask=inside, other=0.0)
         buffer = w
         if MOMENTUM:
-            buffer = tl.load(momenta + at + place, mask=inside, other=0.0)
-        g = gradient(beside, at, place, inside, grad_scale, MAXIMIZE)
+            buffer = tl.load(momenta + at + local, mask=inside, other=0.0)
+        g = gradient(state_row, at, local, inside, grad_scale, MAXIMIZE)
         w, buffer = sgd_updated(
-            w, g, buffer, fresh, decay, momentum, rest, minus_lr, DECAY, MOMENTUM, NESTEROV
+            w, g, buffer, is_first_step, decay, momentum, rest, minus_lr, DECAY, MOMENTUM, NESTEROV
         )
-        tl.store(weight + at + place, tl.where(kept, w, 0.0), mask=inside)
+        tl.store(weight + at + local, tl.where(kept, w, 0.0), mask=inside)
         if MOMENTUM:
-            tl.store(momenta + at + place, tl.where(kept, buffer, 0.0), mask=inside)
+            tl.store(momenta + at + local, tl.where(kept, buffer, 0.0), mask=inside)
     if FROZEN:  # noqa: SIM102 (decided by the compiler)
         if (t < pruned) & (index == 0):
             tl.store(flips + t, 0)
     if COUNT:
-        tl.debug_barrier()  # what follows reads the tiles in another layout than they were written
-        if (t < pruned) & selects(beside):
+        tl.debug_barrier()  # count_tiles reads the tiles in another layout than they were written
+        if (t < pruned) & selects(state_row):
             wanted = tl.load(k + t)
             if (wanted >= 0) & (wanted <= n):
                 source = pointer(address, "float32", False)
                 shrink = factor(shrink_high, shrink_low, "float32")
-                count_span(
+                count_tiles(
                     rows, t, source, n, index, programs, wanted, thresholds, flips, scratch,
-                    shrink, "float32", SPAN, TILE, AXIS,
+                    shrink, "float32", NUM_TILES, TILE, AXIS,
                 )  # fmt: skip
 
 
@@ -99,10 +99,10 @@ def sgd_soft_shrink_(
     patterns: Sequence[int] = (),
     *,
     tile: int = TILE,
-    span: int | None = None,
+    tiles_per_program: int | None = None,
 ) -> None:
     """See `sgd_soft_shrink_` in the schemas."""
-    scalars = [x for value in (lr, momentum, dampening, weight_decay) for x in halves(value)]
+    scalars = [x for value in (lr, momentum, dampening, weight_decay) for x in split_f64(value)]
     rule = {
         "DECAY": weight_decay != 0,
         "MOMENTUM": momentum != 0,
@@ -110,7 +110,7 @@ def sgd_soft_shrink_(
         "MAXIMIZE": maximize,
     }
     columns = [momentum_buffers, first] if momentum else []
-    run(
+    launch_update(
         sgd, scalars, rule, weights, grads, columns, lr_tensor, grad_scale, k, shrink, thresholds,
-        masks, flips, scratch, found_inf, frozen, bracket, patterns, tile, span,
+        masks, flips, scratch, found_inf, frozen, bracket, patterns, tile, tiles_per_program,
     )  # fmt: skip

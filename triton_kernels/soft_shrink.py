@@ -4,18 +4,18 @@ Two launches for the whole model, steady state or not, and one for its N:M tenso
 
 1. count   a program per tile, or per 8 tiles of a large model. The previous threshold tau brackets
            the next one: right after a shrink the k-th magnitude is exactly fl(alpha tau), and one
-           optimizer step moves it little. The program counts what lies below the bracket and
-           appends what lies inside to the tensor's region of scratch; the last program of a tensor
-           selects among these candidates (by estimate 1 to 5 % of n). If the bracket missed (no
-           previous threshold, a jump of k, too many candidates for the region) it searches the
-           whole tensor instead: slower, never different. scratch[0] counts that.
-2. apply   the same programs in reverse order, since the tiles read last are still in the L2.
+           optimizer step moves it little. The program counts the keys below the bracket and
+           appends those inside it to the tensor's region of scratch; the last program of a
+           tensor selects among these candidates (by estimate 1 to 5 % of n). If the bracket
+           missed (no previous threshold, a jump of k, too many candidates for the region) it
+           searches the whole tensor: slower, with the same result. scratch[0] counts these misses.
+2. apply   the same programs in reverse order, since the tiles read last are still in L2.
 
 Traffic per float32 weight: count reads 4 bytes, apply reads 4 (out of L2 where it fits) and writes
 4, the mask is 1/8 byte read and, where it changed, written. bracket=False replaces `count` by the
-2 (16-bit), 4 (float32) or 8 (float64) launches of select.radix_pass; float64 always goes that way.
+2 (16-bit), 4 (float32) or 8 (float64) launches of select.radix_pass; float64 always uses those.
 
-A candidate is one word: its key's distance from the bracket's lower end, and behind it the number
+A candidate is one word: its key's distance from the bracket's lower end, followed by the number
 of its tile (or of a group of tiles, where the 31 bits do not suffice). The rank-th smallest *word*
 then gives tau and the tile in which the last tie lies, so ties by lowest index cost no launch:
 the last program scans that one tile. Candidates rather than fine histogram bins inside the bracket,
@@ -36,21 +36,20 @@ from .nm_shrink import TILE as GROUP_TILE
 from .nm_shrink import grouped, shrink_all
 from .select import (
     bit_length,
-    conclude,
     last_to_arrive,
     nth_equal,
     radix_search,
     search,
     select_words,
+    store_threshold,
 )
 from .semantics import factor, infinity, key, narrow, selected, shrunk, widen
 from .tables import (
     INTEGER,
     RECENT,
     TILE,
-    halves,
+    elements_in_tile,
     launch,
-    left,
     load_tile,
     locate,
     mask_start,
@@ -58,6 +57,7 @@ from .tables import (
     overflowed,
     pointer,
     region,
+    split_f64,
     store_tile,
     tables,
 )
@@ -69,7 +69,7 @@ AXIS = 0 if RECENT else 1
 
 @triton.jit
 def bracket(previous, shrink, DTYPE: tl.constexpr):
-    """Keys between which the new threshold is expected; low > high: no idea.
+    """Keys between which the new threshold is expected; low > high: unknown.
 
     3 % on either side of [alpha tau, tau]. With hard thresholding (alpha near 0) alpha tau says
     nothing: the pruned weights come back as large as a step of the optimizer, much like last time.
@@ -86,34 +86,38 @@ def bracket(previous, shrink, DTYPE: tl.constexpr):
 def packing(low, high, tiles):
     """Of a candidate's word: bits behind the key's distance, and which bits of the tile they hold.
 
-    As many bits of the tile's number as fit in 31 beside the distance; else its upper ones.
+    The upper bits of the tile's number, as many as fit in 31 bits together with the distance.
     """
     distance_bits = bit_length(high - low)
     tile_bits = bit_length((tiles - 1).to(tl.int32))
-    room = tl.minimum(tl.maximum(31 - distance_bits, 0), tile_bits)
-    return room, tile_bits - room, tl.minimum(distance_bits + room, 31)
+    kept_tile_bits = tl.minimum(tl.maximum(31 - distance_bits, 0), tile_bits)
+    return (
+        kept_tile_bits,
+        tile_bits - kept_tile_bits,
+        tl.minimum(distance_bits + kept_tile_bits, 31),
+    )
 
 
 @triton.jit
-def among_candidates(
-    source, n, words, inside, rank, low, high, spans, SPAN: tl.constexpr, TILE: tl.constexpr
+def resolve_candidates(
+    source, n, words, inside, rank, low, high, programs, NUM_TILES: tl.constexpr, TILE: tl.constexpr
 ):
     """tau and cutoff of the rank-th smallest of the `inside` candidates."""
-    room, drop, width = packing(low, high, spans)
-    # Keys that all equal `low` need not be stored: their number alone is what a word would tell.
+    kept_tile_bits, dropped_tile_bits, width = packing(low, high, programs)
+    # Keys that all equal `low` need not be stored: their number is all the information of a word.
     value = tl.cast(0, tl.int32)
     nth = rank
     equal = inside
     if low < high:
         value, nth, equal = select_words(words, inside, rank, width, TILE)
-    tau = low + (value >> room)
-    group = (value & ((1 << room) - 1)).to(tl.int64)
+    tau = low + (value >> kept_tile_bits)
+    group = (value & ((1 << kept_tile_bits) - 1)).to(tl.int64)
     if low == high:
         start = tl.cast(0, tl.int64)
         end = n
     else:
-        start = (group << drop) * (SPAN * TILE)
-        end = ((group + 1) << drop) * (SPAN * TILE)
+        start = (group << dropped_tile_bits) * (NUM_TILES * TILE)
+        end = ((group + 1) << dropped_tile_bits) * (NUM_TILES * TILE)
     cutoff = end - 1
     if nth < equal:
         cutoff = nth_equal(source, n, start, tau, nth, TILE)
@@ -121,9 +125,9 @@ def among_candidates(
 
 
 @triton.jit
-def count_span(
+def count_tiles(
     rows, t, source, n, index, programs, wanted, thresholds, flips, scratch, shrink,
-    DTYPE: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr,
+    DTYPE: tl.constexpr, NUM_TILES: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Counts, candidates, and in the last program of a tensor its threshold."""
     words, capacity = region(rows, t, scratch)
@@ -131,33 +135,37 @@ def count_span(
     words += 16
     low, high = bracket(tl.load(thresholds + t), shrink, DTYPE)
     if (low <= high) & (wanted > 0):
-        # [TILE / 256, 256], or its transpose: a thread owns a column, so that its counts run down
-        # its own registers and only the 256 totals are scanned across threads. Four-byte loads (no
-        # alignment told) keep the layout that the scattered stores need; 16-byte loads would cost
-        # three conversions through shared memory, six times the tile itself.
+        # [TILE / 256, 256], or its transpose: a thread has a column, so that its counts stay in
+        # its registers and only the 256 totals are scanned across threads. Four-byte loads (the
+        # compiler is not told the alignment) keep the layout that the scattered stores need;
+        # 16-byte loads would cost three conversions through shared memory, six times the tile.
         lane = tl.arange(0, 256)
         row = tl.arange(0, TILE // 256)
         local = tl.expand_dims(row * 256, 1 - AXIS) + tl.expand_dims(lane, AXIS)
-        room, drop, _ = packing(low, high, programs)
-        number = (index >> drop).to(tl.int32)
-        space = tl.where(low < high, capacity, 0)
-        start = index * (SPAN * TILE)
-        end = tl.minimum(n, start + SPAN * TILE)
+        kept_tile_bits, dropped_tile_bits, _ = packing(low, high, programs)
+        number = (index >> dropped_tile_bits).to(tl.int32)
+        max_candidates = tl.where(low < high, capacity, 0)
+        start = index * (NUM_TILES * TILE)
+        end = tl.minimum(n, start + NUM_TILES * TILE)
         below = tl.zeros([256], tl.int32)
-        ahead = load_tile(source + start, local, left(end, start, TILE), TILE)
+        next_tile = load_tile(source + start, local, elements_in_tile(end, start, TILE), TILE)
         for at in range(start, end, TILE):
-            # The next tile is on its way while this one waits for its place in the region.
-            keys = key(ahead)
-            ahead = load_tile(source + at + TILE, local, left(end, at + TILE, TILE), TILE)
+            # The next tile is loaded while the atomic reserves slots for this one.
+            keys = key(next_tile)
+            next_tile = load_tile(
+                source + at + TILE, local, elements_in_tile(end, at + TILE, TILE), TILE
+            )
             inside = (keys >= low) & (keys <= high)
             tally = tl.sum(tl.where(keys < low, 1 << 16, inside.to(tl.int32)), AXIS)
             below += tally >> 16
-            mine = tally & 0xFFFF
-            upto = tl.cumsum(mine, 0)
+            local_inside = tally & 0xFFFF
+            upto = tl.cumsum(local_inside, 0)
             first = tl.atomic_add(counters + 2, tl.max(upto, 0).to(tl.int64), sem="relaxed")
-            slot = tl.cumsum(inside.to(tl.int32), AXIS) + tl.expand_dims(upto - mine - 1, AXIS)
-            limit = tl.maximum(tl.minimum(space - first, TILE), 0).to(tl.int32)
-            word = ((keys - low) << room) | number
+            slot = tl.cumsum(inside.to(tl.int32), AXIS) + tl.expand_dims(
+                upto - local_inside - 1, AXIS
+            )
+            limit = tl.maximum(tl.minimum(max_candidates - first, TILE), 0).to(tl.int32)
+            word = ((keys - low) << kept_tile_bits) | number
             tl.store(words + first + slot, word, mask=inside & (slot < limit))
         tl.atomic_add(counters + 1, tl.sum(below, 0).to(tl.int64), sem="relaxed")
     if last_to_arrive(counters, programs):
@@ -171,20 +179,20 @@ def count_span(
         tau = low * 0
         cutoff = n
         if (rank > 0) & (rank <= inside) & fits:
-            tau, cutoff = among_candidates(
-                source, n, words, inside, rank, low, high, programs, SPAN, TILE
+            tau, cutoff = resolve_candidates(
+                source, n, words, inside, rank, low, high, programs, NUM_TILES, TILE
             )
         elif wanted > 0:
             tl.atomic_add(scratch, 1, sem="relaxed")
             tau, cutoff = search(source, n, wanted, DTYPE, TILE)
         tl.store(thresholds + t, tau.to(thresholds.dtype.element_ty))
-        conclude(rows, t, scratch, flips, tau, cutoff)
+        store_threshold(rows, t, scratch, flips, tau, cutoff)
 
 
 @triton.jit(do_not_specialize=["shrink_high", "shrink_low"])
 def count(
     rows, tiles, k, thresholds, flips, scratch, found_inf, shrink_high, shrink_low,
-    DTYPE: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr,
+    DTYPE: tl.constexpr, NUM_TILES: tl.constexpr, TILE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Launch 1."""
     if overflowed(found_inf):
@@ -195,9 +203,9 @@ def count(
         return
     source = pointer(address, DTYPE, False)
     shrink = factor(shrink_high, shrink_low, DTYPE)
-    count_span(
+    count_tiles(
         rows, t, source, n, index, programs, wanted, thresholds, flips, scratch, shrink,
-        DTYPE, SPAN, TILE, AXIS,
+        DTYPE, NUM_TILES, TILE, AXIS,
     )  # fmt: skip
 
 
@@ -216,7 +224,7 @@ def bit_count(words):
 @triton.jit(do_not_specialize=["shrink_high", "shrink_low"])
 def apply(
     rows, tiles, k, masks, flips, scratch, found_inf, shrink_high, shrink_low,
-    DTYPE: tl.constexpr, SPAN: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    DTYPE: tl.constexpr, NUM_TILES: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Launch 2: shrinks what is selected, writes the mask words that change, counts the flips.
 
@@ -229,36 +237,36 @@ def apply(
     if (wanted < 0) | (wanted > n):
         return
     words, _ = region(rows, t, scratch)
-    verdict = words.to(tl.pointer_type(tl.int64))
-    tau = tl.load(verdict + 3)
+    header = words.to(tl.pointer_type(tl.int64))
+    tau = tl.load(header + 3)
     tau = tl.where(wanted > 0, tau, -1)
-    last = tl.load(verdict + 4)
+    last = tl.load(header + 4)
     shrink = factor(shrink_high, shrink_low, DTYPE)
     source = pointer(address, DTYPE, ALIGNED)
     word = tl.arange(0, TILE // 32)
     bit = tl.arange(0, 32)[None, :]
     local = word[:, None] * 32 + bit
-    lines = masks + mask_start(rows, t) + word
+    word_ptrs = masks + mask_start(rows, t) + word
     mask_words = (n + 511) // 512 * 16  # with the padding words of the tensor's last line
-    start = index * (SPAN * TILE)
+    start = index * (NUM_TILES * TILE)
     flipped = tl.zeros([TILE // 32], tl.int32)
-    for at in range(start, tl.minimum(n, start + SPAN * TILE), TILE):
-        size = left(n, at, TILE)
+    for at in range(start, tl.minimum(n, start + NUM_TILES * TILE), TILE):
+        size = elements_in_tile(n, at, TILE)
         bits = load_tile(source + at, local, size, TILE)
-        owned = word < left(mask_words, at // 32, TILE // 32)
-        old = tl.load(lines + at // 32, mask=owned, other=0)
+        owned = word < elements_in_tile(mask_words, at // 32, TILE // 32)
+        old_words = tl.load(word_ptrs + at // 32, mask=owned, other=0)
         keys = key(bits)
         # Indices are compared within the tile: 32 bits are enough there.
         cutoff = tl.maximum(tl.minimum(last - at, TILE), -1).to(tl.int32)
         chosen = selected(keys, tau.to(keys.dtype), local, cutoff)
         new = tl.where(chosen, shrunk(bits, shrink, DTYPE), bits)
         store_tile(source + at, local, size, new, TILE)
-        packed = tl.sum(tl.where((local < size) & (chosen == 0), 1 << bit, 0), 1)
+        new_words = tl.sum(tl.where((local < size) & (chosen == 0), 1 << bit, 0), 1)
         # A shift by 32 is undefined, hence the bound 31; a full word is judged by itself.
-        rest = tl.maximum(size - word * 32, 0)
-        within = tl.where(rest >= 32, -1, (1 << tl.minimum(rest, 31)) - 1)
-        flipped += bit_count((packed ^ old) & within)
-        tl.store(lines + at // 32, packed, mask=owned & (packed != old))
+        num_valid = tl.maximum(size - word * 32, 0)
+        valid_bits = tl.where(num_valid >= 32, -1, (1 << tl.minimum(num_valid, 31)) - 1)
+        flipped += bit_count((new_words ^ old_words) & valid_bits)
+        tl.store(word_ptrs + at // 32, new_words, mask=owned & (new_words != old_words))
     tl.atomic_add(flips + t, tl.sum(flipped, 0).to(tl.int64), sem="relaxed")
 
 
@@ -275,34 +283,39 @@ def soft_shrink_(
     patterns: Sequence[int] = (),
     *,
     tile: int = TILE,
-    span: int | None = None,
+    tiles_per_program: int | None = None,
 ) -> None:
     """See `soft_shrink_` in the schemas. The first call of a run is quicker with bracket=False."""
     if scratch.data_ptr() % 8:
         raise ValueError("scratch does not start on 8 bytes: allocate it as a tensor of its own")
     dtype = weights[0].dtype
-    by_groups = grouped(patterns, len(weights))
-    if by_groups:
+    grouped_indices = grouped(patterns, len(weights))
+    if grouped_indices:
         shrink_all(
             weights, patterns, k, shrink, thresholds, masks, flips, scratch, found_inf,
             tile=min(tile, GROUP_TILE),
         )  # fmt: skip
-        if len(by_groups) == len(weights):
+        if len(grouped_indices) == len(weights):
             return
-    rest = [t for t in range(len(weights)) if t not in by_groups] if by_groups else None
-    found = tables(weights, tile, span, rest)
+    rest = [t for t in range(len(weights)) if t not in grouped_indices] if grouped_indices else None
+    table = tables(weights, tile, tiles_per_program, rest)
     name = name_of(dtype)
-    options = {"DTYPE": name, "SPAN": found.span, "TILE": tile, **launch(name, found.aligned)}
-    factors = halves(shrink)
+    options = {
+        "DTYPE": name,
+        "NUM_TILES": table.tiles_per_program,
+        "TILE": tile,
+        **launch(name, table.aligned),
+    }
+    factors = split_f64(shrink)
     with torch.cuda.device_of(k):
         if bracket and dtype != torch.float64:
-            count[found.grid](
-                found.rows, found.tiles, k, thresholds.view(INTEGER[dtype]), flips, scratch,
+            count[table.grid](
+                table.rows, table.tiles, k, thresholds.view(INTEGER[dtype]), flips, scratch,
                 found_inf, *factors, AXIS=AXIS, **options,
             )  # fmt: skip
         else:
-            radix_search(found, k, thresholds, tile, flips, scratch, found_inf)
-        apply[found.grid](
-            found.rows, found.tiles, k, masks, flips, scratch, found_inf, *factors,
-            ALIGNED=found.aligned, **options,
+            radix_search(table, k, thresholds, tile, flips, scratch, found_inf)
+        apply[table.grid](
+            table.rows, table.tiles, k, masks, flips, scratch, found_inf, *factors,
+            ALIGNED=table.aligned, **options,
         )  # fmt: skip

@@ -25,7 +25,7 @@ PROGRAMS = 528  # four for each SM of the largest GPUs; below it tiles are made 
 RUN = 128
 ONE_RUN: tl.constexpr = tl.constexpr(65536)  # no runs
 GRAD_RUN: tl.constexpr = tl.constexpr(256)  # pixels of a run of a gradient, of all types
-GRAD_CHUNK = 32  # entries of a gradient's tile, which share what is worked out per pixel
+GRAD_CHUNK = 32  # entries of a gradient's tile; one computation per pixel serves all of them
 SUM_TILE = 1024
 
 
@@ -57,10 +57,10 @@ def tile_sizes(
 ) -> dict:
     """ROWS, PIXELS, CHUNK and RUN of an op's tile, and its launch options.
 
-    Two pixels per thread share what is worked out per entry. Tiles of 8192 sums leave room for
-    three programs on an SM (168 registers), those of 4096 for four (128), both without spills. With
-    an epilogue, gelu or a residual, which comes in another layout, or with runs, which have sums of
-    their own, 4096 take 168 registers.
+    Two pixels per thread use one computation per entry. With tiles of 8192 sums three programs fit
+    on an SM (168 registers), with tiles of 4096 four (128), both without spills. With an
+    epilogue (gelu, or a residual, which has another layout) or with runs (which have separate
+    sums), tiles of 4096 take 168 registers.
     """
     # Of float64, sums and operands take two registers each.
     rows, words = min(triton.next_power_of_2(v), 64), 4 if x_dtype == torch.float64 else 1
@@ -68,8 +68,8 @@ def tile_sizes(
     columns = min(256, (4096 if epilogue or runs else 8192) // (rows * words))
     while columns > 64 and images * triton.cdiv(pixels, columns) * blocks < PROGRAMS:
         columns //= 2
-    most = 2048 if runs else 4096  # sums of a program that has 128 registers
-    registers = 168 if epilogue or rows * columns * words > most else 128
+    max_sums = 2048 if runs else 4096  # sums of a program that has 128 registers
+    registers = 168 if epilogue or rows * columns * words > max_sums else 128
     run = RUN if runs else ONE_RUN.value
     return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, "RUN": run, **launch(registers)}
 
@@ -82,16 +82,16 @@ def grad_sizes(x_dtype: torch.dtype, v: int) -> dict:
 
 
 def launch(registers: int) -> dict:
-    """Launch options; left to itself the compiler spills to make room for more programs."""
+    """Launch options; without maxnreg the compiler spills to fit more programs on an SM."""
     # One stage: copies that run ahead would take two more instructions per gathered element.
     return {"num_warps": 4, "num_stages": 1, "maxnreg": registers}
 
 
-def shares(entries: int, v: int, dense: int, blocks: int, tiles: int) -> tuple[int, int, int]:
-    """How a gradient of values is shared out: programs per block, splits, tiles per split.
+def split_tiles(entries: int, v: int, dense: int, blocks: int, tiles: int) -> tuple[int, int, int]:
+    """How a gradient of values is divided: programs per block, splits, tiles per split.
 
-    From shapes alone, so that its bits depend on nothing else. Program w of a block takes its
-    chunks w, w + programs, ...; the splits' partial sums take no more memory than the dense weight.
+    From shapes alone, so that its bits depend on nothing else. Program p of a block takes its
+    chunks p, p + programs, ...; the splits' partial sums take no more memory than the dense weight.
 
     Args:
         entries: of the weight, each with v values.
@@ -99,16 +99,16 @@ def shares(entries: int, v: int, dense: int, blocks: int, tiles: int) -> tuple[i
         blocks: tiles of rows of all blocks.
         tiles: tiles of pixels.
     """
-    ways = max(1, triton.cdiv(triton.cdiv(entries, blocks), GRAD_CHUNK))
-    most = max(1, min(tiles, dense // max(1, entries * v)))
-    share = triton.cdiv(tiles, min(most, triton.cdiv(PROGRAMS, blocks * ways)))
-    return ways, max(1, triton.cdiv(tiles, share or 1)), share
+    programs = max(1, triton.cdiv(triton.cdiv(entries, blocks), GRAD_CHUNK))
+    max_splits = max(1, min(tiles, dense // max(1, entries * v)))
+    tiles_per_split = triton.cdiv(tiles, min(max_splits, triton.cdiv(PROGRAMS, blocks * programs)))
+    return programs, max(1, triton.cdiv(tiles, tiles_per_split or 1)), tiles_per_split
 
 
 def partial_sums(x: Tensor, splits: int, entries: int, v: int) -> Tensor:
-    """Room for [splits, entries, v]: a single split writes the result itself."""
-    several = splits > 1 and x.dtype != torch.float64
-    return x.new_empty((splits, entries, v), dtype=torch.float32 if several else x.dtype)
+    """A buffer [splits, entries, v]: a single split writes the result itself."""
+    accumulates = splits > 1 and x.dtype != torch.float64
+    return x.new_empty((splits, entries, v), dtype=torch.float32 if accumulates else x.dtype)
 
 
 def summed(partial: Tensor, x: Tensor) -> Tensor:
@@ -144,8 +144,8 @@ def positions(columns, entry, end, length):
 @triton.jit
 def weights(values, entry, end, row, V: tl.constexpr, INDEX: tl.constexpr):
     """Weights of entries and rows, which broadcast; zero behind the last of either."""
-    place = entry.to(INDEX) * V + row
-    return tl.load(values + place, mask=(entry < end) & (row < V), other=0.0)
+    offset = entry.to(INDEX) * V + row
+    return tl.load(values + offset, mask=(entry < end) & (row < V), other=0.0)
 
 
 @triton.jit
@@ -158,7 +158,7 @@ def wide(value):
 
 
 @triton.jit
-def nothing(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def zeros(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sums at the beginning."""
     if x.dtype.element_ty == tl.float64:
         return tl.zeros([ROWS, COLUMNS], tl.float64)
@@ -226,12 +226,12 @@ def activated(total, bias, row, exists, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def store(total, y, residual, place, inside):
+def store(total, y, residual, offset, inside):
     """Stores total + residual, rounded once."""
     if residual is not None:
-        tl.debug_barrier()  # or it would be loaded in front of gelu, and registers would run out
-        total += wide(tl.load(residual + place, mask=inside, other=0.0))
-    tl.store(y + place, narrowed(total, y.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # else the load moves in front of gelu, and registers run out
+        total += wide(tl.load(residual + offset, mask=inside, other=0.0))
+    tl.store(y + offset, narrowed(total, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -248,11 +248,11 @@ def narrowed(total, DTYPE: tl.constexpr):
 @triton.jit(do_not_specialize=["count", "splits"])
 def sum_splits(partial, target, count, splits, TILE: tl.constexpr):
     """target[i] = the sum of partial[s, i] over s in ascending order."""
-    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    inside = place < count
-    total = tl.load(partial + place, mask=inside, other=0.0)
+    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    inside = offset < count
+    total = tl.load(partial + offset, mask=inside, other=0.0)
     for _ in range(1, splits):
-        place += count
-        total += tl.load(partial + place, mask=inside, other=0.0)
-    place = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    tl.store(target + place, narrowed(total, target.dtype.element_ty), mask=inside)
+        offset += count
+        total += tl.load(partial + offset, mask=inside, other=0.0)
+    offset = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    tl.store(target + offset, narrowed(total, target.dtype.element_ty), mask=inside)

@@ -2,13 +2,14 @@
 
 Forward. A program makes a tile of one image's output pixels for rows of one block. It walks the
 block's entries in chunks and gathers, per entry, the input pixels that its tap sees: a warp's lanes
-are neighbouring pixels, so that a gathered row is one or two lines. The border, the stride, the
-padding and the zeros between the pixels of `upsample` are worked out once per program, as a word of
-bits per pixel that says which taps see the input, so that a gathered element costs an AND, an
-addition and a load. Programs of the same pixels and different blocks are neighbours: they share the
-input in L2. Traffic per entry and tile: v weights, 4 bytes of position, PIXELS of input (L1 or L2).
+are neighbouring pixels, so that a gathered row is one or two cache lines. The border, the stride,
+the padding and the zeros between the pixels of `upsample` are computed once per program, as a word
+of bits per pixel that says which taps see the input, so that a gathered element costs an AND, an
+addition and a load. Programs of the same pixels and different blocks run next to each other, so
+that the input comes from L2. Traffic per entry and tile: v weights, 4 bytes of position, PIXELS of
+input (L1 or L2).
 
-Gradient of the values. A program takes a share of the pixels (a split) and chunks of a block's
+Gradient of the values. A program takes a range of the pixels (a split) and chunks of a block's
 entries; the splits' sums are added in order afterwards, so that the bits do not depend on the run.
 """
 
@@ -30,16 +31,16 @@ from .sparse import (
     index_of,
     multiplied,
     narrowed,
-    nothing,
     partial_sums,
     positions,
     precision,
     run_of,
-    shares,
+    split_tiles,
     store,
     summed,
     tile_sizes,
     weights,
+    zeros,
 )
 
 FAR: tl.constexpr = tl.constexpr(-(2**30))  # a row above every input, for pixels that do not exist
@@ -66,14 +67,14 @@ def tap_bits(
     UPSAMPLE: tl.constexpr,
 ):  # fmt: skip
     """Per pixel a bit for each of at most 31 taps: does it see the input?"""
-    along = tl.zeros_like(first_x)
+    row_bits = tl.zeros_like(first_x)
     for kx in tl.static_range(KERNEL[1]):
         seen = holds_input(first_x + kx * DILATION[1], width, UPSAMPLE[1])
-        along |= seen.to(tl.int32) << kx
+        row_bits |= seen.to(tl.int32) << kx
     bits = tl.zeros_like(first_y)
     for ky in tl.static_range(KERNEL[0]):
         seen = holds_input(first_y + ky * DILATION[0], height, UPSAMPLE[0])
-        bits |= tl.where(seen, along << (ky * KERNEL[1]), 0)
+        bits |= tl.where(seen, row_bits << (ky * KERNEL[1]), 0)
     return bits
 
 
@@ -88,11 +89,11 @@ def pixels_of(
     """
     first_y = tl.where(pixel < pixels, pixel // out_width * STRIDE[0] - PADDING[0], FAR)
     first_x = pixel % out_width * STRIDE[1] - PADDING[1]
-    place = divided_up(first_y, UPSAMPLE[0]) * width + divided_up(first_x, UPSAMPLE[1])
+    offset = divided_up(first_y, UPSAMPLE[0]) * width + divided_up(first_x, UPSAMPLE[1])
     bits = first_y
     if KERNEL[0] * KERNEL[1] < 32:
         bits = tap_bits(first_y, first_x, height, width, KERNEL, DILATION, UPSAMPLE)
-    return place, bits, first_y, first_x
+    return offset, bits, first_y, first_x
 
 
 @triton.jit
@@ -100,40 +101,41 @@ def taps_of(
     column, inside, plane, width, KERNEL: tl.constexpr, DILATION: tl.constexpr,
     UPSAMPLE: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Of entries: what they add to a pixel's place, with the tap in 5 bits; their tap's offsets."""
+    """Of entries: the offset they add to a pixel's, with the tap in 5 bits; their tap's offsets."""
     tap = column % (KERNEL[0] * KERNEL[1])
     dy, dx = tap // KERNEL[1] * DILATION[0], tap % KERNEL[1] * DILATION[1]
     channel = (column // (KERNEL[0] * KERNEL[1])).to(INDEX)
     offset = channel * plane + (dy // UPSAMPLE[0] * width + dx // UPSAMPLE[1])
     if KERNEL[0] * KERNEL[1] < 32:
-        return once((offset << 5) | tl.where(inside, tap, 31)), dy, dx  # no pixel sees tap 31
+        # No pixel sees tap 31.
+        return materialize((offset << 5) | tl.where(inside, tap, 31)), dy, dx
     else:
-        return once(offset << 5), once(tl.where(inside, dy, FAR)), once(dx)
+        return materialize(offset << 5), materialize(tl.where(inside, dy, FAR)), materialize(dx)
 
 
 @triton.jit
-def once(value):
-    """The same values, worked out by one thread each instead of by all that need them.
+def materialize(value):
+    """The same values, each computed by one thread instead of by all threads that need it.
 
-    The compiler repeats what it finds cheap rather than move it between threads: here, for every
-    pixel, two divisions per entry. A gather it does not repeat.
+    The compiler repeats cheap computations rather than move their results between threads: without
+    this function, two divisions per entry for every pixel. It does not repeat a gather.
     """
     return tl.gather(value, tl.arange(0, value.shape[0]), 0)
 
 
 @triton.jit
 def gathered(
-    image, taps, seen_from, height, width, KERNEL: tl.constexpr, UPSAMPLE: tl.constexpr
+    image, taps, origins, height, width, KERNEL: tl.constexpr, UPSAMPLE: tl.constexpr
 ):  # fmt: skip
     """The input [entries, pixels] that entries see: zero at the border and outside the weight."""
-    packed, place = taps[0][:, None], seen_from[0][None, :]
+    tap_offset, pixel_offset = taps[0][:, None], origins[0][None, :]
     if KERNEL[0] * KERNEL[1] < 32:
-        seen = ((seen_from[1][None, :] >> (packed & 31).to(tl.int32)) & 1) != 0
+        seen = ((origins[1][None, :] >> (tap_offset & 31).to(tl.int32)) & 1) != 0
     else:
-        seen = holds_input(seen_from[2][None, :] + taps[1][:, None], height, UPSAMPLE[0])
-        u = seen_from[3][None, :] + taps[2][:, None]
+        seen = holds_input(origins[2][None, :] + taps[1][:, None], height, UPSAMPLE[0])
+        u = origins[3][None, :] + taps[2][:, None]
         seen = seen & holds_input(u, width, UPSAMPLE[1])
-    return tl.load((image + place) + (packed >> 5), mask=seen, other=0.0)
+    return tl.load((image + pixel_offset) + (tap_offset >> 5), mask=seen, other=0.0)
 
 
 # One compilation for all values of the counts, which change no instruction that matters.
@@ -156,12 +158,12 @@ def convolve(
     n, block = (tile // tiles).to(tl.int64), part // row_tiles
     row = part % row_tiles * ROWS + tl.arange(0, ROWS)
     pixel = tile % tiles * PIXELS + tl.arange(0, PIXELS)
-    seen_from = pixels_of(
+    origins = pixels_of(
         pixel, pixels, out_width, height, width, KERNEL, STRIDE, PADDING, DILATION, UPSAMPLE
     )
     image = x + n * image_size
     begin, end = block_entries(starts, block, entries)
-    total = nothing(x, ROWS, PIXELS)
+    total = zeros(x, ROWS, PIXELS)
     for r in range(begin, end, RUN):
         run = run_of(total, RUN)
         for e in range(r, tl.minimum(r + RUN, end), CHUNK):
@@ -169,63 +171,63 @@ def convolve(
             column, inside = positions(columns, entry, end, length)
             taps = taps_of(column, inside, plane, width, KERNEL, DILATION, UPSAMPLE, INDEX)
             w = weights(values, entry[None, :], end, row[:, None], V, INDEX)
-            tile_x = gathered(image, taps, seen_from, height, width, KERNEL, UPSAMPLE)
+            tile_x = gathered(image, taps, origins, height, width, KERNEL, UPSAMPLE)
             run = multiplied(w, tile_x, run, PRECISION)
         total = added(total, run, RUN)
     total = activated(total, bias, block * V + row[:, None], row[:, None] < V, ACTIVATION)
     first = (n * outputs + block * V) * pixels
     if residual is not None:
         residual += first
-    place = row[:, None].to(INDEX) * pixels + pixel[None, :]
-    store(total, y + first, residual, place, (row[:, None] < V) & (pixel[None, :] < pixels))
+    offset = row[:, None].to(INDEX) * pixels + pixel[None, :]
+    store(total, y + first, residual, offset, (row[:, None] < V) & (pixel[None, :] < pixels))
 
 
 @triton.jit(
     do_not_specialize=[
         "entries", "length", "outputs", "image_size", "plane", "height", "width", "out_width",
-        "tiles", "all_tiles", "parts", "row_tiles", "ways", "share",
+        "tiles", "all_tiles", "parts", "row_tiles", "programs", "tiles_per_split",
     ]
 )  # fmt: skip
 def convolve_values_grad(
     x, grad, columns, starts, partial, entries, length, outputs, image_size, plane, height, width,
-    pixels, out_width, tiles, all_tiles, parts, row_tiles, ways, share,
+    pixels, out_width, tiles, all_tiles, parts, row_tiles, programs, tiles_per_split,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, DILATION: tl.constexpr,
     PRECISION: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
     PIXELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """One split's share of the pixels for some chunks of a block's entries."""
-    way, part = tl.program_id(0) % ways, tl.program_id(0) // ways % parts
-    split = tl.program_id(0) // ways // parts
+    """The pixels of one split for some chunks of a block's entries."""
+    program, part = tl.program_id(0) % programs, tl.program_id(0) // programs % parts
+    split = tl.program_id(0) // programs // parts
     block = part // row_tiles
     row = part % row_tiles * ROWS + tl.arange(0, ROWS)
-    first_tile = split * share
+    first_tile = split * tiles_per_split
     begin, end = block_entries(starts, block, entries)
-    for e in range(begin + way * CHUNK, end, ways * CHUNK):
+    for e in range(begin + program * CHUNK, end, programs * CHUNK):
         entry = e + tl.arange(0, CHUNK)
         column, inside = positions(columns, entry, end, length)
         taps = taps_of(column, inside, plane, width, KERNEL, DILATION, (1, 1), INDEX)
-        total = nothing(x, CHUNK, ROWS)
-        last = tl.minimum(first_tile + share, all_tiles)
+        total = zeros(x, CHUNK, ROWS)
+        last = tl.minimum(first_tile + tiles_per_split, all_tiles)
         for r in range(first_tile, last, GRAD_RUN // PIXELS):
-            run = nothing(x, CHUNK, ROWS)
+            run = zeros(x, CHUNK, ROWS)
             for tile in range(r, tl.minimum(r + GRAD_RUN // PIXELS, last)):
                 n = (tile // tiles).to(tl.int64)
                 pixel = tile % tiles * PIXELS + tl.arange(0, PIXELS)
-                seen_from = pixels_of(
+                origins = pixels_of(
                     pixel, pixels, out_width, height, width, KERNEL, STRIDE, PADDING, DILATION,
                     (1, 1),
                 )  # fmt: skip
                 image = x + n * image_size
-                tile_x = gathered(image, taps, seen_from, height, width, KERNEL, (1, 1))
-                own = grad + (n * outputs + block * V) * pixels
-                place = row[:, None].to(INDEX) * pixels + pixel[None, :]
-                there = (row[:, None] < V) & (pixel[None, :] < pixels)
-                g = tl.load(own + place, mask=there, other=0.0)
+                tile_x = gathered(image, taps, origins, height, width, KERNEL, (1, 1))
+                grad_image = grad + (n * outputs + block * V) * pixels
+                offset = row[:, None].to(INDEX) * pixels + pixel[None, :]
+                exists = (row[:, None] < V) & (pixel[None, :] < pixels)
+                g = tl.load(grad_image + offset, mask=exists, other=0.0)
                 run = multiplied(tile_x, tl.trans(g), run, PRECISION)
             total += run
-        place = (split.to(tl.int64) * entries + entry[:, None]) * V + row[None, :]
-        there = (entry[:, None] < end) & (row[None, :] < V)
-        tl.store(partial + place, narrowed(total, partial.dtype.element_ty), mask=there)
+        offset = (split.to(tl.int64) * entries + entry[:, None]) * V + row[None, :]
+        exists = (entry[:, None] < end) & (row[None, :] < V)
+        tl.store(partial + offset, narrowed(total, partial.dtype.element_ty), mask=exists)
 
 
 def _pairs(geometry: Sequence[int]) -> list[tuple[int, int]]:
@@ -268,8 +270,10 @@ def sparse_conv2d(
         return y
     parts = blocks * triton.cdiv(v, min(triton.next_power_of_2(v), 64))
     epilogue = residual is not None or activation == "gelu"
-    how = precision(x.dtype)
-    sizes = tile_sizes(x.dtype, how, v, images, size[0] * size[1], parts, epilogue) | tile
+    input_precision = precision(x.dtype)
+    sizes = (
+        tile_sizes(x.dtype, input_precision, v, images, size[0] * size[1], parts, epilogue) | tile
+    )
     row_tiles = triton.cdiv(v, sizes["ROWS"])
     image = _image(x, kernel, size, sizes["PIXELS"])
     with torch.cuda.device_of(x):
@@ -277,7 +281,7 @@ def sparse_conv2d(
             x, values, columns, starts, bias, residual, y, entries=entries, outputs=blocks * v,
             parts=blocks * row_tiles, row_tiles=row_tiles, **image, KERNEL=kernel, STRIDE=stride,
             PADDING=padding, DILATION=dilation, UPSAMPLE=upsample, ACTIVATION=activation,
-            PRECISION=how, V=v,
+            PRECISION=input_precision, V=v,
             INDEX=_index(x, v, size, entries), **sizes,
         )  # fmt: skip
     return y
@@ -298,15 +302,17 @@ def sparse_conv2d_values_grad(
     sizes = grad_sizes(x.dtype, v) | tile
     row_tiles, image = triton.cdiv(v, sizes["ROWS"]), _image(x, kernel, size, sizes["PIXELS"])
     all_tiles, dense = images * image["tiles"], blocks * v * image["length"]
-    ways, splits, share = shares(entries, v, dense, blocks * row_tiles, all_tiles)
+    programs, splits, tiles_per_split = split_tiles(
+        entries, v, dense, blocks * row_tiles, all_tiles
+    )
     partial = partial_sums(x, splits, entries, v)
     if entries == 0:
         return partial[0]
     with torch.cuda.device_of(x):
-        convolve_values_grad[(ways * blocks * row_tiles * splits,)](
+        convolve_values_grad[(programs * blocks * row_tiles * splits,)](
             x, grad, columns, starts, partial, entries=entries, outputs=blocks * v,
-            all_tiles=all_tiles, parts=blocks * row_tiles, row_tiles=row_tiles, ways=ways,
-            share=share, **image, KERNEL=kernel, STRIDE=stride, PADDING=padding,
+            all_tiles=all_tiles, parts=blocks * row_tiles, row_tiles=row_tiles, programs=programs,
+            tiles_per_split=tiles_per_split, **image, KERNEL=kernel, STRIDE=stride, PADDING=padding,
             DILATION=dilation, PRECISION=precision(x.dtype), V=v,
             INDEX=_index(x, v, size, entries), **sizes,
         )  # fmt: skip

@@ -2,10 +2,11 @@
 
 Forward. A program makes a tile of rows of x for rows of one block: it gathers the kept elements of
 its rows chunk by chunk, a warp's lanes on the kept positions of a few rows, which are near each
-other in memory. Programs of the same rows of x and different blocks are neighbours: they share them
-in L2. Traffic per entry and tile: v weights, 4 bytes of position, PIXELS elements of x (L1 or L2).
+other in memory. Programs of the same rows of x and different blocks run next to each other, so
+that the rows come from L2. Traffic per entry and tile: v weights, 4 bytes of position, PIXELS
+elements of x (L1 or L2).
 
-Gradient of the values. A program takes a share of the rows of x (a split) and chunks of a block's
+Gradient of the values. A program takes a range of the rows of x (a split) and chunks of a block's
 entries; the splits' sums are added in order afterwards, so that the bits do not depend on the run.
 """
 
@@ -27,24 +28,24 @@ from .sparse import (
     index_of,
     multiplied,
     narrowed,
-    nothing,
     partial_sums,
     positions,
     precision,
     run_of,
-    shares,
+    split_tiles,
     store,
     summed,
     tile_sizes,
     weights,
+    zeros,
 )
 
 
 @triton.jit
 def gathered_rows(x, item, items, column, inside, length, INDEX: tl.constexpr):
     """Elements [items, entries] of x; zero behind the last row and outside the weight."""
-    place = item[:, None].to(INDEX) * length + column[None, :]
-    return tl.load(x + place, mask=(item[:, None] < items) & inside[None, :], other=0.0)
+    offset = item[:, None].to(INDEX) * length + column[None, :]
+    return tl.load(x + offset, mask=(item[:, None] < items) & inside[None, :], other=0.0)
 
 
 # One compilation for all values of the counts, which change no instruction that matters.
@@ -61,7 +62,7 @@ def multiply(
     row = part % row_tiles * ROWS + tl.arange(0, ROWS)
     item = tile * PIXELS + tl.arange(0, PIXELS)
     begin, end = block_entries(starts, block, entries)
-    total = nothing(x, PIXELS, ROWS)
+    total = zeros(x, PIXELS, ROWS)
     for r in range(begin, end, RUN):
         run = run_of(total, RUN)
         for e in range(r, tl.minimum(r + RUN, end), CHUNK):
@@ -72,45 +73,46 @@ def multiply(
             run = multiplied(tile_x, w, run, PRECISION)
         total = added(total, run, RUN)
     total = activated(total, bias, block * V + row[None, :], row[None, :] < V, ACTIVATION)
-    place = item[:, None].to(INDEX) * outputs + (block * V + row[None, :])
-    store(total, y, residual, place, (item[:, None] < items) & (row[None, :] < V))
+    offset = item[:, None].to(INDEX) * outputs + (block * V + row[None, :])
+    store(total, y, residual, offset, (item[:, None] < items) & (row[None, :] < V))
 
 
 @triton.jit(
     do_not_specialize=[
-        "entries", "length", "items", "all_tiles", "parts", "row_tiles", "ways", "share",
+        "entries", "length", "items", "all_tiles", "parts", "row_tiles", "programs",
+        "tiles_per_split",
     ]
 )  # fmt: skip
 def multiply_values_grad(
     x, grad, columns, starts, partial, entries, length, outputs, items, all_tiles, parts,
-    row_tiles, ways, share, PRECISION: tl.constexpr, V: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
+    row_tiles, programs, tiles_per_split, PRECISION: tl.constexpr, V: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, PIXELS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """One split's share of the rows of x for some chunks of a block's entries."""
-    way, part = tl.program_id(0) % ways, tl.program_id(0) // ways % parts
-    split = tl.program_id(0) // ways // parts
+    """The rows of x of one split for some chunks of a block's entries."""
+    program, part = tl.program_id(0) % programs, tl.program_id(0) // programs % parts
+    split = tl.program_id(0) // programs // parts
     block = part // row_tiles
     row = part % row_tiles * ROWS + tl.arange(0, ROWS)
-    first_tile = split * share
+    first_tile = split * tiles_per_split
     begin, end = block_entries(starts, block, entries)
-    for e in range(begin + way * CHUNK, end, ways * CHUNK):
+    for e in range(begin + program * CHUNK, end, programs * CHUNK):
         entry = e + tl.arange(0, CHUNK)
         column, inside = positions(columns, entry, end, length)
-        total = nothing(x, CHUNK, ROWS)
-        last = tl.minimum(first_tile + share, all_tiles)
+        total = zeros(x, CHUNK, ROWS)
+        last = tl.minimum(first_tile + tiles_per_split, all_tiles)
         for r in range(first_tile, last, GRAD_RUN // PIXELS):
-            run = nothing(x, CHUNK, ROWS)
+            run = zeros(x, CHUNK, ROWS)
             for tile in range(r, tl.minimum(r + GRAD_RUN // PIXELS, last)):
                 item = tile * PIXELS + tl.arange(0, PIXELS)
                 tile_x = gathered_rows(x, item, items, column, inside, length, INDEX)
-                place = item[:, None].to(INDEX) * outputs + (block * V + row[None, :])
-                there = (item[:, None] < items) & (row[None, :] < V)
-                g = tl.load(grad + place, mask=there, other=0.0)
+                offset = item[:, None].to(INDEX) * outputs + (block * V + row[None, :])
+                exists = (item[:, None] < items) & (row[None, :] < V)
+                g = tl.load(grad + offset, mask=exists, other=0.0)
                 run = multiplied(tl.trans(tile_x), g, run, PRECISION)
             total += run
-        place = (split.to(tl.int64) * entries + entry[:, None]) * V + row[None, :]
-        there = (entry[:, None] < end) & (row[None, :] < V)
-        tl.store(partial + place, narrowed(total, partial.dtype.element_ty), mask=there)
+        offset = (split.to(tl.int64) * entries + entry[:, None]) * V + row[None, :]
+        exists = (entry[:, None] < end) & (row[None, :] < V)
+        tl.store(partial + offset, narrowed(total, partial.dtype.element_ty), mask=exists)
 
 
 def sparse_matmul(
@@ -132,13 +134,13 @@ def sparse_matmul(
     items = y.numel() // (blocks * v)
     parts = blocks * triton.cdiv(v, min(triton.next_power_of_2(v), 64))
     epilogue = residual is not None or activation == "gelu"
-    how = precision(x.dtype)
-    sizes = tile_sizes(x.dtype, how, v, 1, items, parts, epilogue) | tile
+    input_precision = precision(x.dtype)
+    sizes = tile_sizes(x.dtype, input_precision, v, 1, items, parts, epilogue) | tile
     row_tiles = triton.cdiv(v, sizes["ROWS"])
     with torch.cuda.device_of(x):
         multiply[(triton.cdiv(items, sizes["PIXELS"]) * blocks * row_tiles,)](
             x, values, columns, starts, bias, residual, y, entries, x.shape[-1], blocks * v, items,
-            blocks * row_tiles, row_tiles, ACTIVATION=activation, PRECISION=how, V=v,
+            blocks * row_tiles, row_tiles, ACTIVATION=activation, PRECISION=input_precision, V=v,
             INDEX=index_of(x.numel(), y.numel(), entries * v), **sizes,
         )  # fmt: skip
     return y
@@ -152,14 +154,16 @@ def sparse_matmul_values_grad(
     items = grad.numel() // (blocks * v)
     sizes = grad_sizes(x.dtype, v) | tile
     row_tiles, all_tiles = triton.cdiv(v, sizes["ROWS"]), triton.cdiv(items, sizes["PIXELS"])
-    ways, splits, share = shares(entries, v, blocks * v * length, blocks * row_tiles, all_tiles)
+    programs, splits, tiles_per_split = split_tiles(
+        entries, v, blocks * v * length, blocks * row_tiles, all_tiles
+    )
     partial = partial_sums(x, splits, entries, v)
     if entries == 0:
         return partial[0]
     with torch.cuda.device_of(x):
-        multiply_values_grad[(ways * blocks * row_tiles * splits,)](
+        multiply_values_grad[(programs * blocks * row_tiles * splits,)](
             x, grad, columns, starts, partial, entries, length, blocks * v, items, all_tiles,
-            blocks * row_tiles, row_tiles, ways, share, PRECISION=precision(x.dtype), V=v,
-            INDEX=index_of(x.numel(), grad.numel(), entries * v), **sizes,
+            blocks * row_tiles, row_tiles, programs, tiles_per_split, PRECISION=precision(x.dtype),
+            V=v, INDEX=index_of(x.numel(), grad.numel(), entries * v), **sizes,
         )  # fmt: skip
         return summed(partial, x)

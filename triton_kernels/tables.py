@@ -1,6 +1,7 @@
 """The whole model in one launch: device tables of pointers and sizes, and tiles of a tensor.
 
-A launch has one program per span of tiles; `tiles` says whose it is, `rows` where that tensor lies.
+A launch has one program per `tiles_per_program` tiles; `tiles` maps a program to its tensor, `rows`
+a tensor to its address and layout.
 The tables are cached by the tensors' addresses: a repeated call uploads nothing, so that it can be
 captured in a CUDA graph once it has run before.
 """
@@ -21,7 +22,7 @@ LINE = 16  # words: a tensor's mask and its scratch region start on 64-byte line
 SCRATCH_HEADER = 64  # words; word 0 counts the searches that the bracket missed
 
 # 2048 weights by 8 warps: 8 weights per thread fit 64 registers without spills, so that four
-# programs share an SM and keep 32 KB of loads in flight, and a 60 x 60 layer has two tiles. With
+# programs fit on an SM and keep 32 KB of loads in flight, and a 60 x 60 layer has two tiles. With
 # 4096 the compiler wants 90 to 125 registers, most of them for what is rare, and two programs fit.
 TILE = 2048
 
@@ -41,7 +42,7 @@ class Tables(NamedTuple):
 
     rows: Tensor  # int64 [T, 8]: address, elements, first program, programs, mask, region, capacity
     tiles: Tensor  # int32 [programs]: the tensor of every program, largest tensors first
-    span: int  # consecutive tiles per program
+    tiles_per_program: int  # consecutive tiles per program
     aligned: bool  # every address is a multiple of 16 bytes
 
     @property
@@ -52,7 +53,7 @@ class Tables(NamedTuple):
 
 _cache: OrderedDict[tuple, tuple] = OrderedDict()
 _captured: dict[tuple, tuple] = {}  # a graph reads these tables as long as the process lives
-_CACHED = 64
+_CACHE_SIZE = 64
 
 
 def mask_words(numel: int) -> int:
@@ -67,40 +68,40 @@ def region_words(numel: int) -> int:
 
 def starts(lengths: Sequence[int], first: int = 0) -> list[int]:
     """First word of every tensor in a buffer with these lengths, after a header."""
-    found = []
+    offsets = []
     for length in lengths:
-        found.append(first)
+        offsets.append(first)
         first += length
-    return found
+    return offsets
 
 
 def tables(
     tensors: Sequence[Tensor],
     tile: int,
-    span: int | None = None,
+    tiles_per_program: int | None = None,
     keep: Sequence[int] | None = None,
 ) -> Tables:
-    """The tables of these tensors, from the cache when they lie where they lay before.
+    """The tables of these tensors, from the cache when their addresses are the same.
 
     Args:
         tensors: all tensors of the call; masks and scratch are laid out over all of them.
         tile: elements per tile, a multiple of 512 (a line of mask words).
-        span: consecutive tiles per program (by the size of the model if not given).
+        tiles_per_program: consecutive tiles per program (None: by the size of the model).
         keep: which tensors get programs (all by default).
 
     Raises:
         RuntimeError: a CUDA graph is being captured and the tables have to be uploaded first.
     """
     pointers, numels = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
-    name = (pointers, numels, tile, span, None if keep is None else tuple(keep))
+    key = (pointers, numels, tile, tiles_per_program, None if keep is None else tuple(keep))
     device = tensors[0].device
 
     def build() -> Tables:
-        own = span or _span(numels, tile)
-        found = _build(pointers, numels, [-(-n // (tile * own)) for n in numels], own, keep)
-        return found._replace(rows=found.rows.to(device), tiles=found.tiles.to(device))
+        count = tiles_per_program or _tiles_per_program(numels, tile)
+        table = _build(pointers, numels, [-(-n // (tile * count)) for n in numels], count, keep)
+        return table._replace(rows=table.rows.to(device), tiles=table.tiles.to(device))
 
-    return _remembered(name, device, build)
+    return _get_or_build(key, device, build)
 
 
 def group_tables(
@@ -115,18 +116,18 @@ def group_tables(
         tensors: as in `tables`.
         patterns: 8 numbers for every tensor, of which the sixth counts its groups.
         keep: which tensors get programs.
-        groups: how many a program takes.
+        groups: groups per program.
     """
     pointers, numels = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
     device = tensors[0].device
 
     def build() -> tuple[Tables, Tensor]:
         programs = [-(-pattern[5] // groups) for pattern in patterns]
-        found = _build(pointers, numels, programs, 1, keep)
-        found = found._replace(rows=found.rows.to(device), tiles=found.tiles.to(device))
-        return found, torch.tensor(patterns, dtype=torch.int64).to(device)
+        table = _build(pointers, numels, programs, 1, keep)
+        table = table._replace(rows=table.rows.to(device), tiles=table.tiles.to(device))
+        return table, torch.tensor(patterns, dtype=torch.int64).to(device)
 
-    return _remembered((pointers, numels, groups, tuple(patterns), tuple(keep)), device, build)
+    return _get_or_build((pointers, numels, groups, tuple(patterns), tuple(keep)), device, build)
 
 
 def uploaded(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -140,30 +141,30 @@ def uploaded(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Ten
         table = torch.tensor(rows, dtype=torch.int64).to(device)
         return table, torch.zeros(len(rows), dtype=torch.int32, device=device)
 
-    return _remembered(tuple(rows), device, build)
+    return _get_or_build(tuple(rows), device, build)
 
 
-def _remembered(name: tuple, device: torch.device, build: Callable[[], tuple]) -> tuple:
+def _get_or_build(key: tuple, device: torch.device, build: Callable[[], tuple]) -> tuple:
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    found = _captured.get(name) or _cache.get(name)
-    if found is None and capturing:
+    entry = _captured.get(key) or _cache.get(key)
+    if entry is None and capturing:
         raise RuntimeError("call the op once with these tensors before capturing a CUDA graph")
-    if found is None:
-        found = build()
-        _cache[name] = found
-        if len(_cache) > _CACHED:
+    if entry is None:
+        entry = build()
+        _cache[key] = entry
+        if len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
-    elif name in _cache:
-        _cache.move_to_end(name)
+    elif key in _cache:
+        _cache.move_to_end(key)
     if capturing:
-        _captured[name] = found
-    return found
+        _captured[key] = entry
+    return entry
 
 
-def _span(numels: Sequence[int], tile: int) -> int:
-    # A program's first load waits for its row of the tables, its last act is an atomic: some 2 us
-    # without traffic, which more tiles share. A small model needs every SM more than that: eight
-    # tiles only where they leave 512 programs, about four per SM.
+def _tiles_per_program(numels: Sequence[int], tile: int) -> int:
+    # A program's first load waits for its row of the tables, and it ends with an atomic: some 2 us
+    # without traffic per program, however many tiles it has. A small model gains more from using
+    # every SM: eight tiles only where they leave 512 programs, about four per SM.
     return 8 if sum(numels) >= 512 * 8 * tile else 1
 
 
@@ -171,7 +172,7 @@ def _build(
     pointers: Sequence[int],
     numels: Sequence[int],
     programs: Sequence[int],
-    span: int,
+    tiles_per_program: int,
     keep: Sequence[int] | None,
 ) -> Tables:
     # Largest first: what the last program of a tensor adds at the end (the selection) is short for
@@ -188,7 +189,7 @@ def _build(
         torch.tensor(order, dtype=torch.int32), torch.tensor([programs[t] for t in order])
     )
     aligned = all(pointers[t] % 16 == 0 for t in order)
-    return Tables(torch.tensor(rows, dtype=torch.int64), tiles, span, aligned)
+    return Tables(torch.tensor(rows, dtype=torch.int64), tiles, tiles_per_program, aligned)
 
 
 def launch(dtype: str, aligned: bool = True) -> dict:
@@ -207,7 +208,7 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def halves(shrink: float) -> tuple[int, int]:
+def split_f64(shrink: float) -> tuple[int, int]:
     """The float64 bits of the shrink factor as two int32; `factor` in semantics.py joins them."""
     return struct.unpack("<ii", struct.pack("<d", shrink))[::-1]
 
@@ -246,14 +247,14 @@ def region(rows, t, scratch):
 def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """The tensor's bits as integers; a known alignment makes the loads 16 bytes wide."""
     if DTYPE == "float64":
-        found = address.to(tl.pointer_type(tl.int64))
+        result = address.to(tl.pointer_type(tl.int64))
     elif DTYPE == "float32":
-        found = address.to(tl.pointer_type(tl.int32))
+        result = address.to(tl.pointer_type(tl.int32))
     else:
-        found = address.to(tl.pointer_type(tl.int16))
+        result = address.to(tl.pointer_type(tl.int16))
     if ALIGNED:
-        found = tl.multiple_of(found, 16)
-    return found
+        result = tl.multiple_of(result, 16)
+    return result
 
 
 @triton.jit
@@ -279,6 +280,6 @@ def store_tile(target, local, size, bits, TILE: tl.constexpr):
 
 
 @triton.jit
-def left(n, start, TILE: tl.constexpr):
+def elements_in_tile(n, start, TILE: tl.constexpr):
     """How many elements the tile at `start` has, as int32."""
     return tl.minimum(n - start, TILE).to(tl.int32)

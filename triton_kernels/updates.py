@@ -1,4 +1,4 @@
-"""The optimizers' rules for one weight as Triton functions, and the tensors beside a weight.
+"""The optimizers' rules for one weight as Triton functions, and the table of a weight's state.
 
 The same rules, in the same order, stand in issp/ops/reference/updates.py and csrc/update.h. Every
 operation rounds once; where torch's fused kernels multiply and add in one rounding it is written
@@ -21,40 +21,44 @@ from .nm_shrink import grouped, shrink_all
 from .select import radix_search
 from .semantics import factor
 from .soft_shrink import AXIS, apply
-from .tables import RECENT, halves, launch, left, tables, uploaded
+from .tables import RECENT, elements_in_tile, launch, split_f64, tables, uploaded
 
 # The interpreter rounds tl.fma twice.
 INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 # 128 registers: weight, gradient and moments of 8 elements, and the quotients' intermediate values.
 LAUNCH = {"num_warps": 8, "maxnreg": 128 if RECENT else None, "enable_fp_fusion": False}
-COLUMNS = 5  # of the table of what stands beside a weight: gradient, its dtype, moments, step
+COLUMNS = 5  # of the state table: gradient, its flags, moments, step
 
 
-def rows_beside(
+def state_rows(
     grads: Sequence[Tensor],
     columns: Sequence[Sequence[Tensor | bool]],
     grouped: Sequence[int] = (),
 ) -> list[tuple[int, ...]]:
-    """Per weight: the gradient's address, what it is, then addresses or flags.
+    """The state table: per weight the gradient's address, its flags, then addresses or booleans.
 
-    What it is: 1 if it is bfloat16, plus 2 if the weight is among the `grouped`, which have an N:M
-    pattern.
+    Flags: 1 if the gradient is bfloat16, plus 2 if the weight is among the `grouped`, which have an
+    N:M pattern.
     """
     lists = [[x.data_ptr() if isinstance(x, Tensor) else int(x) for x in c] for c in columns]
     lists += [[0] * len(grads)] * (COLUMNS - 2 - len(lists))
-    own = [
+    grad_columns = [
         (g.data_ptr(), int(g.element_size() == 2) + 2 * int(t in grouped))
         for t, g in enumerate(grads)
     ]
-    return [(*mine, *others) for mine, *others in zip(own, *lists, strict=True)]
+    return [
+        (*grad_column, *state_columns)
+        for grad_column, *state_columns in zip(grad_columns, *lists, strict=True)
+    ]
 
 
 @triton.jit
 def fused(a, b, c):
     """a * b + c with one rounding."""
     if INTERPRETED:
-        # float64 holds the product; the sum rounded to odd, from which rounding on is exact.
+        # The product is exact in float64; the sum is rounded to odd, so that rounding it again to
+        # float32 equals one rounding.
         wide = c.to(tl.float64)
         product = a.to(tl.float64) * b.to(tl.float64)
         total = product + wide
@@ -63,8 +67,8 @@ def fused(a, b, c):
         bits = total.to(tl.int64, bitcast=True)
         inexact = (error != 0) & ((bits & 1) == 0) & (total - total == 0)
         towards = tl.where((error > 0) == (total > 0), 1, -1)
-        odd = (bits + towards).to(tl.float64, bitcast=True)
-        return tl.where(inexact, odd, total).to(tl.float32)
+        rounded_to_odd = (bits + towards).to(tl.float64, bitcast=True)
+        return tl.where(inexact, rounded_to_odd, total).to(tl.float32)
     else:
         return tl.fma(a, b, c)
 
@@ -99,25 +103,27 @@ def rate(lr_tensor, lr_high, lr_low):
 
 @triton.jit
 def float_pointer(row, column):
-    """The float32 tensor in a column of what stands beside a weight."""
+    """The float32 tensor in a column of the state table."""
     return tl.load(row + column).to(tl.pointer_type(tl.float32))
 
 
 @triton.jit
 def selects(row):
-    """Whether the update's launch counts what is to be selected of a pruned weight."""
+    """Whether the update's launch counts for the selection: not for weights with an N:M pattern."""
     return (tl.load(row + 1) & 2) == 0
 
 
 @triton.jit
-def gradient(row, at, place, inside, grad_scale, MAXIMIZE: tl.constexpr):
-    """The tile at `at` of the gradient: widened, unscaled, its sign turned to maximize."""
+def gradient(row, start, local, inside, grad_scale, MAXIMIZE: tl.constexpr):
+    """The gradient's tile at `start`: widened, unscaled, its sign inverted to maximize."""
     address = tl.load(row)
     if (tl.load(row + 1) & 1) == 1:
-        narrow = tl.load(address.to(tl.pointer_type(tl.int16)) + at + place, mask=inside, other=0)
+        narrow = tl.load(
+            address.to(tl.pointer_type(tl.int16)) + start + local, mask=inside, other=0
+        )
         g = (narrow.to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
-        g = tl.load(address.to(tl.pointer_type(tl.float32)) + at + place, mask=inside, other=0)
+        g = tl.load(address.to(tl.pointer_type(tl.float32)) + start + local, mask=inside, other=0)
     if grad_scale is not None:
         g = tl.div_rn(g, tl.load(grad_scale) + tl.zeros_like(g))
     if MAXIMIZE:
@@ -135,9 +141,9 @@ def adam_updated(
         g = fused(w, decay, g)
     if DECOUPLED:
         w = w * decoupled
-    ahead = g - m
-    near = lerp < 0.5  # torch's lerp starts from the end that is nearer
-    m = flushed(fused(ahead, tl.where(near, lerp, lerp - 1), tl.where(near, m, g)))
+    difference = g - m
+    from_start = lerp < 0.5  # torch's lerp starts from the end that is nearer
+    m = flushed(fused(difference, tl.where(from_start, lerp, lerp - 1), tl.where(from_start, m, g)))
     v = flushed(fused(g * rest2, g, v * beta2))
     denominator = tl.div_rn(tl.sqrt_rn(v), bias2_root + tl.zeros_like(v)) + eps
     return w - tl.div_rn(step_size * m, denominator), m, v
@@ -162,64 +168,65 @@ def sgd_updated(
 
 @triton.jit
 def kept_tile(
-    rows, t, masks, n, at, pruned, FROZEN: tl.constexpr, TILE: tl.constexpr
+    rows, t, masks, n, start, pruned, FROZEN: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """Of the tile at `at`, [TILE / 32, 32]: places in it, which exist, which a mask keeps."""
+    """Of the tile at `start`, [TILE / 32, 32]: offsets, which exist, which the mask keeps."""
     word = tl.arange(0, TILE // 32)
     local = word[:, None] * 32 + tl.arange(0, 32)[None, :]
-    inside = local < left(n, at, TILE)
+    inside = local < elements_in_tile(n, start, TILE)
     kept = inside
     if FROZEN:  # noqa: SIM102 (decided by the compiler)
         if t < pruned:
-            _, dropped = pruned_in_tile(rows, t, masks, n, at // TILE, TILE)
+            _, dropped = pruned_in_tile(rows, t, masks, n, start // TILE, TILE)
             kept = dropped == 0
     return local, inside, kept
 
 
-def run(
+def launch_update(
     kernel: Callable, scalars: list[int], rule: dict[str, bool], weights: list[Tensor],
     grads: list[Tensor], columns: list[list], lr_tensor: Tensor | None, grad_scale: Tensor | None,
     k: Tensor, shrink: float, thresholds: Tensor, masks: Tensor, flips: Tensor, scratch: Tensor,
     found_inf: Tensor | None, frozen: bool, bracket: bool, patterns: Sequence[int], tile: int,
-    span: int | None,
+    tiles_per_program: int | None,
 ) -> None:  # fmt: skip
-    """Launches an optimizer's kernel, and behind it what it leaves of the selection.
+    """Launches an optimizer's kernel, then the launches that complete the selection.
 
     Args:
         kernel: launch 1.
-        scalars: the optimizer's numbers, each as two halves.
-        rule: its constants.
-        columns: the further lists that stand beside the weights; see `rows_beside`.
-        patterns: as in the schemas; what has one is updated only, then selected from by a launch of
-            its own, for which the weights are read and written once more.
+        scalars: the optimizer's numbers, each as two int32 (`split_f64`).
+        rule: the kernel's constants.
+        columns: the further columns of the state table; see `state_rows`.
+        patterns: as in the schemas; a weight with a pattern is only updated here. A separate launch
+            prunes it, which reads and writes the weights once more.
     """
     if scratch.data_ptr() % 8:
         raise ValueError("scratch does not start on 8 bytes: allocate it as a tensor of its own")
-    by_groups = set() if frozen else set(grouped(patterns, k.numel()))
+    grouped_indices = set() if frozen else set(grouped(patterns, k.numel()))
     if frozen:
-        tile //= 2  # the masks take what 4 of 8 elements leave
-    found = tables(weights, tile, span)
-    table, arrivals = uploaded(rows_beside(grads, columns, by_groups), weights[0].device)
+        tile //= 2  # the masks need the registers of 4 of 8 elements
+    table = tables(weights, tile, tiles_per_program)
+    state_table, arrivals = uploaded(state_rows(grads, columns, grouped_indices), weights[0].device)
     count = k.numel()
-    rest = [t for t in range(count) if t not in by_groups]
+    rest = [t for t in range(count) if t not in grouped_indices]
     select = len(rest) > 0 and not frozen
-    bits, factors = thresholds.view(torch.int32), halves(shrink)
+    bits, factors = thresholds.view(torch.int32), split_f64(shrink)
     with torch.cuda.device_of(k):
-        kernel[found.grid](
-            found.rows, found.tiles, table, arrivals, count, lr_tensor, grad_scale, k, bits, masks,
-            flips, scratch, found_inf, *factors, *scalars,
-            FROZEN=frozen and count > 0, COUNT=select and bracket, SPAN=found.span, TILE=tile,
-            AXIS=AXIS, **rule, **LAUNCH,
+        kernel[table.grid](
+            table.rows, table.tiles, state_table, arrivals, count, lr_tensor, grad_scale, k, bits,
+            masks, flips, scratch, found_inf, *factors, *scalars,
+            FROZEN=frozen and count > 0, COUNT=select and bracket,
+            NUM_TILES=table.tiles_per_program, TILE=tile, AXIS=AXIS, **rule, **LAUNCH,
         )  # fmt: skip
         if select:
-            own = tables(weights[:count], tile, span, rest)
+            select_table = tables(weights[:count], tile, tiles_per_program, rest)
             if not bracket:
-                radix_search(own, k, thresholds, tile, flips, scratch, found_inf)
-            apply[own.grid](
-                own.rows, own.tiles, k, masks, flips, scratch, found_inf, *factors,
-                DTYPE="float32", SPAN=own.span, TILE=tile, ALIGNED=own.aligned,
-                **launch("float32", own.aligned),
+                radix_search(select_table, k, thresholds, tile, flips, scratch, found_inf)
+            apply[select_table.grid](
+                select_table.rows, select_table.tiles, k, masks, flips, scratch, found_inf,
+                *factors, DTYPE="float32", NUM_TILES=select_table.tiles_per_program, TILE=tile,
+                ALIGNED=select_table.aligned,
+                **launch("float32", select_table.aligned),
             )  # fmt: skip
-    if by_groups:
+    if grouped_indices:
         state = (thresholds, masks, flips, scratch, found_inf)
         shrink_all(weights[:count], patterns, k, shrink, *state, tile=min(tile, GROUP_TILE))

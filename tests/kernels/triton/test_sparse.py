@@ -235,13 +235,13 @@ def split_into(monkeypatch, wanted):
     monkeypatch.setattr(sparse, "PROGRAMS", wanted)
     seen = []
 
-    def shares(*args):
-        result = sparse.shares(*args)
-        seen.append(result[1])
-        return result
+    def split_tiles(*args):
+        programs, splits, tiles_per_split = sparse.split_tiles(*args)
+        seen.append(splits)
+        return programs, splits, tiles_per_split
 
     for module in (conv_module, matmul_module):
-        monkeypatch.setattr(sys.modules[module.__module__], "shares", shares)
+        monkeypatch.setattr(sys.modules[module.__module__], "split_tiles", split_tiles)
     return seen
 
 
@@ -254,14 +254,15 @@ def test_gradients_summed_over_splits(monkeypatch, case, dtype):
         assert seen == [splits]
 
 
-def test_shares_cover_everything_in_bounded_memory():
+def test_splits_cover_everything_in_bounded_memory():
     draw = random.Random(3)
     for _ in range(2000):
         entries, v, blocks = draw.randrange(1, 5000), draw.choice((1, 4, 32)), draw.randrange(1, 99)
         dense, tiles = entries * v + draw.randrange(10**6), draw.randrange(0, 3000)
-        ways, splits, share = sparse.shares(entries, v, dense, blocks, tiles)
-        assert ways >= 1 and splits >= 1
-        assert (splits - 1) * share < max(tiles, 1) and splits * share >= tiles
+        programs, splits, tiles_per_split = sparse.split_tiles(entries, v, dense, blocks, tiles)
+        assert programs >= 1 and splits >= 1
+        assert (splits - 1) * tiles_per_split < max(tiles, 1)
+        assert splits * tiles_per_split >= tiles
         assert splits == 1 or splits * entries * v <= dense
 
 

@@ -1,4 +1,4 @@
-"""What is Triton's own: tiles and spans, candidates, tables, 64-bit offsets, and the compiler.
+"""Triton only: tiles, tiles per program, candidates, tables, 64-bit offsets, the compiler.
 
 tests/ops has the common cases (test_parity.py) and the golden vectors (test_golden.py).
 Tiles of 512 weights keep the interpreter quick and put boundaries everywhere.
@@ -41,7 +41,7 @@ class Pair:
         if thresholds is not None:
             self.state.thresholds.copy_(torch.tensor(thresholds))
 
-    def step(self, shrink=0.95, bracket=True, found_inf=None, span=1):
+    def step(self, shrink=0.95, bracket=True, found_inf=None, tiles_per_program=1):
         s = self.expected_state
         reference.soft_shrink_(
             self.expected, s.k, shrink, s.thresholds, s.packed, s.flips, s.scratch, found_inf
@@ -51,7 +51,7 @@ class Pair:
             *(self.weights, s.k, shrink, s.thresholds, s.packed, s.flips, s.scratch),
             *(None if found_inf is None else found_inf.to(DEVICE), bracket),
             tile=TILE,
-            span=span,
+            tiles_per_program=tiles_per_program,
         )
         for i, (x, y) in enumerate(zip(self.weights, self.expected, strict=True)):
             assert_bitwise_equal(x.cpu(), y, f"weights[{i}]")
@@ -73,12 +73,12 @@ def normal(sizes, dtype=torch.float32):
     return [(torch.randn(n) * 0.05).to(dtype) for n in sizes]
 
 
-@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize("tiles_per_program", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_sizes_around_a_tile(dtype, span):
+def test_sizes_around_a_tile(dtype, tiles_per_program):
     pair = Pair(normal(SIZES, dtype), [n // 2 for n in SIZES])
     for _ in range(2):
-        pair.step(span=span)
+        pair.step(tiles_per_program=tiles_per_program)
         pair.move()
 
 
@@ -95,7 +95,7 @@ def test_the_bracket_holds_while_weights_drift():
 def test_without_the_bracket(dtype):
     pair = Pair(normal((1300, 512, 7), dtype), [1200, 256, 7])
     for _ in range(3):
-        pair.step(bracket=False, span=2)
+        pair.step(bracket=False, tiles_per_program=2)
         pair.move()
     assert pair.missed == 0
 
@@ -350,6 +350,6 @@ def test_compiling_under_the_interpreter_is_refused():
         compile_all([90], ["float32"])
 
 
-def test_spans_grow_with_the_model():
-    for numels, span in (((3600,), 1), ((2**24, 60), 8)):
-        assert tables._span(numels, tables.TILE) == span
+def test_tiles_per_program_grow_with_the_model():
+    for numels, tiles_per_program in (((3600,), 1), ((2**24, 60), 8)):
+        assert tables._tiles_per_program(numels, tables.TILE) == tiles_per_program

@@ -1,4 +1,4 @@
-"""What is Triton's own in the optimizer ops: spans, the order of programs, cached tables."""
+"""Triton only, in the optimizer ops: tiles per program, order of programs, cached tables."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ AROUND = Case(
 REST = ((1024,), (513,), (3,))
 
 
-def table(span):
+def table(tiles_per_program):
     return {
         f"{kind}_soft_shrink_": functools.partial(
-            getattr(triton_kernels, f"{kind}_soft_shrink_"), tile=TILE, span=span
+            getattr(triton_kernels, f"{kind}_soft_shrink_"),
+            tile=TILE,
+            tiles_per_program=tiles_per_program,
         )
         for kind in ("adam", "sgd")
     }
 
 
-def check(kind, span, steps=3, case=AROUND, brackets=(True, True, False)):
+def check(kind, tiles_per_program, steps=3, case=AROUND, brackets=(True, True, False)):
     expected = Training(kind, "coupled decay" if kind == "adam" else "nesterov", case, rest=REST)
     actual = Training(
         kind, "coupled decay" if kind == "adam" else "nesterov", case, DEVICE, rest=REST
@@ -43,14 +45,14 @@ def check(kind, span, steps=3, case=AROUND, brackets=(True, True, False)):
         frozen, bracket = number == steps - 1, brackets[number % len(brackets)]
         expected.step(REFERENCE, grads, frozen=frozen)
         moved = [g.to(DEVICE) for g in grads]
-        actual.step(table(span), moved, frozen=frozen, bracket=bracket)
+        actual.step(table(tiles_per_program), moved, frozen=frozen, bracket=bracket)
         assert_same("triton", actual, expected, f"after step {number}")
 
 
-@pytest.mark.parametrize("span", [1, 2, 3])
+@pytest.mark.parametrize("tiles_per_program", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_spans_and_sizes_around_a_tile(kind, span):
-    check(kind, span, steps=4)
+def test_tiles_per_program_and_sizes_around_a_tile(kind, tiles_per_program):
+    check(kind, tiles_per_program, steps=4)
 
 
 @pytest.mark.skipif(
@@ -112,4 +114,4 @@ def test_the_cache_of_tables_stays_small():
     for number in range(70):
         kept.append(tensors_like(training.weights, "normal", number))
         tables.uploaded([(g.data_ptr(),) for g in kept[-1]], torch.device(DEVICE))
-    assert len(tables._cache) <= tables._CACHED
+    assert len(tables._cache) <= tables._CACHE_SIZE
