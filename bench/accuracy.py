@@ -214,8 +214,8 @@ class Study:
             cells |= {"mean": statistics.mean(psnr), "ssim": statistics.mean(ssim)}
             if score.variant.keep:
                 apart = self.against_unstructured(score)
-                span = f"({signed(min(apart))} to {signed(max(apart))})"
-                cells["against"] = f"{signed(statistics.mean(apart))} {span}"
+                extremes = f"({signed(min(apart))} to {signed(max(apart))})"
+                cells["against"] = f"{signed(statistics.mean(apart))} {extremes}"
             rows.append(Row(cells))
         title = f"PSNR by pattern: {demo.MODEL} x{demo.SCALE}, {self.iterations} steps"
         return Table(title, self.machine, columns, rows, self._notes())

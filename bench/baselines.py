@@ -42,48 +42,48 @@ class Operation:
 
 
 def _step(bracket: bool):
-    return lambda work: lambda: work.step(bracket)
+    return lambda workload: lambda: workload.step(bracket)
 
 
-def _threshold(work: Workload):
-    return lambda: ops.magnitude_threshold(work.weights, work.k)
+def _threshold(workload: Workload):
+    return lambda: ops.magnitude_threshold(workload.weights, workload.k)
 
 
-def _foreach_mul(work: Workload):
+def _foreach_mul(workload: Workload):
     # By 1 and on the very weights of the step: how fast memory is depends on where it lies, and
     # separate allocations were measured up to 1.3 times as slow as one buffer of the same size.
-    return lambda: torch._foreach_mul_(work.weights, 1.0)
+    return lambda: torch._foreach_mul_(workload.weights, 1.0)
 
 
-def _flat_mul(work: Workload):
-    return lambda: work.flat.mul_(work.shrink)
+def _flat_mul(workload: Workload):
+    return lambda: workload.flat.mul_(workload.shrink)
 
 
-def _flat_copy(work: Workload):
-    return lambda: work.flat.copy_(work.source)
+def _flat_copy(workload: Workload):
+    return lambda: workload.flat.copy_(workload.source)
 
 
-def _each(work: Workload, select):
+def _each(workload: Workload, select):
     """`select(|w| flattened, k)` for one weight after the other."""
 
     def run() -> None:
-        for w, k in zip(work.weights, work.k, strict=True):
+        for w, k in zip(workload.weights, workload.k, strict=True):
             if k:
                 select(w.abs().flatten(), k)
 
     return run
 
 
-def _topk(work: Workload):
-    return _each(work, lambda x, k: x.topk(k, largest=False, sorted=False))
+def _topk(workload: Workload):
+    return _each(workload, lambda x, k: x.topk(k, largest=False, sorted=False))
 
 
-def _kthvalue(work: Workload):
-    return _each(work, lambda x, k: x.kthvalue(k))
+def _kthvalue(workload: Workload):
+    return _each(workload, lambda x, k: x.kthvalue(k))
 
 
-def _sort(work: Workload):
-    return _each(work, lambda x, k: x.sort(stable=True))
+def _sort(workload: Workload):
+    return _each(workload, lambda x, k: x.sort(stable=True))
 
 
 def quantile(x: torch.Tensor, k: int) -> torch.Tensor:
@@ -91,25 +91,25 @@ def quantile(x: torch.Tensor, k: int) -> torch.Tensor:
     return x.quantile((k - 1) / max(1, x.numel() - 1), interpolation="nearest")
 
 
-def _quantile(work: Workload):
-    return _each(work, quantile)
+def _quantile(workload: Workload):
+    return _each(workload, quantile)
 
 
-def _cub(work: Workload):
-    return _each(work, cub.smallest)
+def _cub(workload: Workload):
+    return _each(workload, cub.smallest)
 
 
 def _flashinfer_missing() -> str | None:
     return None if importlib.util.find_spec("flashinfer") else "not installed"
 
 
-def _flashinfer(work: Workload):
+def _flashinfer(workload: Workload):
     def select(x: torch.Tensor, k: int) -> torch.Tensor:
         from flashinfer.sampling import top_k_mask_logits
 
         return top_k_mask_logits(x.view(1, -1), x.numel() - k)
 
-    return _each(work, select)
+    return _each(workload, select)
 
 
 def authors_step(flat: Sequence[torch.Tensor], k: Sequence[int], shrink: float) -> None:
@@ -128,9 +128,9 @@ def authors_step(flat: Sequence[torch.Tensor], k: Sequence[int], shrink: float) 
         w[pruned] *= shrink
 
 
-def _authors(work: Workload):
-    flat = [w.view(-1) for w in work.copies]
-    return lambda: authors_step(flat, work.k, work.shrink)
+def _authors(workload: Workload):
+    flat = [w.view(-1) for w in workload.copies]
+    return lambda: authors_step(flat, workload.k, workload.shrink)
 
 
 def _read_write(numel: int, size: int) -> float:

@@ -44,11 +44,11 @@ def _library() -> ctypes.CDLL:
     source.write_text(_SOURCE)
     major, minor = torch.cuda.get_device_capability()
     options = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC", f"-arch=sm_{major}{minor}"]
-    done = subprocess.run(
+    process = subprocess.run(
         ["nvcc", *options, "-o", library, source], capture_output=True, text=True, timeout=300
     )
-    if done.returncode:
-        first = next((x for x in done.stderr.splitlines() if "error" in x), "no message")
+    if process.returncode:
+        first = next((x for x in process.stderr.splitlines() if "error" in x), "no message")
         raise RuntimeError(f"nvcc cannot compile it: {first}")
     return ctypes.CDLL(str(library))
 
@@ -64,8 +64,8 @@ def smallest(x: Tensor, k: int) -> Tensor:
     # Without scratch memory the call only says how much it needs.
     status = call(None, ctypes.byref(bytes_), *pointers, *sizes, stream)
     scratch = torch.empty(max(1, bytes_.value), dtype=torch.uint8, device=x.device)
-    place = ctypes.c_void_p(scratch.data_ptr())
-    status = status or call(place, ctypes.byref(bytes_), *pointers, *sizes, stream)
+    scratch_ptr = ctypes.c_void_p(scratch.data_ptr())
+    status = status or call(scratch_ptr, ctypes.byref(bytes_), *pointers, *sizes, stream)
     if status:
         raise RuntimeError(f"DeviceTopK failed with CUDA error {status}")
     return out

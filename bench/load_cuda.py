@@ -59,8 +59,8 @@ def runs_fake(func, args, kwargs) -> bool:
 
 def registration(op: str) -> str | None:
     """The dispatcher's line about an op's kernel for CUDA."""
-    found = re.search(r"(?m)^CUDA: .*$", torch._C._dispatch_dump(f"issp::{op}"))
-    return found[0] if found else None
+    match = re.search(r"(?m)^CUDA: .*$", torch._C._dispatch_dump(f"issp::{op}"))
+    return match[0] if match else None
 
 
 def main() -> int:
@@ -79,8 +79,8 @@ def main() -> int:
     ran = {func._schema.name.removeprefix("issp::") for func, *_ in calls}
     failed = {
         func._schema.name.removeprefix("issp::")
-        for func, *given in calls
-        if not runs_fake(func, *given)
+        for func, *arguments in calls
+        if not runs_fake(func, *arguments)
     }
     registered, right = sum(map(bool, lines.values())), len((ran - failed) & set(names))
     print(

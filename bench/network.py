@@ -265,9 +265,9 @@ def measure(name: str, model: nn.Module, settings: Settings) -> NetworkTimes:
         cache = autotune.Cache(Path(folder) / "choices.json")
         for v, sparsity in itertools.product(settings.rows, settings.sparsities):
             pruned = copy.deepcopy(model)
-            left = prune(pruned, sparsity, v)
+            ungrouped = prune(pruned, sparsity, v)
             packed.append(_pack(name, pruned, x, cache, v=v, sparsity=sparsity))
-            for reason, names in left.items():
+            for reason, names in ungrouped.items():
                 what = f"{_shortened(names)}: {reason}"
                 unshared.setdefault(what, []).append(packed[-1].name)
         # The zeros do not matter to dense layers, but a GPU's clock rate may depend on them.
@@ -315,14 +315,16 @@ def prune(model: nn.Module, sparsity: float, v: int) -> dict[str, list[str]]:
         For v > 1, reason -> the layers that cannot share a pattern; these are unstructured.
     """
     prunable = {n: m for n, m in model.named_modules() if isinstance(m, _KINDS)}
-    keeps, left = {}, {}
+    keeps, ungrouped = {}, {}
     for name, module in prunable.items() if v > 1 else ():
         outputs, inputs = module.weight.shape[:2]
         numbers = nm_pattern(inputs, sparsity)
         if outputs % v:
-            left.setdefault(f"v={v} does not divide {outputs} outputs", []).append(name)
+            ungrouped.setdefault(f"v={v} does not divide {outputs} outputs", []).append(name)
         elif numbers is None:
-            left.setdefault(f"no N:M of {inputs} input channels prunes so much", []).append(name)
+            ungrouped.setdefault(f"no N:M of {inputs} input channels prunes so much", []).append(
+                name
+            )
         else:
             keeps[name] = Keep(*numbers, v=v)
     norms = [m.weight.detach().norm() for m in prunable.values()]
@@ -330,7 +332,7 @@ def prune(model: nn.Module, sparsity: float, v: int) -> dict[str, list[str]]:
     with torch.no_grad():
         for module, norm in zip(prunable.values(), norms, strict=True):
             module.weight *= norm / module.weight.norm()
-    return left
+    return ungrouped
 
 
 @torch.no_grad()
@@ -408,8 +410,8 @@ def dense_networks(model: nn.Module, x: Tensor) -> list[DenseNetwork]:
         if variant.precision not in PRECISIONS:
             continue
         layout = torch.channels_last if variant.channels_last else torch.contiguous_format
-        place = {"dtype": DTYPES[variant.precision], "memory_format": layout}
-        call = _call(copy.deepcopy(model).to(**place), x.to(**place))
+        conversion = {"dtype": DTYPES[variant.precision], "memory_format": layout}
+        call = _call(copy.deepcopy(model).to(**conversion), x.to(**conversion))
         required = variant.precision == "fp32"
         task = sparse_measure.task(call, variant.precision, x.device.type, required, variant.search)
         rows.append(DenseNetwork(variant.name, variant.precision, task))
@@ -424,9 +426,9 @@ def _call(model: nn.Module, x: Tensor) -> Callable[[], object]:
     return call
 
 
-def _shortened(names: Sequence[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def _shortened(names: Sequence[str], limit: int = 4) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def table(times: NetworkTimes, machine: str, settings: Settings) -> Table:

@@ -50,7 +50,7 @@ def check(names: Sequence[str], device: str, sparsity: float, shrink: float) -> 
 def _update(spec: OptimizerSpec, device: str, sparsity: float, shrink: float) -> FusedUpdate:
     random = torch.Generator().manual_seed(1)
     weights = [0.05 * torch.randn(shape, generator=random) for shape in _PRUNED + _DENSE]
-    return FusedUpdate.fresh(spec, weights, len(_PRUNED), sparsity, shrink, device)
+    return FusedUpdate.create(spec, weights, len(_PRUNED), sparsity, shrink, device)
 
 
 def _check_op(actual: FusedUpdate, expected: FusedUpdate, frozen: bool, bracket: bool) -> None:

@@ -22,23 +22,23 @@ def profiled(call: Callable[[], object]) -> None:
     torch.cuda.profiler.stop()
 
 
-def profile_step(model: str, steps: int, settle: int) -> None:
+def profile_step(model: str, steps: int, warm_up_steps: int) -> None:
     """Steps in the steady state, warm and cold start, then those that are fused with Adam."""
-    work = Workload(shapes.prunable_shapes(model), 0.95, device="cuda")
-    work.settle(settle)
+    workload = Workload(shapes.prunable_shapes(model), 0.95, device="cuda")
+    workload.warm_up(warm_up_steps)
     for bracket in (True, False):
         for _ in range(steps):
-            work.perturb()
-            profiled(lambda bracket=bracket: work.step(bracket))
+            workload.perturb()
+            profiled(lambda bracket=bracket: workload.step(bracket))
     network = models.build(model, 4).cuda()
-    replica, gradients = steady_replica(network, OPTIMIZERS["adam"], 0.95, 0.95, settle)
+    replica, gradients = steady_replica(network, OPTIMIZERS["adam"], 0.95, 0.95, warm_up_steps)
     call = replica.fused_call(True)
     for _ in range(steps):
         gradients.renew()
         profiled(call)
 
 
-def profile_sparse(passes: list[str]) -> None:
+def profile_sparse(pass_names: list[str]) -> None:
     """Every form of the layers that have speed targets."""
     for layer in LAYERS:
         data = calls.LayerTensors.of(layer, "cuda")
@@ -47,7 +47,7 @@ def profile_sparse(passes: list[str]) -> None:
                 continue
             calls.set_precision(form.precision)
             sparse = forms.make(data.weight.to(calls.DTYPES[form.precision]), form, STEP_AT)
-            for name in passes:
+            for name in pass_names:
                 call = calls.sparse_call(data, sparse, name)
                 call()
                 print(f"{layer.name}, {form.name}, {sparse.label}, {name}", flush=True)

@@ -93,7 +93,7 @@ def update_cases(device: str, dtype: torch.dtype) -> Results:
         random = torch.Generator().manual_seed(11)
         start = [torch.randn(n, generator=random) for n in SIZES]
         actual, expected = (
-            FusedUpdate.fresh(spec, start, len(start) - 2, 0.9, 0.95, where)
+            FusedUpdate.create(spec, start, len(start) - 2, 0.9, 0.95, where)
             for where in (device, "cpu")
         )
         for i, frozen in enumerate((False, False, True, True)):
@@ -196,17 +196,17 @@ GEOMETRIES = (
 def geometry_cases(device: str, dtype: torch.dtype) -> Results:
     """The sparse ops themselves, against the reference in float64."""
     for case in GEOMETRIES:
-        here, exact = case.build(dtype, device), case.build(dtype)
+        inputs, exact = case.build(dtype, device), case.build(dtype)
         op = "sparse_conv2d" if isinstance(case, ConvCase) else "sparse_matmul"
         rows, tail = (exact.columns, exact.starts), (case.weight.v, *case.grad_tail())
         x, values, bias = exact.x.double(), exact.values.double(), exact.bias.double()
         residual = None if exact.residual is None else exact.residual.double()
         expected = REFERENCE[op](x, values, *rows, [], bias, residual, *exact.tail, case.activation)
-        actual = getattr(torch.ops.issp, op)(*here.args(), case.activation)
+        actual = getattr(torch.ops.issp, op)(*inputs.args(), case.activation)
         yield f"{op} {dtype} {case.name}", near(actual, expected)
         expected = REFERENCE[f"{op}_values_grad"](x, exact.grad.double(), *rows, *tail)
         actual = getattr(torch.ops.issp, f"{op}_values_grad")(
-            *(here.x, here.grad, here.columns, here.starts, *tail)
+            *(inputs.x, inputs.grad, inputs.columns, inputs.starts, *tail)
         )
         yield f"{op}_values_grad {dtype} {case.name}", near(actual, expected)
 

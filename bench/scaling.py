@@ -191,7 +191,7 @@ class _Pace:
         self._end, self._points = time.monotonic() + budget, points
         self._per_weight: dict[str, float] = {}
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Seconds."""
         return self._end - time.monotonic()
 
@@ -205,7 +205,7 @@ class _Pace:
 
     def share(self) -> float:
         """Seconds that one row may take at one point."""
-        return max(0.0, self.left()) / (2 * self._points)
+        return max(0.0, self.remaining()) / (2 * self._points)
 
 
 @dataclass
@@ -224,17 +224,17 @@ class _Run:
         free = _SHARE_OF_MEMORY * free_bytes(settings.device)
         # Weights, the copy for mul_, state.
         base = point.numel * (2 * settings.element_size + 1)
-        step = pace.guess("settle", point.numel, _FIRST_GUESS)
+        step = pace.guess("warm up", point.numel, _FIRST_GUESS)
         reason = _memory_reason(base, free) or _time_reason(5 * step, pace)
         if reason:
             point.skipped = dict.fromkeys(self.names, reason)
             return
-        work = settings.workload(point.shapes)
+        workload = settings.workload(point.shapes)
         steps = max(5, min(settings.settle, int(pace.share() / step)))
         begin = time.monotonic()
-        work.settle(steps)
-        work.synchronize()
-        pace.update("settle", (time.monotonic() - begin) / steps, point.numel)
+        workload.warm_up(steps)
+        workload.synchronize()
+        pace.update("warm up", (time.monotonic() - begin) / steps, point.numel)
         tasks = {}
         for op in (op for op in baselines.OPERATIONS if op.name in self.names):
             needs = base + point.numel * _EXTRA_BYTES.get(op.name, 0)
@@ -243,7 +243,7 @@ class _Run:
             if reason:
                 point.skipped[op.name] = reason
             else:
-                tasks[op.name] = _task(op, work)
+                tasks[op.name] = _task(op, workload)
         seconds = min(settings.seconds, pace.share())
         interleave(list(tasks.values()), self.clock, settings.rounds, seconds, [self.mode])
         for name, task in tasks.items():
@@ -255,8 +255,8 @@ class _Run:
             pace.update(name, point.medians[name], point.numel)
 
 
-def _task(op: baselines.Operation, work: Workload) -> Task:
-    return Task(op.make(work), lambda: op.prepare(work), required=op.ours)
+def _task(op: baselines.Operation, workload: Workload) -> Task:
+    return Task(op.make(workload), lambda: op.prepare(workload), required=op.ours)
 
 
 def _memory_reason(needs: float, free: float) -> str | None:
@@ -266,9 +266,9 @@ def _memory_reason(needs: float, free: float) -> str | None:
 
 
 def _time_reason(seconds: float, pace: _Pace) -> str | None:
-    if seconds <= max(0.0, pace.left()):
+    if seconds <= max(0.0, pace.remaining()):
         return None
-    return f"would take about {seconds:.2g} s and {max(0.0, pace.left()):.2g} s are left"
+    return f"would take about {seconds:.2g} s and {max(0.0, pace.remaining()):.2g} s are left"
 
 
 def _lines(table: Table) -> Lines:

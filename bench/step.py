@@ -167,14 +167,14 @@ def check_parity(model_shapes: Sequence[tuple[int, ...]], settings: Settings) ->
     """
     sample = parity_shapes(settings.divided(model_shapes), settings)
     for bracket in (True, False):
-        work = settings.workload(sample)
+        workload = settings.workload(sample)
         for step in range(3):
-            work.perturb()
-            expected = _reference_step(work)
-            work.step(bracket)
-            state = work.state
-            actual = [*work.weights, state.thresholds, state.packed, state.flips]
-            names = [f"weight of {w.numel()} elements" for w in work.weights]
+            workload.perturb()
+            expected = _reference_step(workload)
+            workload.step(bracket)
+            state = workload.state
+            actual = [*workload.weights, state.thresholds, state.packed, state.flips]
+            names = [f"weight of {w.numel()} elements" for w in workload.weights]
             names += ["thresholds", "masks", "flips"]
             for name, x, y in zip(names, actual, expected, strict=True):
                 if not torch.equal(x.cpu().view(torch.uint8), y.view(torch.uint8)):
@@ -203,20 +203,20 @@ def _fewer_rows(shape: tuple[int, ...], keep: Keep) -> tuple[int, ...]:
     """A weight's shape with as many rows as fit into `PARITY_NUMEL`, and its groups whole."""
     row = math.prod(shape[1:])
     together = keep.v if keep.layout == "channels" else keep.of // math.gcd(keep.of, row)
-    most = max(together, PARITY_NUMEL // row // together * together)
-    return (min(shape[0], most), *shape[1:])
+    max_rows = max(together, PARITY_NUMEL // row // together * together)
+    return (min(shape[0], max_rows), *shape[1:])
 
 
-def _reference_step(work: Workload) -> list[torch.Tensor]:
+def _reference_step(workload: Workload) -> list[torch.Tensor]:
     """Weights, thresholds, masks and flips after the step, by the reference on the CPU."""
-    weights = [w.cpu().clone() for w in work.weights]
+    weights = [w.cpu().clone() for w in workload.weights]
     names = ("k", "thresholds", "packed", "flips", "scratch")
     k, thresholds, packed, flips, scratch = (
-        getattr(work.state, name).cpu().clone() for name in names
+        getattr(workload.state, name).cpu().clone() for name in names
     )
     reference.soft_shrink_(
-        *(weights, k, work.shrink, thresholds, packed, flips, scratch),
-        patterns=work.state.patterns,
+        *(weights, k, workload.shrink, thresholds, packed, flips, scratch),
+        patterns=workload.state.patterns,
     )
     return [*weights, thresholds, packed, flips]
 
@@ -236,11 +236,11 @@ def measure(
         operations: what to time.
     """
     divided = settings.divided(model_shapes)
-    work = settings.workload(divided)
+    workload = settings.workload(divided)
     clock = settings.clock()
-    work.settle(settings.settle)
+    workload.warm_up(settings.settle)
     machine = machine_line(settings.device)
-    tasks = {op.name: _task(op, work) for op in operations}
+    tasks = {op.name: _task(op, workload) for op in operations}
     timed = [(op.name, tasks[op.name]) for op in operations if not op.missing()]
     probe = settings.probe()
     interleave(
@@ -250,23 +250,23 @@ def measure(
         step_table.Entry(
             name=op.name,
             task=tasks[op.name],
-            traffic=op.traffic(work.numel, settings.element_size),
-            extra=None if op.missing() else _extra_bytes(op, work, settings) / work.numel,
+            traffic=op.traffic(workload.numel, settings.element_size),
+            extra=None if op.missing() else _extra_bytes(op, workload, settings) / workload.numel,
             missing=op.missing(),
         )
         for op in operations
     ]
     table = step_table.make(
-        title=f"{name}: {len(divided)} tensors, {work.numel} weights, {settings.dtype}, "
+        title=f"{name}: {len(divided)} tensors, {workload.numel} weights, {settings.dtype}, "
         f"{settings.pruning}, shrink {settings.shrink}",
         machine=machine,
         clock=clock,
         bandwidth=probe.result(clock.basis),
-        numel=work.numel,
+        numel=workload.numel,
         entries=entries,
         base=baselines.BASE,
     )
-    table.notes = _notes(operations, work, clock, settings)
+    table.notes = _notes(operations, workload, clock, settings)
     if settings.keep:
         table.notes.append(_pattern_note(settings.keep, len(divided), len(model_shapes)))
     table.notes += timing_notes(timed, settings.rounds)
@@ -279,33 +279,35 @@ def _pattern_note(keep: Keep, divided: int, tensors: int) -> str:
     )
     if divided == tensors:
         return text
-    left = tensors - divided
-    return f"{text} {left} of {tensors} tensors, which the pattern does not divide, are left out."
+    left_out = tensors - divided
+    return (
+        f"{text} {left_out} of {tensors} tensors, which the pattern does not divide, are left out."
+    )
 
 
-def _task(op: Operation, work: Workload) -> Task:
-    return Task(op.make(work), lambda: op.prepare(work), op.ours, op.capturable)
+def _task(op: Operation, workload: Workload) -> Task:
+    return Task(op.make(workload), lambda: op.prepare(workload), op.ours, op.capturable)
 
 
-def _extra_bytes(op: Operation, work: Workload, settings: Settings) -> int:
+def _extra_bytes(op: Operation, workload: Workload, settings: Settings) -> int:
     """Working memory: what the call allocates, and the state's scratch for the fused step."""
     if op.per_layer:
         # One layer after the other: the largest sets the peak, and a slow one runs only on it.
-        largest = max(work.weights, key=torch.Tensor.numel)
-        work = settings.workload([largest.shape])
-    op.prepare(work)
+        largest = max(workload.weights, key=torch.Tensor.numel)
+        workload = settings.workload([largest.shape])
+    op.prepare(workload)
     try:
-        allocated = peak_bytes(op.make(work), settings.device)
+        allocated = peak_bytes(op.make(workload), settings.device)
     except Exception:  # as in `interleave`, which has kept the reason for the notes
         if op.ours:
             raise
         return 0
     fused = op.name.startswith(baselines.STEP)
-    return allocated + (work.state.scratch.nbytes if fused else 0)
+    return allocated + (workload.state.scratch.nbytes if fused else 0)
 
 
 def _notes(
-    operations: Sequence[Operation], work: Workload, clock: Any, settings: Settings
+    operations: Sequence[Operation], workload: Workload, clock: Any, settings: Settings
 ) -> list[str]:
     counted: dict[str, list[str]] = {}
     for op in operations:
@@ -325,9 +327,9 @@ def _notes(
     if backends.active(settings.device) == "reference":
         notes.append("The step ran on its slow reference: no compiled back end is active here.")
     elif settings.keep is None:
-        searches = _BRACKET_STEPS * len(work.weights)
+        searches = _BRACKET_STEPS * len(workload.weights)
         notes.append(
             "The bracket around the previous threshold missed "
-            f"{work.bracket_misses(_BRACKET_STEPS)} of {searches} searches."
+            f"{workload.bracket_misses(_BRACKET_STEPS)} of {searches} searches."
         )
     return notes

@@ -11,7 +11,7 @@ from bench.harness.training import OPTIMIZERS, steady_replica
 from issp.sr import models
 
 SETTINGS = optim.Settings()
-SETTLE = 60
+WARM_UP_STEPS = 60
 
 
 @pytest.fixture(scope="module", params=["swinir-light", "edsr-l"])
@@ -26,7 +26,9 @@ def start(request, network):
     """A steady replica and its gradients, after the fused op was found equal to the reference."""
     optim_parity.check([request.param], "cpu", SETTINGS.sparsity, SETTINGS.shrink)
     spec = OPTIMIZERS[request.param]
-    replica, gradients = steady_replica(network, spec, SETTINGS.sparsity, SETTINGS.shrink, SETTLE)
+    replica, gradients = steady_replica(
+        network, spec, SETTINGS.sparsity, SETTINGS.shrink, WARM_UP_STEPS
+    )
     return replica, gradients, [mask.float() for mask in replica.pruner.masks().values()]
 
 

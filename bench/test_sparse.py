@@ -42,13 +42,13 @@ def measured(benchmark, data, threads, pass_, call, flops):
 
 
 @pytest.mark.parametrize("pass_", calls.PASSES)
-@pytest.mark.parametrize("place", range(6))
-def bench_sparse_layers_dense(benchmark, data, threads, pass_, place):
+@pytest.mark.parametrize("index", range(6))
+def bench_sparse_layers_dense(benchmark, data, threads, pass_, index):
     variants = calls.dense_variants(data.layer, "cpu")
-    if place >= len(variants):
+    if index >= len(variants):
         pytest.skip(f"{data.layer.name} has {len(variants)} dense variants")
-    call = calls.dense_call(data, variants[place], pass_)
-    benchmark.name = f"dense {variants[place].name}"
+    call = calls.dense_call(data, variants[index], pass_)
+    benchmark.name = f"dense {variants[index].name}"
     flops = 2 * math.prod(data.layer.weight) * data.layer.applications
     measured(benchmark, data, threads, pass_, call, flops)
 

@@ -33,7 +33,7 @@ _MODELS = ("edsr-baseline", "swinir-light", "edsr-l")
 # (batch, patch in LR pixels) that a few CPU cores can do; a GPU gets the paper's.
 _SIZES = {"edsr-l": (1, 24), "cat-r": (1, 16)}
 _DEFAULT_SIZE = {"cpu": (2, 32), "cuda": (32, 64)}
-_SETTLE_PATCH = 16
+_WARM_UP_PATCH = 16
 _MOST_ROUNDS = 100
 _SHARE_OF_AUTHORS = 0.25
 DENSE = "dense, torch Adam fused"
@@ -72,13 +72,13 @@ class TrainVariant:
         name: as printed.
         replica: its copy of the network, optimizer and pruner.
         after: what follows the optimizer's step.
-        whole, update: round -> seconds of the iteration, and of optimizer and pruning inside it.
+        iteration, update: round -> seconds of the iteration, and of its optimizer and pruning.
     """
 
     name: str
     replica: TrainingReplica
     after: Callable[[], None] = lambda: None
-    whole: dict[int, float] = field(default_factory=dict)
+    iteration: dict[int, float] = field(default_factory=dict)
     update: dict[int, float] = field(default_factory=dict)
 
 
@@ -174,9 +174,9 @@ def time_iterations(variants: Sequence[TrainVariant], data: Data, settings: Sett
         for variant in now:
             torch.manual_seed(i)  # of dropped paths
             before, update = iterate(variant, *batch, watch)
-            variant.whole[i], variant.update[i] = before + update, update
+            variant.iteration[i], variant.update[i] = before + update, update
         if i == 0:
-            affordable = int(_SHARE_OF_AUTHORS * settings.seconds / authors.whole[0])
+            affordable = int(_SHARE_OF_AUTHORS * settings.seconds / authors.iteration[0])
             slow_rounds = set(range(0, rounds, max(1, -(-rounds // max(1, affordable)))))
     return rounds
 
@@ -208,7 +208,7 @@ def table(
 
 def ratios(variant: TrainVariant, dense: TrainVariant) -> list[float]:
     """Time of each iteration over the dense one's of the same round."""
-    return [t / dense.whole[i] for i, t in variant.whole.items()]
+    return [t / dense.iteration[i] for i, t in variant.iteration.items()]
 
 
 def pruning_seconds(variant: TrainVariant, dense: TrainVariant) -> float:
@@ -217,19 +217,19 @@ def pruning_seconds(variant: TrainVariant, dense: TrainVariant) -> float:
 
 
 def _row(variant: TrainVariant, dense: TrainVariant) -> Row:
-    whole = statistics.median(variant.whole.values())
+    iteration = statistics.median(variant.iteration.values())
     update = statistics.median(variant.update.values())
     over = ratios(variant, dense)
-    cells = {"what": variant.name, "iteration": whole, "over dense": statistics.median(over)}
+    cells = {"what": variant.name, "iteration": iteration, "over dense": statistics.median(over)}
     if len(over) > 3:
         low, _, high = statistics.quantiles(over, n=4)
         cells["quartiles"] = f"{low:.4g} to {high:.4g}"
-    cells |= {"update": update, "update share": update / whole, "runs": len(variant.whole)}
+    cells |= {"update": update, "update share": update / iteration, "runs": len(variant.iteration)}
     if variant is not dense:
         cells["pruning"] = pruning_seconds(variant, dense)
-        cells["pruning share"] = cells["pruning"] / statistics.median(dense.whole.values())
-    rounds = {"round": list(variant.whole)}
-    times = {"iteration": list(variant.whole.values()), "update": list(variant.update.values())}
+        cells["pruning share"] = cells["pruning"] / statistics.median(dense.iteration.values())
+    rounds = {"round": list(variant.iteration)}
+    times = {"iteration": list(variant.iteration.values()), "update": list(variant.update.values())}
     return Row(cells, rounds | times)
 
 
@@ -305,10 +305,10 @@ def make_variants(network: nn.Module, data: Data, settings: Settings) -> list[Tr
         pruning = {"sparsity": settings.sparsity, "shrink": settings.shrink}
         return TrainingReplica.copy_of(network, OPTIMIZERS["adam"], kind, pruned, **pruning)
 
-    start = TrainVariant("settle", replica("fused", True))
+    start = TrainVariant("warm up", replica("fused", True))
     watch = Stopwatch(settings.device)
     for _ in range(settings.settle):
-        iterate(start, *data.batch(1, min(settings.patch, _SETTLE_PATCH)), watch)
+        iterate(start, *data.batch(1, min(settings.patch, _WARM_UP_PATCH)), watch)
     authors = TrainVariant(AUTHORS, replica("fused", False))
     variants = [
         TrainVariant(DENSE, replica("fused", False)),

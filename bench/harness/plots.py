@@ -66,8 +66,8 @@ def plot_bars(panels: Sequence[Bars], path: Path) -> None:
     axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for panel, bars in zip(axes, panels, strict=True):
         totals = [0.0] * len(bars.names)
-        for place, (label, lengths) in enumerate(bars.parts.items()):
-            colors = ["tab:gray", "tab:orange"][place]
+        for index, (label, lengths) in enumerate(bars.parts.items()):
+            colors = ["tab:gray", "tab:orange"][index]
             if len(bars.parts) == 1:
                 colors = ["tab:orange" if "issp" in name else "tab:gray" for name in bars.names]
             drawn = panel.barh(bars.names, lengths, left=totals, color=colors, label=label)

@@ -140,8 +140,8 @@ def timing_notes(tasks: Iterable[tuple[str, Task]], rounds: int) -> list[str]:
         if task.error:
             errors[name] = task.error
         if task.samples:
-            most = max(map(len, task.samples.values()))
-            runs[name] = min(most, runs.get(name, most))
+            max_runs = max(map(len, task.samples.values()))
+            runs[name] = min(max_runs, runs.get(name, max_runs))
     few = [f"{name} ({n})" for name, n in runs.items() if n < rounds]
     notes = [f"Slow, so run less often than {rounds} times: {', '.join(few)}."] if few else []
     return notes + [f"{name} could not be timed, {error}." for name, error in errors.items()]

@@ -94,7 +94,7 @@ class FusedUpdate:
     shrink: float
 
     @classmethod
-    def fresh(
+    def create(
         cls,
         spec: OptimizerSpec,
         weights: Sequence[Tensor],

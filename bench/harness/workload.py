@@ -102,7 +102,7 @@ class Workload:
         """The fused step, on the weights."""
         ops.soft_shrink_(self.weights, self.state, self.shrink, bracket=bracket)
 
-    def settle(self, steps: int) -> None:
+    def warm_up(self, steps: int) -> None:
         """Perturbs and steps, so that magnitudes are distributed as they are late in training."""
         for _ in range(steps):
             self.perturb()
@@ -120,5 +120,5 @@ class Workload:
     def bracket_misses(self, steps: int) -> int:
         """How many searches of `steps` further steps missed the bracket, as the op counts them."""
         before = int(self.state.scratch[0])
-        self.settle(steps)
+        self.warm_up(steps)
         return int(self.state.scratch[0]) - before

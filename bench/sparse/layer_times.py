@@ -78,7 +78,7 @@ class LayerTimes:
         """The mode that ratios and rates refer to."""
         return self.modes[0]
 
-    def passes(self) -> list[str]:
+    def pass_names(self) -> list[str]:
         """Those that were timed."""
         return list(dict.fromkeys(entry.pass_ for entry in self.entries))
 
@@ -161,5 +161,5 @@ def break_even(curve: Sequence[tuple[float, float]]) -> str | None:
         return f"{100 * t:.3g} %"
     # A form that stores nothing at all has no logarithm: half a weight in ten million instead.
     a, b = (math.log(max(1 - x, 5e-8)) for x in (s, t))
-    place = math.log(1 / low) / math.log(high / low)
-    return f"{100 * (1 - math.exp(a + place * (b - a))):.3g} %"
+    fraction = math.log(1 / low) / math.log(high / low)
+    return f"{100 * (1 - math.exp(a + fraction * (b - a))):.3g} %"

@@ -346,8 +346,8 @@ class WarmUp:
 
 
 def _matrix_product(precision: str, side: int, settings: Settings) -> Task:
-    shape, place = (side, side), {"dtype": DTYPES[precision], "device": settings.device}
-    a, b = (torch.ones(shape, **place) for _ in range(2))
+    shape, options = (side, side), {"dtype": DTYPES[precision], "device": settings.device}
+    a, b = (torch.ones(shape, **options) for _ in range(2))
     return task(lambda: a @ b, precision, settings.device)
 
 

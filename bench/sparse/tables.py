@@ -51,7 +51,7 @@ def layer_tables(times: LayerTimes) -> list[Table]:
     title = f"{times.title}: speed over the best dense fp32 layout, and break-even"
     speeds = speed_table([times], title)
     speeds.notes = times.notes
-    return [*(times_table(times, pass_) for pass_ in times.passes()), speeds]
+    return [*(times_table(times, pass_) for pass_ in times.pass_names()), speeds]
 
 
 def speed_table(all_times: Sequence[LayerTimes], title: str) -> Table:
@@ -69,7 +69,7 @@ def speed_table(all_times: Sequence[LayerTimes], title: str) -> Table:
 
 def _speed_rows(times: LayerTimes) -> list[Row]:
     rows = []
-    for pass_ in times.passes():
+    for pass_ in times.pass_names():
         best = times.best(pass_, "fp32")
         for name in times.forms(pass_):
             cells: dict[str, Any] = {"layer": times.layer.name, "pass": pass_}
@@ -92,18 +92,18 @@ def plot(all_times: Sequence[LayerTimes], path: Path) -> None:
     precisions, black is the baseline.
     """
     layers = list(dict.fromkeys(times.layer for times in all_times))
-    passes = list(dict.fromkeys(p for times in all_times for p in times.passes()))
-    names = list(dict.fromkeys(n for t in all_times for p in passes for n in t.forms(p)))
-    most = max(times.threads for times in all_times)
+    pass_names = list(dict.fromkeys(p for times in all_times for p in times.pass_names()))
+    names = list(dict.fromkeys(n for t in all_times for p in pass_names for n in t.forms(p)))
+    max_threads = max(times.threads for times in all_times)
     rows = []
     for layer in layers:
         rows.append([])
-        for pass_ in passes:
-            same = [t for t in all_times if t.layer == layer and pass_ in t.passes()]
+        for pass_ in pass_names:
+            matching = [t for t in all_times if t.layer == layer and pass_ in t.pass_names()]
             panel = Lines(f"{layer.name}: {pass_}", "sparsity", "speed over best dense fp32")
             levels: list[tuple[str, float]] = []
-            for times in same:
-                style = "-" if times.threads == most else "--"
+            for times in matching:
+                style = "-" if times.threads == max_threads else "--"
                 panel.series += _series(times, pass_, names, style)
                 levels += _dense_levels(times, pass_)
             panel.series.append(("best dense fp32", None, 1, {"color": "black", "linewidth": 1}))

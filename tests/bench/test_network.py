@@ -54,8 +54,8 @@ class TestPrune:
 
     def test_rows_share_a_pattern_where_v_and_a_pattern_fit(self):
         model = small_edsr()
-        left = network.prune(model, 0.75, v=4)
-        assert left == {"v=4 does not divide 3 outputs": ["conv_last"]}
+        ungrouped = network.prune(model, 0.75, v=4)
+        assert ungrouped == {"v=4 does not divide 3 outputs": ["conv_last"]}
         for name, module in layers(model).items():
             rows = (module.weight != 0).flatten(1)
             if name != "conv_last":
@@ -67,9 +67,9 @@ class TestPrune:
 
     def test_a_layer_without_a_pattern_is_named_and_unstructured(self):
         model = small_edsr()
-        left = network.prune(model, 0.9, v=4)
+        ungrouped = network.prune(model, 0.9, v=4)
         reason = "no N:M of 3 input channels prunes so much"
-        assert left[reason] == ["conv_first"]
+        assert ungrouped[reason] == ["conv_first"]
         weight = model.conv_first.weight
         assert int((weight == 0).sum()) == num_pruned(weight.numel(), 0.9)
 
@@ -93,13 +93,13 @@ class TestCheck:
         network.check("tiny", model, packed, x)
 
     @pytest.mark.parametrize("make", [small_edsr, small_swinir])
-    @pytest.mark.parametrize("place", [0, 1, -1])
-    def test_a_layer_that_is_wrong_by_a_thousandth_is_refused(self, make, place):
+    @pytest.mark.parametrize("index", [0, 1, -1])
+    def test_a_layer_that_is_wrong_by_a_thousandth_is_refused(self, make, index):
         model, x = make().eval(), torch.rand(1, 3, 16, 16)
         network.prune(model, 0.9, v=1)
         wrong = copy.deepcopy(model)
         with torch.no_grad():
-            list(layers(wrong).values())[place].weight *= 1.001
+            list(layers(wrong).values())[index].weight *= 1.001
         with pytest.raises(ParityError, match="tiny: the output is off by .* dense by"):
             network.check("tiny", model, wrong, x)
 

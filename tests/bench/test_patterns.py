@@ -43,10 +43,10 @@ def rows(markdown: str) -> list[str]:
 def test_the_workload_keeps_n_of_every_m(keep):
     divided = step.Settings(keep=keep).divided(MODEL)
     assert divided == [MODEL[0], MODEL[2]] if keep.layout == "channels" else [MODEL[2]]
-    work = Workload(divided, 0.1, keep=keep)
-    work.settle(3)
-    assert work.k == [math.prod(shape) * (keep.of - keep.n) // keep.of for shape in divided]
-    for mask in work.state.masks():
+    workload = Workload(divided, 0.1, keep=keep)
+    workload.warm_up(3)
+    assert workload.k == [math.prod(shape) * (keep.of - keep.n) // keep.of for shape in divided]
+    for mask in workload.state.masks():
         if keep.layout == "flat":
             groups = mask.view(-1, keep.of)
         else:

@@ -80,8 +80,8 @@ class TestScript:
         # An empty CUDA_VISIBLE_DEVICES hides the GPU of a machine that has one.
         env = {**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""}
         env["OUT"] = str(out or "/nowhere/results")
-        done = ["bash", str(SCRIPT), *words]
-        return subprocess.run(done, env=env, capture_output=True, text=True, timeout=120)
+        command = ["bash", str(SCRIPT), *words]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
     def test_syntax_and_habits(self):
         assert subprocess.run(["bash", "-n", str(SCRIPT)]).returncode == 0
@@ -89,35 +89,35 @@ class TestScript:
         text = SCRIPT.read_text()
         assert "set -u -o pipefail" in text
         # Unquoted expansions break on folders with spaces: arguments of commands are all quoted.
-        bare = re.findall(r"(?m)^\s*(?:run|mkdir|rm|cd)\b[^\n|]*?\s\$\{?(?:OUT|PYTHON)\b", text)
-        assert bare == []
+        unquoted = re.findall(r"(?m)^\s*(?:run|mkdir|rm|cd)\b[^\n|]*?\s\$\{?(?:OUT|PYTHON)\b", text)
+        assert unquoted == []
         # The settings of the card are never touched.
         assert not re.search(r"nvidia-smi\s+-(?:r|pm|pl|ac|lgc|c|mig)\b", text)
 
     def test_without_a_gpu_one_sentence_and_status_3(self, tmp_path):
-        done = self.run(out=tmp_path / "results")
-        assert done.returncode == 3
-        assert done.stderr.count("\n") == 1
-        assert "only the parts info and build can run" in done.stderr
+        process = self.run(out=tmp_path / "results")
+        assert process.returncode == 3
+        assert process.stderr.count("\n") == 1
+        assert "only the parts info and build can run" in process.stderr
         assert not (tmp_path / "results").exists()
 
     @pytest.mark.full
     def test_info_needs_none_and_leaves_a_summary(self, tmp_path):
-        done = self.run("--parts", "info", out=tmp_path / "results")
-        assert done.returncode == 0, done.stdout + done.stderr
+        process = self.run("--parts", "info", out=tmp_path / "results")
+        assert process.returncode == 0, process.stdout + process.stderr
         summary = (tmp_path / "results" / "summary.txt").read_text()
         assert re.search(r"\| info +\| passed ", summary)
         assert "torch " + torch.__version__ in summary
 
     def test_dry_run_names_every_part_and_writes_nothing(self, tmp_path):
-        done = self.run("--dry-run", out=tmp_path / "results")
-        assert done.returncode == 0 and list(tmp_path.iterdir()) == []
-        parts = re.findall(r"(?m)^== (\w+)$", done.stdout)
+        process = self.run("--dry-run", out=tmp_path / "results")
+        assert process.returncode == 0 and list(tmp_path.iterdir()) == []
+        parts = re.findall(r"(?m)^== (\w+)$", process.stdout)
         assert parts == ["info", "build", "tests", "bench", "sanitize", "ncu", "suite"]
         for word in ("memcheck", "racecheck", "synccheck", "gpu__time_duration.sum", "build_ext"):
-            assert word in done.stdout
+            assert word in process.stdout
         # What a GPU machine gives back is limited to eight files.
-        named = set(re.findall(r"\[\d+ s, ([\w.]+)\]", done.stdout))
+        named = set(re.findall(r"\[\d+ s, ([\w.]+)\]", process.stdout))
         assert named == {"summary.txt", "log.txt", "ncu.txt"}
         assert len(named | {"bench.md", "samples.json"} | set(everything.PICTURES)) == 8
 
@@ -132,28 +132,28 @@ class TestScript:
         env = {k: v for k, v in os.environ.items() if not k.startswith("ISSP_")}
         env |= {"PYTHON": str(folder / "python"), "OUT": str(tmp_path / "results")}
         env |= {"PATH": f"{folder}:/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", **environment}
-        done = ["bash", str(SCRIPT), "--parts", "ncu"]
-        return subprocess.run(done, env=env, capture_output=True, text=True, timeout=120)
+        command = ["bash", str(SCRIPT), "--parts", "ncu"]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
 
     def test_another_back_end_than_cuda_is_one_sentence_and_status_4(self, tmp_path):
-        done = self.on_a_gpu(tmp_path)
-        assert done.returncode == 4, done.stdout + done.stderr
+        process = self.on_a_gpu(tmp_path)
+        assert process.returncode == 4, process.stdout + process.stderr
         sentence = "on cuda reference is active, not cuda: torch sees no CUDA device"
-        assert done.stdout.count("on_gpu.sh:") == 1 and sentence in done.stdout
-        assert "ISSP_BACKEND=reference tests and measures reference" in done.stdout
+        assert process.stdout.count("on_gpu.sh:") == 1 and sentence in process.stdout
+        assert "ISSP_BACKEND=reference tests and measures reference" in process.stdout
         assert sentence in (tmp_path / "results" / "summary.txt").read_text()
-        assert "== ncu" not in done.stdout and "Traceback" not in done.stdout
+        assert "== ncu" not in process.stdout and "Traceback" not in process.stdout
 
     def test_a_forced_back_end_that_cannot_run_is_status_4_too(self, tmp_path):
-        done = self.on_a_gpu(tmp_path, ISSP_BACKEND="triton")
-        assert done.returncode == 4, done.stdout + done.stderr
-        assert "on_gpu.sh: ISSP_BACKEND=triton cannot run" in done.stdout
-        assert "Traceback" not in done.stdout
+        process = self.on_a_gpu(tmp_path, ISSP_BACKEND="triton")
+        assert process.returncode == 4, process.stdout + process.stderr
+        assert "on_gpu.sh: ISSP_BACKEND=triton cannot run" in process.stdout
+        assert "Traceback" not in process.stdout
 
     def test_the_back_end_that_was_asked_for_goes_on(self, tmp_path):
-        done = self.on_a_gpu(tmp_path, ISSP_BACKEND="reference")
-        assert done.returncode in (0, 1), done.stdout + done.stderr
-        assert "on cuda reference is active" in done.stdout and "== ncu" in done.stdout
+        process = self.on_a_gpu(tmp_path, ISSP_BACKEND="reference")
+        assert process.returncode in (0, 1), process.stdout + process.stderr
+        assert "on cuda reference is active" in process.stdout and "== ncu" in process.stdout
 
     def test_the_back_end_is_asked_after_the_build_and_before_the_tests(self):
         shown = self.run("--dry-run").stdout
@@ -163,8 +163,8 @@ class TestScript:
 
     @pytest.mark.parametrize("words", [("--parts", "info,lunch"), ("--fast",), ("--parts",)])
     def test_bad_arguments_are_status_2(self, words):
-        done = self.run(*words)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        process = self.run(*words)
+        assert process.returncode == 2 and process.stderr.count("\n") == 1
 
 
 @pytest.mark.full

@@ -153,8 +153,8 @@ class TestMeasure:
         dense = math.prod(times.layer.weight) * 2 * times.layer.applications
         for e in times.entries:
             factor = 3 if e.pass_ == "step" else 1
-            share = 1 if e.dense else 1 - e.actual
-            assert e.flops == pytest.approx(factor * share * dense)
+            stored_fraction = 1 if e.dense else 1 - e.actual
+            assert e.flops == pytest.approx(factor * stored_fraction * dense)
 
     def test_ratios_to_every_dense_and_break_even(self, times):
         text = markdown(times)

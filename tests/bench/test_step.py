@@ -124,7 +124,7 @@ class TestTable:
         assert table.row("authors' numpy argsort")["extra"] > indices
 
     def test_a_baseline_that_fails_becomes_a_note(self):
-        def fail(work):
+        def fail(workload):
             def call():
                 raise RuntimeError("not for this dtype\nsecond line")
 
@@ -359,11 +359,11 @@ class TestTiming:
         assert timing.peak_bytes(lambda: x.numpy() + 1, "cpu") >= x.nbytes
 
     def test_a_perturbation_moves_by_the_learning_rate_and_settling_keeps_parity(self):
-        work = Workload([(256, 64)], 0.95)
-        before = work.weights[0].clone()
-        work.perturb()
-        moved = (work.weights[0] - before).std().item()
+        workload = Workload([(256, 64)], 0.95)
+        before = workload.weights[0].clone()
+        workload.perturb()
+        moved = (workload.weights[0] - before).std().item()
         assert 0.9e-4 * 2 < moved < 1.1e-4 * 2
-        work.settle(3)
-        kept = work.state.masks()[0].sum().item()
+        workload.warm_up(3)
+        kept = workload.state.masks()[0].sum().item()
         assert kept == 256 * 64 - num_pruned(256 * 64, 0.95)

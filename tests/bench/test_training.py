@@ -86,17 +86,17 @@ class TestReplicas:
     def test_the_op_alone_does_what_the_class_does(self, name):
         spec = OPTIMIZERS[name]
         start, gradients = steady_replica(network(), spec, *PRUNING, steps=2)
-        alone = TrainingReplica.copy_of(network(), spec, "fused", False, *PRUNING)
-        whole = TrainingReplica.copy_of(network(), spec, "issp", True, *PRUNING)
-        for replica in (alone, whole):
+        op_replica = TrainingReplica.copy_of(network(), spec, "fused", False, *PRUNING)
+        optimizer_replica = TrainingReplica.copy_of(network(), spec, "issp", True, *PRUNING)
+        for replica in (op_replica, optimizer_replica):
             replica.copy_state_from(start)
             replica.set_gradients(gradients)
-        call = alone.fused_call(True)  # steps once, to leave thresholds behind
-        whole.optimizer.step()
+        call = op_replica.fused_call(True)  # steps once, to leave thresholds behind
+        optimizer_replica.optimizer.step()
         gradients.renew()
         call()
-        whole.optimizer.step()
-        for x, y in zip(alone.parameters(), whole.parameters(), strict=True):
+        optimizer_replica.optimizer.step()
+        for x, y in zip(op_replica.parameters(), optimizer_replica.parameters(), strict=True):
             assert torch.equal(x, y)
 
     def test_masks_apart_are_zero_in_weights_and_moments(self):
@@ -237,10 +237,10 @@ class TestTrain:
         assert [row[0] for row in rows[2:]] == names
         assert rows[2][2] == "1" and rows[2][6] == "-"
         dense, after, fused, authors = variants
-        assert dense.whole.keys() == after.whole.keys() == fused.whole.keys()
-        assert authors.whole.keys() <= dense.whole.keys() and 0 in authors.whole
+        assert dense.iteration.keys() == after.iteration.keys() == fused.iteration.keys()
+        assert authors.iteration.keys() <= dense.iteration.keys() and 0 in authors.iteration
         for variant in variants:
-            assert all(0 < variant.update[i] < t for i, t in variant.whole.items())
+            assert all(0 < variant.update[i] < t for i, t in variant.iteration.items())
 
     def test_sparse_variants_end_alike(self, variants):
         after, fused = (variant.replica for variant in variants[1:3])
@@ -254,7 +254,7 @@ class TestTrain:
         slow = train.TrainVariant("slow", None)
         dense = train.TrainVariant("dense", None)
         for i in range(5):
-            dense.whole[i], slow.whole[i] = 1.0 + i, 1.5 * (1.0 + i)
+            dense.iteration[i], slow.iteration[i] = 1.0 + i, 1.5 * (1.0 + i)
             dense.update[i], slow.update[i] = 0.1, 0.3
         assert train.ratios(slow, dense) == [1.5] * 5
         assert train.pruning_seconds(slow, dense) == pytest.approx(0.2)
@@ -313,13 +313,13 @@ def test_help_shows_an_example_that_parses(name, capsys):
         command(name, "--help")
     assert stop.value.code == 0
     examples = re.findall(r"python -m bench (.*)", capsys.readouterr().out)
-    own = [words.split() for words in examples if words.startswith(f"{name} -")]
-    assert own and all(bench.parse(words)[1].benchmark == name for words in own)
+    commands = [words.split() for words in examples if words.startswith(f"{name} -")]
+    assert commands and all(bench.parse(words)[1].benchmark == name for words in commands)
     assert step.EXAMPLE.count("python -m bench step") == 3
 
 
 def test_only_the_benchmark_that_is_run_is_imported():
     code = "import sys, bench; bench.BENCHMARKS; sys.exit(any(x in sys.modules for x in MODULES))"
     modules = ["torch", *(f"bench.{name}" for name in bench.BENCHMARKS)]
-    done = subprocess.run([sys.executable, "-c", code.replace("MODULES", repr(modules))])
-    assert done.returncode == 0
+    process = subprocess.run([sys.executable, "-c", code.replace("MODULES", repr(modules))])
+    assert process.returncode == 0
