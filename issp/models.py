@@ -1,25 +1,4 @@
 """Public names of `issp.sr.models`: super-resolution networks."""
 
-from issp.sr.models import (
-    CAT,
-    EDSR,
-    SuperResolver,
-    SwinIR,
-    build,
-    from_config,
-    names,
-    pad,
-    upscale,
-)
-
-__all__ = [
-    "CAT",
-    "EDSR",
-    "SuperResolver",
-    "SwinIR",
-    "build",
-    "from_config",
-    "names",
-    "pad",
-    "upscale",
-]
+from issp.sr.models import *  # noqa: F403
+from issp.sr.models import __all__ as __all__
