@@ -5,35 +5,20 @@ import math
 import torch
 from torch import Tensor, nn
 
+from issp.sr.models import layers
 from issp.sr.models.base import configured
-from issp.sr.models.layers import (
-    DropPath,
-    Mlp,
-    Size,
-    conv3x3,
-    conv_tokens,
-    init_linear_and_norm,
-    merge,
-    partition,
-    position_bias,
-    relative_offsets,
-    relative_position_index,
-    residual_conv,
-    shift_mask,
-    window_attention,
-)
+from issp.sr.models.layers import FULL, Size, conv3x3
 from issp.sr.models.transformer import (
+    ResidualGroup,
     WindowBlock,
     WindowTransformer,
     check_default_class,
     check_per_group,
     drop_path_rates,
-    run_blocks,
 )
 from issp.utils.text import suggest
 
-# A side of a window that spans the whole image (axial blocks).
-FULL = 0
+BLOCKS = ("CATB_regular", "CATB_axial")
 
 
 class DynamicPositionBias(nn.Module):
@@ -79,35 +64,32 @@ class RectangleAttention(nn.Module):
         self.scale = scale or (dim // heads) ** -0.5
         self.attn_drop = attn_drop
         if FULL not in window:
-            self.register_buffer("rpe_biases", relative_offsets(window))
-            self.register_buffer("relative_position_index", relative_position_index(window))
+            self.register_buffer("rpe_biases", layers.relative_offsets(window))
+            self.register_buffer("relative_position_index", layers.relative_position_index(window))
         self.pos = DynamicPositionBias(dim // 4, heads)
 
     def forward(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within windows: qkv [B, H, W, 3, C], mask [nW, N, N] or None -> [B, H, W, C]."""
         b, height, width, _, c = qkv.shape
-        window = span(self.window, (height, width))
-        windows = partition(qkv.flatten(3), window)
+        window = layers.span(self.window, (height, width))
+        windows = layers.partition(qkv.flatten(3), window)
         n = windows.shape[2]
         windows = windows.reshape(b, -1, n, 3, self.heads, c // self.heads)
         q, k, v = windows.permute(3, 0, 1, 4, 2, 5).unbind(0)
         drop = self.attn_drop if self.training else 0.0
         bias = self._bias(window, qkv)
-        out = window_attention(q, k, v, bias, mask, self.scale, drop)
-        return merge(out, window, (height, width))
+        out = layers.window_attention(q, k, v, bias, mask, self.scale, drop)
+        return layers.merge(out, window, (height, width))
 
     def _bias(self, window: Size, like: Tensor) -> Tensor:
         if FULL in self.window:
-            offsets = relative_offsets(window, like.device).to(self.pos.pos_proj.weight.dtype)
-            index = relative_position_index(window, like.device)
+            offsets = layers.relative_offsets(window, like.device).to(
+                self.pos.pos_proj.weight.dtype
+            )
+            index = layers.relative_position_index(window, like.device)
         else:
             offsets, index = self.rpe_biases, self.relative_position_index
-        return position_bias(self.pos(offsets), index)
-
-
-def span(window: Size, size: Size) -> Size:
-    """The window with FULL sides replaced by the image's."""
-    return (window[0] or size[0], window[1] or size[1])
+        return layers.position_bias(self.pos(offsets), index)
 
 
 class CATBlock(WindowBlock):
@@ -115,11 +97,12 @@ class CATBlock(WindowBlock):
 
     Args:
         dim: channels.
-        resolution: (H, W) of the mask buffers.
+        resolution, windows, shifts: as in `WindowBlock`, a window and a shift for each half.
         heads: attention heads of both halves together.
-        windows, shifts: (vertical, horizontal) of each half, in pixels; a shift of 0 is none.
         mlp_ratio, qkv_bias, qk_scale, drop, attn_drop, drop_path: as in `CAT`.
     """
+
+    mask_names = ("attn_mask_0", "attn_mask_1")
 
     def __init__(
         self,
@@ -135,14 +118,7 @@ class CATBlock(WindowBlock):
         attn_drop: float,
         drop_path: float,
     ):
-        super().__init__()
-        self.resolution = resolution
-        self.windows = windows
-        self.shifts = shifts
-        self.shifted = any(s > 0 for shift in shifts for s in shift)
-        masks = self.make_masks(resolution) if self.shifted else (None, None)
-        self.register_buffer("attn_mask_0", masks[0])
-        self.register_buffer("attn_mask_1", masks[1])
+        super().__init__(resolution, windows, shifts)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.norm1 = nn.LayerNorm(dim)
         self.proj = nn.Linear(dim, dim)
@@ -150,25 +126,16 @@ class CATBlock(WindowBlock):
             RectangleAttention(dim // 2, window, heads // 2, qk_scale, attn_drop)
             for window in windows
         )
-        self.drop_path = DropPath(drop_path)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = layers.DropPath(drop_path)
+        self.mlp = layers.Mlp(dim, int(dim * mlp_ratio), drop)
         self.norm2 = nn.LayerNorm(dim)
         self.get_v = nn.Conv2d(dim, dim, 3, 1, 1, groups=dim)
 
-    def stored_masks(self) -> tuple[Tensor, ...]:
-        return (self.attn_mask_0, self.attn_mask_1)
-
-    def make_masks(self, size: Size, device=None, dtype=None) -> tuple[Tensor, ...]:
-        return tuple(
-            shift_mask(size, span(window, size), shift, device, dtype)
-            for window, shift in zip(self.windows, self.shifts, strict=True)
-        )
-
-    def forward(self, x: Tensor, masks: tuple[Tensor, ...] | None) -> Tensor:
+    def forward(self, x: Tensor, masks: list[Tensor] | None) -> Tensor:
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, -1))
         halves = qkv.chunk(2, dim=-1)
         out = [self._attend(i, half, masks[i] if masks else None) for i, half in enumerate(halves)]
-        y = torch.cat(out, dim=-1) + conv_tokens(self.get_v, qkv[..., 2, :])
+        y = torch.cat(out, dim=-1) + layers.conv_tokens(self.get_v, qkv[..., 2, :])
         x = x + self.drop_path(self.proj(y))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -180,40 +147,21 @@ class CATBlock(WindowBlock):
         return self.attns[i](qkv, mask).roll((vertical, horizontal), dims=(1, 2))
 
 
-class CATGroup(nn.Module):
-    """Residual group: CAT blocks, then a convolution, added to the input."""
-
-    def __init__(self, blocks, dim: int, resi_connection: str, use_chk: bool):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.conv = residual_conv(dim, resi_connection)
-        self.use_chk = use_chk
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + conv_tokens(self.conv, run_blocks(self.blocks, x, self.use_chk))
-
-
 class CAT(WindowTransformer):
     """CAT, regular or axial (docs/method.md, section 5.3).
 
     Args:
         img_size: side for which the mask buffers are made; other sizes work too.
-        in_chans: image channels.
         embed_dim: channels of the body; even.
         depth, num_heads: blocks and attention heads (an even number) of each residual group.
         split_size_0, split_size_1: sides of the rectangles of each group. A regular block uses
             windows of split_size_0 x split_size_1 on one half of the channels and the transpose on
             the other; an axial one uses split_size_0 by the whole image and ignores split_size_1.
-        mlp_ratio: hidden channels of the MLP over embed_dim.
-        qkv_bias, qk_scale: bias of the qkv projections; factor on q k^T (None: head_dim ** -0.5).
-        drop_rate, attn_drop_rate, drop_path_rate: dropout, attention dropout, stochastic depth.
         act_layer, norm_layer: torch.nn.GELU and torch.nn.LayerNorm.
         use_chk: recompute blocks in the backward pass to save memory.
-        upscale: output over input size; ignored (1) when upsampler is "".
-        img_range: the images in 0..1 are multiplied by it inside.
-        resi_connection: "1conv" or "3conv".
         upsampler: "pixelshuffle" or "" (restoration).
         block_name: "CATB_regular" or "CATB_axial".
+        Others: as in `SwinIR`.
 
     Raises:
         ValueError: a value outside these, or lists of unequal length.
@@ -249,15 +197,14 @@ class CAT(WindowTransformer):
     ):
         check_default_class("act_layer", act_layer, nn.GELU)
         check_default_class("norm_layer", norm_layer, nn.LayerNorm)
-        splits = _checked_splits(
-            img_size=img_size,
-            embed_dim=embed_dim,
-            depth=depth,
-            split_size_0=split_size_0,
-            split_size_1=split_size_1,
-            num_heads=num_heads,
-            block_name=block_name,
-        )
+        if block_name not in BLOCKS:
+            raise ValueError(f"unknown block_name {block_name!r}: {suggest(block_name, BLOCKS)}")
+        check_per_group("CAT", depth=depth, split_size_0=split_size_0, num_heads=num_heads)
+        if block_name == "CATB_axial":
+            split_size_1 = [FULL] * len(depth)
+        check_per_group("CAT", depth=depth, split_size_1=split_size_1)
+        splits = list(zip(split_size_0, split_size_1, strict=True))
+        _check_sizes(img_size, embed_dim, num_heads, splits, block_name)
         super().__init__(in_chans, upscale, img_range, upsampler)
         self.pad_multiple = math.lcm(*(side for sides in splits for side in sides if side))
         self.conv_first = conv3x3(in_chans, embed_dim)
@@ -287,28 +234,16 @@ class CAT(WindowTransformer):
         rates = drop_path_rates(drop_path_rate, depth)
         for heads, sides, group in zip(num_heads, splits, rates, strict=True):
             blocks = [block(i, heads, sides, rate) for i, rate in enumerate(group)]
-            self.layers.append(CATGroup(blocks, embed_dim, resi_connection, use_chk))
+            self.layers.append(ResidualGroup(blocks, embed_dim, resi_connection, use_chk))
         self._end_body(embed_dim, resi_connection)
         self._add_reconstruction(embed_dim, ["pixelshuffle", ""])
-        self.apply(init_linear_and_norm)
+        self.apply(layers.init_linear_and_norm)
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.before_RG(tokens)
 
 
-def _checked_splits(
-    *, img_size, embed_dim, depth, split_size_0, split_size_1, num_heads, block_name
-) -> list[Size]:
-    """Check CAT's sizes; return (split_0, split_1) for each group, split_1 = FULL if axial."""
-    if block_name not in ("CATB_regular", "CATB_axial"):
-        known = suggest(block_name, ["CATB_regular", "CATB_axial"])
-        raise ValueError(f"unknown block_name {block_name!r}: {known}")
-    check_per_group("CAT", depth=depth, split_size_0=split_size_0, num_heads=num_heads)
-    if block_name == "CATB_axial":
-        splits = [(a, FULL) for a in split_size_0]
-    else:
-        check_per_group("CAT", depth=depth, split_size_1=split_size_1)
-        splits = list(zip(split_size_0, split_size_1, strict=True))
+def _check_sizes(img_size, embed_dim, num_heads, splits: list[Size], block_name) -> None:
     axial = block_name == "CATB_axial"
     for a, b in splits:
         if a < 1 or (b < 1 and not axial):
@@ -326,4 +261,3 @@ def _checked_splits(
             f"embed_dim must be at least 32, got {embed_dim}: the position bias network has "
             f"embed_dim / 32 channels"
         )
-    return splits

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from issp.utils.text import suggest
 
 Size = tuple[int, int]
+FULL = 0  # a side of a window that spans the whole image (CAT's axial blocks)
 
 
 class Upsample(nn.Sequential):
@@ -115,6 +116,11 @@ def init_linear_and_norm(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm):
         nn.init.ones_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+def span(window: Size, size: Size) -> Size:
+    """The window with FULL sides replaced by the image's."""
+    return (window[0] or size[0], window[1] or size[1])
 
 
 def partition(x: Tensor, window: Size) -> Tensor:

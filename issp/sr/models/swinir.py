@@ -3,29 +3,16 @@
 import torch
 from torch import Tensor, nn
 
+from issp.sr.models import layers
 from issp.sr.models.base import configured
-from issp.sr.models.layers import (
-    DropPath,
-    Mlp,
-    Size,
-    conv3x3,
-    conv_tokens,
-    init_linear_and_norm,
-    merge,
-    partition,
-    position_bias,
-    relative_position_index,
-    residual_conv,
-    shift_mask,
-    window_attention,
-)
+from issp.sr.models.layers import Size, conv3x3
 from issp.sr.models.transformer import (
+    ResidualGroup,
     WindowBlock,
     WindowTransformer,
     check_default_class,
     check_per_group,
     drop_path_rates,
-    run_blocks,
 )
 
 
@@ -47,7 +34,9 @@ class WindowAttention(nn.Module):
         self.scale = scale or (dim // heads) ** -0.5
         self.attn_drop = attn_drop
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        self.register_buffer("relative_position_index", relative_position_index((window, window)))
+        self.register_buffer(
+            "relative_position_index", layers.relative_position_index((window, window))
+        )
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -58,60 +47,36 @@ class WindowAttention(nn.Module):
         b, windows, n, c = x.shape
         qkv = self.qkv(x).reshape(b, windows, n, 3, self.heads, c // self.heads)
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
-        bias = position_bias(self.relative_position_bias_table, self.relative_position_index)
+        bias = layers.position_bias(self.relative_position_bias_table, self.relative_position_index)
         drop = self.attn_drop if self.training else 0.0
-        out = window_attention(q, k, v, bias, mask, self.scale, drop)
+        out = layers.window_attention(q, k, v, bias, mask, self.scale, drop)
         return self.proj_drop(self.proj(out))
 
 
 class SwinBlock(WindowBlock):
     """norm - (shifted) window attention - residual; norm - MLP - residual."""
 
+    mask_names = ("attn_mask",)
+
     def __init__(self, dim, resolution: Size, attn: WindowAttention, window, shift, mlp, drop_path):
-        super().__init__()
-        self.resolution = resolution
-        self.window = (window, window)
-        self.shift = (shift, shift)
-        self.shifted = shift > 0
-        mask = shift_mask(resolution, self.window, self.shift) if self.shifted else None
-        self.register_buffer("attn_mask", mask)
+        super().__init__(resolution, ((window, window),), ((shift, shift),))
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = layers.DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp
 
-    def stored_masks(self) -> tuple[Tensor, ...]:
-        return (self.attn_mask,)
-
-    def make_masks(self, size: Size, device=None, dtype=None) -> tuple[Tensor, ...]:
-        return (shift_mask(size, self.window, self.shift, device, dtype),)
-
-    def forward(self, x: Tensor, masks: tuple[Tensor, ...] | None) -> Tensor:
+    def forward(self, x: Tensor, masks: list[Tensor] | None) -> Tensor:
+        (window,), ((shift, _),) = self.windows, self.shifts
         y = self.norm1(x)
         if self.shifted:
-            y = y.roll((-self.shift[0], -self.shift[1]), dims=(1, 2))
-        y = self.attn(partition(y, self.window), masks[0] if masks else None)
-        y = merge(y, self.window, (x.shape[1], x.shape[2]))
+            y = y.roll((-shift, -shift), dims=(1, 2))
+        y = self.attn(layers.partition(y, window), masks[0] if masks else None)
+        y = layers.merge(y, window, (x.shape[1], x.shape[2]))
         if self.shifted:
-            y = y.roll(self.shift, dims=(1, 2))
+            y = y.roll((shift, shift), dims=(1, 2))
         x = x + self.drop_path(y)
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class SwinGroup(nn.Module):
-    """Residual group (RSTB): Swin blocks, then a convolution, added to the input."""
-
-    def __init__(self, blocks, dim: int, resi_connection: str, use_checkpoint: bool):
-        super().__init__()
-        # The published checkpoints have this extra level in their names.
-        self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
-        self.conv = residual_conv(dim, resi_connection)
-        self.use_checkpoint = use_checkpoint
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = run_blocks(self.residual_group["blocks"], x, self.use_checkpoint)
-        return x + conv_tokens(self.conv, y)
 
 
 class SwinIR(WindowTransformer):
@@ -205,19 +170,20 @@ class SwinIR(WindowTransformer):
                 ),
                 window=window,
                 shift=shift if i % 2 else 0,
-                mlp=Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate),
+                mlp=layers.Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate),
                 drop_path=drop_path,
             )
 
         self.layers = nn.ModuleList()
         for heads, rates in zip(num_heads, drop_path_rates(drop_path_rate, depths), strict=True):
             blocks = [block(i, heads, rate) for i, rate in enumerate(rates)]
-            self.layers.append(SwinGroup(blocks, embed_dim, resi_connection, use_checkpoint))
+            self.layers.append(
+                ResidualGroup(blocks, embed_dim, resi_connection, use_checkpoint, nested=True)
+            )
         self._end_body(embed_dim, resi_connection)
-        self._add_reconstruction(
-            embed_dim, ["pixelshuffle", "pixelshuffledirect", "nearest+conv", ""]
-        )
-        self.apply(init_linear_and_norm)
+        kinds = ["pixelshuffle", "pixelshuffledirect", "nearest+conv", ""]
+        self._add_reconstruction(embed_dim, kinds)
+        self.apply(layers.init_linear_and_norm)
 
     def embed(self, tokens: Tensor) -> Tensor:
         if "norm" in self.patch_embed:

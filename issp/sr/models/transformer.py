@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from issp.sr.models import layers
 from issp.sr.models.base import DIV2K_MEAN, SuperResolver
-from issp.sr.models.layers import Size, Upsample, conv3x3, conv_tokens, residual_conv
+from issp.sr.models.layers import Size, conv3x3
 from issp.utils.text import suggest
 
 # Channels between the last features and the image, fixed in both published networks.
@@ -14,49 +15,85 @@ NUM_FEAT = 64
 
 
 class WindowBlock(nn.Module):
-    """A transformer block over windows, which may be shifted.
+    """A transformer block over windows, which may be shifted; it begins with the mask buffers.
+
+    Args:
+        resolution: (H, W) for which the mask buffers are made.
+        windows, shifts: (vertical, horizontal) in pixels, for each mask; a shift of 0 is none.
 
     Attributes:
-        resolution: (H, W) for which the mask buffers were made.
+        mask_names: of the buffers, as in the published checkpoints.
         shifted: the windows are shifted, so the block needs masks.
     """
 
-    resolution: Size
-    shifted: bool
+    mask_names: tuple[str, ...]
 
-    def stored_masks(self) -> tuple[Tensor, ...]:
-        """The mask buffers, made for `resolution`."""
+    def __init__(self, resolution: Size, windows: tuple[Size, ...], shifts: tuple[Size, ...]):
+        super().__init__()
+        self.resolution, self.windows, self.shifts = resolution, windows, shifts
+        self.shifted = any(side > 0 for shift in shifts for side in shift)
+        masks = self.make_masks(resolution) if self.shifted else [None] * len(windows)
+        for name, mask in zip(self.mask_names, masks, strict=True):
+            self.register_buffer(name, mask)
+
+    def make_masks(self, size: Size, device=None, dtype=None) -> list[Tensor]:
+        """Masks for an image size."""
+        return [
+            layers.shift_mask(size, layers.span(window, size), shift, device, dtype)
+            for window, shift in zip(self.windows, self.shifts, strict=True)
+        ]
+
+    def forward(self, x: Tensor, masks: list[Tensor] | None) -> Tensor:
+        """Tokens [B, H, W, C] to tokens; masks [nW, N, N], None where nothing is shifted."""
         raise NotImplementedError
 
-    def make_masks(self, size: Size, device=None, dtype=None) -> tuple[Tensor, ...]:
-        """Masks for another image size."""
-        raise NotImplementedError
 
-    def forward(self, x: Tensor, masks: tuple[Tensor, ...] | None) -> Tensor:
-        raise NotImplementedError
+class ResidualGroup(nn.Module):
+    """Window blocks, then a convolution, added to the input.
 
-
-def run_blocks(blocks: nn.ModuleList, x: Tensor, checkpointed: bool) -> Tensor:
-    """Run the blocks of one group over tokens [B, H, W, C].
-
-    All shifted blocks of a group have the same windows, so the masks of a size other than
-    `resolution` are made once per group and call. They are not cached: making them takes about 1 %
-    of the blocks' time, and a cache would need as much memory as the images.
+    Args:
+        blocks: all shifted ones have the same windows.
+        dim, resi_connection: see `layers.residual_conv`.
+        use_checkpoint: recompute blocks in the backward pass to save memory.
+        nested: the names of the blocks have the extra level of SwinIR's published checkpoints.
     """
-    size = (x.shape[1], x.shape[2])
-    made = None
-    for block in blocks:
-        masks = None
-        if block.shifted and size == block.resolution:
-            masks = block.stored_masks()
-        elif block.shifted:
-            made = made or block.make_masks(size, x.device, x.dtype)
-            masks = made
-        if checkpointed and torch.is_grad_enabled():
-            x = checkpoint(block, x, masks, use_reentrant=False)
+
+    def __init__(
+        self,
+        blocks: list[WindowBlock],
+        dim: int,
+        resi_connection: str,
+        use_checkpoint: bool,
+        nested: bool = False,
+    ):
+        super().__init__()
+        if nested:
+            self.residual_group = nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
         else:
-            x = block(x, masks)
-    return x
+            self.blocks = nn.ModuleList(blocks)
+        self.conv = layers.residual_conv(dim, resi_connection)
+        self.use_checkpoint, self.nested = use_checkpoint, nested
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens [B, H, W, C] to tokens.
+
+        The masks of a size other than `resolution` are made once per group and call. They are not
+        cached: making them takes about 1 % of the blocks' time, and a cache would need as much
+        memory as the images.
+        """
+        size = (x.shape[1], x.shape[2])
+        y, made = x, None
+        for block in self.residual_group["blocks"] if self.nested else self.blocks:
+            masks = None
+            if block.shifted and size == block.resolution:
+                masks = [getattr(block, name) for name in block.mask_names]
+            elif block.shifted:
+                masks = made = made or block.make_masks(size, x.device, x.dtype)
+            if self.use_checkpoint and torch.is_grad_enabled():
+                y = checkpoint(block, y, masks, use_reentrant=False)
+            else:
+                y = block(y, masks)
+        return x + layers.conv_tokens(self.conv, y)
 
 
 class WindowTransformer(SuperResolver):
@@ -73,7 +110,7 @@ class WindowTransformer(SuperResolver):
 
     def _end_body(self, embed_dim: int, resi_connection: str) -> None:
         self.norm = nn.LayerNorm(embed_dim)
-        self.conv_after_body = residual_conv(embed_dim, resi_connection)
+        self.conv_after_body = layers.residual_conv(embed_dim, resi_connection)
 
     def _add_reconstruction(self, embed_dim: int, kinds: list[str]) -> None:
         kind, scale, channels = self.upsampler, self.scale, self.channels
@@ -90,7 +127,7 @@ class WindowTransformer(SuperResolver):
             conv3x3(embed_dim, NUM_FEAT), nn.LeakyReLU(inplace=True)
         )
         if kind == "pixelshuffle":
-            self.upsample = Upsample(scale, NUM_FEAT)
+            self.upsample = layers.Upsample(scale, NUM_FEAT)
         else:
             if scale != 4:
                 raise ValueError(f"upsampler 'nearest+conv' exists for upscale 4 only, got {scale}")
@@ -108,7 +145,7 @@ class WindowTransformer(SuperResolver):
         tokens = self.embed(shallow.permute(0, 2, 3, 1))
         for layer in self.layers:
             tokens = layer(tokens)
-        deep = conv_tokens(self.conv_after_body, self.norm(tokens)).permute(0, 3, 1, 2)
+        deep = layers.conv_tokens(self.conv_after_body, self.norm(tokens)).permute(0, 3, 1, 2)
         return self._reconstruct(x, deep + shallow)
 
     def _reconstruct(self, x: Tensor, features: Tensor) -> Tensor:
