@@ -11,9 +11,8 @@ EXAMPLE = "issp demo --minutes 2 --dense --out runs/demo"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    parser.add_argument(
-        "--out", "-o", default="runs/demo", metavar="DIR", help="default: runs/demo"
-    )
+    out = "runs/demo"
+    parser.add_argument("--out", "-o", default=out, metavar="DIR", help=f"default: {out}")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--iters", type=int, metavar="N", help="iterations (default: fixed)")
     length.add_argument(
@@ -28,14 +27,6 @@ def main(args: argparse.Namespace) -> int:
     """Trains, prints one table, leaves a model and two pictures."""
     from issp.sr.demo import Options, run
 
-    run(
-        Options(
-            out=Path(args.out),
-            iterations=args.iters,
-            minutes=args.minutes,
-            dense=args.dense,
-            sparsity=args.sparsity,
-            seed=args.seed,
-        )
-    )
+    options = {name: getattr(args, name) for name in ("minutes", "dense", "sparsity", "seed")}
+    run(Options(Path(args.out), args.iters, **options))
     return 0

@@ -16,11 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crop-size", type=int, metavar="PX", help="cut crops of this side")
     parser.add_argument("--step", type=int, metavar="PX", help="distance between crops")
     parser.add_argument(
-        "--thresh-size",
-        type=int,
-        default=0,
-        metavar="PX",
-        help="pixels a crop may omit",
+        "--thresh-size", type=int, default=0, metavar="PX", help="pixels a crop may omit"
     )
     parser.add_argument(
         "--small", choices=("error", "skip"), default="error", help="images below the crop size"
@@ -34,17 +30,9 @@ def main(args: argparse.Namespace) -> int:
     from issp.sr import data
 
     with ItemProgress("images") as progress:
-        result = data.prepare(
-            args.hr,
-            args.out,
-            scales=args.scales,
-            crop_size=args.crop_size,
-            step=args.step,
-            thresh_size=args.thresh_size,
-            small=args.small,
-            workers=args.workers,
-            progress=progress,
-        )
+        names = ("scales", "crop_size", "step", "thresh_size", "small", "workers")
+        options = {name: getattr(args, name) for name in names}
+        result = data.prepare(args.hr, args.out, **options, progress=progress)
     print(
         f"{args.out}: {result.images} images from {result.sources} originals "
         f"({result.resumed} were finished before, {len(result.skipped)} too small)"
