@@ -49,9 +49,8 @@ class CsvLog:
 
     def _text(self, rows: Iterable[dict[str, Any]]) -> str:
         buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        for row in rows:
-            writer.writerow([_cell(row.get(column)) for column in self.columns])
+        options: dict[str, Any] = {"extrasaction": "ignore", "lineterminator": "\n"}
+        csv.DictWriter(buffer, self.columns, **options).writerows(rows)
         return buffer.getvalue()
 
 
@@ -77,12 +76,6 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
         if len(line) == len(header)
     ]
     return [row for row in rows if isinstance(row["iteration"], int)]
-
-
-def _cell(value: Any) -> Any:
-    if value is None:
-        return ""
-    return repr(value) if isinstance(value, float) else value  # repr keeps every bit
 
 
 def _value(text: str) -> Any:

@@ -84,22 +84,14 @@ def format_row_briefly(row: dict[str, Any]) -> str:
 
 def _rich_bar(total: int, done: int) -> Any:
     try:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import (
-            Progress as Bar,
-        )
+        from rich import progress
     except ImportError:
         return None
-    bar = Bar(
-        MofNCompleteColumn(),
-        BarColumn(bar_width=10),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}", markup=False),
+    bar = progress.Progress(
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(bar_width=10),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[facts]}", markup=False),
     )
     bar.add_task("train", total=total, completed=done, facts="")
     bar.start()
