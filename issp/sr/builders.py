@@ -125,18 +125,11 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """
     options = config.train.optim_g
     parameters = [p for p in model.parameters() if p.requires_grad]
-    lr, weight_decay = options.lr, options.weight_decay
+    shared = {"lr": options.lr, "weight_decay": options.weight_decay}
     if options.type == "SGD":
-        momentum = options.betas[0]
-        return optim.SGD(parameters, lr=lr, weight_decay=weight_decay, momentum=momentum)
+        return optim.SGD(parameters, momentum=options.betas[0], **shared)
     kind = {"Adam": optim.Adam, "AdamW": optim.AdamW}[options.type]
-    return kind(
-        parameters,
-        lr=lr,
-        weight_decay=weight_decay,
-        betas=tuple(options.betas),
-        eps=options.eps,
-    )
+    return kind(parameters, betas=tuple(options.betas), eps=options.eps, **shared)
 
 
 def pruner(
@@ -167,17 +160,13 @@ def pruning_target(entry: float | KeepSection) -> float | Keep:
     """What `issp.attach` takes as a layer's target: a sparsity, or an N:M pattern."""
     if not isinstance(entry, KeepSection):
         return entry
-    return Keep(entry.n, of=entry.of, v=entry.v, layout=entry.layout, tail=entry.tail)
+    return Keep(**dict(entry))
 
 
 def loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
     """`train.pixel_opt` as a function of (output, target)."""
     option = config.train.pixel_opt
-    functions: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "L1Loss": F.l1_loss,
-        "MSELoss": F.mse_loss,
-        "CharbonnierLoss": charbonnier,
-    }
+    functions = {"L1Loss": F.l1_loss, "MSELoss": F.mse_loss, "CharbonnierLoss": charbonnier}
     function = functions[option.type]
     return lambda output, target: option.loss_weight * function(output, target)
 

@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -41,7 +40,7 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
         TypeError: the model has no configuration.
         OSError: the file cannot be written; an older file is left as it was.
     """
-    safetensors_torch = _import_safetensors("safetensors.torch")
+    safetensors_torch = import_optional("safetensors.torch", "safetensors", "model files")
     if not isinstance(getattr(model, "config", None), dict):
         raise TypeError(
             f"cannot save {type(model).__name__} with its architecture: it has no .config; "
@@ -221,7 +220,7 @@ def _damaged(path: str | os.PathLike) -> ValueError:
 
 
 def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    safetensors = _import_safetensors("safetensors")
+    safetensors = import_optional("safetensors", "safetensors", "model files")
     _check_exists(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -230,7 +229,3 @@ def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[
         return tensors, metadata
     except (safetensors.SafetensorError, OSError, ValueError):
         raise _damaged(path) from None
-
-
-def _import_safetensors(module: str) -> ModuleType:
-    return import_optional(module, "safetensors", "model files")

@@ -77,9 +77,8 @@ def run(options: Options) -> list[Row]:
     iterations = options.iterations or ITERATIONS
     if options.minutes is not None:
         iterations = fitting_iterations(options)
-    held_out = data.EvalDataset(
-        data.PairedArrays(data.sample_photographs("test"), SCALE), in_memory=True
-    )
+    photographs = data.PairedArrays(data.sample_photographs("test"), SCALE)
+    held_out = data.EvalDataset(photographs, in_memory=True)
     cubic = evaluate.evaluate(evaluate.bicubic(SCALE), held_out)
     rows = [Row("bicubic", cubic)]
     sparse, row = _train(settings(options, "iss-p", iterations, options.sparsity), held_out)
@@ -126,11 +125,7 @@ def settings(
         "network_g": {"type": MODEL},
         "path": {"experiments_root": str(options.out)},
         "datasets": {
-            "train": {
-                "type": "SamplePhotographs",
-                "gt_size": PATCH,
-                "batch_size_per_gpu": BATCH,
-            },
+            "train": {"type": "SamplePhotographs", "gt_size": PATCH, "batch_size_per_gpu": BATCH},
             "val": {"name": "held-out", "type": "SamplePhotographs"},
         },
         "train": {
@@ -173,10 +168,9 @@ def fitting_iterations(options: Options, probe: int = 12) -> int:
         if iteration == 3:
             start = time.perf_counter()
         batch = next(batches)
+        lq = batch["lq"].contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
-        loss(
-            model(batch["lq"].contiguous(memory_format=torch.channels_last)), batch["gt"]
-        ).backward()
+        loss(model(lq), batch["gt"]).backward()
         optimizer.step()
     each = (time.perf_counter() - start) / probe
     # A tenth of the time goes to validation.
@@ -206,10 +200,8 @@ def _sheets(model: nn.Module, label: str, held_out: data.EvalDataset) -> list[li
         lr, hr = held_out.load(i)
         top, left = plots.busiest(hr, _CROP, SCALE, border=8)
         window = np.s_[top : top + _CROP, left : left + _CROP]
-        small = np.s_[
-            top // SCALE : (top + _CROP) // SCALE, left // SCALE : (left + _CROP) // SCALE
-        ]
-        panels = [plots.Panel("low resolution", lr[small], name)]
+        y, x, side = top // SCALE, left // SCALE, _CROP // SCALE
+        panels = [plots.Panel("low resolution", lr[y : y + side, x : x + side], name)]
         for title, upscaler in upscalers.items():
             sr = upscaler(lr)
             psnr = evaluate.score(name, sr, hr, SCALE, with_ssim=False).psnr

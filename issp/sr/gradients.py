@@ -35,11 +35,8 @@ class GradientLog:
         if grads:
             tensors = [summary.in_memory_order(grad) for grad in grads.values()]
             statistics = ops.magnitude_statistics(tensors).tolist()
-            rows = (
-                {"iteration": iteration, "layer": name, **_by_column(values)}
-                for name, values in zip(grads, statistics, strict=True)
-            )
-            self._csv.add(*rows)
+            cells = ((iteration, n, *v) for n, v in zip(grads, statistics, strict=True))
+            self._csv.add(*(dict(zip(COLUMNS, row, strict=True)) for row in cells))
 
 
 def weights_to_record(model: nn.Module, pruner: Pruner | None) -> dict[str, Tensor]:
@@ -49,7 +46,3 @@ def weights_to_record(model: nn.Module, pruner: Pruner | None) -> dict[str, Tens
         return {name: m.weight for name, m in modules if isinstance(m, nn.Conv2d | nn.Linear)}
     names = [row.name for row in pruner.summary().rows if row.tied_to is None]
     return {name: model.get_submodule(name).weight for name in names}
-
-
-def _by_column(values: list[float]) -> dict[str, float]:
-    return dict(zip(COLUMNS[2:], values, strict=True))

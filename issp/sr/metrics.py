@@ -95,9 +95,7 @@ def _prepare(
     cut = np.s_[border : border + height, border : border + width]
     if y_channel:
         pair = rgb_to_y(sr[cut])[None], rgb_to_y(hr[cut])[None]
-    elif sr.shape[2] == hr.shape[2]:
-        pair = sr[cut].transpose(2, 0, 1), hr[cut].transpose(2, 0, 1)
-    else:
+    else:  # grey is compared with each channel
         pair = np.broadcast_arrays(sr[cut].transpose(2, 0, 1), hr[cut].transpose(2, 0, 1))
     return pair[0].astype(np.float64), pair[1].astype(np.float64)
 

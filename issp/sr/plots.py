@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,10 +91,8 @@ def gradients(
         for axis, key in zip(axes, ("norm", "variance"), strict=True):
             y = [row[key] for row in layer_rows]
             axis.plot(x, y, label=name if is_labelled else None, color=color, linewidth=1)
-    axes[0].set_ylabel("norm of the gradient")
-    axes[1].set_ylabel("variance of its magnitudes")
-    for axis in axes:
-        axis.set_yscale("log")
+    axes[0].set(ylabel="norm of the gradient", yscale="log")
+    axes[1].set(ylabel="variance of its magnitudes", yscale="log")
     axes[0].legend(title="first and last layer", fontsize=8, frameon=False)
     _against_iterations(axes, training)
     figure.align_ylabels(list(axes))
@@ -111,15 +108,9 @@ def _against_iterations(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         if freeze is not None:
             axis.axvline(freeze, color=_GREY, linestyle="--", linewidth=1)
     if freeze is not None:
-        axes[0].annotate(
-            "mask frozen",
-            (freeze, 0.02),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            color=_GREY,
-            fontsize=9,
-        )
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        text = {"color": _GREY, "fontsize": 9}
+        axes[0].annotate("mask frozen", (freeze, 0.02), xytext=(4, 0), **place, **text)
     axes[-1].set_xlabel("iteration")
     axes[-1].set_xlim(left=0, right=rows[-1]["iteration"] if rows else None)
 
@@ -166,8 +157,7 @@ def comparison(sheets: Sequence[Sequence[Panel]], path: str | Path) -> None:
             axis.imshow(panel.image, interpolation="nearest")
             axis.set_title(panel.title, fontsize=10, pad=4)
             axis.set_xlabel(panel.note, fontsize=9, labelpad=3)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     _write(figure, path)
 
@@ -238,9 +228,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _write(figure: Any, path: str | Path) -> None:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    atomic_write(path, buffer.getvalue())
+    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
 def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:

@@ -49,8 +49,10 @@ class RunFolder:
         """Makes missing folders; writes the configuration and environment of this start."""
         for folder in (self.models, self.states, self.images, self.log):
             folder.mkdir(parents=True, exist_ok=True)
-        _write_text(self.path / "config.yml", dump(config))
-        _write_text(self.log / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        atomic_write(self.path / "config.yml", dump(config).encode())
+        # What `issp info` prints, the command line, and the git revision of the checkout.
+        facts = {"command": sys.argv, "git": git_revision(Path(__file__).parent), **info()}
+        atomic_write(self.log / "environment.json", f"{json.dumps(facts, indent=2)}\n".encode())
 
     def latest_state(self) -> Path:
         """The training state of the highest iteration.
@@ -77,12 +79,3 @@ class RunFolder:
     def _states(self) -> list[Path]:
         files = self.states.glob("*.state") if self.states.is_dir() else []
         return sorted((f for f in files if f.stem.isdigit()), key=lambda f: int(f.stem))
-
-
-def environment() -> dict[str, Any]:
-    """What `issp info` prints, the command line, and the git revision of the checkout."""
-    return {"command": sys.argv, "git": git_revision(Path(__file__).parent), **info()}
-
-
-def _write_text(path: Path, text: str) -> None:
-    atomic_write(path, text.encode())

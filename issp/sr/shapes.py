@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import nn
 
@@ -24,13 +22,8 @@ def prunable_shapes(model: str, scale: int = 4) -> list[Shape]:
     Raises:
         ValueError: unknown model or scale.
     """
-    return list(_shapes(model, scale))
-
-
-@functools.cache
-def _shapes(name: str, scale: int) -> tuple[Shape, ...]:
     # The meta device allocates nothing and initialises nothing.
     with torch.device("meta"):
-        model = models.build(name, scale)
-    layers = (m for _, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear))
-    return tuple(tuple(layer.weight.shape) for layer in layers)
+        network = models.build(model, scale)
+    layers = (m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    return [tuple(layer.weight.shape) for layer in layers]

@@ -8,7 +8,6 @@ sparse network is fine-tuned with a decaying one. Without a `sparsity` section i
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,16 +68,8 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
     pruner = builders.pruner(config, model, optimizer, ema)
     meter.timer.watch(optimizer)
 
-    run = TrainingRun(
-        config=config,
-        model=model,
-        ema=ema,
-        optimizer=optimizer,
-        pruner=pruner,
-        batches=batches,
-        meter=meter,
-        validation=validation,
-    )
+    parts = {"model": model, "ema": ema, "optimizer": optimizer, "pruner": pruner}
+    run = TrainingRun(config, batches=batches, meter=meter, validation=validation, **parts)
     start = run.resume() if resume else run.start()
     progress = run.open_logs(start, quiet)
     if not flushed and device.type == "cpu":
@@ -179,8 +170,7 @@ class TrainingRun:
         explicit = self.config.path.resume_state
         path = Path(explicit) if explicit else self.folder.latest_state()
         state = checkpoint.read_state(path)
-        parts: dict[str, Any] = {"optimizer": self.optimizer, "pruner": self.pruner}
-        parts["batches"] = self.batches
+        parts = {"optimizer": self.optimizer, "pruner": self.pruner, "batches": self.batches}
         try:
             checkpoint.load_weights(self.model, state["model"], path)
             if self.ema is not None:
@@ -271,10 +261,9 @@ class TrainingRun:
         for name, dataset in self.validation.items():
             result = self._score(name, dataset, iteration)
             means.append(result.psnr)
-            row = {"iteration": iteration, "stage": self.stage(iteration), "set": name}
-            self.scores.add(row | {"psnr": result.psnr, "ssim": result.ssim})
-            scalars = {"iteration": iteration, "psnr": result.psnr, "ssim": result.ssim}
-            self.tensorboard.add(scalars, prefix=f"{name}/")
+            row = {"iteration": iteration, "psnr": result.psnr, "ssim": result.ssim}
+            self.scores.add({**row, "stage": self.stage(iteration), "set": name})
+            self.tensorboard.add(row, prefix=f"{name}/")
         if self.is_final_form and means[0] > self.best.psnr:
             self.best = Best(means[0], iteration)
             self._save_model("best", iteration, psnr=means[0])
@@ -283,30 +272,27 @@ class TrainingRun:
     def _score(self, name: str, dataset: EvalDataset, iteration: int) -> evaluate.Score:
         metrics = self.config.val.metrics.values()
         psnr = next((m for m in metrics if m.type == "calculate_psnr"), None)
+
+        def save_image(image: str, sr: np.ndarray, _: evaluate.Score) -> None:
+            write_image(self.folder.images / name / image / f"{image}_{iteration}.png", sr)
+
         scores = evaluate.evaluate(
             evaluate.of_model(self.eval_model),
             dataset,
             crop_border=psnr.crop_border if psnr else None,
             y_channel=psnr.test_y_channel if psnr else True,
             with_ssim=any(m.type == "calculate_ssim" for m in metrics),
-            on_image=self._image_saver(name, iteration) if self.config.val.save_img else None,
+            on_image=save_image if self.config.val.save_img else None,
         )
         return evaluate.mean(scores, name)
-
-    def _image_saver(
-        self, set_name: str, iteration: int
-    ) -> Callable[[str, np.ndarray, evaluate.Score], None]:
-        folder = self.folder.images / set_name
-        return lambda name, sr, _: write_image(folder / name / f"{name}_{iteration}.png", sr)
 
     def save(self, iteration: int) -> None:
         """Writes the model of this iteration and the state to resume from."""
         self._save_model(str(iteration), iteration)
         if self.pruner is not None:
             for r in self.pruner.summary().rows:
-                row = {"iteration": iteration, "layer": r.name, "weights": r.numel}
-                row |= {"selected": r.selected, "zeros": r.zeros}
-                self.layers.add(row | {"flips": r.flips, "threshold": r.threshold})
+                cells = (iteration, r.name, r.numel, r.selected, r.zeros, r.flips, r.threshold)
+                self.layers.add(dict(zip(LAYER_COLUMNS, cells, strict=True)))
         state = {
             "iteration": iteration,
             "model": self.model.state_dict(),

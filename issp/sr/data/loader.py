@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -108,10 +109,11 @@ class TrainLoader:
 
     def _start_workers(self) -> Iterator:
         self.dataset.preload()  # before the fork, so that workers share the memory
+        sampler, size = self.sampler, self.batch_size
         loader = torch.utils.data.DataLoader(
             _Batches(self.dataset),
             batch_size=None,
-            sampler=_Positions(self.sampler, self.batch_size),
+            sampler=(sampler.draws(start, size) for start in count(sampler.position, size)),
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch,
             pin_memory=self.pin_memory,
@@ -119,19 +121,6 @@ class TrainLoader:
             generator=torch.Generator().manual_seed(0),
         )
         return iter(loader)
-
-
-class _Positions:
-    """Endless lists of draws, from the position of the sampler on."""
-
-    def __init__(self, sampler: EnlargedSampler, batch_size: int):
-        self.sampler, self.batch_size, self.start = sampler, batch_size, sampler.position
-
-    def __iter__(self) -> Iterator[list[Draw]]:
-        start = self.start
-        while True:
-            yield self.sampler.draws(start, self.batch_size)
-            start += self.batch_size
 
 
 class _Failure:

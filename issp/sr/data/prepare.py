@@ -11,16 +11,8 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from issp.sr.data.checks import check_small, check_whole
-from issp.sr.data.images import (
-    image_size,
-    list_images,
-    mod_crop,
-    read_image,
-    write_image,
-)
+from issp.sr.data.images import image_size, list_images, mod_crop, read_image, write_image
 from issp.sr.data.pairs import check_names
 from issp.sr.data.resize import imresize
 from issp.utils.files import atomic_write
@@ -161,16 +153,12 @@ def _make(source: Path, out: Path, cut: _Cut, in_place: bool) -> list[str]:
     for top in cut.corners(hr.shape[0]):
         for left in cut.corners(hr.shape[1]):
             names.append(f"{source.stem}_s{len(names) + 1:03d}")
-            crop = _window(hr, top, left, cut.crop_size)
-            write_image(out / "HR" / f"{names[-1]}.png", crop)
+            bottom, right = top + cut.crop_size, left + cut.crop_size
+            write_image(out / "HR" / f"{names[-1]}.png", hr[top:bottom, left:right])
             for scale, lr in lrs.items():
-                crop = _window(lr, top // scale, left // scale, cut.crop_size // scale)
+                crop = lr[top // scale : bottom // scale, left // scale : right // scale]
                 write_image(_lr_path(out, names[-1], scale), crop)
     return names
-
-
-def _window(img: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    return img[top : top + size, left : left + size]
 
 
 def _lr_path(out: Path, name: str, scale: int) -> Path:
