@@ -35,26 +35,9 @@ _LAZY = {
 }
 _MODULES = ("data", "metrics", "models", "nn", "optim")
 
-__all__ = [
-    "Constant",
-    "Cubic",
-    "Keep",
-    "Linear",
-    "Pruner",
-    "attach",
-    "backends",
-    "data",
-    "info",
-    "load",
-    "metrics",
-    "models",
-    "nn",
-    "num_pruned",
-    "ops",
-    "optim",
-    "pack",
-    "save",
-]
+__all__ = ["backends", "data", "metrics", "models", "nn", "ops", "optim"]
+__all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "attach", "num_pruned"]
+__all__ += ["info", "load", "pack", "save"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,26 +19,7 @@ from issp.sr.data.sampler import Draw, EnlargedSampler
 from issp.sr.data.samples import sample_photographs
 from issp.utils.files import cache_folder as default_cache_dir
 
-__all__ = [
-    "Draw",
-    "EnlargedSampler",
-    "EvalDataset",
-    "ImageFolder",
-    "LRCache",
-    "PairedArrays",
-    "PairedFolder",
-    "PrepareResult",
-    "TrainDataset",
-    "TrainLoader",
-    "default_cache_dir",
-    "image_size",
-    "imresize",
-    "list_images",
-    "mod_crop",
-    "prepare",
-    "read_image",
-    "sample_photographs",
-    "to_image",
-    "to_tensor",
-    "write_image",
-]
+__all__ = ["EvalDataset", "ImageFolder", "PairedArrays", "PairedFolder", "TrainDataset"]
+__all__ += ["Draw", "EnlargedSampler", "LRCache", "PrepareResult", "TrainLoader", "prepare"]
+__all__ += ["image_size", "imresize", "list_images", "mod_crop", "read_image", "write_image"]
+__all__ += ["default_cache_dir", "sample_photographs", "to_image", "to_tensor"]

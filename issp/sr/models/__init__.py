@@ -10,17 +10,8 @@ from issp.sr.models.inference import pad, upscale
 from issp.sr.models.swinir import SwinIR
 from issp.utils.text import suggest
 
-__all__ = [
-    "CAT",
-    "EDSR",
-    "SuperResolver",
-    "SwinIR",
-    "build",
-    "from_config",
-    "names",
-    "pad",
-    "upscale",
-]
+__all__ = ["CAT", "EDSR", "SuperResolver", "SwinIR"]
+__all__ += ["build", "from_config", "names", "pad", "upscale"]
 
 SCALES = (2, 3, 4)
 
