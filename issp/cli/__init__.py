@@ -10,7 +10,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -42,18 +42,15 @@ class Parser(argparse.ArgumentParser):
         if words:
             known = [name for action in self._actions for name in action.option_strings]
             option = words[0].split("=")[0]
-            self.error(f"unknown argument {option}{_nearest(option, known)}")
+            hint = suggest(option, known)
+            nearest = f": {hint}" if hint.startswith("did you mean") else ""
+            self.error(f"unknown argument {option}{nearest}")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # argparse's hook for choices, those of subcommands included.
         if action.choices is not None and value not in action.choices:
             name = "/".join(action.option_strings) or action.dest
             self.error(f"unknown {name} {value!r}: {suggest(value, map(str, action.choices))}")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    hint = suggest(name, known)
-    return f": {hint}" if hint.startswith("did you mean") else ""
 
 
 def command_module(name: str) -> ModuleType:

@@ -6,48 +6,51 @@ import argparse
 import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from issp.sr.models import SuperResolver
 
 
-class ItemProgress:
+@contextlib.contextmanager
+def item_progress(items: str) -> Iterator[Callable[[int, int], None]]:
     """Progress over a known number of items: a bar with ETA on a terminal, some lines elsewhere.
-
-    It is a context manager that is called as progress(done, total).
 
     Args:
         items: what is counted, in the plural.
+
+    Yields:
+        A function that is called as progress(done, total).
     """
+    bar: Any = None
+    last = time.perf_counter()
+    with contextlib.suppress(ImportError):
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress
 
-    def __init__(self, items: str):
-        self._items, self._last = items, time.perf_counter()
-        self._bar: Any = None
-        with contextlib.suppress(ImportError):
-            if sys.stderr.isatty():
-                from rich.console import Console
-                from rich.progress import Progress
+            bar = Progress(console=Console(stderr=True), transient=True)
+            bar.add_task(items, total=None)
 
-                self._bar = Progress(console=Console(stderr=True), transient=True)
-                self._bar.add_task(items, total=None)
-
-    def __enter__(self) -> ItemProgress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._bar:
-            self._bar.update(0, completed=done, total=total)
-        elif time.perf_counter() - self._last > 10:
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if bar:
+            bar.update(0, completed=done, total=total)
+        elif time.perf_counter() - last > 10:
             # One line every ten seconds: a line per image would fill a log file.
-            self._last = time.perf_counter()
-            print(f"{self._items}: {done} of {total}", file=sys.stderr, flush=True)
+            last = time.perf_counter()
+            print(f"{items}: {done} of {total}", file=sys.stderr, flush=True)
+
+    with bar or contextlib.nullcontext():
+        yield progress
+
+
+def named_folder(entry: str) -> tuple[str, str]:
+    """The name and the folder in "NAME=DIR"; for a plain "DIR" the name of the folder."""
+    name, separator, folder = entry.partition("=")
+    return (name, folder) if separator else (Path(entry).name, entry)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

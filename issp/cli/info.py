@@ -26,6 +26,12 @@ def main(args: argparse.Namespace) -> int:
     packages = [f"{n} {v or '(absent)'}" for n, v in facts["packages"].items()]
     active = ", ".join(f"{device}: {name}" for device, name in backends["active"].items())
     forced = f" (ISSP_BACKEND={backends['forced']})" if backends["forced"] else ""
+    gpu_line = "none that torch sees"
+    if gpu is not None:
+        gpu_line = (
+            f"{gpu['count']} x {gpu['name']}, compute capability {gpu['capability']}, "
+            f"{gpu['memory_gib']} GiB, CUDA {gpu['cuda']}"
+        )
     lines = [
         ("issp", facts["issp"]),
         ("python", f"{facts['python']} on {facts['system']}"),
@@ -36,17 +42,8 @@ def main(args: argparse.Namespace) -> int:
         ("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use"),
         ("features", f"{' '.join(cpu['features'] or ['unknown'])}; torch uses {cpu['torch']}"),
         ("denormals", f"{cpu['denormals']} (`issp train` flushes them to zero)"),
-        ("gpu", _gpu_line(gpu)),
+        ("gpu", gpu_line),
     ]
     for key, text in lines:
         print(f"{key:11s} {text}")
     return 0
-
-
-def _gpu_line(gpu: dict | None) -> str:
-    if gpu is None:
-        return "none that torch sees"
-    return (
-        f"{gpu['count']} x {gpu['name']}, compute capability {gpu['capability']}, "
-        f"{gpu['memory_gib']} GiB, CUDA {gpu['cuda']}"
-    )

@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Writes the data set; a repeated call continues where an interrupted one stopped."""
-    from issp.cli.common import ItemProgress
+    from issp.cli.common import item_progress
     from issp.sr import data
 
-    with ItemProgress("images") as progress:
+    with item_progress("images") as progress:
         names = ("scales", "crop_size", "step", "thresh_size", "small", "workers")
         options = {name: getattr(args, name) for name in names}
         result = data.prepare(args.hr, args.out, **options, progress=progress)

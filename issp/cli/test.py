@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from issp.cli.common import MEMORY_REMEDY, ItemProgress, add_model_arguments, load_model
+from issp.cli import common
 from issp.utils.text import table
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ EXAMPLE = "issp test --model net_g_latest.safetensors --data Set5 Set14=benchmar
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
-    add_model_arguments(parser)
+    common.add_model_arguments(parser)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -42,21 +42,16 @@ def main(args: argparse.Namespace) -> int:
     from issp.sr import checkpoint, data
     from issp.utils.errors import explain_out_of_memory
 
-    model = load_model(args)
-    folders = dict(_named(entry) for entry in args.data)
-    sets = {
-        name: data.EvalDataset(data.PairedFolder(folder, model.scale))
-        for name, folder in folders.items()
-    }
+    model = common.load_model(args)
+    folders = dict(common.named_folder(entry) for entry in args.data)
+    pairs = {name: data.PairedFolder(folder, model.scale) for name, folder in folders.items()}
     rows = []
-    with explain_out_of_memory(MEMORY_REMEDY):
-        for name, dataset in sets.items():
-            rows += _rows(args, model, name, dataset)
+    with explain_out_of_memory(common.MEMORY_REMEDY):
+        for name in pairs:
+            rows += _rows(args, model, name, data.EvalDataset(pairs[name]))
     counts = checkpoint.sparsity(model)
-    kept = counts["weights"] - counts["zeros"]
-    print(
-        f"{args.model}: {model.arch} x{model.scale}, {kept:,} of {counts['weights']:,} weights kept"
-    )
+    kept = f"{counts['weights'] - counts['zeros']:,} of {counts['weights']:,} weights kept"
+    print(f"{args.model}: {model.arch} x{model.scale}, {kept}")
     print(
         f"{args.channels.upper()} channel{'s' * (args.channels == 'rgb')}, crop border "
         f"{model.scale if args.crop_border is None else args.crop_border}\n"
@@ -74,7 +69,7 @@ def _rows(
     from issp.sr import data, evaluate
 
     results: list[evaluate.Score] = []
-    with ItemProgress(name) as progress:
+    with common.item_progress(name) as progress:
 
         def on_image(image: str, sr: np.ndarray, result: evaluate.Score) -> None:
             results.append(result)
@@ -94,11 +89,6 @@ def _rows(
         rows = [[f"{name}/{r.name}", "1", *_cells(r), "", ""] for r in results]
     rows.append([name, str(len(dataset)), *_cells(evaluate.mean(results)), *_cells(cubic)])
     return rows
-
-
-def _named(entry: str) -> tuple[str, str]:
-    name, separator, folder = entry.partition("=")
-    return (name, folder) if separator else (Path(entry).name, entry)
 
 
 def _cells(result: Score | None) -> list[str]:

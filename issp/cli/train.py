@@ -7,6 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from issp.cli.common import named_folder
 from issp.utils.errors import ConfigError
 
 HELP = "train a network and prune it on the way, from a YAML file or flags"
@@ -104,8 +105,7 @@ def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
         for key in [key for key in datasets if key.startswith(("val", "test"))]:
             del datasets[key]
         for i, entry in enumerate(args.val):
-            name, separator, folder = entry.partition("=")
-            folder = folder if separator else name
+            name, folder = named_folder(entry)
             datasets[f"val_{i + 1}"] = {"name": Path(name).name, "dataroot_gt": folder}
     if args.exclude:
         config.set_key(tree, "sparsity.exclude", args.exclude)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from issp.cli.common import MEMORY_REMEDY, ItemProgress, add_model_arguments, load_model
+from issp.cli.common import MEMORY_REMEDY, add_model_arguments, item_progress, load_model
 
 HELP = "super-resolve images or folders of images"
 EXAMPLE = "issp upscale photo.png scans/ --model runs/demo/model.safetensors -o upscaled"
@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     suffix = f"_x{model.scale}" if args.suffix is None else args.suffix
     targets = [Path(args.out) / f"{file.stem}{suffix}.png" for file in files]
     _check_targets(files, targets)
-    with ItemProgress("images") as progress, explain_out_of_memory(MEMORY_REMEDY):
+    with item_progress("images") as progress, explain_out_of_memory(MEMORY_REMEDY):
         for done, (file, target) in enumerate(zip(files, targets, strict=True), 1):
             sr = evaluate.super_resolve(model, data.read_image(file), args.tile)
             data.write_image(target, sr)
