@@ -93,7 +93,10 @@ class SuperResolver(nn.Module):
             ValueError: wrong number of dimensions, channels, or a size that needs padding.
         """
         self._check_input(x)
-        mean = self._mean_like(x)
+        # Filled on the device: a buffer would be an entry of the state_dict and would be lost by
+        # to_empty(), and CUDA graphs refuse a copy from the host.
+        planes = [torch.full((1, 1, 1, 1), m, dtype=x.dtype, device=x.device) for m in self.mean]
+        mean = torch.cat(planes, dim=1)
         y = self.restore((x - mean) * self.img_range)
         return y / self.img_range + mean
 
@@ -113,9 +116,3 @@ class SuperResolver(nn.Module):
                 f"{kind} needs height and width to be multiples of {multiple}, got "
                 f"{height}x{width}: use issp.models.upscale, which pads and crops"
             )
-
-    def _mean_like(self, x: Tensor) -> Tensor:
-        # Filled on the device: a buffer would be an entry of the state_dict and would be lost by
-        # to_empty(), and CUDA graphs refuse a copy from the host.
-        planes = [torch.full((1, 1, 1, 1), m, dtype=x.dtype, device=x.device) for m in self.mean]
-        return torch.cat(planes, dim=1)

@@ -22,12 +22,7 @@ BLOCKS = ("CATB_regular", "CATB_axial")
 
 
 class DynamicPositionBias(nn.Module):
-    """Network of three layers that maps an offset (dy, dx) to one bias per head.
-
-    Args:
-        dim: four times the hidden width.
-        heads: number of heads.
-    """
+    """Network of three layers of width dim / 4 that maps an offset (dy, dx) to a bias per head."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -83,9 +78,8 @@ class RectangleAttention(nn.Module):
 
     def _bias(self, window: Size, like: Tensor) -> Tensor:
         if FULL in self.window:
-            offsets = layers.relative_offsets(window, like.device).to(
-                self.pos.pos_proj.weight.dtype
-            )
+            offsets = layers.relative_offsets(window, like.device)
+            offsets = offsets.to(self.pos.pos_proj.weight.dtype)
             index = layers.relative_position_index(window, like.device)
         else:
             offsets, index = self.rpe_biases, self.relative_position_index
@@ -216,28 +210,17 @@ class CAT(WindowTransformer):
             # A regular block's first half has a x b windows, an axial one's H x a.
             windows = ((a, b), (b, a)) if b else ((FULL, a), (a, FULL))
             shifts = tuple((h // 2 * (i % 2), w // 2 * (i % 2)) for h, w in windows)
-            return CATBlock(
-                dim=embed_dim,
-                resolution=(img_size, img_size),
-                heads=heads,
-                windows=windows,
-                shifts=shifts,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                qk_scale=qk_scale,
-                drop=drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=drop_path,
-            )
+            size = (img_size, img_size)
+            options = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "qk_scale": qk_scale}
+            options |= {"drop": drop_rate, "attn_drop": attn_drop_rate, "drop_path": drop_path}
+            return CATBlock(embed_dim, size, heads, windows, shifts, **options)
 
         self.layers = nn.ModuleList()
         rates = drop_path_rates(drop_path_rate, depth)
         for heads, sides, group in zip(num_heads, splits, rates, strict=True):
             blocks = [block(i, heads, sides, rate) for i, rate in enumerate(group)]
             self.layers.append(ResidualGroup(blocks, embed_dim, resi_connection, use_chk))
-        self._end_body(embed_dim, resi_connection)
-        self._add_reconstruction(embed_dim, ["pixelshuffle", ""])
-        self.apply(layers.init_linear_and_norm)
+        self._end_body(embed_dim, resi_connection, ["pixelshuffle", ""])
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.before_RG(tokens)

@@ -20,11 +20,9 @@ class WindowAttention(nn.Module):
     """Multi-head attention in square windows with a learned relative position bias.
 
     Args:
-        dim: channels.
+        dim, heads: channels; number of heads, which divides them.
         window: side of the window.
-        heads: number of heads; divides dim.
-        qkv_bias: whether the qkv projection has a bias.
-        scale: factor on q k^T, or None for head_dim ** -0.5.
+        qkv_bias, scale: as qkv_bias and qk_scale of `SwinIR`.
         attn_drop, proj_drop: dropout on the attention weights and on the output.
     """
 
@@ -34,9 +32,8 @@ class WindowAttention(nn.Module):
         self.scale = scale or (dim // heads) ** -0.5
         self.attn_drop = attn_drop
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        self.register_buffer(
-            "relative_position_index", layers.relative_position_index((window, window))
-        )
+        index = layers.relative_position_index((window, window))
+        self.register_buffer("relative_position_index", index)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -58,7 +55,7 @@ class SwinBlock(WindowBlock):
 
     mask_names = ("attn_mask",)
 
-    def __init__(self, dim, resolution: Size, attn: WindowAttention, window, shift, mlp, drop_path):
+    def __init__(self, dim, resolution: Size, attn: WindowAttention, mlp, drop_path, window, shift):
         super().__init__(resolution, ((window, window),), ((shift, shift),))
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
@@ -156,23 +153,11 @@ class SwinIR(WindowTransformer):
         self.pos_drop = nn.Dropout(drop_rate)
 
         def block(i: int, heads: int, drop_path: float) -> SwinBlock:
-            return SwinBlock(
-                dim=embed_dim,
-                resolution=size,
-                attn=WindowAttention(
-                    dim=embed_dim,
-                    window=window,
-                    heads=heads,
-                    qkv_bias=qkv_bias,
-                    scale=qk_scale,
-                    attn_drop=attn_drop_rate,
-                    proj_drop=drop_rate,
-                ),
-                window=window,
-                shift=shift if i % 2 else 0,
-                mlp=layers.Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate),
-                drop_path=drop_path,
-            )
+            rates = {"attn_drop": attn_drop_rate, "proj_drop": drop_rate}
+            attn = WindowAttention(embed_dim, window, heads, qkv_bias, qk_scale, **rates)
+            mlp = layers.Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate)
+            sides = {"window": window, "shift": shift if i % 2 else 0}
+            return SwinBlock(embed_dim, size, attn, mlp, drop_path, **sides)
 
         self.layers = nn.ModuleList()
         for heads, rates in zip(num_heads, drop_path_rates(drop_path_rate, depths), strict=True):
@@ -180,10 +165,8 @@ class SwinIR(WindowTransformer):
             self.layers.append(
                 ResidualGroup(blocks, embed_dim, resi_connection, use_checkpoint, nested=True)
             )
-        self._end_body(embed_dim, resi_connection)
-        kinds = ["pixelshuffle", "pixelshuffledirect", "nearest+conv", ""]
-        self._add_reconstruction(embed_dim, kinds)
-        self.apply(layers.init_linear_and_norm)
+        upsamplers = ["pixelshuffle", "pixelshuffledirect", "nearest+conv", ""]
+        self._end_body(embed_dim, resi_connection, upsamplers)
 
     def embed(self, tokens: Tensor) -> Tensor:
         if "norm" in self.patch_embed:

@@ -17,6 +17,8 @@ NUM_FEAT = 64
 class WindowBlock(nn.Module):
     """A transformer block over windows, which may be shifted; it begins with the mask buffers.
 
+    `forward` takes tokens [B, H, W, C] and, if the windows are shifted, the masks [nW, N, N].
+
     Args:
         resolution: (H, W) for which the mask buffers are made.
         windows, shifts: (vertical, horizontal) in pixels, for each mask; a shift of 0 is none.
@@ -42,10 +44,6 @@ class WindowBlock(nn.Module):
             layers.shift_mask(size, layers.span(window, size), shift, device, dtype)
             for window, shift in zip(self.windows, self.shifts, strict=True)
         ]
-
-    def forward(self, x: Tensor, masks: list[Tensor] | None) -> Tensor:
-        """Tokens [B, H, W, C] to tokens; masks [nW, N, N], None where nothing is shifted."""
-        raise NotImplementedError
 
 
 class ResidualGroup(nn.Module):
@@ -100,7 +98,7 @@ class WindowTransformer(SuperResolver):
     """Shallow conv -> groups of window blocks -> residual conv -> one of four reconstructions.
 
     A subclass makes `conv_first`, its embedding norm, `layers` and `norm`, in the order in which
-    the published checkpoints name them, then calls `_end_body` and `_add_reconstruction`.
+    the published checkpoints name them, then calls `_end_body`.
     """
 
     def __init__(self, in_chans: int, upscale: int, img_range: float, upsampler: str | None):
@@ -108,9 +106,11 @@ class WindowTransformer(SuperResolver):
         super().__init__(in_chans, upscale if upsampler else 1, img_range, mean)
         self.upsampler = upsampler or ""
 
-    def _end_body(self, embed_dim: int, resi_connection: str) -> None:
+    def _end_body(self, embed_dim: int, resi_connection: str, upsamplers: list[str]) -> None:
         self.norm = nn.LayerNorm(embed_dim)
         self.conv_after_body = layers.residual_conv(embed_dim, resi_connection)
+        self._add_reconstruction(embed_dim, upsamplers)
+        self.apply(layers.init_linear_and_norm)
 
     def _add_reconstruction(self, embed_dim: int, kinds: list[str]) -> None:
         kind, scale, channels = self.upsampler, self.scale, self.channels
