@@ -59,19 +59,15 @@ class LRCache:
         except (OSError, ValueError):
             pass  # absent or damaged: made below
         lr = imresize(hr, 1 / scale)
-        self._write(path, lr)
-        return lr
-
-    def _write(self, path: Path, img: np.ndarray) -> None:
-        if not self._writable:
-            return
         try:
-            write_image(path, img, compress_level=1)
+            if self._writable:
+                write_image(path, lr, compress_level=1)
         except OSError as error:
             self._writable = False
             warnings.warn(
                 f"low-resolution images are not cached: {error}; use another cache folder "
                 "(cache_dir or ISSP_CACHE)",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
+        return lr

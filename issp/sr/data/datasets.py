@@ -112,12 +112,8 @@ class TrainDataset:
             lq_path, gt_path = self.pairs.paths(self.images[draw.image])
             lq_paths.append(lq_path)
             gt_paths.append(gt_path)
-        return {
-            "lq": _to_floats(lq),
-            "gt": _to_floats(gt),
-            "lq_path": lq_paths,
-            "gt_path": gt_paths,
-        }
+        tensors = {"lq": _to_floats(lq), "gt": _to_floats(gt)}
+        return {**tensors, "lq_path": lq_paths, "gt_path": gt_paths}
 
     def random_numbers(self, counters: list[int]) -> list[list[int]]:
         """[B][5] numbers below 2^32: top, left, horizontal flip, vertical flip, transposition."""

@@ -9,7 +9,6 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -54,14 +53,11 @@ def read_image(path: str | os.PathLike, min_side: int = 1) -> np.ndarray:
 
 
 def decode_image(data: bytes, name: str | os.PathLike) -> np.ndarray:
-    """Decode the bytes of an image file; rules and errors as in :func:`read_image`.
+    """Decode an image file's bytes to [H, W, 3] uint8; rules and errors as in :func:`read_image`.
 
     Args:
         data: content of the file.
         name: of the image in error messages.
-
-    Returns:
-        [H, W, 3] uint8.
     """
     with _opened(data, name) as image:
         from PIL import ImageOps
@@ -70,12 +66,7 @@ def decode_image(data: bytes, name: str | os.PathLike) -> np.ndarray:
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Height and width in pixels from the file's header, as :func:`read_image` would return them.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is empty or not an image.
-    """
+    """Height and width in pixels from the file's header; rules and errors as in `read_image`."""
     # Opened by name, not read into memory: the header needs one small read.
     with _opened(None, path) as image:
         width, height = image.size
@@ -98,19 +89,18 @@ def write_image(path: str | os.PathLike, img: np.ndarray, compress_level: int = 
     """
     check_uint8_image(img, f"write_image: the image for {path}")
     path = Path(path)
-    if path.suffix.lower() not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise ValueError(f"cannot write {path}: use one of the suffixes {', '.join(SUFFIXES)}")
     if img.ndim == 3 and img.shape[2] not in (1, 3):
         raise ValueError(f"cannot write {path}: 1 or 3 channels are needed, got {img.shape[2]}")
     if img.ndim == 3 and img.shape[2] == 1:
         img = img[:, :, 0]
-    encoder = _pillow()
-    options = {".png": {"compress_level": compress_level}, ".jpg": {"quality": 95}}
-    options[".jpeg"] = options[".jpg"]
+    pillow = import_optional("PIL.Image", "Pillow", "image files")
+    kind = pillow.registered_extensions()[suffix]
+    options = {"PNG": {"compress_level": compress_level}, "JPEG": {"quality": 95}}.get(kind, {})
     buffer = io.BytesIO()
-    kind = encoder.registered_extensions()[path.suffix.lower()]
-    image = encoder.fromarray(np.ascontiguousarray(img))
-    image.save(buffer, kind, **options.get(path.suffix.lower(), {}))
+    pillow.fromarray(np.ascontiguousarray(img)).save(buffer, kind, **options)
     atomic_write(path, buffer.getvalue(), durable=False)
 
 
@@ -170,17 +160,8 @@ def to_image(tensor: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(levels.permute(1, 2, 0).cpu().numpy())
 
 
-def _pillow() -> ModuleType:
-    return import_optional("PIL.Image", "Pillow", "image files")
-
-
 def read_bytes(path: str | os.PathLike) -> bytes:
-    """Content of an image file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read.
-    """
+    """Content of an image file; errors as in :func:`read_image`."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:
@@ -192,8 +173,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 @contextlib.contextmanager
 def _opened(data: bytes | None, name: str | os.PathLike) -> Iterator:
     """Pillow image of ``data``, or of the file ``name``; every error becomes one sentence."""
-    pillow = _pillow()
-    size = len(data) if data is not None else _file_size(name)
+    pillow = import_optional("PIL.Image", "Pillow", "image files")
+    try:
+        size = len(data) if data is not None else os.stat(name).st_size
+    except FileNotFoundError:
+        raise _absent(name) from None
     if size == 0:
         raise ValueError(f"image {name} is empty (0 bytes); replace or remove it")
     try:
@@ -208,13 +192,6 @@ def _opened(data: bytes | None, name: str | os.PathLike) -> Iterator:
     except _DECODE_ERRORS as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"image {name} is damaged or cut short ({reason}); replace it") from None
-
-
-def _file_size(path: str | os.PathLike) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        raise _absent(path) from None
 
 
 def _absent(path: str | os.PathLike) -> FileNotFoundError:

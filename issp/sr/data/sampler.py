@@ -104,13 +104,8 @@ class EnlargedSampler:
 
     def state_dict(self) -> dict[str, Any]:
         """Position (of all ranks together) and what the order depends on."""
-        return {
-            "position": self.position * self.world,
-            "size": self.size,
-            "ratio": self.ratio,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-        }
+        settings = {key: getattr(self, key) for key in ("size", "ratio", "seed", "shuffle")}
+        return {"position": self.position * self.world, **settings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a saved position.
