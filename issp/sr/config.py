@@ -127,10 +127,8 @@ class _Images(Section):
     """What all entries of `datasets` have."""
 
     # meta_info_file would only repeat the file list of dataroot_gt.
-    IGNORED_KEYS = (
-        *("phase", "scale", "meta_info_file", "use_shuffle"),
-        *("prefetch_mode", "num_prefetch_queue", "pin_memory"),
-    )
+    IGNORED_KEYS = ("phase", "scale", "meta_info_file", "use_shuffle", "prefetch_mode")
+    IGNORED_KEYS += ("num_prefetch_queue", "pin_memory")
 
     dataroot_gt: str | None = None
     dataroot_lq: str | None = None
@@ -279,10 +277,8 @@ class Logger(Section):
 class Paths(Section):
     """`path`."""
 
-    IGNORED_KEYS = (
-        *("ignore_resume_networks", "root", "models", "training_states", "log"),
-        "visualization",
-    )
+    IGNORED_KEYS = ("ignore_resume_networks", "root", "models", "training_states")
+    IGNORED_KEYS += ("log", "visualization")
 
     pretrain_network_g: str | None = None
     param_key_g: str = "params"
@@ -339,9 +335,8 @@ def _with_type(value: dict[str, Any]) -> dict[str, Any]:
 class Config(Section):
     """A whole training run."""
 
-    IGNORED_KEYS = (
-        *("model_type", "num_gpu", "dist_params", "find_unused_parameters", "is_train", "dist"),
-    )
+    IGNORED_KEYS = ("model_type", "num_gpu", "is_train", "dist", "dist_params")
+    IGNORED_KEYS += ("find_unused_parameters",)
 
     name: Annotated[str, AfterValidator(_folder_name)] = ""
     scale: Annotated[Integer, _between(2)] = 0
@@ -389,13 +384,7 @@ class Config(Section):
 
 
 def parse(tree: dict[str, Any]) -> Config:
-    """Checks a configuration of nested mappings (a YAML file's content).
-
-    Args:
-        tree: BasicSR's keys and the `sparsity` section.
-
-    Returns:
-        The configuration, with defaults filled in.
+    """Checks nested mappings (a YAML file's content) and fills in the defaults.
 
     Raises:
         ConfigError: a key is unknown (the nearest is named), missing, or has an unusable value.

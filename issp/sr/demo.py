@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from issp.sr import builders, checkpoint, config, data, evaluate, logging, plots
+from issp.sr import builders, checkpoint, config, data, evaluate, logging, metrics, plots
 from issp.sr.config import Config
 from issp.sr.train import train
 from issp.utils import denormals
@@ -110,9 +110,7 @@ def settings(
     """The configuration of one of the demo's trainings.
 
     Args:
-        options: of the demo.
-        name: of the run.
-        iterations: of the training.
+        options, name, iterations: of the demo, of the run, of the training.
         sparsity: share of each layer's weights to prune; None: dense training.
         validation: score the held-out photographs during the training.
     """
@@ -204,7 +202,7 @@ def _sheets(model: nn.Module, label: str, held_out: data.EvalDataset) -> list[li
         panels = [plots.Panel("low resolution", lr[y : y + side, x : x + side], name)]
         for title, upscaler in upscalers.items():
             sr = upscaler(lr)
-            psnr = evaluate.score(name, sr, hr, SCALE, with_ssim=False).psnr
+            psnr = metrics.psnr(sr, hr, SCALE)
             panels.append(plots.Panel(title, sr[window], f"{psnr:.2f} dB (whole image)"))
         sheets.append([*panels, plots.Panel("original", hr[window], "")])
     return sheets

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import nn
 
 from issp.sr import data, metrics, models
@@ -39,19 +38,6 @@ def super_resolve(
     return data.to_image(models.upscale(model, x, tile, tile_overlap))
 
 
-def score(
-    name: str,
-    sr: np.ndarray,
-    hr: np.ndarray,
-    crop_border: int,
-    y_channel: bool = True,
-    with_ssim: bool = True,
-) -> Score:
-    """PSNR and SSIM of one image."""
-    similarity = metrics.ssim(sr, hr, crop_border, y_channel) if with_ssim else None
-    return Score(name, metrics.psnr(sr, hr, crop_border, y_channel), similarity)
-
-
 def evaluate(
     upscaler: Callable[[np.ndarray], np.ndarray],
     dataset: data.EvalDataset,
@@ -75,7 +61,8 @@ def evaluate(
     for i in range(len(dataset)):
         lr, hr = dataset.load(i)
         sr, name = upscaler(lr), dataset.pairs.names[i]
-        scores.append(score(name, sr, hr, border, y_channel, with_ssim))
+        ssim = metrics.ssim(sr, hr, border, y_channel) if with_ssim else None
+        scores.append(Score(name, metrics.psnr(sr, hr, border, y_channel), ssim))
         if on_image:
             on_image(name, sr, scores[-1])
     return scores
@@ -95,9 +82,4 @@ def bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:
 
 def of_model(model: nn.Module, tile: int | None = None) -> Callable[[np.ndarray], np.ndarray]:
     """A network as an upscaler, without gradients and in evaluation mode."""
-
-    @torch.no_grad()
-    def upscaler(lr: np.ndarray) -> np.ndarray:
-        return super_resolve(model, lr, tile)
-
-    return upscaler
+    return lambda lr: super_resolve(model, lr, tile)

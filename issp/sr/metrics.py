@@ -107,15 +107,11 @@ def _with_channels(img: np.ndarray, name: str) -> np.ndarray:
     return img
 
 
-def _gaussian() -> np.ndarray:
-    offset = np.arange(_WINDOW) - _WINDOW // 2
-    weight = np.exp(-(offset**2) / (2 * _SIGMA**2))
-    return weight / weight.sum()
-
-
 def _blur(plane: np.ndarray) -> np.ndarray:
     """Valid part of the separable Gaussian filter of a [H, W] float64 plane."""
-    weight, half = _gaussian(), _WINDOW // 2
+    half = _WINDOW // 2
+    weight = np.exp(-((np.arange(_WINDOW) - half) ** 2) / (2 * _SIGMA**2))
+    weight /= weight.sum()
     for axis in (0, 1):
         plane = np.swapaxes(plane, 0, axis)
         size = plane.shape[0] - _WINDOW + 1

@@ -71,9 +71,9 @@ def gradients(
     """Norm and variance of every layer's gradient against iterations, coloured by depth.
 
     Args:
-        rows: of gradients.csv, see `issp.sr.logging.read_csv`.
+        rows: of gradients.csv.
         training: of train.csv, for the freeze.
-        path: PNG to write.
+        path: see `curves`.
     """
     if not rows:
         raise ValueError(f"{path}: no gradients have been recorded yet")
@@ -116,12 +116,7 @@ def _against_iterations(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Sparsity of every layer, from the latest rows of layers.csv.
-
-    Args:
-        rows: see `issp.sr.logging.read_csv`.
-        path: PNG to write.
-    """
+    """Sparsity of every layer, from the latest of the `rows` of layers.csv; see `curves`."""
     if not rows:
         raise ValueError(f"{path}: the run has written no checkpoint yet")
     latest = rows[-1]["iteration"]
@@ -191,8 +186,13 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
     scored = [row for row in rows if row.get("psnr") is not None]
     soft = [row for row in scored if (row["zeros"] or 0) < (row["selected"] or 0)]
     hard = [row for row in scored if row not in soft]
-    _scores(axis, soft, "soft model: selected weights shrunk, not yet zero", _ORANGE, "white")
-    _scores(axis, hard, "sparse model" if soft else "model", _BLUE, _BLUE)
+    for points, label, color, face in (
+        (soft, "soft model: selected weights shrunk, not yet zero", _ORANGE, "white"),
+        (hard, "sparse model" if soft else "model", _BLUE, _BLUE),
+    ):
+        x, y = [row["iteration"] for row in points], [row["psnr"] for row in points]
+        if points:
+            axis.plot(x, y, "o-", color=color, markerfacecolor=face, markersize=4, label=label)
     if bicubic is not None:
         axis.axhline(bicubic, color="black", linewidth=1, linestyle=":", label="bicubic")
     if not scored:
@@ -203,12 +203,6 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
     top = max([row["psnr"] for row in scored] + ([bicubic] if bicubic else []), default=0)
     axis.set_ylim(bottom=max(axis.get_ylim()[0], top - 4))
     axis.set_ylabel("PSNR (dB)")
-
-
-def _scores(axis: Any, rows: Sequence[dict[str, Any]], label: str, color: str, face: str) -> None:
-    if rows:
-        x, y = [row["iteration"] for row in rows], [row["psnr"] for row in rows]
-        axis.plot(x, y, "o-", color=color, markerfacecolor=face, markersize=4, label=label)
 
 
 def _line(axis: Any, rows: Sequence[dict[str, Any]], key: str, label: str) -> None:

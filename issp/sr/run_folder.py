@@ -16,11 +16,7 @@ from issp.utils.files import atomic_write
 
 
 class RunFolder:
-    """The folder of one run, laid out as BasicSR does.
-
-    Args:
-        path: experiments/<name>.
-    """
+    """The folder of one run, experiments/<name>, laid out as BasicSR does."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -293,23 +293,17 @@ class TrainingRun:
             for r in self.pruner.summary().rows:
                 cells = (iteration, r.name, r.numel, r.selected, r.zeros, r.flips, r.threshold)
                 self.layers.add(dict(zip(LAYER_COLUMNS, cells, strict=True)))
-        state = {
-            "iteration": iteration,
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else None,
-            "optimizer": self.optimizer.state_dict(),
-            "pruner": self.pruner.state_dict() if self.pruner is not None else None,
-            "batches": self.batches.state_dict(),
-            "meter": self.meter.state_dict(),
-            "best": vars(self.best),
-            "random": checkpoint.random_state(),
-        }
+        state: dict[str, Any] = {"iteration": iteration}
+        for name in ("model", "ema", "optimizer", "pruner", "batches", "meter"):
+            part = getattr(self, name)
+            state[name] = None if part is None else part.state_dict()
+        state |= {"best": vars(self.best), "random": checkpoint.random_state()}
         self.folder.save_state(state, keep=self.config.logger.keep_training_states)
 
     def _save_model(self, label: str, iteration: int, **extra: Any) -> None:
         path = self.folder.models / f"net_g_{label}.safetensors"
-        stage = self.stage(iteration)
-        checkpoint.save(self.eval_model, path, iteration=iteration, stage=stage, **extra)
+        metadata = {"iteration": iteration, "stage": self.stage(iteration), **extra}
+        checkpoint.save(self.eval_model, path, **metadata)
 
     def finish(self) -> nn.Module:
         """Finalizes the pruner, writes net_g_latest and closes the logs."""
