@@ -7,8 +7,14 @@ from collections.abc import Iterable
 from torch import nn
 
 from issp.nn import module_swap, selection
-from issp.nn.layers import NMConv2d, NMLinear, SparseConv2d, SparseLayer, SparseLinear
-from issp.nn.support import indivisible_reason, unsupported_reason
+from issp.nn.layers import (
+    NMConv2d,
+    NMLinear,
+    SparseConv2d,
+    SparseLayer,
+    SparseLinear,
+    unsupported_reason,
+)
 from issp.ops.keep import Keep
 
 NO_ZEROS = "no weight is zero (masks are made final by pruner.finalize())"
@@ -73,7 +79,7 @@ def dense_reason(module: nn.Module, keep: Keep | None = None) -> str:
         return f"it is a {type(module).__name__}, which may compute something else"
     reason = module_swap.replacement_blocker(module) or unsupported_reason(module)
     if not reason and keep is not None and keep.tail == "dense":
-        reason = indivisible_reason(module.get_parameter("weight"), keep)
+        reason = selection.indivisible_reason(module.get_parameter("weight"), keep)
     return reason
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from issp.nn import ste
-from issp.nn.support import unsupported_reason
 from issp.ops import num_pruned, sparse, validation
 from issp.ops.formats import (
     NMTensor,
@@ -40,19 +39,28 @@ Device = torch.device | str | int | None
 class SparseLayer(nn.Module):
     """What all four layers share; a layer adds `LinearMixin` or `Conv2dMixin`, and a pattern.
 
-    The mixins implement what is not implemented here. A layer with a fixed mask is its own packed
+    The mixins implement what is only declared here. A layer with a fixed mask is its own packed
     weight, see `issp.ops.formats.PackedWeight`.
     """
 
+    # Of the op: torch's layer, and the attributes that are arguments of its constructor.
     dense: ClassVar[type[nn.Conv2d] | type[nn.Linear]]
+    SIZES: ClassVar[tuple[str, ...]]
+    _forward_op: Callable[[Tensor, PackedWeight, Tensor | None, str], Tensor]
+    # Of the pattern.
+    _kept: Callable[[Tensor], Tensor]  # dense weight -> bool [O / v, length of a row]
+    _make_weight: Callable[[Tensor, Tensor, Tensor], SparseRows]  # checks the tensors
+    _pattern_repr: Callable[[], str]
     # Attributes of an instance that the dense layer does not have.
     STATE: ClassVar[frozenset[str]] = frozenset(
-        {"mask", "activation", "decay", "shape", "_transposed"}
+        {"mask", "activation", "decay", "shape", "v", "_num_kept", "_transposed"}
     )
     mask: str
     activation: str
     decay: float
     shape: tuple[int, ...]
+    v: int  # consecutive output rows that share their positions
+    _num_kept: int  # positions, each for v rows, that a mask "ste" or "sr-ste" keeps
     weight: nn.Parameter  # of a mask "ste" or "sr-ste"
     values: nn.Parameter  # of a fixed mask, as the next two
     col_indices: Tensor
@@ -60,17 +68,25 @@ class SparseLayer(nn.Module):
     bias: nn.Parameter | None
     _transposed: list[Tensor] | None
 
-    def _build(
-        self, layer: nn.Conv2d | nn.Linear, mask: str, activation: str, decay: float
-    ) -> None:
-        """Copies everything but the pattern from a dense layer."""
+    def _copy_dense(self, layer: nn.Module, mask: str, activation: str, decay: float) -> Tensor:
+        """Copies everything but the pattern from a dense layer; returns the layer's weight."""
+        name = type(self).__name__
+        if not isinstance(layer, self.dense):
+            raise TypeError(
+                f"{name} is made from nn.{self.dense.__name__}, not {type(layer).__name__}"
+            )
+        reason = unsupported_reason(layer)
+        if reason:
+            raise ValueError(f"{name}: {reason}; leave the layer dense")
         if mask not in MASKS:
             raise ValueError(f'mask is "{mask}": use one of {", ".join(MASKS)}')
         validation.check_activation(activation)
-        if layer.weight.device.type == "meta":
+        weight, bias = layer.weight, layer.bias
+        if weight.device.type == "meta":
             raise ValueError("the layer is on the meta device: give it memory first")
+        super().__init__()
         self.mask, self.activation, self.decay = mask, activation, decay
-        self.shape = tuple(layer.weight.shape)
+        self.shape = tuple(weight.shape)
         self._transposed = None
         self._copy_sizes(layer)
         self.train(layer.training)
@@ -78,73 +94,35 @@ class SparseLayer(nn.Module):
         if mask == "fixed":
             self.register_parameter("values", None)
         else:
-            self.weight = _parameter(layer.weight, layer.weight.requires_grad)
-        bias = layer.bias
+            self.weight = _parameter(weight, weight.requires_grad)
         copied = None if bias is None else _parameter(bias, bias.requires_grad)
         self.register_parameter("bias", copied)
+        return weight
+
+    def _copy_sizes(self, layer: nn.Module) -> None:
+        for name in self.SIZES:
+            setattr(self, name, getattr(layer, name))
+
+    def _sizes(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.SIZES}
 
     def _store(self, p: SparseRows, requires_grad: bool) -> None:
         self.values = _parameter(p.values, requires_grad)
         self.register_buffer("col_indices", p.col_indices)
         self.register_buffer("crow_indices", p.crow_indices)
 
-    @classmethod
-    def _check_convertible(cls, layer: nn.Module) -> nn.Conv2d | nn.Linear:
-        """Refuses a dense layer that cannot become this one; returns it."""
-        name = cls.__name__
-        if not isinstance(layer, cls.dense):
-            raise TypeError(
-                f"{name} is made from nn.{cls.dense.__name__}, not {type(layer).__name__}"
-            )
-        reason = unsupported_reason(layer)
-        if reason:
-            raise ValueError(f"{name}: {reason}; leave the layer dense")
-        return layer
+    def _prune(self, weight: Tensor) -> SparseRows:
+        return self._make_weight(*pack_entries(weight, self._kept(weight), self._num_kept))
 
-    def _copy_sizes(self, layer: Any) -> None:
-        """Copies the sizes and the geometry of a dense layer."""
-        raise NotImplementedError
-
-    def _forward_op(
-        self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str
-    ) -> Tensor:
-        raise NotImplementedError
-
-    def _conv_args(self) -> tuple:
-        """Stride, padding and dilation of a convolution, () of a linear layer."""
-        raise NotImplementedError
-
-    def _dense_layer(self) -> nn.Conv2d | nn.Linear:
-        """torch's layer of these sizes, on the meta device."""
-        raise NotImplementedError
-
-    def _shape_repr(self) -> str:
-        raise NotImplementedError
-
-    @property
-    def v(self) -> int:
-        """Consecutive output rows that share their positions."""
-        raise NotImplementedError
-
-    def _entries(self) -> int:
-        """Positions that are kept, each for v rows."""
-        raise NotImplementedError
-
-    def _kept(self) -> Tensor:
-        """Bool [O / v, length of a row]: what a mask "ste" or "sr-ste" keeps now."""
-        raise NotImplementedError
-
-    def _make_weight(self, values: Tensor, col_indices: Tensor, crow_indices: Tensor) -> SparseRows:
-        """The packed weight of these tensors, which are checked."""
-        raise NotImplementedError
-
-    def _pattern_repr(self) -> str:
-        raise NotImplementedError
+    def _geometry(self) -> dict[str, tuple[int, int]]:
+        """Stride, padding and dilation of a convolution; nothing for a linear layer."""
+        return {}
 
     @property
     def sparsity(self) -> float:
         """Share of the weight's positions that are not stored."""
-        return 1.0 - self._entries() * self.v / torch.Size(self.shape).numel()
+        entries = self.col_indices.shape[0] if self.mask == "fixed" else self._num_kept
+        return 1.0 - entries * self.v / torch.Size(self.shape).numel()
 
     @property
     def transposed(self) -> list[Tensor]:
@@ -161,15 +139,15 @@ class SparseLayer(nn.Module):
         """activation(W x + bias) + residual; fused where no gradient is wanted."""
         if self.mask == "fixed":
             return self._forward_op(x, self, residual, self.activation)
-        kept = self._kept()
-        entries = pack_entries(self.weight, kept, self._entries())
+        kept = self._kept(self.weight)
+        entries = pack_entries(self.weight, kept, self._num_kept)
         rows = SparseRows.from_unchecked(*entries, self.shape)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
             return self._forward_op(x, rows, residual, self.activation)
         y = self._forward_op(x, rows, None, "none")
         decayed = kept if self.mask == "sr-ste" else None
         y = ste.StraightThrough.apply(
-            y, self.weight, x.detach(), decayed, self.decay, self._conv_args()
+            y, self.weight, x.detach(), decayed, self.decay, self._geometry()
         )
         return sparse.apply_epilogue(y, residual, self.activation)
 
@@ -178,12 +156,12 @@ class SparseLayer(nn.Module):
         if self.mask == "fixed":
             values = self.values.detach().clone()
             return self._make_weight(values, self.col_indices.clone(), self.crow_indices.clone())
-        return self._make_weight(*pack_entries(self.weight, self._kept(), self._entries()))
+        return self._prune(self.weight)
 
     def to_dense(self) -> nn.Module:
         """torch's layer with zeros where nothing is kept; in nn.Sequential with the activation."""
         weight = self.packed().to_dense()
-        layer = self._dense_layer()
+        layer = self.dense(**self._sizes(), bias=self.bias is not None, device="meta")
         trained = self.values if self.mask == "fixed" else self.weight
         layer.weight = _parameter(weight, trained.requires_grad)
         if self.bias is not None:
@@ -194,33 +172,17 @@ class SparseLayer(nn.Module):
         activation = _ACTIVATION_MODULES[self.activation]()
         return nn.Sequential(layer, activation).train(self.training)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if self.mask == "fixed":
             for old, new in _OLD_NAMES.items():
                 if prefix + old in state_dict and prefix + new not in state_dict:
                     state_dict[prefix + new] = state_dict.pop(prefix + old)
             problem = self._adopt_pattern(state_dict, prefix)
             if problem is not None:
+                *_, error_msgs = args
                 error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {problem}")
                 return
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict=strict,
-            missing_keys=missing_keys,
-            unexpected_keys=unexpected_keys,
-            error_msgs=error_msgs,
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._transposed = None
 
     def _adopt_pattern(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
@@ -234,7 +196,7 @@ class SparseLayer(nn.Module):
                 f"into torch's layer and use {type(self).__name__}.from_dense"
             )
         try:
-            self._make_weight(**{name: tensor.cpu() for name, tensor in loaded.items()})
+            self._make_weight(*(loaded[name].cpu() for name in STORED))
         except (TypeError, ValueError) as error:
             return str(error)
         for name, tensor in loaded.items():
@@ -244,7 +206,11 @@ class SparseLayer(nn.Module):
         return None
 
     def extra_repr(self) -> str:
-        parts = [self._shape_repr(), self._pattern_repr(), f'mask="{self.mask}"']
+        parts = [
+            str(size) if name.startswith(("in_", "out_")) else f"{name}={size}"
+            for name, size in self._sizes().items()
+        ]
+        parts += [self._pattern_repr(), f'mask="{self.mask}"']
         if self.bias is None:
             parts.append("bias=False")
         if self.activation != "none":
@@ -256,33 +222,21 @@ class LinearMixin(SparseLayer):
     """The op and the sizes of nn.Linear."""
 
     dense = nn.Linear
+    SIZES = ("in_features", "out_features")
     in_features: int
     out_features: int
-
-    def _copy_sizes(self, layer: nn.Linear) -> None:
-        self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def _forward_op(
         self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str
     ) -> Tensor:
         return sparse.matmul(x, p, self.bias, residual, activation)
 
-    def _conv_args(self) -> tuple:
-        return ()
-
-    def _dense_layer(self) -> nn.Linear:
-        return nn.Linear(
-            self.in_features, self.out_features, bias=self.bias is not None, device="meta"
-        )
-
-    def _shape_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}"
-
 
 class Conv2dMixin(SparseLayer):
     """The op, the sizes and the geometry of nn.Conv2d."""
 
     dense = nn.Conv2d
+    SIZES = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
     groups, padding_mode = 1, "zeros"
     in_channels: int
     out_channels: int
@@ -291,44 +245,30 @@ class Conv2dMixin(SparseLayer):
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
-    def _copy_sizes(self, layer: nn.Conv2d) -> None:
-        self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
-        self.kernel_size, self.stride = _two(layer.kernel_size), _two(layer.stride)
-        self.padding, self.dilation = _padding(layer, type(self).__name__), _two(layer.dilation)
+    def _copy_sizes(self, layer: nn.Module) -> None:
+        """Copies the sizes; the padding in numbers, where torch also takes "valid" and "same"."""
+        super()._copy_sizes(layer)
+        if layer.padding == "valid":
+            self.padding = (0, 0)
+        elif layer.padding == "same":
+            height, width = (
+                d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)
+            )
+            if height % 2 or width % 2:
+                raise ValueError(
+                    f'{type(self).__name__}: padding "same" of the kernel {self.kernel_size} is '
+                    "not the same on both sides: leave the layer dense"
+                )
+            self.padding = (height // 2, width // 2)
+
+    def _geometry(self) -> dict[str, tuple[int, int]]:
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
     def _forward_op(
         self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str
     ) -> Tensor:
         return sparse.conv2d(
-            x,
-            p,
-            self.bias,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            residual=residual,
-            activation=activation,
-        )
-
-    def _conv_args(self) -> tuple:
-        return (self.stride, self.padding, self.dilation)
-
-    def _dense_layer(self) -> nn.Conv2d:
-        return nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            bias=self.bias is not None,
-            device="meta",
-        )
-
-    def _shape_repr(self) -> str:
-        return (
-            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
+            x, p, self.bias, **self._geometry(), residual=residual, activation=activation
         )
 
 
@@ -339,26 +279,16 @@ class NMMixin(SparseLayer):
     STATE = SparseLayer.STATE | {"keep"}
 
     def _init_from(
-        self,
-        layer: nn.Module,
-        keep: Keep,
-        *,
-        mask: str,
-        activation: str,
-        decay: float,
-        prune: bool,
+        self, layer: nn.Module, keep: Keep, mask: str, activation: str, decay: float, prune: bool
     ) -> None:
         """Copies a dense layer; `prune`: a fixed mask prunes, else the weight must be N:M."""
-        source = self._check_convertible(layer)
-        check_pattern(source.weight.shape, keep, f"{type(self).__name__}'s weight")
-        self.keep = keep
-        self._build(source, mask, activation, decay)
-        if mask == "fixed" and prune:
-            kept = ste.kept_nm(source.weight, keep)
-            self._store(self._make_weight(*pack_entries(source.weight, kept)), True)
-        elif mask == "fixed":
-            p = NMTensor.from_dense(source.weight, keep)
-            self._store(p, source.weight.requires_grad)
+        weight = self._copy_dense(layer, mask, activation, decay)
+        check_pattern(weight.shape, keep, f"{type(self).__name__}'s weight")
+        self.keep, self.v = keep, keep.v
+        self._num_kept = weight.numel() // keep.v // keep.of * keep.n
+        if mask == "fixed":
+            p = self._prune(weight) if prune else NMTensor.from_dense(weight, keep)
+            self._store(p, weight.requires_grad)
 
     @classmethod
     def from_dense(
@@ -381,27 +311,11 @@ class NMMixin(SparseLayer):
             TypeError, ValueError: the layer cannot have this pattern.
         """
         self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._init_from(
-            layer,
-            keep,
-            mask=mask,
-            activation=activation,
-            decay=decay,
-            prune=False,
-        )
+        self._init_from(layer, keep, mask, activation, decay, prune=False)
         return self
 
-    @property
-    def v(self) -> int:
-        return self.keep.v
-
-    def _entries(self) -> int:
-        keep = self.keep
-        return torch.Size(self.shape).numel() // keep.v // keep.of * keep.n
-
-    def _kept(self) -> Tensor:
-        return ste.kept_nm(self.weight, self.keep)
+    def _kept(self, weight: Tensor) -> Tensor:
+        return ste.kept_nm(weight, self.keep)
 
     def _make_weight(self, values: Tensor, col_indices: Tensor, crow_indices: Tensor) -> NMTensor:
         return NMTensor(values, col_indices, crow_indices, self.shape, self.keep)
@@ -413,34 +327,25 @@ class NMMixin(SparseLayer):
 class RowsMixin(SparseLayer):
     """No pattern but that v rows share their positions."""
 
-    STATE = SparseLayer.STATE | {"_v", "_num_kept"}
-    _v: int
-    _num_kept: int
-
     def _init_from(
         self,
         layer: nn.Module,
-        sparsity: float | None,
         v: int,
-        *,
+        sparsity: float | None,
         mask: str,
         activation: str,
         decay: float,
-        prune: bool,
     ) -> None:
-        """Copies a dense layer; `prune`: a fixed mask prunes, else it keeps what is not zero."""
-        source = self._check_convertible(layer)
-        check_rows_per_block(source.weight.shape[0], v, f"{type(self).__name__}'s weight")
-        self._v = v
-        self._build(source, mask, activation, decay)
-        positions = source.weight.numel() // v
+        """Copies a dense layer; a fixed mask without a sparsity keeps what is not zero."""
+        weight = self._copy_dense(layer, mask, activation, decay)
+        check_rows_per_block(weight.shape[0], v, f"{type(self).__name__}'s weight")
+        self.v = v
+        positions = weight.numel() // v
         if sparsity is not None:
             self._num_kept = positions - num_pruned(positions, sparsity)
-        if mask == "fixed" and prune:
-            kept = ste.kept_magnitudes(source.weight, self._num_kept, v)
-            self._store(self._make_weight(*pack_entries(source.weight, kept)), True)
-        elif mask == "fixed":
-            self._store(SparseRows.from_dense(source.weight, v), source.weight.requires_grad)
+        if mask == "fixed":
+            p = SparseRows.from_dense(weight, v) if sparsity is None else self._prune(weight)
+            self._store(p, weight.requires_grad)
 
     @classmethod
     def from_dense(
@@ -470,27 +375,11 @@ class RowsMixin(SparseLayer):
                 '"fixed" keeps what is not zero'
             )
         self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        self._init_from(
-            layer,
-            sparsity,
-            v,
-            mask=mask,
-            activation=activation,
-            decay=decay,
-            prune=False,
-        )
+        self._init_from(layer, v, sparsity, mask, activation, decay)
         return self
 
-    @property
-    def v(self) -> int:
-        return self._v
-
-    def _entries(self) -> int:
-        return self.col_indices.shape[0] if self.mask == "fixed" else self._num_kept
-
-    def _kept(self) -> Tensor:
-        return ste.kept_magnitudes(self.weight, self._num_kept, self._v)
+    def _kept(self, weight: Tensor) -> Tensor:
+        return ste.kept_magnitudes(weight, self._num_kept, self.v)
 
     def _make_weight(self, values: Tensor, col_indices: Tensor, crow_indices: Tensor) -> SparseRows:
         p = SparseRows(values, col_indices, crow_indices, self.shape)
@@ -523,9 +412,8 @@ class NMLinear(NMMixin, LinearMixin):
         activation: str = "none",
         decay: float = DECAY,
     ) -> None:
-        super().__init__()
         layer = nn.Linear(in_features, out_features, bias, device, dtype)
-        self._init_from(layer, keep, mask=mask, activation=activation, decay=decay, prune=True)
+        self._init_from(layer, keep, mask, activation, decay, prune=True)
 
 
 class NMConv2d(NMMixin, Conv2dMixin):
@@ -553,21 +441,9 @@ class NMConv2d(NMMixin, Conv2dMixin):
         activation: str = "none",
         decay: float = DECAY,
     ) -> None:
-        super().__init__()
-        layer = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-        )
-        self._init_from(layer, keep, mask=mask, activation=activation, decay=decay, prune=True)
+        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation)
+        layer = nn.Conv2d(*sizes, groups, bias, padding_mode, device, dtype)
+        self._init_from(layer, keep, mask, activation, decay, prune=True)
 
 
 class SparseLinear(RowsMixin, LinearMixin):
@@ -593,11 +469,8 @@ class SparseLinear(RowsMixin, LinearMixin):
         activation: str = "none",
         decay: float = DECAY,
     ) -> None:
-        super().__init__()
         layer = nn.Linear(in_features, out_features, bias, device, dtype)
-        self._init_from(
-            layer, sparsity, v, mask=mask, activation=activation, decay=decay, prune=True
-        )
+        self._init_from(layer, v, sparsity, mask, activation, decay)
 
 
 class SparseConv2d(RowsMixin, Conv2dMixin):
@@ -626,44 +499,21 @@ class SparseConv2d(RowsMixin, Conv2dMixin):
         activation: str = "none",
         decay: float = DECAY,
     ) -> None:
-        super().__init__()
-        layer = nn.Conv2d(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
-            device=device,
-            dtype=dtype,
-        )
-        self._init_from(
-            layer, sparsity, v, mask=mask, activation=activation, decay=decay, prune=True
-        )
+        sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation)
+        layer = nn.Conv2d(*sizes, groups, bias, padding_mode, device, dtype)
+        self._init_from(layer, v, sparsity, mask, activation, decay)
 
 
 def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(), requires_grad)
 
 
-def _two(sizes: tuple[int, ...]) -> tuple[int, int]:
-    height, width = sizes
-    return height, width
-
-
-def _padding(layer: nn.Conv2d, name: str) -> tuple[int, int]:
-    """The padding in numbers; torch also takes "valid" and "same"."""
-    if not isinstance(layer.padding, str):
-        return _two(layer.padding)
-    if layer.padding == "valid":
-        return (0, 0)
-    around = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
-    if any(total % 2 for total in around):
-        raise ValueError(
-            f'{name}: padding "same" of the kernel {layer.kernel_size} is not the same on both '
-            "sides: leave the layer dense"
-        )
-    return (around[0] // 2, around[1] // 2)
+def unsupported_reason(module: nn.Module) -> str:
+    """Why sparse layers cannot compute what a Conv2d or Linear computes, or ""."""
+    groups = getattr(module, "groups", 1)
+    if groups != 1:
+        return f"sparse layers have groups = 1 only, not {groups}"
+    padding_mode = getattr(module, "padding_mode", "zeros")
+    if padding_mode != "zeros":
+        return f'sparse layers pad by zeros only, not by "{padding_mode}"'
+    return ""

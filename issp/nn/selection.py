@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from issp.nn.support import indivisible_reason
 from issp.ops import validation
 from issp.ops.keep import Keep
 
@@ -132,6 +131,15 @@ def _pattern_reason(layer: Layer) -> str:
             "them in exclude= or overrides="
         )
     return f"stays dense: {reason}" if reason else ""
+
+
+def indivisible_reason(weight: Tensor, keep: Keep) -> str:
+    """Why a weight [O, I, ...] does not divide into the groups of a pattern, or ""."""
+    try:
+        validation.check_pattern_divides(weight, "weight", keep)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def match_names(name_pattern: str, names: Collection[str], argument: str) -> set[str]:

@@ -6,7 +6,6 @@ ICLR 2021.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -50,7 +49,7 @@ class StraightThrough(torch.autograd.Function):
         kept: bool [O / v, length of a row] for SR-STE, which adds decay * weight where it is
             False; None for STE.
         decay: lambda_W of SR-STE.
-        geometry: stride, padding, dilation of a convolution, or ().
+        geometry: stride, padding, dilation of a convolution, or nothing.
     """
 
     @staticmethod
@@ -61,7 +60,7 @@ class StraightThrough(torch.autograd.Function):
         x: Tensor,
         kept: Tensor | None,
         decay: float,
-        geometry: tuple,
+        geometry: dict[str, tuple[int, int]],
     ) -> Tensor:
         ctx.save_for_backward(x, weight, kept)
         ctx.decay, ctx.geometry = decay, geometry
@@ -73,20 +72,16 @@ class StraightThrough(torch.autograd.Function):
         dense = None
         if ctx.needs_input_grad[1]:
             with torch.no_grad():
-                dense = _dense_gradient(x.to(grad.dtype), grad, weight.shape, ctx.geometry)
+                x = x.to(grad.dtype)
+                if ctx.geometry:
+                    dense = conv_gradients.conv2d_weight(x, weight.shape, grad, **ctx.geometry)
+                else:
+                    outputs, inputs = weight.shape
+                    dense = grad.reshape(-1, outputs).t() @ x.reshape(-1, inputs)
                 dense = dense.to(weight.dtype)
                 if kept is not None:
-                    dense = dense + ctx.decay * weight * _pruned_mask(kept, weight)
+                    v = weight.shape[0] // kept.shape[0]
+                    pruned = ~kept[:, None].expand(-1, v, -1).reshape(weight.shape)
+                    dense = dense + ctx.decay * weight * pruned
             (dense,) = first_order([dense], grad)
         return grad, dense, None, None, None, None
-
-
-def _dense_gradient(x: Tensor, grad: Tensor, shape: Sequence[int], geometry: tuple) -> Tensor:
-    if geometry:
-        return conv_gradients.conv2d_weight(x, shape, grad, *geometry)
-    return grad.reshape(-1, shape[0]).t() @ x.reshape(-1, shape[1])
-
-
-def _pruned_mask(kept: Tensor, weight: Tensor) -> Tensor:
-    v = weight.shape[0] // kept.shape[0]
-    return ~kept[:, None].expand(-1, v, -1).reshape(weight.shape)
