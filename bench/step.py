@@ -22,13 +22,14 @@ from bench.baselines import Operation
 from bench.harness import options, step_table
 from bench.harness.errors import ParityError
 from bench.harness.machine import machine_line
+from bench.harness.memory import peak_bytes
 from bench.harness.settings import TimingSettings
 from bench.harness.table import Table, timing_notes
 from bench.harness.workload import Workload, divides
 from issp.ops import backends, reference
 from issp.ops.keep import Keep
 from issp.sr import shapes
-from issp.utils.timing import Task, interleave, peak_bytes
+from issp.utils.timing import Task, interleave
 
 EXAMPLE = """examples:
   python -m bench step --model swinir-light --sparsity 0.95 --quick

@@ -1,13 +1,11 @@
-"""Clocks for the CPU and for CUDA, the interleaved rounds, and peak memory."""
+"""Clocks for the CPU and for CUDA, and the interleaved rounds."""
 
 from __future__ import annotations
 
 import functools
-import os
 import random
 import statistics
 import time
-import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -228,26 +226,3 @@ def _first_call(task: Task, clock: CpuClock | CudaClock, mode: Mode):
     call = clock.compile(task.call, mode)
     task.prepare()
     return call, clock.time(call, mode)
-
-
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """Most memory that a call holds at once beyond what it was given: torch's and Python's."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler reports its own start otherwise
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        call()
-    now = torch_peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            torch_peak = max(torch_peak, now)
-    tracemalloc.start()
-    call()
-    python_peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return torch_peak + python_peak
