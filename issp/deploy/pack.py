@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 
 from issp.deploy import autotune, paths
 from issp.deploy.report import Line, PackReport
-from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear, module_swap, selection
-from issp.nn.convert import NO_ZEROS, dense_reason
+from issp.nn import module_swap, selection
+from issp.nn.convert import NO_ZEROS, dense_reason, from_dense
 from issp.nn.layers import SparseLayer
 from issp.ops.keep import Keep
 from issp.ops.validation import DTYPES
@@ -138,7 +140,7 @@ def _pack_layers(
 
 def is_packed(model: nn.Module) -> bool:
     """Whether a model has layers that `unpack` would change."""
-    return any(isinstance(module, (*_SPARSE, *_PATHS)) for module in model.modules())
+    return any(isinstance(module, (SparseLayer, *_PATHS)) for module in model.modules())
 
 
 def unpack(model: nn.Module) -> nn.Module:
@@ -153,7 +155,7 @@ def unpack(model: nn.Module) -> nn.Module:
     dense: dict[nn.Module, nn.Module] = {}
     for parent in list(root.modules()):
         for attribute, child in parent._modules.items():
-            if isinstance(child, _SPARSE):
+            if isinstance(child, SparseLayer):
                 if child not in dense:
                     dense[child] = child.to_dense()
                     module_swap.transfer_hooks(child, dense[child])
@@ -164,7 +166,6 @@ def unpack(model: nn.Module) -> nn.Module:
     return root[0]
 
 
-_SPARSE = (SparseConv2d, SparseLinear, NMConv2d, NMLinear)
 _PATHS = (paths.ChannelsLastConv2d, paths.TwoFourLinear)
 
 
@@ -199,16 +200,12 @@ def _layer_inputs(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, li
         if x not in seen:
             seen.append(x)
 
-    hooks = [
-        m.register_forward_pre_hook(note, with_kwargs=True)
-        for m in model.modules()
-        if isinstance(m, nn.Conv2d | nn.Linear)
-    ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                handle = module.register_forward_pre_hook(note, with_kwargs=True)
+                hooks.enter_context(handle)
         model(*args)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return inputs
 
 
@@ -236,18 +233,15 @@ def keep_if_faster(
         for parent, attribute, child in children:
             parent._modules[attribute] = replacements[child] if packed else child
 
-    def call(packed: bool) -> Callable[[], None]:
-        @torch.no_grad()
-        def run() -> None:
-            swap(packed)
-            root[0](*args)
-
-        return run
+    @torch.no_grad()
+    def run(packed: bool) -> None:
+        swap(packed)
+        root[0](*args)
 
     # Layer by layer, sparse has won already: here dense must be clearly faster to be chosen.
     choice = autotune.measure(
-        {"packed": call(True)},
-        {"dense": call(False)},
+        {"packed": partial(run, True)},
+        {"dense": partial(run, False)},
         _device(root),
         rounds=_ROUNDS,
         seconds=_SECONDS,
@@ -287,8 +281,8 @@ def pack_layer(
         sparse |= {} if two_four is None else {"torch 2:4": two_four}
     choice = autotune.choose(
         _key(module, inputs, sparse),
-        {form: _call(m, samples) for form, m in dense.items()},
-        {form: _call(m, samples) for form, m in sparse.items()},
+        {form: partial(_run, m, samples) for form, m in dense.items()},
+        {form: partial(_run, m, samples) for form, m in sparse.items()},
         weight.device.type,
         cache,
     )
@@ -321,29 +315,25 @@ def _sparse_forms(
     name: str, module: DenseLayer, keep: Keep | None
 ) -> tuple[dict[str, nn.Module], str]:
     """The sparse forms that the zeros of a layer allow; or why there are none."""
-    is_conv = isinstance(module, nn.Conv2d)
     if keep is not None:
         try:
-            return {keep.name: (NMConv2d if is_conv else NMLinear).from_dense(module, keep)}, ""
+            return {keep.name: from_dense(module, keep)}, ""
         except ValueError as error:
             return {}, f"{keep.name} does not fit {name}: {error}"
     kept = int(module.weight.ne(0).sum())
     forms: dict[str, nn.Module] = {}
     for v in ROWS_PER_BLOCK[module.weight.device.type]:
         if module.weight.shape[0] % v == 0:
-            layer = (SparseConv2d if is_conv else SparseLinear).from_dense(module, v=v)
+            layer = from_dense(module, None, v)
             if v == 1 or layer.values.numel() <= MAX_FILL * kept:
                 forms[f"rows v={v}" if v > 1 else "rows"] = layer
     return forms, ""
 
 
-def _call(module: nn.Module, samples: Sequence[Tensor]) -> Callable[[], None]:
-    @torch.no_grad()
-    def call() -> None:
-        for x in samples:
-            module(x)
-
-    return call
+@torch.no_grad()
+def _run(module: nn.Module, samples: Sequence[Tensor]) -> None:
+    for x in samples:
+        module(x)
 
 
 def _size(shape: Sequence[int]) -> str:

@@ -59,7 +59,7 @@ def convert(
             dense |= dict.fromkeys((layer.name, *layer.aliases), reason)
             continue
         try:
-            sparse[layer.name] = _from_dense(layer.module, keep, v, mask, sparsity)
+            sparse[layer.name] = from_dense(layer.module, keep, v, mask, sparsity)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{layer.name}: {error}") from None
     for name, module in sparse.items():
@@ -96,9 +96,14 @@ def _layer_reason(layer: selection.Layer, keep: Keep | None, mask: str) -> str:
     return ""
 
 
-def _from_dense(
-    module: nn.Module, keep: Keep | None, v: int, mask: str, sparsity: float | None
+def from_dense(
+    module: nn.Module,
+    keep: Keep | None,
+    v: int = 1,
+    mask: str = "fixed",
+    sparsity: float | None = None,
 ) -> SparseLayer:
+    """The sparse layer of a Conv2d or Linear, by the class's own `from_dense`."""
     is_conv = isinstance(module, nn.Conv2d)
     if keep is not None:
         return (NMConv2d if is_conv else NMLinear).from_dense(module, keep, mask)

@@ -177,33 +177,30 @@ class SparseLayer(nn.Module):
             for old, new in _OLD_NAMES.items():
                 if prefix + old in state_dict and prefix + new not in state_dict:
                     state_dict[prefix + new] = state_dict.pop(prefix + old)
-            problem = self._adopt_pattern(state_dict, prefix)
-            if problem is not None:
+            try:
+                self._adopt_pattern(state_dict, prefix)
+            except (TypeError, ValueError) as error:
                 *_, error_msgs = args
-                error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {problem}")
+                error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
         self._transposed = None
 
-    def _adopt_pattern(self, state_dict: Mapping[str, Any], prefix: str) -> str | None:
-        """Makes room for the positions that are being loaded; returns what is wrong with them."""
+    def _adopt_pattern(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Makes room for the positions that are being loaded; refuses wrong ones."""
         loaded = {name: state_dict[prefix + name] for name in STORED if prefix + name in state_dict}
         if len(loaded) < len(STORED):
             if not loaded and prefix + "weight" not in state_dict:
-                return None  # strict loading names them
-            return (
+                return  # strict loading names them
+            raise ValueError(
                 f"the state holds no packed weight ({', '.join(STORED)}): load a dense weight "
                 f"into torch's layer and use {type(self).__name__}.from_dense"
             )
-        try:
-            self._make_weight(*(loaded[name].cpu() for name in STORED))
-        except (TypeError, ValueError) as error:
-            return str(error)
+        self._make_weight(*(loaded[name].cpu() for name in STORED))
         for name, tensor in loaded.items():
             own = getattr(self, name)
             if own.shape != tensor.shape:
                 own.data = own.data.new_zeros(tensor.shape)
-        return None
 
     def extra_repr(self) -> str:
         parts = [

@@ -12,14 +12,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from issp.nn.layers import (
-    STORED,
-    Conv2dMixin,
-    LinearMixin,
-    NMMixin,
-    RowsMixin,
-    SparseLayer,
-)
+from issp.nn.layers import STORED, NMConv2d, SparseLayer, SparseLinear
 
 _CALLS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -35,15 +28,13 @@ _DENSE = {
     nn.Linear: frozenset(vars(nn.Linear(1, 1, device="meta"))),
 }
 # Names that mean something in a sparse layer: an attribute of that name cannot be transferred.
-_RESERVED = frozenset(STORED).union(
-    NMMixin.STATE, RowsMixin.STATE, *map(dir, (NMMixin, RowsMixin, LinearMixin, Conv2dMixin))
-)
+_RESERVED = frozenset(STORED).union(NMConv2d.STATE, dir(NMConv2d), dir(SparseLinear))
 
 
 def replacement_blocker(layer: nn.Module) -> str:
     """Why a sparse layer cannot take the place of an nn.Conv2d or nn.Linear, or ""."""
-    more = [*layer._parameters, *layer._buffers, *layer._modules]
-    more = [name for name in more if name not in ("weight", "bias")]
+    members = (*layer._parameters, *layer._buffers, *layer._modules)
+    more = [name for name in members if name not in ("weight", "bias")]
     if more:
         return f"it has {', '.join(more)} besides weight and bias: remove the parametrization"
     for name, parameter in layer._parameters.items():

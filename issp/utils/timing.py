@@ -56,10 +56,6 @@ class CpuClock:
         # Written once: pages that were never written would all be the same page of zeros.
         return torch.ones(self.flush_bytes // 8, dtype=torch.int64)
 
-    def flush(self) -> None:
-        """Reads more than the caches hold; reads only, as dirty lines would cost the next call."""
-        self._lines.sum()
-
     def compile(self, call: Callable[[], object], mode: Mode) -> Callable[[], object]:
         """The call as `time` wants it."""
         return call
@@ -67,7 +63,7 @@ class CpuClock:
     def time(self, call: Callable[[], object], mode: Mode) -> float:
         """Seconds of one call."""
         if mode.cold:
-            self.flush()
+            self._lines.sum()  # reads only: dirty lines would cost the next call
         begin = time.perf_counter_ns()
         call()
         return (time.perf_counter_ns() - begin) * 1e-9
@@ -92,17 +88,9 @@ class CudaClock:
         if flush_bytes is None:
             flush_bytes = 4 * torch.cuda.get_device_properties().L2_cache_size
         self._lines = torch.ones(max(flush_bytes, 64) // 8, dtype=torch.int64, device="cuda")
+        self.flush_bytes = self._lines.nbytes
         self._begin = torch.cuda.Event(enable_timing=True)
         self._end = torch.cuda.Event(enable_timing=True)
-
-    @property
-    def flush_bytes(self) -> int:
-        """Bytes read to flush the L2."""
-        return self._lines.nbytes
-
-    def flush(self) -> None:
-        """Reads more than the L2 holds; reads only, as dirty lines would cost the next call."""
-        self._lines.sum()
 
     def compile(self, call: Callable[[], object], mode: Mode) -> Callable[[], object]:
         """The call itself, or the replay of its graph."""
@@ -122,7 +110,7 @@ class CudaClock:
     def time(self, call: Callable[[], object], mode: Mode) -> float:
         """Seconds between the events. Eager: from an idle GPU, launches included."""
         if mode.cold:
-            self.flush()
+            self._lines.sum()  # reads only: dirty lines would cost the next call
         if mode.graph:
             torch.cuda._sleep(_SPIN)
         else:
@@ -201,7 +189,10 @@ def interleave(
             if mode.graph and not task.capturable:
                 continue
             try:
-                call, first = _first_call(task, clock, mode)
+                task.prepare()
+                call = clock.compile(task.call, mode)
+                task.prepare()
+                first = clock.time(call, mode)
             except Exception as error:  # any failure of a baseline is printed
                 if task.required:
                     raise
@@ -219,10 +210,3 @@ def interleave(
             if (i + 1) * repetitions // rounds > i * repetitions // rounds:
                 task.prepare()
                 task.samples[mode.name].append(clock.time(call, mode))
-
-
-def _first_call(task: Task, clock: CpuClock | CudaClock, mode: Mode):
-    task.prepare()
-    call = clock.compile(task.call, mode)
-    task.prepare()
-    return call, clock.time(call, mode)
