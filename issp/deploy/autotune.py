@@ -6,14 +6,13 @@ and safe to delete.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
 import statistics
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -117,7 +116,9 @@ class Cache:
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._locked():
+            with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
+                if fcntl:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
                 machines = self._read()
                 machines.setdefault(machine, {})[key] = {
                     name: getattr(choice, name) for name in _STORED
@@ -133,33 +134,25 @@ class Cache:
                 stacklevel=2,
             )
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
     def _read(self) -> dict[str, dict[str, Any]]:
+        problem: str | None
         try:
-            text = self.path.read_text(encoding="utf-8")
+            content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except (OSError, UnicodeDecodeError) as error:
-            return self._broken(str(error))
-        try:
-            content = json.loads(text)
         except json.JSONDecodeError as error:
-            return self._broken(f"no JSON: {error}")
-        problem = _problem(content)
-        return self._broken(problem) if problem else content["machines"]
-
-    def _broken(self, problem: str) -> dict[str, Any]:
+            problem = f"no JSON: {error}"
+        except (OSError, UnicodeDecodeError) as error:
+            problem = str(error)
+        else:
+            problem = _problem(content)
+        if problem is None:
+            return content["machines"]
         warnings.warn(
             f"{self.path} is not a file of choices ({problem}): what it should hold is measured "
             "again and the file is replaced",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
         return {}
 

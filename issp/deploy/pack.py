@@ -173,18 +173,18 @@ def _device(model: nn.Module) -> str:
     return next((p.device.type for p in model.parameters()), "cpu")
 
 
-def _patterns(model: nn.Module, keep: Keep | Mapping[str, Keep] | None) -> dict[str, Keep]:
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    if keep is None:
-        return {}
-    if isinstance(keep, Keep):
-        return dict.fromkeys(names, keep)
-    patterns: dict[str, Keep] = {}
-    every = [n for n, _ in model.named_modules()]
+def _patterns(
+    model: nn.Module, keep: Keep | Mapping[str, Keep] | None
+) -> Mapping[str, Keep | None]:
+    every = dict(model.named_modules())
+    layers = {n for n, m in every.items() if isinstance(m, nn.Conv2d | nn.Linear)}
+    if keep is None or isinstance(keep, Keep):
+        return dict.fromkeys(layers, keep)
+    patterns: dict[str, Keep | None] = {}
     for name_pattern, value in keep.items():
         if not isinstance(value, Keep):
             raise TypeError(f'keep: "{name_pattern}" is {value!r}: it must be an issp.Keep')
-        matches = selection.match_names(name_pattern, every, "keep") & set(names)
+        matches = selection.match_names(name_pattern, every, "keep") & layers
         patterns |= dict.fromkeys(matches, value)
     return patterns
 

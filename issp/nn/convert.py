@@ -7,14 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from issp.nn import module_swap, selection
-from issp.nn.layers import (
-    NMConv2d,
-    NMLinear,
-    SparseConv2d,
-    SparseLayer,
-    SparseLinear,
-    unsupported_reason,
-)
+from issp.nn.layers import NMConv2d, NMLinear, SparseConv2d, SparseLayer, SparseLinear
 from issp.ops.keep import Keep
 
 NO_ZEROS = "no weight is zero (masks are made final by pruner.finalize())"
@@ -77,7 +70,7 @@ def dense_reason(module: nn.Module, keep: Keep | None = None) -> str:
     """
     if type(module) not in (nn.Conv2d, nn.Linear):
         return f"it is a {type(module).__name__}, which may compute something else"
-    reason = module_swap.replacement_blocker(module) or unsupported_reason(module)
+    reason = module_swap.replacement_blocker(module) or selection.unsupported_reason(module)
     if not reason and keep is not None and keep.tail == "dense":
         reason = selection.indivisible_reason(module.get_parameter("weight"), keep)
     return reason

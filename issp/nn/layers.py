@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from issp.nn import ste
+from issp.nn import selection, ste
 from issp.ops import num_pruned, sparse, validation
 from issp.ops.formats import (
     NMTensor,
@@ -75,7 +75,7 @@ class SparseLayer(nn.Module):
             raise TypeError(
                 f"{name} is made from nn.{self.dense.__name__}, not {type(layer).__name__}"
             )
-        reason = unsupported_reason(layer)
+        reason = selection.unsupported_reason(layer)
         if reason:
             raise ValueError(f"{name}: {reason}; leave the layer dense")
         if mask not in MASKS:
@@ -503,14 +503,3 @@ class SparseConv2d(RowsMixin, Conv2dMixin):
 
 def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone(), requires_grad)
-
-
-def unsupported_reason(module: nn.Module) -> str:
-    """Why sparse layers cannot compute what a Conv2d or Linear computes, or ""."""
-    groups = getattr(module, "groups", 1)
-    if groups != 1:
-        return f"sparse layers have groups = 1 only, not {groups}"
-    padding_mode = getattr(module, "padding_mode", "zeros")
-    if padding_mode != "zeros":
-        return f'sparse layers pad by zeros only, not by "{padding_mode}"'
-    return ""

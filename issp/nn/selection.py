@@ -1,4 +1,4 @@
-"""Which layers are pruned, and how far: types, exclusions, overrides, tied weights."""
+"""Which layers are pruned, and how far: types, exclusions, overrides, tied weights; why not."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ def select(
         if not isinstance(value, Keep) and not 0.0 <= value <= 1.0:
             raise ValueError(f"sparsity is {value}: it must lie in 0..1, or be an issp.Keep")
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    excluded: set[str] = set()
-    for name_pattern in exclude:
-        excluded |= match_names(name_pattern, modules, "exclude")
+    excluded = set().union(*(match_names(pattern, modules, "exclude") for pattern in exclude))
     eligible = {name: m for name, m in modules.items() if isinstance(m, types)}
     # A weight that is excluded under one of its names is excluded.
     untouched = {id(m._parameters.get("weight")) for n, m in eligible.items() if n in excluded}
@@ -131,6 +129,17 @@ def _pattern_reason(layer: Layer) -> str:
             "them in exclude= or overrides="
         )
     return f"stays dense: {reason}" if reason else ""
+
+
+def unsupported_reason(module: nn.Module) -> str:
+    """Why sparse layers cannot compute what a Conv2d or Linear computes, or ""."""
+    groups = getattr(module, "groups", 1)
+    if groups != 1:
+        return f"sparse layers have groups = 1 only, not {groups}"
+    padding_mode = getattr(module, "padding_mode", "zeros")
+    if padding_mode != "zeros":
+        return f'sparse layers pad by zeros only, not by "{padding_mode}"'
+    return ""
 
 
 def indivisible_reason(weight: Tensor, keep: Keep) -> str:
