@@ -28,6 +28,7 @@ from bench.harness.machine import machine_line
 from bench.harness.plots import Bars, plot_bars
 from bench.harness.settings import TimingSettings
 from bench.harness.table import SCALES, Column, Row, Table, percent, ratio, timing_notes
+from bench.harness.timing import Task, interleave
 from bench.sparse import calls, layers
 from bench.sparse import measure as sparse_measure
 from bench.sparse.calls import DTYPES
@@ -37,7 +38,6 @@ from issp.deploy import autotune
 from issp.deploy import report as pack_report
 from issp.ops.keep import Keep
 from issp.sr import checkpoint, models
-from issp.utils.timing import Task, interleave
 
 EXAMPLE = """examples:
   python -m bench network --model edsr-baseline --sparsity 0.95

@@ -20,6 +20,7 @@ from bench.harness import options, step_table
 from bench.harness.machine import machine_line
 from bench.harness.settings import TimingSettings
 from bench.harness.table import Table, timing_notes
+from bench.harness.timing import Task, interleave
 from bench.harness.training import (
     OPTIMIZERS,
     Gradients,
@@ -29,7 +30,6 @@ from bench.harness.training import (
 )
 from issp.ops import backends
 from issp.sr import models
-from issp.utils.timing import Task, interleave
 
 EXAMPLE = "example: python -m bench optim --model edsr-l --optimizer adam --threads 2 --quick"
 _MODELS = ("swinir-light", "edsr-baseline", "edsr-l", "cat-r")

@@ -14,8 +14,8 @@ from bench.harness.bandwidth import Bandwidth
 from bench.harness.machine import free_bytes, machine_line
 from bench.harness.plots import Lines, plot_lines
 from bench.harness.table import Column, Row, Table, percent, ratio
+from bench.harness.timing import CpuClock, CudaClock, Mode, Task, interleave
 from bench.harness.workload import Workload
-from issp.utils.timing import CpuClock, CudaClock, Mode, Task, interleave
 
 COUNTS = (1, 3, 10, 30, 100, 300, 1000)
 _KTHVALUE = "torch.kthvalue"

@@ -25,11 +25,11 @@ from bench.harness.machine import machine_line
 from bench.harness.memory import peak_bytes
 from bench.harness.settings import TimingSettings
 from bench.harness.table import Table, timing_notes
+from bench.harness.timing import Task, interleave
 from bench.harness.workload import Workload, divides
 from issp.ops import backends, reference
 from issp.ops.keep import Keep
 from issp.sr import shapes
-from issp.utils.timing import Task, interleave
 
 EXAMPLE = """examples:
   python -m bench step --model swinir-light --sparsity 0.95 --quick

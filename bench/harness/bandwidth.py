@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from issp.utils.timing import Task
+from bench.harness.timing import Task
 
 # The working set of the large networks, so that the caches keep the same share of both.
 DEFAULT_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.harness.bandwidth import BandwidthProbe
-from issp.utils.timing import CpuClock, CudaClock
+from bench.harness.timing import CpuClock, CudaClock
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from bench.harness.bandwidth import Bandwidth
 from bench.harness.plots import Bars, plot_bars
 from bench.harness.table import SCALES, Column, Row, Table, percent, ratio
-from issp.utils.timing import CpuClock, CudaClock, Task
+from bench.harness.timing import CpuClock, CudaClock, Task
 
 
 @dataclass

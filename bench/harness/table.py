@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.harness.timing import Task
 from issp.utils import text
-from issp.utils.timing import Task
 
 # Cells are in seconds, and in bytes or operations per second.
 SCALES = {"": 1.0, "us": 1e6, "ms": 1e3, "ns": 1e9, "GB/s": 1e-9, "GFLOP/s": 1e-9}

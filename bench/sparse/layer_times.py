@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from bench.harness.bandwidth import Bandwidth
+from bench.harness.timing import Task
 from bench.sparse.layers import Layer
-from issp.utils.timing import Task
 
 
 @dataclass

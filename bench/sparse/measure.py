@@ -14,6 +14,7 @@ from bench.harness import options
 from bench.harness.machine import machine_line
 from bench.harness.settings import TimingSettings
 from bench.harness.table import timing_notes
+from bench.harness.timing import Mode, Task, interleave
 from bench.sparse import layers as sparse_layers
 from bench.sparse import tables, targets
 from bench.sparse.calls import (
@@ -34,7 +35,6 @@ from bench.sparse.layer_times import Entry, LayerTimes
 from bench.sparse.layers import Layer
 from bench.sparse.parity import WHOLE_FLOPS, check
 from issp.sr import shapes
-from issp.utils.timing import Mode, Task, interleave
 
 SPARSITIES = (0.5, 0.75, 0.9, 0.9375, 0.95, 0.99)
 MODELS = ("swinir-light", "edsr-l", "cat-r")
@@ -320,7 +320,7 @@ def task(
         call: what is timed.
         precision, search: see `bench.sparse.calls.set_precision`.
         device: "cpu" or "cuda".
-        required: see `issp.utils.timing.Task`.
+        required: see `bench.harness.timing.Task`.
     """
     # The calls take turns: caches and clock rate are to be as in a loop of this call.
     warm_up = WarmUp(call) if device == "cpu" else (lambda: None)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import statistics
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +24,6 @@ import torch
 from issp.ops import backends
 from issp.ops.info import info
 from issp.utils.files import atomic_write, cache_folder
-from issp.utils.timing import CpuClock, CudaClock, Task, interleave
 
 try:
     import fcntl
@@ -32,11 +33,10 @@ except ImportError:  # no such locks on this system, see `Cache.put`
 _FORMAT = 1
 _MARGIN = 0.03  # a gain below this is a tie
 _WIN_SHARE = 0.75  # share of the rounds in which a winner must be faster
-_FLUSH = 1 << 16  # bytes; a layer's input has just been written by the layer before it
 ROUNDS = 15
 SECONDS = 1.0  # to spend on one choice, roughly
 _MIN_ROUNDS = 5
-_NO_LIMIT = 1e9  # seconds: all candidates take part in all rounds
+_SLOW = 1.0  # seconds: a call this long needs no second warm-up call
 
 
 @dataclass(frozen=True)
@@ -237,24 +237,56 @@ def measure(
         dense, sparse, device, rounds, seconds: see `choose`.
         min_rounds: rounds that are made however slow they are.
     """
-    clock = CudaClock() if device == "cuda" else CpuClock(_FLUSH)
-    mode = clock.modes[0]
+    seconds_of = _timer(device)
     calls = {**dense, **sparse}
     plain = next(iter(dense))
     once = 0.0
     errors: dict[str, str] = {}
     for name, call in calls.items():
         try:
-            once += clock.time(call, mode)
+            once += seconds_of(call)
         except Exception as error:  # a candidate may fail in any way; the choice tells of it
             if name == plain:
                 raise
             errors[name] = (str(error).splitlines() or [type(error).__name__])[0]
     rounds = min(rounds, max(min_rounds, int(seconds / once)))
-    tasks = {n: Task(call, lambda: None) for n, call in calls.items() if n not in errors}
-    interleave(list(tasks.values()), clock, rounds, _NO_LIMIT, [mode])
-    samples = {n: task.samples[mode.name][:rounds] for n, task in tasks.items()}
+    names = [name for name in calls if name not in errors]
+    firsts = {name: seconds_of(calls[name]) for name in names}
+    samples = {name: [first] if first > _SLOW else [] for name, first in firsts.items()}
+    # In another order each round: nobody always comes after the one that emptied the caches.
+    order = random.Random(0)
+    for i in range(rounds):
+        order.shuffle(names)
+        for name in names:
+            if len(samples[name]) == i:
+                samples[name].append(seconds_of(calls[name]))
     return decide(samples, list(dense), errors)
+
+
+def _timer(device: str) -> Callable[[Callable[[], object]], float]:
+    """A function that times a call, in seconds; on a GPU with a cold L2, launches included."""
+
+    def on_cpu(call: Callable[[], object]) -> float:
+        before = time.perf_counter_ns()
+        call()
+        return (time.perf_counter_ns() - before) * 1e-9
+
+    if device != "cuda":
+        return on_cpu
+    flush_bytes = 4 * torch.cuda.get_device_properties().L2_cache_size
+    lines = torch.ones(max(flush_bytes, 64) // 8, dtype=torch.int64, device="cuda")
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def on_gpu(call: Callable[[], object]) -> float:
+        lines.sum()  # reads only: dirty lines would cost the next call
+        torch.cuda.synchronize()
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
+
+    return on_gpu
 
 
 def decide(

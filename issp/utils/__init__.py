@@ -1,1 +1,1 @@
-"""What is not about sparsity: files, text, timing, the machine. Imports nothing of issp."""
+"""What is not about sparsity: files, text, errors, the machine. Imports nothing of issp."""

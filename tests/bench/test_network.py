@@ -12,12 +12,12 @@ from torch import nn
 import bench
 import issp
 from bench import network
+from bench.harness import timing
 from bench.harness.errors import ParityError
 from bench.network import DenseNetwork, NetworkTimes, PackedNetwork, TimeShares
 from bench.sparse import calls
 from issp import models, num_pruned
 from issp.deploy import report as pack_report
-from issp.utils import timing
 from tests.sr.networks import small_edsr, small_swinir
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,12 +6,11 @@ import pytest
 
 import bench
 from bench import baselines, step
-from bench.harness import bandwidth, settings
+from bench.harness import bandwidth, settings, timing
 from bench.harness.errors import ParityError
 from bench.harness.workload import Workload, divides
 from issp import Keep, ops
 from issp.sr import shapes
-from issp.utils import timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bench
+from bench.harness import timing
 from bench.harness.bandwidth import Bandwidth
 from bench.sparse import calls as sparse_calls
 from bench.sparse import layers as sparse_layers
@@ -18,7 +19,6 @@ from bench.sparse.forms import Form
 from bench.sparse.layer_times import Entry, LayerTimes, break_even
 from bench.sparse.layers import Layer
 from issp import ops
-from issp.utils import timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

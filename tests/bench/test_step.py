@@ -9,13 +9,13 @@ import torch
 
 import bench
 from bench import baselines, cub, scaling, step
-from bench.harness import bandwidth, settings
+from bench.harness import bandwidth, settings, timing
 from bench.harness.memory import peak_bytes
 from bench.harness.step_table import Entry, make
 from bench.harness.workload import Workload
 from issp import num_pruned, ops
 from issp.sr import shapes
-from issp.utils import files, timing
+from issp.utils import files
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ from torch import nn
 import bench
 import issp
 from bench import optim, optim_parity, step, train
-from bench.harness import bandwidth, settings
+from bench.harness import bandwidth, settings, timing
 from bench.harness.errors import ParityError
 from bench.harness.training import (
     OPTIMIZERS,
@@ -22,7 +22,6 @@ from bench.harness.training import (
     steady_replica,
 )
 from issp import backends
-from issp.utils import timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
