@@ -265,7 +265,14 @@ class Conv2dMixin(SparseLayer):
         self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str
     ) -> Tensor:
         return sparse.conv2d(
-            x, p, self.bias, **self._geometry(), residual=residual, activation=activation
+            x,
+            p,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            residual=residual,
+            activation=activation,
         )
 
 

@@ -86,7 +86,7 @@ def select(
         if not isinstance(value, Keep) and not 0.0 <= value <= 1.0:
             raise ValueError(f"sparsity is {value}: it must lie in 0..1, or be an issp.Keep")
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    excluded = set().union(*(match_names(pattern, modules, "exclude") for pattern in exclude))
+    excluded = set().union(*(match_names(name, modules, "exclude") for name in exclude))
     eligible = {name: m for name, m in modules.items() if isinstance(m, types)}
     # A weight that is excluded under one of its names is excluded.
     untouched = {id(m._parameters.get("weight")) for n, m in eligible.items() if n in excluded}
