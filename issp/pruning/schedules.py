@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,30 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Linear:
+class _Ramp:
+    initial: float
+    final: float
+    begin: int
+    end: int
+
+    _power: ClassVar[int]  # of the share of steps that remain
+
+    def __post_init__(self) -> None:
+        _check(self.initial, self.final, self.begin, self.end)
+
+    def __call__(self, step: int) -> float:
+        """Sparsity selected after optimizer step `step` (the first step is 1)."""
+        # Both ends are returned exactly. Interpolation could miss them by a rounding error, and
+        # then the count of pruned weights would be off by one.
+        if step <= self.begin:
+            return self.initial
+        if step >= self.end:
+            return self.final
+        remaining = (self.end - step) / (self.end - self.begin)
+        return self.final + (self.initial - self.final) * remaining**self._power
+
+
+class Linear(_Ramp):
     """From `initial` to `final` sparsity, by equal amounts per step.
 
     Args:
@@ -51,45 +75,18 @@ class Linear:
         ValueError: ratios or steps outside these ranges.
     """
 
-    initial: float
-    final: float
-    begin: int
-    end: int
-
-    def __post_init__(self) -> None:
-        _check(self.initial, self.final, self.begin, self.end)
-
-    def __call__(self, step: int) -> float:
-        """Sparsity selected after optimizer step `step` (the first step is 1)."""
-        return _between(self, step, power=1)
+    _power = 1
 
 
-@dataclass(frozen=True)
-class Cubic:
+class Cubic(_Ramp):
     """From `initial` to `final` sparsity, fast at first and slower towards the end.
 
-    Args:
-        initial: ratio in 0..1 up to step `begin`.
-        final: ratio in (0, 1] from step `end` on.
-        begin, end: optimizer steps, 0 <= begin < end.
-
-    Raises:
-        ValueError: ratios or steps outside these ranges.
+    Arguments and errors are those of `Linear`.
 
     Source: Zhu & Gupta, "To prune, or not to prune" (2017), equation 1.
     """
 
-    initial: float
-    final: float
-    begin: int
-    end: int
-
-    def __post_init__(self) -> None:
-        _check(self.initial, self.final, self.begin, self.end)
-
-    def __call__(self, step: int) -> float:
-        """Sparsity selected after optimizer step `step` (the first step is 1)."""
-        return _between(self, step, power=3)
+    _power = 3
 
 
 Schedule = Constant | Linear | Cubic
@@ -115,17 +112,6 @@ def final_sparsity(
     if sparsity is not None:
         return sparsity
     return 0.95 if schedule is None else schedule.final
-
-
-def _between(schedule: Linear | Cubic, step: int, power: int) -> float:
-    # Both ends are returned exactly. Interpolation could miss them by a rounding error, and then
-    # the count of pruned weights would be off by one.
-    if step <= schedule.begin:
-        return schedule.initial
-    if step >= schedule.end:
-        return schedule.final
-    remaining = (schedule.end - step) / (schedule.end - schedule.begin)
-    return schedule.final + (schedule.initial - schedule.final) * remaining**power
 
 
 def _check(initial: float, final: float, begin: int, end: int) -> None:
