@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,12 @@ from issp.ops import ShrinkState, reference
 from issp.ops.keep import Keep
 from issp.ops.schemas import mask_layout, mask_words
 from issp.pruning.ema import EMAWeights
-from issp.pruning.memory_order import inverse, memory_order
+from issp.pruning.memory_order import inverse, memory_order, pointers
 from issp.pruning.moments import OptimizerMoments
 from issp.pruning.prune_step import prunes_within_step
 from issp.pruning.state import LayerState
+
+T = TypeVar("T")
 
 
 class WeightBucket:
@@ -44,9 +47,7 @@ class WeightBucket:
     def __init__(
         self, layers: Sequence[Layer], optimizer: int, param_group: int | None = None
     ) -> None:
-        self.layers = list(layers)
-        self.optimizer = optimizer
-        self.param_group = param_group
+        self.layers, self.optimizer, self.param_group = list(layers), optimizer, param_group
         self._parameter_dicts = [layer.module._parameters for layer in layers]
         self._orders = [_memory_order(layer) for layer in layers]
         self._patterns = [x.target if isinstance(x.target, Keep) else None for x in layers]
@@ -57,7 +58,7 @@ class WeightBucket:
         self._any_flattened = any(self._flattened)
         self.weights = self.current_weights()
         self.version = 0
-        self._pointers = _pointers(self.weights)
+        self._pointers = pointers(self.weights)
         self._shapes = [tuple(w.shape) for w in self.weights]
         self._sizes = [(x.target, w.numel()) for x, w in zip(layers, self.weights, strict=True)]
         self.k = [0] * len(self.weights)
@@ -104,18 +105,14 @@ class WeightBucket:
             False if it does not: another device, dtype, shape or memory order.
         """
         weights = self.current_weights()
-        pointers = _pointers(weights)
-        if pointers == self._pointers:
+        present = pointers(weights)
+        if present == self._pointers:
             return True
-        dtype, device = weights[0].dtype, self.state.k.device
-        if any(w.device != device or w.dtype != dtype for w in weights):
+        kinds = [(w.dtype, tuple(w.shape)) for w in weights]
+        expected = [(self.state.thresholds.dtype, shape) for shape in self._shapes]
+        if kinds != expected or not self._is_regular(weights):
             return False
-        views = self.contiguous_views(weights)
-        if dtype != self.state.thresholds.dtype or [v.shape for v in views] != self._view_shapes:
-            return False
-        if not all(v.is_contiguous() for v in views):
-            return False
-        self.weights, self._pointers = weights, pointers
+        self.weights, self._pointers = weights, present
         self.version += 1
         return True
 
@@ -151,8 +148,7 @@ class WeightBucket:
             averages: one tensor per weight.
         """
         weights = self.current_weights()
-        lists: list[list[Tensor]] = [weights]
-        irregular: list[tuple[int, Tensor]] = []
+        lists, irregular = [weights], []
         if optimizer is not None:
             self._moments.refresh(optimizer, weights, self.state.k.device, self._orders)
             lists += self._moments.complete()
@@ -165,7 +161,10 @@ class WeightBucket:
         views = [view for tensors in lists for view in self.contiguous_views(tensors)]
         ops.apply_masks_(views, self.state)
         if irregular:
-            self._apply_masks_one_by_one(irregular)
+            kept = self.masks()
+            with torch.no_grad():
+                for t, tensor in irregular:
+                    tensor.masked_fill_(~kept[t].to(tensor.device), 0)
 
     def _is_regular(self, tensors: list[Tensor]) -> bool:
         """Whether the tensors have the device and the memory orders of the weights."""
@@ -175,25 +174,21 @@ class WeightBucket:
             for x, v in zip(tensors, self.contiguous_views(tensors), strict=True)
         )
 
-    @torch.no_grad()
-    def _apply_masks_one_by_one(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
-        """Masks tensors of any device and memory order: (number of the layer, tensor)."""
-        kept = self.masks()
-        for t, tensor in tensors:
-            tensor.masked_fill_(~kept[t].to(tensor.device), 0)
-
     def masks(self) -> list[Tensor]:
         """Bool masks in the weights' shapes, True = kept."""
+        masks = zip(self.state.masks(), self._orders, self._view_shapes, strict=True)
         return [
             mask if order is None else mask.view(shape).permute(inverse(order))
-            for mask, order, shape in zip(
-                self.state.masks(), self._orders, self._view_shapes, strict=True
-            )
+            for mask, order, shape in masks
         ]
 
-    def has_selection(self) -> list[bool]:
-        """Whether a selection has ever been made, per layer."""
-        return [bool(x) for x in (~self.state.thresholds.isnan()).tolist()]
+    def thresholds(self) -> list[float]:
+        """Magnitude of the last selected weight of each layer; waits for the device."""
+        return self.state.thresholds.tolist()
+
+    def flips(self) -> list[int]:
+        """Mask bits of each layer that the latest step changed; waits for the device."""
+        return self.state.flips.tolist()
 
     def set_masks(self, masks: Sequence[Tensor]) -> None:
         """Sets masks as if a step had selected them: bool in the weights' shapes, True = kept."""
@@ -204,20 +199,15 @@ class WeightBucket:
 
     def layer_states(self) -> dict[str, LayerState]:
         """Copies of masks, counts and thresholds, by layer name."""
-        flips, thresholds = self.state.flips.tolist(), self.state.thresholds.clone()
+        flips, thresholds = self.flips(), self.state.thresholds.clone()
         states = {}
         for t, layer in enumerate(self.layers):
             packed, order = self._mask_words(t).clone(), self._orders[t]
             if order is not None:
                 kept = reference.unpack(packed, self.state.numels[t]).view(self._view_shapes[t])
                 packed = reference.pack(kept.permute(inverse(order)).flatten())
-            states[layer.name] = LayerState(
-                shape=self._shapes[t],
-                k=self.k[t],
-                threshold=thresholds[t],
-                flips=flips[t],
-                packed_mask=packed,
-            )
+            shape, k = self._shapes[t], self.k[t]
+            states[layer.name] = LayerState(shape, k, thresholds[t], flips[t], mask=packed)
         return states
 
     def load_layer_states(self, states: Mapping[str, LayerState]) -> None:
@@ -234,7 +224,7 @@ class WeightBucket:
                     f"{self._shapes[t]}: attach anew"
                 )
         for t, state in own.items():
-            packed, order = state.packed_mask.to(self.state.k.device), self._orders[t]
+            packed, order = state.mask.to(self.state.k.device), self._orders[t]
             if order is not None:
                 kept = reference.unpack(packed, self.state.numels[t]).view(self._shapes[t])
                 packed = reference.pack(kept.permute(order).flatten())
@@ -416,6 +406,10 @@ class WeightBuckets:
         """Copies of masks, counts and thresholds of every active layer."""
         return {name: x for bucket in self for name, x in bucket.layer_states().items()}
 
+    def column(self, read: Callable[[WeightBucket], Iterable[T]]) -> dict[str, T]:
+        """By name of the active layers what `read` returns of a bucket's layers, in their order."""
+        return {x.name: v for b in self for x, v in zip(b.layers, read(b), strict=True)}
+
     def notes(self) -> dict[str, str]:
         """For every layer that is not active, why not."""
         return {
@@ -439,8 +433,8 @@ class WeightBuckets:
     def select_missing(self) -> None:
         """Selects, at the full sparsity, for layers that no step has selected yet."""
         for bucket in self:
-            selected = zip(bucket.layers, bucket.has_selection(), strict=True)
-            missing = [layer for layer, has_selection in selected if not has_selection]
+            is_missing = bucket.state.thresholds.isnan().tolist()
+            missing = list(itertools.compress(bucket.layers, is_missing))
             if missing:
                 late = WeightBucket(missing, bucket.optimizer)
                 late.set_ratio(1.0, 1.0)
@@ -475,10 +469,6 @@ def _is_flattened(layer: Layer, order: list[int] | None) -> bool:
             "an N:M pattern finds no groups of input channels: replace it by weight.contiguous()"
         )
     return True
-
-
-def _pointers(tensors: list[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
 
 
 def _memory_order(layer: Layer) -> list[int] | None:

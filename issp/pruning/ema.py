@@ -33,11 +33,15 @@ class EMAWeights:
 
     def tensors(self, layers: Sequence[Layer]) -> list[Tensor]:
         """The averaged weight of every layer, in their order."""
-        by_name = _tensors_by_name(self._source)
+        source = self._source
+        if isinstance(source, nn.Module):
+            while isinstance(inner := getattr(source, "module", None), nn.Module):
+                source = inner
+            source = dict(source.named_parameters(remove_duplicate=False))
         averages = []
         for layer in layers:
             name = f"{layer.name}.weight" if layer.name else "weight"
-            tensor = by_name.get(name, by_name.get(f"module.{name}"))
+            tensor = source.get(name, source.get(f"module.{name}"))
             if tensor is None or tensor.shape != layer.weight.shape:
                 raise ValueError(
                     f"ema has no {name} of shape {tuple(layer.weight.shape)}: it must average the "
@@ -45,11 +49,3 @@ class EMAWeights:
                 )
             averages.append(tensor.data)
         return averages
-
-
-def _tensors_by_name(source: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    if not isinstance(source, nn.Module):
-        return source
-    while isinstance(inner := getattr(source, "module", None), nn.Module):
-        source = inner
-    return dict(source.named_parameters(remove_duplicate=False))

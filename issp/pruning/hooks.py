@@ -8,7 +8,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,23 +22,6 @@ from issp.pruning.prune_step import PruneStep, PruningOptimizer, prunes_within_s
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _watchers: weakref.WeakSet[Hooks] = weakref.WeakSet()
 _global_handles: list[RemovableHandle] = []
-
-
-class _BeginStep(Protocol):
-    """Called at the start of a step: number of the optimizer, AMP's overflow flag."""
-
-    def __call__(self, index: int, found_inf: Tensor | None) -> PruneStep: ...
-
-
-class _FinishStep(Protocol):
-    """Called after a step: number of the optimizer, AMP's overflow flag, remaining buckets.
-
-    `remaining` is None where the step has done nothing of the pruner's work.
-    """
-
-    def __call__(
-        self, index: int, found_inf: Tensor | None, remaining: Sequence[WeightBucket] | None
-    ) -> None: ...
 
 
 class Hooks:
@@ -63,16 +46,18 @@ class Hooks:
         self,
         optimizers: Sequence[Optimizer],
         *,
-        begin_step: _BeginStep,
-        finish_step: _FinishStep,
+        begin_step: Callable[[int, Tensor | None], PruneStep],
+        finish_step: Callable[[int, Tensor | None, Sequence[WeightBucket] | None], None],
         is_trained_by: Callable[[Optimizer], bool],
     ) -> None:
         """Hooks the optimizers and watches all others.
 
         Args:
             optimizers: those that train the pruned weights.
-            begin_step: called at the start of a step by optimizers that prune within it.
-            finish_step: called after each step of each optimizer.
+            begin_step: called at the start of a step by optimizers that prune within it, with the
+                number of the optimizer and AMP's overflow flag.
+            finish_step: called after each step of each optimizer, with the same and the buckets
+                that are left; None where the step has done nothing of the pruner's work.
             is_trained_by: whether an optimizer has a weight to prune.
         """
         handles: list[RemovableHandle] = []
@@ -100,7 +85,11 @@ class Hooks:
             for index, opt in enumerate(optimizers)
             if prunes_within_step(opt) and opt.attach_pruner(functools.partial(begin_step, index))
         }
-        _watch(self)
+        # One hook for the process, never removed: the garbage collector could remove it while torch
+        # iterates over its table of hooks.
+        if not _global_handles:
+            _global_handles.append(register_optimizer_step_post_hook(_after_any_step))
+        _watchers.add(self)
 
     def detach(self) -> None:
         """Removes all hooks; called from within a step, it leaves them behind without effect."""
@@ -132,21 +121,13 @@ class Hooks:
         )
 
     def warn_if_missing(self, optimizers: Sequence[Optimizer]) -> None:
-        """Warns of a hook that is gone without `detach`; to be called by what users' calls call."""
+        """Warns of a hook that is gone without `detach`; users' calls call it."""
         if optimizers and not (self.present(optimizers) or self.removed):
             warnings.warn(
                 "the optimizer does not have the pruner's hook (copying and pickling drop it): "
                 "call pruner.reattach(optimizer)",
-                stacklevel=4,
+                stacklevel=3,
             )
-
-
-def _watch(hooks: Hooks) -> None:
-    # One hook for the process, never removed: the garbage collector could remove it while torch
-    # iterates over its table of hooks.
-    if not _global_handles:
-        _global_handles.append(register_optimizer_step_post_hook(_after_any_step))
-    _watchers.add(hooks)
 
 
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:

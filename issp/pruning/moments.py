@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from issp.pruning.memory_order import permuted
+
 
 class OptimizerMoments:
     """Moments, momentum buffers and the like; looked up again when the state was replaced or grew.
@@ -38,11 +40,7 @@ class OptimizerMoments:
     ) -> None:
         """Looks the moments up again if the optimizer's state has changed.
 
-        Args:
-            optimizer: whose state is read.
-            weights: T tensors.
-            device: of the weights.
-            orders: memory order of each weight, as `memory_order` gives it.
+        The weights are on one device; `orders` are those that `memory_order` gives for them.
         """
         state = optimizer.state
         if self._source is state and self._signature == (len(state), self._num_entries()):
@@ -59,7 +57,7 @@ class OptimizerMoments:
         self._keys, self.irregular = [], []
         for key, moments in by_key.items():
             if len(moments) == len(weights) and all(
-                m.device == device and _in_order(m, orders[t]).is_contiguous() for t, m in moments
+                m.device == device and permuted(m, orders[t]).is_contiguous() for t, m in moments
             ):
                 self._keys.append(key)
             else:
@@ -83,7 +81,3 @@ def _is_moment(value: object, weight: Tensor) -> bool:
         and value.is_floating_point()
         and value.dim() > 0
     )
-
-
-def _in_order(x: Tensor, order: list[int] | None) -> Tensor:
-    return x if order is None else x.permute(order)

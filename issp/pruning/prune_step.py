@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import TYPE_CHECKING, Protocol, TypeGuard
 
 from torch import Tensor
 
@@ -51,8 +51,6 @@ BeginStep = Callable[[Tensor | None], PruneStep]
 
 class PruningOptimizer(Protocol):
     """An optimizer that can prune within its step."""
-
-    param_groups: list[dict[str, Any]]
 
     def attach_pruner(self, begin_step: BeginStep) -> bool:
         """Lets a pruner's work be done within the step; one pruner at a time.

@@ -153,7 +153,7 @@ class Pruner:
             found_inf: float32 tensor of one element; when it is not 0 the step does not count.
         """
         for index in range(max(1, len(self._buckets.optimizers))):
-            self._finish_step(index, found_inf)
+            self._finish_step(index, found_inf, None)
 
     def on_step(self, callback: Callable[[Pruner], None]) -> Callable[[], None]:
         """Calls `callback(pruner)` after every step; returns a function that ends it."""
@@ -173,19 +173,9 @@ class Pruner:
         return PruneStep(buckets, self.method.factor, self.frozen)
 
     def _finish_step(
-        self,
-        index: int,
-        found_inf: Tensor | None,
-        remaining: Sequence[WeightBucket] | None = None,
+        self, index: int, found_inf: Tensor | None, remaining: Sequence[WeightBucket] | None
     ) -> None:
-        """The work after a step of optimizer `index`.
-
-        Args:
-            index: number of the optimizer.
-            found_inf: AMP's overflow flag.
-            remaining: the buckets that the optimizer has not pruned within its step; None: it has
-                done nothing of the pruner's work.
-        """
+        """The work after a step of optimizer `index`; see `Hooks.attach`."""
         self._check_open()
         if found_inf is not None and found_inf.device.type != "cuda":
             if is_skipped(found_inf):
@@ -201,7 +191,9 @@ class Pruner:
             for bucket in remaining:
                 bucket.shrink(self.method.factor, found_inf)
         if index == 0:
-            self._count_step(found_inf)
+            self._counter.add(found_inf)
+            if not self.frozen and self._counter.reached(self._freeze_at):
+                self.freeze()
             for callback in self._callbacks:
                 callback(self)
 
@@ -218,17 +210,13 @@ class Pruner:
         if self._stage == "final":
             raise RuntimeError("the pruner is finalized: attach a new one to prune further")
 
-    def _count_step(self, found_inf: Tensor | None) -> None:
-        self._counter.add(found_inf)
-        if not self.frozen and self._counter.reached(self._freeze_at):
-            self.freeze()
-
     def _set_ratio(self, step: int) -> None:
-        schedule = self._schedule
-        ratio = 1.0 if schedule is None else schedule(step)
+        ratio, final = 1.0, 1.0
+        if self._schedule is not None:
+            ratio, final = self._schedule(step), self._schedule.final
         if ratio != self._ratio:
             for bucket in self._buckets:
-                bucket.set_ratio(ratio, 1.0 if schedule is None else schedule.final)
+                bucket.set_ratio(ratio, final)
             self._ratio = ratio
 
     # Freezing
@@ -242,7 +230,8 @@ class Pruner:
         if self.frozen:
             return
         count = self.step_count
-        self._warn_if_unhooked()
+        if self._hook:
+            self._hooks.warn_if_missing(self._buckets.optimizers)
         if count and self._schedule is not None and count < self._schedule.end:
             warnings.warn(
                 f"frozen at step {count}, before the schedule ends at step "
@@ -294,9 +283,7 @@ class Pruner:
         self._hooks.detach()
 
     def reattach(
-        self,
-        opt: Optimizer | Sequence[Optimizer] | None = None,
-        model: nn.Module | None = None,
+        self, opt: Optimizer | Sequence[Optimizer] | None = None, model: nn.Module | None = None
     ) -> None:
         """Goes on with a rebuilt, copied or unpickled optimizer, and model if that is a copy too.
 
@@ -324,40 +311,30 @@ class Pruner:
                 is_trained_by=self._buckets.is_trained_by,
             )
 
-    def _warn_if_unhooked(self) -> None:
-        if self._hook:
-            self._hooks.warn_if_missing(self._buckets.optimizers)
-
     # What the masks are
 
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> bool tensor in the weight's shape, True = kept; at first all are."""
-        masks: dict[str, Tensor] = {}
-        for bucket in self._buckets:
-            masks |= {x.name: m for x, m in zip(bucket.layers, bucket.masks(), strict=True)}
         return summaries.by_name(
-            self._buckets.layers,
-            masks,
+            self._buckets,
+            WeightBucket.masks,
             lambda layer: torch.ones_like(layer.weight, dtype=torch.bool),
         )
 
     def thresholds(self) -> dict[str, float]:
         """Layer name -> magnitude of the last selected weight; NaN before the first selection."""
-        thresholds: dict[str, float] = summaries.column(self._buckets, "thresholds")
-        return summaries.by_name(self._buckets.layers, thresholds, lambda layer: float("nan"))
+        return summaries.by_name(self._buckets, WeightBucket.thresholds, lambda _: float("nan"))
 
     def flips(self) -> dict[str, int]:
         """Layer name -> mask bits that the latest step changed."""
-        flips: dict[str, int] = summaries.column(self._buckets, "flips")
-        return summaries.by_name(self._buckets.layers, flips, lambda layer: 0)
+        return summaries.by_name(self._buckets, WeightBucket.flips, lambda _: 0)
 
     def summary(self) -> summaries.Summary:
         """Counts per layer, taken from the masks and weights as they are now; `print` it."""
-        self._warn_if_unhooked()
+        if self._hook:
+            self._hooks.warn_if_missing(self._buckets.optimizers)
         title = f"{self.method.name}, step {self.step_count}, {self._stage}"
-        return summaries.summary(
-            title, self._buckets.layers, list(self._buckets), self._buckets.notes()
-        )
+        return summaries.summary(title, self._buckets)
 
     # Saving
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,41 +11,31 @@ from torch import Tensor
 from issp.nn.selection import Layer
 from issp.ops.schemas import mask_words
 
-_LAYER_KEYS = ("shape", "k", "threshold", "flips", "mask")
 
-
-@dataclass(frozen=True)
-class LayerState:
+class LayerState(NamedTuple):
     """What is known of one layer, independent of its bucket: to form new buckets, save and load.
+
+    The names of the fields are the keys of the saved state.
 
     Args:
         shape: of the weight.
         k: how many weights are selected.
         threshold: 0-dim tensor in the weight's dtype; NaN before the first selection.
         flips: mask bits that the latest step changed.
-        packed_mask: int32 words of the mask in the order of the weight's indices, whatever the
-            weight's memory order, as in `issp.ops.schemas`.
+        mask: packed, int32 words in the order of the weight's indices, whatever the weight's
+            memory order, as in `issp.ops.schemas`.
     """
 
     shape: tuple[int, ...]
     k: int
     threshold: Tensor
     flips: int
-    packed_mask: Tensor
+    mask: Tensor
 
 
 def pack(states: Mapping[str, LayerState]) -> dict[str, dict[str, Any]]:
     """The states of the layers as dicts: what `torch.load(weights_only=True)` reads."""
-    return {
-        name: {
-            "shape": list(state.shape),
-            "k": state.k,
-            "threshold": state.threshold,
-            "flips": state.flips,
-            "mask": state.packed_mask,
-        }
-        for name, state in states.items()
-    }
+    return {name: {**x._asdict(), "shape": list(x.shape)} for name, x in states.items()}
 
 
 def unpack(
@@ -95,26 +84,20 @@ def _layer_state(
 ) -> LayerState:
     if name not in shapes:
         raise ValueError(f"the pruner's state has layer {name}, which is not pruned here")
-    missing_keys = [key for key in _LAYER_KEYS if key not in saved]
+    missing_keys = [key for key in LayerState._fields if key not in saved]
     if missing_keys:
         raise ValueError(
             f"the pruner's state lacks {missing_keys[0]} of layer {name}: it is damaged"
         )
-    shape = tuple(saved["shape"])
-    if shape != shapes[name]:
+    state = LayerState(**{key: saved[key] for key in LayerState._fields})
+    state = state._replace(shape=tuple(state.shape))
+    if state.shape != shapes[name]:
         raise ValueError(
-            f"the pruner's state has shape {shape} for {name}, whose weight is {shapes[name]}"
+            f"the pruner's state has shape {state.shape} for {name}, whose weight is {shapes[name]}"
         )
-    numel = torch.Size(shape).numel()
-    mask = saved["mask"]
-    if mask.dtype != torch.int32 or mask.shape != (mask_words(numel),):
+    numel = torch.Size(state.shape).numel()
+    if state.mask.dtype != torch.int32 or state.mask.shape != (mask_words(numel),):
         raise ValueError(f"the mask of {name} in the pruner's state is damaged")
-    if not 0 <= saved["k"] <= numel:
-        raise ValueError(f"k of {name} in the pruner's state is {saved['k']}: it is damaged")
-    return LayerState(
-        shape=shape,
-        k=saved["k"],
-        threshold=saved["threshold"],
-        flips=saved["flips"],
-        packed_mask=mask,
-    )
+    if not 0 <= state.k <= numel:
+        raise ValueError(f"k of {name} in the pruner's state is {state.k}: it is damaged")
+    return state

@@ -35,10 +35,6 @@ class StepCounter:
             copied.record(torch.cuda.current_stream(found_inf.device))
             self._pending = (flag, copied)
 
-    def upper_bound(self) -> int:
-        """The count if the newest step was not skipped."""
-        return self.known + (self._pending is not None)
-
     def synchronize(self) -> int:
         """The count; waits for the newest step."""
         if self._pending is not None:
@@ -50,7 +46,9 @@ class StepCounter:
 
     def reached(self, count: int | None) -> bool:
         """Whether there have been `count` steps; waits for the newest only if it decides."""
-        return count is not None and self.upper_bound() >= count and self.synchronize() >= count
+        if count is None or self.known + (self._pending is not None) < count:
+            return False
+        return self.synchronize() >= count
 
     def set(self, count: int) -> None:
         """Goes on from a saved count."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -13,36 +13,30 @@ from issp import ops
 from issp.nn.selection import Layer
 from issp.ops.keep import Keep
 from issp.ops.validation import pruning as checks
-from issp.pruning.buckets import WeightBucket
+from issp.pruning.buckets import WeightBucket, WeightBuckets
 from issp.pruning.memory_order import by_stride
 
 T = TypeVar("T")
 
 
 def by_name(
-    layers: Sequence[Layer], values: Mapping[str, T], default: Callable[[Layer], T]
+    buckets: WeightBuckets,
+    read: Callable[[WeightBucket], Iterable[T]],
+    default: Callable[[Layer], T],
 ) -> dict[str, T]:
     """Values in the model's order, those of tied weights under each of their names.
 
     Args:
-        layers: in the model's order.
-        values: first name of a layer -> value.
+        buckets: whose layers are meant.
+        read: the values of a bucket's layers, in their order.
         default: value of a layer that is not pruned yet.
     """
+    values = buckets.column(read)
     return {
         name: values[layer.name] if layer.name in values else default(layer)
-        for layer in layers
+        for layer in buckets.layers
         for name in (layer.name, *layer.aliases)
     }
-
-
-def column(buckets: Iterable[WeightBucket], name: str) -> dict[str, Any]:
-    """A tensor of the state (flips, thresholds) by layer name; waits once per bucket."""
-    by_layer: dict[str, Any] = {}
-    for bucket in buckets:
-        values = getattr(bucket.state, name).tolist()
-        by_layer |= {x.name: value for x, value in zip(bucket.layers, values, strict=True)}
-    return by_layer
 
 
 def zeros(tensors: Sequence[Tensor]) -> list[int]:
@@ -70,18 +64,13 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.detach().permute(by_stride(x)).contiguous()
 
 
-def summary(
-    title: str, layers: Sequence[Layer], buckets: Sequence[WeightBucket], notes: Mapping[str, str]
-) -> Summary:
+def summary(title: str, buckets: WeightBuckets) -> Summary:
     """Counts what is in the masks and weights now, not what was asked for."""
-    flips, thresholds = column(buckets, "flips"), column(buckets, "thresholds")
-    selected: dict[str, int] = {}
-    for bucket in buckets:
-        masks = zip(bucket.layers, bucket.masks(), strict=True)
-        selected |= {layer.name: int((~mask).sum()) for layer, mask in masks}
-    rows = []
-    counts = zeros([layer.weight for layer in layers])
-    for layer, count in zip(layers, counts, strict=True):
+    flips, thresholds = buckets.column(WeightBucket.flips), buckets.column(WeightBucket.thresholds)
+    selected = buckets.column(lambda bucket: [int((~mask).sum()) for mask in bucket.masks()])
+    rows, notes = [], buckets.notes()
+    counts = zeros([layer.weight for layer in buckets.layers])
+    for layer, count in zip(buckets.layers, counts, strict=True):
         row = Row(
             name=layer.name,
             shape=tuple(layer.weight.shape),
