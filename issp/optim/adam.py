@@ -13,7 +13,7 @@ from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp
 from issp.optim.step import FusedStep
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_STATE_NAMES = ("step", "exp_avg", "exp_avg_sq")
+_STATE_NAMES = ("step", *_MOMENTS)
 # torch's refusal to be captured in a graph unless `capturable`; the second is its older name.
 _CAPTURE_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
 
@@ -59,24 +59,17 @@ class _AdamStep(FusedStep):
             for name in _MOMENTS:
                 plan.match_layout_(state, name, t)
             step = state["step"]
-            if not isinstance(step, Tensor) or (step.dtype, step.numel(), step.device) != (
-                torch.float32,
-                1,
-                p.device,
-            ):
+            expected = (torch.float32, 1, p.device)
+            if not isinstance(step, Tensor) or (step.dtype, step.numel(), step.device) != expected:
                 raise UnsupportedByFusedOp(
                     "the state's step is no float32 number on the weight's device"
                 )
         plan.bind_states(states, _STATE_NAMES)
 
     def _launch(
-        self,
-        group: dict[str, Any],
-        plan: FusedStepPlan,
-        grads: list[Tensor],
-        step_args: StepArgs,
-        prune_args: PruneArgs,
+        self, group: dict[str, Any], plan: FusedStepPlan, grads: list[Tensor], prune_args: PruneArgs
     ) -> None:
+        step_args: StepArgs = self._step_args(group, plan)
         state = plan.state_tensors
         beta1, beta2 = group["betas"]
         args = AdamArgs(

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from issp.optim.arguments import PruneState, no_state
 from issp.pruning.buckets import WeightBucket
-from issp.pruning.memory_order import memory_order
+from issp.pruning.memory_order import memory_order, permuted, pointers
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
+
+
+_kind = operator.attrgetter("shape", "dtype", "device")
 
 
 class UnsupportedByFusedOp(Exception):
@@ -42,8 +45,8 @@ class FusedStepPlan:
         weights: the same in the order of the op; the first `num_pruned` are pruned.
         num_pruned: how many weights the op prunes.
         prunes_all: whether the op does all of the pruner's work for `bucket`.
-        prune_state: the bucket's masks and counts; empty tensors where nothing is pruned.
-        patterns: N:M patterns of the pruned weights as the op takes them.
+        prune_state: the bucket's masks and counts, and the N:M patterns of the pruned weights, as
+            keywords of `PruneArgs`; empty where nothing is pruned.
         states: the optimizer's dict of each weight; empty without state.
         state_tensors: name -> that entry of all `states`, in the order of the weights.
         lookups: (`get` of its dict, the entries in the order of the names) of each weight.
@@ -55,10 +58,7 @@ class FusedStepPlan:
 
     def __init__(self, params: Sequence[Tensor], bucket: WeightBucket | None) -> None:
         self.bucket = bucket
-        self.states: list[dict[str, Any]] = []
-        self.state_tensors: dict[str, list[Any]] = {}
-        self.lookups: list[tuple[Any, ...]] = []
-        self.has_empty_states = False
+        self.bind_states([], ())
         by_id = {id(p): p for p in params if p.grad is not None}
         self.trained = list(by_id.values())
         _check_weights(self.trained)
@@ -72,33 +72,24 @@ class FusedStepPlan:
             raise UnsupportedByFusedOp("a weight is a view with gaps or overlaps in memory")
         self._all_contiguous = not any(self._orders)
         _check_grads(self.weights)
-        self.prune_state, self.patterns = self._pruning()
+        self.prune_state = self._prune_state()
         # What the plan depends on; see `is_current`.
         self._params = list(params)
         self._untrained = [p for p in params if p.grad is None]
         self._bucket_version = 0 if bucket is None else bucket.version
         self._outside_bucket = [w for w in self.weights if id(w) not in in_bucket]
-        self._pointers = _pointers(self._outside_bucket)
+        self._pointers = pointers(self._outside_bucket)
 
-    def _pruning(self) -> tuple[PruneState, list[int]]:
+    def _prune_state(self) -> dict[str, Any]:
         if self.bucket is None or not self.prunes_all:
             device = self.weights[0].device if self.weights else torch.device("cpu")
-            return no_state(device), []
-        state = self.bucket.state
-        tensors = PruneState(
-            k=state.k,
-            thresholds=state.thresholds,
-            masks=state.packed,
-            flips=state.flips,
-            scratch=state.scratch,
-        )
-        return tensors, state.patterns
+            return {**no_state(device)._asdict(), "patterns": []}
+        s = self.bucket.state
+        tensors = PruneState(s.k, s.thresholds, masks=s.packed, flips=s.flips, scratch=s.scratch)
+        return {**tensors._asdict(), "patterns": s.patterns}
 
     def is_current(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        bucket: WeightBucket | None,
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], bucket: WeightBucket | None
     ) -> bool:
         """Whether nothing has changed that the plan was made from, the optimizer's state aside.
 
@@ -116,7 +107,7 @@ class FusedStepPlan:
             and (bucket is None or self._bucket_version == bucket.version)
             and len(self._params) == len(params)
             and same_objects(self._params, params)
-            and _pointers(self._outside_bucket) == self._pointers
+            and pointers(self._outside_bucket) == self._pointers
             and len(grads) == len(self.weights)
             and all(p.grad is None for p in self._untrained)
         )
@@ -162,9 +153,13 @@ class FusedStepPlan:
     def bind_states(self, states: list[dict[str, Any]], names: Sequence[str]) -> None:
         """Takes the optimizer's dicts, one per weight, and the entries that the op takes."""
         self.states = states
-        self.state_tensors = {name: [state.get(name) for state in states] for name in names}
+        self.state_tensors: dict[str, list[Any]] = {
+            name: [state.get(name) for state in states] for name in names
+        }
         columns = list(self.state_tensors.values())
-        self.lookups = list(zip([state.get for state in states], *columns, strict=True))
+        self.lookups: list[tuple[Any, ...]] = list(
+            zip([state.get for state in states], *columns, strict=True)
+        )
         self.has_empty_states = any(entry is None for column in columns for entry in column)
 
     def match_layout_(self, state: dict[str, Any], name: str, t: int) -> None:
@@ -177,13 +172,9 @@ class FusedStepPlan:
             UnsupportedByFusedOp: it is of another shape, dtype or device.
         """
         moment, weight, order = state[name], self.weights[t], self._orders[t]
-        if not isinstance(moment, Tensor) or (moment.shape, moment.dtype, moment.device) != (
-            weight.shape,
-            weight.dtype,
-            weight.device,
-        ):
+        if not isinstance(moment, Tensor) or _kind(moment) != _kind(weight):
             raise UnsupportedByFusedOp(f"the state's {name} is not like its weight")
-        if not (moment if order is None else moment.permute(order)).is_contiguous():
+        if not permuted(moment, order).is_contiguous():
             state[name] = _in_layout_of(weight, moment)
 
 
@@ -210,10 +201,6 @@ def _check_grads(weights: Sequence[Tensor]) -> None:
             raise UnsupportedByFusedOp(f"gradients of {grad.dtype}, {grad.layout}")
         if grad.device != weight.device:
             raise UnsupportedByFusedOp("a gradient on another device than its weight")
-
-
-def _pointers(tensors: Iterable[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
 
 
 def _in_layout_of(weight: Tensor, x: Tensor) -> Tensor:

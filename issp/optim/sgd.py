@@ -38,12 +38,7 @@ class SGD(FusedStep, torch.optim.SGD):
         plan.bind_states(states, (_BUFFER,))
 
     def _launch(
-        self,
-        group: dict[str, Any],
-        plan: FusedStepPlan,
-        grads: list[Tensor],
-        step_args: StepArgs,
-        prune_args: PruneArgs,
+        self, group: dict[str, Any], plan: FusedStepPlan, grads: list[Tensor], prune_args: PruneArgs
     ) -> None:
         buffers: list[Any] = plan.state_tensors.get(_BUFFER, [])
         is_empty = [False] * len(buffers)
@@ -53,6 +48,7 @@ class SGD(FusedStep, torch.optim.SGD):
                 torch.empty_like(weight) if buffer is None else buffer
                 for buffer, weight in zip(buffers, plan.weights, strict=True)
             ]
+        step_args: StepArgs = self._step_args(group, plan)
         args = SGDArgs(
             weights=plan.weight_views(),
             grads=grads,

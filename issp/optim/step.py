@@ -141,15 +141,10 @@ class FusedStep(Optimizer):
             reason = self._fallback_reason(group) or self._fallback_reasons.get(number, "")
         plan = self._plans.get(number)
         if reason or plan is None:
-            reason = reason or "no step yet"
-            return GroupStepInfo(group=number, fused=False, fallback_reason=reason)
-        return GroupStepInfo(
-            group=number,
-            fused=True,
-            pruned=plan.num_pruned,
-            others=len(plan.weights) - plan.num_pruned,
-            fallback_reason="" if plan.prunes_all or plan.bucket is None else _SHRUNK_AFTERWARDS,
-        )
+            return GroupStepInfo(number, fused=False, fallback_reason=reason or "no step yet")
+        others = len(plan.weights) - plan.num_pruned
+        reason = "" if plan.prunes_all or plan.bucket is None else _SHRUNK_AFTERWARDS
+        return GroupStepInfo(number, True, plan.num_pruned, others, fallback_reason=reason)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -235,13 +230,15 @@ class FusedStep(Optimizer):
         """The plan of a group, made anew if something has changed, and its gradients."""
         params, plan = group["params"], self._plans.get(number)
         grads = [] if plan is None else plan.grads()
-        if (
-            plan is None
-            or not plan.is_current(params, grads, bucket)
-            or not self._states_are_current(group, plan)
+        if not (
+            plan is not None
+            and plan.is_current(params, grads, bucket)
+            and self._states_are_current(group, plan)
         ):
             plan = FusedStepPlan(params, bucket)
-            self._check_kernel(plan)
+            device = plan.weights[0].device.type if plan.weights else "cpu"
+            if self._op in backends.by_reference(device):
+                raise UnsupportedByFusedOp(f"the slow reference would serve {self._op} on {device}")
             self._init_states(group, plan)
             self._plans[number] = plan
             self._fallback_reasons.pop(number, None)
@@ -249,42 +246,34 @@ class FusedStep(Optimizer):
         return plan, plan.grad_views(grads)
 
     def _run(
-        self,
-        group: dict[str, Any],
-        plan: FusedStepPlan,
-        grads: list[Tensor],
-        prune_step: PruneStep,
+        self, group: dict[str, Any], plan: FusedStepPlan, grads: list[Tensor], prune_step: PruneStep
     ) -> None:
-        device = plan.weights[0].device
-        lr = group["lr"]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None:
+            found_inf = found_inf.to(plan.weights[0].device, torch.float32, non_blocking=True)
+        prune_args = PruneArgs(
+            **plan.prune_state,
+            shrink=prune_step.factor,
+            found_inf=found_inf,
+            frozen=prune_step.frozen,
+            bracket=True,
+        )
+        self._launch(group, plan, grads, prune_args)
+        torch.autograd.graph.increment_version(plan.weights)
+
+    def _step_args(self, group: dict[str, Any], plan: FusedStepPlan) -> StepArgs:
+        device, lr = plan.weights[0].device, group["lr"]
         on_device = isinstance(lr, Tensor) and lr.device == device
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        scale = getattr(self, "grad_scale", None)
         if scale is not None:
             scale = scale.to(device, torch.float32, non_blocking=True)
-        if found_inf is not None:
-            found_inf = found_inf.to(device, torch.float32, non_blocking=True)
-        state = plan.prune_state
-        step_args = StepArgs(
+        return StepArgs(
             lr=0.0 if on_device else float(lr),
             lr_tensor=lr if on_device else None,
             weight_decay=group["weight_decay"],
             maximize=group["maximize"],
             grad_scale=scale,
         )
-        prune_args = PruneArgs(
-            k=state.k,
-            shrink=prune_step.factor,
-            thresholds=state.thresholds,
-            masks=state.masks,
-            flips=state.flips,
-            scratch=state.scratch,
-            found_inf=found_inf,
-            frozen=prune_step.frozen,
-            bracket=True,
-            patterns=plan.patterns,
-        )
-        self._launch(group, plan, grads, step_args, prune_args)
-        torch.autograd.graph.increment_version(plan.weights)
 
     def _fallback_reason(self, group: dict[str, Any]) -> str:
         """Why the op does not take the options of a group; "" if it does."""
@@ -297,11 +286,6 @@ class FusedStep(Optimizer):
         if isinstance(group["lr"], Tensor) and group["lr"].requires_grad:
             return "lr requires a gradient"
         return ""
-
-    def _check_kernel(self, plan: FusedStepPlan) -> None:
-        device = plan.weights[0].device.type if plan.weights else "cpu"
-        if self._op in backends.by_reference(device):
-            raise UnsupportedByFusedOp(f"the slow reference would serve {self._op} on {device}")
 
     def _states_are_current(self, group: dict[str, Any], plan: FusedStepPlan) -> bool:
         """Whether the state holds the tensors of the plan; its dicts are known to be the same."""
@@ -316,12 +300,7 @@ class FusedStep(Optimizer):
         raise NotImplementedError
 
     def _launch(
-        self,
-        group: dict[str, Any],
-        plan: FusedStepPlan,
-        grads: list[Tensor],
-        step_args: StepArgs,
-        prune_args: PruneArgs,
+        self, group: dict[str, Any], plan: FusedStepPlan, grads: list[Tensor], prune_args: PruneArgs
     ) -> None:
         """Calls the op."""
         raise NotImplementedError
