@@ -15,7 +15,7 @@ from issp import ops
 from issp.nn.selection import Layer, unwrap
 from issp.ops import ShrinkState, reference
 from issp.ops.keep import Keep
-from issp.ops.schemas import mask_layout, mask_words
+from issp.ops.schemas import mask_words
 from issp.pruning.ema import EMAWeights
 from issp.pruning.memory_order import inverse, memory_order, pointers
 from issp.pruning.moments import OptimizerMoments
@@ -65,10 +65,7 @@ class WeightBucket:
         views = self.contiguous_views(self.weights)
         self._view_shapes = [v.shape for v in views]
         self.state = ShrinkState(self.selection_views(views), self.k, self._patterns)
-        starts, _ = mask_layout(self.state.numels)
-        self._word_ranges = [
-            (s, s + mask_words(n)) for s, n in zip(starts, self.state.numels, strict=True)
-        ]
+        self._num_words = [mask_words(n) for n in self.state.numels]
         self._moments = OptimizerMoments()
 
     def current_weights(self) -> list[Tensor]:
@@ -141,11 +138,9 @@ class WeightBucket:
     def apply_masks(
         self, optimizer: Optimizer | None = None, averages: list[Tensor] | None = None
     ) -> None:
-        """Writes zeros where the mask says pruned: weights, moments and averages in one call.
+        """Writes zeros where the mask says pruned, in one call if memory orders allow.
 
-        Args:
-            optimizer: whose moments of the weights are masked.
-            averages: one tensor per weight.
+        That is: in the weights, the optimizer's moments of them, and one average per weight.
         """
         weights = self.current_weights()
         lists, irregular = [weights], []
@@ -200,9 +195,9 @@ class WeightBucket:
     def layer_states(self) -> dict[str, LayerState]:
         """Copies of masks, counts and thresholds, by layer name."""
         flips, thresholds = self.flips(), self.state.thresholds.clone()
-        states = {}
+        words, states = self.state.packed.split(self._num_words), {}
         for t, layer in enumerate(self.layers):
-            packed, order = self._mask_words(t).clone(), self._orders[t]
+            packed, order = words[t].clone(), self._orders[t]
             if order is not None:
                 kept = reference.unpack(packed, self.state.numels[t]).view(self._view_shapes[t])
                 packed = reference.pack(kept.permute(inverse(order)).flatten())
@@ -223,20 +218,17 @@ class WeightBucket:
                     f"{self.layers[t].name}: the mask has shape {state.shape} but the weight "
                     f"{self._shapes[t]}: attach anew"
                 )
+        words = self.state.packed.split(self._num_words)
         for t, state in own.items():
             packed, order = state.mask.to(self.state.k.device), self._orders[t]
             if order is not None:
                 kept = reference.unpack(packed, self.state.numels[t]).view(self._shapes[t])
                 packed = reference.pack(kept.permute(order).flatten())
-            self._mask_words(t).copy_(packed)
+            words[t].copy_(packed)
             self.state.thresholds[t] = state.threshold
             self.state.flips[t] = state.flips
             self.k[t] = state.k
         self._set_k(self.k)
-
-    def _mask_words(self, t: int) -> Tensor:
-        begin, end = self._word_ranges[t]
-        return self.state.packed[begin:end]
 
     def _set_k(self, k: list[int]) -> None:
         """Takes over counts; masks from elsewhere may prune any number of an N:M weight."""

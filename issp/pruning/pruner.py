@@ -127,8 +127,6 @@ class Pruner:
         self._buckets.warn_missing()
         self._attach_hooks()
 
-    # Properties
-
     @property
     def step_count(self) -> int:
         """Optimizer steps taken; a step that AMP skipped does not count."""
@@ -143,8 +141,6 @@ class Pruner:
     def attached(self) -> bool:
         """Whether every optimizer has the pruner's hook."""
         return bool(self._buckets.optimizers) and self._hooks.present(self._buckets.optimizers)
-
-    # The step
 
     def step(self, found_inf: Tensor | None = None) -> None:
         """One step by hand, for loops without the hook; call it after the optimizer's step.
@@ -219,8 +215,6 @@ class Pruner:
                 bucket.set_ratio(ratio, final)
             self._ratio = ratio
 
-    # Freezing
-
     def freeze(self) -> None:
         """Fixes the masks of the last selection; weights, moments and EMA are masked from now on.
 
@@ -276,8 +270,6 @@ class Pruner:
             self._stage = "final"
         return self._model
 
-    # Hooks
-
     def detach(self) -> None:
         """Removes the hooks; masks and counters stay, `reattach` goes on."""
         self._hooks.detach()
@@ -311,8 +303,6 @@ class Pruner:
                 is_trained_by=self._buckets.is_trained_by,
             )
 
-    # What the masks are
-
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> bool tensor in the weight's shape, True = kept; at first all are."""
         return summaries.by_name(
@@ -335,8 +325,6 @@ class Pruner:
             self._hooks.warn_if_missing(self._buckets.optimizers)
         title = f"{self.method.name}, step {self.step_count}, {self._stage}"
         return summaries.summary(title, self._buckets)
-
-    # Saving
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs besides model and optimizer; loads weights_only."""

@@ -11,10 +11,7 @@ from collections.abc import Callable
 from issp.pruning.methods import iht, iss_p
 from issp.pruning.methods.shrinkage import Shrinkage
 
-METHODS: dict[str, Callable[[float], Shrinkage]] = {
-    iss_p.NAME: iss_p.create,
-    iht.NAME: iht.create,
-}
+METHODS: dict[str, Callable[[float], Shrinkage]] = {m.NAME: m.create for m in (iss_p, iht)}
 PLANNED = ("iss-r", "l1", "scratch", "srp", "assl", "sls")
 
 __all__ = ["METHODS", "PLANNED", "Shrinkage", "create"]
