@@ -96,11 +96,6 @@ class FusedStepPlan:
         That is: the bucket, the parameters, their memory (of the pruned ones the bucket compares
         it), and which of them have gradients. The memory order of the gradients is none of it, see
         `grad_views`. A gradient's dtype can change too, but torch's step refuses what the op does.
-
-        Args:
-            params: `params` of the parameter group now.
-            grads: what `grads` returns now.
-            bucket: the bucket of the parameter group now.
         """
         return (
             self.bucket is bucket
@@ -163,10 +158,7 @@ class FusedStepPlan:
         self.has_empty_states = any(entry is None for column in columns for entry in column)
 
     def match_layout_(self, state: dict[str, Any], name: str, t: int) -> None:
-        """Gives a moment the memory layout of its weight; a loaded one may have another.
-
-        Args:
-            state: the optimizer's dict of weight `t`; its entry `name` is replaced if need be.
+        """Gives moment `name` of weight `t` the weight's memory layout; a loaded one may differ.
 
         Raises:
             UnsupportedByFusedOp: it is of another shape, dtype or device.

@@ -75,8 +75,11 @@ class FusedStep(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             self._choose_fused(group)
-            if group["fused"]:
-                self._move_counters(group)
+            # A state saved by a step that was not fused has its counters on the CPU.
+            for p in group["params"] if group["fused"] else ():
+                step = self.state.get(p, {}).get("step")
+                if isinstance(step, Tensor):
+                    self.state[p]["step"] = step.to(p.device, torch.float32)
         self._forget_plans()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -105,13 +108,6 @@ class FusedStep(Optimizer):
         on_cpu = any(p.device.type == "cpu" for p in params)
         if supported and not (group.get("capturable") and on_cpu):
             group["fused"] = True
-
-    def _move_counters(self, group: dict[str, Any]) -> None:
-        """A state saved by a step that was not fused has its counters on the CPU."""
-        for p in group["params"]:
-            step = self.state.get(p, {}).get("step")
-            if isinstance(step, Tensor):
-                self.state[p]["step"] = step.to(p.device, torch.float32)
 
     def attach_pruner(self, begin_step: BeginStep) -> bool:
         """See `issp.pruning.prune_step.PruningOptimizer`."""
