@@ -9,7 +9,6 @@ where the CUDA library was built but cannot be used, is a warning; with `ISSP_ST
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import re
 import warnings
@@ -50,7 +49,7 @@ def by_reference(device: str) -> list[str]:
 def implementations(name: str) -> dict[str, Callable]:
     """The ops of one back end as plain callables with the schemas' arguments."""
     if name == "reference":
-        return {op: _reference_op(op) for op in _CHECKS}
+        return {op: _checked(check, getattr(reference, op)) for op, check in _CHECKS.items()}
     if name == "triton":
         table = _import_triton().implementations()
         return {op: _checked(check, table[op]) for op, check in _CHECKS.items()}
@@ -59,10 +58,6 @@ def implementations(name: str) -> dict[str, Callable]:
             f"back end {name} is not active here: {_problems.get(name, 'not loaded')}"
         )
     return {op: getattr(torch.ops.issp, op).default for op in _CHECKS}
-
-
-def _reference_op(op: str) -> Callable:
-    return getattr(reference, op)
 
 
 def _checked(check: Callable, call: Callable) -> Callable:
@@ -160,7 +155,8 @@ def _either(
     op: str, check: Callable, by_triton: Callable, native: Any, prefers: Callable
 ) -> Callable:
     # torch leaves trailing defaults out, but a boxed kernel of the stable ABI needs them all.
-    defaults = [p.default for p in inspect.signature(check).parameters.values()]
+    arguments = getattr(torch.ops.issp, op).default._schema.arguments
+    defaults = [argument.default_value for argument in arguments]
     traits = _traits_of_gradient if op.endswith("values_grad") else _traits_of_product
 
     def call(keys: Any, *args: Any) -> Any:
@@ -214,8 +210,8 @@ def register() -> None:
     forced = os.environ.get("ISSP_BACKEND") or None
     if forced is not None and forced not in NAMES:
         raise ValueError(f"ISSP_BACKEND={forced}: use one of {', '.join(NAMES)}")
-    for op in _CHECKS:
-        schemas.library.impl(op, _reference_op(op), "CompositeExplicitAutograd")
+    for op, call in implementations("reference").items():
+        schemas.library.impl(op, call, "CompositeExplicitAutograd")
     # A back end of one device type leaves the choice of the other as it is.
     _choose("cpu", ("cpp",), forced if forced in ("reference", "cpp") else None)
     if torch.cuda.is_available():

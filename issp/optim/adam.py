@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from issp import ops
-from issp.optim.arguments import AdamArgs, PruneArgs, StepArgs
+from issp.ops.arguments import AdamArgs, PruneArgs
+from issp.optim.arguments import StepArgs
 from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp
 from issp.optim.step import FusedStep
 

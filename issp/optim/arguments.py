@@ -1,8 +1,4 @@
-"""The arguments of the optimizer ops, named; each tuple expands once, in the schema's order.
-
-`torch.ops.issp.adam_soft_shrink_(*AdamArgs(...), *PruneArgs(...))`; the schemas and their exact
-semantics stand in `issp/ops/schemas/pruning.py`. P weights of N are pruned: the first P.
-"""
+"""What the fused steps hand from function to function, beside `issp.ops.arguments`."""
 
 from __future__ import annotations
 
@@ -12,58 +8,6 @@ import torch
 from torch import Tensor
 
 from issp.ops.schemas import SCRATCH_HEADER
-
-
-class AdamArgs(NamedTuple):
-    """Adam's part.
-
-    Args:
-        weights, grads, exp_avgs, exp_avg_sqs: N contiguous tensors each, float32 (gradients also
-            bfloat16), one device.
-        steps: N float32 tensors of one element.
-        lr: used where `lr_tensor` is None.
-        decoupled: weight decay as AdamW has it.
-        lr_tensor: one element, on the weights' device.
-        grad_scale: float32, one element: the gradients are divided by it.
-    """
-
-    weights: list[Tensor]
-    grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    steps: list[Tensor]
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    decoupled: bool
-    maximize: bool
-    lr_tensor: Tensor | None
-    grad_scale: Tensor | None
-
-
-class SGDArgs(NamedTuple):
-    """SGD's part.
-
-    Args:
-        weights, grads, lr, lr_tensor, grad_scale: as in `AdamArgs`.
-        momentum_buffers: as `weights`; empty if `momentum` is 0.
-        first: per buffer, whether it holds nothing yet.
-    """
-
-    weights: list[Tensor]
-    grads: list[Tensor]
-    momentum_buffers: list[Tensor]
-    first: list[bool]
-    lr: float
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-    lr_tensor: Tensor | None
-    grad_scale: Tensor | None
 
 
 class StepArgs(NamedTuple):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from issp import ops
-from issp.optim.arguments import PruneArgs, SGDArgs, StepArgs
+from issp.ops.arguments import PruneArgs, SGDArgs
+from issp.optim.arguments import StepArgs
 from issp.optim.plan import FusedStepPlan
 from issp.optim.step import FusedStep
 

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from issp.ops import backends
-from issp.optim.arguments import PruneArgs, StepArgs
+from issp.ops.arguments import PruneArgs
+from issp.optim.arguments import StepArgs
 from issp.optim.plan import DEVICES, FusedStepPlan, UnsupportedByFusedOp, same_objects
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.prune_step import BeginStep, PruneStep

@@ -10,7 +10,7 @@ from torch import nn
 
 import issp
 from issp import ops
-from issp.optim.arguments import AdamArgs, PruneArgs, SGDArgs
+from issp.ops.arguments import AdamArgs, PruneArgs, SGDArgs
 from tests.asserts import assert_bitwise_equal
 from tests.optim.twins import Twin, assert_twins, backward, network, together, twins
 

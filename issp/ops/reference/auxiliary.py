@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from issp.ops import validation
 from issp.ops.reference.pruning import INTEGER, unpack
 from issp.ops.reference.updates import narrow, rounded, widen
 from issp.ops.schemas import mask_layout, mask_words
@@ -26,7 +25,6 @@ def regularized(g: Tensor, w: Tensor, factor: Tensor) -> Tensor:
 
 def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
     """See `regularize_` in issp/ops/schemas/pruning.py."""
-    validation.check_regularize(grads, weights, factors, masks)
     starts, _ = mask_layout([w.numel() for w in weights])
     for g, w, factor, start in zip(grads, weights, factors, starts, strict=True):
         kept = unpack(masks[start : start + mask_words(w.numel())], w.numel()).view(g.shape)
@@ -35,7 +33,6 @@ def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, mas
 
 def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
     """See `magnitude_statistics` in issp/ops/schemas/pruning.py."""
-    validation.check_magnitude_statistics(tensors)
     rows = []
     for x in tensors:
         magnitudes = (x if x.dtype == torch.float64 else widen(x)).abs().view(-1)
@@ -49,6 +46,5 @@ def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
 
 def count_zeros(tensors: list[Tensor]) -> Tensor:
     """See `count_zeros` in issp/ops/schemas/pruning.py."""
-    validation.check_count_zeros(tensors)
     # the bits without the sign: where denormals are flushed, they would compare equal to zero
     return torch.stack([(x.view(INTEGER[x.dtype]) << 1 == 0).sum() for x in tensors])

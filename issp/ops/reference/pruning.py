@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from issp.ops import validation
 from issp.ops.schemas import mask_layout, mask_words
 
 # The integer dtype of the same size.
@@ -90,17 +89,6 @@ def soft_shrink_(
     patterns: Sequence[int] = (),
 ) -> None:
     """See `soft_shrink_` in issp/ops/schemas/pruning.py; bracket and scratch are not used here."""
-    validation.check_soft_shrink(
-        weights,
-        k=k,
-        shrink=shrink,
-        thresholds=thresholds,
-        masks=masks,
-        flips=flips,
-        scratch=scratch,
-        found_inf=found_inf,
-        patterns=patterns,
-    )
     if found_inf is not None and found_inf.item() != 0:
         return
     starts, _ = mask_layout([w.numel() for w in weights])
@@ -132,7 +120,6 @@ def pattern_of(patterns: Sequence[int], t: int) -> tuple[int, int, int]:
 
 def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
     """See `magnitude_threshold` in issp/ops/schemas/pruning.py."""
-    validation.check_magnitude_threshold(weights, k)
     thresholds = torch.zeros(len(weights), dtype=weights[0].dtype, device=weights[0].device)
     for t, (w, count) in enumerate(zip(weights, k, strict=True)):
         if count:
@@ -143,7 +130,6 @@ def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
 
 def apply_masks_(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
     """See `apply_masks_` in issp/ops/schemas/pruning.py."""
-    validation.check_apply_masks(tensors, masks, sets)
     numels = [x.numel() for x in tensors]
     starts, _ = mask_layout(numels[: len(tensors) // sets])
     for x, n, start in zip(tensors, numels, starts * sets, strict=True):
@@ -154,7 +140,6 @@ def nm_prune(
     weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """See `nm_prune` in issp/ops/schemas/pruning.py."""
-    validation.check_nm_prune(weight, n, m, v, layout, shrink)
     chosen = nm_selected(weight, n, m, v, layout)
     return torch.where(chosen, shrunk(weight, shrink), weight), pack(~chosen.flatten())
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_gradients
 
-from issp.ops import validation
+from issp.ops.arguments import Conv2dArgs, MatmulArgs
 from issp.ops.geometry import Geometry
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,40 +49,24 @@ def transpose(
     return columns.to(torch.int32), starts.to(torch.int32), order.to(torch.int32)
 
 
-def sparse_conv2d(
-    x: Tensor,
-    values: Tensor,
-    col_indices: Tensor,
-    crow_indices: Tensor,
-    transposed: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    geometry: Sequence[int],
-    activation: str = "none",
-) -> Tensor:
+def sparse_conv2d(*args: Any) -> Tensor:
     """See `sparse_conv2d` in issp/ops/schemas/sparse.py."""
-    validation.check_sparse_conv2d(
-        x,
-        values=values,
-        col_indices=col_indices,
-        crow_indices=crow_indices,
-        transposed=transposed,
-        bias=bias,
-        residual=residual,
-        geometry=geometry,
-        activation=activation,
-    )
-    by, wide = Geometry.of(geometry), _sum_dtype(x)
-    taps = by.kernel[0] * by.kernel[1]
-    weight = to_dense(values, col_indices, crow_indices, x.shape[1] * taps).to(wide)
+    conv = Conv2dArgs(*args)
+    by, wide = Geometry.of(conv.geometry), _sum_dtype(conv.x)
+    channels = conv.x.shape[1]
     y = F.conv2d(
-        _padded(x.to(wide), by),
-        weight.view(-1, x.shape[1], *by.kernel),
-        None if bias is None else bias.to(wide),
+        _padded(conv.x.to(wide), by),
+        _weight(conv, channels * by.kernel[0] * by.kernel[1]).view(-1, channels, *by.kernel),
+        None if conv.bias is None else conv.bias.to(wide),
         stride=by.stride,
         dilation=by.dilation,
     )
-    return _apply_epilogue(y, residual, activation, x.dtype)
+    return _apply_epilogue(y, conv)
+
+
+def _weight(call: Conv2dArgs | MatmulArgs, length: int) -> Tensor:
+    weight = to_dense(call.values, call.col_indices, call.crow_indices, length)
+    return weight.to(_sum_dtype(call.x))
 
 
 def _sum_dtype(x: Tensor) -> torch.dtype:
@@ -100,11 +85,9 @@ def _padded(x: Tensor, by: Geometry) -> Tensor:
     return F.pad(image, (by.padding[1], after[1], by.padding[0], after[0]))
 
 
-def _apply_epilogue(
-    y: Tensor, residual: Tensor | None, activation: str, dtype: torch.dtype
-) -> Tensor:
-    y = ACTIVATIONS[activation](y)
-    return (y if residual is None else y + residual.to(y.dtype)).to(dtype)
+def _apply_epilogue(y: Tensor, call: Conv2dArgs | MatmulArgs) -> Tensor:
+    y = ACTIVATIONS[call.activation](y)
+    return (y if call.residual is None else y + call.residual.to(y.dtype)).to(call.x.dtype)
 
 
 def sparse_conv2d_values_grad(
@@ -116,7 +99,6 @@ def sparse_conv2d_values_grad(
     geometry: Sequence[int],
 ) -> Tensor:
     """See `sparse_conv2d_values_grad` in issp/ops/schemas/sparse.py."""
-    validation.check_sparse_conv2d_values_grad(x, grad, col_indices, crow_indices, v, geometry)
     by, wide = Geometry.of(geometry)._replace(size=(grad.shape[2], grad.shape[3])), _sum_dtype(x)
     weight = conv_gradients.conv2d_weight(
         _padded(x.to(wide), by),
@@ -135,38 +117,19 @@ def gather_entries(weight: Tensor, col_indices: Tensor, crow_indices: Tensor, v:
     return weight.view(len(counts), v, -1)[block, :, col_indices.long()]
 
 
-def sparse_matmul(
-    x: Tensor,
-    values: Tensor,
-    col_indices: Tensor,
-    crow_indices: Tensor,
-    transposed: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str = "none",
-) -> Tensor:
+def sparse_matmul(*args: Any) -> Tensor:
     """See `sparse_matmul` in issp/ops/schemas/sparse.py."""
-    validation.check_sparse_matmul(
-        x,
-        values=values,
-        col_indices=col_indices,
-        crow_indices=crow_indices,
-        transposed=transposed,
-        bias=bias,
-        residual=residual,
-        activation=activation,
-    )
-    wide = _sum_dtype(x)
-    weight = to_dense(values, col_indices, crow_indices, x.shape[-1]).to(wide)
+    matmul = MatmulArgs(*args)
+    x, bias, wide = matmul.x, matmul.bias, _sum_dtype(matmul.x)
+    weight = _weight(matmul, x.shape[-1])
     y = F.linear(x.to(wide), weight, None if bias is None else bias.to(wide))
-    return _apply_epilogue(y, residual, activation, x.dtype)
+    return _apply_epilogue(y, matmul)
 
 
 def sparse_matmul_values_grad(
     x: Tensor, grad: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int
 ) -> Tensor:
     """See `sparse_matmul_values_grad` in issp/ops/schemas/sparse.py."""
-    validation.check_sparse_matmul_values_grad(x, grad, col_indices, crow_indices, v)
     wide = _sum_dtype(x)
     weight = grad.to(wide).view(-1, grad.shape[-1]).t() @ x.to(wide).view(-1, x.shape[-1])
     return gather_entries(weight, col_indices, crow_indices, v).to(x.dtype)

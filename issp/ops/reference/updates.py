@@ -11,12 +11,13 @@ Regularization", algorithm 2; torch.optim.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from issp.ops import validation
+from issp.ops.arguments import AdamArgs, PruneArgs, SGDArgs, split_update
 from issp.ops.reference.pruning import apply_masks_, soft_shrink_
 
 TINY = 2.0**-126  # the smallest normal float32; the denormals are multiples of 2**-149
@@ -139,169 +140,52 @@ def sgd_updated(
     return fma(g, rounded(-lr), w), buffer
 
 
-def adam_soft_shrink_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    decoupled: bool,
-    maximize: bool,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    k: Tensor,
-    shrink: float,
-    thresholds: Tensor,
-    masks: Tensor,
-    flips: Tensor,
-    scratch: Tensor,
-    found_inf: Tensor | None = None,
-    frozen: bool = False,
-    bracket: bool = True,
-    patterns: Sequence[int] = (),
-) -> None:
+def adam_soft_shrink_(*args: Any) -> None:
     """See `adam_soft_shrink_` in issp/ops/schemas/pruning.py."""
-    validation.check_adam_soft_shrink(
-        weights=weights,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=exp_avg_sqs,
-        steps=steps,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        decoupled=decoupled,
-        maximize=maximize,
-        lr_tensor=lr_tensor,
-        grad_scale=grad_scale,
-        k=k,
-        shrink=shrink,
-        thresholds=thresholds,
-        masks=masks,
-        flips=flips,
-        scratch=scratch,
-        found_inf=found_inf,
-        frozen=frozen,
-        patterns=patterns,
-    )
-    if found_inf is not None and found_inf.item() != 0:
+    adam, prune = split_update(AdamArgs, args)
+    if prune.found_inf is not None and prune.found_inf.item() != 0:
         return
-    rate = lr if lr_tensor is None else lr_tensor.item()
-    for w, grad, m, v, step in zip(weights, grads, exp_avgs, exp_avg_sqs, steps, strict=True):
+    lists = (adam.weights, adam.grads, adam.exp_avgs, adam.exp_avg_sqs, adam.steps)
+    for w, grad, m, v, step in zip(*lists, strict=True):
         step += 1
         updated = adam_updated(
             w=widen(w),
-            g=gradient(grad, grad_scale, maximize),
+            g=gradient(grad, adam.grad_scale, adam.maximize),
             m=widen(m),
             v=widen(v),
             t=max(0, int(step.item())),
-            lr=rate,
-            beta1=beta1,
-            beta2=beta2,
-            eps=eps,
-            weight_decay=weight_decay,
-            decoupled=decoupled,
+            lr=adam.lr if adam.lr_tensor is None else adam.lr_tensor.item(),
+            beta1=adam.beta1,
+            beta2=adam.beta2,
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            decoupled=adam.decoupled,
         )
         _store((w, m, v), updated)
-    _prune_after_update(
-        weights,
-        [exp_avgs, exp_avg_sqs],
-        k=k,
-        shrink=shrink,
-        thresholds=thresholds,
-        masks=masks,
-        flips=flips,
-        scratch=scratch,
-        frozen=frozen,
-        patterns=patterns,
-    )
+    _prune_after_update(adam.weights, [adam.exp_avgs, adam.exp_avg_sqs], prune)
 
 
-def sgd_soft_shrink_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    momentum_buffers: list[Tensor],
-    first: list[bool],
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    k: Tensor,
-    shrink: float,
-    thresholds: Tensor,
-    masks: Tensor,
-    flips: Tensor,
-    scratch: Tensor,
-    found_inf: Tensor | None = None,
-    frozen: bool = False,
-    bracket: bool = True,
-    patterns: Sequence[int] = (),
-) -> None:
+def sgd_soft_shrink_(*args: Any) -> None:
     """See `sgd_soft_shrink_` in issp/ops/schemas/pruning.py."""
-    validation.check_sgd_soft_shrink(
-        weights=weights,
-        grads=grads,
-        momentum_buffers=momentum_buffers,
-        first=first,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        maximize=maximize,
-        lr_tensor=lr_tensor,
-        grad_scale=grad_scale,
-        k=k,
-        shrink=shrink,
-        thresholds=thresholds,
-        masks=masks,
-        flips=flips,
-        scratch=scratch,
-        found_inf=found_inf,
-        frozen=frozen,
-        patterns=patterns,
-    )
-    if found_inf is not None and found_inf.item() != 0:
+    sgd, prune = split_update(SGDArgs, args)
+    if prune.found_inf is not None and prune.found_inf.item() != 0:
         return
-    rate = lr if lr_tensor is None else lr_tensor.item()
-    for i, (w, grad) in enumerate(zip(weights, grads, strict=True)):
+    for i, (w, grad) in enumerate(zip(sgd.weights, sgd.grads, strict=True)):
         weight, buffer = sgd_updated(
             w=widen(w),
-            g=gradient(grad, grad_scale, maximize),
-            buffer=widen(momentum_buffers[i]) if momentum else None,
-            first=bool(momentum) and first[i],
-            lr=rate,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
+            g=gradient(grad, sgd.grad_scale, sgd.maximize),
+            buffer=widen(sgd.momentum_buffers[i]) if sgd.momentum else None,
+            first=bool(sgd.momentum) and sgd.first[i],
+            lr=sgd.lr if sgd.lr_tensor is None else sgd.lr_tensor.item(),
+            momentum=sgd.momentum,
+            dampening=sgd.dampening,
+            weight_decay=sgd.weight_decay,
+            nesterov=sgd.nesterov,
         )
         _store([w], [weight])
         if buffer is not None:
-            _store([momentum_buffers[i]], [buffer])
-    _prune_after_update(
-        weights,
-        [momentum_buffers] if momentum else [],
-        k=k,
-        shrink=shrink,
-        thresholds=thresholds,
-        masks=masks,
-        flips=flips,
-        scratch=scratch,
-        frozen=frozen,
-        patterns=patterns,
-    )
+            _store([sgd.momentum_buffers[i]], [buffer])
+    _prune_after_update(sgd.weights, [sgd.momentum_buffers] if sgd.momentum else [], prune)
 
 
 def _store(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
@@ -310,34 +194,16 @@ def _store(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def _prune_after_update(
-    weights: list[Tensor],
-    moments: list[list[Tensor]],
-    *,
-    k: Tensor,
-    shrink: float,
-    thresholds: Tensor,
-    masks: Tensor,
-    flips: Tensor,
-    scratch: Tensor,
-    frozen: bool,
-    patterns: Sequence[int],
+    weights: list[Tensor], moments: list[list[Tensor]], prune: PruneArgs
 ) -> None:
     """Prunes the first weights, as many as k has entries; frozen: applies their masks instead."""
-    count = k.numel()
+    count = prune.k.numel()
     if not count:
         return
-    if frozen:
+    arguments = prune._asdict()
+    if arguments.pop("frozen"):
         for tensors in (weights, *moments):
-            apply_masks_(tensors[:count], masks)
-        flips.zero_()
+            apply_masks_(tensors[:count], prune.masks)
+        prune.flips.zero_()
     else:
-        soft_shrink_(
-            weights[:count],
-            k=k,
-            shrink=shrink,
-            thresholds=thresholds,
-            masks=masks,
-            flips=flips,
-            scratch=scratch,
-            patterns=patterns,
-        )
+        soft_shrink_(weights[:count], **arguments)

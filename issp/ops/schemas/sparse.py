@@ -27,12 +27,12 @@ Common to all sparse ops
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from issp.ops.arguments import Conv2dArgs, MatmulArgs
 from issp.ops.geometry import Geometry
 from issp.ops.schemas.pruning import library, one_device
 
@@ -70,35 +70,22 @@ library.define(
 
 
 @torch.library.register_fake("issp::sparse_conv2d", lib=library)
-def _(
-    x: Tensor,
-    values: Tensor,
-    col_indices: Tensor,
-    crow_indices: Tensor,
-    transposed: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    geometry: Sequence[int],
-    activation: str = "none",
-) -> Tensor:
-    _same_device(x, values, col_indices, crow_indices, *transposed, bias, residual)
-    rows = (crow_indices.shape[0] - 1) * values.shape[1]
-    return x.new_empty((x.shape[0], rows, *Geometry.of(geometry).output_size))
+def _(*args: Any) -> Tensor:
+    conv = Conv2dArgs(*args)
+    size = Geometry.of(conv.geometry).output_size
+    return conv.x.new_empty((conv.x.shape[0], _rows_on_one_device(conv), *size))
 
 
 @torch.library.register_fake("issp::sparse_matmul", lib=library)
-def _(
-    x: Tensor,
-    values: Tensor,
-    col_indices: Tensor,
-    crow_indices: Tensor,
-    transposed: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str = "none",
-) -> Tensor:
-    _same_device(x, values, col_indices, crow_indices, *transposed, bias, residual)
-    return x.new_empty((*x.shape[:-1], (crow_indices.shape[0] - 1) * values.shape[1]))
+def _(*args: Any) -> Tensor:
+    matmul = MatmulArgs(*args)
+    return matmul.x.new_empty((*matmul.x.shape[:-1], _rows_on_one_device(matmul)))
+
+
+def _rows_on_one_device(call: Conv2dArgs | MatmulArgs) -> int:
+    """The rows of the weight, after a check that all tensors are on one device."""
+    one_device([t for t in (*call, *call.transposed) if isinstance(t, Tensor)])
+    return (call.crow_indices.shape[0] - 1) * call.values.shape[1]
 
 
 @torch.library.register_fake("issp::sparse_conv2d_values_grad", lib=library)
@@ -106,7 +93,7 @@ def _(
 def _(
     x: Tensor, grad: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int, *_: Any
 ) -> Tensor:
-    _same_device(x, grad, col_indices, crow_indices)
+    one_device([x, grad, col_indices, crow_indices])
     return x.new_empty((col_indices.shape[0], v))
 
 
@@ -117,7 +104,3 @@ def _(
     entries = col_indices.shape[0] * v
     columns, rows = col_indices.new_empty(entries), col_indices.new_empty(inputs + 1)
     return columns, rows, col_indices.new_empty(entries)
-
-
-def _same_device(*tensors: Tensor | None) -> None:
-    one_device([t for t in tensors if t is not None])

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from issp.ops.arguments import Conv2dArgs, MatmulArgs
 from issp.ops.geometry import Geometry, Pair
 from issp.ops.validation.pruning import check_is_tensor, check_tensor
 
 ACTIVATIONS = ("none", "relu", "gelu")
 
 
-def check_sparse_conv2d(
-    x: Tensor,
-    values: Tensor,
-    col_indices: Tensor,
-    crow_indices: Tensor,
-    transposed: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    geometry: Sequence[int],
-    activation: str = "none",
-) -> None:
+def check_sparse_conv2d(*args: Any) -> None:
     """The checks of `sparse_conv2d`."""
+    conv = Conv2dArgs(*args)
+    x = conv.x
     _check_image(x, "x")
-    rows = check_weight(x, values, col_indices, crow_indices)
-    by = _check_geometry(geometry, Geometry._fields)
-    check_positions(col_indices, crow_indices, x.shape[1] * math.prod(by.kernel))
-    _check_transposed(transposed, col_indices.numel() * values.shape[1], x.shape[1], x.device)
-    check_like(x, bias, (rows,), "bias")
-    check_like(x, residual, (x.shape[0], rows, *by.output_size), "residual")
-    check_activation(activation)
+    rows = check_weight(x, conv.values, conv.col_indices, conv.crow_indices)
+    by = _check_geometry(conv.geometry, Geometry._fields)
+    check_positions(conv.col_indices, conv.crow_indices, x.shape[1] * math.prod(by.kernel))
+    _check_rest(conv, x.shape[1], (x.shape[0], rows, *by.output_size), rows)
 
 
 def check_sparse_conv2d_values_grad(
@@ -53,26 +44,16 @@ def check_sparse_conv2d_values_grad(
     check_like(x, grad, (x.shape[0], (crow_indices.numel() - 1) * v, *grad.shape[2:]), "grad")
 
 
-def check_sparse_matmul(
-    x: Tensor,
-    values: Tensor,
-    col_indices: Tensor,
-    crow_indices: Tensor,
-    transposed: Sequence[Tensor],
-    bias: Tensor | None,
-    residual: Tensor | None,
-    activation: str = "none",
-) -> None:
+def check_sparse_matmul(*args: Any) -> None:
     """The checks of `sparse_matmul`."""
+    matmul = MatmulArgs(*args)
+    x = matmul.x
     _check_data(x, "x")
     if x.dim() < 1:
         raise ValueError("x must have the shape [..., I], not be a single number")
-    rows = check_weight(x, values, col_indices, crow_indices)
-    check_positions(col_indices, crow_indices, x.shape[-1])
-    _check_transposed(transposed, col_indices.numel() * values.shape[1], x.shape[-1], x.device)
-    check_like(x, bias, (rows,), "bias")
-    check_like(x, residual, (*x.shape[:-1], rows), "residual")
-    check_activation(activation)
+    rows = check_weight(x, matmul.values, matmul.col_indices, matmul.crow_indices)
+    check_positions(matmul.col_indices, matmul.crow_indices, x.shape[-1])
+    _check_rest(matmul, x.shape[-1], (*x.shape[:-1], rows), rows)
 
 
 def check_sparse_matmul_values_grad(
@@ -160,19 +141,24 @@ def check_positions(col_indices: Tensor, crow_indices: Tensor, length: int) -> N
         raise ValueError("col_indices must ascend strictly within each block row: sort the entries")
 
 
-def _check_transposed(
-    tensors: Sequence[Tensor], entries: int, inputs: int, device: torch.device
+def _check_rest(
+    call: Conv2dArgs | MatmulArgs, inputs: int, result: tuple[int, ...], rows: int
 ) -> None:
-    if len(tensors) not in (0, 3):
+    """Refuses what does not fit the weight's rows and inputs, or the shape of the result."""
+    if len(call.transposed) not in (0, 3):
         raise ValueError("transposed must be empty or hold col_indices, crow_indices and order")
+    entries = call.col_indices.numel() * call.values.shape[1]
     lengths = {"col_indices": entries, "crow_indices": inputs + 1, "order": entries}
-    for tensor, (name, length) in zip(tensors, lengths.items(), strict=False):
-        _check_integers(tensor, f"transposed {name}", device)
+    for tensor, (name, length) in zip(call.transposed, lengths.items(), strict=False):
+        _check_integers(tensor, f"transposed {name}", call.x.device)
         if tensor.numel() != length:
             raise ValueError(
                 f"transposed {name} has {tensor.numel()} elements, not {length}: it belongs to "
                 "another weight"
             )
+    check_like(call.x, call.bias, (rows,), "bias")
+    check_like(call.x, call.residual, result, "residual")
+    check_activation(call.activation)
 
 
 def _check_geometry(
