@@ -20,14 +20,7 @@ from issp.ops.pruning import (
     sgd_soft_shrink_,
     soft_shrink_,
 )
-from issp.ops.sparse import (
-    nm_conv2d,
-    nm_matmul,
-    nm_pack,
-    sparse_conv2d,
-    sparse_matmul,
-    sparse_pack,
-)
+from issp.ops.sparse import nm_conv2d, nm_matmul, nm_pack, sparse_conv2d, sparse_matmul, sparse_pack
 
 __all__ = [
     "Keep",

@@ -7,11 +7,12 @@ the values is computed at the stored positions only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from issp.ops.arguments import Conv2dArgs, MatmulArgs
 from issp.ops.formats import transpose
 from issp.ops.geometry import Geometry
 from issp.ops.schemas import library
@@ -49,28 +50,11 @@ def _refuse(op: str, residual: Tensor | None, activation: str) -> None:
         )
 
 
-class _Gradients(NamedTuple):
-    x: Tensor | None
-    values: Tensor | None
-    bias: Tensor | None
+# Where the inputs that may want a gradient stand, in both ops.
+_X, _VALUES, _BIAS = map(MatmulArgs._fields.index, ("x", "values", "bias"))
 
 
-class _Inputs(NamedTuple):
-    """The arguments of both ops in the order of their schemas; a matmul has no geometry."""
-
-    x: Tensor
-    values: Tensor
-    col_indices: Tensor
-    crow_indices: Tensor
-    transposed: Sequence[Tensor]
-    bias: Tensor | None
-    residual: Tensor | None
-
-
-_BIAS = _Inputs._fields.index("bias")
-
-
-def _save(ctx: Any, inputs: _Inputs, channels: int) -> None:
+def _save(ctx: Any, inputs: Conv2dArgs | MatmulArgs, channels: int) -> None:
     """Keeps what the gradients that are wanted will read, nothing else."""
     x, values = inputs.x, inputs.values
     ctx.x_needs_grad, ctx.values_need_grad = x.requires_grad, values.requires_grad
@@ -91,24 +75,10 @@ def _transposed_weight(ctx: Any, kernel: tuple[int, ...]) -> tuple[Tensor, Tenso
     return values.reshape(-1).index_select(0, order).view(-1, 1), columns, rows
 
 
-def _scatter_grads(ctx: Any, grad: Tensor, gradients: _Gradients) -> tuple:
-    """The gradients in the order of the op's arguments; `transposed` has a list of None."""
-    x, values, *_ = ctx.saved_tensors
-    sources = [t for t in (x, values) if t is not None]
-    checked = _Gradients(*first_order(gradients, grad, *sources))
-    result: list[Any] = [
-        [None] * len(n) if isinstance(n, list) else None for n in ctx.needs_input_grad
-    ]
-    for name, gradient in checked._asdict().items():
-        result[_Inputs._fields.index(name)] = gradient
-    return tuple(result)
-
-
 def _conv2d_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *first, geometry, activation = inputs
-    arguments = _Inputs(*first)
-    _refuse("sparse_conv2d", arguments.residual, activation)
-    ctx.geometry = Geometry.of(geometry)
+    arguments = Conv2dArgs(*inputs)
+    _refuse("sparse_conv2d", arguments.residual, arguments.activation)
+    ctx.geometry = Geometry.of(arguments.geometry)
     if arguments.values.requires_grad and ctx.geometry.upsample != (1, 1):
         raise RuntimeError(
             f"the gradient of values needs upsample 1, not {ctx.geometry.upsample}: spread x by "
@@ -118,68 +88,60 @@ def _conv2d_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     _save(ctx, arguments, channels=arguments.x.shape[1])
 
 
-def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple:
-    with torch.no_grad():
-        gradients = _conv2d_gradients(ctx, grad.contiguous())
-    return _scatter_grads(ctx, grad, gradients)
-
-
-def _conv2d_gradients(ctx: Any, grad: Tensor) -> _Gradients:
-    by = ctx.geometry
-    grad_x = grad_values = grad_bias = None
-    if ctx.x_needs_grad:
-        mirrored = Geometry(
-            kernel=by.kernel,
-            stride=by.upsample,
-            padding=_grad_padding(by),
-            dilation=by.dilation,
-            upsample=by.stride,
-            size=ctx.image,
-        )
-        grad_x = _op.sparse_conv2d(
-            grad, *_transposed_weight(ctx, by.kernel), [], None, None, mirrored.for_conv2d()
-        )
-    if ctx.values_need_grad:
-        x, _, col_indices, crow_indices, *_ = ctx.saved_tensors
-        grad_values = _op.sparse_conv2d_values_grad(
-            x, grad, col_indices, crow_indices, ctx.v, by.for_values_grad()
-        )
-    if ctx.needs_input_grad[_BIAS]:
-        grad_bias = grad.sum((0, 2, 3))
-    return _Gradients(grad_x, grad_values, grad_bias)
-
-
-def _grad_padding(by: Geometry) -> tuple[int, int]:
-    """Padding of the convolution that computes the gradient of x; it may be negative."""
-    top, left = (
-        d * (k - 1) - p for k, p, d in zip(by.kernel, by.padding, by.dilation, strict=True)
-    )
-    return top, left
-
-
 def _matmul_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *first, activation = inputs
-    arguments = _Inputs(*first)
-    _refuse("sparse_matmul", arguments.residual, activation)
+    arguments = MatmulArgs(*inputs)
+    _refuse("sparse_matmul", arguments.residual, arguments.activation)
+    ctx.geometry = None
     _save(ctx, arguments, channels=arguments.x.shape[-1])
 
 
-def _matmul_backward(ctx: Any, grad: Tensor) -> tuple:
+def _backward(ctx: Any, grad: Tensor) -> tuple:
+    """The gradients in the order of the op's arguments; `transposed` has a list of None."""
     with torch.no_grad():
-        gradients = _matmul_gradients(ctx, grad.contiguous())
-    return _scatter_grads(ctx, grad, gradients)
+        gradients = _gradients(ctx, grad.contiguous())
+    x, values, *_ = ctx.saved_tensors
+    sources = [t for t in (x, values) if t is not None]
+    result: list[Any] = [
+        [None] * len(n) if isinstance(n, list) else None for n in ctx.needs_input_grad
+    ]
+    checked = first_order(gradients, grad, *sources)
+    for place, gradient in zip((_X, _VALUES, _BIAS), checked, strict=True):
+        result[place] = gradient
+    return tuple(result)
 
 
-def _matmul_gradients(ctx: Any, grad: Tensor) -> _Gradients:
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of x, values and bias, where they are wanted."""
+    by: Geometry | None = ctx.geometry
     grad_x = grad_values = grad_bias = None
     if ctx.x_needs_grad:
-        grad_x = _op.sparse_matmul(grad, *_transposed_weight(ctx, ()), [], None, None)
+        weight = _transposed_weight(ctx, () if by is None else by.kernel)
+        if by is None:
+            grad_x = _op.sparse_matmul(grad, *weight, [], None, None)
+        else:
+            geometry = _mirrored(by, ctx.image).for_conv2d()
+            grad_x = _op.sparse_conv2d(grad, *weight, [], None, None, geometry)
     if ctx.values_need_grad:
         x, _, col_indices, crow_indices, *_ = ctx.saved_tensors
-        grad_values = _op.sparse_matmul_values_grad(x, grad, col_indices, crow_indices, ctx.v)
+        arguments = (x, grad, col_indices, crow_indices, ctx.v)
+        if by is None:
+            grad_values = _op.sparse_matmul_values_grad(*arguments)
+        else:
+            grad_values = _op.sparse_conv2d_values_grad(*arguments, by.for_values_grad())
     if ctx.needs_input_grad[_BIAS]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return _Gradients(grad_x, grad_values, grad_bias)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if by is None else grad.sum((0, 2, 3))
+    return grad_x, grad_values, grad_bias
+
+
+def _mirrored(by: Geometry, image: tuple[int, int]) -> Geometry:
+    """The convolution that computes the gradient of x, an image of this size.
+
+    Its padding may be negative.
+    """
+    top, left = (
+        d * (k - 1) - p for k, p, d in zip(by.kernel, by.padding, by.dilation, strict=True)
+    )
+    return by._replace(stride=by.upsample, padding=(top, left), upsample=by.stride, size=image)
 
 
 class Conv2d(torch.autograd.Function):
@@ -195,7 +157,7 @@ class Conv2d(torch.autograd.Function):
         _conv2d_context(ctx, args, y)
         return y
 
-    backward = staticmethod(_conv2d_backward)
+    backward = staticmethod(_backward)
 
 
 class Matmul(torch.autograd.Function):
@@ -208,12 +170,10 @@ class Matmul(torch.autograd.Function):
         _matmul_context(ctx, args, y)
         return y
 
-    backward = staticmethod(_matmul_backward)
+    backward = staticmethod(_backward)
 
 
-torch.library.register_autograd(
-    "issp::sparse_conv2d", _conv2d_backward, setup_context=_conv2d_context, lib=library
-)
-torch.library.register_autograd(
-    "issp::sparse_matmul", _matmul_backward, setup_context=_matmul_context, lib=library
-)
+for _name, _context in (("sparse_conv2d", _conv2d_context), ("sparse_matmul", _matmul_context)):
+    torch.library.register_autograd(
+        f"issp::{_name}", _backward, setup_context=_context, lib=library
+    )

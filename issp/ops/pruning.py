@@ -11,9 +11,6 @@ from torch import Tensor
 from issp.ops import reference, validation
 from issp.ops.keep import Keep
 from issp.ops.schemas import mask_layout, mask_words, scratch_words
-from issp.ops.validation import raise_python_error
-
-_op = torch.ops.issp
 
 
 def num_pruned(n: int, ratio: float) -> int:
@@ -153,7 +150,7 @@ _SAVED = ("k", "thresholds", "flips", "packed")
 
 
 def _checked(op: str) -> Callable:
-    return raise_python_error(validation.PRUNING_OPS[op])(getattr(_op, op))
+    return validation.raise_python_error(validation.PRUNING_OPS[op], getattr(torch.ops.issp, op))
 
 
 _soft_shrink = _checked("soft_shrink_")

@@ -19,12 +19,11 @@ from issp.ops.validation import raise_python_error
 
 Size = int | Sequence[int]
 
-_op = torch.ops.issp
-_conv2d = raise_python_error(validation.check_sparse_conv2d)(_op.sparse_conv2d)
-_matmul = raise_python_error(validation.check_sparse_matmul)(_op.sparse_matmul)
+_conv2d = raise_python_error(validation.check_sparse_conv2d, torch.ops.issp.sparse_conv2d)
+_matmul = raise_python_error(validation.check_sparse_matmul, torch.ops.issp.sparse_matmul)
 _DIFFERENTIABLE = {
-    _conv2d: raise_python_error(validation.check_sparse_conv2d)(Conv2d.apply),
-    _matmul: raise_python_error(validation.check_sparse_matmul)(Matmul.apply),
+    _conv2d: raise_python_error(validation.check_sparse_conv2d, Conv2d.apply),
+    _matmul: raise_python_error(validation.check_sparse_matmul, Matmul.apply),
 }
 
 
@@ -71,14 +70,7 @@ def sparse_conv2d(
     """
     _check_is_packed(p, SparseRows, "issp.ops.sparse_pack")
     return conv2d(
-        x,
-        p,
-        bias,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        residual=residual,
-        activation=activation,
+        x, p, bias, residual, activation, stride=stride, padding=padding, dilation=dilation
     )
 
 
@@ -95,14 +87,7 @@ def nm_conv2d(
     """As `sparse_conv2d`, for an N:M weight."""
     _check_is_packed(p, NMTensor, "issp.ops.nm_pack")
     return conv2d(
-        x,
-        p,
-        bias,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        residual=residual,
-        activation=activation,
+        x, p, bias, residual, activation, stride=stride, padding=padding, dilation=dilation
     )
 
 
@@ -150,12 +135,12 @@ def conv2d(
     x: Tensor,
     p: PackedWeight,
     bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
     *,
     stride: Size,
     padding: Size,
     dilation: Size,
-    residual: Tensor | None,
-    activation: str,
 ) -> Tensor:
     """What `sparse_conv2d`, `nm_conv2d` and the sparse layers share."""
     validation.check_is_tensor(x, "x")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -272,14 +273,8 @@ def check_regularize(
     )
 
 
-def check_magnitude_statistics(values: Sequence[Tensor]) -> None:
-    """The checks of `magnitude_statistics`."""
-    check_tensor_list(values, "tensors", written=False)
-
-
-def check_count_zeros(values: Sequence[Tensor]) -> None:
-    """The checks of `count_zeros`."""
-    check_tensor_list(values, "tensors", same_dtype=False, written=False)
+check_magnitude_statistics = partial(check_tensor_list, name="tensors", written=False)
+check_count_zeros = partial(check_tensor_list, name="tensors", same_dtype=False, written=False)
 
 
 def check_nm_prune(
