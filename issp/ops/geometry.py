@@ -39,10 +39,7 @@ class Geometry(NamedTuple):
 
     def for_conv2d(self) -> tuple[int, ...]:
         """The `geometry` of `sparse_conv2d`."""
-        return (
-            *(*self.kernel, *self.stride, *self.padding, *self.dilation),
-            *(*self.upsample, *self.output_size),
-        )
+        return (*self.for_values_grad(), *self.upsample, *self.output_size)
 
     def for_values_grad(self) -> tuple[int, ...]:
         """The `geometry` of `sparse_conv2d_values_grad`."""

@@ -104,10 +104,8 @@ class ShrinkState:
         """
         if [(m.shape, m.dtype) for m in masks] != [(s, torch.bool) for s in self.shapes]:
             raise ValueError("masks must be bool tensors in the weights' shapes, one per weight")
-        self.packed.copy_(self._pack([m.flatten() for m in masks]))
-
-    def _pack(self, flat: list[Tensor]) -> Tensor:
-        return torch.cat([reference.pack(m.to(self.k.device)) for m in flat])
+        packed = [reference.pack(m.flatten().to(self.k.device)) for m in masks]
+        self.packed.copy_(torch.cat(packed))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies of k, thresholds, flips and packed masks: all that a bit-exact resume needs."""
@@ -199,18 +197,8 @@ def soft_shrink_(
 
     Source: ISS-P, figure 1 and section 2.
     """
-    _soft_shrink(
-        weights,
-        state.k,
-        shrink,
-        state.thresholds,
-        state.packed,
-        state.flips,
-        state.scratch,
-        found_inf,
-        bracket,
-        state.patterns,
-    )
+    arguments = (state.k, shrink, state.thresholds, state.packed, state.flips, state.scratch)
+    _soft_shrink(weights, *arguments, found_inf, bracket, state.patterns)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(weights)
 

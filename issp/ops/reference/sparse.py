@@ -23,11 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def to_dense(values: Tensor, col_indices: Tensor, crow_indices: Tensor, length: int) -> Tensor:
     """The dense weight [O, length]; see issp/ops/schemas/sparse.py for the format."""
     blocks, v = crow_indices.numel() - 1, values.shape[1]
-    block = torch.repeat_interleave(
-        torch.arange(blocks, device=values.device),
-        crow_indices.diff().long(),
-        output_size=len(col_indices),
-    )
+    counts = crow_indices.diff().long()
+    block = torch.repeat_interleave(counts, output_size=len(col_indices))
     weight = values.new_zeros(blocks, v, length)
     weight[block, :, col_indices.long()] = values
     return weight.view(blocks * v, length)
@@ -38,7 +35,7 @@ def transpose(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`transposed` of issp/ops/schemas/sparse.py: col_indices, crow_indices, order, all int32."""
     counts = crow_indices.diff().long()
-    block = torch.repeat_interleave(torch.arange(len(counts), device=col_indices.device), counts)
+    block = torch.repeat_interleave(counts)
     row = (block[:, None] * v + torch.arange(v, device=col_indices.device)).flatten()
     column = col_indices.long()[:, None].expand(-1, v).flatten()
     channel, tap = column // taps, taps - 1 - column % taps
@@ -113,7 +110,7 @@ def sparse_conv2d_values_grad(
 def gather_entries(weight: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int) -> Tensor:
     """[E, v]: the stored positions of a dense weight [O, length of a row]."""
     counts = crow_indices.diff().long()
-    block = torch.repeat_interleave(torch.arange(len(counts), device=col_indices.device), counts)
+    block = torch.repeat_interleave(counts)
     return weight.view(len(counts), v, -1)[block, :, col_indices.long()]
 
 

@@ -70,7 +70,12 @@ def check_tensor_list(
         if x.numel() == 0:
             raise ValueError(f"{name}[{i}] is empty: leave it out")
     if written:
-        _check_disjoint([(x, f"{name}[{i}]") for i, x in enumerate(values)])
+        _check_disjoint(numbered(values, name))
+
+
+def numbered(values: Sequence[Tensor], name: str) -> list[tuple[Tensor, str]]:
+    """The tensors of a list with the names that the messages give them."""
+    return [(x, f"{name}[{i}]") for i, x in enumerate(values)]
 
 
 def _check_disjoint(named: Sequence[tuple[Tensor, str]]) -> None:
@@ -127,9 +132,7 @@ def check_soft_shrink(
     if found_inf is not None:
         check_vector(found_inf.view(-1), "found_inf", torch.float32, 1, device)
     state = {"k": k, "thresholds": thresholds, "masks": masks, "flips": flips, "scratch": scratch}
-    _check_disjoint(
-        [(w, f"weights[{i}]") for i, w in enumerate(weights)] + [(x, n) for n, x in state.items()]
-    )
+    _check_disjoint([*numbered(weights, "weights"), *((x, n) for n, x in state.items())])
     check_patterns_divide(weights, patterns)
     if device.type == "cpu":
         check_ranks(k.tolist(), numels, "weights", patterns)
@@ -244,7 +247,7 @@ def check_apply_masks(values: Sequence[Tensor], masks: Tensor, sets: int = 1) ->
                 f"with {numels[i % count]}: give the sets in the order of the weights"
             )
     check_vector(masks, "masks", torch.int32, mask_layout(numels[:count])[1], values[0].device)
-    _check_disjoint([(x, f"tensors[{i}]") for i, x in enumerate(values)] + [(masks, "masks")])
+    _check_disjoint([*numbered(values, "tensors"), (masks, "masks")])
 
 
 def check_regularize(
@@ -266,11 +269,8 @@ def check_regularize(
             f"{tuple(factors.shape)}"
         )
     check_vector(masks, "masks", torch.int32, mask_layout([w.numel() for w in weights])[1], device)
-    read = [(w, f"weights[{i}]") for i, w in enumerate(weights)]
-    check_no_overlap(
-        [(g, f"grads[{i}]") for i, g in enumerate(grads)],
-        [*read, (factors, "factors"), (masks, "masks")],
-    )
+    read = [*numbered(weights, "weights"), (factors, "factors"), (masks, "masks")]
+    check_no_overlap(numbered(grads, "grads"), read)
 
 
 check_magnitude_statistics = partial(check_tensor_list, name="tensors", written=False)

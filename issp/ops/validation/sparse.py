@@ -24,7 +24,7 @@ def check_sparse_conv2d(*args: Any) -> None:
     rows = check_weight(x, conv.values, conv.col_indices, conv.crow_indices)
     by = _check_geometry(conv.geometry, Geometry._fields)
     check_positions(conv.col_indices, conv.crow_indices, x.shape[1] * math.prod(by.kernel))
-    _check_rest(conv, x.shape[1], (x.shape[0], rows, *by.output_size), rows)
+    _check_optional(conv, x.shape[1], (x.shape[0], rows, *by.output_size), rows)
 
 
 def check_sparse_conv2d_values_grad(
@@ -53,7 +53,7 @@ def check_sparse_matmul(*args: Any) -> None:
         raise ValueError("x must have the shape [..., I], not be a single number")
     rows = check_weight(x, matmul.values, matmul.col_indices, matmul.crow_indices)
     check_positions(matmul.col_indices, matmul.crow_indices, x.shape[-1])
-    _check_rest(matmul, x.shape[-1], (*x.shape[:-1], rows), rows)
+    _check_optional(matmul, x.shape[-1], (*x.shape[:-1], rows), rows)
 
 
 def check_sparse_matmul_values_grad(
@@ -141,7 +141,7 @@ def check_positions(col_indices: Tensor, crow_indices: Tensor, length: int) -> N
         raise ValueError("col_indices must ascend strictly within each block row: sort the entries")
 
 
-def _check_rest(
+def _check_optional(
     call: Conv2dArgs | MatmulArgs, inputs: int, result: tuple[int, ...], rows: int
 ) -> None:
     """Refuses what does not fit the weight's rows and inputs, or the shape of the result."""

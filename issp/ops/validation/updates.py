@@ -20,6 +20,7 @@ from issp.ops.validation.pruning import (
     check_shrink_factor,
     check_tensor_list,
     check_vector,
+    numbered,
 )
 
 
@@ -57,9 +58,7 @@ def _check_not_negative(value: float, name: str) -> None:
 
 
 def _check_update(
-    update: AdamArgs | SGDArgs,
-    prune: PruneArgs,
-    moments: Mapping[str, Sequence[Tensor]],
+    update: AdamArgs | SGDArgs, prune: PruneArgs, moments: Mapping[str, Sequence[Tensor]]
 ) -> None:
     """The checks that the optimizer ops share; `decoupled`, `maximize` and `bracket` need none."""
     weights = update.weights
@@ -100,8 +99,7 @@ def _check_update(
     if device.type == "cpu" and not prune.frozen:
         check_ranks(prune.k.tolist(), numels, "weights", prune.patterns)
     lists = {"weights": weights, **moments, "steps": steps or ()}
-    written = [(x, f"{n}[{i}]") for n, values in lists.items() for i, x in enumerate(values)]
+    written = [pair for name, values in lists.items() for pair in numbered(values, name)]
     written += [(getattr(prune, n), n) for n in ("thresholds", "masks", "flips", "scratch")]
-    read = [(x, f"grads[{i}]") for i, x in enumerate(update.grads)]
-    read += [(prune.k, "k"), *((x, name) for name, x in scalars.items())]
+    read = [*numbered(update.grads, "grads"), (prune.k, "k"), *((x, n) for n, x in scalars.items())]
     check_no_overlap(written, read)
