@@ -197,8 +197,18 @@ def soft_shrink_(
 
     Source: ISS-P, figure 1 and section 2.
     """
-    arguments = (state.k, shrink, state.thresholds, state.packed, state.flips, state.scratch)
-    _soft_shrink(weights, *arguments, found_inf, bracket, state.patterns)
+    _soft_shrink(
+        weights,
+        state.k,
+        shrink,
+        state.thresholds,
+        state.packed,
+        state.flips,
+        state.scratch,
+        found_inf,
+        bracket,
+        state.patterns,
+    )
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(weights)
 

@@ -8,6 +8,7 @@ from torch.library import opcheck
 
 import issp
 from issp.ops import ShrinkState
+from issp.ops.arguments import AdamArgs, Conv2dArgs, MatmulArgs, PruneArgs, SGDArgs
 from tests.asserts import assert_bitwise_equal
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -19,6 +20,23 @@ def weights_on(device):
 
 
 K = (200, 3, 60)
+ARGUMENTS = {
+    "adam_soft_shrink_": (AdamArgs, PruneArgs),
+    "sgd_soft_shrink_": (SGDArgs, PruneArgs),
+    "sparse_conv2d": (Conv2dArgs,),
+    "sparse_matmul": (MatmulArgs,),
+}
+
+
+@pytest.mark.parametrize("op", ARGUMENTS)
+def test_arguments_have_the_order_and_defaults_of_the_schema(op):
+    schema = getattr(torch.ops.issp, op).default._schema.arguments
+    kinds = ARGUMENTS[op]
+    assert [x.name for x in schema] == [name for kind in kinds for name in kind._fields]
+    defaults = {name: value for kind in kinds for name, value in kind._field_defaults.items()}
+    if "patterns" in defaults:
+        defaults["patterns"] = list(defaults["patterns"])
+    assert defaults == {x.name: x.default_value for x in schema if x.has_default_value()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
