@@ -9,7 +9,6 @@ from torch import Tensor
 
 from issp import ops
 from issp.ops.arguments import AdamArgs, PruneArgs
-from issp.optim.arguments import StepArgs
 from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp
 from issp.optim.step import FusedStep
 
@@ -70,7 +69,7 @@ class _AdamStep(FusedStep):
     def _launch(
         self, group: dict[str, Any], plan: FusedStepPlan, grads: list[Tensor], prune_args: PruneArgs
     ) -> None:
-        step_args: StepArgs = self._step_args(group, plan)
+        step_args = self._step_args(group, plan)
         state = plan.state_tensors
         beta1, beta2 = group["betas"]
         args = AdamArgs(

@@ -20,34 +20,6 @@ class StepArgs(NamedTuple):
     grad_scale: Tensor | None
 
 
-class PruneArgs(NamedTuple):
-    """The pruning part, the same for all optimizers.
-
-    Args:
-        k: int64 [P], how many weights are selected.
-        shrink: factor of the selected weights, 0..1.
-        thresholds: float32 [P].
-        masks: int32, packed.
-        flips: int64 [P].
-        scratch: int32, working memory.
-        found_inf: float32, one element: nothing is modified where it is not 0.
-        frozen: apply the masks, select nothing.
-        bracket: search around the previous threshold first; never changes the result.
-        patterns: as in `ShrinkState`.
-    """
-
-    k: Tensor
-    shrink: float
-    thresholds: Tensor
-    masks: Tensor
-    flips: Tensor
-    scratch: Tensor
-    found_inf: Tensor | None
-    frozen: bool
-    bracket: bool
-    patterns: list[int]
-
-
 class PruneState(NamedTuple):
     """The tensors among `PruneArgs` that are kept from step to step."""
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from issp import ops
 from issp.ops.arguments import PruneArgs, SGDArgs
-from issp.optim.arguments import StepArgs
 from issp.optim.plan import FusedStepPlan
 from issp.optim.step import FusedStep
 
@@ -49,7 +48,7 @@ class SGD(FusedStep, torch.optim.SGD):
                 torch.empty_like(weight) if buffer is None else buffer
                 for buffer, weight in zip(buffers, plan.weights, strict=True)
             ]
-        step_args: StepArgs = self._step_args(group, plan)
+        step_args = self._step_args(group, plan)
         args = SGDArgs(
             weights=plan.weight_views(),
             grads=grads,
