@@ -114,6 +114,17 @@ def _small_call() -> Callable[[], object]:
     return lambda: issp.ops.sparse_matmul(x, packed)
 
 
+def _small_training_call() -> Callable[[], object]:
+    import torch
+
+    import issp
+
+    packed = issp.ops.sparse_pack(torch.randn(8, 8, 3, 3))
+    packed.values.requires_grad_()
+    x = torch.randn(1, 8, 6, 6, requires_grad=True)
+    return lambda: issp.ops.sparse_conv2d(x, packed, padding=1).sum().backward()
+
+
 CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "step, EDSR-L": lambda: _step("edsr-l"),
     "step, SwinIR-light": lambda: _step("swinir-light"),
@@ -125,6 +136,7 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "sparse conv 3x3 60->60, 64x64": lambda: _conv(60, 64),
     "sparse matmul 720->180, 2304 tokens": _matmul,
     "sparse matmul 8->8, 4 tokens": _small_call,
+    "sparse conv 8->8, 6x6, forward and backward": _small_training_call,
 }
 
 

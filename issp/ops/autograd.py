@@ -66,9 +66,11 @@ def _save(ctx: Any, inputs: Conv2dArgs | MatmulArgs, channels: int) -> None:
     )
 
 
-def _transposed_weight(ctx: Any, kernel: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _transposed_weight(
+    ctx: Any, saved: tuple[Any, ...], kernel: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
     """Values, col_indices and crow_indices of the transposed weight."""
-    _, values, col_indices, crow_indices, *transposed = ctx.saved_tensors
+    _, values, col_indices, crow_indices, *transposed = saved
     if not transposed:
         transposed = transpose(col_indices, crow_indices, ctx.v, (0, ctx.channels, *kernel))
     columns, rows, order = transposed
@@ -97,10 +99,10 @@ def _matmul_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     """The gradients in the order of the op's arguments; `transposed` has a list of None."""
+    saved = ctx.saved_tensors  # unpacked anew at every access
     with torch.no_grad():
-        gradients = _gradients(ctx, grad.contiguous())
-    x, values, *_ = ctx.saved_tensors
-    sources = [t for t in (x, values) if t is not None]
+        gradients = _gradients(ctx, saved, grad.contiguous())
+    sources = [t for t in saved[:2] if t is not None]
     result: list[Any] = [
         [None] * len(n) if isinstance(n, list) else None for n in ctx.needs_input_grad
     ]
@@ -110,19 +112,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple:
     return tuple(result)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _gradients(
+    ctx: Any, saved: tuple[Any, ...], grad: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of x, values and bias, where they are wanted."""
     by: Geometry | None = ctx.geometry
     grad_x = grad_values = grad_bias = None
     if ctx.x_needs_grad:
-        weight = _transposed_weight(ctx, () if by is None else by.kernel)
+        weight = _transposed_weight(ctx, saved, () if by is None else by.kernel)
         if by is None:
             grad_x = _op.sparse_matmul(grad, *weight, [], None, None)
         else:
             geometry = _mirrored(by, ctx.image).for_conv2d()
             grad_x = _op.sparse_conv2d(grad, *weight, [], None, None, geometry)
     if ctx.values_need_grad:
-        x, _, col_indices, crow_indices, *_ = ctx.saved_tensors
+        x, _, col_indices, crow_indices, *_ = saved
         arguments = (x, grad, col_indices, crow_indices, ctx.v)
         if by is None:
             grad_values = _op.sparse_matmul_values_grad(*arguments)
@@ -141,7 +145,7 @@ def _mirrored(by: Geometry, image: tuple[int, int]) -> Geometry:
     top, left = (
         d * (k - 1) - p for k, p, d in zip(by.kernel, by.padding, by.dilation, strict=True)
     )
-    return by._replace(stride=by.upsample, padding=(top, left), upsample=by.stride, size=image)
+    return Geometry(by.kernel, by.upsample, (top, left), by.dilation, by.stride, image)
 
 
 class Conv2d(torch.autograd.Function):
