@@ -77,8 +77,8 @@ def test_the_library_leads_to_libtorch_cuda(library):
     assert "libtorch_cuda.so" in names and "libtorch_cpu.so" in names, names
     # The runtime is linked in, and its symbols are not shared with torch's.
     assert not [name for name in names if name.startswith("libcudart")]
-    foreign = [x for x in symbols(library, "defined") if re.match(r"cuda[A-Z]|cu[A-Z]", x)]
-    assert foreign == []
+    exported = [x for x in symbols(library, "defined") if re.match(r"cuda[A-Z]|cu[A-Z]", x)]
+    assert exported == []
     assert undefined(library, library.with_name("libtorch_cuda.so")) == set()
 
 
