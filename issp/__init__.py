@@ -34,6 +34,8 @@ _LAZY = {
     "pack": "issp.deploy.pack",
 }
 _MODULES = ("data", "metrics", "models", "nn", "optim")
+# Scripts call the application's modules by these names too: `from issp import builders, config`.
+_APPLICATION = ("builders", "checkpoint", "config", "evaluate", "train")
 
 __all__ = ["backends", "data", "metrics", "models", "nn", "ops", "optim"]
 __all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "attach", "num_pruned"]
@@ -45,6 +47,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_LAZY[name]), name)
     elif name in _MODULES:
         value = importlib.import_module(f"issp.{name}")
+    elif name in _APPLICATION:
+        value = importlib.import_module(f"issp.sr.{name}")
     else:
         raise AttributeError(f"module 'issp' has no attribute {name!r}")
     globals()[name] = value
