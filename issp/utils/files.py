@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # a system without such locks: what a killed process left behind stays
+    fcntl = None  # type: ignore[assignment]
+
+# .<name>.<process>-<random>.tmp
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+# A folder of more entries is looked through only once by a process: a cache gets file after file.
+_MANY_ENTRIES = 1000
+_crowded: set[Path] = set()
 
 
 def atomic_write(
     path: str | os.PathLike, content: bytes | Callable[[BinaryIO], object], durable: bool = True
 ) -> None:
     """Writes a file beside its place and moves it there once it is complete.
+
+    What writers that were killed left in the folder is removed.
 
     Args:
         path: of the file; its folder is made when absent.
@@ -25,25 +39,65 @@ def atomic_write(
         OSError: the file cannot be written (full disk, no permission); what was there is intact.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        _remove_abandoned(path.parent)
+        with _temporary_file(path) as (temporary, file):
             if isinstance(content, bytes):
                 file.write(content)
             else:
                 content(file)
+            file.flush()
             if durable:
-                file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except OSError as error:
         raise OSError(
             error.errno, f"cannot write {path}: {error.strerror}; free space or choose a folder"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _temporary_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """An open file beside `path`, locked as long as its writer lives; removed if it is left."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                _lock(file.fileno())
+                if not temporary.exists():
+                    continue  # another process tidied up between the two lines above
+                yield temporary, file
+                return
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes the temporary files of `atomic_write` whose writer is gone."""
+    folder = folder.absolute()
+    if folder in _crowded:
+        return
+    try:
+        names = os.listdir(folder)
+    except OSError:  # writing is allowed, reading is not
+        return
+    if len(names) > _MANY_ENTRIES:
+        _crowded.add(folder)
+    for name in filter(_TEMPORARY.fullmatch, names):
+        with contextlib.suppress(OSError), open(folder / name, "r+b") as file:
+            if _lock(file.fileno()):
+                (folder / name).unlink(missing_ok=True)
+
+
+def _lock(descriptor: int) -> bool:
+    """Locks an open file if no other process has; the system unlocks it when its process ends."""
+    with contextlib.suppress(OSError):
+        if fcntl:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 def cache_folder() -> Path:

@@ -16,6 +16,9 @@ def full_disk(monkeypatch, after: int = 5) -> None:
             def __exit__(self, *_):
                 file.close()
 
+            def fileno(self):
+                return file.fileno()
+
             def write(self, content):
                 file.write(content[:after])
                 raise OSError(28, "No space left on device")

@@ -1,12 +1,44 @@
 """Files are whole or as before; the cache folder is the user's."""
 
+import contextlib
 import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from issp.utils import files
 from issp.utils.files import atomic_write, cache_folder
 from tests.utils.disk import full_disk
+
+# Writes half a file, says so, and waits to be killed.
+_SLOW_WRITER = """
+import runpy, sys, time
+
+def content(file):
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    time.sleep(600)
+
+# By its path: importing issp would import torch.
+runpy.run_path(sys.argv[1])["atomic_write"](sys.argv[2], content)
+"""
+
+
+@contextlib.contextmanager
+def slow_writer(path):
+    """A process in the middle of writing `path`."""
+    command = [sys.executable, "-c", _SLOW_WRITER, files.__file__, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("durable", [True, False])
@@ -38,6 +70,60 @@ def test_a_failing_writer_leaves_nothing(tmp_path):
     with pytest.raises(KeyError):
         atomic_write(tmp_path / "file", broken)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_write_to_its_folder(tmp_path):
+    with slow_writer(tmp_path / "1.state") as process:
+        process.send_signal(signal.SIGKILL)
+    (left,) = tmp_path.iterdir()
+    assert left.read_bytes() == b"half"
+    atomic_write(tmp_path / "2.state", b"new")
+    assert os.listdir(tmp_path) == ["2.state"]
+
+
+def test_the_file_of_a_living_writer_and_files_of_others_stay(tmp_path):
+    others = {".vimrc.tmp", "1.state.123-deadbeef.tmp", ".1.state.123-deadbeef.tmp.bak", "x.tmp"}
+    for name in others:
+        (tmp_path / name).touch()
+    with slow_writer(tmp_path / "1.state"):
+        (unfinished,) = set(os.listdir(tmp_path)) - others
+        atomic_write(tmp_path / "2.state", b"new")
+        assert set(os.listdir(tmp_path)) == {unfinished, "2.state", *others}
+        assert (tmp_path / unfinished).read_bytes() == b"half"
+
+
+def test_a_large_folder_is_looked_through_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("issp.utils.files._MANY_ENTRIES", 1)
+    abandoned = tmp_path / ".file.123-deadbeef.tmp"
+    for number in range(3):
+        abandoned.touch()
+        atomic_write(tmp_path / f"{number}", b"")
+        assert abandoned.exists() == (number == 2)
+
+
+def test_a_folder_that_cannot_be_listed_is_written_to(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    atomic_write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_a_file_that_was_tidied_up_before_its_lock_is_begun_again(tmp_path, monkeypatch):
+    lock, calls = files._lock, []
+
+    def removed_first(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 1:
+            (unfinished,) = tmp_path.iterdir()
+            unfinished.unlink()
+        return lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", removed_first)
+    atomic_write(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new" and len(calls) == 2
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_cache_folder_is_the_given_one_or_the_users(monkeypatch, tmp_path):
