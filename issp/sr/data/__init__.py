@@ -3,10 +3,12 @@
 from issp.sr.data.cache import LRCache
 from issp.sr.data.datasets import EvalDataset, ImageFolder, TrainDataset
 from issp.sr.data.images import (
+    Picture,
     image_size,
     list_images,
     mod_crop,
     read_image,
+    read_picture,
     to_image,
     to_tensor,
     write_image,
@@ -22,4 +24,5 @@ from issp.utils.files import cache_folder as default_cache_dir
 __all__ = ["EvalDataset", "ImageFolder", "PairedArrays", "PairedFolder", "TrainDataset"]
 __all__ += ["Draw", "EnlargedSampler", "LRCache", "PrepareResult", "TrainLoader", "prepare"]
 __all__ += ["image_size", "imresize", "list_images", "mod_crop", "read_image", "write_image"]
+__all__ += ["Picture", "read_picture"]
 __all__ += ["default_cache_dir", "sample_photographs", "to_image", "to_tensor"]

@@ -8,18 +8,60 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
+from issp.sr.data import containers
 from issp.sr.data.resize import check_uint8_image
 from issp.utils.errors import import_optional
 from issp.utils.files import atomic_write
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
-_TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+# Also pictures, so that a folder which holds one is not read as if it were not there.
+_OTHER_PICTURES = (
+    ".jpe",
+    ".jfif",
+    ".dib",
+    ".pbm",
+    ".pnm",
+    ".jp2",
+    ".tga",
+    ".avif",
+    ".heic",
+    ".heif",
+)
+# Pillow would read the small preview in them.
+_CAMERA_RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
+_TRANSPOSED = (5, 6, 7, 8)  # orientations that swap height and width
+_TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_ORIENTATION = 256, 257, 258, 274
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError)
+_DECODE_ERRORS += (struct.error, zlib.error)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image file, and what a file made from it may keep.
+
+    Attributes:
+        rgb: [H, W, 3] uint8 by the rules of `read_image`, upright.
+        alpha: [H, W] uint8, upright; None where the file has no transparency.
+        is_grey: stored without colour.
+        bits: per sample in the file: 16, or 8 for 8 and less.
+        frames: of an animation or pages; 1 for a plain image.
+        icc_profile, exif: as the file holds them; the orientation in `exif` is that of `rgb`.
+    """
+
+    rgb: np.ndarray
+    alpha: np.ndarray | None
+    is_grey: bool
+    bits: int
+    frames: int
+    icc_profile: bytes | None
+    exif: bytes | None
 
 
 def read_image(path: str | os.PathLike, min_side: int = 1) -> np.ndarray:
@@ -27,7 +69,9 @@ def read_image(path: str | os.PathLike, min_side: int = 1) -> np.ndarray:
 
     Rules: grey is replicated to three channels; a palette is expanded; alpha is dropped and the
     colour below it kept as stored (no blending); 16-bit samples keep their upper 8 bits; CMYK and
-    the like are converted; EXIF orientation is applied; of several frames the first is taken.
+    the like are converted without a colour profile; EXIF (or XMP) orientation is applied; of
+    several frames the first is taken. Broken or large metadata and whatever follows the pixels are
+    no obstacle; pixels that are cut short or whose checksum is wrong are.
 
     Args:
         path: file to read.
@@ -42,6 +86,7 @@ def read_image(path: str | os.PathLike, min_side: int = 1) -> np.ndarray:
             than ``min_side``.
         ImportError: Pillow is missing.
     """
+    path = Path(path).expanduser()
     img = decode_image(read_bytes(path), path)
     if min(img.shape[:2]) < min_side:
         height, width = img.shape[:2]
@@ -59,19 +104,47 @@ def decode_image(data: bytes, name: str | os.PathLike) -> np.ndarray:
         data: content of the file.
         name: of the image in error messages.
     """
-    with _opened(data, name) as image:
-        from PIL import ImageOps
+    with _opened(io.BytesIO(data), name) as (image, parts):
+        return _to_rgb(_upright(image, parts), name)
 
-        return _to_rgb(ImageOps.exif_transpose(image), name)
+
+def read_picture(path: str | os.PathLike) -> Picture:
+    """Read an image file with what a copy of it may keep; rules and errors as in `read_image`."""
+    path = Path(path).expanduser()
+    with _opened(io.BytesIO(read_bytes(path)), path) as (image, parts):
+        frames = max(parts.frames, getattr(image, "n_frames", 1))
+        bits = parts.bits or _bits(image)
+        exif = parts.exif or image.info.get("exif")
+        icc_profile = parts.icc_profile or image.info.get("icc_profile")
+        image = _upright(image, parts)
+        alpha = None
+        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            alpha = np.array(image.convert("RGBA"))[:, :, 3].copy()
+        return Picture(
+            rgb=_to_rgb(image, path),
+            alpha=alpha,
+            is_grey=image.mode.startswith(("1", "L", "I")) and image.mode != "LAB",
+            bits=16 if bits > 8 else 8,
+            frames=frames,
+            icc_profile=icc_profile,
+            exif=containers.upright(exif) if exif else None,
+        )
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Height and width in pixels from the file's header; rules and errors as in `read_image`."""
-    # Opened by name, not read into memory: the header needs one small read.
-    with _opened(None, path) as image:
+    """Height and width (upright) from the file's header; rules and errors as in `read_image`."""
+    path = Path(path).expanduser()
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "rb"))
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        image, parts = stack.enter_context(_opened(file, path, whole=False))
         width, height = image.size
-        transposed = image.getexif().get(0x0112) in _TRANSPOSED
-    return (width, height) if transposed else (height, width)
+        if hasattr(image, "tag_v2"):  # releases of Pillow differ in what they call a TIFF's size
+            width, height = image.tag_v2[_TIFF_WIDTH], image.tag_v2[_TIFF_HEIGHT]
+        turned = _orientation(image, parts) in _TRANSPOSED
+    return (width, height) if turned else (height, width)
 
 
 def write_image(path: str | os.PathLike, img: np.ndarray, compress_level: int = 6) -> None:
@@ -107,7 +180,8 @@ def write_image(path: str | os.PathLike, img: np.ndarray, compress_level: int = 
 def list_images(folder: str | os.PathLike) -> list[Path]:
     """Image files directly in ``folder``, sorted by name.
 
-    Hidden files and files of other kinds (a README, a thumbnail database) are skipped.
+    Hidden files, folders and files of other kinds (a README, a thumbnail database) are skipped. A
+    picture that cannot be read is listed: reading it says why.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -118,13 +192,18 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"there is no file or folder {folder}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; a folder of images is needed")
-    files = sorted(f for f in folder.iterdir() if f.is_file() and not f.name.startswith("."))
-    images = [f for f in files if f.suffix.lower() in SUFFIXES]
+    files = sorted(f for f in folder.iterdir() if _is_listed(f))
+    images = [f for f in files if f.suffix.lower() in (*SUFFIXES, *_OTHER_PICTURES, *_CAMERA_RAW)]
     if not images:
         content = f"it holds {files[0].name}" if files else "it holds no files"
         suffixes = ", ".join(SUFFIXES)
         raise ValueError(f"folder {folder} has no images ({content}; suffixes: {suffixes})")
     return images
+
+
+def _is_listed(file: Path) -> bool:
+    dangling = file.is_symlink() and not file.exists()
+    return not file.name.startswith(".") and (file.is_file() or dangling)
 
 
 def mod_crop(img: np.ndarray, scale: int) -> np.ndarray:
@@ -164,25 +243,34 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     """Content of an image file; errors as in :func:`read_image`."""
     try:
         return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise _absent(path) from None
     except OSError as error:
-        raise ValueError(f"cannot read image {path}: {error.strerror}") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str | os.PathLike, error: OSError) -> Exception:
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"there is no image file {path}")
+    return ValueError(f"cannot read image {path}: {error.strerror}")
 
 
 @contextlib.contextmanager
-def _opened(data: bytes | None, name: str | os.PathLike) -> Iterator:
-    """Pillow image of ``data``, or of the file ``name``; every error becomes one sentence."""
+def _opened(
+    file: BinaryIO, name: str | os.PathLike, whole: bool = True
+) -> Iterator[tuple[Any, containers.Parts]]:
+    """Pillow image of a file, and the file's other parts; every error becomes one sentence."""
     pillow = import_optional("PIL.Image", "Pillow", "image files")
-    try:
-        size = len(data) if data is not None else os.stat(name).st_size
-    except FileNotFoundError:
-        raise _absent(name) from None
-    if size == 0:
+    suffix = Path(name).suffix.lower()
+    if suffix in _CAMERA_RAW:
+        raise ValueError(f"image {name} is a camera's raw file; convert it to PNG or TIFF")
+    if not file.read(1):
         raise ValueError(f"image {name} is empty (0 bytes); replace or remove it")
+    file.seek(0)
     try:
-        with pillow.open(io.BytesIO(data) if data is not None else name) as image:
-            yield image
+        parts = containers.take_apart(file, whole)
+        file.seek(0)
+        source = io.BytesIO(parts.pixels) if parts else file
+        with pillow.open(source) as image:
+            yield image, parts or containers.Parts(b"")
     except pillow.UnidentifiedImageError:
         raise ValueError(f"{name} is not an image that can be read; replace or remove it") from None
     except pillow.DecompressionBombError:
@@ -194,15 +282,43 @@ def _opened(data: bytes | None, name: str | os.PathLike) -> Iterator:
         raise ValueError(f"image {name} is damaged or cut short ({reason}); replace it") from None
 
 
-def _absent(path: str | os.PathLike) -> FileNotFoundError:
-    return FileNotFoundError(f"there is no image file {path}")
-
-
 class _Unsupported(Exception):
     """A readable image of a kind which has no 8-bit RGB form."""
 
 
-def _to_rgb(image, name: str | os.PathLike) -> np.ndarray:
+def _orientation(image: Any, parts: containers.Parts) -> int:
+    if hasattr(image, "tag_v2"):
+        return image.tag_v2.get(_TIFF_ORIENTATION, 1)
+    info = image.info
+    return containers.orientation(parts.exif or info.get("exif"), parts.xmp or info.get("xmp"))
+
+
+def _upright(image: Any, parts: containers.Parts) -> Any:
+    """The image turned as its orientation says; Pillow itself turns TIFF images."""
+    from PIL.Image import Transpose
+
+    image.load()
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    turn = None if hasattr(image, "tag_v2") else turns.get(_orientation(image, parts))
+    return image if turn is None else image.transpose(turn)
+
+
+def _bits(image: Any) -> int:
+    """Bits per sample, of a format that Pillow alone knows."""
+    if hasattr(image, "tag_v2"):
+        return max(image.tag_v2.get(_TIFF_BITS, (8,)))
+    return 16 if image.mode.startswith("I") else 8
+
+
+def _to_rgb(image: Any, name: str | os.PathLike) -> np.ndarray:
     if image.mode.startswith(("I", "F")):
         wide = np.asarray(image)
         if image.mode == "F" or wide.min() < 0 or wide.max() > 65_535:
@@ -211,8 +327,10 @@ def _to_rgb(image, name: str | os.PathLike) -> np.ndarray:
             )
         grey = (wide >> 8).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "LAB":
+        raise _Unsupported(f"image {name} has {image.mode} colours; save it as 8-bit RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # straight to RGB warns about the transparency
-    if image.mode in ("RGBA", "LA"):
+    if image.mode in ("RGBA", "LA", "PA"):
         return np.array(image.convert("RGBA"))[:, :, :3].copy()
     return np.array(image.convert("RGB"))
