@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from issp.sr.models import layers
 from issp.sr.models.base import configured
+from issp.sr.models.derived import DerivedBuffers
 from issp.sr.models.layers import FULL, Size, conv3x3
 from issp.sr.models.transformer import (
     ResidualGroup,
@@ -41,7 +42,7 @@ def _norm_relu_linear(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(inputs), nn.ReLU(), nn.Linear(inputs, outputs))
 
 
-class RectangleAttention(nn.Module):
+class RectangleAttention(DerivedBuffers):
     """Attention in rectangular windows over half of the channels.
 
     Args:
@@ -58,10 +59,16 @@ class RectangleAttention(nn.Module):
         self.heads = heads
         self.scale = scale or (dim // heads) ** -0.5
         self.attn_drop = attn_drop
-        if FULL not in window:
-            self.register_buffer("rpe_biases", layers.relative_offsets(window))
-            self.register_buffer("relative_position_index", layers.relative_position_index(window))
+        self.register_derived()
         self.pos = DynamicPositionBias(dim // 4, heads)
+
+    def derive(self, device: str | None = "cpu") -> dict[str, Tensor]:
+        if FULL in self.window:
+            return {}
+        return {
+            "rpe_biases": layers.relative_offsets(self.window, device),
+            "relative_position_index": layers.relative_position_index(self.window, device),
+        }
 
     def forward(self, qkv: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within windows: qkv [B, H, W, 3, C], mask [nW, N, N] or None -> [B, H, W, C]."""

@@ -3,6 +3,8 @@
 Tokens are kept as images [B, H, W, C] throughout; windows are [B, nW, N, C] with N = h * w tokens.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -158,6 +160,26 @@ def shift_mask(size: Size, window: Size, shift: Size, device=None, dtype=None) -
     region = partition(region[None, :, :, None], window)[0, :, :, 0]
     mask = torch.zeros(*region.shape, region.shape[-1], device=device, dtype=dtype)
     return mask.masked_fill_(region[:, :, None] != region[:, None, :], -100.0)
+
+
+def sizes_of_masks(shape: tuple[int, ...], window: Size) -> list[Size]:
+    """The image sizes (height, width) whose masks have a shape [nW, N, N].
+
+    Args:
+        shape: of the masks.
+        window: as in `span`; with a FULL side the image is square.
+    """
+    if len(shape) != 3 or shape[1] != shape[2] or 0 in shape:
+        return []
+    count, tokens, _ = shape
+    if FULL in window:
+        side = math.isqrt(count * tokens)
+        sizes = [(side, side)]
+    else:
+        rows = [n for n in range(1, math.isqrt(count) + 1) if count % n == 0]
+        rows += [count // n for n in rows]
+        sizes = [(n * window[0], count // n * window[1]) for n in sorted(set(rows))]
+    return [size for size in sizes if math.prod(span(window, size)) == tokens]
 
 
 def relative_offsets(window: Size, device=None) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from issp.sr.models import layers
 from issp.sr.models.base import configured
+from issp.sr.models.derived import DerivedBuffers
 from issp.sr.models.layers import Size, conv3x3
 from issp.sr.models.transformer import (
     ResidualGroup,
@@ -16,7 +17,7 @@ from issp.sr.models.transformer import (
 )
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(DerivedBuffers):
     """Multi-head attention in square windows with a learned relative position bias.
 
     Args:
@@ -28,16 +29,19 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim, window, heads, qkv_bias, scale, attn_drop, proj_drop):
         super().__init__()
+        self.window = (window, window)
         self.heads = heads
         self.scale = scale or (dim // heads) ** -0.5
         self.attn_drop = attn_drop
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        index = layers.relative_position_index((window, window))
-        self.register_buffer("relative_position_index", index)
+        self.register_derived()
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    def derive(self, device: str | None = "cpu") -> dict[str, Tensor]:
+        return {"relative_position_index": layers.relative_position_index(self.window, device)}
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within windows: x [B, nW, N, C], mask [nW, N, N] or None -> [B, nW, N, C]."""

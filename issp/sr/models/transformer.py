@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 
 from issp.sr.models import layers
 from issp.sr.models.base import DIV2K_MEAN, SuperResolver
+from issp.sr.models.derived import DerivedBuffers, is_close
 from issp.sr.models.layers import Size, conv3x3
 from issp.utils.text import suggest
 
@@ -14,7 +15,7 @@ from issp.utils.text import suggest
 NUM_FEAT = 64
 
 
-class WindowBlock(nn.Module):
+class WindowBlock(DerivedBuffers):
     """A transformer block over windows, which may be shifted; it begins with the mask buffers.
 
     `forward` takes tokens [B, H, W, C] and, if the windows are shifted, the masks [nW, N, N].
@@ -34,16 +35,29 @@ class WindowBlock(nn.Module):
         super().__init__()
         self.resolution, self.windows, self.shifts = resolution, windows, shifts
         self.shifted = any(side > 0 for shift in shifts for side in shift)
-        masks = self.make_masks(resolution) if self.shifted else [None] * len(windows)
-        for name, mask in zip(self.mask_names, masks, strict=True):
-            self.register_buffer(name, mask)
+        self.register_derived()
 
     def make_masks(self, size: Size, device=None, dtype=None) -> list[Tensor]:
         """Masks for an image size."""
-        return [
-            layers.shift_mask(size, layers.span(window, size), shift, device, dtype)
-            for window, shift in zip(self.windows, self.shifts, strict=True)
-        ]
+        return [self._mask(i, size, device, dtype) for i in range(len(self.windows))]
+
+    def _mask(self, which: int, size: Size, device=None, dtype=None) -> Tensor:
+        window = layers.span(self.windows[which], size)
+        return layers.shift_mask(size, window, self.shifts[which], device, dtype)
+
+    def derive(self, device: str | None = "cpu") -> dict[str, Tensor]:
+        """The masks of `resolution`; windows that are not shifted need none."""
+        if not self.shifted:
+            return {}
+        return dict(zip(self.mask_names, self.make_masks(self.resolution, device), strict=True))
+
+    def agrees(self, name: str, saved: Tensor, derived: Tensor) -> bool:
+        """Whether a saved mask is that of the windows and shifts here, for any image size."""
+        if is_close(saved, derived):
+            return True
+        which = self.mask_names.index(name)
+        sizes = layers.sizes_of_masks(tuple(saved.shape), self.windows[which])
+        return any(is_close(saved, self._mask(which, size, "cpu")) for size in sizes)
 
 
 class ResidualGroup(nn.Module):
