@@ -17,6 +17,7 @@ from issp.deploy.report import Line, PackReport
 from issp.nn import module_swap, selection
 from issp.nn.convert import NO_ZEROS, dense_reason, from_dense
 from issp.nn.layers import SparseLayer
+from issp.nn.names import unwrap
 from issp.ops.keep import Keep
 from issp.ops.validation import DTYPES
 
@@ -93,7 +94,7 @@ def pack(
     if _device(model) not in ROWS_PER_BLOCK:
         raise ValueError(f"the model is on {_device(model)}: move it to the CPU or a CUDA device")
     # The model is a child, so that it can itself be the layer that is replaced.
-    root = nn.Sequential(copy.deepcopy(selection.unwrap(model)))
+    root = nn.Sequential(copy.deepcopy(unwrap(model)))
     modes = {module: module.training for module in root.modules()}
     root.eval()
     lines, replacements = _pack_layers(

@@ -8,6 +8,7 @@ from torch import nn
 
 from issp.nn import module_swap, selection
 from issp.nn.layers import NMConv2d, NMLinear, SparseConv2d, SparseLayer, SparseLinear
+from issp.nn.names import named_modules
 from issp.ops.keep import Keep
 
 NO_ZEROS = "no weight is zero (masks are made final by pruner.finalize())"
@@ -55,9 +56,11 @@ def convert(
             sparse[layer.name] = from_dense(layer.module, keep, v, mask, sparsity)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{layer.name}: {error}") from None
+    modules = named_modules(model)
     for name, module in sparse.items():
-        module_swap.transfer_hooks(model.get_submodule(name), module)
-        model.set_submodule(name, module)
+        module_swap.transfer_hooks(modules[name], module)
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, module)
     return dense
 
 

@@ -7,17 +7,11 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from issp.nn.names import named_modules, plain_pattern
 from issp.ops import validation
 from issp.ops.keep import Keep
-
-_WRAPPERS = (
-    nn.parallel.DistributedDataParallel,
-    nn.parallel.DataParallel,
-    torch.optim.swa_utils.AveragedModel,
-)
 
 
 @dataclass
@@ -25,7 +19,7 @@ class Layer:
     """One pruned weight.
 
     Args:
-        name: name of its module, as in `model.named_modules()`; of tied weights, the first.
+        name: name of its module, as in `names.named_modules`; of tied weights, the first.
         module: the module that owns the parameter `weight`.
         target: sparsity in 0..1, or the N:M pattern.
         aliases: names of the other modules that share this very parameter.
@@ -46,19 +40,6 @@ class Layer:
         return weight
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel, torch.compile and averaged models.
-
-    Their prefixes ("module.", "_orig_mod.") would otherwise stand in every name.
-    """
-    while True:
-        compiled = getattr(model, "_orig_mod", None)
-        inner = model.module if isinstance(model, _WRAPPERS) else compiled
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
 def select(
     model: nn.Module,
     types: type | tuple[type, ...],
@@ -66,10 +47,10 @@ def select(
     overrides: Mapping[str, float | Keep],
     sparsity: float | Keep,
 ) -> list[Layer]:
-    """The layers to prune, in the order of `model.named_modules()`, tied weights once.
+    """The layers to prune, in the order of `names.named_modules`, tied weights once.
 
     Args:
-        model: unwrapped model.
+        model: with or without wrappers.
         types: module classes whose `weight` is pruned.
         exclude: name patterns: a glob ("body.*.conv1"), or "re:" and a regular expression for the
             whole name. One that matches a container holds for everything inside it.
@@ -85,7 +66,7 @@ def select(
     for value in (sparsity, *overrides.values()):
         if not isinstance(value, Keep) and not 0.0 <= value <= 1.0:
             raise ValueError(f"sparsity is {value}: it must lie in 0..1, or be an issp.Keep")
-    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    modules = named_modules(model)
     excluded = set().union(*(match_names(name, modules, "exclude") for name in exclude))
     eligible = {name: m for name, m in modules.items() if isinstance(m, types)}
     # A weight that is excluded under one of its names is excluded.
@@ -154,6 +135,9 @@ def indivisible_reason(weight: Tensor, keep: Keep) -> str:
 def match_names(name_pattern: str, names: Collection[str], argument: str) -> set[str]:
     """The names of modules that a name pattern selects, with everything inside of them.
 
+    A name pattern that matches none may have been read from a wrapped model: the parts of wrappers
+    are then left out of it.
+
     Args:
         name_pattern: a glob, or "re:" and a regular expression for the whole name.
         names: of all modules of the model.
@@ -162,6 +146,13 @@ def match_names(name_pattern: str, names: Collection[str], argument: str) -> set
     Raises:
         ValueError: no regular expression, or one that matches no name.
     """
+    hit = _hit(name_pattern, names, argument) or _hit(plain_pattern(name_pattern), names, argument)
+    if not hit:
+        raise ValueError(f'{argument}: "{name_pattern}" matches no module of the model')
+    return {n for n in names if n in hit or any(n.startswith(f"{h}.") for h in hit)}
+
+
+def _hit(name_pattern: str, names: Collection[str], argument: str) -> set[str]:
     is_expression = name_pattern.startswith("re:")
     try:
         expression = re.compile(
@@ -171,12 +162,9 @@ def match_names(name_pattern: str, names: Collection[str], argument: str) -> set
         raise ValueError(
             f'{argument}: "{name_pattern}" is no regular expression: {error}'
         ) from None
-    hit = {
+    return {
         n for n in names if n and (expression.fullmatch(n) or expression.fullmatch(f"{n}.weight"))
     }
-    if not hit:
-        raise ValueError(f'{argument}: "{name_pattern}" matches no module of the model')
-    return {n for n in names if n in hit or any(n.startswith(f"{h}.") for h in hit)}
 
 
 def _once(modules: Mapping[str, nn.Module], targets: Mapping[str, float | Keep]) -> list[Layer]:

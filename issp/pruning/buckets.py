@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from issp import ops
-from issp.nn.selection import Layer, unwrap
+from issp.nn.names import named_modules
+from issp.nn.selection import Layer
 from issp.ops import ShrinkState, reference
 from issp.ops.keep import Keep
 from issp.ops.schemas import mask_words
@@ -383,7 +384,7 @@ class WeightBuckets:
             raise
 
     def _set_modules(self, model: nn.Module) -> None:
-        modules = dict(unwrap(model).named_modules(remove_duplicate=False))
+        modules = named_modules(model)
         for layer in self.layers:
             weight = getattr(modules.get(layer.name), "_parameters", {}).get("weight")
             if weight is None or weight.shape != layer.weight.shape:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from issp.nn.names import matched
 from issp.nn.selection import Layer
 
 
@@ -13,8 +14,8 @@ class EMAWeights:
     """Looks the averaged weights up by name, anew each time: updates may replace the tensors.
 
     Args:
-        source: a module with the model's names (also inside `.module`, as torch's AveragedModel has
-            it), or a dict from parameter name to tensor.
+        source: a module with the model's names, or a dict from parameter name to tensor; wrappers
+            of the average, or of the model that it was made from, may stand in the names.
         layers: the pruned layers; the average must have all of them.
 
     Raises:
@@ -35,13 +36,11 @@ class EMAWeights:
         """The averaged weight of every layer, in their order."""
         source = self._source
         if isinstance(source, nn.Module):
-            while isinstance(inner := getattr(source, "module", None), nn.Module):
-                source = inner
             source = dict(source.named_parameters(remove_duplicate=False))
-        averages = []
-        for layer in layers:
-            name = f"{layer.name}.weight" if layer.name else "weight"
-            tensor = source.get(name, source.get(f"module.{name}"))
+        names = [f"{layer.name}.weight" if layer.name else "weight" for layer in layers]
+        by_name, averages = matched(source, names), []
+        for layer, name in zip(layers, names, strict=True):
+            tensor = by_name.get(name)
             if tensor is None or tensor.shape != layer.weight.shape:
                 raise ValueError(
                     f"ema has no {name} of shape {tuple(layer.weight.shape)}: it must average the "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from issp.nn.selection import Layer, select, unwrap
+from issp.nn.selection import Layer, select
 from issp.ops.keep import Keep
 from issp.pruning import methods
 from issp.pruning import state as saved_state
@@ -46,7 +46,8 @@ def attach(
     has it (`add_param_group` may bring it later). Parameter names of the model do not change.
 
     Args:
-        model: as it is trained, DistributedDataParallel and torch.compile wrappers included.
+        model: as it is trained, wrappers included: the names of layers are those inside of them
+            (DistributedDataParallel, torch.compile, Fabric, averaged models, in any order).
         opt: its optimizer, or a list: then a weight is shrunk after its own optimizer's step, and
             the first one counts the steps. None: call `pruner.step()` yourself.
         sparsity: share of each layer's weights to prune, 0..1; without it 0.95, or where the
@@ -81,7 +82,7 @@ def attach(
         raise ValueError(f"sparsity is {sparsity} beside pattern {pattern}: give one of them")
     sparsity = final_sparsity(sparsity, schedule, freeze_at, from_zeros)
     target = sparsity if pattern is None else pattern
-    layers = select(unwrap(model), types, exclude, overrides or {}, target)
+    layers = select(model, types, exclude, overrides or {}, target)
     pruner = Pruner(
         model,
         as_list(opt),
