@@ -1,8 +1,10 @@
 """torch's Adam, AdamW and SGD whose step prunes as well: update and shrink in one pass.
 
 Arguments, defaults, `param_groups` and `state_dict` are torch's; states load both ways. With a
-pruner attached, a parameter group costs one op call per step; without one, and for what the op does
-not take, the step is torch's own and `report` says why.
+pruner attached, a parameter group costs one op call per step. Without one, and for what the op does
+not take (other dtypes, sparse gradients, amsgrad, ...), the step is that of torch's class with the
+same options, and `report` says why: torch's default, or its fused or foreach kernels where the
+parameter group asks for them.
 
 Differences from torch's fused optimizers: gradients scaled by a GradScaler are unscaled on the fly,
 not in place; float32 weights may have bfloat16 gradients (`p.grad_dtype = torch.bfloat16`); moments

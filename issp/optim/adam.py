@@ -32,6 +32,8 @@ class _AdamStep(FusedStep):
             return "amsgrad"
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
             return "betas are tensors"
+        if group["capturable"] and not group["fused"] and _any_on_cpu(group["params"]):
+            return "capturable on a CPU"  # an error of torch's default step
         return super()._fallback_reason(group)
 
     def _states_are_current(self, group: dict[str, Any], plan: FusedStepPlan) -> bool:
@@ -54,16 +56,16 @@ class _AdamStep(FusedStep):
                     state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         states = [self.state[p] for p in plan.weights]
         for t, (p, state) in enumerate(zip(plan.weights, states, strict=True)):
-            if state.keys() != set(_STATE_NAMES):
-                raise UnsupportedByFusedOp(f"the state holds {', '.join(state)}")
+            # Others may keep entries of their own there, as wrapping optimizers do.
+            if not state.keys() >= set(_STATE_NAMES):
+                raise UnsupportedByFusedOp(f"the state holds only {', '.join(state)}")
             for name in _MOMENTS:
                 plan.match_layout_(state, name, t)
             step = state["step"]
-            expected = (torch.float32, 1, p.device)
-            if not isinstance(step, Tensor) or (step.dtype, step.numel(), step.device) != expected:
-                raise UnsupportedByFusedOp(
-                    "the state's step is no float32 number on the weight's device"
-                )
+            if not isinstance(step, Tensor) or step.numel() != 1:
+                raise UnsupportedByFusedOp("the state's step is no number in a tensor")
+            # torch's default step counts on the CPU, and in torch's default dtype.
+            state["step"] = step.to(p.device, torch.float32)
         plan.bind_states(states, _STATE_NAMES)
 
     def _launch(
@@ -89,6 +91,10 @@ class _AdamStep(FusedStep):
             grad_scale=step_args.grad_scale,
         )
         ops.adam_soft_shrink_(*args, *prune_args)
+
+
+def _any_on_cpu(params: list[Tensor]) -> bool:
+    return any(p.device.type == "cpu" for p in params)
 
 
 class Adam(_AdamStep, torch.optim.Adam):

@@ -35,7 +35,7 @@ def no_state(device: torch.device) -> PruneState:
     integers = torch.empty(0, dtype=torch.int64, device=device)
     return PruneState(
         k=integers,
-        thresholds=torch.empty(0, device=device),
+        thresholds=torch.empty(0, dtype=torch.float32, device=device),
         masks=torch.empty(0, dtype=torch.int32, device=device),
         flips=integers.clone(),
         scratch=torch.zeros(SCRATCH_HEADER, dtype=torch.int32, device=device),

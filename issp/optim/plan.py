@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from issp.ops.validation.pruning import check_no_overlap, numbered
 from issp.optim.arguments import PruneState, no_state
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.memory_order import memory_order, permuted, pointers
@@ -17,7 +18,8 @@ GRAD_DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
 
 
-_kind = operator.attrgetter("shape", "dtype", "device")
+_kind = operator.attrgetter("shape", "dtype", "device", "layout")
+_grad_kind = operator.attrgetter("dtype", "layout")
 
 
 class UnsupportedByFusedOp(Exception):
@@ -72,6 +74,7 @@ class FusedStepPlan:
             raise UnsupportedByFusedOp("a weight is a view with gaps or overlaps in memory")
         self._all_contiguous = not any(self._orders)
         _check_grads(self.weights)
+        self._grad_kinds = list(map(_grad_kind, self.grads()))
         self.prune_state = self._prune_state()
         # What the plan depends on; see `is_current`.
         self._params = list(params)
@@ -94,8 +97,8 @@ class FusedStepPlan:
         """Whether nothing has changed that the plan was made from, the optimizer's state aside.
 
         That is: the bucket, the parameters, their memory (of the pruned ones the bucket compares
-        it), and which of them have gradients. The memory order of the gradients is none of it, see
-        `grad_views`. A gradient's dtype can change too, but torch's step refuses what the op does.
+        it), which of them have gradients, and of which dtype and layout. The memory order of the
+        gradients is none of it, see `grad_views`.
         """
         return (
             self.bucket is bucket
@@ -104,6 +107,7 @@ class FusedStepPlan:
             and same_objects(self._params, params)
             and pointers(self._outside_bucket) == self._pointers
             and len(grads) == len(self.weights)
+            and list(map(_grad_kind, grads)) == self._grad_kinds
             and all(p.grad is None for p in self._untrained)
         )
 
@@ -112,15 +116,10 @@ class FusedStepPlan:
         return [grad for w in self.weights if (grad := w.grad) is not None]
 
     def grad_views(self, grads: list[Tensor]) -> list[Tensor]:
-        """The gradients as the op takes them; those in another memory order are copied.
-
-        Raises:
-            UnsupportedByFusedOp: a gradient that is not strided.
-        """
+        """The gradients as the op takes them; those in another memory order are copied."""
         views = self.contiguous_views(grads)
         if all(map(Tensor.is_contiguous, views)):
             return views
-        _check_grads(self.weights)
         return self.contiguous_views(
             [
                 grad if view.is_contiguous() else _in_layout_of(weight, grad)
@@ -183,6 +182,10 @@ def _check_weights(weights: Sequence[Tensor]) -> None:
             raise UnsupportedByFusedOp(f"weights on {weight.device.type}")
         if weight.numel() == 0:
             raise UnsupportedByFusedOp("an empty weight")
+    try:
+        check_no_overlap(numbered(weights, "weights"), [])
+    except ValueError as error:
+        raise UnsupportedByFusedOp(str(error)) from None
 
 
 def _check_grads(weights: Sequence[Tensor]) -> None:

@@ -12,14 +12,19 @@ from torch.optim import Optimizer
 
 from issp.ops import backends
 from issp.ops.arguments import PruneArgs
+from issp.ops.validation.pruning import DTYPES
 from issp.optim.arguments import StepArgs
-from issp.optim.plan import DEVICES, FusedStepPlan, UnsupportedByFusedOp, same_objects
+from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp, same_objects
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.prune_step import BeginStep, PruneStep
 
 T = TypeVar("T")
 
 _NO_PRUNER = "no pruner is attached: issp.attach(model, optimizer)"
+# What GradScaler sets as attributes of an optimizer whose step unscales gradients.
+_SCALING = ("grad_scale", "found_inf")
+# Numbers that torch also takes as tensors, and the op does not.
+_NUMBERS = ("weight_decay", "momentum", "dampening", "eps")
 _SHRUNK_AFTERWARDS = "a pruned weight has no gradient: shrunk after the update"
 
 
@@ -73,42 +78,27 @@ class FusedStep(Optimizer):
         self._plans, self._fallback_reasons, self._state_dicts = {}, {}, []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch's SGD takes the absence of `fused` in an old state for False.
+        for group in state["param_groups"]:
+            group.setdefault("fused", None)
         super().__setstate__(state)
-        for group in self.param_groups:
-            self._choose_fused(group)
-            # A state saved by a step that was not fused has its counters on the CPU.
-            for p in group["params"] if group["fused"] else ():
-                step = self.state.get(p, {}).get("step")
-                if isinstance(step, Tensor):
-                    self.state[p]["step"] = step.to(p.device, torch.float32)
         self._forget_plans()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; a group that leaves `fused` open gets torch's fused kernels if they fit."""
+        """As torch's."""
         super().add_param_group(param_group)
-        self._choose_fused(self.param_groups[-1])
-        if len(self.param_groups) == 1:  # called by the constructor
-            self._forget_plans()
+        self._forget_plans()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        # GradScaler leaves unscaling and overflow to the step only if every group can do that.
-        return all(group["fused"] for group in self.param_groups)
+        # GradScaler leaves unscaling and overflow to the step only if the op does all of it.
+        return self._begin_step is not None and not any(
+            map(self._fallback_reason, self.param_groups)
+        )
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, value: bool) -> None:
-        """torch's constructor sets it; the parameter groups alone decide."""
-
-    @staticmethod
-    def _choose_fused(group: dict[str, Any]) -> None:
-        if group["fused"] is not None or group["foreach"] or group["differentiable"]:
-            return
-        params = group["params"]
-        supported = all(p.is_floating_point() and p.device.type in DEVICES for p in params)
-        # On a CPU, capturable is an error of torch's, which its fused step would hide.
-        on_cpu = any(p.device.type == "cpu" for p in params)
-        if supported and not (group.get("capturable") and on_cpu):
-            group["fused"] = True
+        """torch's constructor sets it; the pruner and the parameter groups decide."""
 
     def attach_pruner(self, begin_step: BeginStep) -> bool:
         """See `issp.pruning.prune_step.PruningOptimizer`."""
@@ -175,16 +165,27 @@ class FusedStep(Optimizer):
         """Torch's refusal to be captured in a graph; SGD has none."""
 
     def _torch_step(self, groups: list[dict[str, Any]]) -> None:
-        """torch's step, without the hooks that surround ours, on some of the groups."""
+        """torch's step, without the hooks that surround ours, on some of the groups.
+
+        What GradScaler has left to the step is done before it: torch's default step cannot do it.
+        """
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf.item() != 0:
+            return
+        scale = getattr(self, "grad_scale", None)
+        if scale is not None:
+            _unscale_(groups, scale)
         step: Any = self._torch.step
         while getattr(step, "hooked", False):
             step = step.__wrapped__
+        scaling = {x: self.__dict__.pop(x) for x in _SCALING if x in self.__dict__}
         all_groups = self.param_groups
         self.param_groups = groups
         try:
             step(self)
         finally:
             self.param_groups = all_groups
+            self.__dict__.update(scaling)
 
     def _update(self, prune_step: PruneStep) -> tuple[WeightBucket, ...]:
         """Steps every parameter group; returns the buckets that are still to be shrunk."""
@@ -260,7 +261,7 @@ class FusedStep(Optimizer):
 
     def _step_args(self, group: dict[str, Any], plan: FusedStepPlan) -> StepArgs:
         device, lr = plan.weights[0].device, group["lr"]
-        on_device = isinstance(lr, Tensor) and lr.device == device
+        on_device = isinstance(lr, Tensor) and lr.device == device and lr.dtype in DTYPES
         scale = getattr(self, "grad_scale", None)
         if scale is not None:
             scale = scale.to(device, torch.float32, non_blocking=True)
@@ -274,12 +275,15 @@ class FusedStep(Optimizer):
 
     def _fallback_reason(self, group: dict[str, Any]) -> str:
         """Why the op does not take the options of a group; "" if it does."""
-        if not group["fused"]:
-            return f"fused is {group['fused']}"
+        for name in ("fused", "foreach"):
+            # Whoever sets one of them, but not fused to True, asks for a certain step of torch's.
+            if not group["fused"] and group[name] is not None:
+                return f"{name} is {group[name]}"
         if group["differentiable"]:
             return "differentiable"
-        if isinstance(group["weight_decay"], Tensor):
-            return "weight_decay is a tensor"
+        for name in _NUMBERS:
+            if isinstance(group.get(name), Tensor):
+                return f"{name} is a tensor"
         if isinstance(group["lr"], Tensor) and group["lr"].requires_grad:
             return "lr requires a gradient"
         return ""
@@ -301,3 +305,16 @@ class FusedStep(Optimizer):
     ) -> None:
         """Calls the op."""
         raise NotImplementedError
+
+
+@torch.no_grad()
+def _unscale_(groups: list[dict[str, Any]], scale: Tensor) -> None:
+    """Divides the gradients by GradScaler's scale, in place and as it does so itself."""
+    inverse = scale.double().reciprocal().float()
+    for group in groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                values = p.grad._values() if p.grad.is_sparse else p.grad
+                flag = torch.zeros(1, dtype=torch.float32, device=values.device)
+                factor = inverse.to(values.device)
+                torch._amp_foreach_non_finite_check_and_unscale_([values], flag, factor)

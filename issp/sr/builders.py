@@ -121,7 +121,7 @@ def validation_sets(config: Config) -> dict[str, data.EvalDataset]:
 def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """`train.optim_g` over all parameters that learn; it prunes within its step.
 
-    Without a pruner, and for what the fused op does not take, it steps as torch's fused optimizers.
+    Without a pruner, and for what the fused op does not take, it steps as torch's optimizers do.
     """
     options = config.train.optim_g
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -239,10 +239,16 @@ def test_the_second_pruner_of_an_optimizer_works_in_its_hook():
     assert (first.step_count, second.step_count) == (1, 2)
 
 
-@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
-def test_gradient_scaling_is_left_to_the_step_only_if_all_groups_are_fused(name):
-    cls = getattr(issp.optim, name)
-    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
-    assert cls([a])._step_supports_amp_scaling
-    mixed = cls([{"params": [a]}, {"params": [b], "fused": False}], fused=True)
-    assert not mixed._step_supports_amp_scaling
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_scaling_is_left_to_the_step_only_if_the_op_takes_all_groups(kind):
+    def groups(model):
+        return [{"params": [p]} for p in model.parameters()]
+
+    twin = Twin(kind, True, groups=groups)
+    assert twin.opt._step_supports_amp_scaling
+    twin.opt.param_groups[1]["fused"] = False
+    assert not twin.opt._step_supports_amp_scaling
+    twin.opt.param_groups[1]["fused"] = True
+    assert twin.opt._step_supports_amp_scaling
+    twin.pruner.detach()
+    assert not twin.opt._step_supports_amp_scaling

@@ -32,6 +32,9 @@ def test_states_load_both_ways(kind):
         twin.model.load_state_dict(other.model.state_dict())
         twin.opt.load_state_dict(copy.deepcopy(other.opt.state_dict()))
         twin.pruner.load_state_dict(other.pruner.state_dict())
+        # A state brings its options along; ours leaves `fused` open, as torch's default does.
+        assert twin.opt.param_groups[0]["fused"] is (True if twin is fresh[1] else None)
+    fresh[0].opt.param_groups[0]["fused"] = True
     together(*fresh, 5, begin=5)
     together(*pair, 5, begin=5)
     assert_twins(pair[0], fresh[1], "resumed")
@@ -39,23 +42,34 @@ def test_states_load_both_ways(kind):
 
 
 def test_a_state_of_torchs_default_step_goes_on_fused():
-    model, other = network(), network()
+    model, other = network(), Twin("adam", True)
     opt = torch.optim.Adam(model.parameters())
     backward(model, 0)
     opt.step()
-    loaded = issp.optim.Adam(other.parameters(), lr=5.0)
-    loaded.load_state_dict(opt.state_dict())
-    (group,) = loaded.param_groups
-    assert group["fused"] is True and group["lr"] == 1e-3
-    assert loaded.state_dict()["state"].keys() == opt.state_dict()["state"].keys()
+    other.opt.load_state_dict(opt.state_dict())
+    (group,) = other.opt.param_groups
+    assert group["fused"] is None and group["lr"] == 1e-3
+    assert other.opt.state_dict()["state"].keys() == opt.state_dict()["state"].keys()
+    other.step(1)
+    assert other.opt.report[0].fused
 
 
-def test_without_a_pruner_the_step_is_torchs():
+def test_a_state_from_before_torch_had_fused_goes_on_fused():
+    twin = Twin("sgd, momentum", True)
+    twin.step(0)
+    saved = copy.deepcopy(twin.opt.state_dict())
+    del saved["param_groups"][0]["fused"]
+    twin.opt.load_state_dict(saved)
+    twin.step(1)
+    assert twin.opt.report[0].fused
+
+
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_without_a_pruner_the_step_is_torchs(fused):
     results = []
     for library in (torch.optim, issp.optim):
         model = network()
-        options = {"fused": True} if library is torch.optim else {}
-        opt = library.Adam(model.parameters(), lr=1e-2, **options)
+        opt = library.Adam(model.parameters(), lr=1e-2, fused=fused)
         for number in range(3):
             backward(model, number)
             opt.step()
@@ -73,7 +87,7 @@ def test_copies_go_on_after_reattach(copied):
         twin.step(number)
         expected.step(number)
     model, opt = copied((twin.model, twin.opt))
-    assert "no pruner" in opt.report[0].fallback_reason and opt._step_supports_amp_scaling
+    assert "no pruner" in opt.report[0].fallback_reason
     twin.pruner.reattach(opt, model)
     twin.model, twin.opt = model, opt
     for number in range(4, 8):
@@ -168,6 +182,7 @@ def test_freezing_within_a_step_and_leaving():
     assert pair[1].pruner.frozen
     for twin in pair:
         twin.pruner.detach()
+        twin.opt.param_groups[0]["fused"] = None
     together(*pair, 2, begin=6)
     assert "no pruner" in pair[1].opt.report[0].fallback_reason
 
@@ -200,7 +215,7 @@ def test_a_learning_rate_in_a_tensor():
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"amsgrad": True}, "amsgrad"), ({"foreach": True}, "fused"), ({"fused": False}, "fused")],
+    [({"amsgrad": True}, "amsgrad"), ({"foreach": True}, "foreach"), ({"fused": False}, "fused")],
 )
 def test_the_report_says_why_torch_steps(options, reason):
     twin = Twin("adam", True, options=options)
@@ -232,6 +247,7 @@ def test_parameters_of_another_type_are_stepped_by_torch():
         return net
 
     pair = twins("adam", model=model)
+    pair[0].opt.param_groups[0]["fused"] = None
     together(*pair, 2)
     assert pair[1].opt.report[0].fallback_reason == "weights of type Own"
 
