@@ -204,7 +204,7 @@ def output_size(image: Sequence[int], by: Geometry) -> Pair:
         (image[i] + 2 * by.padding[i] - by.dilation[i] * (by.kernel[i] - 1) - 1) // by.stride[i] + 1
         for i in (0, 1)
     ]
-    if min(height, width) < 1:
+    if height < 1 or width < 1:  # min() would ask torch.export which of them is smaller
         raise ValueError(
             f"a kernel of {by.kernel} with dilation {by.dilation} does not fit x of "
             f"{tuple(image)} with padding {by.padding}: pad more"
@@ -250,7 +250,10 @@ def _dispatch(
             return call(*args)
     if not torch.compiler.is_compiling():
         call = _DIFFERENTIABLE[call]
-    y = call(x, *weight, p.transposed if x.requires_grad else [], bias, None, *geometry, "none")
+    # An exported program would sort in every call what a layer keeps for its backward.
+    keep_transposed = x.requires_grad and not torch.compiler.is_exporting()
+    transposed = p.transposed if keep_transposed else []
+    y = call(x, *weight, transposed, bias, None, *geometry, "none")
     return apply_epilogue(y, residual, activation)
 
 

@@ -20,7 +20,8 @@ Common to all sparse ops
                   bits in every run and for any number of threads. Back ends differ in rounding.
     geometry      of a convolution, height and width of each: kernel, stride, padding, dilation
                   and, but for the gradient of values, upsample, size. One list of 12 (8) numbers,
-                  because every list adds 0.7 us to a call; issp/ops/geometry.py names them.
+                  because every list adds 0.7 us to a call; issp/ops/geometry.py names them. They
+                  may be symbols: one traced program then serves images of every size.
     errors        everything is checked first. Positions are checked on the CPU; on a GPU, where a
                   check would wait for the device, a position outside the weight counts as zero.
 """
@@ -42,14 +43,14 @@ from issp.ops.schemas.pruning import library, one_device
 # gradient of a strided convolution. residual: of the result's shape. geometry: 12 numbers.
 library.define(
     "sparse_conv2d(Tensor x, Tensor values, Tensor col_indices, Tensor crow_indices, "
-    "Tensor[] transposed, Tensor? bias, Tensor? residual, int[] geometry, "
+    "Tensor[] transposed, Tensor? bias, Tensor? residual, SymInt[] geometry, "
     'str activation="none") -> Tensor'
 )
 # [E, v]: the gradient of sum(grad * sparse_conv2d(x, values, ...)) with upsample 1, for every
 # entry; grad [N, O, oh, ow]. geometry: 8 numbers.
 library.define(
     "sparse_conv2d_values_grad(Tensor x, Tensor grad, Tensor col_indices, Tensor crow_indices, "
-    "int v, int[] geometry) -> Tensor"
+    "int v, SymInt[] geometry) -> Tensor"
 )
 # x [..., I] -> [..., O]; a convolution's op with one tap and the channels innermost in memory.
 library.define(
