@@ -18,7 +18,8 @@ EXAMPLE = (
     "  issp train experiments/tiny/config.yml --resume"
 )
 
-# The paper's fine-tuning milestones as shares of the fine-tuning stage: 250k, 400k, ... of 500k.
+# The paper's milestones as shares of the fine-tuning stage: 250k, 400k, ... of 500k. They stay
+# shares in config.yml, so that a run resumed with more --iters decays later.
 _MILESTONES = (0.5, 0.8, 0.9, 0.95)
 
 # flag: (key, type, help)
@@ -84,6 +85,8 @@ def main(args: argparse.Namespace) -> int:
     from issp.utils.errors import explain_out_of_memory
 
     tree = config.load_yaml(args.config) if args.config else _defaults(args)
+    if args.resume:
+        _follow_moved_run(tree, Path(args.config))
     _apply_flags(tree, args)
     settings = config.parse(tree)
 
@@ -94,9 +97,36 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _follow_moved_run(tree: dict[str, Any], path: Path) -> None:
+    """A run resumes where its config.yml lies, whatever place and name it had when it began."""
+    from issp.sr import config
+
+    folder = path.resolve().parent
+    if path.name != "config.yml" or not (folder / "training_states").is_dir():
+        return
+    paths = tree.get("path") or {}
+    recorded = Path(str(paths.get("experiments_root") or "experiments")) / str(tree.get("name"))
+    if not (recorded.is_dir() and recorded.samefile(folder)):
+        config.set_key(tree, "name", folder.name)
+        config.set_key(tree, "path.experiments_root", str(folder.parent))
+
+
+def _follow_images(tree: dict[str, Any], args: argparse.Namespace) -> None:
+    """--hr names other images: what the file says about its own does not belong to them."""
+    datasets = tree.get("datasets")
+    entry = datasets.get("train") if isinstance(datasets, dict) else None
+    if getattr(args, _FLAGS["--hr"][0]) is None or not isinstance(entry, dict):
+        return
+    for key in ("type", "dataroot_lq", "filename_tmpl", "meta_info_file"):
+        value = entry.pop(key, None)
+        if value is not None and key != "type" and not args.quiet:
+            print(f"--hr: the file's datasets.train.{key} ({value}) is of other images, not used")
+
+
 def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
     from issp.sr import config
 
+    _follow_images(tree, args)
     for key, _, _ in _FLAGS.values():
         if getattr(args, key) is not None:
             config.set_key(tree, key, getattr(args, key))
@@ -125,8 +155,10 @@ def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
 def _value(text: str) -> Any:
     import yaml
 
+    from issp.sr import config
+
     with contextlib.suppress(yaml.YAMLError):
-        return yaml.safe_load(text)
+        return config.parse_yaml(text, f"--set {text}")
     return text
 
 
@@ -144,13 +176,9 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
         tree["datasets"]["train"]["type"] = "SamplePhotographs"
         if not args.val:
             tree["datasets"]["val"] = {"name": "samples", "type": "SamplePhotographs"}
-    fine_tuning = iters
     if flags["--sparsity"] is not None:
-        freeze = max(1, iters // 2)
-        tree["sparsity"] = {"freeze_iter": freeze}
-        fine_tuning = iters - (flags["--freeze-at"] or freeze)
-    milestones = [round(share * fine_tuning) for share in _MILESTONES]
-    tree["train"] = {"scheduler": {"milestones": milestones}}
+        tree["sparsity"] = {"freeze_iter": max(1, iters // 2)}
+    tree["train"] = {"scheduler": {"milestones": list(_MILESTONES)}}
     tree["val"] = {
         "val_freq": max(1, min(5000, iters // 10)),
         "metrics": {

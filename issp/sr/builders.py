@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+import os
 import random
 from collections.abc import Callable
 from itertools import accumulate
@@ -24,6 +25,28 @@ from issp.utils.text import suggest
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
 Pairs = data.PairedFolder | data.PairedArrays
+
+
+def check_one_process(config: Config) -> None:
+    """Refuses what asks for several processes: ranks are not built, and each would train alone.
+
+    Raises:
+        ConfigError: num_gpu above 1, `dist: true`, or a launcher such as torchrun.
+    """
+    gpus, crops = config.num_gpu, config.train_data.batch_size_per_gpu
+    if gpus != "auto" and gpus > 1:
+        raise ConfigError(
+            f"num_gpu is {gpus}, but a training runs on one device: for the same batch set num_gpu "
+            f"to 1 and datasets.train.batch_size_per_gpu to {gpus * crops}"
+        )
+    if config.dist:
+        raise ConfigError("dist is true, but a training runs in one process: set it to false")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        raise ConfigError(
+            f"a launcher started {world} processes (WORLD_SIZE), but a training runs in one: "
+            "start it without torchrun"
+        )
 
 
 def device(name: str) -> torch.device:
@@ -90,7 +113,13 @@ def pairs(entry: TrainData | EvalData, scale: int) -> Pairs:
     if entry.type == "SamplePhotographs":
         split = "train" if isinstance(entry, TrainData) else "test"
         return data.PairedArrays(data.sample_photographs(split), scale)
-    return data.PairedFolder(entry.dataroot_gt, scale, entry.dataroot_lq, entry.filename_tmpl)
+    return data.PairedFolder(
+        entry.dataroot_gt,
+        scale,
+        entry.dataroot_lq,
+        entry.filename_tmpl,
+        meta_info_file=entry.meta_info_file,
+    )
 
 
 def loader(config: Config, pin_memory: bool) -> data.TrainLoader:
@@ -109,7 +138,8 @@ def loader(config: Config, pin_memory: bool) -> data.TrainLoader:
         entry.batch_size_per_gpu,
         enlarge_ratio=entry.dataset_enlarge_ratio,
         num_workers=entry.num_worker_per_gpu,
-        pin_memory=pin_memory,
+        pin_memory=pin_memory and entry.pin_memory,
+        shuffle=entry.use_shuffle,
     )
 
 
@@ -123,13 +153,14 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
     Without a pruner, and for what the fused op does not take, it steps as torch's optimizers do.
     """
-    options = config.train.optim_g
+    section = config.train.optim_g
+    kind = {"Adam": optim.Adam, "AdamW": optim.AdamW, "SGD": optim.SGD}[section.type]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    shared = {"lr": options.lr, "weight_decay": options.weight_decay}
-    if options.type == "SGD":
-        return optim.SGD(parameters, momentum=options.betas[0], **shared)
-    kind = {"Adam": optim.Adam, "AdamW": optim.AdamW}[options.type]
-    return kind(parameters, betas=tuple(options.betas), eps=options.eps, **shared)
+    options = {"lr": section.lr, "weight_decay": section.weight_decay, **section.options}
+    try:
+        return kind(parameters, **options)
+    except ValueError as error:
+        raise ConfigError(f"train.optim_g: {error}") from None
 
 
 def pruner(
@@ -148,11 +179,12 @@ def pruner(
         opt,
         method=section.method,
         sparsity=section.ratio,
-        shrink=section.shrink,
+        shrink=0.95 if section.shrink is None else section.shrink,
         exclude=section.exclude,
         overrides=overrides,
         freeze_at=section.freeze_iter,
         ema=ema,
+        from_zeros=section.from_zeros,
     )
 
 
@@ -192,7 +224,7 @@ def learning_rate(config: Config, iteration: int) -> float:
         return base
     scheduler = config.train.scheduler
     if scheduler.type == "MultiStepLR":
-        return base * scheduler.gamma ** bisect.bisect_right(sorted(scheduler.milestones), steps)
+        return base * scheduler.gamma ** bisect.bisect_right(config.milestones, steps)
     return _cosine(base, scheduler, steps)
 
 

@@ -1,12 +1,13 @@
 """The training configuration: BasicSR's YAML keys as pydantic models, checked before training.
 
-The models are the list of keys, with types and defaults. Keys of BasicSR that mean nothing to a
-driver of one process are accepted by name (`IGNORED_KEYS`), so its files run unchanged. An unknown
-key is an error that names the nearest one.
+The models are the list of keys, with types and defaults. Every key is honoured, refused or named:
+those of BasicSR that mean nothing to a driver of one process are accepted (`IGNORED_KEYS`), so its
+files run, and `Config.unused_keys` lists those that a file sets. An unknown key is an error that
+names the nearest one.
 
 `train.total_iter` counts all iterations, those of the pruning stage (`sparsity.freeze_iter`)
 included; the scheduler's milestones count fine-tuning iterations only (docs/method.md,
-section 1.3).
+section 1.3), and one below 1 is a share of that stage.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ try:
         ConfigDict,
         Discriminator,
         Field,
+        ModelWrapValidatorHandler,
+        PrivateAttr,
         StrictBool,
         Tag,
         ValidationError,
@@ -86,15 +89,28 @@ Numbers = Annotated[list[Number], BeforeValidator(_listed)]
 Texts = Annotated[list[str], BeforeValidator(_listed)]
 
 
+def _check_milestone(value: float) -> float:
+    if not (0 < value < 1 or (value >= 0 and float(value).is_integer())):
+        raise ValueError(f"is {value}: it must be a whole number, or a share between 0 and 1")
+    return value
+
+
+Milestone = Annotated[Number, AfterValidator(_check_milestone)]
+
+
 class Section(BaseModel):
     """A section of the file: unknown keys are refused, an empty value means the default.
 
     Attributes:
         IGNORED_KEYS: keys of BasicSR that have no meaning here.
+        RENAMED_KEYS: names of earlier releases of BasicSR -> the present ones.
     """
 
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True, validate_default=True)
     IGNORED_KEYS: ClassVar[tuple[str, ...]] = ()
+    RENAMED_KEYS: ClassVar[dict[str, str]] = {}
+
+    _unused: tuple[str, ...] = PrivateAttr(default=())
 
     @classmethod
     def unknown_keys(cls, tree: dict[Any, Any]) -> tuple[list[Any], Iterable[str]]:
@@ -102,20 +118,73 @@ class Section(BaseModel):
         known = [*cls.model_fields, *cls.IGNORED_KEYS]
         return [key for key in tree if key not in known], known
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _check_keys(cls, tree: Any) -> Any:
+    def _check_keys(cls, tree: Any, handler: ModelWrapValidatorHandler[Section]) -> Section:
         if not isinstance(tree, dict):
-            return tree
+            return handler(tree)
+        tree = {cls.RENAMED_KEYS.get(key, key): value for key, value in tree.items()}
         unknown, known = cls.unknown_keys(tree)
         if unknown:
             context = {"key": unknown[0], "hint": suggest(unknown[0], known)}
             raise PydanticCustomError("unknown_key", "unknown key {key}: {hint}", context)
-        return {
-            key: value
-            for key, value in tree.items()
-            if key not in cls.IGNORED_KEYS and (value is not None or key not in cls.model_fields)
-        }
+        section = handler(
+            {
+                key: value
+                for key, value in tree.items()
+                if key not in cls.IGNORED_KEYS
+                and (value is not None or key not in cls.model_fields)
+            }
+        )
+        section._unused = tuple(k for k in tree if k in cls.IGNORED_KEYS and _asks(tree[k]))
+        return section
+
+    def unused_keys(self) -> list[str]:
+        """The dotted keys of `IGNORED_KEYS` that this section and those in it set."""
+        entries = {**dict(self), **(self.__pydantic_extra__ or {})}
+        found = list(self._unused)
+        for key, value in entries.items():
+            inner = value if isinstance(value, dict) else {"": value}
+            for name, section in inner.items():
+                if isinstance(section, Section):
+                    path = f"{key}.{name}" if name else key
+                    found += [f"{path}.{unused}" for unused in section.unused_keys()]
+        return found
+
+
+class TypedSection(Section):
+    """A section whose `type` decides which of its keys have a meaning; others are None.
+
+    Attributes:
+        TYPE_OPTIONS: type -> key -> its default.
+        IDLE: values that a key of another type may have, because they ask for nothing.
+    """
+
+    TYPE_OPTIONS: ClassVar[dict[str, dict[str, Any]]]
+    IDLE: ClassVar[tuple[Any, ...]] = ()
+
+    type: str
+
+    @model_validator(mode="after")
+    def _check_options(self) -> TypedSection:
+        own = self.TYPE_OPTIONS[self.type]
+        for key in sorted({k for options in self.TYPE_OPTIONS.values() for k in options}):
+            value = getattr(self, key)
+            if key not in own and value not in (None, *self.IDLE):
+                raise ValueError(f"has {key}, which {self.type} does not take: drop it")
+            if key not in own or value is None:
+                setattr(self, key, own.get(key))
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that have a meaning for this `type`, and their values."""
+        return {key: getattr(self, key) for key in self.TYPE_OPTIONS[self.type]}
+
+
+def _asks(value: Any) -> bool:
+    """A value that wants something: `wandb: {project: ~}` and `pbar: false` do not."""
+    return any(map(_asks, value.values())) if isinstance(value, dict) else bool(value)
 
 
 def _section() -> Any:
@@ -126,21 +195,27 @@ def _section() -> Any:
 class _Images(Section):
     """What all entries of `datasets` have."""
 
-    # meta_info_file would only repeat the file list of dataroot_gt.
-    IGNORED_KEYS = ("phase", "scale", "meta_info_file", "use_shuffle", "prefetch_mode")
-    IGNORED_KEYS += ("num_prefetch_queue", "pin_memory")
+    IGNORED_KEYS = ("phase", "prefetch_mode", "num_prefetch_queue")
+    RENAMED_KEYS = {"use_flip": "use_hflip"}
 
     dataroot_gt: str | None = None
     dataroot_lq: str | None = None
     filename_tmpl: str | None = None
+    meta_info_file: str | None = None
+    scale: Integer | None = None
+    task: Annotated[str, _one_of("SR")] = "SR"
     name: str = ""
     type: Annotated[str, _one_of("PairedImageDataset", "SamplePhotographs")] = "PairedImageDataset"
     io_backend: Annotated[dict[str, Any], AfterValidator(_on_disk)] = Field({}, exclude=True)
 
     @model_validator(mode="after")
     def _has_images(self) -> _Images:
+        folders = ("dataroot_gt", "dataroot_lq", "filename_tmpl", "meta_info_file")
         if self.type == "PairedImageDataset" and not self.dataroot_gt:
             raise ValueError("needs dataroot_gt, the folder of original images")
+        given = [key for key in folders if getattr(self, key)]
+        if self.type == "SamplePhotographs" and given:
+            raise ValueError(f"has {given[0]}: drop it, or `type: SamplePhotographs`")
         return self
 
 
@@ -151,6 +226,8 @@ class TrainData(_Images):
     gt_size: Annotated[Integer, _between(0)] = 0  # 0: 64 low-resolution pixels
     use_hflip: StrictBool = True
     use_rot: StrictBool = True
+    use_shuffle: StrictBool = True
+    pin_memory: StrictBool = True  # has a meaning on a GPU alone
     batch_size_per_gpu: Annotated[Integer, _between(1)] = 16
     num_worker_per_gpu: Annotated[Integer, _between(0)] = 0
     dataset_enlarge_ratio: Annotated[Integer, _between(1)] = 1
@@ -159,6 +236,8 @@ class TrainData(_Images):
 
 class EvalData(_Images):
     """`datasets.val*` and `datasets.test*`: whole images with their originals."""
+
+    IGNORED_KEYS = (*_Images.IGNORED_KEYS, "use_shuffle", "pin_memory")
 
 
 class Datasets(Section):
@@ -188,34 +267,50 @@ class Datasets(Section):
         return self.__pydantic_extra__
 
 
-class Optimizer(Section):
-    """`train.optim_g`."""
+_ADAM = {"betas": [0.9, 0.99], "eps": 1e-8, "amsgrad": False}
 
-    IGNORED_KEYS = ("amsgrad",)
+
+class Optimizer(TypedSection):
+    """`train.optim_g`; momentum, dampening and nesterov have torch's defaults."""
+
+    TYPE_OPTIONS = {
+        "Adam": _ADAM,
+        "AdamW": _ADAM,
+        "SGD": {"momentum": 0.0, "dampening": 0.0, "nesterov": False},
+    }
 
     type: Annotated[str, _one_of("Adam", "AdamW", "SGD")] = "Adam"
     lr: Annotated[Number, _between(0)] = 2e-4
-    weight_decay: Number = 0.0
-    betas: Numbers = [0.9, 0.99]
-    eps: Number = 1e-8
+    weight_decay: Annotated[Number, _between(0)] = 0.0
+    betas: Annotated[Numbers | None, Field(min_length=2, max_length=2)] = None
+    eps: Number | None = None
+    amsgrad: StrictBool | None = None
+    momentum: Number | None = None
+    dampening: Number | None = None
+    nesterov: StrictBool | None = None
 
 
-class Scheduler(Section):
+class Scheduler(TypedSection):
     """`train.scheduler`, counted in fine-tuning iterations when the model is pruned."""
 
-    IGNORED_KEYS = ("last_epoch",)
+    TYPE_OPTIONS = {
+        "MultiStepLR": {"milestones": [], "gamma": 0.5},
+        "CosineAnnealingRestartLR": {"periods": [], "restart_weights": [1.0], "eta_min": 0.0},
+    }
+    IDLE = ([], 0.5, [1.0], 0.0)  # the defaults, which earlier revisions wrote to config.yml
 
-    type: Annotated[str, _one_of("MultiStepLR", "CosineAnnealingRestartLR")] = "MultiStepLR"
-    milestones: Integers = []
-    gamma: Number = 0.5
-    periods: Integers = []
-    restart_weights: Numbers = [1.0]
-    eta_min: Number = 0.0
+    type: Annotated[str, _one_of(*TYPE_OPTIONS)] = "MultiStepLR"
+    milestones: Annotated[list[Milestone], BeforeValidator(_listed)] | None = None
+    gamma: Number | None = None
+    periods: Integers | None = None
+    restart_weights: Numbers | None = None
+    eta_min: Number | None = None
+    last_epoch: Annotated[Integer, _between(-1, -1)] = -1
 
     @model_validator(mode="after")
     def _check_periods(self) -> Scheduler:
         if self.type == "CosineAnnealingRestartLR" and (
-            not self.periods or len(self.restart_weights) not in (1, len(self.periods))
+            not self.periods or len(self.restart_weights or ()) not in (1, len(self.periods))
         ):
             raise ValueError("needs periods and one restart weight for each of them")
         return self
@@ -232,8 +327,7 @@ class Loss(Section):
 class Train(Section):
     """`train`."""
 
-    IGNORED_KEYS = ("manual_seed",)
-
+    manual_seed: Integer | None = None  # an older place of the file's manual_seed
     total_iter: Annotated[Integer, _between(1)] = 0
     warmup_iter: Integer = -1
     ema_decay: Annotated[Number, _between(0, 1)] = 0.0
@@ -245,10 +339,10 @@ class Train(Section):
 class Metric(Section):
     """One entry of `val.metrics`; crop_border None means the scale."""
 
-    IGNORED_KEYS = ("better", "input_order")
-
     type: Annotated[str, _one_of("calculate_psnr", "calculate_ssim")] = "calculate_psnr"
-    crop_border: Integer | None = None
+    better: Annotated[str, _one_of("higher")] = "higher"
+    input_order: Annotated[str, _one_of("HWC")] = "HWC"
+    crop_border: Annotated[Integer, _between(0)] | None = None
     test_y_channel: StrictBool = False
 
 
@@ -279,6 +373,7 @@ class Paths(Section):
 
     IGNORED_KEYS = ("ignore_resume_networks", "root", "models", "training_states")
     IGNORED_KEYS += ("log", "visualization")
+    RENAMED_KEYS = {"pretrain_model_g": "pretrain_network_g", "strict_load": "strict_load_g"}
 
     pretrain_network_g: str | None = None
     param_key_g: str = "params"
@@ -308,16 +403,45 @@ Target = Annotated[
 ]
 
 
+def _check_ratio(value: float) -> float:
+    if 1 < value <= 100:
+        raise ValueError(f"is {value:g}: write {value / 100:g} for {value:g} %")
+    if value == 0:
+        raise ValueError("is 0, which prunes nothing: leave it out for dense training")
+    # issp.num_pruned never prunes more of a layer.
+    if not 0 < value <= 0.995:
+        raise ValueError(f"is {value:g}: it must be above 0 and at most 0.995")
+    return value
+
+
 class Sparsity(Section):
     """`sparsity`: what `issp.attach` gets. The section's absence means dense training."""
 
     method: str = "iss-p"
-    ratio: Annotated[Number, _between(0, 1)] = 0.95
-    shrink: Annotated[Number, _between(0, 1)] = 0.95
-    freeze_iter: Annotated[Integer, _between(1)] = 100_000
+    ratio: Annotated[Number, AfterValidator(_check_ratio)] | None = None
+    shrink: Annotated[Number, _between(0, 1)] | None = None
+    freeze_iter: Annotated[Integer, _between(1)] | None = None
     exclude: Texts = []
     overrides: dict[str, Target] = {}
     keep: Keep | None = None
+    from_zeros: StrictBool = False
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Sparsity:
+        pruning = ("ratio", "shrink", "freeze_iter", "keep", "overrides")
+        given = [key for key in pruning if getattr(self, key) not in (None, {})]
+        if self.from_zeros and given:
+            raise ValueError(f"from_zeros keeps the zeros that the weights have: drop {given[0]}")
+        # Earlier revisions wrote 0.95 to config.yml, wanted or not.
+        if self.keep and self.ratio not in (None, 0.95):
+            raise ValueError("has ratio beside keep, the N:M pattern of all layers: drop one")
+        if self.method == "iht" and self.shrink not in (None, 0.95):
+            raise ValueError("has shrink, but iht writes zeros: drop it, or use method iss-p")
+        if not self.from_zeros:
+            self.freeze_iter = self.freeze_iter or 100_000
+            self.ratio = None if self.keep else self.ratio or 0.95
+            self.shrink = 0.95 if self.shrink is None else self.shrink
+        return self
 
 
 def _folder_name(value: str) -> str:
@@ -332,14 +456,27 @@ def _with_type(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
+def _gpus(value: int | str) -> int | str:
+    if value != "auto" and not (isinstance(value, int) and value >= 0):
+        raise ValueError(f"is {value!r}: it must be a whole number, or auto")
+    return value
+
+
+# Of BasicSR and of the authors; all train by a pixel loss alone.
+_MODEL_TYPES = ("SRModel", "SwinIRModel", "CATModel", "CATModle")
+
+
 class Config(Section):
     """A whole training run."""
 
-    IGNORED_KEYS = ("model_type", "num_gpu", "is_train", "dist", "dist_params")
-    IGNORED_KEYS += ("find_unused_parameters",)
+    IGNORED_KEYS = ("dist_params", "find_unused_parameters")
 
     name: Annotated[str, AfterValidator(_folder_name)] = ""
+    model_type: Annotated[str, _one_of(*_MODEL_TYPES)] = "SRModel"
     scale: Annotated[Integer, _between(2)] = 0
+    num_gpu: Annotated[Any, BeforeValidator(_number_from_text), AfterValidator(_gpus)] = "auto"
+    dist: StrictBool = False
+    is_train: StrictBool = True
     manual_seed: Integer = 0
     device: str = "auto"
     network_g: Annotated[dict[str, Any], AfterValidator(_with_type)] = {}
@@ -360,6 +497,26 @@ class Config(Section):
         if crop % self.scale:
             raise ValueError(f"datasets.train.gt_size {crop} is no multiple of {self.scale}")
         self.train_data.gt_size = crop or 64 * self.scale
+        for key, entry in {"train": self.train_data, **self.datasets.evaluation}.items():
+            if entry.scale not in (None, self.scale):
+                raise ValueError(f"datasets.{key}.scale is {entry.scale} but scale is {self.scale}")
+        if self.sparsity and self.sparsity.from_zeros and not self.path.pretrain_network_g:
+            raise ValueError("sparsity.from_zeros needs sparse weights: path.pretrain_network_g")
+        return self
+
+    @model_validator(mode="after")
+    def _apply_older_keys(self) -> Config:
+        """`train.manual_seed`, and BasicSR's way to ask for the CPU, `num_gpu: 0`."""
+        seed = self.train.manual_seed
+        if seed is not None and "manual_seed" in self.model_fields_set and seed != self.manual_seed:
+            raise ValueError(f"train.manual_seed {seed} contradicts manual_seed: drop one")
+        self.manual_seed = self.manual_seed if seed is None else seed
+        self.train.manual_seed = None
+        if not self.is_train:
+            raise ValueError("is_train is false, but this command trains: see issp test --help")
+        if self.num_gpu == 0 and self.device not in ("auto", "cpu"):
+            raise ValueError(f"num_gpu is 0 but device is {self.device}: make them agree")
+        self.device = "cpu" if self.num_gpu == 0 else self.device
         return self
 
     @property
@@ -374,8 +531,15 @@ class Config(Section):
 
     @property
     def freeze_iter(self) -> int:
-        """Iterations of the pruning stage; 0 for dense training."""
-        return self.sparsity.freeze_iter if self.sparsity else 0
+        """Iterations of the pruning stage; 0 for dense training and for `from_zeros`."""
+        return (self.sparsity and self.sparsity.freeze_iter) or 0
+
+    @property
+    def milestones(self) -> list[int]:
+        """`train.scheduler.milestones` in fine-tuning iterations, ascending; shares resolved."""
+        stage = self.train.total_iter - self.freeze_iter
+        given = self.train.scheduler.milestones or []
+        return sorted(round(m * stage) if 0 < m < 1 else int(m) for m in given)
 
     @property
     def folder(self) -> Path:
@@ -440,7 +604,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """
     yaml = import_optional("yaml", "PyYAML", "YAML files")
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"cannot read configuration {path}: {reason}") from None
@@ -452,6 +616,47 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold keys and values, such as `name: my-run`")
     return tree
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value that YAML text stands for, read as safe_load does.
+
+    Args:
+        text: YAML.
+        source: what the text is, for the error.
+
+    Raises:
+        ConfigError: a key stands twice in one mapping.
+        yaml.YAMLError: it is not YAML.
+    """
+    yaml = import_optional("yaml", "PyYAML", "YAML files")
+    loader = yaml.SafeLoader(text)
+    node = loader.get_single_node()
+    _refuse_duplicates(node, source)
+    return loader.construct_document(node) if node else None
+
+
+def _refuse_duplicates(root: Any, source: str) -> None:
+    """Raises ConfigError for a key that stands twice in one mapping: YAML would take the last."""
+    todo, seen = [root], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen or not isinstance(getattr(node, "value", None), list):
+            continue
+        seen.add(id(node))
+        lines: dict[Any, int] = {}
+        for item in node.value:  # pairs in a mapping, nodes in a sequence
+            key, value = item if isinstance(item, tuple) else (None, item)
+            todo.append(value)
+            if key is None or not isinstance(key.value, str) or key.value == "<<":
+                continue
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                first = lines[key.value]
+                raise ConfigError(
+                    f"{source} has the key {key.value} twice, in lines {first} and {line}: drop one"
+                )
+            lines[key.value] = line
 
 
 def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:

@@ -54,6 +54,7 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
         NonFiniteLossError: the loss became NaN or infinite.
         ValueError, OSError: bad input, a full disk.
     """
+    builders.check_one_process(config)
     # Before the first parallel operation, because worker threads inherit the mode.
     flushed = denormals.flush_denormals()
     builders.seed_everything(config.manual_seed)
@@ -210,6 +211,9 @@ class TrainingRun:
         self.progress.write_line(
             f"{self.folder.path}: {model.arch} x{model.scale}, {parameters:,} parameters, {todo}"
         )
+        unused = self.config.unused_keys()
+        if unused:
+            self.progress.write_line(f"without effect here: {', '.join(unused)}")
         if self._archived:
             self.progress.write_line(f"the earlier run is in {self._archived}")
         if self.tensorboard.unavailable_reason:

@@ -95,10 +95,10 @@ def test_the_sparsity_section(tree):
 
 
 def test_to_tree_is_what_parse_reads(tree):
-    tree["sparsity"] = {"ratio": 0.9, "freeze_iter": 40, "keep": {"n": 1, "of": 2}}
-    c = config.parse(tree)
-    assert config.parse(config.to_tree(c)) == c
-    assert config.parse(yaml.safe_load(config.dump(c))) == c
+    tree["sparsity"] = {"freeze_iter": 40, "keep": {"n": 1, "of": 2}}
+    c = config.to_tree(config.parse(tree))
+    assert config.to_tree(config.parse(c)) == c
+    assert config.to_tree(config.parse(yaml.safe_load(config.dump(config.parse(tree))))) == c
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_cosine_and_warm_up(tree):
 
 def test_overrides_reach_the_pruner(tree):
     tree["sparsity"] = {
-        "ratio": 0.5, "freeze_iter": 50, "exclude": ["conv_first"],
+        "freeze_iter": 50, "exclude": ["conv_first"],
         "keep": {"n": 1, "of": 4}, "overrides": {"conv_last": 0.25},
     }  # fmt: skip
     c = config.parse(tree)

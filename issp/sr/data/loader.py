@@ -30,6 +30,7 @@ class TrainLoader:
         num_workers: processes that prepare batches.
         prefetch: batches each of them prepares ahead.
         pin_memory: put batches into page-locked memory (CUDA).
+        shuffle: False takes the images in the order of their names.
 
     Raises:
         ValueError: a number out of range.
@@ -46,12 +47,13 @@ class TrainLoader:
         num_workers: int = 0,
         prefetch: int = 2,
         pin_memory: bool = False,
+        shuffle: bool = True,
     ):
         check_whole("batch_size", batch_size, 1)
         check_whole("num_workers", num_workers, 0)
         seed = dataset.seed if seed is None else seed
         self.dataset, self.batch_size = dataset, batch_size
-        self.sampler = EnlargedSampler(len(dataset), enlarge_ratio, seed, rank, world)
+        self.sampler = EnlargedSampler(len(dataset), enlarge_ratio, seed, rank, world, shuffle)
         self.num_workers, self.prefetch, self.pin_memory = num_workers, prefetch, pin_memory
         self._batches: Iterator | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -84,9 +85,11 @@ class PairedFolder:
             it ``{}x4``, ``{}_LRBI_x4`` and ``{}`` are tried and one must fit all files.
         cache_dir: folder for LR images made from HR; None for the user's cache folder, False to
             make them each time.
+        meta_info_file: text file that lists the HR images to use, as BasicSR's: one a line, as
+            "0001.png (1404,2040,3)" or the name alone. None: all of the folder.
 
     Raises:
-        FileNotFoundError: a folder or an LR file is missing.
+        FileNotFoundError: a folder, an LR file or a listed image is missing.
         ValueError: a folder without images, an unreadable image or an unusable argument.
     """
 
@@ -97,10 +100,13 @@ class PairedFolder:
         lq_root: str | os.PathLike | None = None,
         filename_tmpl: str | None = None,
         cache_dir: str | os.PathLike | Literal[False] | None = None,
+        meta_info_file: str | os.PathLike | None = None,
     ):
         self.scale = check_whole("scale", scale, 2)
         hr_dir, lr_dir = find_folders(root, scale, lq_root)
-        self.hr_files = list_images(hr_dir)
+        self.hr_files = (
+            listed_images(hr_dir, meta_info_file) if meta_info_file else list_images(hr_dir)
+        )
         check_names(self.hr_files)
         self.lr_files = match_lr(self.hr_files, lr_dir, scale, filename_tmpl) if lr_dir else None
         self.names = [f.stem for f in self.hr_files]
@@ -166,6 +172,28 @@ def check_names(files: list[Path]) -> None:
         if file.stem in seen:
             raise ValueError(f"{seen[file.stem]} and {file.name} have the same name; rename one")
         seen[file.stem] = file
+
+
+def listed_images(folder: Path, meta_info_file: str | os.PathLike) -> list[Path]:
+    """The images of a folder that a list names, in its order; see `PairedFolder`."""
+    path = Path(meta_info_file).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"cannot read meta_info_file {path}: {reason}") from None
+    # The size at the end of the line is for readers.
+    names = [re.sub(r"\s*\([\d,\s]*\)\s*$", "", line).strip() for line in lines]
+    files = [folder / name for name in names if name]
+    missing = [file for file in files if not file.is_file()]
+    if not files:
+        raise ValueError(f"meta_info_file {path} names no image")
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {missing[0].relative_to(folder)}, which meta_info_file {path} lists "
+            f"({len(missing)} of {len(files)} are missing)"
+        )
+    return files
 
 
 def find_folders(
