@@ -6,15 +6,15 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from issp import ops
-from issp.ops import backends
-from issp.ops.keep import Keep
-from issp.ops.pruning import num_pruned
+from issp.utils.process import is_issp_command
 
 if TYPE_CHECKING:
-    from issp import data, metrics, models, nn, optim
+    from issp import data, metrics, models, nn, ops, optim
     from issp.deploy.pack import pack
+    from issp.ops import backends
     from issp.ops.info import info
+    from issp.ops.keep import Keep
+    from issp.ops.pruning import num_pruned
     from issp.pruning.pruner import Pruner, attach
     from issp.pruning.schedules import Constant, Cubic, Linear
     from issp.sr.checkpoint import load, save
@@ -23,6 +23,8 @@ __version__ = "0.1.0"
 
 # Module of each public name, imported at first use: `import issp` needs torch and numpy alone.
 _LAZY = {
+    "Keep": "issp.ops.keep",
+    "num_pruned": "issp.ops.pruning",
     "attach": "issp.pruning.pruner",
     "Pruner": "issp.pruning.pruner",
     "Constant": "issp.pruning.schedules",
@@ -33,9 +35,11 @@ _LAZY = {
     "info": "issp.ops.info",
     "pack": "issp.deploy.pack",
 }
-_MODULES = ("data", "metrics", "models", "nn", "optim")
+_MODULES = {name: f"issp.{name}" for name in ("data", "metrics", "models", "nn", "ops", "optim")}
+_MODULES["backends"] = "issp.ops.backends"
 # Scripts call the application's modules by these names too: `from issp import builders, config`.
 _APPLICATION = ("builders", "checkpoint", "config", "evaluate", "train")
+_MODULES.update((name, f"issp.sr.{name}") for name in _APPLICATION)
 
 __all__ = ["backends", "data", "metrics", "models", "nn", "ops", "optim"]
 __all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "attach", "num_pruned"]
@@ -46,9 +50,7 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         value = getattr(importlib.import_module(_LAZY[name]), name)
     elif name in _MODULES:
-        value = importlib.import_module(f"issp.{name}")
-    elif name in _APPLICATION:
-        value = importlib.import_module(f"issp.sr.{name}")
+        value = importlib.import_module(_MODULES[name])
     else:
         raise AttributeError(f"module 'issp' has no attribute {name!r}")
     globals()[name] = value
@@ -57,3 +59,9 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# `import issp` registers `torch.ops.issp`. The command does so when it computes: its help and its
+# version need no torch, and how threads wait must be set before torch is loaded.
+if not is_issp_command():
+    importlib.import_module("issp.ops")

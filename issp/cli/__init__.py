@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from issp import __version__
 from issp.sr.interrupt import Interrupted
+from issp.utils import process
 from issp.utils.errors import UserError
 from issp.utils.text import suggest
 
@@ -104,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    args.load = process.LoadMeter()
+    if args.command != "bench":  # what it measures is a process that nobody has prepared
+        process.limit_spinning()
     try:
         return int(command_module(args.command).main(args) or 0)
     except Interrupted as stopped:

@@ -64,6 +64,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tile", type=int, metavar="PX", help="work in tiles, to bound memory")
 
 
+def name_crowding(args: argparse.Namespace) -> None:
+    """One line on stderr when threads compete for the cores with other processes."""
+    import torch
+
+    from issp.utils import process
+
+    threads = getattr(args, "threads", None) or torch.get_num_threads()
+    sentence = process.crowded(args.load.busy_cores(), threads)
+    if sentence:
+        print(f"note: {sentence}", file=sys.stderr)
+
+
 # What to do when `upscale` or `test` runs out of memory.
 MEMORY_REMEDY = "use --tile with a smaller size, or --device cpu"
 
@@ -73,6 +85,7 @@ def load_model(args: argparse.Namespace) -> SuperResolver:
     from issp.sr import builders, checkpoint
 
     model = checkpoint.load(args.model, args.arch, args.scale)
+    name_crowding(args)
     if args.scale not in (None, model.scale):
         raise ValueError(f"{args.model} is a x{model.scale} model: drop --scale {args.scale}")
     return model.to(builders.device(args.device))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from issp.cli.common import name_crowding
+
 HELP = "train a 90 % sparse network in minutes on a CPU and compare it with bicubic"
 EXAMPLE = "issp demo --minutes 2 --dense --out runs/demo"
 
@@ -27,6 +29,7 @@ def main(args: argparse.Namespace) -> int:
     """Trains, prints one table, leaves a model and two pictures."""
     from issp.sr.demo import Options, run
 
+    name_crowding(args)
     options = {name: getattr(args, name) for name in ("minutes", "dense", "sparsity", "seed")}
     run(Options(Path(args.out), args.iters, **options))
     return 0

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import Any
+
+from issp.utils import process
 
 HELP = "versions, back ends built and active (and why others are not), processor, GPU"
 EXAMPLE = "issp info --json"
@@ -41,9 +44,17 @@ def main(args: argparse.Namespace) -> int:
         *(("not in use", f"{name}: {reason}") for name, reason in backends["unused"].items()),
         ("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use"),
         ("features", f"{' '.join(cpu['features'] or ['unknown'])}; torch uses {cpu['torch']}"),
+        ("load", f"{_load(cpu)}; waiting threads: {cpu['waiting']}"),
         ("denormals", f"{cpu['denormals']} (`issp train` flushes them to zero)"),
         ("gpu", gpu_line),
     ]
     for key, text in lines:
         print(f"{key:11s} {text}")
     return 0
+
+
+def _load(cpu: dict[str, Any]) -> str:
+    if cpu["busy_cores"] is None:
+        return "unknown"
+    text = f"other processes keep {cpu['busy_cores']:.1f} of {cpu['cores']} cores busy"
+    return process.crowded(cpu["busy_cores"], cpu["threads"]) or text

@@ -7,7 +7,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from issp.cli.common import named_folder
+from issp.cli.common import name_crowding, named_folder
 from issp.utils.errors import ConfigError
 
 HELP = "train a network and prune it on the way, from a YAML file or flags"
@@ -93,6 +93,7 @@ def main(args: argparse.Namespace) -> int:
     from issp.sr.train import train
 
     with explain_out_of_memory("use a smaller --batch or --patch"):
+        name_crowding(args)
         train(settings, resume=args.resume, quiet=args.quiet)
     return 0
 

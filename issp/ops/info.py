@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from typing import Any
 
 import torch
 
 from issp.ops import backends
-from issp.utils import denormals, environment
+from issp.utils import denormals, environment, process
 from issp.utils.environment import package_version
 
 _CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "amx_bf16", "amx_tile")
+_LOAD_SECONDS = 0.2  # the system counts in hundredths of a second
 _PACKAGES = (
     *("numpy", "triton", "Pillow", "PyYAML", "pydantic", "safetensors", "rich", "matplotlib"),
     *("tensorboard", "scikit-image"),
@@ -25,9 +27,10 @@ def info() -> dict[str, Any]:
     Returns:
         A dict of plain values, the same as `issp info --json` prints.
     """
+    load = process.LoadMeter()
     gpu = _gpu()
     devices = ("cpu", "cuda") if gpu else ("cpu",)
-    return {
+    facts: dict[str, Any] = {
         "issp": version(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -45,9 +48,13 @@ def info() -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "denormals": denormals.mode(),
+            "waiting": process.waiting(),
         },
         "gpu": gpu,
     }
+    time.sleep(_LOAD_SECONDS)
+    facts["cpu"]["busy_cores"] = load.busy_cores()
+    return facts
 
 
 def version() -> str:

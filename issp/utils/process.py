@@ -1,0 +1,84 @@
+"""This process among others: started as the command or not, how its threads wait, who is busy.
+
+GNU OpenMP, which torch's CPU builds use, lets a thread that waits spin 300 000 times, some 10 ms,
+before it sleeps. On an idle machine that saves the wake-up. On a busy one the spinning thread keeps
+a core from the thread that it waits for: with five other processes on two cores, whole iterations
+became 40 times slower (bench/results).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+# Some 0.4 ms: longer than the gaps between the layers of a network, shorter than a time slice.
+_SPIN_COUNT = "10000"
+_WAIT_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def is_issp_command() -> bool:
+    """Whether this process was started as `issp` or `python -m issp`."""
+    if sys.argv[:1] == ["-m"]:  # Python is importing the package that it will run
+        following = sys.orig_argv[sys.orig_argv.index("-m") + 1 :] if "-m" in sys.orig_argv else []
+        return following[:1] == ["issp"]
+    return Path(sys.argv[0] if sys.argv else "").name.removesuffix(".exe") == "issp"
+
+
+def limit_spinning() -> None:
+    """Makes waiting OpenMP threads sleep after some 0.4 ms, unless the user chose otherwise.
+
+    OpenMP reads the setting when torch is loaded; afterwards this function does nothing.
+    """
+    if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_SETTINGS):
+        os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
+
+
+def waiting() -> str:
+    """How idle OpenMP threads wait, as the environment says."""
+    chosen = [f"{name}={os.environ[name]}" for name in _WAIT_SETTINGS if name in os.environ]
+    return ", ".join(chosen) or "OpenMP's default"
+
+
+class LoadMeter:
+    """Cores that other processes keep busy, from its creation on."""
+
+    def __init__(self) -> None:
+        self._start = self._sample()
+
+    def busy_cores(self) -> float | None:
+        """The mean number since the creation; None where the system does not tell."""
+        end = self._sample()
+        if self._start is None or end is None or end[0] - self._start[0] < 0.05:
+            return None
+        wall, busy, own = (after - before for before, after in zip(self._start, end, strict=True))
+        return max(0.0, (busy - own) / wall)
+
+    @staticmethod
+    def _sample() -> tuple[float, float, float] | None:
+        # Seconds: the clock, all processes together, this process.
+        try:
+            with open("/proc/stat", encoding="ascii") as file:
+                user, nice, system, _idle, _wait, irq, softirq, *_ = file.readline().split()[1:]
+        except (OSError, ValueError):
+            return None
+        ticks = sum(map(int, (user, nice, system, irq, softirq)))
+        return time.perf_counter(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+
+
+def crowded(busy_cores: float | None, threads: int) -> str | None:
+    """One sentence when other processes leave fewer cores than there are threads.
+
+    Args:
+        busy_cores: what `LoadMeter` measured.
+        threads: that compute in this process.
+    """
+    cores = os.cpu_count() or 1
+    if busy_cores is None or threads < 2 or threads <= cores - busy_cores + 0.5:
+        return None
+    free = max(1, round(cores - busy_cores))
+    return (
+        f"other processes keep {busy_cores:.1f} of {cores} cores busy, and {threads} threads wait"
+        f" for each other: OMP_NUM_THREADS={free} is probably faster"
+    )
