@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -51,10 +52,30 @@ def atomic_write(
             if durable:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save hides the OSError of a full disk behind an error of its own.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise _cannot_write(path, cause) from None
+
+
+def append_text(path: str | os.PathLike, text: str) -> None:
+    """Adds text to a file.
+
+    Raises:
+        OSError: as `atomic_write`; a part of the text may be in the file.
+    """
+    try:
+        with open(path, "ab") as file:
+            file.write(text.encode())
     except OSError as error:
-        raise OSError(
-            error.errno, f"cannot write {path}: {error.strerror}; free space or choose a folder"
-        ) from None
+        raise _cannot_write(path, error) from None
+
+
+def _cannot_write(path: str | os.PathLike, error: OSError) -> OSError:
+    reason = f"{error.strerror}{', the disk is full' * (error.errno == errno.ENOSPC)}"
+    return OSError(error.errno, f"cannot write {path}: {reason}; free space or choose a folder")
 
 
 @contextlib.contextmanager
@@ -64,7 +85,7 @@ def _temporary_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with open(temporary, "wb") as file:
-                _lock(file.fileno())
+                lock(file.fileno())
                 if not temporary.exists():
                     continue  # another process tidied up between the two lines above
                 yield temporary, file
@@ -87,12 +108,19 @@ def _remove_abandoned(folder: Path) -> None:
         _crowded.add(folder)
     for name in filter(_TEMPORARY.fullmatch, names):
         with contextlib.suppress(OSError), open(folder / name, "r+b") as file:
-            if _lock(file.fileno()):
+            if lock(file.fileno()):
                 (folder / name).unlink(missing_ok=True)
 
 
-def _lock(descriptor: int) -> bool:
-    """Locks an open file if no other process has; the system unlocks it when its process ends."""
+def lock(descriptor: int) -> bool:
+    """Locks an open file if no other process has; the system unlocks it when its process ends.
+
+    Args:
+        descriptor: of the file.
+
+    Returns:
+        False when another process holds the lock, or the file system has none.
+    """
     with contextlib.suppress(OSError):
         if fcntl:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

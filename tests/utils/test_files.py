@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from issp.utils import files
-from issp.utils.files import atomic_write, cache_folder
+from issp.utils.files import append_text, atomic_write, cache_folder
 from tests.utils.disk import full_disk
 
 # Writes half a file, says so, and waits to be killed.
@@ -60,6 +60,31 @@ def test_a_full_disk_leaves_the_old_file_and_names_the_remedy(tmp_path, monkeypa
         atomic_write(path, b"new content")
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_whatever_the_writer_makes_of_it(tmp_path, monkeypatch):
+    """torch.save turns the error into one about a position in its archive."""
+
+    def like_torch(file):
+        try:
+            file.write(b"new content")
+        except OSError:
+            raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904
+
+    full_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left on device, the disk is full; free space"):
+        atomic_write(tmp_path / "file", like_torch)
+    with pytest.raises(
+        OSError, match=r"cannot write .*log\.csv: No space left on device, the disk"
+    ):
+        append_text(tmp_path / "log.csv", "1,2,3\n")
+    monkeypatch.undo()
+
+    def broken(file):
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        atomic_write(tmp_path / "file", broken)
 
 
 def test_a_failing_writer_leaves_nothing(tmp_path):
@@ -111,7 +136,7 @@ def test_a_folder_that_cannot_be_listed_is_written_to(tmp_path, monkeypatch):
 
 
 def test_a_file_that_was_tidied_up_before_its_lock_is_begun_again(tmp_path, monkeypatch):
-    lock, calls = files._lock, []
+    lock, calls = files.lock, []
 
     def removed_first(descriptor):
         calls.append(descriptor)
@@ -120,7 +145,7 @@ def test_a_file_that_was_tidied_up_before_its_lock_is_begun_again(tmp_path, monk
             unfinished.unlink()
         return lock(descriptor)
 
-    monkeypatch.setattr(files, "_lock", removed_first)
+    monkeypatch.setattr(files, "lock", removed_first)
     atomic_write(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"new" and len(calls) == 2
     assert os.listdir(tmp_path) == ["file"]

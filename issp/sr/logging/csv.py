@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from issp.utils.files import atomic_write
+from issp.utils.files import append_text, atomic_write
 
 COLUMNS = (
     "iteration",
@@ -44,8 +44,7 @@ class CsvLog:
 
     def add(self, *rows: dict[str, Any]) -> None:
         """Appends rows; absent columns stay empty."""
-        with open(self.path, "a", encoding="utf-8", newline="") as file:
-            file.write(self._text(rows))
+        append_text(self.path, self._text(rows))
 
     def _text(self, rows: Iterable[dict[str, Any]]) -> str:
         buffer = io.StringIO()
