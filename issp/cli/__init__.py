@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -20,7 +22,7 @@ from issp.utils import process
 from issp.utils.errors import UserError
 from issp.utils.text import suggest
 
-COMMANDS = ("demo", "train", "test", "upscale", "bench", "plot", "prepare-data", "info")
+COMMANDS = ("demo", "train", "test", "upscale", "bench", "plot", "prepare-data", "cache", "info")
 # Our checks of arguments and files raise ValueError and OSError. Any other error that is not a
 # UserError is a bug and keeps its traceback.
 _USER_ERRORS = (UserError, ValueError, OSError)
@@ -91,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, 2 for bad input, 128 + signal after an interruption.
     """
+    _prepare_output()
     parser = build_parser()
     try:
         args, unknown = parser.parse_known_args(argv)
@@ -102,6 +105,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     return _run(args)
+
+
+def _prepare_output() -> None:
+    """Text that the terminal cannot show is escaped; Pillow's remarks on metadata are left out."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _run(args: argparse.Namespace) -> int:

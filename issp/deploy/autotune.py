@@ -23,7 +23,7 @@ import torch
 
 from issp.ops import backends
 from issp.ops.info import info
-from issp.utils.files import atomic_write, cache_folder
+from issp.utils.files import atomic_write, cache_folder, user_path
 
 try:
     import fcntl
@@ -101,7 +101,7 @@ class Cache:
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        self.path = cache_folder() / "choices.json" if path is None else Path(path)
+        self.path = cache_folder() / "choices.json" if path is None else user_path(path)
 
     def get(self, machine: str, key: str) -> Choice | None:
         """The stored choice of this machine and key, or None."""

@@ -22,7 +22,7 @@ from issp.deploy import pack
 from issp.pruning import summary
 from issp.sr import models
 from issp.utils.errors import import_optional
-from issp.utils.files import atomic_write
+from issp.utils.files import atomic_write, user_path
 
 _METADATA_KEY = "issp"
 
@@ -100,7 +100,8 @@ def read_tensors(
     Raises:
         FileNotFoundError, ValueError: as `load`.
     """
-    if Path(path).suffix.lower() == ".safetensors":
+    path = user_path(path)
+    if path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     content = read_state(path)
     keys = (key,) if key else ("params_ema", "params", "state_dict")
@@ -167,6 +168,7 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, cut short, or wants to run code on loading.
     """
+    path = user_path(path)
     _check_exists(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from issp.utils.errors import ConfigError, MissingPackageError, import_optional
+from issp.utils.files import user_path
 from issp.utils.text import suggest
 
 try:
@@ -87,6 +88,7 @@ Number = Annotated[float, Field(strict=True), BeforeValidator(_number_from_text)
 Integers = Annotated[list[Integer], BeforeValidator(_listed)]
 Numbers = Annotated[list[Number], BeforeValidator(_listed)]
 Texts = Annotated[list[str], BeforeValidator(_listed)]
+FilePath = Annotated[str, AfterValidator(lambda path: str(user_path(path)))]
 
 
 def _check_milestone(value: float) -> float:
@@ -375,11 +377,11 @@ class Paths(Section):
     IGNORED_KEYS += ("log", "visualization")
     RENAMED_KEYS = {"pretrain_model_g": "pretrain_network_g", "strict_load": "strict_load_g"}
 
-    pretrain_network_g: str | None = None
+    pretrain_network_g: FilePath | None = None
     param_key_g: str = "params"
     strict_load_g: StrictBool = True
-    resume_state: str | None = None
-    experiments_root: str = "experiments"
+    resume_state: FilePath | None = None
+    experiments_root: FilePath = "experiments"
 
 
 class Keep(Section):
@@ -604,7 +606,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """
     yaml = import_optional("yaml", "PyYAML", "YAML files")
     try:
-        tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+        tree = parse_yaml(user_path(path).read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise ConfigError(f"cannot read configuration {path}: {reason}") from None

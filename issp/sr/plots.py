@@ -11,7 +11,7 @@ import numpy as np
 
 from issp.sr import logging
 from issp.utils.errors import import_optional
-from issp.utils.files import atomic_write
+from issp.utils.files import atomic_write, user_path
 
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9731a", "#777777"
 
@@ -238,11 +238,11 @@ def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
     Raises:
         FileNotFoundError: the folder is not one of a run.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     log = folder / "log"
     if not (log / "train.csv").is_file():
         raise FileNotFoundError(f"{folder} is not a run of `issp train`: it has no log/train.csv")
-    out = Path(out) if out else folder / "visualization"
+    out = user_path(out) if out else folder / "visualization"
     written = [out / "curves.png"]
     training = logging.read_csv(log / "train.csv")
     curves(training, written[0], title=folder.name)

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and the user's cache folder."""
+"""Files: written whole or not at all, paths as users write them, and the user's cache folder."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def atomic_write(
 
     Raises:
         OSError: the file cannot be written (full disk, no permission); what was there is intact.
+        ValueError: `path` begins with `~` and the home folder is unknown.
     """
-    path = Path(path)
+    path = user_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
@@ -128,9 +129,28 @@ def lock(descriptor: int) -> bool:
     return False
 
 
+def user_path(path: str | os.PathLike) -> Path:
+    """A path as a user writes it: `~` in front is the home folder, `~name` that of a user.
+
+    Raises:
+        ValueError: the home folder is unknown (no HOME, and a user without a password entry).
+    """
+    text = os.path.expanduser(path)
+    if Path(text).parts[:1] == ("~",):
+        raise ValueError(f"{path}: the home folder is unknown; set HOME or write the whole path")
+    return Path(text)
+
+
 def cache_folder() -> Path:
-    """`$ISSP_CACHE`, else "issp" in `$XDG_CACHE_HOME` or `~/.cache`; `~` is the home folder."""
+    """`$ISSP_CACHE`, else "issp" in `$XDG_CACHE_HOME` or `~/.cache`; `~` is the home folder.
+
+    Where the home folder is unknown it is a place that cannot be written: whoever keeps something
+    there goes on without it, after one warning.
+    """
     given = os.environ.get("ISSP_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "issp"
+    try:
+        if given:
+            return user_path(given)
+        return user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "issp"
+    except ValueError:
+        return Path(os.devnull, "unknown home folder")

@@ -265,19 +265,55 @@ def test_cache_is_keyed_by_content_and_repairs_itself(tmp_path, hr_folder):
     lr, hr = pairs.load(0)
     assert np.array_equal(lr, data.imresize(hr, 1 / 4)) and hr.shape == (48, 60, 3)
     (entry,) = cache.rglob("*.png")
-    save(entry, 255 - lr)
-    assert np.array_equal(pairs.load(0)[0], 255 - lr)  # it is read
-    for damage in (b"", entry.read_bytes()[:60], b"no image"):
+    assert np.array_equal(data.read_image(entry), lr)  # a picture that anybody can look at
+    before = entry.stat().st_mtime_ns
+    assert np.array_equal(pairs.load(0)[0], lr) and entry.stat().st_mtime_ns == before  # read
+    whole = entry.read_bytes()
+    pairs.load(1)
+    (other,) = set(cache.rglob("*.png")) - {entry}
+    for damage in (b"", whole[:60], b"no image", whole[:-20], other.read_bytes()):
         entry.write_bytes(damage)
         assert np.array_equal(pairs.load(0)[0], lr)
-        assert np.array_equal(data.read_image(entry), lr)  # made again
-    save(entry, photo(3, 3))
+        assert entry.read_bytes() == whole  # made again
+    save(entry, photo(12, 15))  # a picture of the right size that is not ours
     assert np.array_equal(pairs.load(0)[0], lr)
     stat = (hr_folder / "0000.png").stat()
     save(hr_folder / "0000.png", 255 - photo(50, 61))
     os.utime(hr_folder / "0000.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     new_lr, new_hr = pairs.load(0)
     assert np.array_equal(new_lr, data.imresize(new_hr, 1 / 4)) and (new_lr != lr).any()
+
+
+def test_a_flipped_bit_in_the_cache_is_found(tmp_path, hr_folder):
+    pairs = data.PairedFolder(hr_folder, 4, cache_dir=tmp_path / "cache")
+    lr, _ = pairs.load(0)
+    (entry,) = (tmp_path / "cache").rglob("*.png")
+    whole = entry.read_bytes()
+    for position in range(0, 8 * len(whole), 131):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        entry.write_bytes(damaged)
+        assert np.array_equal(pairs.load(0)[0], lr), position
+        assert entry.read_bytes() == whole
+
+
+def test_no_home_folder_is_one_warning(hr_folder, monkeypatch):
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "ISSP_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    pairs = data.PairedFolder(hr_folder, 2)
+    with pytest.warns(
+        RuntimeWarning, match="not cached: .*unknown home folder.*ISSP_CACHE"
+    ) as caught:
+        for i in range(3):
+            lr, hr = pairs.load(i)
+            assert np.array_equal(lr, data.imresize(hr, 1 / 2))
+    assert len(caught) == 1
+    with pytest.raises(ValueError, match="^~/photos: the home folder is unknown; set HOME"):
+        data.list_images("~/photos")
 
 
 def test_cache_shared_and_unwritable(tmp_path, hr_folder):

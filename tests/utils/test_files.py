@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from issp.utils import files
-from issp.utils.files import append_text, atomic_write, cache_folder
+from issp.utils.files import append_text, atomic_write, cache_folder, user_path
 from tests.utils.disk import full_disk
 
 # Writes half a file, says so, and waits to be killed.
@@ -160,3 +160,12 @@ def test_cache_folder_is_the_given_one_or_the_users(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / "x" / "issp"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path(tmp_path, ".cache", "issp")
+
+
+def test_a_tilde_in_front_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_path("~/a b") == tmp_path / "a b" and user_path("~") == tmp_path
+    assert user_path("a/~/b") == Path("a/~/b") and user_path("/~/b") == Path("/~/b")
+    assert user_path("~backup~.png") == Path("~backup~.png")  # no user of that name
+    atomic_write("~/made/file", b"new")
+    assert (tmp_path / "made" / "file").read_bytes() == b"new"

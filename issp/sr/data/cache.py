@@ -9,20 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from issp.sr.data.images import decode_image, write_image
+from issp.sr.data.images import decode_image, encode_image
 from issp.sr.data.resize import imresize
-from issp.utils.files import cache_folder
+from issp.utils.files import atomic_write, cache_folder, user_path
 
 # Part of every key: to be raised when imresize or the decoding rules change.
-_VERSION = b"issp-lr-1"
+_VERSION = b"issp-lr-2"
+_DIGEST_BYTES = 20
 
 
 class LRCache:
     """Folder of bicubic low-resolution images, keyed by the content of their HR files.
 
     The key is a hash of the HR file's bytes and the scale: a moved or touched file keeps its entry,
-    and a replaced file (even one of equal size and date) gets another. Entries are PNG, whose
-    checksums expose damage: an entry that does not decode or has the wrong size is made again.
+    and a replaced file (even one of equal size and date) gets another. An entry is a PNG file with
+    a hash of its content and name behind it: a damaged or renamed one is made again.
     Entries are written atomically, so any number of processes may share the folder; at worst two
     of them make the same image. If the folder cannot be written, there is one warning and the
     images are made each time.
@@ -32,7 +33,7 @@ class LRCache:
     """
 
     def __init__(self, folder: str | os.PathLike | None = None):
-        self.folder = Path(folder).expanduser() if folder is not None else cache_folder()
+        self.folder = user_path(folder) if folder is not None else cache_folder()
         self._writable = True
 
     def entry(self, hr_bytes: bytes, scale: int) -> Path:
@@ -53,15 +54,17 @@ class LRCache:
         """
         path = self.entry(hr_bytes, scale)
         try:
-            entry = decode_image(path.read_bytes(), path)
-            if entry.shape == (hr.shape[0] // scale, hr.shape[1] // scale, 3):
-                return entry
-        except (OSError, ValueError):
-            pass  # absent or damaged: made below
+            entry = path.read_bytes()
+        except OSError:
+            entry = b""  # absent: made below
+        png, digest = entry[:-_DIGEST_BYTES], entry[-_DIGEST_BYTES:]
+        if digest == _digest(png, path):
+            return decode_image(png, path)
         lr = imresize(hr, 1 / scale)
         try:
             if self._writable:
-                write_image(path, lr, compress_level=1)
+                png = encode_image(lr, ".png", compress_level=1)
+                atomic_write(path, png + _digest(png, path), durable=False)
         except OSError as error:
             self._writable = False
             warnings.warn(
@@ -71,3 +74,9 @@ class LRCache:
                 stacklevel=2,
             )
         return lr
+
+
+def _digest(png: bytes, path: Path) -> bytes:
+    """Hash of an entry; Pillow would decode damaged pixels, and PNG's checksums are 4 bytes."""
+    key = path.name.encode()
+    return hashlib.blake2b(png, digest_size=_DIGEST_BYTES, key=key).digest()

@@ -13,6 +13,7 @@ from issp.sr.data.checks import check_small
 from issp.sr.data.images import list_images, read_image, to_tensor
 from issp.sr.data.pairs import PairedArrays, PairedFolder
 from issp.sr.data.sampler import Draw, hash64
+from issp.utils.files import user_path
 
 Pairs = PairedFolder | PairedArrays
 AUTO_MEMORY = 2 << 30  # bytes of decoded images that are held in memory by default
@@ -188,18 +189,12 @@ class ImageFolder:
     """Images without originals, to be upscaled: lq [3, h, w] float32, name, lq_path.
 
     Args:
-        root: folder of images, or one image file.
+        root: folder of images, or one image file of any name.
     """
 
     def __init__(self, root: str | os.PathLike):
-        root = os.path.expanduser(root)
-        if os.path.isfile(root):
-            root_dir, name = os.path.split(root)
-            self.files = [f for f in list_images(root_dir or ".") if f.name == name]
-            if not self.files:
-                raise ValueError(f"{root} is not an image file")
-        else:
-            self.files = list_images(root)
+        path = user_path(root)
+        self.files = [path] if path.is_file() else list_images(path)
 
     def __len__(self) -> int:
         return len(self.files)

@@ -18,7 +18,7 @@ import torch
 from issp.sr.data import containers
 from issp.sr.data.resize import check_uint8_image
 from issp.utils.errors import import_optional
-from issp.utils.files import atomic_write
+from issp.utils.files import atomic_write, user_path
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 # Also pictures, so that a folder which holds one is not read as if it were not there.
@@ -86,7 +86,7 @@ def read_image(path: str | os.PathLike, min_side: int = 1) -> np.ndarray:
             than ``min_side``.
         ImportError: Pillow is missing.
     """
-    path = Path(path).expanduser()
+    path = user_path(path)
     img = decode_image(read_bytes(path), path)
     if min(img.shape[:2]) < min_side:
         height, width = img.shape[:2]
@@ -110,7 +110,7 @@ def decode_image(data: bytes, name: str | os.PathLike) -> np.ndarray:
 
 def read_picture(path: str | os.PathLike) -> Picture:
     """Read an image file with what a copy of it may keep; rules and errors as in `read_image`."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     with _opened(io.BytesIO(read_bytes(path)), path) as (image, parts):
         frames = max(parts.frames, getattr(image, "n_frames", 1))
         bits = parts.bits or _bits(image)
@@ -133,7 +133,7 @@ def read_picture(path: str | os.PathLike) -> Picture:
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
     """Height and width (upright) from the file's header; rules and errors as in `read_image`."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, "rb"))
@@ -161,20 +161,24 @@ def write_image(path: str | os.PathLike, img: np.ndarray, compress_level: int = 
         ImportError: Pillow is missing.
     """
     check_uint8_image(img, f"write_image: the image for {path}")
-    path = Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    path = user_path(path)
+    if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"cannot write {path}: use one of the suffixes {', '.join(SUFFIXES)}")
     if img.ndim == 3 and img.shape[2] not in (1, 3):
         raise ValueError(f"cannot write {path}: 1 or 3 channels are needed, got {img.shape[2]}")
+    atomic_write(path, encode_image(img, path.suffix, compress_level), durable=False)
+
+
+def encode_image(img: np.ndarray, suffix: str, compress_level: int = 6) -> bytes:
+    """Content of the file that `write_image` writes, which checks the arguments."""
     if img.ndim == 3 and img.shape[2] == 1:
         img = img[:, :, 0]
     pillow = import_optional("PIL.Image", "Pillow", "image files")
-    kind = pillow.registered_extensions()[suffix]
+    kind = pillow.registered_extensions()[suffix.lower()]
     options = {"PNG": {"compress_level": compress_level}, "JPEG": {"quality": 95}}.get(kind, {})
     buffer = io.BytesIO()
     pillow.fromarray(np.ascontiguousarray(img)).save(buffer, kind, **options)
-    atomic_write(path, buffer.getvalue(), durable=False)
+    return buffer.getvalue()
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
@@ -187,7 +191,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
         FileNotFoundError: there is no such folder.
         ValueError: it is not a folder, or holds no image.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     if not folder.exists():
         raise FileNotFoundError(f"there is no file or folder {folder}")
     if not folder.is_dir():

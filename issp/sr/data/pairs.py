@@ -21,6 +21,7 @@ from issp.sr.data.images import (
     read_image,
 )
 from issp.sr.data.resize import check_uint8_image, imresize
+from issp.utils.files import user_path
 
 _HR_NAMES = ("HR", "hr", "GT", "gt", "GTmod12")
 _LR_NAMES = ("LR_bicubic", "LR", "lr", "LRbicx{s}", "lq", "LQ")
@@ -176,7 +177,7 @@ def check_names(files: list[Path]) -> None:
 
 def listed_images(folder: Path, meta_info_file: str | os.PathLike) -> list[Path]:
     """The images of a folder that a list names, in its order; see `PairedFolder`."""
-    path = Path(meta_info_file).expanduser()
+    path = user_path(meta_info_file)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -200,11 +201,11 @@ def find_folders(
     root: str | os.PathLike, scale: int, lq_root: str | os.PathLike | None = None
 ) -> tuple[Path, Path | None]:
     """HR folder and LR folder (None: to be made from HR) for the layouts of PairedFolder."""
-    root = Path(root).expanduser()
+    root = user_path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     if lq_root is not None:
-        lq_root = Path(lq_root).expanduser()
+        lq_root = user_path(lq_root)
         if not lq_root.is_dir():
             raise FileNotFoundError(f"there is no folder {lq_root} for low-resolution images")
         return _inner(root, _HR_NAMES) or root, _scale_folder(lq_root, scale)

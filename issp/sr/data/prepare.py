@@ -15,7 +15,7 @@ from issp.sr.data.checks import check_small, check_whole
 from issp.sr.data.images import image_size, list_images, mod_crop, read_image, write_image
 from issp.sr.data.pairs import check_names
 from issp.sr.data.resize import imresize
-from issp.utils.files import atomic_write
+from issp.utils.files import atomic_write, user_path
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def prepare(
     sources = list_images(hr_folder)
     check_names(sources)
     sources, skipped = _large_enough(sources, cut, small)
-    out = Path(out).expanduser()
-    in_place = (out / "HR").exists() and (out / "HR").samefile(Path(hr_folder).expanduser())
+    out = user_path(out)
+    in_place = (out / "HR").exists() and (out / "HR").samefile(user_path(hr_folder))
     if in_place and crop_size:
         raise ValueError(f"crops of {hr_folder} cannot go into the same folder; choose another out")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from issp.utils.files import append_text, atomic_write
+from issp.utils.files import append_text, atomic_write, user_path
 
 COLUMNS = (
     "iteration",
@@ -60,7 +60,7 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
         ValueError: the file cannot be read or is not a log.
     """
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(user_path(path), encoding="utf-8", newline="") as file:
             lines = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read log {path}: {error}") from None

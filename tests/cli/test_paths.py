@@ -1,0 +1,132 @@
+"""Paths as users have them: `~`, spaces, names that are not UTF-8."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import issp
+from issp import cli, data
+from issp.sr import config
+from issp.utils import denormals
+
+pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
+
+
+@pytest.fixture(autouse=True)
+def _float_mode_stays(monkeypatch):
+    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder with originals and a model, both in folders with a space."""
+    folder = tmp_path / "home of me"
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.setenv("ISSP_CACHE", "~/cache")
+    monkeypatch.chdir(tmp_path)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 36, 3), dtype=np.uint8)
+    data.write_image(folder / "my photos" / "a.png", picture)
+    model = issp.models.build("edsr-tiny", scale=2, num_feat=8, num_block=1)
+    issp.save(model, "~/my models/m.safetensors")
+    return folder
+
+
+TRAIN = [
+    *("train", "--model", "edsr-tiny", "--scale", "2", "--iters", "2", "--batch", "1"),
+    *("--patch", "16", "--name", "run", "--no-tensorboard", "--device", "cpu", "--quiet"),
+    *("--set", "network_g.num_feat=8", "network_g.num_block=1"),
+]
+
+
+def test_tilde_in_every_option(home, tmp_path, capsys):
+    photos, model = "~/my photos", "~/my models/m.safetensors"
+    command = [*TRAIN, f"--hr={photos}", f"--pretrained={model}", "--root=~/all runs"]
+    assert cli.main([*command, "--val", f"mine={photos}"]) == 0
+    run = home / "all runs" / "run"
+    assert (run / "models" / "net_g_latest.safetensors").is_file()
+    assert cli.main(["train", "~/all runs/run/config.yml", "--resume", "--quiet"]) == 0
+    assert cli.main(["plot", "~/all runs/run", "--out=~/plots"]) == 0
+    assert (home / "plots" / "curves.png").is_file()
+    test = ["test", f"--model={model}", "--data", f"mine={photos}", photos, "--save=~/saved"]
+    assert cli.main(test) == 0
+    saved = home / "saved"
+    assert (saved / "mine" / "a.png").is_file() and (saved / "my photos" / "a.png").is_file()
+    assert cli.main(["upscale", photos, f"--model={model}", "--out=~/up"]) == 0
+    assert (home / "up" / "a_x2.png").is_file()
+    assert cli.main(["prepare-data", photos, "--out=~/set", "--scales", "2"]) == 0
+    assert (home / "set" / "LR_bicubic" / "X2" / "ax2.png").is_file()
+    assert not (tmp_path / "~").exists() and (home / "cache").is_dir()
+
+
+def test_tilde_in_a_file_and_in_python(home):
+    tree = {
+        "name": "run",
+        "scale": 2,
+        "network_g": {"type": "edsr-tiny"},
+        "datasets": {"train": {"dataroot_gt": "~/my photos"}},
+        "path": {
+            "experiments_root": "~/runs",
+            "pretrain_network_g": "~/my models/m.safetensors",
+            "resume_state": "~/1.state",
+        },
+        "train": {"total_iter": 1},
+    }
+    settings = config.parse(tree)
+    assert settings.folder == home / "runs" / "run"
+    assert settings.path.pretrain_network_g == str(home / "my models" / "m.safetensors")
+    assert settings.path.resume_state == str(home / "1.state")
+    assert issp.load("~/my models/m.safetensors").scale == 2
+    picture = data.read_image("~/my photos/a.png")
+    assert data.image_size("~/my photos/a.png") == picture.shape[:2] == (32, 36)
+    assert len(data.ImageFolder("~/my photos/a.png")) == len(data.ImageFolder("~/my photos")) == 1
+    data.write_image("~/new/b.png", picture)
+    assert np.array_equal(data.read_image(home / "new" / "b.png"), picture)
+    (home / "c.yml").write_text("name: x")
+    assert config.load_yaml("~/c.yml") == {"name": "x"}
+
+
+def test_names_that_are_not_utf8(home):
+    """In the terminal of a user, which refuses text that it cannot show."""
+    strange = os.fsdecode(b"caf\xe9 set")
+    try:
+        os.rename(home / "my photos", home / strange)
+        os.rename(home / strange / "a.png", home / strange / os.fsdecode(b"\xfc ber.png"))
+    except OSError as error:
+        pytest.skip(f"the file system refuses such names: {error}")
+    root, model = str(home / os.fsdecode(b"runs\xff")), str(home / "my models/m.safetensors")
+    source, out = str(home / strange), str(home / "out")
+    os.makedirs(root)
+    for command in (
+        [
+            *TRAIN[:-4],
+            *TRAIN[-3:],
+            "--hr",
+            source,
+            "--val",
+            source,
+            "--root",
+            root,
+            "--save-images",
+        ],
+        ["plot", f"{root}/run", "--out", out],
+        ["test", "--model", model, "--data", source, "--save", out, "--per-image"],
+        ["upscale", source, "--model", model, "--out", out],
+        ["prepare-data", source, "--out", out, "--scales", "2"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "issp", *command],
+            capture_output=True,
+            env={
+                **os.environ,
+                "PYTHONIOENCODING": "utf-8:strict",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+        )
+        assert done.returncode == 0, (command, done.stderr)
+    made = {os.fsencode(file.name) for file in (home / "out").rglob("*.png")}
+    assert b"\xfc ber_x2.png" in made and b"\xfc berx2.png" in made
+    scores = (home / root / "run" / "log" / "validation.csv").read_text(encoding="utf-8")
+    assert "caf\\udce9 set" in scores
