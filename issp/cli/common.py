@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from issp.utils.files import user_path
 
 if TYPE_CHECKING:
     from issp.sr.models import SuperResolver
@@ -47,10 +51,37 @@ def item_progress(items: str) -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-def named_folder(entry: str) -> tuple[str, str]:
-    """The name and the folder in "NAME=DIR"; for a plain "DIR" the name of the folder."""
-    name, separator, folder = entry.partition("=")
-    return (name, folder) if separator else (Path(entry).name, entry)
+# Folders inside a data set, whose name says nothing about the set.
+_INNER_FOLDERS = re.compile(r"HR|GT|GTmod\d+|original|images?|image_SRF_\d|X\d", re.IGNORECASE)
+
+
+def named_folders(entries: Sequence[str]) -> dict[str, str]:
+    """Name -> folder of every "NAME=DIR"; a plain "DIR" is named after the data set it is of.
+
+    Raises:
+        ValueError: no name, one that is no plain name, or one of two folders.
+    """
+    folders: dict[str, str] = {}
+    for entry in entries:
+        name, separator, folder = entry.partition("=")
+        if not separator or os.sep in name or user_path(entry).is_dir():  # "=" in a folder's name
+            name, folder = _set_name(entry), entry
+        if name in ("", ".", ".."):
+            raise ValueError(f"{entry} gives its images no name: write NAME=DIR")
+        if name in folders:
+            raise ValueError(
+                f"{folders[name]} and {folder} are both called {name!r}: write NAME=DIR for one"
+            )
+        folders[name] = folder
+    return folders
+
+
+def _set_name(folder: str) -> str:
+    """The last part of a path that is no `_INNER_FOLDERS`, as text that a log can hold."""
+    parts = Path(os.path.abspath(user_path(folder))).parts[1:]
+    telling = [part for part in parts if not _INNER_FOLDERS.fullmatch(part)]
+    name = (telling or parts or ("",))[-1]
+    return name.encode(errors="backslashreplace").decode()
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

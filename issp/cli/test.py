@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
     from issp.utils.errors import explain_out_of_memory
 
     model = common.load_model(args)
-    folders = dict(common.named_folder(entry) for entry in args.data)
+    folders = common.named_folders(args.data)
     pairs = {name: data.PairedFolder(folder, model.scale) for name, folder in folders.items()}
     rows = []
     with explain_out_of_memory(common.MEMORY_REMEDY):

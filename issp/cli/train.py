@@ -7,8 +7,9 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from issp.cli.common import name_crowding, named_folder
+from issp.cli.common import name_crowding, named_folders
 from issp.utils.errors import ConfigError
+from issp.utils.files import user_path
 
 HELP = "train a network and prune it on the way, from a YAML file or flags"
 EXAMPLE = (
@@ -86,7 +87,7 @@ def main(args: argparse.Namespace) -> int:
 
     tree = config.load_yaml(args.config) if args.config else _defaults(args)
     if args.resume:
-        _follow_moved_run(tree, Path(args.config))
+        _follow_moved_run(tree, user_path(args.config))
     _apply_flags(tree, args)
     settings = config.parse(tree)
 
@@ -135,9 +136,8 @@ def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
         datasets = tree.setdefault("datasets", {})
         for key in [key for key in datasets if key.startswith(("val", "test"))]:
             del datasets[key]
-        for i, entry in enumerate(args.val):
-            name, folder = named_folder(entry)
-            datasets[f"val_{i + 1}"] = {"name": Path(name).name, "dataroot_gt": folder}
+        for i, (name, folder) in enumerate(named_folders(args.val).items()):
+            datasets[f"val_{i + 1}"] = {"name": name, "dataroot_gt": folder}
     if args.exclude:
         config.set_key(tree, "sparsity.exclude", args.exclude)
     if args.milestones:

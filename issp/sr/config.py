@@ -259,8 +259,15 @@ class Datasets(Section):
 
     @model_validator(mode="after")
     def _name_sets(self) -> Datasets:
+        keys: dict[str, str] = {}
         for key, entry in self.evaluation.items():
             entry.name = entry.name or key
+            if entry.name in keys:
+                raise ValueError(
+                    f"{keys[entry.name]} and {key} are both called {entry.name!r}: "
+                    "give each a name of its own"
+                )
+            keys[entry.name] = key
         return self
 
     @property
