@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from bench.harness import progress
 from bench.harness.errors import BenchmarkFailed
 
 # One module each, with `add_arguments`, `run` and `EXAMPLE`; only the module asked for is imported.
@@ -20,7 +21,8 @@ BENCHMARKS = {
     "network": "whole sparse networks, packed by issp.pack",
     "accuracy": "PSNR by N:M pattern: trainings, no times",
     "revisions": "another checkout beside this one: ops, optimizers and the hook, in turn",
-    "all": "all of them but accuracy and revisions, each in a process of its own",
+    "busy": "the same calls beside processes that never sleep",
+    "all": "all of them but accuracy, revisions and busy, each in a process of its own",
 }
 
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         input.
     """
     module, args = parse(argv)
+    progress.restart()
     try:
         module.run(args)
     except BenchmarkFailed as error:

@@ -16,6 +16,7 @@ import torch
 
 import issp
 from bench.harness.machine import machine_line
+from bench.harness.progress import counted
 from bench.harness.table import Column, Row, Table
 
 _EACH = 500  # iterations to a median
@@ -54,7 +55,7 @@ def measure(fused: bool, iterations: int) -> Row:
         issp.attach(model, optimizer, sparsity=0.95, shrink=0.95)
     lq, gt = torch.rand(4, 3, 24, 24), torch.rand(4, 3, 48, 48)
     times = []
-    for _ in range(iterations):
+    for _ in counted(range(iterations), "iteration"):
         start = time.perf_counter()
         loss = (model(lq) - gt).abs().mean()
         optimizer.zero_grad()

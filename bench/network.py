@@ -26,6 +26,7 @@ from bench.harness import options
 from bench.harness.errors import ParityError
 from bench.harness.machine import machine_line
 from bench.harness.plots import Bars, plot_bars
+from bench.harness.progress import counted
 from bench.harness.settings import TimingSettings
 from bench.harness.table import SCALES, Column, Row, Table, percent, ratio, timing_notes
 from bench.harness.timing import Task, interleave
@@ -263,7 +264,8 @@ def measure(name: str, model: nn.Module, settings: Settings) -> NetworkTimes:
     unshared: dict[str, list[str]] = {}
     with calls.keep_switches(), tempfile.TemporaryDirectory() as folder:
         cache = autotune.Cache(Path(folder) / "choices.json")
-        for v, sparsity in itertools.product(settings.rows, settings.sparsities):
+        forms = list(itertools.product(settings.rows, settings.sparsities))
+        for v, sparsity in counted(forms, "packing network"):
             pruned = copy.deepcopy(model)
             ungrouped = prune(pruned, sparsity, v)
             packed.append(_pack(name, pruned, x, cache, v=v, sparsity=sparsity))

@@ -202,6 +202,7 @@ def run(args: argparse.Namespace) -> None:
     """Prints the table."""
     # Not at the top: the worker of the old revision runs this file with that revision's package.
     from bench.harness.machine import machine_line
+    from bench.harness.progress import counted
     from issp.utils.text import table
 
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in CASES}
@@ -209,7 +210,7 @@ def run(args: argparse.Namespace) -> None:
         # New processes: where their memory lies changes a step by several per cent.
         roots = {"old": args.old.resolve(), "new": ROOT}
         workers = {w: _Worker(roots[w], args.threads) for w in random.sample(list(roots), 2)}
-        for name in CASES:
+        for name in counted(list(CASES), "case"):
             for which in workers:
                 workers[which].time(name)
             for _ in range(args.rounds):

@@ -23,6 +23,7 @@ from bench.harness import options, step_table
 from bench.harness.errors import ParityError
 from bench.harness.machine import machine_line
 from bench.harness.memory import peak_bytes
+from bench.harness.progress import counted
 from bench.harness.settings import TimingSettings
 from bench.harness.table import Table, timing_notes
 from bench.harness.timing import Task, interleave
@@ -169,7 +170,7 @@ def check_parity(model_shapes: Sequence[tuple[int, ...]], settings: Settings) ->
     sample = parity_shapes(settings.divided(model_shapes), settings)
     for bracket in (True, False):
         workload = settings.workload(sample)
-        for step in range(3):
+        for step in counted(range(3), "parity with the reference, step"):
             workload.perturb()
             expected = _reference_step(workload)
             workload.step(bracket)

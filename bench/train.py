@@ -23,6 +23,7 @@ from bench import baselines, optim_parity, step
 from bench.harness import options
 from bench.harness.machine import machine_line
 from bench.harness.plots import Bars, plot_bars
+from bench.harness.progress import counted
 from bench.harness.table import Column, Row, Table, number, percent
 from bench.harness.training import OPTIMIZERS, TrainingReplica
 from issp import ops
@@ -167,7 +168,7 @@ def time_iterations(variants: Sequence[TrainVariant], data: Data, settings: Sett
     rounds = min(_MOST_ROUNDS, max(3, int(settings.seconds / seconds)))
     order = random.Random(0)
     slow_rounds = {0}
-    for i in range(rounds):
+    for i in counted(range(rounds), "round"):
         batch = data.batch(settings.batch, settings.patch)
         now = [*fast, authors] if i in slow_rounds else list(fast)
         order.shuffle(now)
@@ -307,7 +308,7 @@ def make_variants(network: nn.Module, data: Data, settings: Settings) -> list[Tr
 
     start = TrainVariant("warm up", replica("fused", True))
     watch = Stopwatch(settings.device)
-    for _ in range(settings.settle):
+    for _ in counted(range(settings.settle), "warm-up iteration"):
         iterate(start, *data.batch(1, min(settings.patch, _WARM_UP_PATCH)), watch)
     authors = TrainVariant(AUTHORS, replica("fused", False))
     variants = [

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from bench.harness.progress import counted
+
 _SLOW = 1.0  # seconds: a call this long needs no warm-up call, and hardly a second one
 _SPIN = 200_000  # GPU cycles, about 100 us: the host is ahead when the timed part begins
 _UNKNOWN_CACHE = 128 << 20
@@ -184,7 +186,7 @@ def interleave(
         modes: default: all of the clock's.
     """
     schedule = []
-    for task in tasks:
+    for task in counted(tasks, "first call of row"):
         for mode in clock.modes if modes is None else modes:
             if mode.graph and not task.capturable:
                 continue
@@ -204,7 +206,7 @@ def interleave(
             schedule.append((task, mode, call, repetitions - len(task.samples[mode.name])))
     # In another order each round: nobody always comes after the one that emptied the caches.
     order = random.Random(0)
-    for i in range(rounds):
+    for i in counted(range(rounds), "round"):
         order.shuffle(schedule)
         for task, mode, call, repetitions in schedule:
             if (i + 1) * repetitions // rounds > i * repetitions // rounds:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import issp
+from bench.harness.progress import counted
 from issp import ops
 
 _GRADIENT_SCALE = 1e-3  # about that of the gradient of a mean absolute error
@@ -278,7 +279,7 @@ def steady_replica(
     replica = TrainingReplica.copy_of(model, spec, "fused", True, sparsity, shrink)
     gradients = Gradients(replica.parameters())
     replica.set_gradients(gradients)
-    for _ in range(steps):
+    for _ in counted(range(steps), "warm-up step"):
         gradients.renew()
         replica.optimizer.step()
     return replica, gradients

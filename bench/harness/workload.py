@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from bench.harness.progress import counted
 from issp import ops
 from issp.ops.keep import Keep
 
@@ -104,7 +105,7 @@ class Workload:
 
     def warm_up(self, steps: int) -> None:
         """Perturbs and steps, so that magnitudes are distributed as they are late in training."""
-        for _ in range(steps):
+        for _ in counted(range(steps), "warm-up step"):
             self.perturb()
             self.step()
 

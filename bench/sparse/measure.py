@@ -12,6 +12,7 @@ import torch
 
 from bench.harness import options
 from bench.harness.machine import machine_line
+from bench.harness.progress import counted
 from bench.harness.settings import TimingSettings
 from bench.harness.table import timing_notes
 from bench.harness.timing import Mode, Task, interleave
@@ -174,7 +175,7 @@ def _checked(data: LayerTensors, settings: Settings) -> tuple[Packed, list[str]]
     """The packed weights that pass the check, by form and sparsity, and notes on those left out."""
     packed: Packed = {}
     notes = []
-    for form in settings.forms:
+    for form in counted(settings.forms, "parity of form"):
         for sparsity in settings.sparsities:
             reason = unsupported_reason(form, data.layer.weight, sparsity)
             if reason:
