@@ -135,6 +135,7 @@ def run(args: argparse.Namespace) -> None:
         picture = args.folder / f"{name}.png" if name in pictures else None
         limit = LIMITS.get(args.device, {}).get(name, LIMIT[args.device])
         limit = limit if args.limit is None else args.limit
+        print(f"{name}: begins, at most {limit:.0f} s", file=sys.stderr, flush=True)
         outcomes.append(run_one(name, [*common, *pace], picture, limit))
         print(outcomes[-1].line(), flush=True)
         if outcomes[-1].problem:

@@ -45,7 +45,10 @@ class TestEverything:
         monkeypatch.setattr(everything, "PLAN", {x: [x] for x in ("bad", "hanging", "good")})
         words = ["--folder", str(tmp_path / "results"), "--limit", "2", "--device", "cuda"]
         assert bench.main(["all", *words]) == 1
-        shown = capsys.readouterr().out
+        shown, progress = capsys.readouterr()
+        assert progress.splitlines() == [
+            f"{name}: begins, at most 2 s" for name in ("bad", "hanging", "good")
+        ]
         assert "bad: failed: bench: not bitwise equal" in shown
         assert "first line\nbench: not bitwise equal" in shown  # all of it, for the log
         assert "hanging: stopped after its 2 s" in shown and "good: passed" in shown
