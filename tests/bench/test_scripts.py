@@ -46,7 +46,7 @@ class TestEverything:
         words = ["--folder", str(tmp_path / "results"), "--limit", "2", "--device", "cuda"]
         assert bench.main(["all", *words]) == 1
         shown, progress = capsys.readouterr()
-        assert progress.splitlines() == [
+        assert progress.splitlines()[:3] == [
             f"{name}: begins, at most 2 s" for name in ("bad", "hanging", "good")
         ]
         assert "bad: failed: bench: not bitwise equal" in shown
