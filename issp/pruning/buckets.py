@@ -19,7 +19,7 @@ from issp.ops.keep import Keep
 from issp.ops.schemas import mask_words
 from issp.pruning.ema import EMAWeights
 from issp.pruning.memory_order import inverse, memory_order, pointers
-from issp.pruning.moments import OptimizerMoments
+from issp.pruning.moments import MaskTargets, OptimizerMoments
 from issp.pruning.prune_step import prunes_within_step
 from issp.pruning.state import LayerState
 
@@ -136,30 +136,42 @@ class WeightBucket:
         weights = self.selection_views(self.contiguous_views(self.current_weights()))
         ops.soft_shrink_(weights, self.state, factor, found_inf)
 
-    def apply_masks(
+    def mask_targets(
         self, optimizer: Optimizer | None = None, averages: list[Tensor] | None = None
-    ) -> None:
-        """Writes zeros where the mask says pruned, in one call if memory orders allow.
+    ) -> MaskTargets:
+        """What `apply_masks` writes: weights, the optimizer's moments, one average per weight.
 
-        That is: in the weights, the optimizer's moments of them, and one average per weight.
+        Raises:
+            ValueError: an average that cannot be masked.
         """
         weights = self.current_weights()
-        lists, irregular = [weights], []
-        if optimizer is not None:
-            self._moments.refresh(optimizer, weights, self.state.k.device, self._orders)
-            lists += self._moments.complete()
-            irregular += self._moments.irregular
-        if averages is not None:
-            if self._is_regular(averages):
-                lists.append(averages)
-            else:
-                irregular += enumerate(averages)
-        views = [view for tensors in lists for view in self.contiguous_views(tensors)]
+        if optimizer is None:
+            targets = MaskTargets(weights, self._orders)
+        else:
+            targets = self._moments.targets(optimizer, weights, self._orders)
+        if averages is None:
+            return targets
+        targets = targets.copy()
+        for t in targets.add(dict(enumerate(averages))):
+            raise ValueError(
+                f"ema: the average of {self.layers[t].name} cannot be masked: it must be a strided "
+                "float tensor with memory of its own"
+            )
+        return targets
+
+    def unmasked_states(self, optimizer: Optimizer) -> dict[str, str]:
+        """Entries of the optimizer's state that look like moments and cannot be masked: why."""
+        self._moments.targets(optimizer, self.current_weights(), self._orders)
+        return self._moments.unmasked
+
+    def apply_masks(self, targets: MaskTargets) -> None:
+        """Writes zeros where the mask says pruned, in one call if memory orders allow."""
+        views = [view for tensors in targets.lists for view in self.contiguous_views(tensors)]
         ops.apply_masks_(views, self.state)
-        if irregular:
+        if targets.irregular:
             kept = self.masks()
             with torch.no_grad():
-                for t, tensor in irregular:
+                for t, tensor in targets.irregular:
                     tensor.masked_fill_(~kept[t].to(tensor.device), 0)
 
     def _is_regular(self, tensors: list[Tensor]) -> bool:
@@ -423,8 +435,19 @@ class WeightBuckets:
                 stacklevel=4,
             )
 
-    def select_missing(self) -> None:
-        """Selects, at the full sparsity, for layers that no step has selected yet."""
+    def check_maskable(self, ema: EMAWeights | None) -> None:
+        """Refuses what `fix_masks` would refuse later."""
+        self._mask_targets(self, ema)
+
+    def fix_masks(self, ema: EMAWeights | None) -> None:
+        """Masks all weights, moments and averages, by the masks as they are.
+
+        Layers that no step has selected yet are selected first, at the full sparsity.
+
+        Raises:
+            ValueError: see `WeightBucket.mask_targets`; nothing has been changed.
+        """
+        targets = self._mask_targets(self, ema)
         for bucket in self:
             is_missing = bucket.state.thresholds.isnan().tolist()
             missing = list(itertools.compress(bucket.layers, is_missing))
@@ -433,14 +456,39 @@ class WeightBuckets:
                 late.set_ratio(1.0, 1.0)
                 late.shrink(0.0)
                 bucket.load_layer_states(late.layer_states())
+        for bucket, tensors in targets:
+            bucket.apply_masks(tensors)
 
-    def apply_masks(self, buckets: Iterable[WeightBucket], ema: EMAWeights | None = None) -> None:
-        """Writes zeros into pruned weights, their optimizer moments and their averages."""
-        for bucket in buckets:
-            bucket.apply_masks(
-                self.optimizers[bucket.optimizer] if self.optimizers else None,
-                None if ema is None else ema.tensors(bucket.layers),
+    def apply_masks(self, buckets: Iterable[WeightBucket]) -> None:
+        """Writes zeros into pruned weights and their optimizer moments."""
+        for bucket, tensors in self._mask_targets(buckets, None):
+            bucket.apply_masks(tensors)
+
+    def _mask_targets(
+        self, buckets: Iterable[WeightBucket], ema: EMAWeights | None
+    ) -> list[tuple[WeightBucket, MaskTargets]]:
+        return [
+            (
+                bucket,
+                bucket.mask_targets(
+                    self._optimizer_of(bucket), None if ema is None else ema.tensors(bucket.layers)
+                ),
             )
+            for bucket in buckets
+        ]
+
+    def _optimizer_of(self, bucket: WeightBucket) -> Optimizer | None:
+        return self.optimizers[bucket.optimizer] if self.optimizers else None
+
+    def unmasked_states(self, index: int) -> dict[str, str]:
+        """Entries in the state of optimizer `index` that the masks will not reach, and why."""
+        optimizer = self.optimizers[index]
+        buckets = [bucket for bucket in self if bucket.optimizer == index]
+        return {
+            name: why
+            for bucket in buckets
+            for name, why in bucket.unmasked_states(optimizer).items()
+        }
 
 
 def _count(target: float | Keep, numel: int, ratio: float, final: float) -> int:

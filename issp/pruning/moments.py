@@ -1,83 +1,181 @@
-"""The optimizer's tensors of a list of weights: what is masked together with the weights."""
+"""What is masked together with the weights: the optimizer's moments of them, and their averages."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from issp.pruning.memory_order import permuted
+from issp.ops.validation.pruning import DTYPES
+from issp.pruning.memory_order import permuted, pointers
+
+
+class MaskTargets:
+    """The tensors that get the masks of some weights, checked before any of them is written.
+
+    Args:
+        weights: on one device.
+        orders: of each weight, as `memory_order` gives it.
+
+    Attributes:
+        lists: lists of one tensor per weight, of the weights' device and memory orders and without
+            overlaps: one call of the op masks them all. The first one holds the weights.
+        irregular: (number of the weight, tensor) of all others.
+    """
+
+    def __init__(self, weights: list[Tensor], orders: Sequence[list[int] | None]) -> None:
+        self.lists: list[list[Tensor]] = [weights]
+        self.irregular: list[tuple[int, Tensor]] = []
+        self._orders = orders
+
+    def copy(self) -> MaskTargets:
+        """The same tensors, for more to be added."""
+        copied = MaskTargets(self.lists[0], self._orders)
+        copied.lists, copied.irregular = list(self.lists), list(self.irregular)
+        return copied
+
+    def add(self, tensors: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Adds tensors by the number of their weight, at most one each.
+
+        What lies in the very memory of a weight, or of a tensor that was added before, is masked
+        with it.
+
+        Returns:
+            Those that cannot be masked: of another shape or dtype, not strided, or partly in the
+            memory of a weight.
+        """
+        weights = self.lists[0]
+        if len(tensors) == len(weights) and all(map(self._is_regular, tensors, tensors.values())):
+            in_order = [tensors[t] for t in range(len(weights))]
+            if not _overlap([*self._tensors(), *in_order]):
+                self.lists.append(in_order)
+                return {}
+        known, rest = {_place(x) for x in self._tensors()}, {}
+        for t, x in tensors.items():
+            if not _is_maskable(x, weights[t]):
+                rest[t] = x
+            elif _place(x) not in known:
+                if _overlap([weights[t], x]):
+                    rest[t] = x
+                else:
+                    self.irregular.append((t, x))
+        return rest
+
+    def _is_regular(self, t: int, x: Tensor) -> bool:
+        weight = self.lists[0][t]
+        return (
+            _is_maskable(x, weight)
+            and x.device == weight.device
+            and permuted(x, self._orders[t]).is_contiguous()
+        )
+
+    def _tensors(self) -> Iterable[Tensor]:
+        return [x for tensors in self.lists for x in tensors]
 
 
 class OptimizerMoments:
-    """Moments, momentum buffers and the like; looked up again when the state was replaced or grew.
-
-    A moment is a floating-point tensor of its weight's shape.
+    """Moments, momentum buffers and the like; looked up again when the state has changed.
 
     Attributes:
-        irregular: (number of the weight, moment) of all moments that `complete` leaves out: those
-            on another device, in another memory order, or of a kind that some weights lack.
+        unmasked: what looks like moments and cannot be masked: name in the state -> why, in a word.
     """
 
     def __init__(self) -> None:
-        self._source: object = None
-        self._signature: tuple[int, int] = (-1, -1)
-        self._dicts: list[dict[str, Any]] = []
-        self._keys: list[str] = []
-        self.irregular: list[tuple[int, Tensor]] = []
+        self._targets: MaskTargets | None = None
+        self._entries: list[Tensor | None] = []
+        self._pointers: list[list[int]] = []
+        self.unmasked: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[type[OptimizerMoments], tuple[()]]:
         return OptimizerMoments, ()  # a copy looks its own optimizer's moments up
 
-    def refresh(
-        self,
-        optimizer: Optimizer,
-        weights: list[Tensor],
-        device: torch.device,
-        orders: list[list[int] | None],
-    ) -> None:
-        """Looks the moments up again if the optimizer's state has changed.
+    def targets(
+        self, optimizer: Optimizer, weights: list[Tensor], orders: Sequence[list[int] | None]
+    ) -> MaskTargets:
+        """The weights and their moments.
 
-        The weights are on one device; `orders` are those that `memory_order` gives for them.
+        Args:
+            optimizer: whose state is read.
+            weights: on one device.
+            orders: of each weight, as `memory_order` gives it.
         """
-        state = optimizer.state
-        if self._source is state and self._signature == (len(state), self._num_entries()):
-            return
         # `state` is a defaultdict: asking with [] would create entries and change its state_dict.
-        self._dicts = [state.get(w, {}) for w in weights]
-        by_key: dict[str, list[tuple[int, Tensor]]] = {}
-        has_unset = False
-        for t, (weight, values) in enumerate(zip(weights, self._dicts, strict=True)):
-            for key, value in values.items():
-                has_unset |= value is None
-                if _is_moment(value, weight):
-                    by_key.setdefault(key, []).append((t, value))
-        self._keys, self.irregular = [], []
-        for key, moments in by_key.items():
-            if len(moments) == len(weights) and all(
-                m.device == device and permuted(m, orders[t]).is_contiguous() for t, m in moments
-            ):
-                self._keys.append(key)
-            else:
-                self.irregular += moments
-        # An entry that is still None becomes a tensor without changing any length.
-        self._source = None if has_unset or self.irregular else state
-        self._signature = (len(state), self._num_entries())
+        dicts = [optimizer.state.get(w, {}) for w in weights]
+        entries = [x for d in dicts for x in d.values() if x is None or isinstance(x, Tensor)]
+        if (
+            self._targets is None
+            or len(entries) != len(self._entries)
+            or any(a is not b for a, b in zip(entries, self._entries, strict=True))
+            or [pointers(tensors) for tensors in self._targets.lists] != self._pointers
+            or any(a is not b for a, b in zip(weights, self._targets.lists[0], strict=True))
+        ):
+            self._targets = self._look_up(dicts, weights, orders)
+            self._entries = entries
+            self._pointers = [pointers(tensors) for tensors in self._targets.lists]
+        return self._targets
 
-    def complete(self) -> list[list[Tensor]]:
-        """One list per kind of moment, in the order of the weights."""
-        return [[values[key] for values in self._dicts] for key in self._keys]
+    def _look_up(
+        self,
+        dicts: Sequence[Mapping[str, Any]],
+        weights: list[Tensor],
+        orders: Sequence[list[int] | None],
+    ) -> MaskTargets:
+        by_name: dict[str, dict[int, Tensor]] = {}
+        for t, (weight, values) in enumerate(zip(weights, dicts, strict=True)):
+            for name, x in values.items():
+                if isinstance(x, Tensor) and _looks_like_a_moment(x, weight):
+                    by_name.setdefault(name, {})[t] = x
+        targets, self.unmasked = MaskTargets(weights, orders), {}
+        for name, moments in by_name.items():
+            for t, x in targets.add(moments).items():
+                shape = "" if x.shape == weights[t].shape else f" of shape {tuple(x.shape)}"
+                self.unmasked[name] = _kind(x) + shape
+        return targets
 
-    def _num_entries(self) -> int:
-        return sum(map(len, self._dicts))
+
+def _looks_like_a_moment(x: Tensor, weight: Tensor) -> bool:
+    """Whether a tensor may hold a number for each weight, in codes or stacked with others too."""
+    if x.numel() < 2:
+        return False
+    is_coded = not _is_plain(x) or not x.is_floating_point()
+    return is_coded or x.numel() >= weight.numel()
 
 
-def _is_moment(value: object, weight: Tensor) -> bool:
+def _is_maskable(x: Tensor, weight: Tensor) -> bool:
     return (
-        isinstance(value, Tensor)
-        and value.shape == weight.shape
-        and value.is_floating_point()
-        and value.dim() > 0
+        _is_plain(x)
+        and x.shape == weight.shape
+        and x.dtype in DTYPES
+        and not x.is_inference()
+        and all(stride or size == 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    )
+
+
+def _is_plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
+
+
+def _kind(x: Tensor) -> str:
+    if type(x) not in (Tensor, nn.Parameter):
+        return type(x).__name__
+    return str(x.dtype if x.layout == torch.strided else x.layout).removeprefix("torch.")
+
+
+def _place(x: Tensor) -> tuple[object, ...]:
+    return x.device, x.data_ptr(), x.stride()
+
+
+def _overlap(tensors: Iterable[Tensor]) -> bool:
+    """Whether two of the tensors overlap in memory; gaps within a tensor count as its memory."""
+    spans = []
+    for x in tensors:
+        last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        spans.append((str(x.device), x.data_ptr(), x.data_ptr() + (last + 1) * x.itemsize))
+    spans.sort()
+    return any(
+        device == other and begin < end
+        for (device, _, end), (other, begin, _) in zip(spans, spans[1:], strict=False)
     )

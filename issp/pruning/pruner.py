@@ -94,7 +94,11 @@ def attach(
         hook=hook,
     )
     if from_zeros:
-        pruner.freeze_zeros()
+        try:
+            pruner.freeze_zeros()
+        except ValueError:
+            pruner.detach()
+            raise
     return pruner
 
 
@@ -125,8 +129,12 @@ class Pruner:
         self._ratio: float | None = None  # that the counts of the buckets follow
         self._hooks = Hooks()
         self._callbacks: list[Callable[[Pruner], None]] = []
+        self._inspected: set[int] = set()  # optimizers whose state has been looked at
         self._buckets.warn_missing()
+        self._buckets.check_maskable(ema)
         self._attach_hooks()
+        for index in range(len(optimizers)):
+            self._name_unmasked(index)
 
     @property
     def step_count(self) -> int:
@@ -193,6 +201,23 @@ class Pruner:
                 self.freeze()
             for callback in self._callbacks:
                 callback(self)
+        self._name_unmasked(index)
+
+    def _name_unmasked(self, index: int) -> None:
+        """Names once, as soon as an optimizer has a state, what in it the masks will not reach."""
+        optimizers = self._buckets.optimizers
+        if index in self._inspected or index >= len(optimizers) or not optimizers[index].state:
+            return
+        self._inspected.add(index)
+        unmasked = self._buckets.unmasked_states(index)
+        if unmasked:
+            names = ", ".join(f"{name} ({kind})" for name, kind in unmasked.items())
+            warnings.warn(
+                f"the masks will not reach {names} in the state of "
+                f"{type(optimizers[index]).__name__}: they are no strided float tensors of their "
+                "weight's shape; the weights themselves stay zero once the masks are fixed",
+                stacklevel=2,
+            )
 
     def _refresh(self) -> None:
         if self._buckets.refresh():
@@ -201,7 +226,7 @@ class Pruner:
     def _after_rebuild(self) -> None:
         self._ratio = None
         if self.frozen:
-            self._apply_all_masks()
+            self._buckets.fix_masks(self._ema)
 
     def _check_open(self) -> None:
         if self._stage == "final":
@@ -234,8 +259,8 @@ class Pruner:
                 stacklevel=2,
             )
         self._refresh()
+        self._buckets.fix_masks(self._ema)
         self._stage = "frozen"
-        self._apply_all_masks()
 
     def freeze_zeros(self) -> None:
         """Fixes the masks to the present zeros: training goes on from a sparse model.
@@ -250,12 +275,8 @@ class Pruner:
             )
         for bucket in self._buckets:
             bucket.set_masks([kept[layer.name] for layer in bucket.layers])
+        self._buckets.fix_masks(self._ema)
         self._stage = "frozen"
-        self._apply_all_masks()
-
-    def _apply_all_masks(self) -> None:
-        self._buckets.select_missing()
-        self._buckets.apply_masks(self._buckets, self._ema)
 
     def finalize(self) -> nn.Module:
         """Freezes if that has not happened, writes hard zeros, removes the hooks.
@@ -266,7 +287,7 @@ class Pruner:
         if self._stage != "final":
             self.freeze()
             self._refresh()
-            self._apply_all_masks()
+            self._buckets.fix_masks(self._ema)
             self.detach()
             self._stage = "final"
         return self._model
@@ -294,6 +315,7 @@ class Pruner:
         self._model = self._model if model is None else model
         self._hooks.detach()
         self._attach_hooks()
+        self._inspected.clear()
 
     def _attach_hooks(self) -> None:
         if self._hook and self._buckets.optimizers:
