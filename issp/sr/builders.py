@@ -79,7 +79,7 @@ def network(config: Config) -> models.SuperResolver:
     """
     try:
         model = _untrained_network(config)
-    except (TypeError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         # Values of network_g that are of the wrong type or sign surface anywhere in torch.
         raise ConfigError(f"network_g: {error}") from error
     if model.scale != config.scale:

@@ -3,7 +3,7 @@
 import inspect
 from typing import Any
 
-from issp.sr.models.base import SuperResolver, unknown_argument
+from issp.sr.models.base import SuperResolver, unknown_argument, wrong_value
 from issp.sr.models.cat import CAT
 from issp.sr.models.edsr import EDSR
 from issp.sr.models.inference import pad, upscale
@@ -73,7 +73,7 @@ def build(name: str, scale: int, **overrides: Any) -> SuperResolver:
         The network, with `.scale`, `.arch` (the name) and `.config` (for `from_config`).
 
     Raises:
-        ValueError: unknown name (the nearest is suggested) or scale.
+        ValueError: unknown name (the nearest is suggested) or scale; a value of another type.
         TypeError: a keyword that the class does not have.
     """
     if name not in _PRESETS:
@@ -83,6 +83,9 @@ def build(name: str, scale: int, **overrides: Any) -> SuperResolver:
     if "upscale" in overrides:
         raise TypeError(f"pass the scale of {name} as scale={overrides['upscale']}, not upscale")
     cls, preset = _PRESETS[name]
+    problem = wrong_value(name, overrides, inspect.unwrap(cls.__init__))
+    if problem:
+        raise ValueError(problem)
     model = cls(**{**preset, "upscale": int(scale), **overrides})
     model.arch = name
     return model
@@ -96,7 +99,8 @@ def from_config(config: dict[str, Any]) -> SuperResolver:
 
     Raises:
         TypeError: not a dict.
-        ValueError: no type, or an unknown type or keyword (the nearest is suggested).
+        ValueError: no type, an unknown type or keyword (the nearest is suggested), or a value of
+            another type.
     """
     if not isinstance(config, dict):
         raise TypeError(f"a model configuration must be a dict, got {type(config).__name__}")
@@ -104,10 +108,11 @@ def from_config(config: dict[str, Any]) -> SuperResolver:
     kind = arguments.pop("type", None)
     if kind is None:
         raise ValueError(f"the model configuration has no 'type': use one of {list(_CLASSES)}")
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise ValueError(f"unknown model type {kind!r}: {suggest(kind, _CLASSES)}")
-    known = [p for p in inspect.signature(_CLASSES[kind].__init__).parameters if p != "self"]
-    problem = unknown_argument(kind, arguments, known)
+    constructor = inspect.unwrap(_CLASSES[kind].__init__)
+    known = [p for p in inspect.signature(constructor).parameters if p != "self"]
+    problem = unknown_argument(kind, arguments, known) or wrong_value(kind, arguments, constructor)
     if problem:
         raise ValueError(problem)
     return _CLASSES[kind](**arguments)

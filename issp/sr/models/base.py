@@ -2,7 +2,8 @@
 
 import functools
 import inspect
-from collections.abc import Iterable, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +15,60 @@ DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 # Arguments that are classes, which JSON cannot hold.
 _NOT_IN_CONFIG = ("norm_layer", "act_layer")
 
+_MOST = 1_000_000  # layers, channels, pixels of a side
+_LARGEST = 3e38  # of float32
+
+# Annotations of the networks' arguments.
+Integers = Sequence[int]
+Numbers = Sequence[float]
+Sides = int | Sequence[int]
+
 
 def unknown_argument(kind: str, arguments: Iterable[str], known: Sequence[str]) -> str | None:
     """The sentence that refuses the first argument which a network does not have, or None."""
     unknown = next((name for name in arguments if name not in known), None)
     return unknown and f"{kind} has no argument {unknown!r}: {suggest(unknown, known)}"
+
+
+def wrong_value(kind: str, arguments: Mapping[str, object], init: Callable) -> str | None:
+    """The sentence that refuses the first argument of another type than it is annotated with.
+
+    In a file a value may be anything; torch would fail on it later, or compute nonsense.
+    """
+    annotations = inspect.get_annotations(init)
+    for name, value in arguments.items():
+        suits, wanted = _FORMS.get(annotations.get(name), (None, ""))
+        if suits and not suits(value):
+            return f"{kind}: {name} must be {wanted}, got {value!r}"
+    return None
+
+
+def _is_whole(value: object, least: int = 1) -> bool:
+    is_number = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return is_number and least <= value <= _MOST  # type: ignore[operator]
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and abs(value) <= _LARGEST  # type: ignore[arg-type]  # no NaN
+
+
+def _all(value: object, suits: Callable[[object], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(suits, value))
+
+
+# Annotation -> what a value must fulfil, and that in words.
+_FORMS: dict[object, tuple[Callable[[object], bool], str]] = {
+    int: (_is_whole, f"a whole number from 1 to {_MOST}"),
+    float: (_is_number, "a number"),
+    float | None: (lambda v: v is None or _is_number(v), "a number"),
+    bool: (lambda v: isinstance(v, bool), "true or false"),
+    str: (lambda v: isinstance(v, str), "text"),
+    str | None: (lambda v: v is None or isinstance(v, str), "text"),
+    Integers: (lambda v: _all(v, lambda n: _is_whole(n, 0)), "a list of whole numbers"),
+    Numbers: (lambda v: _all(v, _is_number), "a list of numbers"),
+    Sides: (lambda v: _is_whole(v) or _all(v, _is_whole) and len(v) == 2, "one or two sides"),
+}
 
 
 def configured(init):
@@ -69,6 +119,8 @@ class SuperResolver(nn.Module):
 
     def __init__(self, channels: int, scale: int, img_range: float, mean):
         super().__init__()
+        if not img_range > 0:
+            raise ValueError(f"{type(self).__name__} needs an img_range above 0, got {img_range}")
         if len(mean) != channels:
             raise ValueError(
                 f"{type(self).__name__} needs one mean per input channel: got {len(mean)} for "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from issp.sr.models import layers
-from issp.sr.models.base import configured
+from issp.sr.models.base import Integers, configured
 from issp.sr.models.derived import DerivedBuffers
 from issp.sr.models.layers import FULL, Size, conv3x3
 from issp.sr.models.transformer import (
@@ -177,10 +177,10 @@ class CAT(WindowTransformer):
         img_size: int = 64,
         in_chans: int = 3,
         embed_dim: int = 180,
-        depth=(2, 2, 2, 2),
-        split_size_0=(0, 0, 0, 0),
-        split_size_1=(0, 0, 0, 0),
-        num_heads=(2, 2, 2, 2),
+        depth: Integers = (2, 2, 2, 2),
+        split_size_0: Integers = (0, 0, 0, 0),
+        split_size_1: Integers = (0, 0, 0, 0),
+        num_heads: Integers = (2, 2, 2, 2),
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
@@ -242,7 +242,7 @@ def _check_sizes(img_size, embed_dim, num_heads, splits: list[Size], block_name)
         if img_size % a or (b and img_size % b):
             raise ValueError(f"img_size {img_size} must be a multiple of split sizes {a} and {b}")
     for heads in num_heads:
-        if heads % 2 or embed_dim % heads:
+        if heads < 1 or heads % 2 or embed_dim % heads:
             raise ValueError(
                 f"num_heads must be even and divide embed_dim {embed_dim}, got {heads}"
             )

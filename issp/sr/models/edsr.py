@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from issp.sr.models.base import DIV2K_MEAN, SuperResolver, configured
+from issp.sr.models.base import DIV2K_MEAN, Numbers, SuperResolver, configured
 from issp.sr.models.layers import Upsample, conv3x3
 
 
@@ -48,7 +48,7 @@ class EDSR(SuperResolver):
         upscale: int = 4,
         res_scale: float = 1,
         img_range: float = 255.0,
-        rgb_mean=DIV2K_MEAN,
+        rgb_mean: Numbers = DIV2K_MEAN,
     ):
         if num_in_ch != num_out_ch:
             raise ValueError(

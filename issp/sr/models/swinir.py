@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from issp.sr.models import layers
-from issp.sr.models.base import configured
+from issp.sr.models.base import Integers, Sides, configured
 from issp.sr.models.derived import DerivedBuffers
 from issp.sr.models.layers import Size, conv3x3
 from issp.sr.models.transformer import (
@@ -113,12 +113,12 @@ class SwinIR(WindowTransformer):
     @configured
     def __init__(
         self,
-        img_size=64,
+        img_size: Sides = 64,
         patch_size: int = 1,
         in_chans: int = 3,
         embed_dim: int = 96,
-        depths=(6, 6, 6, 6),
-        num_heads=(6, 6, 6, 6),
+        depths: Integers = (6, 6, 6, 6),
+        num_heads: Integers = (6, 6, 6, 6),
         window_size: int = 7,
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
@@ -191,5 +191,5 @@ def _check_sizes(size, patch_size, window, embed_dim, num_heads) -> None:
     if size[0] % window or size[1] % window:
         raise ValueError(f"img_size {size} must be a multiple of window_size {window}")
     for heads in num_heads:
-        if embed_dim % heads:
+        if heads < 1 or embed_dim % heads:
             raise ValueError(f"embed_dim {embed_dim} must be divisible by num_heads {heads}")
