@@ -7,24 +7,32 @@ read with weights_only=True. BasicSR's .pth files (params, params_ema) are read 
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
-import random
-from pathlib import Path
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from issp.deploy import pack
+from issp.nn import names
 from issp.pruning import summary
-from issp.sr import models
-from issp.utils.errors import import_optional
+from issp.sr import file_kinds, models
+from issp.sr.models.derived import replace_derived
+from issp.sr.random_state import random_state, set_random_state
+from issp.sr.tensor_files import check_kind, read_safetensors, read_state, safetensors_bytes
 from issp.utils.files import atomic_write, user_path
 
-_METADATA_KEY = "issp"
+__all__ = ["load", "load_weights", "random_state", "read_state", "read_tensors", "save"]
+__all__ += ["set_random_state", "sparsity", "write_state"]
+
+# Entries of a .pth that hold weights. BasicSR's two, the first ones, stand for each other.
+_WEIGHT_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
+_BLOCK_COUNTS = ("num_block", "depths", "depth")  # keys of the networks' configurations
+_MOST_BEYOND_FILE = 2**28  # numbers: masks that a file may leave out
+_UNEXPECTED = "is not in the model"
+_MOST_NAMES = 20  # of tensors, in a sentence
 
 
 def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
@@ -32,7 +40,8 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
 
     Args:
         model: a network of `issp.models` (it has `.config` and `.scale`), packed or not: the file
-            holds dense weights with their zeros, so that every machine packs them anew.
+            holds dense weights with their zeros, so that every machine packs them anew. Wrappers
+            (DistributedDataParallel, torch.compile, AveragedModel, ...) are looked through.
         path: file to write.
         **extra: more plain values for the metadata, such as iteration=1000.
 
@@ -40,7 +49,7 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
         TypeError: the model has no configuration.
         OSError: the file cannot be written; an older file is left as it was.
     """
-    safetensors_torch = import_optional("safetensors.torch", "safetensors", "model files")
+    model = names.unwrap(model)
     if not isinstance(getattr(model, "config", None), dict):
         raise TypeError(
             f"cannot save {type(model).__name__} with its architecture: it has no .config; "
@@ -49,11 +58,13 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
     if pack.is_packed(model):
         model = pack.unpack(model)
     # Copies: safetensors refuses tensors that share memory, and tied weights load back equal.
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}
+    tensors = {
+        names.plain_name(name): value.detach().cpu().contiguous().clone()
+        for name, value in model.state_dict().items()
+    }
     metadata: dict[str, Any] = {"config": model.config, "arch": model.arch, "scale": model.scale}
     metadata |= {"sparsity": sparsity(model), **extra}
-    data = safetensors_torch.save(tensors, {"format": "pt", _METADATA_KEY: json.dumps(metadata)})
-    atomic_write(path, data)
+    atomic_write(path, safetensors_bytes(tensors, metadata))
 
 
 def load(
@@ -71,17 +82,13 @@ def load(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is damaged or cut short, or of another architecture.
+        ValueError: the file is no model, damaged or cut short, or of another architecture.
     """
     tensors, metadata = read_tensors(path)
     if arch is not None:
         model = models.build(arch, scale or metadata.get("scale") or 4)
     elif "config" in metadata:
-        try:
-            model = models.from_config(metadata["config"])
-        except TypeError as error:
-            raise ValueError(f"{path} describes no network: {error}") from None
-        model.arch = metadata.get("arch", model.arch)
+        model = _rebuild(metadata, tensors, path)
     else:
         raise ValueError(f"{path} does not say its architecture: give its name and scale")
     load_weights(model, tensors, path)
@@ -93,55 +100,67 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a model file by name, and the metadata that `save` wrote (or {}).
 
+    What wrappers ("module.", "_orig_mod.", ...) put into the names is taken out.
+
     Args:
         path: a safetensors file, or a .pth of weights.
-        key: which entry of a .pth holds the weights; None: params_ema, params, or the file itself.
+        key: which entry of a .pth holds the weights; None: params_ema, params, ... or the file
+            itself. For "params" and "params_ema" another entry is taken, with a warning, if the
+            file has them not.
 
     Raises:
         FileNotFoundError, ValueError: as `load`.
     """
     path = user_path(path)
-    if path.suffix.lower() == ".safetensors":
-        return _read_safetensors(path)
-    content = read_state(path)
-    keys = (key,) if key else ("params_ema", "params", "state_dict")
-    entry = next((k for k in keys if isinstance(content.get(k), dict)), None)
-    tensors = content[entry] if entry else content
-    if not tensors or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise ValueError(f"{path} holds no weights: looked for {', '.join(keys)}")
-    # DataParallel's prefix belongs to a wrapper, not to the network.
-    return {name.removeprefix("module."): value for name, value in tensors.items()}, {}
+    check_kind(path)
+    metadata: dict[str, Any] = {}
+    named = path.suffix.lower() == ".safetensors" and not file_kinds.is_zip(path)
+    if named or file_kinds.is_safetensors(path):
+        tensors, metadata = read_safetensors(path)
+    else:
+        tensors = _weights_entry(read_state(path), path, key)
+    _check_plain(tensors, path)
+    plain = {names.plain_name(name): value for name, value in tensors.items()}
+    plain.pop("n_averaged", None)  # the counter of torch's AveragedModel
+    return plain, metadata
 
 
 def load_weights(
     model: nn.Module, tensors: dict[str, Tensor], path: str | os.PathLike, strict: bool = True
 ) -> None:
-    """`model.load_state_dict` whose error is one sentence.
+    """`model.load_state_dict` for the content of a file: checks everything, then writes.
+
+    Buffers that follow from the network's sizes may be absent, or be made for another image size.
+
+    Args:
+        model: a network, or one in wrappers.
+        tensors: as `read_tensors` gives them.
+        path: of the file, for messages.
+        strict: False loads what fits and warns with the names of the rest.
 
     Raises:
-        ValueError: names or shapes do not fit the model; the first one is named.
+        ValueError: names, shapes or dtypes do not fit the model (the first one is named), or,
+            without `strict`, nothing fits.
     """
-    problem = _misfit(model.state_dict(), tensors, strict)
-    if problem:
-        arch = getattr(model, "arch", type(model).__name__)
-        raise ValueError(f"{path} does not fit {arch}: {problem}; check the model and its scale")
-    model.load_state_dict(tensors, strict=strict)
-
-
-def _misfit(expected: dict[str, Tensor], actual: dict[str, Tensor], strict: bool) -> str | None:
-    """The first difference in shapes or, with `strict`, in names; None if there is none."""
-    for name, tensor in expected.items():
-        if name in actual and actual[name].shape != tensor.shape:
-            shapes = tuple(actual[name].shape), tuple(tensor.shape)
-            return f"{name} is {shapes[0]} in the file and {shapes[1]} in the model"
-    missing_keys = [name for name in expected if name not in actual]
-    unexpected_keys = [name for name in actual if name not in expected]
-    if not strict or not (missing_keys or unexpected_keys):
-        return None
-    counts = f"{len(missing_keys)} missing, {len(unexpected_keys)} unexpected"
-    if missing_keys:
-        return f"{missing_keys[0]} is missing in the file ({counts})"
-    return f"{unexpected_keys[0]} is not in the model ({counts})"
+    model = names.unwrap(model)
+    expected = model.state_dict()
+    saved, conflicts = replace_derived(model, names.matched(tensors, expected.keys()))
+    problems = {name: "belongs to other window sizes than the model's" for name in conflicts}
+    problems |= _misfits(expected, saved)
+    fits = {name: value for name, value in saved.items() if name not in problems}
+    missing = [name for name in expected if name not in saved]
+    if problems or missing:
+        learned = fits.keys() - replace_derived(model, {})[0].keys()
+        if strict or not learned:
+            arch = getattr(model, "arch", type(model).__name__)
+            raise ValueError(f"{path} does not fit {arch}: {_first(problems, missing)}")
+        rest = [f"{name} {problem}" for name, problem in problems.items()]
+        rest += [f"{name} is missing in the file" for name in missing]
+        warnings.warn(
+            f"{path}: {len(learned)} tensors are loaded, {len(rest)} are not: {_listed(rest)}",
+            stacklevel=3,
+        )
+    model.load_state_dict(fits, strict=False)
 
 
 def sparsity(model: nn.Module) -> dict[str, Any]:
@@ -161,73 +180,97 @@ def write_state(state: dict[str, Any], path: str | os.PathLike) -> None:
     atomic_write(path, lambda file: torch.save(state, file))
 
 
-def read_state(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a torch file of tensors and plain values onto the CPU.
+def _rebuild(
+    metadata: dict[str, Any], tensors: dict[str, Tensor], path: str | os.PathLike
+) -> models.SuperResolver:
+    """The network that the metadata describe, with random weights.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, cut short, or wants to run code on loading.
+    First without memory: a damaged number must not ask for more than the file can fill.
     """
-    path = user_path(path)
-    _check_exists(path)
+    config = metadata["config"]
+    in_file = sum(value.numel() for value in tensors.values())
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "unsupported global" in str(error).lower():
-            raise ValueError(
-                f"{path} holds more than tensors and plain values, which could run code on "
-                "loading: it is refused; save its weights as safetensors"
-            ) from None
-        raise _damaged(path) from None
-    except Exception:  # damaged bytes surface as any kind of error in the unpickler
-        raise _damaged(path) from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+        if _num_blocks(config) > len(tensors):
+            raise ValueError("its blocks are more than the tensors of the file")
+        with torch.device("meta"):
+            sketch = models.from_config(config).state_dict()
+        if sum(value.numel() for value in sketch.values()) > in_file + _MOST_BEYOND_FILE:
+            raise ValueError("its layers are larger than the file")
+        model = models.from_config(config)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{path} describes no network: {error}") from None
+    model.arch = str(metadata.get("arch", model.arch))
+    return model
+
+
+def _num_blocks(config: dict[str, Any]) -> int:
+    counts = [config.get(key) for key in _BLOCK_COUNTS] if isinstance(config, dict) else []
+    flat = [n for count in counts for n in (count if isinstance(count, list) else [count])]
+    return sum(n for n in flat if isinstance(n, int))
+
+
+def _weights_entry(
+    content: dict[Any, Any], path: str | os.PathLike, key: str | None
+) -> dict[str, Tensor]:
+    """The entry of a .pth that holds the weights, or the whole of it."""
+    if key is not None and _is_weights(content.get(key)):
+        return content[key]
+    there = [name for name in _WEIGHT_KEYS if _is_weights(content.get(name))]
+    entries = _listed(map(str, content)) or "no entries"
+    if key is not None and key not in _WEIGHT_KEYS[:2]:
+        raise ValueError(f"{path} has no weights in the entry {key}: it has {entries}")
+    if {"iteration", "random"} <= content.keys() or {"optimizers", "schedulers"} <= content.keys():
+        raise ValueError(
+            f"{path} is a training state: give a model, of the folder models beside it"
+        )
+    if there:
+        if key is not None:
+            warnings.warn(f"{path} has no {key}: its {there[0]} are loaded", stacklevel=4)
+        return content[there[0]]
+    if not _is_weights(content):
+        wanted = ", ".join(_WEIGHT_KEYS)
+        raise ValueError(f"{path} holds no weights: it has {entries}; looked for {wanted}")
     return content
 
 
-def random_state() -> dict[str, Any]:
-    """The state of every random generator of the process."""
-    kind, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": list(random.getstate()[1]),
-        "gauss": random.getstate()[2],
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+def _is_weights(entry: object) -> bool:
+    if not isinstance(entry, dict) or not entry:
+        return False
+    return all(isinstance(value, Tensor) for value in entry.values())
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restores what `random_state` gave; generators of absent devices are skipped."""
-    torch.set_rng_state(state["torch"])
-    random.setstate((3, tuple(state["python"]), state["gauss"]))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+def _check_plain(tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
+    for name, value in tensors.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path} is damaged: {name!r} is not the name of a weight")
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            raise ValueError(f"{path} does not hold plain numbers for {name}: save dense floats")
 
 
-def _check_exists(path: str | os.PathLike) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+def _misfits(expected: dict[str, Tensor], saved: dict[str, Tensor]) -> dict[str, str]:
+    """What is wrong with saved tensors, by name; those that the model lacks come last."""
+    problems = {}
+    for name, own in expected.items():
+        value = saved.get(name, own)
+        if value.shape != own.shape:
+            shapes = tuple(value.shape), tuple(own.shape)
+            problems[name] = f"is {shapes[0]} in the file and {shapes[1]} in the model"
+        elif value.is_floating_point() != own.is_floating_point():
+            problems[name] = f"is {value.dtype} in the file and {own.dtype} in the model"
+    return problems | {name: _UNEXPECTED for name in saved if name not in expected}
 
 
-def _damaged(path: str | os.PathLike) -> ValueError:
-    return ValueError(
-        f"checkpoint {path} is damaged or cut short; remove it and use an older one of its folder"
-    )
+def _first(problems: dict[str, str], missing: list[str]) -> str:
+    """The first difference between a file and a model, with the number of all."""
+    lacking = [name for name, problem in problems.items() if problem == _UNEXPECTED]
+    name, problem = next(iter(problems.items()), (None, ""))
+    if missing and (name is None or problem == _UNEXPECTED):
+        name, problem = missing[0], "is missing in the file"
+    counts = f"{len(missing)} missing, {len(lacking)} unexpected"
+    return f"{name} {problem} ({counts}); check the model and its scale"
 
 
-def _read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    safetensors = import_optional("safetensors", "safetensors", "model files")
-    _check_exists(path)
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, metadata
-    except (safetensors.SafetensorError, OSError, ValueError):
-        raise _damaged(path) from None
+def _listed(texts: Iterable[str]) -> str:
+    texts = list(texts)
+    more = len(texts) - _MOST_NAMES
+    return ", ".join(texts[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")

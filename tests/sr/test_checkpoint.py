@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from issp import models
+from issp.nn import names
 from issp.sr import checkpoint
 
 safetensors = pytest.importorskip("safetensors", reason="models are kept as safetensors")
@@ -137,3 +138,231 @@ def test_a_state_is_plain_and_restores_every_generator(tmp_path):
 def test_a_model_without_configuration_is_refused(tmp_path):
     with pytest.raises(TypeError, match="config"):
         checkpoint.save(torch.nn.Linear(2, 2), tmp_path / "m.safetensors")
+
+
+def stored(tmp_path, model, key="params"):
+    file = tmp_path / "stored.pth"
+    torch.save({key: model.state_dict()}, file)
+    return file
+
+
+@pytest.mark.parametrize("there, asked", [("params", "params_ema"), ("params_ema", "params")])
+def test_the_two_entries_of_basicsr_stand_for_each_other(model, tmp_path, there, asked):
+    file = stored(tmp_path, model, there)
+    with pytest.warns(UserWarning, match=f"stored.pth has no {asked}: its {there} are loaded"):
+        tensors, _ = checkpoint.read_tensors(file, asked)
+    assert torch.equal(tensors["conv_first.weight"], model.conv_first.weight)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("key", [None, "params", "params_ema", "mine"])
+def test_an_entry_that_is_there_is_taken_without_a_word(model, tmp_path, key):
+    other = models.EDSR(num_feat=8, num_block=1, upscale=2)
+    content = {name: other.state_dict() for name in ("params", "params_ema", "mine")}
+    content[key or "params_ema"] = model.state_dict()
+    torch.save({"iter": 5, **content}, tmp_path / "all.pth")
+    tensors, _ = checkpoint.read_tensors(tmp_path / "all.pth", key)
+    assert torch.equal(tensors["conv_first.weight"], model.conv_first.weight)
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "model_state_dict", "net"])
+def test_entries_of_other_frameworks_are_found(model, tmp_path, key):
+    tensors, _ = checkpoint.read_tensors(stored(tmp_path, model, key))
+    assert torch.equal(tensors["conv_first.weight"], model.conv_first.weight)
+
+
+def test_what_a_file_has_instead_of_weights_is_named(model, tmp_path):
+    with pytest.raises(ValueError, match="no weights in the entry mine: it has params$"):
+        checkpoint.read_tensors(stored(tmp_path, model), "mine")
+    torch.save({"epoch": 3, "loss": torch.rand(2)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="holds no weights: it has epoch, loss; looked for params"):
+        checkpoint.read_tensors(tmp_path / "other.pth")
+    torch.save({}, tmp_path / "none.pth")
+    with pytest.raises(ValueError, match="holds no weights: it has no entries"):
+        checkpoint.read_tensors(tmp_path / "none.pth")
+
+
+def test_without_strict_what_fits_is_loaded_and_the_rest_is_named(model, tmp_path):
+    larger = models.EDSR(num_feat=8, num_block=2, upscale=3)
+    before = {k: v.clone() for k, v in larger.state_dict().items()}
+    tensors, _ = checkpoint.read_tensors(stored(tmp_path, model))
+    tensors["extra.weight"] = torch.rand(2)
+    with pytest.warns(UserWarning, match="10 tensors are loaded, 7 are not: ") as caught:
+        checkpoint.load_weights(larger, tensors, "x2.pth", strict=False)
+    text = str(caught[0].message)
+    for part in (
+        "upsample.0.weight is (32, 8, 3, 3) in the file and (72, 8, 3, 3) in the model",
+        "upsample.0.bias is (32,) in the file and (72,) in the model",
+        "body.1.conv2.bias is missing in the file",
+        "extra.weight is not in the model",
+    ):
+        assert part in text
+    for name, value in larger.state_dict().items():
+        fits = name in tensors and not name.startswith("upsample")
+        assert torch.equal(value, tensors[name] if fits else before[name]), name
+
+
+def test_without_strict_something_has_to_fit(model):
+    net = models.SwinIR(img_size=16, depths=[2], embed_dim=12, num_heads=[2], window_size=8)
+    with pytest.raises(ValueError, match=r"a\.pth does not fit SwinIR: .* missing"):
+        checkpoint.load_weights(net, {"a.weight": torch.rand(2)}, "a.pth", strict=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_nothing_is_written_when_something_does_not_fit(model, strict):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    tensors = {k: v + 1 for k, v in before.items()}
+    name = list(tensors)[-1]
+    tensors[name] = torch.rand(7)
+    if strict:
+        with pytest.raises(ValueError, match=f"{name} is"):
+            checkpoint.load_weights(model, tensors, "a.pth")
+    else:
+        with pytest.warns(UserWarning, match=f"{name} is"):
+            checkpoint.load_weights(model, tensors, "a.pth", strict=False)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key] + (0 if strict or key == name else 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.bool])
+def test_numbers_of_another_kind_do_not_become_weights(model, dtype):
+    tensors = dict(model.state_dict())
+    tensors["conv_last.bias"] = torch.ones(3).to(dtype)
+    with pytest.raises(ValueError, match=f"conv_last.bias is {dtype} in the file"):
+        checkpoint.load_weights(model, tensors, "a.pth")
+    tensors["conv_last.bias"] = torch.ones(3, dtype=torch.float16)
+    checkpoint.load_weights(model, tensors, "a.pth")
+    assert torch.equal(model.conv_last.bias, torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        (3, torch.rand(1)),
+        (("a", 1), torch.rand(1)),
+        ("sparse", torch.eye(2).to_sparse()),
+    ],
+    ids=["number", "tuple", "sparse"],
+)
+def test_what_is_no_named_weight_is_one_sentence(model, tmp_path, name, value):
+    torch.save({"params": {**model.state_dict(), name: value}}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth (is damaged|does not hold plain)"):
+        checkpoint.load(tmp_path / "a.pth", "edsr-tiny", 2)
+
+
+def test_a_flipped_bit_in_a_weight_is_found(model, tmp_path):
+    file = stored(tmp_path, model)
+    content = bytearray(file.read_bytes())
+    content[content.find(model.conv_last.weight.detach().numpy().tobytes()[-64:])] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="stored.pth is damaged"):
+        checkpoint.read_tensors(file)
+
+
+def test_a_file_without_check_sums_is_read(model, tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        file = stored(tmp_path, model)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    tensors, _ = checkpoint.read_tensors(file)
+    assert torch.equal(tensors["conv_first.weight"], model.conv_first.weight)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("num_block", 10**9),
+        ("num_feat", 10**5),
+        ("num_feat", 10**30),
+        ("img_range", float("nan")),
+        ("upscale", -2),
+        ("rgb_mean", None),
+        ("type", 5),
+        ("type", "EDSR2"),
+        ("colour", "red"),
+    ],
+)
+def test_metadata_that_describe_no_network_are_one_sentence(model, tmp_path, key, value):
+    model.config = {**model.config, key: value}
+    checkpoint.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="m.safetensors describes no network: ") as error:
+        checkpoint.load(tmp_path / "m.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_masks_beyond_the_size_of_the_file_are_not_made(tmp_path):
+    net = models.SwinIR(img_size=16, depths=[2], embed_dim=12, num_heads=[2], window_size=8)
+    net.config["img_size"] = 80_000
+    checkpoint.save(net, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="describes no network: its layers are larger than"):
+        checkpoint.load(tmp_path / "m.safetensors")
+
+
+def wrapped(model, kinds):
+    """The network inside of wrappers, the first one innermost."""
+    for kind in kinds:
+        if kind == "compile":
+            model = torch.compile(model)
+        elif kind == "average":
+            model = torch.optim.swa_utils.AveragedModel(model)
+        elif kind == "parallel":
+            model = torch.nn.DataParallel(model)
+        else:
+            outer = torch.nn.Module()
+            outer._forward_module = model
+            model = outer
+    return model
+
+
+WRAPPINGS = [
+    ("parallel",),
+    ("compile",),
+    ("fabric",),
+    ("average",),
+    ("compile", "average"),
+    ("parallel", "compile", "fabric", "average"),
+    ("average", "fabric", "compile", "parallel"),
+]
+
+
+@pytest.mark.parametrize("kinds", WRAPPINGS, ids="-".join)
+def test_names_are_read_and_written_through_wrappers(model, tmp_path, kinds):
+    outer = wrapped(model, kinds)
+    assert "conv_first.weight" not in outer.state_dict()
+    torch.save({"params": outer.state_dict()}, tmp_path / "wrapped.pth")
+    tensors, _ = checkpoint.read_tensors(tmp_path / "wrapped.pth")
+    assert tensors.keys() == model.state_dict().keys()
+    checkpoint.save(outer, tmp_path / "wrapped.safetensors")
+    assert_same(checkpoint.load(tmp_path / "wrapped.safetensors"), model)
+    # A plain file into the wrapped network.
+    other = models.EDSR(num_feat=8, num_block=1, upscale=2)
+    outer = wrapped(other, kinds)
+    checkpoint.load_weights(outer, tensors, "wrapped.pth")
+    assert_same(names.unwrap(outer), model)  # an average is a copy
+
+
+def test_a_compiled_block_keeps_the_names(model, tmp_path):
+    plain = {k: v.clone() for k, v in model.state_dict().items()}
+    model.body = torch.compile(model.body)
+    assert "body._orig_mod.0.conv1.weight" in model.state_dict()
+    checkpoint.save(model, tmp_path / "m.safetensors")
+    again = checkpoint.load(tmp_path / "m.safetensors")
+    assert again.state_dict().keys() == plain.keys()
+    changed = {k: v + 1 for k, v in plain.items()}
+    checkpoint.load_weights(model, changed, "m.safetensors")
+    weight = model.body._orig_mod[0].conv1.weight
+    assert torch.equal(weight, changed["body.0.conv1.weight"])
+
+
+def test_the_state_dict_of_a_compiled_transformer_of_another_size_loads(tmp_path):
+    arguments = {"depths": [2], "embed_dim": 12, "num_heads": [2], "window_size": 8}
+    saved = models.SwinIR(img_size=16, **arguments)
+    state = torch.optim.swa_utils.AveragedModel(torch.compile(saved)).state_dict()
+    assert "module._orig_mod.layers.0.residual_group.blocks.1.attn_mask" in state
+    torch.save(state, tmp_path / "a.pth")
+    tensors, _ = checkpoint.read_tensors(tmp_path / "a.pth")
+    net = models.SwinIR(img_size=32, **arguments)
+    checkpoint.load_weights(net, tensors, "a.pth")
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(net.eval()(x), saved.eval()(x))

@@ -1,0 +1,105 @@
+"""Reads torch and safetensors files: plain values and tensors, no code; damage is one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from issp.sr import file_kinds
+from issp.utils.errors import import_optional
+from issp.utils.files import user_path
+
+_METADATA_KEY = "issp"
+_CHUNK = 1 << 20  # bytes
+
+
+def read_state(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a torch file of tensors and plain values onto the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is something else, damaged, cut short, or wants to run code on loading.
+    """
+    path = user_path(path)
+    check_kind(path)
+    try:
+        if file_kinds.is_zip(path):
+            _check_sums(path)
+        with open(path, "rb") as file:  # given a name, torch would go by its ending
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "unsupported global" in str(error).lower():
+            raise ValueError(
+                f"{path} holds more than tensors and plain values, which could run code on "
+                "loading: it is refused; save its weights alone, model.state_dict()"
+            ) from None
+        raise damaged(path) from None
+    except Exception:  # damaged bytes surface as any kind of error in the unpickler
+        raise damaged(path) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
+    return content
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a safetensors file by name, and the metadata that `issp.save` wrote (or {}).
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_state`.
+    """
+    safetensors = import_optional("safetensors", "safetensors", "model files")
+    path = user_path(path)
+    check_kind(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(_METADATA_KEY, "{}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = json.loads(text)
+    except Exception:  # damaged bytes surface as any kind of error in the reader
+        raise damaged(path) from None
+    if not isinstance(metadata, dict):
+        raise damaged(path)
+    return tensors, metadata
+
+
+def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
+    """The content of a file that `read_safetensors` reads."""
+    safetensors_torch = import_optional("safetensors.torch", "safetensors", "model files")
+    text = json.dumps(metadata)
+    return safetensors_torch.save(tensors, {"format": "pt", _METADATA_KEY: text})
+
+
+def check_kind(path: str | os.PathLike) -> None:
+    """Refuses what is surely no file of tensors, and says what it is.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_state`.
+    """
+    reason = file_kinds.why_no_model(path)
+    if reason:
+        raise ValueError(f"{path} {reason}")
+
+
+def damaged(path: str | os.PathLike) -> ValueError:
+    """The error for a file whose content cannot be read."""
+    return ValueError(f"{path} is damaged or cut short: copy it again, or use another file")
+
+
+def _check_sums(path: str | os.PathLike) -> None:
+    """Reads an archive against its check sums, which torch does not look at.
+
+    Raises:
+        Any error of zipfile: a part differs from its check sum; 0 stands for none.
+    """
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.CRC:
+                with archive.open(part) as file:
+                    while file.read(_CHUNK):
+                        pass
