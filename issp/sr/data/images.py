@@ -196,13 +196,19 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"there is no file or folder {folder}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; a folder of images is needed")
-    files = sorted(f for f in folder.iterdir() if _is_listed(f))
-    images = [f for f in files if f.suffix.lower() in (*SUFFIXES, *_OTHER_PICTURES, *_CAMERA_RAW)]
+    images = images_in(folder)
     if not images:
+        files = sorted(f for f in folder.iterdir() if _is_listed(f))
         content = f"it holds {files[0].name}" if files else "it holds no files"
         suffixes = ", ".join(SUFFIXES)
         raise ValueError(f"folder {folder} has no images ({content}; suffixes: {suffixes})")
     return images
+
+
+def images_in(folder: Path) -> list[Path]:
+    """As `list_images`, of a folder that exists and may hold none."""
+    suffixes = (*SUFFIXES, *_OTHER_PICTURES, *_CAMERA_RAW)
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in suffixes and _is_listed(f))
 
 
 def _is_listed(file: Path) -> bool:

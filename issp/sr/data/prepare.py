@@ -13,7 +13,7 @@ from typing import Any
 
 from issp.sr.data.checks import check_small, check_whole
 from issp.sr.data.images import image_size, list_images, mod_crop, read_image, write_image
-from issp.sr.data.pairs import check_names
+from issp.sr.data.layouts import check_names
 from issp.sr.data.resize import imresize
 from issp.utils.files import atomic_write, user_path
 

@@ -1,0 +1,233 @@
+"""Where the pairs of a data set lie: published folders, names of pairs, lists of files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from issp.sr.data.images import SUFFIXES, images_in, list_images
+from issp.utils.files import user_path
+
+_HR_FOLDERS = ("HR", "hr", "GT", "gt", "GTmod12", "image_SRF_{s}")
+_LR_FOLDERS = ("LR_bicubic", "LR", "lr", "LRbicx{s}", "lq", "LQ")
+_LR_FOLDER = re.compile(r"LR|LR_bicubic|.*_LR_bicubic|LRbicx\d|LQ", re.IGNORECASE)
+_HR_SUFFIX = "_HR"
+_TEMPLATES = ("{}x{s}", "{}_LRBI_x{s}", "{}_LRx{s}", "{}_LR{s}", "{}_LR", "{}")
+# Names of low-resolution images that may lie beside their originals, of any scale.
+_LR_NAME = re.compile(r"(.+?)(?:_LR(?:BI)?(?:_?x?\d)?|x\d)")
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """The files of a data set: names of the images, originals, and LR files (None: to be made)."""
+
+    names: list[str]
+    hr: list[Path]
+    lr: list[Path] | None
+
+
+def find_pairs(
+    root: str | os.PathLike,
+    scale: int,
+    lq_root: str | os.PathLike | None = None,
+    filename_tmpl: str | None = None,
+    meta_info_file: str | os.PathLike | None = None,
+) -> PairFiles:
+    """The files of a data set; arguments and errors as for `PairedFolder`."""
+    root, hr_template = _split_template(root, scale)
+    if lq_root is not None:
+        folder, lr_template = _split_template(lq_root, scale)
+        filename_tmpl = lr_template or filename_tmpl
+        lq_root = None if lr_template and folder == Path() else folder
+    hr_dir, lr_dir = _find_folders(root, scale, lq_root)
+    files = _listed(hr_dir, meta_info_file) if meta_info_file else list_images(hr_dir)
+    if hr_template:
+        names, files = _matching(files, hr_template, hr_dir)
+    else:
+        names, files, beside = _originals(files, hr_dir)
+        if beside and lr_dir is None and filename_tmpl is None:
+            check_names(files)
+            return PairFiles(names, files, _beside(names, hr_dir, scale))
+    check_names(files)
+    if lr_dir is None and filename_tmpl not in (None, "{}"):
+        lr_dir = hr_dir
+    lr = _match_lr(names, files, lr_dir, scale, filename_tmpl) if lr_dir else None
+    return PairFiles(names, files, lr)
+
+
+def check_names(files: Sequence[Path]) -> None:
+    """Raises ValueError if two files differ in their suffix alone."""
+    seen: dict[str, Path] = {}
+    for file in files:
+        if file.stem in seen:
+            raise ValueError(f"{seen[file.stem]} and {file.name} have the same name; rename one")
+        seen[file.stem] = file
+
+
+def _split_template(path: str | os.PathLike, scale: int) -> tuple[Path, str | None]:
+    """A folder, and the template of the names in it if the path ends in one ("DIR/{}_HR")."""
+    text = os.fspath(path)
+    if "{}" not in text:
+        return user_path(text), None
+    whole = user_path(text.replace("{s}", str(scale)))
+    return whole.parent, whole.stem if whole.suffix.lower() in SUFFIXES else whole.name
+
+
+def _matching(files: list[Path], template: str, folder: Path) -> tuple[list[str], list[Path]]:
+    """Names and files of the originals that a template describes."""
+    form = re.compile("(.+)".join(map(re.escape, template.split("{}", 1))))
+    found = {file: match[1] for file in files if (match := form.fullmatch(file.stem))}
+    if not found:
+        raise ValueError(f"{folder} has no image {template}; it holds {files[0].name}")
+    return list(found.values()), list(found)
+
+
+def _originals(files: list[Path], folder: Path) -> tuple[list[str], list[Path], bool]:
+    """Names and files of the originals; whether low-resolution images lie beside them.
+
+    Urban100 and others are published with NAME_HR and NAME_LR in one folder, and sometimes with the
+    results of methods, NAME_SRCNN.
+    """
+    stems = {file.stem for file in images_in(folder)}
+    low = {}
+    for stem in stems:
+        match = _LR_NAME.fullmatch(stem)
+        if match and {match[1], match[1] + _HR_SUFFIX} & stems:
+            low[stem] = match[1]
+    originals = [file for file in files if file.stem not in low]
+    if not low:
+        return [file.stem for file in originals], originals, False
+    if any(file.stem.endswith(_HR_SUFFIX) for file in originals):
+        prefixes = tuple(f"{name}_" for name in low.values())
+        originals = [
+            f for f in originals if f.stem.endswith(_HR_SUFFIX) or not f.stem.startswith(prefixes)
+        ]
+    alone = next(
+        (f for f in originals if f.stem.removesuffix(_HR_SUFFIX) not in low.values()), None
+    )
+    if alone:
+        raise ValueError(
+            f"{folder} holds low-resolution images ({min(low)}), but none for {alone.name}: add "
+            "it, or move them to a folder of their own"
+        )
+    return [file.stem.removesuffix(_HR_SUFFIX) for file in originals], originals, True
+
+
+def _beside(names: list[str], folder: Path, scale: int) -> list[Path] | None:
+    """LR files in the folder of the originals; None if those are of other scales."""
+    files = {file.stem: file for file in images_in(folder)}
+    candidates = [_filled(template, names, scale) for template in _TEMPLATES[:-1]]
+    if not any(name in files for wanted in candidates for name in wanted):
+        return None
+    return _first_complete(candidates, files, folder)
+
+
+def _listed(folder: Path, meta_info_file: str | os.PathLike) -> list[Path]:
+    """The images of a folder that a list names, in its order; see `PairedFolder`."""
+    path = user_path(meta_info_file)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise ValueError(f"cannot read meta_info_file {path}: {reason}") from None
+    # The size at the end of the line is for readers.
+    names = [re.sub(r"\s*\([\d,\s]*\)\s*$", "", line).strip() for line in lines]
+    files = [folder / name for name in names if name]
+    missing = [file for file in files if not file.is_file()]
+    if not files:
+        raise ValueError(f"meta_info_file {path} names no image")
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} has no {missing[0].relative_to(folder)}, which meta_info_file {path} lists "
+            f"({len(missing)} of {len(files)} are missing)"
+        )
+    return files
+
+
+def _find_folders(root: Path, scale: int, lq_root: Path | None) -> tuple[Path, Path | None]:
+    """HR folder and LR folder (None: to be made from HR) for the layouts of PairedFolder."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
+    hr_names, lr_names = (
+        [name.format(s=scale) for name in names] for names in (_HR_FOLDERS, _LR_FOLDERS)
+    )
+    hr_dir = _inner(root, hr_names)
+    if lq_root is not None:
+        if not lq_root.is_dir():
+            raise FileNotFoundError(f"there is no folder {lq_root} for low-resolution images")
+        return hr_dir or root, _scale_folder(lq_root, scale)
+    hr_dir = hr_dir or _only(root, "*_HR")
+    if hr_dir is None:
+        _refuse_lr_folder(root)
+        return root, None
+    lr_dir = _inner(root, lr_names) or _only(root, "*_LR_bicubic")
+    if lr_dir is None:
+        return hr_dir, None
+    lr_dir = _scale_folder(lr_dir, scale)
+    # LR_bicubic may hold other scales only (X2 but not X4): then LR images are made from HR.
+    return hr_dir, lr_dir if images_in(lr_dir) else None
+
+
+def _refuse_lr_folder(folder: Path) -> None:
+    path = Path(os.path.abspath(folder))
+    names = [path.name, path.parent.name] if re.fullmatch(r"[xX]\d", path.name) else [path.name]
+    if any(map(_LR_FOLDER.fullmatch, names)):
+        raise ValueError(
+            f"{folder} is a folder of low-resolution images by its name, and originals are needed: "
+            "name their folder, or rename this one"
+        )
+
+
+def _match_lr(
+    names: list[str], hr_files: list[Path], lr_dir: Path, scale: int, filename_tmpl: str | None
+) -> list[Path]:
+    """LR file of every image; ``filename_tmpl`` and errors as for PairedFolder."""
+    if filename_tmpl is not None and "{}" not in filename_tmpl:
+        raise ValueError(f"filename_tmpl needs {{}} for the HR name, got {filename_tmpl!r}")
+    stems = [file.stem for file in hr_files]
+    bases = [names, stems, [stem.removesuffix(_HR_SUFFIX) for stem in stems]]
+    templates = [filename_tmpl] if filename_tmpl else _TEMPLATES
+    candidates = [_filled(template, base, scale) for template in templates for base in bases]
+    return _first_complete(candidates, {f.stem: f for f in list_images(lr_dir)}, lr_dir)
+
+
+def _filled(template: str, names: list[str], scale: int) -> list[str]:
+    template = template.replace("{s}", str(scale))
+    return [template.replace("{}", name) for name in names]
+
+
+def _first_complete(
+    candidates: list[list[str]], files: dict[str, Path], folder: Path
+) -> list[Path]:
+    """The files of the first list of names that are all there."""
+
+    def missing(wanted: list[str]) -> list[str]:
+        return [name for name in wanted if name not in files]
+
+    wanted = min(candidates, key=lambda wanted: len(missing(wanted)))
+    if missing(wanted):
+        raise FileNotFoundError(
+            f"{folder} has no file {missing(wanted)[0]} ({len(missing(wanted))} of {len(wanted)} "
+            "pairs are incomplete); set filename_tmpl (--lr-images) if names follow another rule"
+        )
+    return [files[name] for name in wanted]
+
+
+def _inner(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _only(root: Path, glob: str) -> Path | None:
+    """The one folder in ``root`` that matches; two of them (train and valid) are ambiguous."""
+    folders = sorted(f for f in root.glob(glob) if f.is_dir())
+    if len(folders) > 1:
+        first, second = folders[0].name, folders[1].name
+        raise ValueError(f"{root} holds {first} and {second}; name the one to use")
+    return folders[0] if folders else None
+
+
+def _scale_folder(folder: Path, scale: int) -> Path:
+    return _inner(folder, (f"X{scale}", f"x{scale}")) or folder
