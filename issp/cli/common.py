@@ -52,7 +52,9 @@ def item_progress(items: str) -> Iterator[Callable[[int, int], None]]:
 
 
 # Folders inside a data set, whose name says nothing about the set.
-_INNER_FOLDERS = re.compile(r"HR|GT|GTmod\d+|original|images?|image_SRF_\d|X\d", re.IGNORECASE)
+_INNER_FOLDERS = re.compile(
+    r"HR|GT|GTmod\d+|original|images?|image_SRF_\d|X\d|.*\{\}.*", re.IGNORECASE
+)
 
 
 def named_folders(entries: Sequence[str]) -> dict[str, str]:

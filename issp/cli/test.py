@@ -28,7 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="[NAME=]DIR",
-        help="folders of originals, or with HR and LR_bicubic/X4 inside",
+        help="folders of originals, or with HR and LR_bicubic/X4, or NAME_HR and NAME_LR, inside; "
+        "or templates of their files: 'DIR/{}_GT'",
+    )
+    parser.add_argument(
+        "--lr-images",
+        nargs="+",
+        metavar="DIR",
+        help="folder, or template such as 'DIR/{}x4' or '{}_LR', of the low-resolution files of "
+        "every --data, or one template for all; without it they are found, or made from the "
+        "originals",
     )
     parser.add_argument("--channels", choices=("y", "rgb"), default="y", help="default: y")
     parser.add_argument("--crop-border", type=int, metavar="PX", help="default: the scale")
@@ -44,7 +53,10 @@ def main(args: argparse.Namespace) -> int:
 
     model = common.load_model(args)
     folders = common.named_folders(args.data)
-    pairs = {name: data.PairedFolder(folder, model.scale) for name, folder in folders.items()}
+    pairs = {
+        name: data.PairedFolder(folder, model.scale, lr_images)
+        for (name, folder), lr_images in zip(folders.items(), _lr_images(args), strict=True)
+    }
     rows = []
     with explain_out_of_memory(common.MEMORY_REMEDY):
         for name in pairs:
@@ -56,10 +68,23 @@ def main(args: argparse.Namespace) -> int:
         f"{args.channels.upper()} channel{'s' * (args.channels == 'rgb')}, crop border "
         f"{model.scale if args.crop_border is None else args.crop_border}\n"
     )
-    header = ["set", "images", "PSNR", "SSIM", "bicubic PSNR", "SSIM"]
-    width = 4 if args.no_bicubic else 6
+    header = ["set", "images", "LR", "PSNR", "SSIM", "bicubic PSNR", "SSIM"]
+    width = 5 if args.no_bicubic else 7
     print(table(header[:width], [row[:width] for row in rows]))
     return 0
+
+
+def _lr_images(args: argparse.Namespace) -> list[str | None]:
+    """What --lr-images says for each --data."""
+    given, count = args.lr_images or [None], len(args.data)
+    if len(given) == 1 and (given[0] is None or "{}" in given[0]):
+        given = given * count
+    if len(given) != count:
+        raise ValueError(
+            f"--lr-images names {len(given)} for {count} folders of --data: name one for each, or "
+            "a template such as '{}_LR' for all"
+        )
+    return given
 
 
 def _rows(
@@ -86,8 +111,10 @@ def _rows(
             cubic = evaluate.mean(evaluate.evaluate(baseline, dataset, **options))
     rows = []
     if args.per_image:
-        rows = [[f"{name}/{r.name}", "1", *_cells(r), "", ""] for r in results]
-    rows.append([name, str(len(dataset)), *_cells(evaluate.mean(results)), *_cells(cubic)])
+        rows = [[f"{name}/{r.name}", "1", "", *_cells(r), "", ""] for r in results]
+    source = "made" if dataset.pairs.lr_files is None else "read"
+    total = _cells(evaluate.mean(results))
+    rows.append([name, str(len(dataset)), source, *total, *_cells(cubic)])
     return rows
 
 

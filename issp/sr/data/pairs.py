@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -31,6 +32,8 @@ class PairedArrays:
     Raises:
         TypeError, ValueError: an image or the scale is not usable; no images.
     """
+
+    lr_files: list[Path] | None = None  # the LR images are made, as in a folder without them
 
     def __init__(self, images: Mapping[str, np.ndarray], scale: int):
         self.scale = check_whole("scale", scale, 2)

@@ -1,0 +1,102 @@
+"""`issp test`: what is scored against what, and how the table says it."""
+
+import numpy as np
+import pytest
+
+import issp
+from issp import cli, data
+from issp.sr import evaluate
+
+pytest.importorskip("safetensors", reason="models are kept as safetensors")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "m.safetensors"
+    issp.save(issp.models.build("edsr-tiny", scale=4, num_feat=8, num_block=1), path)
+    return str(path)
+
+
+def picture(seed, height=48, width=52):
+    y, x = np.mgrid[:height, :width]
+    planes = [np.sin(x / (3 + c + seed)) * 60 + np.cos(y * x / 99) * 50 + 128 for c in range(3)]
+    return np.stack(planes, 2).astype(np.uint8)
+
+
+@pytest.fixture
+def urban(tmp_path):
+    """Two images as Urban100 is published; its LR images are not those that we would make."""
+    folder = tmp_path / "Urban100" / "image_SRF_4"
+    for i in range(2):
+        data.write_image(folder / f"img_00{i}_SRF_4_HR.png", picture(i))
+        low = data.imresize(picture(i), 1 / 4, border="replicate")
+        low[:2] ^= 8
+        data.write_image(folder / f"img_00{i}_SRF_4_LR.png", low)
+    return folder
+
+
+def rows(text):
+    """Cells of the table below its header."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def score(capsys, *arguments):
+    assert cli.main(["test", "--device", "cpu", *map(str, arguments)]) == 0
+    return rows(capsys.readouterr().out)
+
+
+def test_urban100_as_published(model, urban, tmp_path, capsys):
+    network = issp.load(model)
+    values = []
+    for i in range(2):
+        low = data.read_image(urban / f"img_00{i}_SRF_4_LR.png")
+        sr = evaluate.super_resolve(network, low)
+        values.append(issp.metrics.psnr(sr, picture(i), crop_border=4))
+    wanted = ["Urban100", "2", "read", f"{np.mean(values):.2f}"]
+    for folder in (urban, urban.parent):
+        assert score(capsys, "--model", model, "--data", folder)[0][:4] == wanted
+    saved = ["--save", tmp_path / "saved", "--per-image", "--no-bicubic"]
+    (first, _, total) = score(capsys, "--model", model, "--data", urban, *saved)
+    assert first[0] == "Urban100/img_000_SRF_4" and len(total) == 5
+    assert (tmp_path / "saved" / "Urban100" / "img_000_SRF_4.png").is_file()
+
+
+def test_lr_images_are_read_or_made(model, urban, tmp_path, capsys):
+    for i in range(2):
+        data.write_image(tmp_path / "Set2" / "HR" / f"{i}.png", picture(i))
+        low = data.read_image(urban / f"img_00{i}_SRF_4_LR.png")
+        data.write_image(tmp_path / "low" / f"{i}x4.png", low)
+        data.write_image(tmp_path / "pairs" / f"{i}_GT.png", picture(i))
+        data.write_image(tmp_path / "pairs" / f"{i}_in.png", low)
+    base, folder = ["--model", model, "--no-bicubic", "--data"], tmp_path / "Set2" / "HR"
+    ((name, _, source, *made),) = score(capsys, *base, folder)
+    assert (name, source) == ("Set2", "made")
+    ((_, _, source, *read),) = score(capsys, *base, folder, "--lr-images", tmp_path / "low")
+    assert source == "read" and read != made
+    assert score(capsys, *base, urban) == [["Urban100", "2", "read", *read]]
+    template = tmp_path / "low" / "{}x{s}.png"
+    assert score(capsys, *base, folder, "--lr-images", template)[0][2:] == ["read", *read]
+    pairs = [*base, f"mine={tmp_path}/pairs/{{}}_GT", "--lr-images", "{}_in"]
+    assert score(capsys, *pairs) == [["mine", "2", "read", *read]]
+    both = [*base, folder, urban, "--lr-images", tmp_path / "low", urban / "{}_LR"]
+    assert [row[2:] for row in score(capsys, *both)] == [["read", *read]] * 2
+
+
+def test_wrong_lr_images_are_refused(model, urban, tmp_path, capsys):
+    def refused(*arguments):
+        assert cli.main(["test", "--model", model, "--data", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    data.write_image(tmp_path / "x2" / "ax2.png", picture(0, 24, 26))
+    data.write_image(tmp_path / "hr" / "a.png", picture(0))
+    wrong = refused(tmp_path / "hr", "--lr-images", tmp_path / "x2" / "{}x2")
+    assert "ax2.png is 26 x 24 pixels but 13 x 12 belong to" in wrong
+    assert "no file ax4" in refused(tmp_path / "hr", "--lr-images", tmp_path / "x2")
+    assert "--lr-images names 1 for 2" in refused(tmp_path / "hr", urban, "--lr-images", "low")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "has no images (it holds no files" in refused(empty)
+    data.write_image(tmp_path / "LR_bicubic" / "X4" / "a.png", picture(0))
+    lr_folder = refused(tmp_path / "LR_bicubic" / "X4")
+    assert "is a folder of low-resolution images by its name" in lr_folder
