@@ -10,7 +10,7 @@ from issp.utils.process import is_issp_command
 
 if TYPE_CHECKING:
     from issp import data, metrics, models, nn, ops, optim
-    from issp.deploy.pack import pack
+    from issp.deploy.pack import pack, unpack
     from issp.ops import backends
     from issp.ops.info import info
     from issp.ops.keep import Keep
@@ -34,6 +34,7 @@ _LAZY = {
     "load": "issp.sr.checkpoint",
     "info": "issp.ops.info",
     "pack": "issp.deploy.pack",
+    "unpack": "issp.deploy.pack",
 }
 _MODULES = {name: f"issp.{name}" for name in ("data", "metrics", "models", "nn", "ops", "optim")}
 _MODULES["backends"] = "issp.ops.backends"
@@ -43,7 +44,7 @@ _MODULES.update((name, f"issp.sr.{name}") for name in _APPLICATION)
 
 __all__ = ["backends", "data", "metrics", "models", "nn", "ops", "optim"]
 __all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "attach", "num_pruned"]
-__all__ += ["info", "load", "pack", "save"]
+__all__ += ["info", "load", "pack", "save", "unpack"]
 
 
 def __getattr__(name: str) -> Any:

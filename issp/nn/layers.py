@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from issp.nn import selection, ste
-from issp.ops import num_pruned, sparse, validation
+from issp.nn.leaf import Leaf
+from issp.ops import num_pruned, reference, sparse, validation
 from issp.ops.formats import (
     NMTensor,
     PackedWeight,
     SparseRows,
+    Transposed,
     check_pattern,
     check_rows_per_block,
     pack_entries,
-    transpose,
+    transposed_once,
 )
 from issp.ops.keep import Keep
 
@@ -36,7 +40,24 @@ PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Device = torch.device | str | int | None
 
 
-class SparseLayer(nn.Module):
+class _Weight:
+    """The attribute `weight` of a sparse layer, for code that reads torch's layers.
+
+    Of a mask "ste" or "sr-ste" it is the parameter. Of a fixed mask it is a dense copy with its
+    zeros, made in every access: gradients reach the stored values, but what is written to the copy
+    does not.
+    """
+
+    def __get__(self, layer: SparseLayer | None, kind: type) -> Any:
+        if layer is None:
+            return self
+        parameter = layer.__dict__.get("_parameters", {}).get("weight")
+        if parameter is None and layer.__dict__.get("mask") != "fixed":
+            raise AttributeError("the layer has no weight yet")
+        return layer._dense_weight() if parameter is None else parameter
+
+
+class SparseLayer(Leaf):
     """What all four layers share; a layer adds `LinearMixin` or `Conv2dMixin`, and a pattern.
 
     The mixins implement what is only declared here. A layer with a fixed mask is its own packed
@@ -47,6 +68,7 @@ class SparseLayer(nn.Module):
     dense: ClassVar[type[nn.Conv2d] | type[nn.Linear]]
     SIZES: ClassVar[tuple[str, ...]]
     _forward_op: Callable[[Tensor, PackedWeight, Tensor | None, str], Tensor]
+    _dense_op: Callable[[Tensor, Tensor], Tensor]
     # Of the pattern.
     _kept: Callable[[Tensor], Tensor]  # dense weight -> bool [O / v, length of a row]
     _make_weight: Callable[[Tensor, Tensor, Tensor], SparseRows]  # checks the tensors
@@ -61,12 +83,12 @@ class SparseLayer(nn.Module):
     shape: tuple[int, ...]
     v: int  # consecutive output rows that share their positions
     _num_kept: int  # positions, each for v rows, that a mask "ste" or "sr-ste" keeps
-    weight: nn.Parameter  # of a mask "ste" or "sr-ste"
+    weight = _Weight()
     values: nn.Parameter  # of a fixed mask, as the next two
     col_indices: Tensor
     crow_indices: Tensor
     bias: nn.Parameter | None
-    _transposed: list[Tensor] | None
+    _transposed: Transposed | None
 
     def _copy_dense(self, layer: nn.Module, mask: str, activation: str, decay: float) -> Tensor:
         """Copies everything but the pattern from a dense layer; returns the layer's weight."""
@@ -82,8 +104,6 @@ class SparseLayer(nn.Module):
             raise ValueError(f'mask is "{mask}": use one of {", ".join(MASKS)}')
         validation.check_activation(activation)
         weight, bias = layer.weight, layer.bias
-        if weight.device.type == "meta":
-            raise ValueError("the layer is on the meta device: give it memory first")
         super().__init__()
         self.mask, self.activation, self.decay = mask, activation, decay
         self.shape = tuple(weight.shape)
@@ -127,16 +147,23 @@ class SparseLayer(nn.Module):
     @property
     def transposed(self) -> list[Tensor]:
         """Lists of the transposed weight of a fixed mask, made when backward first needs them."""
-        if self._transposed is None:
-            self._transposed = transpose(self.col_indices, self.crow_indices, self.v, self.shape)
-        return self._transposed
+        self._transposed = transposed_once(self, self.v, self._transposed)
+        return self._transposed.lists
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._transposed = None
-        return super()._apply(*args, **kwargs)
+    def _dense_weight(self) -> Tensor:
+        entries: tuple[Tensor, Tensor, Tensor]
+        if self.mask == "fixed":
+            entries = (self.values, self.col_indices, self.crow_indices)
+        else:
+            entries = pack_entries(self.weight, self._kept(self.weight), self._num_kept)
+        return reference.to_dense(*entries, torch.Size(self.shape[1:]).numel()).view(self.shape)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(W x + bias) + residual; fused where no gradient is wanted."""
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """activation(W input + bias) + residual; fused where no gradient is wanted."""
+        x = input  # torch's layers take it by this name
+        if _needs_torchs_ops():
+            weight = self._constant_weight()
+            return sparse.apply_epilogue(self._dense_op(x, weight), residual, self.activation)
         if self.mask == "fixed":
             return self._forward_op(x, self, residual, self.activation)
         kept = self._kept(self.weight)
@@ -150,6 +177,15 @@ class SparseLayer(nn.Module):
             y, self.weight, x.detach(), decayed, self.decay, self._geometry()
         )
         return sparse.apply_epilogue(y, residual, self.activation)
+
+    def _constant_weight(self) -> Tensor:
+        """The dense weight, without the ops that make it in what torch.jit records."""
+        recorder = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            return self._dense_weight().detach()
+        finally:
+            torch._C._set_tracing_state(recorder)  # type: ignore[attr-defined]
 
     def packed(self) -> SparseRows:
         """A copy of the packed weight, without its graph."""
@@ -184,7 +220,6 @@ class SparseLayer(nn.Module):
                 error_msgs.append(f"{prefix[:-1] or type(self).__name__}: {error}")
                 return
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._transposed = None
 
     def _adopt_pattern(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Makes room for the positions that are being loaded; refuses wrong ones."""
@@ -228,6 +263,9 @@ class LinearMixin(SparseLayer):
     ) -> Tensor:
         return sparse.matmul(x, p, self.bias, residual, activation)
 
+    def _dense_op(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
 
 class Conv2dMixin(SparseLayer):
     """The op, the sizes and the geometry of nn.Conv2d."""
@@ -258,6 +296,12 @@ class Conv2dMixin(SparseLayer):
                 )
             self.padding = (height // 2, width // 2)
 
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """See `SparseLayer.forward`; input may be [C, H, W], as for torch's convolutions."""
+        if input.dim() != 3:
+            return super().forward(input, residual)
+        return super().forward(input[None], None if residual is None else residual[None])[0]
+
     def _geometry(self) -> dict[str, tuple[int, int]]:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
@@ -275,6 +319,9 @@ class Conv2dMixin(SparseLayer):
             activation=activation,
         )
 
+    def _dense_op(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation)
+
 
 class NMMixin(SparseLayer):
     """The pattern N:M."""
@@ -291,6 +338,8 @@ class NMMixin(SparseLayer):
         self.keep, self.v = keep, keep.v
         self._num_kept = weight.numel() // keep.v // keep.of * keep.n
         if mask == "fixed":
+            if not prune:
+                _check_has_memory(weight)
             p = self._prune(weight) if prune else NMTensor.from_dense(weight, keep)
             self._store(p, weight.requires_grad)
 
@@ -348,6 +397,8 @@ class RowsMixin(SparseLayer):
         if sparsity is not None:
             self._num_kept = positions - num_pruned(positions, sparsity)
         if mask == "fixed":
+            if sparsity is None:
+                _check_has_memory(weight)
             p = SparseRows.from_dense(weight, v) if sparsity is None else self._prune(weight)
             self._store(p, weight.requires_grad)
 
@@ -506,6 +557,28 @@ class SparseConv2d(RowsMixin, Conv2dMixin):
         sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation)
         layer = nn.Conv2d(*sizes, groups, bias, padding_mode, device, dtype)
         self._init_from(layer, v, sparsity, mask, activation, decay)
+
+
+def _needs_torchs_ops() -> bool:
+    """Whether what is recorded now is for torch.jit or ONNX, which have none of our ops."""
+    recorded = torch.jit.is_tracing() or (
+        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    )
+    if recorded:
+        warnings.warn(
+            "torch.jit.trace and ONNX get sparse layers as dense ones, with zeros: "
+            "torch.export keeps them sparse",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return recorded
+
+
+def _check_has_memory(weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(
+            "the layer is on the meta device, where no weight is zero: give it memory first"
+        )
 
 
 def _parameter(tensor: Tensor, requires_grad: bool) -> nn.Parameter:

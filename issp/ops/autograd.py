@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from issp.ops.arguments import Conv2dArgs, MatmulArgs
 from issp.ops.formats import transpose
@@ -40,6 +41,26 @@ def first_order(gradients: Sequence[Tensor | None], *sources: Tensor) -> list[Te
     if not torch.is_grad_enabled():
         return list(gradients)
     return [None if g is None else _FirstOrder.apply(g, *sources) for g in gradients]
+
+
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Refuses torch.func's transforms, batched gradients and tensors of forward-mode derivatives.
+
+    The ops would fail in torch's words, or drop a tangent in silence.
+    """
+    if (
+        torch._C._are_functorch_transforms_active()
+        or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+        or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)))
+    ):
+        raise NotImplementedError(
+            "sparse layers and ops have no vmap, torch.func or forward-mode derivatives: use the "
+            "dense model, issp.unpack(model), or the dense weight, p.to_dense()"
+        )
+
+
+def _has_tangent(t: Tensor) -> bool:
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def _refuse(op: str, residual: Tensor | None, activation: str) -> None:
@@ -99,6 +120,8 @@ def _matmul_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple:
     """The gradients in the order of the op's arguments; `transposed` has a list of None."""
+    if not torch.compiler.is_compiling():
+        refuse_transforms(grad)
     saved = ctx.saved_tensors  # unpacked anew at every access
     with torch.no_grad():
         gradients = _gradients(ctx, saved, grad.contiguous())

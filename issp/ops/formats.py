@@ -6,7 +6,7 @@ The format is torch's BSR with blocks of (v, 1); see issp/ops/schemas/sparse.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,32 @@ def transpose(
     """`transposed` of issp/ops/schemas/sparse.py, for a weight of `shape`."""
     inputs, taps = shape[1], torch.Size(shape[2:]).numel()
     return list(torch.ops.issp._sparse_transpose(col_indices, crow_indices, v, inputs, taps))
+
+
+class Transposed(NamedTuple):
+    """The lists of a transposed weight, and the tensors and versions that they were made of."""
+
+    lists: list[Tensor]
+    positions: tuple[Tensor, Tensor]
+    versions: list[int]
+
+
+def transposed_once(p: PackedWeight, v: int, kept: Transposed | None) -> Transposed:
+    """`kept`, or made anew where the positions of `p` are other tensors or were written to."""
+    positions = (p.col_indices, p.crow_indices)
+    versions = [0 if _has_no_version(t) else t._version for t in positions]
+    if (
+        kept is not None
+        and kept.positions[0] is positions[0]
+        and kept.positions[1] is positions[1]
+        and kept.versions == versions
+    ):
+        return kept
+    return Transposed(transpose(*positions, v, p.shape), positions, versions)
+
+
+def _has_no_version(t: Tensor) -> bool:
+    return torch.compiler.is_compiling() or t.is_inference()
 
 
 class PackedWeight(Protocol):
@@ -70,7 +96,7 @@ class SparseRows:
     ) -> None:
         self.values, self.col_indices, self.crow_indices = values, col_indices, crow_indices
         self.shape = tuple(int(size) for size in shape)
-        self._transposed: list[Tensor] | None = None
+        self._transposed: Transposed | None = None
         self._check()
 
     def _check(self) -> None:
@@ -167,9 +193,8 @@ class SparseRows:
     @property
     def transposed(self) -> list[Tensor]:
         """`transposed` of issp/ops/schemas/sparse.py, made when first asked for."""
-        if self._transposed is None:
-            self._transposed = transpose(self.col_indices, self.crow_indices, self.v, self.shape)
-        return self._transposed
+        self._transposed = transposed_once(self, self.v, self._transposed)
+        return self._transposed.lists
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
@@ -189,8 +214,7 @@ class SparseRows:
         moved.values = values
         moved.col_indices = self.col_indices.to(values.device)
         moved.crow_indices = self.crow_indices.to(values.device)
-        if self._transposed is not None:
-            moved._transposed = [x.to(values.device) for x in self._transposed]
+        moved._transposed = None
         return moved
 
     def __repr__(self) -> str:

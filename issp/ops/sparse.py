@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from issp.ops import validation
-from issp.ops.autograd import Conv2d, Matmul
+from issp.ops.autograd import Conv2d, Matmul, refuse_transforms
 from issp.ops.formats import NMTensor, PackedWeight, SparseRows
 from issp.ops.geometry import Geometry, Pair
 from issp.ops.keep import Keep
@@ -51,8 +51,8 @@ def sparse_conv2d(
 
     Differentiable once in x, p.values, bias and residual. Where a gradient is wanted, activation
     and residual are torch's own ops after the convolution; otherwise one kernel does everything.
-    Under torch.autocast all of them are cast to its dtype, as for F.conv2d. Not for torch.func,
-    which cannot differentiate ops that a library registers.
+    Under torch.autocast all of them are cast to its dtype, as for F.conv2d. Not for
+    torch.func and forward-mode derivatives, which cannot transform ops that a library registers.
 
     Args:
         x: [N, I, H, W]; copied with .contiguous() where it is not (channels_last, slices).
@@ -228,8 +228,10 @@ def _dispatch(
     """
     validation.check_activation(activation)
     values: Tensor = p.values
-    if torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if not torch.compiler.is_compiling():
+        refuse_transforms(x, values)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
         x, values = _cast(x, dtype), _cast(values, dtype)
         bias = None if bias is None else _cast(bias, dtype)
         residual = None if residual is None else _cast(residual, dtype)
@@ -263,11 +265,20 @@ def apply_epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tenso
     if residual is None:
         return z
     residual = residual.contiguous()
-    if torch.is_autocast_enabled(residual.device.type):
-        residual = _cast(residual, torch.get_autocast_dtype(residual.device.type))
+    dtype = _autocast_dtype(residual)
+    if dtype is not None:
+        residual = _cast(residual, dtype)
     # The sum would broadcast in silence.
     validation.check_like(y, residual, tuple(y.shape), "residual")
     return z + residual
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What torch.autocast computes in on x's device; None where it is off, or there is none."""
+    if x.is_meta:
+        return None
+    device = "cpu" if x.is_cpu else x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:

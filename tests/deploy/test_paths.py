@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import issp
-from issp.deploy import pack as pack_model
 from issp.ops import semi_structured
 from tests.deploy.networks import (
     EXAMPLE,
@@ -84,7 +83,7 @@ class TestUnpack:
         timed[fastest] = 0.1
         packed = issp.pack(net, torch.randn(EXAMPLE), cache=cache)
         names = kinds(packed)
-        dense = pack_model.unpack(packed)
+        dense = issp.unpack(packed)
         assert kinds(dense) == kinds(net) and kinds(packed) == names != kinds(net)
         assert not hasattr(dense, "report") and hasattr(packed, "report")
         before = net.state_dict()
@@ -95,13 +94,13 @@ class TestUnpack:
     def test_a_shared_layer_stays_shared(self, cache, timed):
         shared = prune_(nn.Linear(8, 8))
         net = nn.Sequential(shared, nn.ReLU(), shared)
-        dense = pack_model.unpack(issp.pack(net, torch.randn(4, 8), cache=cache))
+        dense = issp.unpack(issp.pack(net, torch.randn(4, 8), cache=cache))
         assert dense[0] is dense[2] and type(dense[0]) is nn.Linear
 
     def test_is_saved_and_loaded(self, cache, timed, tmp_path):
         net = prune_(small_edsr())
         packed = issp.pack(net, torch.rand(1, 3, 16, 16), cache=cache)
-        issp.save(pack_model.unpack(packed), tmp_path / "m.safetensors")
+        issp.save(issp.unpack(packed), tmp_path / "m.safetensors")
         loaded = issp.load(tmp_path / "m.safetensors")
         for name, value in net.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value), name
