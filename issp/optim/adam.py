@@ -9,6 +9,7 @@ from torch import Tensor
 
 from issp import ops
 from issp.ops.arguments import AdamArgs, PruneArgs
+from issp.optim.loading import StateForm
 from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp
 from issp.optim.step import FusedStep
 
@@ -20,6 +21,11 @@ _CAPTURE_CHECKS = ("_accelerator_graph_capture_health_check", "_cuda_graph_captu
 
 class _AdamStep(FusedStep):
     _op = "adam_soft_shrink_"
+    _form = StateForm(
+        options=("lr", "betas", "eps", "weight_decay"),
+        moments=(*_MOMENTS, "max_exp_avg_sq"),
+        required=_STATE_NAMES,
+    )
 
     def _check_graph_capture(self) -> None:
         for name in _CAPTURE_CHECKS:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from issp import ops
 from issp.ops.arguments import PruneArgs, SGDArgs
+from issp.optim.loading import StateForm
 from issp.optim.plan import FusedStepPlan
 from issp.optim.step import FusedStep
 
@@ -20,6 +21,12 @@ class SGD(FusedStep, torch.optim.SGD):
 
     _torch = torch.optim.SGD
     _op = "sgd_soft_shrink_"
+    _form = StateForm(
+        options=("lr", "momentum", "dampening", "weight_decay"),
+        moments=(_BUFFER,),
+        required=(),
+        sparse=True,
+    )
 
     def _states_are_current(self, group: dict[str, Any], plan: FusedStepPlan) -> bool:
         if bool(group["momentum"]) != (_BUFFER in plan.state_tensors):

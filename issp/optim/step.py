@@ -14,6 +14,7 @@ from issp.ops import backends
 from issp.ops.arguments import PruneArgs
 from issp.ops.validation.pruning import DTYPES
 from issp.optim.arguments import StepArgs
+from issp.optim.loading import StateForm, check_state
 from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp, same_objects
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.prune_step import BeginStep, PruneStep
@@ -65,6 +66,8 @@ class FusedStep(Optimizer):
     """The optimizer of torch whose step is done where the op does not fit."""
     _op: ClassVar[str]
     """Name of the op."""
+    _form: ClassVar[StateForm]
+    """What a saved state must have."""
 
     _begin_step: BeginStep | None = None
     _remaining: tuple[WeightBucket, ...] | None = None
@@ -83,6 +86,25 @@ class FusedStep(Optimizer):
             group.setdefault("fused", None)
         super().__setstate__(state)
         self._forget_plans()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, with a check of everything before anything is changed.
+
+        Raises:
+            ValueError: the state belongs to another optimizer or model, or is damaged.
+        """
+
+        def check(_: Optimizer, saved: object) -> None:
+            check_state(saved, self.param_groups, self._form)
+
+        if not isinstance(state_dict, dict):
+            check(self, state_dict)
+        # The last one: hooks of users may translate the state.
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's."""

@@ -11,6 +11,8 @@ from torch import Tensor
 from issp.nn.selection import Layer
 from issp.ops.schemas import mask_words
 
+STAGES = ("pruning", "frozen", "final")
+
 
 class LayerState(NamedTuple):
     """What is known of one layer, independent of its bucket: to form new buckets, save and load.
@@ -51,18 +53,23 @@ def unpack(
     Raises:
         ValueError: the first difference.
     """
-    missing_keys = {"version", "stage", "step_count", "layers", *configuration} - set(saved)
+    required = ("version", "stage", "step_count", "layers", *configuration)
+    missing_keys = sorted(set(required) - set(saved)) if isinstance(saved, Mapping) else required
     if missing_keys:
         raise ValueError(
-            f"the pruner's state lacks {', '.join(sorted(missing_keys))}: it is something else"
+            f"the pruner's state lacks {', '.join(missing_keys)}: it is something else"
         )
-    if saved["version"] != 1:
+    if not _is_count(saved["version"]) or saved["version"] != 1:
         raise ValueError(f"the pruner's state has version {saved['version']}: this issp reads 1")
+    if saved["stage"] not in STAGES or not _is_count(saved["step_count"]):
+        raise ValueError("the stage or the step_count of the pruner's state is damaged")
+    if not isinstance(saved["layers"], Mapping):
+        raise ValueError("the layers of the pruner's state are damaged")
     for name, expected in configuration.items():
         actual = saved[name]
-        if actual == expected:
+        if not isinstance(actual, Tensor) and actual == expected:
             continue
-        if name == "targets":
+        if isinstance(actual, Mapping) and isinstance(expected, Mapping):
             name, actual, expected = _first_difference(actual, expected)
         raise ValueError(
             f"the pruner's state was saved with {name} {actual}, but here it is {expected}: attach "
@@ -72,7 +79,9 @@ def unpack(
     return {name: _layer_state(name, entry, shapes) for name, entry in saved["layers"].items()}
 
 
-def _first_difference(actual: Any, expected: Any) -> tuple[str, object, object]:
+def _first_difference(
+    actual: Mapping[str, object], expected: Mapping[str, object]
+) -> tuple[str, object, object]:
     for name in [*expected, *actual]:
         if actual.get(name) != expected.get(name):
             return f"for layer {name} the sparsity", actual.get(name), expected.get(name)
@@ -84,20 +93,43 @@ def _layer_state(
 ) -> LayerState:
     if name not in shapes:
         raise ValueError(f"the pruner's state has layer {name}, which is not pruned here")
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"layer {name} of the pruner's state is damaged")
     missing_keys = [key for key in LayerState._fields if key not in saved]
     if missing_keys:
         raise ValueError(
             f"the pruner's state lacks {missing_keys[0]} of layer {name}: it is damaged"
         )
     state = LayerState(**{key: saved[key] for key in LayerState._fields})
-    state = state._replace(shape=tuple(state.shape))
+    if isinstance(state.shape, list):
+        state = state._replace(shape=tuple(state.shape))
     if state.shape != shapes[name]:
         raise ValueError(
             f"the pruner's state has shape {state.shape} for {name}, whose weight is {shapes[name]}"
         )
     numel = torch.Size(state.shape).numel()
-    if state.mask.dtype != torch.int32 or state.mask.shape != (mask_words(numel),):
+    if not _is_vector(state.mask, torch.int32, mask_words(numel)):
         raise ValueError(f"the mask of {name} in the pruner's state is damaged")
-    if not 0 <= state.k <= numel:
+    if not _is_count(state.k) or state.k > numel:
         raise ValueError(f"k of {name} in the pruner's state is {state.k}: it is damaged")
+    if not _is_count(state.flips) or state.flips > numel:
+        raise ValueError(f"flips of {name} in the pruner's state is {state.flips}: it is damaged")
+    if not _is_float(state.threshold):
+        raise ValueError(f"the threshold of {name} in the pruner's state is damaged")
     return state
+
+
+def _is_count(x: object) -> bool:
+    return isinstance(x, int) and x >= 0
+
+
+def _is_vector(x: object, dtype: torch.dtype, numel: int) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and (x.dtype, x.shape, x.layout) == (dtype, (numel,), torch.strided)
+        and not x.is_meta
+    )
+
+
+def _is_float(x: object) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 0 and x.is_floating_point() and not x.is_meta
