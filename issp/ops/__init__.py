@@ -3,7 +3,7 @@
 Importing this package loads the back ends and registers the ops, see `issp.ops.backends`.
 """
 
-from issp.ops import backends
+from issp.ops import backends, flops
 from issp.ops.formats import NMTensor, SparseRows
 from issp.ops.keep import Keep
 from issp.ops.pruning import (
@@ -47,3 +47,4 @@ __all__ = [
 ]
 
 backends.register()
+flops.register()
