@@ -686,7 +686,7 @@ def set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 def to_tree(config: Config) -> dict[str, Any]:
     """The nested mapping that `parse` makes this configuration from."""
-    return {key: value for key, value in config.model_dump().items() if value is not None}
+    return config.model_dump(exclude_none=True)
 
 
 def dump(config: Config) -> str:

@@ -1,10 +1,16 @@
-"""Stopping between iterations: the first Ctrl-C or SIGTERM is kept, the second acts at once."""
+"""Stopping between iterations: a signal is kept until the state is saved.
+
+A second Ctrl-C acts at once. SIGTERM and SIGHUP may arrive several times: a closed terminal and its
+shell both send one, and job schedulers repeat theirs.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
 from types import FrameType
+
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Interrupted(Exception):
@@ -22,7 +28,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """A context in which `signal` is the SIGINT or SIGTERM that has arrived; 0: none."""
+    """A context in which `signal` is the first of `_SIGNALS` that has arrived; 0: none."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -31,8 +37,12 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Only the main thread may set handlers; elsewhere signals keep their usual meaning.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._on_signal)
+            for name in _SIGNALS:
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                # nohup asks for hang-ups to be ignored.
+                ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+                if number is not None and not ignored:
+                    self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -40,6 +50,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal = self.signal or number

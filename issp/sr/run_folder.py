@@ -1,8 +1,9 @@
-"""experiments/<name>: the layout of a run's folder, its latest state, its environment."""
+"""experiments/<name>: the layout of a run's folder, its states, its environment, its lock."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,13 @@ from issp.ops.info import info
 from issp.sr import checkpoint
 from issp.sr.config import Config, dump
 from issp.utils.environment import git_revision
+from issp.utils.errors import ConfigError
 from issp.utils.files import atomic_write
+
+try:
+    import fcntl
+except ImportError:  # a system without such locks
+    fcntl = None  # type: ignore[assignment]
 
 
 class RunFolder:
@@ -24,20 +31,48 @@ class RunFolder:
         self.states = path / "training_states"
         self.images = path / "visualization"
         self.log = path / "log"
+        self._lock: int | None = None
+
+    def claim(self) -> None:
+        """Locks the folder until `release`, or until the process ends.
+
+        Raises:
+            ConfigError: another training holds it; two would overwrite each other's files.
+        """
+        if fcntl is None or self._lock is not None:
+            return
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ConfigError(
+                f"another training runs in {self.path}: wait for it or choose another name"
+            ) from None
+        except OSError:  # a file system without locks
+            self.release()
+
+    def release(self) -> None:
+        """Ends `claim`."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def create(self, config: Config) -> Path | None:
-        """Makes the folders and writes configuration and environment.
+        """Makes and claims the folder and writes configuration and environment.
 
         Returns:
             Where an earlier run of this name was moved to, or None: nothing is ever overwritten.
         """
         archived = None
         if self.path.exists() and any(self.path.iterdir()):
+            self.claim()
             stamp = time.strftime("%Y%m%d_%H%M%S")
             archived = self.path.with_name(f"{self.path.name}_archived_{stamp}")
             while archived.exists():
                 archived = archived.with_name(f"{archived.name}_")
             self.path.rename(archived)
+            self.release()
         self.reopen(config)
         return archived
 
@@ -45,23 +80,23 @@ class RunFolder:
         """Makes missing folders; writes the configuration and environment of this start."""
         for folder in (self.models, self.states, self.images, self.log):
             folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(self.path / "config.yml", dump(config).encode())
+        self.claim()
+        # A run that goes on resumes from its own latest state, not once more from this one.
+        paths = config.path.model_copy(update={"resume_state": None})
+        recorded = config.model_copy(update={"path": paths})
+        atomic_write(self.path / "config.yml", dump(recorded).encode())
         # What `issp info` prints, the command line, and the git revision of the checkout.
         facts = {"command": sys.argv, "git": git_revision(Path(__file__).parent), **info()}
         atomic_write(self.log / "environment.json", f"{json.dumps(facts, indent=2)}\n".encode())
 
-    def latest_state(self) -> Path:
-        """The training state of the highest iteration.
+    def holds(self, state: Path) -> bool:
+        """Whether a training state is one of this folder."""
+        return self.states.is_dir() and state.resolve().parent == self.states.resolve()
 
-        Raises:
-            FileNotFoundError: there is none.
-        """
+    def latest_state(self) -> Path | None:
+        """The training state of the highest iteration, or None."""
         states = self._states()
-        if not states:
-            raise FileNotFoundError(
-                f"there is no training state in {self.states}: start without --resume"
-            )
-        return states[-1]
+        return states[-1] if states else None
 
     def save_state(self, state: dict[str, Any], keep: int) -> Path:
         """Writes <iteration>.state, then removes all but the latest `keep` up to it."""
@@ -71,6 +106,16 @@ class RunFolder:
             if old != path:
                 old.unlink(missing_ok=True)
         return path
+
+    def set_aside_after(self, iteration: int) -> list[Path]:
+        """Renames states of later iterations to <iteration>.state.old, and returns them.
+
+        A run that goes back to an earlier state would otherwise resume from the abandoned ones.
+        """
+        later = [path for path in self._states() if int(path.stem) > iteration]
+        for path in later:
+            path.replace(path.with_name(f"{path.name}.old"))
+        return later
 
     def _states(self) -> list[Path]:
         files = self.states.glob("*.state") if self.states.is_dir() else []

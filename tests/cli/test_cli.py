@@ -267,3 +267,22 @@ def _stop_after(last):
             os.kill(os.getpid(), signal.SIGINT)
 
     return advance
+
+
+def test_hr_on_the_command_line_replaces_the_files_images(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "cache"))
+    file, root = tmp_path / "run.yml", tmp_path / "runs"
+    begin = (
+        "name: a\nscale: 2\ndevice: cpu\nnetwork_g: {type: EDSR, num_feat: 8, num_block: 1}\n"
+        "train: {total_iter: 1}\nlogger: {use_tb_logger: false}\n"
+        "datasets:\n  train:\n    gt_size: 16\n"
+    )
+    command = ["train", str(file), "--hr", str(photos), "--root", str(root)]
+    file.write_text(f"{begin}    dataroot_gt: other\n    dataroot_lq: other_lr\n")
+    assert cli.main(command) == 0
+    assert "datasets.train.dataroot_lq (other_lr) is of other images" in capsys.readouterr().out
+    file.write_text(f"{begin}    type: SamplePhotographs\n")
+    assert cli.main([*command, "--quiet"]) == 0
+    assert f"dataroot_gt: {photos}" in (root / "a" / "config.yml").read_text()
+    file.write_text(f"{begin}    dataroot_gt: {photos}\n    dataroot_lq: {photos}/none\n")
+    one_line_error(capsys, command[:2] + command[4:], "none")

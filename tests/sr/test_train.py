@@ -1,96 +1,21 @@
 """The driver: two stages, exact sparsity, and a resume that leaves no trace in the bits."""
 
-import copy
 import os
 import signal
 import threading
 
-import numpy as np
 import pytest
 import torch
 
-from issp import data, num_pruned
+from issp import num_pruned
 from issp.sr import checkpoint, config, logging, plots
 from issp.sr.interrupt import Interrupted
-from issp.sr.train import train
 from issp.utils import denormals
 from issp.utils.errors import NonFiniteLossError
+from tests.sr.runs import FREEZE, TOTAL, assert_equal, log, run, stop_at
 
 pytest.importorskip("PIL", reason="the training images are files")
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
-
-TOTAL, FREEZE = 12, 6
-
-
-@pytest.fixture(autouse=True)
-def _float_mode_stays(monkeypatch):
-    """Flushing denormals is for good: the worker threads of this process must not inherit it."""
-    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hr")
-    y, x = np.mgrid[:40, :44]
-    for i in range(4):
-        waves = [np.sin(x / (2 + i + c)) + np.cos(y / (3 + c)) for c in range(3)]
-        image = (np.stack(waves, axis=2) * 60 + 127).astype(np.uint8)
-        data.write_image(folder / f"{i}.png", image)
-    return folder
-
-
-@pytest.fixture
-def tree(photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "cache"))
-    return {
-        "name": "run",
-        "scale": 2,
-        "manual_seed": 3,
-        "device": "cpu",
-        "path": {"experiments_root": str(tmp_path / "experiments")},
-        "network_g": {"type": "EDSR", "num_feat": 8, "num_block": 1},
-        "datasets": {
-            "train": {"dataroot_gt": str(photos), "gt_size": 16, "batch_size_per_gpu": 2},
-            "val": {"name": "set", "dataroot_gt": str(photos)},
-        },
-        "train": {
-            "total_iter": TOTAL,
-            "ema_decay": 0.9,
-            "optim_g": {"lr": 1e-3},
-            "scheduler": {"milestones": [2, 4]},
-        },
-        "sparsity": {"ratio": 0.8, "freeze_iter": FREEZE},
-        "val": {"val_freq": 3, "metrics": {"psnr": {"test_y_channel": True}}},
-        "logger": {"print_freq": 2, "save_checkpoint_freq": 100, "use_tb_logger": False},
-    }
-
-
-def run(tree, **changes):
-    """Trains with some keys changed, "a.b" for nested ones; returns the model and the folder."""
-    tree = copy.deepcopy(tree)
-    resume = changes.pop("resume", False)
-    for key, value in changes.items():
-        config.set_key(tree, key.replace("__", "."), value)
-    settings = config.parse(tree)
-    return train(settings, resume=resume, quiet=True), settings.folder
-
-
-def stop_at(monkeypatch, iteration):
-    """The process gets a real SIGINT during that iteration."""
-    advance = logging.Progress.advance
-
-    def advance_and_signal(self, done):
-        advance(self, done)
-        if done == iteration:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(logging.Progress, "advance", advance_and_signal)
-
-
-def log(folder, *columns):
-    rows = logging.read_csv(folder / "log" / "train.csv")
-    return [[row[column] for column in columns] for row in rows]
-
 
 # Timings are the one thing that may differ.
 COLUMNS = [name for name in logging.COLUMNS if name not in ("seconds", "update_share")]
@@ -152,23 +77,6 @@ def test_a_signal_during_logging_still_saves(tree, monkeypatch):
     assert stopped.value.iteration == 5
 
 
-def assert_equal(a, b, path="state"):
-    """Nested plain values and tensors, bitwise; names the first difference."""
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_equal(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{path}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and a.shape == b.shape, path
-        assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0)) or a.numel() == 0, path
-    else:
-        assert a == b or (a != a and b != b), path
-
-
 def test_the_result_is_exactly_sparse_and_so_is_its_average(tree):
     average, folder = run(tree)
     state = checkpoint.read_state(folder / "training_states" / f"{TOTAL}.state")
@@ -206,7 +114,8 @@ def test_stages_rates_and_scores_in_the_log(tree):
 def test_the_best_model_is_never_a_soft_one(tree, monkeypatch):
     from issp.sr import evaluate
 
-    scores = iter([99.0, 20.0, 30.0, 25.0])  # iterations 3 (soft), 6 (frozen), 9, 12
+    # Before the first iteration, then iterations 3 (soft), 6 (frozen), 9, 12.
+    scores = iter([0.0, 99.0, 20.0, 30.0, 25.0])
 
     def fake(*args, **kwargs):
         value = next(scores)
@@ -278,7 +187,7 @@ def test_a_damaged_or_unfitting_state_is_named(tree):
     state = folder / "training_states" / "7.state"
     with pytest.raises(ValueError, match=r"cannot resume from .*7\.state"):
         run(tree, resume=True, network_g={"type": "EDSR", "num_feat": 12, "num_block": 1})
-    with pytest.raises(ValueError, match=r"7\.state: .*`pruner`"):
+    with pytest.raises(ValueError, match=r"7\.state: .*`sparsity`"):
         dense = {k: v for k, v in tree.items() if k != "sparsity"}
         run(dense, resume=True)
     state.write_bytes(state.read_bytes()[:1000])

@@ -1,4 +1,4 @@
-"""Logs of a training run: CSV files, TensorBoard, the progress display, loss and time."""
+"""Logs of a training run: CSV and text files, TensorBoard, the progress display, loss and time."""
 
 from issp.sr.logging.csv import COLUMNS, CsvLog, read_csv
 from issp.sr.logging.meter import AverageMeter, StepTimer

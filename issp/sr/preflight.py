@@ -1,0 +1,115 @@
+"""What can be checked before the first iteration is checked then, not after hours of training."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from issp.sr import checkpoint, data
+from issp.sr.config import Config
+from issp.utils.errors import ConfigError
+
+Say = Callable[[str], None]
+_EVERY = 10  # seconds between lines of progress
+
+
+def check_images(
+    batches: data.TrainLoader,
+    validation: Mapping[str, data.EvalDataset],
+    score: Callable[[str, data.EvalDataset], object],
+    say: Say,
+) -> None:
+    """Decodes every validation image, and the training images that are held in memory.
+
+    Of each validation set the smallest image is scored as the validation will: its border and the
+    window of SSIM must fit into it, and the network must take its size.
+
+    Args:
+        batches: the training images.
+        validation: name -> images.
+        score: upscales and scores a set.
+        say: shows a line of text.
+
+    Raises:
+        ValueError, OSError: an image that is missing, damaged, of the wrong size or too small.
+    """
+    for name, dataset in validation.items():
+        report, sides = _Reporter(f"{name}: decoding image", say), []
+        for i in range(len(dataset)):
+            sides.append(min(dataset.load(i)[1].shape[:2]))
+            report(i + 1, len(dataset))
+        smallest = sides.index(min(sides))
+        image = {dataset.pairs.names[smallest]: dataset.load(smallest)[1]}
+        try:
+            score(name, data.EvalDataset(data.PairedArrays(image, dataset.scale)))
+        except ValueError as error:
+            path = dataset.pairs.paths(smallest)[1]
+            raise ConfigError(f"validation image {path} of {name}: {error}") from None
+    batches.dataset.preload(_Reporter("training images: decoding image", say))
+
+
+def check_disk(config: Config, model: nn.Module, states: int, start: int, say: Say) -> None:
+    """Compares what the run will write with the free space, from the sizes of the tensors.
+
+    Args:
+        config: of the run.
+        model: its network.
+        states: how many copies of the network a training state holds.
+        start: iterations done already.
+        say: shows a line of text, when the space will not do to the end.
+
+    Raises:
+        ConfigError: not even one checkpoint fits.
+    """
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    often = config.logger.save_checkpoint_freq
+    models = math.ceil((config.train.total_iter - start) / often) + 2  # latest and best
+    # A new state is complete before an old one goes.
+    needed = size * (models + states * (config.logger.keep_training_states + 1))
+    place = config.folder
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < size * (1 + states):
+        raise ConfigError(
+            f"{place} has {_gigabytes(free)} free and one checkpoint takes "
+            f"{_gigabytes(size * (1 + states))}: free space or choose another --root"
+        )
+    if free < needed:
+        say(
+            f"{place} has {_gigabytes(free)} free and the checkpoints will take "
+            f"{_gigabytes(needed)}: free space or use a larger logger.save_checkpoint_freq"
+        )
+
+
+def lost_zeros(config: Config, model: nn.Module) -> str | None:
+    """A line about zeros of the pretrained weights that the training does not keep."""
+    if not config.path.pretrain_network_g or (config.sparsity and config.sparsity.from_zeros):
+        return None
+    counts = checkpoint.sparsity(model)
+    if not counts["zeros"]:
+        return None
+    return (
+        f"{100 * counts['ratio']:.1f} % of the pretrained weights are zero, and this training "
+        "fills them again: sparsity.from_zeros=true keeps them zero"
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"
+
+
+class _Reporter:
+    """Shows how far a long loop is, some seconds apart."""
+
+    def __init__(self, what: str, say: Say):
+        self._what, self._say, self._last = what, say, time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        if time.monotonic() - self._last > _EVERY:
+            self._last = time.monotonic()
+            self._say(f"{self._what} {done} of {total}")

@@ -1,0 +1,358 @@
+"""One training run around its loop: what it logs, validates, saves and resumes from."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from issp.pruning.pruner import Pruner
+from issp.sr import checkpoint, evaluate, gradients, logging, preflight
+from issp.sr.config import Config, Optimizer
+from issp.sr.data import EvalDataset, TrainLoader, write_image
+from issp.sr.run_folder import RunFolder
+from issp.utils.errors import NonFiniteLossError
+
+VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim")
+LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", "threshold")
+
+
+@dataclass
+class Best:
+    """Highest PSNR on the first validation set, of models in their final form."""
+
+    psnr: float = float("-inf")
+    iteration: int = 0
+
+
+@dataclass
+class TrainingRun:
+    """Everything around the loop: logging, validation, checkpoints and resuming.
+
+    Args:
+        config: of the run.
+        model, ema, optimizer, pruner, batches, meter: what a training state consists of; ema and
+            pruner may be None.
+        validation: name -> images.
+        progress: shows what happens.
+        best: the best validation so far.
+    """
+
+    config: Config
+    model: nn.Module
+    ema: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    pruner: Pruner | None
+    batches: TrainLoader
+    meter: logging.AverageMeter
+    validation: dict[str, EvalDataset]
+    progress: logging.Progress
+    best: Best = field(default_factory=Best)
+
+    def __post_init__(self) -> None:
+        self.folder = RunFolder(self.config.folder)
+        recorded = shlex.quote(str(self.config.folder / "config.yml"))
+        self.resume_command = f"issp train {recorded} --resume"
+        self.tensorboard: logging.TensorBoardLog | None = None
+        self._saved = 0  # iteration of the latest state
+        self._is_complete = False  # there is nothing left to train
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """The model that is validated and saved."""
+        return self.model if self.ema is None else self.ema
+
+    @property
+    def is_final_form(self) -> bool:
+        """The model is dense, or the mask is frozen and pruned weights are zero."""
+        return self.pruner is None or self.pruner.frozen
+
+    def stage(self, iteration: int) -> str:
+        """Stage of an iteration; the one that freezes the mask belongs to the pruning stage."""
+        if self.pruner is None:
+            return "dense"
+        return "pruning" if iteration <= self.config.freeze_iter else "fine-tuning"
+
+    def begin(self, resume: bool) -> int:
+        """Checks what can be checked, then makes the folder or restores a state.
+
+        Args:
+            resume: continue from the latest state of the folder, or from `path.resume_state`.
+
+        Returns:
+            The last iteration done: 0 for a new run.
+        """
+        path = self._state_to_resume(resume)
+        state = checkpoint.read_state(path) if path else {}
+        if self.folder.path.is_dir():
+            self.folder.claim()
+        notes = [] if path else [preflight.lost_zeros(self.config, self.model)]
+        start = self._restore(state, path) if path else 0
+        self._saved, self._is_complete = start, start >= self.config.train.total_iter
+        if self._is_complete:
+            return start  # and config.yml stays that of the run
+        states = 1 + (self.ema is not None) + len(_moments(self.config))
+        preflight.check_disk(self.config, self.model, states, start, notes.append)
+        say = self.progress.write_line
+        preflight.check_images(self.batches, self.validation, self._score, say)
+        if path and self.folder.holds(path):
+            self.folder.reopen(self.config)
+            old = self.folder.set_aside_after(start)
+            notes += [f"{old[-1]} and others of later iterations are kept" if old else None]
+        else:
+            archived = self.folder.create(self.config)
+            notes += [f"the earlier run is in {archived}" if archived else None]
+        unused = self.config.unused_keys()
+        notes += [f"without effect here: {', '.join(unused)}" if unused else None]
+        self._open_logs(start)
+        for note in filter(None, notes):
+            self.progress.write_line(note)
+        return start
+
+    def _state_to_resume(self, resume: bool) -> Path | None:
+        explicit = self.config.path.resume_state
+        path = self.folder.latest_state() if resume else None
+        path = path or (Path(explicit).expanduser() if explicit else None)
+        if resume and path is None:
+            raise FileNotFoundError(
+                f"there is no training state in {self.folder.states}: start without --resume"
+            )
+        return path
+
+    def _restore(self, state: dict[str, Any], path: Path) -> int:
+        """Loads a training state; returns its iteration. Writes nothing."""
+        parts = {"ema": self.ema, "optimizer": self.optimizer, "pruner": self.pruner}
+        parts |= {"batches": self.batches}
+        try:
+            checkpoint.load_weights(self.model, state["model"], path)
+            for name, part in parts.items():
+                if (state[name] is None) != (part is None):
+                    raise ValueError(f"it was saved with another `{_SETTINGS[name]}` setting")
+            self._check_settings(state)
+            for name, part in parts.items():
+                if name == "ema" and self.ema is not None:
+                    checkpoint.load_weights(self.ema, state["ema"], path)
+                elif part is not None:
+                    part.load_state_dict(state[name])
+            self.meter.load_state_dict(state["meter"])
+            self.best = Best(**state["best"])
+            checkpoint.set_random_state(state["random"])
+            return int(state["iteration"])
+        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
+            raise ValueError(f"{path} is not a training state of this version: {error}") from None
+        except ValueError as error:
+            raise ValueError(f"cannot resume from {path}: {error}") from None
+
+    def _check_settings(self, state: dict[str, Any]) -> None:
+        """Refuses options that loading would set back in silence; the learning rate may differ."""
+        decay = self.config.train.ema_decay
+        if state.get("ema_decay", decay) != decay:
+            raise ValueError(_differs("train.ema_decay", state["ema_decay"], decay))
+        for saved, group in zip(
+            state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False
+        ):
+            for key in ("weight_decay", "decoupled_weight_decay", *_OPTIONS):
+                if (key in saved) != (key in group):
+                    raise ValueError("it was saved by another `train.optim_g.type`")
+                if key in group and _plain(saved[key]) != _plain(group[key]):
+                    if key == "decoupled_weight_decay":
+                        raise ValueError("it was saved by another `train.optim_g.type`")
+                    raise ValueError(_differs(f"train.optim_g.{key}", saved[key], group[key]))
+
+    def _open_logs(self, start: int) -> None:
+        """Opens the logs, cut back to the iteration `start`; the text log goes on."""
+        log, total = self.folder.log, self.config.train.total_iter
+        self.csv = logging.CsvLog(log / "train.csv", logging.COLUMNS, upto=start)
+        self.scores = logging.CsvLog(log / "validation.csv", VALIDATION_COLUMNS, upto=start)
+        self.layers = logging.CsvLog(log / "layers.csv", LAYER_COLUMNS, upto=start)
+        self.gradients = None
+        if self.config.logger.grad_stats_freq:
+            weights = gradients.weights_to_record(self.model, self.pruner)
+            self.gradients = gradients.GradientLog(log / "gradients.csv", weights, upto=start)
+        enabled = self.config.logger.use_tb_logger
+        self.tensorboard = logging.TensorBoardLog(log / "tensorboard", start + 1, enabled)
+        self.progress.begin(total, start, log / "train.log")
+        model = self.eval_model
+        parameters = sum(p.numel() for p in model.parameters())
+        self.progress.write_line(
+            f"{self.folder.path}: {model.arch} x{model.scale}, {parameters:,} parameters, "
+            f"iterations {start + 1} to {total}"
+        )
+        if self.tensorboard.unavailable_reason:
+            self.progress.write_line(self.tensorboard.unavailable_reason)
+
+    @contextlib.contextmanager
+    def saved_on_failure(self, iteration: int) -> Iterator[None]:
+        """Saves the state when what is inside fails: a damaged image, a validation, a full disk.
+
+        Args:
+            iteration: the last one done; the state is of its end.
+        """
+        try:
+            yield
+        except NonFiniteLossError:
+            raise  # such a state is of no use
+        except Exception:  # not handled: whatever it is goes on once the work is safe
+            if iteration > self._saved:
+                with contextlib.suppress(OSError):
+                    self.save_state(iteration)
+                    self.progress.write_line(
+                        f"the state of iteration {iteration} is saved; "
+                        f"continue with: {self.resume_command}"
+                    )
+            raise
+
+    def after(self, iteration: int, stopping: bool) -> None:
+        """Logs, validates and saves what is due after an iteration."""
+        config, total = self.config, self.config.train.total_iter
+        if self.gradients and iteration % config.logger.grad_stats_freq == 0:
+            self.gradients.add(iteration)
+        last, freezes = iteration == total, iteration == config.freeze_iter
+        is_due = iteration % config.val.val_freq == 0 or last or freezes
+        validates = bool(self.validation) and is_due
+        if iteration % config.logger.print_freq == 0 or validates or last or freezes:
+            row = self.row(iteration)
+            if validates:
+                with self.meter.paused():
+                    row["psnr"] = self.validate(iteration)
+            self.csv.add(row)
+            self.tensorboard.add(row)
+            self.progress.show_row(row)
+            if freezes:
+                self.progress.write_line(
+                    f"iteration {iteration}: the mask is frozen and {100 * row['zeros']:.1f} % of "
+                    "the weights are zero; from here on PSNR is the sparse model's"
+                )
+        if iteration % config.logger.save_checkpoint_freq == 0 or last or stopping:
+            with self.meter.paused():
+                self.save(iteration)
+
+    def row(self, iteration: int) -> dict[str, Any]:
+        """A row of the training log."""
+        row: dict[str, Any] = {"iteration": iteration, "stage": self.stage(iteration)}
+        row |= {"lr": self.optimizer.param_groups[0]["lr"], **self.meter.take()}
+        if self.pruner is not None:
+            summary = self.pruner.summary()
+            thresholds = [r.threshold for r in summary.rows]
+            row |= {
+                # A frozen pruner keeps the flips of its last selection.
+                "flips": sum(r.flips for r in summary.rows) if row["stage"] == "pruning" else 0,
+                "threshold": sum(thresholds) / len(thresholds),
+                "selected": summary.selected / summary.numel,
+                "zeros": summary.zeros / summary.numel,
+            }
+        return row
+
+    def validate(self, iteration: int) -> float:
+        """Scores every validation set; returns the PSNR of the first.
+
+        Best-model tracking starts when the mask is frozen; before that the pruned weights are not
+        zero yet.
+        """
+        means = []
+        for name, dataset in self.validation.items():
+            result = self._score(name, dataset, iteration)
+            means.append(result.psnr)
+            row = {"iteration": iteration, "psnr": result.psnr, "ssim": result.ssim}
+            self.scores.add({**row, "stage": self.stage(iteration), "set": name})
+            self.tensorboard.add(row, prefix=f"{name}/")
+        if self.is_final_form and means[0] > self.best.psnr:
+            self.best = Best(means[0], iteration)
+            self._save_model("best", iteration, psnr=means[0])
+        return means[0]
+
+    def _score(
+        self, name: str, dataset: EvalDataset, iteration: int | None = None
+    ) -> evaluate.Score:
+        metrics = self.config.val.metrics.values()
+        psnr = next((m for m in metrics if m.type == "calculate_psnr"), None)
+
+        def save_image(image: str, sr: np.ndarray, _: evaluate.Score) -> None:
+            write_image(self.folder.images / name / image / f"{image}_{iteration}.png", sr)
+
+        scores = evaluate.evaluate(
+            evaluate.of_model(self.eval_model),
+            dataset,
+            crop_border=psnr.crop_border if psnr else None,
+            y_channel=psnr.test_y_channel if psnr else True,
+            with_ssim=any(m.type == "calculate_ssim" for m in metrics),
+            on_image=save_image if self.config.val.save_img and iteration else None,
+        )
+        return evaluate.mean(scores, name)
+
+    def save(self, iteration: int) -> None:
+        """Writes the model of this iteration and the state to resume from."""
+        self._save_model(str(iteration), iteration)
+        if self.pruner is not None:
+            for r in self.pruner.summary().rows:
+                cells = (iteration, r.name, r.numel, r.selected, r.zeros, r.flips, r.threshold)
+                self.layers.add(dict(zip(LAYER_COLUMNS, cells, strict=True)))
+        self.save_state(iteration)
+
+    def save_state(self, iteration: int) -> None:
+        """Writes the state to resume from."""
+        state: dict[str, Any] = {"iteration": iteration, "ema_decay": self.config.train.ema_decay}
+        for name in ("model", "ema", "optimizer", "pruner", "batches", "meter"):
+            part = getattr(self, name)
+            state[name] = None if part is None else part.state_dict()
+        state |= {"best": vars(self.best), "random": checkpoint.random_state()}
+        self.folder.save_state(state, keep=self.config.logger.keep_training_states)
+        self._saved = iteration
+
+    def _save_model(self, label: str, iteration: int, **extra: Any) -> None:
+        path = self.folder.models / f"net_g_{label}.safetensors"
+        metadata = {"iteration": iteration, "stage": self.stage(iteration), **extra}
+        checkpoint.save(self.eval_model, path, **metadata)
+
+    def finish(self) -> nn.Module:
+        """Finalizes the pruner and writes net_g_latest, unless an earlier start has done so."""
+        if self.pruner is not None:
+            self.pruner.finalize()
+        path = self.folder.models / "net_g_latest.safetensors"
+        if self._is_complete and path.is_file():
+            self.progress.write_line(f"{self.folder.path}: finished already, see {path}")
+            return self.eval_model
+        self._save_model("latest", self._saved)
+        ratio = checkpoint.sparsity(self.eval_model)["ratio"]
+        self.progress.write_line(f"done: {path} ({100 * ratio:.2f} % of the weights are zero)")
+        if self.best.iteration:
+            best = f"{self.best.psnr:.2f} dB at iteration {self.best.iteration}"
+            self.progress.write_line(f"best: net_g_best.safetensors, {best}")
+        return self.eval_model
+
+    def close(self) -> None:
+        """Closes logs and data workers and gives the folder free."""
+        self.batches.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        self.progress.close()
+        self.folder.release()
+
+
+# Part of a training state -> the setting that decides whether there is one.
+_SETTINGS = {"ema": "train.ema_decay", "pruner": "sparsity", "optimizer": "train.optim_g"}
+_SETTINGS |= {"batches": "datasets.train"}
+_OPTIONS = sorted({key for options in Optimizer.TYPE_OPTIONS.values() for key in options})
+
+
+def _moments(config: Config) -> tuple[str, ...]:
+    """What the optimizer keeps for every weight."""
+    options = config.train.optim_g.options
+    if "betas" in options:
+        return ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * options["amsgrad"])
+    return ("momentum_buffer",) * bool(options["momentum"])
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _differs(key: str, saved: Any, now: Any) -> str:
+    return f"{key} was {_plain(saved)} when it was saved and is {_plain(now)} now; restore it"

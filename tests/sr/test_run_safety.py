@@ -1,0 +1,324 @@
+"""A run is not lost: checked before it begins, saved when it fails, resumed as it was."""
+
+import errno
+import itertools
+import os
+import shutil
+import signal
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from issp import cli, data
+from issp.sr import checkpoint, evaluate, logging
+from issp.sr.data import datasets
+from issp.sr.interrupt import Interrupted, StopRequest
+from issp.utils.errors import ConfigError, NonFiniteLossError
+from tests.sr.runs import FREEZE, TOTAL, assert_equal, draw_photos, log, run, stop_at
+
+pytest.importorskip("PIL", reason="the training images are files")
+pytest.importorskip("safetensors", reason="models are kept as safetensors")
+
+# A run of a second: no validation, no averaged model.
+SHORT = {"train__total_iter": 6, "sparsity__freeze_iter": 3, "val__val_freq": 50}
+
+
+def folder_of(tree):
+    return Path(tree["path"]["experiments_root"]) / tree["name"]
+
+
+def states(folder):
+    return sorted(path.name for path in (folder / "training_states").glob("*.state"))
+
+
+def contents(folder):
+    """Every file of a folder, by its name, with the time of its last change."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize("fault", ["small", "odd", "cut", "border"])
+def test_a_validation_image_is_checked_before_anything_is_written(tree, tmp_path, fault):
+    folder, metrics = tmp_path / "val", {"ssim": {"type": "calculate_ssim"}}
+    draw_photos(folder / "HR")
+    image = data.read_image(folder / "HR" / "2.png")
+    if fault == "small":  # 13 pixels less the border of 2 on each side: 9, and SSIM needs 11
+        data.write_image(folder / "HR" / "2.png", image[:13])
+    elif fault == "odd":
+        for i in range(4):
+            data.write_image(
+                folder / "LR_bicubic" / "X2" / f"{i}x2.png", image[: 20 - (i == 2), :22]
+            )
+    elif fault == "cut":
+        whole = (folder / "HR" / "2.png").read_bytes()
+        (folder / "HR" / "2.png").write_bytes(whole[: len(whole) // 2])
+    else:
+        metrics["psnr"] = {"crop_border": 20}
+    with pytest.raises((ValueError, OSError), match=r"[0-3](x2)?\.png"):
+        run(tree, datasets__val__dataroot_gt=str(folder), val__metrics=metrics)
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_a_training_image_in_memory_is_checked_before_anything_is_written(tree, tmp_path):
+    folder = draw_photos(tmp_path / "photos")
+    whole = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"3\.png"):
+        run(tree, datasets__train__dataroot_gt=str(folder))
+    assert not (tmp_path / "experiments").exists()
+
+
+def test_a_failing_validation_saves_the_state_first(tree, monkeypatch, capsys):
+    whole, _ = run(tree, name="whole")
+    calls, of_set = itertools.count(), evaluate.evaluate
+
+    def fail_later(*args, **kwargs):
+        if next(calls) == 2:  # the check before the run, iteration 3, iteration 6
+            raise OSError(errno.EIO, "Input/output error", "set/a.png")
+        return of_set(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", fail_later)
+        with pytest.raises(OSError, match=r"set/a\.png"):
+            run(tree)
+    resumed, folder = run(tree, resume=True)
+    assert states(folder) == ["12.state", "6.state"]
+    text = (folder / "log" / "train.log").read_text()
+    assert "the state of iteration 6 is saved; continue with: issp train " in text
+    assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_training_image_saves_the_state_first(tree, tmp_path, monkeypatch, workers):
+    if workers:
+        pytest.importorskip("multiprocessing.synchronize", reason="no worker processes here")
+    monkeypatch.setattr(datasets, "AUTO_MEMORY", 0)  # images are read when they are drawn
+    folder = draw_photos(tmp_path / "photos")
+    changes = {**SHORT, "datasets__train__dataroot_gt": str(folder)}
+    changes["datasets__train__num_worker_per_gpu"] = workers
+    whole, _ = run(tree, name="whole", **changes)
+    good = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(good[:-200])
+    with pytest.raises(ValueError, match=r"1\.png"):
+        run(tree, **changes)
+    (folder / "1.png").write_bytes(good)
+    experiment = tmp_path / "experiments" / "run"
+    saved = states(experiment)
+    first = [draw.image for draw in data.EnlargedSampler(4, seed=3).take(12)].index(1)
+    assert saved == ([f"{first // 2}.state"] if first >= 2 else []), "the last whole iteration"
+    resumed, _ = run(tree, resume=bool(saved), **changes)
+    assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_loss_that_is_not_finite_leaves_no_state_to_resume_from(tree):
+    with pytest.raises(NonFiniteLossError):
+        run(tree, train__optim_g={"lr": 1e30}, val__val_freq=50)
+    assert states(folder_of(tree)) == []
+
+
+def test_a_full_disk_is_named_and_the_state_before_is_intact(tree, monkeypatch):
+    changes = {**SHORT, "logger__save_checkpoint_freq": 2}
+    write, times = checkpoint.write_state, itertools.count(1)
+
+    def full(state, path):
+        if next(times) > 1:
+            raise OSError(errno.ENOSPC, f"cannot write {path}: No space left on device")
+        write(state, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_state", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            run(tree, **changes)
+    assert states(folder_of(tree)) == ["2.state"]
+    whole, _ = run(tree, name="whole", **changes)
+    resumed, _ = run(tree, resume=True, **changes)
+    assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_too_little_space_is_said_before_the_run(tree, tmp_path, monkeypatch):
+    def free(size):
+        usage = types.SimpleNamespace(free=size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+    free(1000)
+    with pytest.raises(ConfigError, match=r"0\.00 GB free and one checkpoint takes"):
+        run(tree, **SHORT)
+    assert not (tmp_path / "experiments").exists()
+    free(100_000)  # the network has some 4000 weights: enough for one state, not for three
+    _, folder = run(tree, **SHORT, logger__save_checkpoint_freq=1)
+    assert "the checkpoints will take" in (folder / "log" / "train.log").read_text()
+
+
+def test_a_closed_terminal_saves(tree, monkeypatch):
+    def hang_up(self, iteration):
+        if iteration == 4:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP)  # from the shell and from the terminal
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(logging.Progress, "advance", hang_up)
+    with pytest.raises(Interrupted) as stopped:
+        run(tree, **SHORT)
+    assert stopped.value.status == 128 + signal.SIGHUP and states(folder_of(tree)) == ["4.state"]
+
+
+def test_nohup_goes_on_and_a_second_ctrl_c_acts_at_once():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal == 0
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_training_in_the_same_folder_is_refused(tree, monkeypatch):
+    advance, refused = logging.Progress.advance, []
+
+    def start_another(self, iteration):
+        advance(self, iteration)
+        if iteration == 2 and not refused:
+            for resume in (False, True):
+                with pytest.raises(ConfigError, match="another training runs in .*run: wait"):
+                    run(tree, **SHORT, resume=resume, path__resume_state=None)
+                refused.append(resume)
+
+    monkeypatch.setattr(logging.Progress, "advance", start_another)
+    _, folder = run(tree, **SHORT, logger__save_checkpoint_freq=1)
+    assert refused == [False, True]
+    assert [path.name for path in folder.parent.iterdir()] == ["run"], "nothing was moved"
+    run(tree, **SHORT)  # free again
+
+
+@pytest.mark.parametrize(
+    "changes, part",
+    [
+        ({"train__optim_g": {"type": "SGD", "lr": 1e-3}}, "another `train.optim_g.type`"),
+        ({"train__optim_g": {"type": "AdamW", "lr": 1e-3}}, "another `train.optim_g.type`"),
+        ({"train__optim_g": {"betas": [0.8, 0.99]}}, r"betas was \[0.9, 0.99\] .* \[0.8, 0.99\]"),
+        ({"train__optim_g": {"weight_decay": 0.5}}, "weight_decay was 0.0 .* is 0.5 now"),
+        ({"train__ema_decay": 0}, "another `train.ema_decay`"),
+        ({"train__ema_decay": 0.5}, "train.ema_decay was 0.9 .* is 0.5 now"),
+        ({"sparsity__ratio": 0.5}, "sparsity"),
+    ],
+)
+def test_resume_with_other_settings_is_refused_before_config_yml_is_touched(
+    tree, stopped_run, changes, part
+):
+    before = contents(stopped_run)
+    with pytest.raises(ValueError, match=rf"cannot resume from .*4\.state: .*{part}"):
+        run(tree, resume=True, train__total_iter=8, **changes)
+    assert contents(stopped_run) == before
+
+
+@pytest.fixture
+def stopped_run(tree):
+    """The folder of a run that was stopped after four of six iterations."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(Interrupted):
+            run(tree)
+    return folder_of(tree)
+
+
+def test_the_learning_rate_may_change_at_a_resume(tree, stopped_run):
+    run(tree, resume=True, train__optim_g__lr=5e-4)
+    rates = dict(log(stopped_run, "iteration", "lr"))
+    assert rates[4] == 1e-3 and rates[6] == 5e-4
+
+
+def test_a_finished_run_stays_as_it_is(tree):
+    model, folder = run(tree)
+    before = contents(folder)
+    again, _ = run(tree, resume=True, val__save_img=True, train__total_iter=TOTAL - 1)
+    assert contents(folder) == before
+    assert_equal(again.state_dict(), model.state_dict())
+    latest = folder / "models" / "net_g_latest.safetensors"
+    latest.unlink()  # as if the process had ended between the two files
+    run(tree, resume=True)
+    assert_equal(checkpoint.load(latest).state_dict(), model.state_dict())
+
+
+def test_milestones_that_are_shares_move_with_a_longer_run(tree):
+    shares = {"milestones": [0.5]}
+    _, folder = run(tree, train__scheduler=shares, logger__print_freq=1)
+    assert dict(log(folder, "iteration", "lr"))[TOTAL] == 5e-4
+    run(tree, train__scheduler=shares, logger__print_freq=1, resume=True, train__total_iter=20)
+    rates = dict(log(folder, "iteration", "lr"))
+    # Half of 14 fine-tuning iterations: those from 13 on are slower, 13 itself not yet.
+    assert (rates[13], rates[14]) == (1e-3, 5e-4) and max(rates) == 20
+
+
+def test_a_moved_run_resumes_in_its_new_place(tree, stopped_run, tmp_path):
+    place = tmp_path / "elsewhere" / "renamed"
+    shutil.copytree(stopped_run, place)
+    before = contents(stopped_run)
+    assert cli.main(["train", str(place / "config.yml"), "--resume", "--quiet"]) == 0
+    assert states(place) == ["12.state", "4.state"]
+    assert contents(stopped_run) == before, "the run in the old place"
+    assert (
+        cli.main(["train", str(place / "config.yml"), "--resume", "--iters", "13", "--quiet"]) == 0
+    )
+    assert states(place) == ["12.state", "13.state"]
+
+
+def test_resume_state_in_the_file_is_resumed_from(tree, stopped_run):
+    whole, _ = run(tree, name="whole")
+    state = str(stopped_run / "training_states" / "4.state")
+    resumed, folder = run(tree, name="other", path__resume_state=state)
+    assert_equal(resumed.state_dict(), whole.state_dict())
+    assert [i for (i,) in log(folder, "iteration")] == [6, 8, 9, 10, 12]
+    assert "resume_state:" not in (folder / "config.yml").read_text()
+
+    # Back to iteration 4 in its own folder: the states of the abandoned branch are kept aside.
+    run(tree, resume=True)
+    assert states(stopped_run) == ["12.state", "4.state"]
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(Interrupted):
+            run(tree, path__resume_state=state)
+    assert states(stopped_run) == ["4.state", "5.state"]
+    assert (stopped_run / "training_states" / "12.state.old").is_file()
+    resumed, _ = run(tree, resume=True, path__resume_state=state)
+    assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_sparse_model_keeps_its_zeros_or_a_line_says_that_it_does_not(tree, tmp_path):
+    sparse, folder = run(tree)
+    path = str(folder / "models" / "net_g_latest.safetensors")
+    del tree["sparsity"]
+    start = {"path__pretrain_network_g": path, "train__total_iter": 4}
+    tuned, folder = run(tree, name="tuned", sparsity={"from_zeros": True}, **start)
+    moved = 0
+    for name, before in sparse.state_dict().items():
+        after = tuned.state_dict()[name]
+        if name.endswith("weight"):
+            assert torch.equal(after == 0, before == 0), name
+        moved += int((after != before).sum())
+    assert moved > 100
+    assert {stage for (stage,) in log(folder, "stage")} == {"fine-tuning"}
+    assert "fills them again" not in (folder / "log" / "train.log").read_text()
+
+    dense, folder = run(tree, name="dense", **start)
+    line = "% of the pretrained weights are zero, and this training fills them again"
+    assert line in (folder / "log" / "train.log").read_text()
+    assert checkpoint.sparsity(dense)["zeros"] == 0
+
+
+def test_the_log_says_whose_score_and_whose_zeros_it_shows(tree):
+    _, folder = run(tree, val__val_freq=4, logger__print_freq=4)
+    lines = [line[20:] for line in (folder / "log" / "train.log").read_text().splitlines()]
+    rows = {int(line.split("/")[0]): line for line in lines if "/12  " in line}
+    assert list(rows) == [4, FREEZE, 8, TOTAL], "the iteration of the freeze is scored as well"
+    assert "dB of the soft model  selected 80" in rows[4] and "zeros 0.0 %" in rows[4]
+    for i in (FREEZE, 8, TOTAL):
+        assert "dB  " in rows[i] and "soft" not in rows[i] and "zeros 80" in rows[i]
+    assert any(line.startswith("iteration 6: the mask is frozen and 80") for line in lines)
+    assert lines[-1].startswith("best: ")
