@@ -71,6 +71,7 @@ class FusedStep(Optimizer):
 
     _begin_step: BeginStep | None = None
     _remaining: tuple[WeightBucket, ...] | None = None
+    _deferred: str = ""
 
     # Set by torch's constructor through `add_param_group`.
     _plans: dict[int, FusedStepPlan]
@@ -152,7 +153,9 @@ class FusedStep(Optimizer):
         if reason or plan is None:
             return GroupStepInfo(number, fused=False, fallback_reason=reason or "no step yet")
         others = len(plan.weights) - plan.num_pruned
-        reason = "" if plan.prunes_all or plan.bucket is None else _SHRUNK_AFTERWARDS
+        reason = self._deferred
+        if plan.bucket is not None and not plan.prunes_all:
+            reason = _SHRUNK_AFTERWARDS
         return GroupStepInfo(number, True, plan.num_pruned, others, fallback_reason=reason)
 
     @overload
@@ -180,6 +183,7 @@ class FusedStep(Optimizer):
             self._torch_step(self.param_groups)
         else:
             prune_step = self._begin_step(getattr(self, "found_inf", None))
+            self._deferred = prune_step.deferred
             self._remaining = self._update(prune_step)
         return loss
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from issp.ops import ShrinkState, reference
 from issp.ops.keep import Keep
 from issp.ops.schemas import mask_words
 from issp.pruning.ema import EMAWeights
+from issp.pruning.iterates import iterates, shrink
 from issp.pruning.memory_order import inverse, memory_order, pointers
 from issp.pruning.moments import MaskTargets, OptimizerMoments
 from issp.pruning.prune_step import prunes_within_step
@@ -137,18 +138,14 @@ class WeightBucket:
         ops.soft_shrink_(weights, self.state, factor, found_inf)
 
     def mask_targets(
-        self, optimizer: Optimizer | None = None, averages: list[Tensor] | None = None
+        self, optimizers: Sequence[Any], averages: list[Tensor] | None = None
     ) -> MaskTargets:
-        """What `apply_masks` writes: weights, the optimizer's moments, one average per weight.
+        """What `apply_masks` writes: weights, the optimizers' moments, one average per weight.
 
         Raises:
             ValueError: an average that cannot be masked.
         """
-        weights = self.current_weights()
-        if optimizer is None:
-            targets = MaskTargets(weights, self._orders)
-        else:
-            targets = self._moments.targets(optimizer, weights, self._orders)
+        targets = self._moments.targets(optimizers, self.current_weights(), self._orders)
         if averages is None:
             return targets
         targets = targets.copy()
@@ -159,9 +156,9 @@ class WeightBucket:
             )
         return targets
 
-    def unmasked_states(self, optimizer: Optimizer) -> dict[str, str]:
-        """Entries of the optimizer's state that look like moments and cannot be masked: why."""
-        self._moments.targets(optimizer, self.current_weights(), self._orders)
+    def unmasked_states(self, optimizers: Sequence[Any]) -> dict[str, str]:
+        """Entries of the optimizers' states that look like moments and cannot be masked: why."""
+        self._moments.targets(optimizers, self.current_weights(), self._orders)
         return self._moments.unmasked
 
     def apply_masks(self, targets: MaskTargets) -> None:
@@ -279,6 +276,7 @@ class WeightBuckets:
     Args:
         layers: all layers to prune, in the model's order.
         optimizers: may be empty; then requiring a gradient is enough.
+        wrappers: optimizers around them that keep weights or moments of their own.
 
     Attributes:
         prunable: the layers that are not marked dense.
@@ -288,10 +286,12 @@ class WeightBuckets:
         ValueError: none of the weights is trained.
     """
 
-    def __init__(self, layers: list[Layer], optimizers: list[Optimizer]) -> None:
+    def __init__(
+        self, layers: list[Layer], optimizers: list[Optimizer], wrappers: list[Any]
+    ) -> None:
         self.layers = layers
         self.prunable = [layer for layer in layers if not layer.dense]
-        self.optimizers = optimizers
+        self.optimizers, self.wrappers = optimizers, wrappers
         self.active: set[str] = set()
         self._buckets: list[WeightBucket] = []
         self.rebuild({})
@@ -338,10 +338,9 @@ class WeightBuckets:
             owners[layer.name] = owner if layer.weight.requires_grad else None
         return owners
 
-    def is_trained_by(self, optimizer: Optimizer) -> bool:
-        """Whether an optimizer has one of the weights."""
-        weights = {id(layer.weight) for layer in self.layers}
-        return any(id(p) in weights for group in optimizer.param_groups for p in group["params"])
+    def weights(self) -> list[nn.Parameter]:
+        """The weights of the layers that are not marked dense, as they are now."""
+        return [layer.weight for layer in self.prunable]
 
     def rebuild(
         self, states: Mapping[str, LayerState], active: Collection[str] | None = None
@@ -376,21 +375,23 @@ class WeightBuckets:
         self._buckets = buckets
         self.active = {layer.name for bucket in buckets for layer in bucket.layers}
 
-    def rebind(self, model: nn.Module | None, optimizers: list[Optimizer]) -> None:
+    def rebind(
+        self, model: nn.Module | None, optimizers: list[Optimizer], wrappers: list[Any]
+    ) -> None:
         """Goes on with a copy of the model (None: the same) and other optimizers.
 
         Raises:
             ValueError: the model lacks a layer, or no weight is trained; nothing has been changed.
         """
         states = self.layer_states()
-        before = (self.optimizers, [layer.module for layer in self.layers])
+        before = (self.optimizers, self.wrappers, [layer.module for layer in self.layers])
         if model is not None:
             self._set_modules(model)
-        self.optimizers = optimizers
+        self.optimizers, self.wrappers = optimizers, wrappers
         try:
             self.rebuild(states)
         except Exception:
-            self.optimizers, modules = before
+            self.optimizers, self.wrappers, modules = before
             for layer, module in zip(self.layers, modules, strict=True):
                 layer.module = module
             raise
@@ -471,24 +472,34 @@ class WeightBuckets:
             (
                 bucket,
                 bucket.mask_targets(
-                    self._optimizer_of(bucket), None if ema is None else ema.tensors(bucket.layers)
+                    self._optimizers_of(bucket), None if ema is None else ema.tensors(bucket.layers)
                 ),
             )
             for bucket in buckets
         ]
 
-    def _optimizer_of(self, bucket: WeightBucket) -> Optimizer | None:
-        return self.optimizers[bucket.optimizer] if self.optimizers else None
-
     def unmasked_states(self, index: int) -> dict[str, str]:
         """Entries in the state of optimizer `index` that the masks will not reach, and why."""
-        optimizer = self.optimizers[index]
-        buckets = [bucket for bucket in self if bucket.optimizer == index]
         return {
             name: why
-            for bucket in buckets
-            for name, why in bucket.unmasked_states(optimizer).items()
+            for bucket in self
+            if bucket.optimizer == index
+            for name, why in bucket.unmasked_states(self._optimizers_of(bucket)).items()
         }
+
+    def shrink_iterates(
+        self, buckets: Iterable[WeightBucket], factor: float, found_inf: Tensor | None
+    ) -> None:
+        """Shrinks what schedule-free optimizers keep beside weights that have just been shrunk."""
+        for bucket in buckets:
+            found = list(iterates(self._optimizers_of(bucket), bucket.weights))
+            kept = bucket.masks() if found else []
+            for t, x in found:
+                shrink(x, kept[t], factor, found_inf)
+
+    def _optimizers_of(self, bucket: WeightBucket) -> list[Any]:
+        """The optimizer of a bucket, and the wrappers around all of them."""
+        return [*self.optimizers[bucket.optimizer : bucket.optimizer + 1], *self.wrappers]
 
 
 def _count(target: float | Keep, numel: int, ratio: float, final: float) -> int:

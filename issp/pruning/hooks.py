@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +19,44 @@ from torch.utils.hooks import RemovableHandle
 
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.prune_step import PruneStep, PruningOptimizer, prunes_within_step
+from issp.pruning.wrappers import (
+    changes_weights_afterwards,
+    has_own_state,
+    holds,
+    running_steps,
+    runs_hooks,
+)
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _watchers: weakref.WeakSet[Hooks] = weakref.WeakSet()
 _global_handles: list[RemovableHandle] = []
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a pruner does in the steps of its optimizers.
+
+    Args:
+        begin_step: called at the start of a step by optimizers that prune within it, with the
+            number of the optimizer, AMP's overflow flag, and why the step must not prune, or "".
+        finish_step: called once after each step of each optimizer, with the number, the flag and
+            the buckets that are left; None where the step has done nothing of the pruner's work.
+        weights: the weights to prune.
+        describe: says which pruner it is.
+        wrappers: optimizers around those hooked that keep weights or moments of their own; grows
+            by those that are seen at work.
+    """
+
+    begin_step: Callable[[int, Tensor | None, str], PruneStep]
+    finish_step: Callable[[int, Tensor | None, Sequence[WeightBucket] | None], None]
+    weights: Callable[[], Iterable[Tensor]]
+    describe: Callable[[], str]
+    wrappers: list[Any]
+
+    def is_trained_by(self, optimizer: Optimizer) -> bool:
+        """Whether an optimizer has one of the weights."""
+        weights = set(map(id, self.weights()))
+        return any(id(p) in weights for group in optimizer.param_groups for p in group["params"])
 
 
 class Hooks:
@@ -33,63 +68,134 @@ class Hooks:
 
     def __init__(self) -> None:
         self._handles: list[RemovableHandle] = []
+        self._hooked: list[Optimizer] = []
         self._attached_to: dict[int, PruningOptimizer] = {}
+        # Number of an optimizer that has stepped -> the wrapper whose step is still running, and
+        # AMP's overflow flag.
+        self._pending: dict[int, tuple[Optimizer, Tensor | None]] = {}
         self._firing = False
-        self._is_trained_by: Callable[[Optimizer], bool] | None = None
+        self._work: Work | None = None
         self._seen: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self.removed = False
 
     def __reduce__(self) -> tuple[type[Hooks], tuple[()]]:
         return Hooks, ()
 
-    def attach(
-        self,
-        optimizers: Sequence[Optimizer],
-        *,
-        begin_step: Callable[[int, Tensor | None], PruneStep],
-        finish_step: Callable[[int, Tensor | None, Sequence[WeightBucket] | None], None],
-        is_trained_by: Callable[[Optimizer], bool],
-    ) -> None:
-        """Hooks the optimizers and watches all others.
+    def attach(self, optimizers: Sequence[Optimizer], work: Work) -> None:
+        """Hooks the optimizers, those that train the pruned weights, and watches all others.
 
-        Args:
-            optimizers: those that train the pruned weights.
-            begin_step: called at the start of a step by optimizers that prune within it, with the
-                number of the optimizer and AMP's overflow flag.
-            finish_step: called after each step of each optimizer, with the same and the buckets
-                that are left; None where the step has done nothing of the pruner's work.
-            is_trained_by: whether an optimizer has a weight to prune.
+        Raises:
+            ValueError: an optimizer runs no hooks, or prunes some of the weights already; nothing
+                has been changed.
         """
+        self.check(optimizers, work)
         handles: list[RemovableHandle] = []
 
         def hook(index: int) -> Callable[..., None]:
             def fire(optimizer: Optimizer, *_: Any) -> None:
-                if handles is not self._handles:
-                    return
-                self._firing = True
-                try:
-                    attached = self._attached_to.get(index)
-                    remaining = None if attached is None else attached.take_remaining()
-                    # GradScaler sets the overflow flag of fused optimizers as an attribute.
-                    finish_step(index, getattr(optimizer, "found_inf", None), remaining)
-                finally:
-                    self._firing = False
+                if handles is self._handles:
+                    self._after_step(index, optimizer)
 
             return fire
 
         handles += [opt.register_step_post_hook(hook(i)) for i, opt in enumerate(optimizers)]
-        self._handles, self._is_trained_by, self.removed = handles, is_trained_by, False
+        self._handles, self._hooked, self._work = handles, list(optimizers), work
+        self._pending, self.removed = {}, False
         self._seen = weakref.WeakSet(optimizers)
         self._attached_to = {
             index: opt
             for index, opt in enumerate(optimizers)
-            if prunes_within_step(opt) and opt.attach_pruner(functools.partial(begin_step, index))
+            if prunes_within_step(opt) and opt.attach_pruner(functools.partial(self._begin, index))
         }
         # One hook for the process, never removed: the garbage collector could remove it while torch
         # iterates over its table of hooks.
         if not _global_handles:
             _global_handles.append(register_optimizer_step_post_hook(_after_any_step))
         _watchers.add(self)
+
+    def check(self, optimizers: Sequence[Optimizer], work: Work) -> None:
+        """What `attach` raises, without attaching; hooks of this pruner are in nobody's way."""
+        for optimizer in optimizers:
+            if not runs_hooks(optimizer):
+                raise ValueError(
+                    f"opt: {type(optimizer).__name__} runs no hooks after its step: attach it with "
+                    "hook=False and call pruner.step() after each of its steps"
+                )
+            for name in self._other_pruners(optimizer, work):
+                raise ValueError(
+                    f"the optimizer prunes these weights already, for {name}: call finalize() or "
+                    "detach() of that pruner first, or build a new optimizer"
+                )
+
+    def _other_pruners(self, optimizer: Optimizer, work: Work) -> list[str]:
+        """The other pruners that prune some of the weights in the optimizer's steps."""
+        weights = set(map(id, work.weights()))
+        others = [hooks for hooks in list(_watchers) if hooks is not self]
+        return [name for hooks in others if (name := hooks.prunes(optimizer, weights))]
+
+    def _begin(self, index: int, found_inf: Tensor | None) -> PruneStep:
+        assert self._work is not None
+        running = running_steps()
+        if running is None:
+            deferred = "no step: it creates the state"
+        else:
+            wrapper = self._outermost(running)
+            deferred = f"shrunk after the step of {type(wrapper).__name__}" if wrapper else ""
+        return self._work.begin_step(index, found_inf, deferred)
+
+    def _outermost(self, running: Sequence[Optimizer]) -> Optimizer | None:
+        """The outermost wrapper of the running step that may change the weights afterwards."""
+        assert self._work is not None
+        for one in reversed(running[1:]):
+            if (
+                one is not running[0]
+                and changes_weights_afterwards(one)
+                and self._work.is_trained_by(one)
+            ):
+                return one
+        return None
+
+    def _after_step(self, index: int, optimizer: Optimizer) -> None:
+        """After the step of optimizer `index`, which a subclass or a wrapper may have called."""
+        running = running_steps()
+        if running is not None and any(one is optimizer for one in running[1:]):
+            return  # called by `super().step()`: the hook fires once more
+        attached = self._attached_to.get(index)
+        remaining = None if attached is None else attached.take_remaining()
+        if running is None:
+            return
+        # GradScaler sets the overflow flag of fused optimizers as an attribute.
+        found_inf = getattr(optimizer, "found_inf", None)
+        wrapper = self._outermost(running)
+        if wrapper is None:
+            self._finish([(index, found_inf, remaining)])
+            return
+        self._pending[index] = (wrapper, found_inf)
+        assert self._work is not None
+        if has_own_state(wrapper, [*self._hooked, *self._work.wrappers]):
+            self._work.wrappers.append(wrapper)
+
+    def after_other_step(self, optimizer: Optimizer) -> None:
+        """After the step of any optimizer: does what waits for it, or warns that hooks lack."""
+        if self._work is None or any(one is optimizer for one in self._hooked):
+            return
+        waiting = {i: flag for i, (one, flag) in self._pending.items() if one is optimizer}
+        if not waiting:
+            self._check_unhooked(optimizer)
+        elif sum(one is optimizer for one in running_steps() or ()) == 1:
+            self._pending = {i: x for i, x in self._pending.items() if i not in waiting}
+            self._finish([(index, flag, None) for index, flag in sorted(waiting.items())])
+
+    def _finish(
+        self, steps: Sequence[tuple[int, Tensor | None, Sequence[WeightBucket] | None]]
+    ) -> None:
+        self._firing = True
+        try:
+            for index, found_inf, remaining in steps:
+                if self._work is not None:  # a callback may have detached the pruner
+                    self._work.finish_step(index, found_inf, remaining)
+        finally:
+            self._firing = False
 
     def detach(self) -> None:
         """Removes all hooks; called from within a step, it leaves them behind without effect."""
@@ -99,19 +205,34 @@ class Hooks:
                 handle.remove()
         for optimizer in self._attached_to.values():
             optimizer.detach_pruner()
-        self._handles, self._attached_to, self._is_trained_by, self.removed = [], {}, None, True
+        self._handles, self._hooked, self._attached_to, self._pending = [], [], {}, {}
+        self._work, self.removed = None, True
 
-    def check_unhooked(self, optimizer: Optimizer) -> None:
+    def _check_unhooked(self, optimizer: Optimizer) -> None:
         """Warns once when an optimizer without the hook trains weights to prune."""
-        if self._is_trained_by is None or optimizer in self._seen:
+        assert self._work is not None
+        if optimizer in self._seen:
             return
+        if holds(optimizer, self._hooked):
+            self._seen.add(optimizer)
+            return
+        running = running_steps() or ()
+        if any(one is hooked for one in running for hooked in self._hooked):
+            return  # the hooked optimizer does a part of its work by this one
         self._seen.add(optimizer)
-        if self._is_trained_by(optimizer):
+        if self._work.is_trained_by(optimizer) and not self._other_pruners(optimizer, self._work):
             warnings.warn(
                 "an optimizer without the pruner's hook trains weights to prune: if it replaces "
                 "the one given to attach, call pruner.reattach(optimizer)",
                 stacklevel=_stacklevel_outside_torch(),
             )
+
+    def prunes(self, optimizer: Optimizer, weights: set[int]) -> str:
+        """Which pruner prunes some of the weights (by id) in the optimizer's steps, or ""."""
+        if self._work is None or not any(one is optimizer for one in self._hooked):
+            return ""
+        own = set(map(id, self._work.weights()))
+        return self._work.describe() if own & weights else ""
 
     def present(self, optimizers: Sequence[Optimizer]) -> bool:
         """Whether every optimizer still has its hook."""
@@ -132,7 +253,7 @@ class Hooks:
 
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
     for hooks in list(_watchers):
-        hooks.check_unhooked(optimizer)
+        hooks.after_other_step(optimizer)
 
 
 def _stacklevel_outside_torch() -> int:
@@ -146,22 +267,3 @@ def _stacklevel_outside_torch() -> int:
     ):
         level, frame = level + 1, frame.f_back
     return level
-
-
-def as_list(opt: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    """One, several or no optimizer as a list, without wrappers.
-
-    Raises:
-        TypeError: something that is no torch optimizer.
-    """
-    several = [] if opt is None else list(opt) if isinstance(opt, list | tuple) else [opt]
-    return [_without_wrappers(one) for one in several]
-
-
-def _without_wrappers(optimizer: Any) -> Optimizer:
-    # Wrappers (accelerate's among them) are optimizers by type but never run hooks themselves.
-    while not hasattr(optimizer, "_optimizer_step_post_hooks") and hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"opt must be a torch optimizer, not {type(optimizer).__name__}")
-    return optimizer

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from issp.ops.validation.pruning import DTYPES
 from issp.pruning.memory_order import permuted, pointers
@@ -93,18 +93,20 @@ class OptimizerMoments:
         return OptimizerMoments, ()  # a copy looks its own optimizer's moments up
 
     def targets(
-        self, optimizer: Optimizer, weights: list[Tensor], orders: Sequence[list[int] | None]
+        self, optimizers: Sequence[Any], weights: list[Tensor], orders: Sequence[list[int] | None]
     ) -> MaskTargets:
         """The weights and their moments.
 
         Args:
-            optimizer: whose state is read.
+            optimizers: whose states are read: one that steps the weights, and wrappers around it.
             weights: on one device.
             orders: of each weight, as `memory_order` gives it.
         """
         # `state` is a defaultdict: asking with [] would create entries and change its state_dict.
-        dicts = [optimizer.state.get(w, {}) for w in weights]
-        entries = [x for d in dicts for x in d.values() if x is None or isinstance(x, Tensor)]
+        dicts = [[opt.state.get(w, {}) for w in weights] for opt in optimizers]
+        entries = [
+            x for d in chain(*dicts) for x in d.values() if x is None or isinstance(x, Tensor)
+        ]
         if (
             self._targets is None
             or len(entries) != len(self._entries)
@@ -119,17 +121,18 @@ class OptimizerMoments:
 
     def _look_up(
         self,
-        dicts: Sequence[Mapping[str, Any]],
+        dicts: Sequence[Sequence[Mapping[str, Any]]],
         weights: list[Tensor],
         orders: Sequence[list[int] | None],
     ) -> MaskTargets:
-        by_name: dict[str, dict[int, Tensor]] = {}
-        for t, (weight, values) in enumerate(zip(weights, dicts, strict=True)):
-            for name, x in values.items():
-                if isinstance(x, Tensor) and _looks_like_a_moment(x, weight):
-                    by_name.setdefault(name, {})[t] = x
+        by_name: dict[tuple[int, str], dict[int, Tensor]] = {}
+        for number, of_optimizer in enumerate(dicts):
+            for t, (weight, values) in enumerate(zip(weights, of_optimizer, strict=True)):
+                for name, x in values.items():
+                    if isinstance(x, Tensor) and _looks_like_a_moment(x, weight):
+                        by_name.setdefault((number, name), {})[t] = x
         targets, self.unmasked = MaskTargets(weights, orders), {}
-        for name, moments in by_name.items():
+        for (_, name), moments in by_name.items():
             for t, x in targets.add(moments).items():
                 shape = "" if x.shape == weights[t].shape else f" of shape {tuple(x.shape)}"
                 self.unmasked[name] = _kind(x) + shape

@@ -28,11 +28,13 @@ class PruneStep:
         buckets: the weights that this optimizer's steps prune.
         factor: what the selected weights are multiplied by.
         frozen: whether the masks are fixed: then they are applied, and nothing is selected.
+        deferred: why the step must leave all pruning to the hook, or "".
     """
 
     buckets: tuple[WeightBucket, ...]
     factor: float
     frozen: bool
+    deferred: str = ""
 
     def bucket_of(self, param_group: int) -> WeightBucket | None:
         """The bucket of a parameter group, by the group's number; None if nothing is pruned."""

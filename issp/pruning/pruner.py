@@ -17,10 +17,11 @@ from issp.pruning import state as saved_state
 from issp.pruning import summary as summaries
 from issp.pruning.buckets import WeightBucket, WeightBuckets
 from issp.pruning.ema import EMAWeights
-from issp.pruning.hooks import Hooks, as_list
+from issp.pruning.hooks import Hooks, Work
 from issp.pruning.prune_step import PruneStep
 from issp.pruning.schedules import Schedule, final_sparsity
 from issp.pruning.step_counter import StepCounter, is_skipped
+from issp.pruning.wrappers import see_through
 
 
 def attach(
@@ -49,7 +50,8 @@ def attach(
         model: as it is trained, wrappers included: the names of layers are those inside of them
             (DistributedDataParallel, torch.compile, Fabric, averaged models, in any order).
         opt: its optimizer, or a list: then a weight is shrunk after its own optimizer's step, and
-            the first one counts the steps. None: call `pruner.step()` yourself.
+            the first one counts the steps. Wrappers (Lookahead, SAM, accelerate, Fabric) are seen
+            through. None: call `pruner.step()` yourself.
         sparsity: share of each layer's weights to prune, 0..1; without it 0.95, or where the
             schedule ends. Counts follow `issp.num_pruned`.
         shrink: factor alpha of ISS-P in 0..1.
@@ -73,7 +75,7 @@ def attach(
     Raises:
         ValueError: a name pattern that matches nothing, no layer to prune, an impossible ratio or
             schedule, an N:M pattern that does not divide a layer, an optimizer without any of the
-            weights.
+            weights, or with another pruner of them, or one that cannot be followed.
         TypeError: opt or ema of a wrong kind.
 
     Source: docs/method.md, section 1 (the paper's figure 1).
@@ -85,7 +87,7 @@ def attach(
     layers = select(model, types, exclude, overrides or {}, target)
     pruner = Pruner(
         model,
-        as_list(opt),
+        *see_through(opt),
         layers,
         method=methods.create(method, shrink),
         schedule=schedule,
@@ -113,6 +115,7 @@ class Pruner:
         self,
         model: nn.Module,
         optimizers: list[Optimizer],
+        wrappers: list[Any],
         layers: list[Layer],
         *,
         method: methods.Shrinkage,
@@ -122,7 +125,7 @@ class Pruner:
         hook: bool,
     ) -> None:
         self.method = method
-        self._model, self._buckets = model, WeightBuckets(layers, optimizers)
+        self._model, self._buckets = model, WeightBuckets(layers, optimizers, wrappers)
         self._schedule, self._freeze_at, self._ema, self._hook = schedule, freeze_at, ema, hook
         self._stage = "pruning"  # then "frozen", then "final"
         self._counter = StepCounter()
@@ -135,6 +138,14 @@ class Pruner:
         self._attach_hooks()
         for index in range(len(optimizers)):
             self._name_unmasked(index)
+
+    def __repr__(self) -> str:
+        layers = self._buckets.prunable
+        targets = " ".join(dict.fromkeys(summaries.target_text(x.target) for x in layers))
+        return f"Pruner({self._title()}, {len(layers)} layers, target {targets})"
+
+    def _title(self) -> str:
+        return f"{self.method.name}, step {self.step_count}, {self._stage}"
 
     @property
     def step_count(self) -> int:
@@ -165,9 +176,11 @@ class Pruner:
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
-    def _begin_step(self, index: int, found_inf: Tensor | None) -> PruneStep:
+    def _begin_step(self, index: int, found_inf: Tensor | None, deferred: str = "") -> PruneStep:
         """What is to be done in a step of optimizer `index`, with the counts of that step set."""
         self._check_open()
+        if deferred and not self.frozen:
+            return PruneStep((), self.method.factor, self.frozen, deferred)
         if index == 0:
             self._counter.synchronize()
         self._refresh()
@@ -195,6 +208,7 @@ class Pruner:
         else:
             for bucket in remaining:
                 bucket.shrink(self.method.factor, found_inf)
+            self._buckets.shrink_iterates(remaining, self.method.factor, found_inf)
         if index == 0:
             self._counter.add(found_inf)
             if not self.frozen and self._counter.reached(self._freeze_at):
@@ -310,21 +324,27 @@ class Pruner:
             RuntimeError: the pruner is finalized.
         """
         self._check_open()
-        self._buckets.rebind(model, self._buckets.optimizers if opt is None else as_list(opt))
+        optimizers, wrappers = self._buckets.optimizers, self._buckets.wrappers
+        if opt is not None:
+            optimizers, wrappers = see_through(opt)
+        if self._hook:
+            self._hooks.check(optimizers, self._work())
+        self._buckets.rebind(model, optimizers, wrappers)
         self._after_rebuild()
         self._model = self._model if model is None else model
         self._hooks.detach()
         self._attach_hooks()
         self._inspected.clear()
 
+    def _work(self) -> Work:
+        buckets = self._buckets
+        return Work(
+            self._begin_step, self._finish_step, buckets.weights, self.__repr__, buckets.wrappers
+        )
+
     def _attach_hooks(self) -> None:
         if self._hook and self._buckets.optimizers:
-            self._hooks.attach(
-                self._buckets.optimizers,
-                begin_step=self._begin_step,
-                finish_step=self._finish_step,
-                is_trained_by=self._buckets.is_trained_by,
-            )
+            self._hooks.attach(self._buckets.optimizers, self._work())
 
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> bool tensor in the weight's shape, True = kept; at first all are."""
@@ -346,8 +366,7 @@ class Pruner:
         """Counts per layer, taken from the masks and weights as they are now; `print` it."""
         if self._hook:
             self._hooks.warn_if_missing(self._buckets.optimizers)
-        title = f"{self.method.name}, step {self.step_count}, {self._stage}"
-        return summaries.summary(title, self._buckets)
+        return summaries.summary(self._title(), self._buckets)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs besides model and optimizer; loads weights_only."""

@@ -152,12 +152,16 @@ class Summary:
         return ("total", str(self.numel), "", *shares, str(self._total("flips")), "", "")
 
 
+def target_text(target: float | Keep) -> str:
+    """A layer's target as in the table: a share, or N:M."""
+    return f"{target.n}:{target.of}" if isinstance(target, Keep) else f"{target:.4g}"
+
+
 def _cells(row: Row) -> tuple[str, ...]:
-    target = row.target
     return (
         row.name or "(model)",
         "x".join(map(str, row.shape)),
-        f"{target.n}:{target.of}" if isinstance(target, Keep) else f"{target:.4g}",
+        target_text(row.target),
         _share(row.selected, row.numel),
         _share(row.zeros, row.numel),
         str(row.flips),

@@ -1,0 +1,170 @@
+"""Optimizers around other optimizers: which of them updates the weights, and whose step is running.
+
+Lookahead, SAM, Fabric's and many other wrappers call the step of an optimizer that they hold. The
+pruner hooks that inner optimizer, since some wrappers run no hooks and some are never stepped
+themselves (`first_step` and `second_step` of SAM). Its work is done once, at the end of the
+outermost step that is running, since a wrapper may go on to change the weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+# torch runs the hooks of every optimizer in this function, which it wraps around `step`.
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda self: None).__code__
+# Functions of torch that take a step only to create the optimizer's state.
+_DRY_RUNS = {
+    ("torch.distributed.checkpoint.state_dict", "_init_optim_state"),
+    ("torch.distributed.optim.named_optimizer", "init_state"),
+}
+_DRY_NAMES = {function for _, function in _DRY_RUNS}
+# Wrappers that change no weight after the step of the inner optimizer, by class name.
+_END_WITH_INNER_STEP = {"SAM", "GSAM", "LookSAM", "FriendlySAM", "OrthoGrad"}
+
+_REFUSED = {
+    "PostLocalSGDOptimizer": "averages the weights of all ranks after each rank has pruned its own "
+    "selection: use DistributedDataParallel with its gradient averaging alone",
+    "ZeroRedundancyOptimizer": "keeps the moments of each weight on one rank, where the others "
+    "cannot mask them: give every rank the whole optimizer",
+}
+
+
+def see_through(opt: Any) -> tuple[list[Optimizer], list[Any]]:
+    """The optimizers that update the weights, and the wrappers around them with a state of theirs.
+
+    Args:
+        opt: one optimizer, several, or None; each may be a wrapper of others.
+
+    Raises:
+        TypeError: something that is no torch optimizer.
+        ValueError: a wrapper that the pruner cannot follow.
+    """
+    optimizers: list[Optimizer] = []
+    wrappers: list[Any] = []
+    for one in [] if opt is None else list(opt) if isinstance(opt, list | tuple) else [opt]:
+        _see_through(one, optimizers, wrappers)
+    return optimizers, wrappers
+
+
+def _see_through(opt: Any, optimizers: list[Optimizer], wrappers: list[Any]) -> None:
+    _refuse(opt)
+    held = held_optimizers(opt)
+    is_wrapper = bool(held) and _params(opt) <= set().union(*map(_params, held))
+    if is_wrapper:
+        for one in held:
+            _see_through(one, optimizers, wrappers)
+    elif not isinstance(opt, Optimizer):
+        raise TypeError(f"opt must be a torch optimizer, not {type(opt).__name__}")
+    elif not _contains(optimizers, opt):
+        optimizers.append(opt)
+    for one in [opt] if is_wrapper else held:
+        if has_own_state(one, [*optimizers, *wrappers]):
+            if is_wrapper:
+                _check_hooks(one)
+            wrappers.append(one)
+
+
+def has_own_state(opt: Any, others: Sequence[Any]) -> bool:
+    """Whether an optimizer keeps tensors of its own, and does not just show the others' state."""
+    state = getattr(opt, "state", None)
+    return isinstance(state, dict) and not _contains([one.state for one in others], state)
+
+
+def _refuse(opt: Any) -> None:
+    for cls in type(opt).__mro__:
+        if cls.__name__ in _REFUSED:
+            raise ValueError(f"opt: {cls.__name__} {_REFUSED[cls.__name__]}")
+        if cls.__name__.startswith("ScheduleFreeWrapper") and not runs_hooks(opt):
+            raise ValueError(
+                f"opt: {cls.__name__} swaps the weights while the inner optimizer steps and runs "
+                "no hooks: use a schedule-free optimizer such as AdamWScheduleFree"
+            )
+
+
+def _check_hooks(wrapper: Any) -> None:
+    """Makes a wrapper that keeps weights of its own run hooks, or refuses it."""
+    if runs_hooks(wrapper):
+        return
+    if not {"_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"} <= vars(wrapper).keys():
+        raise ValueError(
+            f"opt: {type(wrapper).__name__} keeps weights of its own and runs no hooks after its "
+            "step: attach its inner optimizer with hook=False and call pruner.step() afterwards"
+        )
+    wrapper._patch_step_function()
+
+
+def held_optimizers(opt: Any) -> list[Any]:
+    """The optimizers that are attributes of another one, or in a list or dict that is."""
+    held: list[Any] = []
+    for value in getattr(opt, "__dict__", {}).values():
+        values = [value]
+        if isinstance(value, list | tuple):
+            values = list(value)
+        elif isinstance(value, dict):
+            values = list(value.values())
+        for one in values:
+            is_optimizer = isinstance(one, Optimizer) or (
+                callable(getattr(one, "step", None)) and hasattr(one, "param_groups")
+            )
+            if is_optimizer and one is not opt and not _contains(held, one):
+                held.append(one)
+    return held
+
+
+def holds(opt: Any, optimizers: Sequence[Optimizer]) -> bool:
+    """Whether an optimizer wraps one of the others, at any depth."""
+    return any(_contains(optimizers, one) or holds(one, optimizers) for one in held_optimizers(opt))
+
+
+def runs_hooks(optimizer: Any) -> bool:
+    """Whether torch's post-step hooks are called after the optimizer's step."""
+    return getattr(type(optimizer).step, "hooked", False) and hasattr(
+        optimizer, "_optimizer_step_post_hooks"
+    )
+
+
+def running_steps() -> list[Optimizer] | None:
+    """The optimizers whose `step` is running, the innermost first; None in a dry run of torch's.
+
+    A dry run takes a step with a learning rate of 0, only to create the optimizer's state.
+
+    Looked up in the stack, since a counter would be wrong after a step that has raised.
+
+    Raises:
+        ValueError: one of them, or a wrapper without hooks, cannot be followed.
+    """
+    if torch.compiler.is_compiling():
+        return []
+    steps, frame = [], sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code is _HOOKED_STEP:
+            steps.append(frame.f_locals["args"][0])
+        elif code.co_name == "step":
+            _refuse(frame.f_locals.get("self"))
+        elif code.co_name in _DRY_NAMES and _is_dry_run(frame):
+            return None
+        frame = frame.f_back  # type: ignore[assignment]
+    return steps
+
+
+def _is_dry_run(frame: Any) -> bool:
+    return (frame.f_globals.get("__name__"), frame.f_code.co_name) in _DRY_RUNS
+
+
+def changes_weights_afterwards(wrapper: Optimizer) -> bool:
+    """Whether the step of a wrapper may change weights after the inner optimizer's."""
+    return _END_WITH_INNER_STEP.isdisjoint(cls.__name__ for cls in type(wrapper).__mro__)
+
+
+def _params(opt: Any) -> set[int]:
+    return {id(p) for group in getattr(opt, "param_groups", ()) for p in group["params"]}
+
+
+def _contains(objects: Sequence[Any], wanted: Any) -> bool:
+    return any(x is wanted for x in objects)

@@ -1,0 +1,443 @@
+"""Optimizers in other optimizers: counted once, shrunk once, zeros exact, fused steps kept."""
+
+import copy
+import gc
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+import issp
+from issp.pruning.pruner import attach
+from tests.pruning import wrapping_optimizers as imitations
+from tests.pruning.networks import adam, net, same, sgd, step, train, weights
+
+BASES = {
+    "torch": lambda p, lr: torch.optim.Adam(p, lr),
+    "momentum": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9),
+    "issp": lambda p, lr: issp.optim.Adam(p, lr),
+}
+
+
+def lightning(optimizer):
+    wrapped = pytest.importorskip("lightning.pytorch.core.optimizer").LightningOptimizer(optimizer)
+
+    class Strategy:
+        def optimizer_step(self, optimizer, closure, **kwargs):
+            return optimizer.step(closure)
+
+    wrapped._strategy = Strategy()
+    return wrapped
+
+
+def fabric(optimizer):
+    module = pytest.importorskip("lightning.fabric", reason="needs lightning")
+    return module.Fabric(accelerator="cpu", devices=1).setup_optimizers(optimizer)
+
+
+def accelerate(optimizer):
+    module = pytest.importorskip("accelerate", reason="needs accelerate")
+    return module.Accelerator(cpu=True).prepare(optimizer)
+
+
+def packaged(name, **kwargs):
+    def wrap(optimizer):
+        module = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer")
+        return getattr(module, name)(optimizer, **kwargs)
+
+    return wrap
+
+
+WRAPPERS = {
+    "Lookahead": imitations.Lookahead,
+    "UnhookedLookahead": imitations.UnhookedLookahead,
+    "TRAC": imitations.TRAC,
+    "OrthoGrad": imitations.OrthoGrad,
+    "imitating": imitations.imitating,
+    "Accelerated": imitations.Accelerated,
+    "Chained": imitations.Chained,
+    "nested": lambda o: imitations.Accelerated(imitations.TRAC(imitations.Lookahead(o))),
+    "pytorch_optimizer.Lookahead": packaged("Lookahead", k=2),
+    "pytorch_optimizer.TRAC": packaged("TRAC"),
+    "pytorch_optimizer.OrthoGrad": packaged("OrthoGrad"),
+    "accelerate": accelerate,
+    "fabric": fabric,
+    "lightning": lightning,
+    "accelerate of Lookahead": lambda o: accelerate(packaged("Lookahead", k=2)(o)),
+}
+# Their steps change weights after the inner step, so that the fused step leaves pruning to a pass
+# of its own.
+AFTERWARDS = ("Lookahead", "TRAC", "nested")
+
+
+def take_step(model, opt, seed):
+    opt.zero_grad()
+    x = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    model(x).square().mean().backward()
+    opt.step(*[lambda: None] * ("Lightning" in type(opt).__name__))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_one_step_counts_and_shrinks_once(wrapper, base):
+    """With a learning rate of 0 the step changes nothing else, whichever optimizer is given."""
+    for given in ("wrapper", "inner"):
+        model = net()
+        inner = BASES[base](model.parameters(), 0.0)
+        opt = WRAPPERS[wrapper](inner)
+        before = weights(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=".*pruner's hook")
+            pruner = attach(model, opt if given == "wrapper" else inner, sparsity=0.5, shrink=0.5)
+            take_step(model, opt, 0)
+            assert pruner.step_count == 1 and pruner.attached
+            take_step(model, opt, 1)
+        assert pruner.step_count == 2
+        for name, kept in pruner.masks().items():
+            old, new = before[f"{name}.weight"], model.get_submodule(name).weight.detach()
+            assert torch.equal(new[kept], old[kept])
+            if not wrapper.endswith(AFTERWARDS):  # in their second step they go back halfway
+                assert torch.equal(new[~kept], old[~kept] * 0.25)
+        if base == "issp":
+            (line,) = inner.report
+            assert line.fused and line.pruned + line.others == 8
+            if wrapper.endswith(AFTERWARDS):
+                assert line.pruned == 0 and "shrunk after the step of" in line.fallback_reason
+            else:
+                assert line.pruned == 3 and not line.fallback_reason
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_frozen_zeros_are_exact_after_the_outermost_step(wrapper, base):
+    for given in ("wrapper", "inner"):
+        if given == "inner" and wrapper == "UnhookedLookahead":
+            continue  # nothing of its step can be seen
+        model = net()
+        inner = BASES[base](model.parameters(), 0.01)
+        opt = WRAPPERS[wrapper](inner)
+        attached = opt if given == "wrapper" else inner
+        pruner = attach(model, attached, sparsity=0.5, freeze_at=3)
+        for seed in range(7):
+            take_step(model, opt, seed)
+            assert pruner.frozen == (seed >= 2)
+            for name, kept in pruner.masks().items() if pruner.frozen else ():
+                weight = model.get_submodule(name).weight
+                assert torch.equal(weight != 0, kept)
+                for one in (inner, opt, getattr(opt, "optimizer", None)):
+                    state = getattr(one, "state", None) or {}
+                    for moment in state.get(weight, {}).values():
+                        if moment.shape == weight.shape:
+                            assert not moment[~kept].any() and moment[kept].any()
+        assert pruner.step_count == 7
+
+
+@pytest.mark.parametrize("form", ["closure", "two steps"])
+@pytest.mark.parametrize("of", ["imitation", "pytorch_optimizer"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, issp.optim.Adam])
+def test_sam_in_both_forms(base, of, form):
+    model = net()
+    cls = imitations.SAM
+    if of == "pytorch_optimizer":
+        cls = pytest.importorskip("pytorch_optimizer", reason="needs pytorch_optimizer").SAM
+    opt = cls(model.parameters(), base, lr=0.01)
+    pruner = attach(model, opt, sparsity=0.5, shrink=0.5, freeze_at=3)
+    x = torch.randn(4, 3, 6, 6)
+
+    def closure():
+        opt.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    for count in range(1, 7):
+        closure()
+        if form == "closure":
+            opt.step(closure)
+        else:
+            opt.first_step()
+            closure()
+            opt.second_step()
+        assert pruner.step_count == count
+        if base is issp.optim.Adam:
+            assert [(x.pruned, x.others) for x in opt.base_optimizer.report] == [(3, 5)]
+        for name, kept in pruner.masks().items() if pruner.frozen else ():
+            weight = model.get_submodule(name).weight
+            assert torch.equal(weight != 0, kept)
+            for moment in opt.base_optimizer.state[weight].values():
+                if torch.is_tensor(moment) and moment.shape == weight.shape:
+                    assert not moment[~kept].any()
+    assert pruner.frozen
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.SGD, issp.optim.Adam])
+def test_a_step_that_calls_that_of_its_class_is_one_step(base):
+    other = base([nn.Parameter(torch.zeros(1))], lr=0.1)  # makes torch wrap the inner step too
+
+    class Mine(base):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    model = net()
+    opt = Mine(model.parameters(), lr=0.0)
+    before = weights(model)
+    pruner = attach(model, opt, sparsity=0.5, shrink=0.5)
+    step(model, opt, 0)
+    step(model, opt, 1)
+    assert pruner.step_count == 2 and other
+    for name, kept in pruner.masks().items():
+        new = model.get_submodule(name).weight.detach()
+        assert torch.equal(new, torch.where(kept, 1.0, 0.25) * before[f"{name}.weight"])
+    if base is issp.optim.Adam:
+        assert opt.report[0].pruned == 3
+
+
+def test_a_step_that_raises_is_forgotten():
+    class Failing(imitations.Wrapper):
+        def step(self, closure=None):
+            self.optimizer.step(closure)
+            raise KeyboardInterrupt
+
+    model = net()
+    inner = adam(model)
+    opt = Failing(inner)
+    pruner = attach(model, opt, sparsity=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, opt, 0)
+    assert pruner.step_count == 0
+    train(model, inner, range(3))
+    assert pruner.step_count == 3
+
+
+def test_several_inner_optimizers_count_one_step():
+    model = net()
+    first, second = sgd([model[0].weight, model[2][0].weight], momentum=0.9), adam(model[4])
+    opt = imitations.Chained(first, second)
+    pruner = attach(model, opt, sparsity=0.9, freeze_at=3)
+    train(model, opt, range(5))
+    assert pruner.step_count == 5 and pruner.frozen
+    assert pruner.summary().zeros == pruner.summary().selected
+    with pytest.raises(TypeError, match="must be a torch optimizer, not int"):
+        attach(model, 3)
+
+
+def test_the_moments_of_an_optimizer_that_does_a_part_of_the_work_are_masked():
+    class Mixed(torch.optim.SGD):
+        """Steps convolutions itself and the rest by Adam."""
+
+        def __init__(self, model):
+            super().__init__([p for p in model.parameters() if p.dim() == 4], 0.1, momentum=0.9)
+            self.adam = torch.optim.Adam(model[4].parameters(), 0.1)
+            self.add_param_group({"params": list(model[4].parameters()), "lr": 0.0})
+
+        def step(self, closure=None):
+            super().step(closure)
+            self.adam.step()
+
+    model = net()
+    opt = Mixed(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner = attach(model, opt, sparsity=0.9, freeze_at=3)
+        train(model, opt, range(5))
+    assert pruner.step_count == 5
+    kept, weight = pruner.masks()["4"], model[4].weight
+    moments = opt.adam.state[weight]
+    assert torch.equal(weight != 0, kept)
+    assert not moments["exp_avg"][~kept].any() and moments["exp_avg"].any()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_dry_step_of_distributed_checkpoint_is_no_step(base):
+    model = net()
+    opt = BASES[base](model.parameters(), 0.01)
+    pruner = attach(model, opt, sparsity=0.9, freeze_at=1)
+    before = weights(model)
+    state = get_optimizer_state_dict(model, opt)
+    assert state["state"]
+    assert pruner.step_count == 0 and not pruner.frozen and same(weights(model), before)
+    assert all(mask.all() for mask in pruner.masks().values())
+    step(model, opt, 0)
+    assert pruner.step_count == 1 and pruner.frozen
+    step(model, opt, 1)
+    get_optimizer_state_dict(model, opt)
+    assert pruner.step_count == 2 and pruner.summary().zeros == pruner.summary().selected
+
+
+def test_a_step_with_learning_rate_0_counts():
+    model = net()
+    opt = sgd(model.parameters(), lr=0.0)
+    pruner = attach(model, opt)
+    step(model, opt, 0)
+    assert pruner.step_count == 1
+
+
+# Attaching twice
+
+
+@pytest.mark.parametrize("wrapper", ["inner", "Accelerated"])
+def test_attaching_twice_is_refused_with_the_name_of_the_earlier_pruner(wrapper):
+    model = net()
+    opt = issp.optim.SGD(model.parameters(), 0.1)
+    pruner = attach(model, opt, sparsity=0.9)
+    train(model, opt, range(2))
+    again = opt if wrapper == "inner" else imitations.Accelerated(opt)
+    name = "Pruner\\(iss-p, step 2, pruning, 3 layers, target 0.9\\)"
+    with pytest.raises(ValueError, match=f"prunes these weights already, for {name}: call"):
+        attach(model, again, sparsity=0.5)
+    with pytest.raises(ValueError, match="already, for Pruner"):
+        attach(net(), sparsity=0.5).reattach(opt, model)
+    before = weights(model)
+    step(model, opt, 2)
+    assert pruner.step_count == 3 and not same(weights(model), before)
+    assert opt.report[0].pruned == 3  # the earlier pruner still has the fused step
+    pruner.reattach(opt)  # its own hooks are not in its way
+    pruner.detach()
+    second = attach(model, opt, sparsity=0.5)
+    second.finalize()
+    third = attach(model, opt, from_zeros=True)
+    step(model, opt, 3)
+    assert third.step_count == 1 and third.attached
+
+
+def test_other_layers_of_the_same_optimizer_may_have_their_own_pruner():
+    model = net()
+    opt = adam(model)
+    first = attach(model, opt, types=nn.Conv2d)
+    second = attach(model, opt, types=nn.Linear)
+    step(model, opt, 0)
+    assert first.step_count == second.step_count == 1
+
+
+def test_a_cell_that_builds_model_optimizer_and_pruner_anew_warns_of_nothing():
+    model = net()
+    opt = adam(model)
+    earlier = attach(model, opt)
+    opt = adam(model)
+    pruner = attach(model, opt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, opt, 0)
+    assert pruner.step_count == 1 and earlier.step_count == 0
+    del pruner
+    gc.collect()
+
+
+# Refused
+
+
+def test_optimizers_that_cannot_be_followed_are_refused():
+    class PostLocalSGDOptimizer(imitations.Accelerated):
+        pass
+
+    class ZeroRedundancyOptimizer(torch.optim.Adam):
+        pass
+
+    class ScheduleFreeWrapper(imitations.Chained):
+        pass
+
+    class Keeping(imitations.Chained):
+        def __init__(self, *optimizers):
+            super().__init__(*optimizers)
+            self.state = {}
+
+    class WithoutHooks(torch.optim.Optimizer):
+        def __init__(self, params):
+            self.param_groups = [{"params": list(params)}]
+            self.state = {}
+
+        def step(self):
+            pass
+
+    model = net()
+    inner = adam(model)
+    for opt, sentence in (
+        (PostLocalSGDOptimizer(inner), "PostLocalSGDOptimizer averages the weights of all ranks"),
+        (ZeroRedundancyOptimizer(model.parameters()), "ZeroRedundancyOptimizer keeps the moments"),
+        (ScheduleFreeWrapper(inner), "ScheduleFreeWrapper swaps the weights"),
+        (Keeping(inner), "Keeping keeps weights of its own and runs no hooks"),
+        (WithoutHooks(model.parameters()), "WithoutHooks runs no hooks after its step"),
+    ):
+        with pytest.raises(ValueError, match=f"opt: {sentence}"):
+            attach(model, opt)
+        assert not inner._optimizer_step_post_hooks
+    attach(model, inner)
+    with pytest.raises(ValueError, match="averages the weights of all ranks"):
+        step(model, PostLocalSGDOptimizer(inner), 0)
+
+
+# Schedule-free and Muon
+
+
+def schedule_free(name):
+    def make(params, lr):
+        module = pytest.importorskip("schedulefree", reason="needs schedulefree")
+        return getattr(module, name)(params, lr)
+
+    return make
+
+
+SCHEDULE_FREE = {
+    "imitation": imitations.ScheduleFreeSGD,
+    "SGDScheduleFree": schedule_free("SGDScheduleFree"),
+    "AdamWScheduleFree": schedule_free("AdamWScheduleFree"),
+    "RAdamScheduleFree": schedule_free("RAdamScheduleFree"),
+    "pytorch_optimizer.ScheduleFreeWrapper": lambda p, lr: packaged("ScheduleFreeWrapper")(
+        torch.optim.SGD(p, lr)
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULE_FREE)
+def test_schedule_free_shrinks_what_it_evaluates(kind):
+    model = net()
+    opt = SCHEDULE_FREE[kind](model.parameters(), 0.1)
+    opt.train()
+    before = weights(model)
+    pruner = attach(model, opt, sparsity=0.5, shrink=0.5)
+    for _ in range(3):
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        opt.step()
+    opt.eval()
+    assert pruner.step_count == 3
+    for name, kept in pruner.masks().items():
+        expected = torch.where(kept, 1.0, 0.125) * before[f"{name}.weight"]
+        actual = model.get_submodule(name).weight.detach()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("frozen_in", ["train", "eval"])
+@pytest.mark.parametrize("kind", SCHEDULE_FREE)
+def test_schedule_free_zeros_are_exact_in_training_and_evaluation(kind, frozen_in):
+    model = net()
+    opt = SCHEDULE_FREE[kind](model.parameters(), 0.01)
+    opt.train()
+    pruner = attach(model, opt, sparsity=0.5)
+    train(model, opt, range(3))
+    getattr(opt, frozen_in)()
+    pruner.freeze()
+    for seed in range(3, 6):
+        for mode in (opt.eval, opt.train):
+            mode()
+            for name, kept in pruner.masks().items():
+                assert torch.equal(model.get_submodule(name).weight != 0, kept)
+        step(model, opt, seed)
+    assert pruner.finalize() is model
+
+
+def test_muon_freezes_to_exact_zeros():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
+    opt = torch.optim.Muon([p for p in model.parameters() if p.dim() == 2], 0.01)
+    pruner = attach(model, opt, sparsity=0.5, freeze_at=3)
+    for _ in range(6):
+        opt.zero_grad()
+        model(torch.randn(5, 8)).square().mean().backward()
+        opt.step()
+    for name, kept in pruner.masks().items():
+        weight = model.get_submodule(name).weight
+        assert torch.equal(weight != 0, kept)
+        assert not opt.state[weight]["momentum_buffer"][~kept].any()
+    copy.deepcopy(pruner)
