@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from issp import models
-from issp.sr.models.inference import tile_spans
+from issp.sr.models import inference, tiling
+from issp.sr.models.tiling import tile_spans
 from tests.sr.networks import (
     SMALL,
     build_on_meta,
@@ -107,14 +108,108 @@ def test_tiles_cover_images_of_any_size(make):
     assert out.isfinite().all()
 
 
-@pytest.mark.parametrize("length", range(1, 80, 3))
-@pytest.mark.parametrize("tile, overlap", [(16, 8), (16, 0), (24, 16), (8, 6)])
-def test_tile_spans_partition_the_axis(length, tile, overlap):
-    spans = tile_spans(length, tile, overlap)
+@pytest.mark.parametrize("length", [*range(1, 80, 3), 3000])
+@pytest.mark.parametrize(
+    "tile, overlap, multiple", [(16, 8, 1), (16, 0, 1), (24, 16, 4), (8, 6, 2), (48, 16, 16)]
+)
+def test_tile_spans_partition_the_axis(length, tile, overlap, multiple):
+    length = -(-length // multiple) * multiple
+    spans = tile_spans(length, tile, overlap, multiple)
     assert spans[0].first == 0 and spans[-1].last == length
+    assert len({span.end - span.start for span in spans}) == 1, "one size serves all tiles"
     for span, following in zip(spans, spans[1:] + [None], strict=True):
         assert span.start <= span.first < span.last <= span.end <= min(length, span.start + tile)
-        assert following is None or span.last == following.first
+        assert span.start % multiple == span.end % multiple == 0
+        if following:
+            assert span.last == following.first
+            assert span.end - span.last >= overlap // 2 <= following.first - following.start
+
+
+@pytest.mark.parametrize("scale, blocks", [(2, 1), (3, 2), (4, 1), (8, 1)])
+def test_the_receptive_radius_is_what_results_depend_on(scale, blocks):
+    model = small_edsr(upscale=scale, num_block=blocks)
+    for parameter in model.parameters():  # no path through the network cancels another
+        torch.nn.init.uniform_(parameter, 0.1, 1.0)
+    x = torch.rand(1, 3, 41, 41, requires_grad=True)
+    cell = slice(20 * scale, 21 * scale)
+    model(x)[..., cell, cell].sum().backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    reach = (20 - rows.min().item(), rows.max().item() - 20)
+    assert reach == (model.receptive_radius,) * 2
+
+
+def test_the_default_overlap_is_exact_where_the_tile_allows_it():
+    model = small_edsr().eval()
+    assert model.receptive_radius == 6
+    assert tiling.fixed_tiling(model, 24) == tiling.Tiling(24, 12, exact=True)
+    assert tiling.fixed_tiling(model, 20) == tiling.Tiling(20, 10, exact=False)
+    assert tiling.fixed_tiling(small_swinir(), 64) == tiling.Tiling(64, 32, exact=False)
+    x = torch.rand(1, 3, 50, 67)
+    torch.testing.assert_close(
+        models.upscale(model, x, tile=24), models.upscale(model, x), rtol=0, atol=1e-6
+    )
+
+
+def test_tiles_of_an_image_have_one_size():
+    model, sizes = small_edsr(), set()
+    model.register_forward_pre_hook(lambda module, args: sizes.add(args[0].shape))
+    models.upscale(model, torch.rand(1, 3, 61, 83), tile=32)
+    assert len(sizes) == 1
+
+
+def test_live_bytes_are_those_of_the_largest_moment():
+    network = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
+    x, wide, y = 4 * 8 * 8, 16 * 8 * 8, 8 * 8 * 8
+    assert tiling.peak_bytes(network, (1, 1, 8, 8)) == x + wide + y
+    deeper = nn.Sequential(*network, nn.Conv2d(2, 1, 1))
+    assert tiling.peak_bytes(deeper, (1, 1, 8, 8)) == x + wide + y, "the wide one is freed by then"
+    assert all(parameter.device.type == "cpu" for parameter in network.parameters())
+
+
+@every_small
+def test_a_fitting_tile_takes_no_more_memory_than_there_is(make, monkeypatch):
+    model = make()
+    monkeypatch.setattr(tiling, "_free_memory", lambda device: 2 * 2**20)
+    side = tiling.fitting_tiling(model, 3).tile
+    assert tiling.peak_bytes(model, (1, 3, side, side)) <= 2 * 2**20 and side < 256
+    monkeypatch.setattr(tiling, "_free_memory", lambda device: 2**34)
+    assert tiling.fitting_tiling(model, 3).tile == (256 if make is small_edsr else 512)
+    monkeypatch.setattr(tiling, "_free_memory", lambda device: 1)
+    assert tiling.fitting_tiling(model, 3).tile == model.pad_multiple
+
+
+def test_a_fitting_tiling_is_exact_unless_that_costs_too_much(monkeypatch):
+    tiny, large = (build_on_meta(name, 2) for name in ("edsr-tiny", "edsr-l"))
+    assert tiny.receptive_radius == 20 and large.receptive_radius == 68
+    monkeypatch.setattr(tiling, "_free_memory", lambda device: 768 * 2**20)
+    assert tiling.fitting_tiling(tiny, 3) == tiling.Tiling(256, 40, exact=True)
+    rough = tiling.fitting_tiling(large, 3)
+    assert rough.overlap == 32 and not rough.exact and 128 < rough.tile < 8 * 68
+    monkeypatch.setattr(tiling, "_free_memory", lambda device: 2**35)
+    assert tiling.fitting_tiling(large, 3) == tiling.Tiling(680, 136, exact=True)
+
+
+def test_tile_auto_cuts_what_is_large(monkeypatch):
+    monkeypatch.setattr(tiling, "_SIDE", 24)
+    model, sizes = small_edsr().eval(), []
+    x = torch.rand(1, 3, 30, 70)
+    whole = models.upscale(model, x)
+    model.register_forward_pre_hook(lambda module, args: sizes.append(args[0]))
+    out = models.upscale(model, x, tile="auto")
+    computed = [tuple(x.shape[-2:]) for x in sizes if not x.is_meta]
+    assert computed == [(30, 41)] * 2, "two tiles of at most 60 pixels that share 12"
+    torch.testing.assert_close(out, whole, rtol=0, atol=1e-6)
+
+
+def test_parts_take_images_of_another_dtype_and_restore_the_mode():
+    model = small_edsr().train()
+    x = torch.rand(1, 3, 40, 31).double()
+    parts = inference.upscale_parts(model, x, tiling.Tiling(24, 12))
+    first = next(parts)
+    assert first.pixels.dtype == torch.float32 and first.total == 6 and not model.training
+    assert (first.rows.start, first.cols.start, first.scale) == (0, 0, 2)
+    last = list(parts)[-1]
+    assert (last.rows.stop, last.cols.stop) == (80, 62) and model.training
 
 
 @pytest.mark.parametrize(
@@ -125,6 +220,8 @@ def test_tile_spans_partition_the_axis(length, tile, overlap):
         ({"tile": 16, "tile_overlap": 16}, "below the tile size 16"),
         ({"tile": 16, "tile_overlap": 4}, "multiple of 8"),
         ({"tile_overlap": 8}, "needs a tile size"),
+        ({"tile": "automatic"}, "'automatic'"),
+        ({"tile": "auto", "tile_overlap": 8}, "without an overlap"),
     ],
 )
 def test_tile_errors(kwargs, words):

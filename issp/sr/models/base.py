@@ -112,10 +112,13 @@ class SuperResolver(nn.Module):
         arch: the name passed to `issp.models.build`, or the class name.
         pad_multiple: divisor of height and width (`issp.models.upscale` pads to it).
         pad_mode: "reflect" (edge not repeated), "symmetric" (edge repeated) or None.
+        receptive_radius: input pixels in each direction that a result depends on; None: more than
+            neighbouring tiles of an image could share.
     """
 
     pad_multiple = 1
     pad_mode = None
+    receptive_radius: int | None = None
 
     def __init__(self, channels: int, scale: int, img_range: float, mean):
         super().__init__()

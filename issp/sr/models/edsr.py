@@ -1,5 +1,7 @@
 """EDSR: residual convolutional network (Lim et al. 2017), with BasicSR's parameter names."""
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -61,6 +63,15 @@ class EDSR(SuperResolver):
         self.conv_after_body = conv3x3(num_feat, num_feat)
         self.upsample = Upsample(upscale, num_feat)
         self.conv_last = conv3x3(num_feat, num_out_ch)
+
+    @property
+    def receptive_radius(self) -> int:
+        # One pixel for each 3x3 convolution, at the resolution that it works at.
+        radius, resolution = 2.0 + 2 * len(self.body), 1
+        for shuffle in list(self.upsample)[1::2]:
+            radius += 1 / resolution
+            resolution *= shuffle.upscale_factor
+        return math.ceil(radius + 1 / resolution)
 
     def restore(self, x: Tensor) -> Tensor:
         x = self.conv_first(x)

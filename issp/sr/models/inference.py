@@ -1,13 +1,38 @@
 """Super-resolving images of any size: padding, cropping back, tiles."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from issp.sr.models.tiling import TileSpan, Tiling, fitting_tiling, fixed_tiling, tile_spans
+
+
+class Part(NamedTuple):
+    """A part of a result, of which there are `total`.
+
+    Attributes:
+        rows, cols: where it belongs in the result.
+        pixels: [N, C, rows, cols], not clamped, on the network's device.
+        scale: output size over input size.
+    """
+
+    rows: slice
+    cols: slice
+    pixels: Tensor
+    scale: int
+    total: int
+
 
 def upscale(
-    model: nn.Module, x: Tensor, tile: int | None = None, tile_overlap: int | None = None
+    model: nn.Module,
+    x: Tensor,
+    tile: int | str | None = None,
+    tile_overlap: int | None = None,
 ) -> Tensor:
     """Super-resolve images of any size in evaluation mode and without gradients.
 
@@ -19,10 +44,13 @@ def upscale(
     Args:
         model: the network; its training mode is restored afterwards.
         x: [N, C, H, W] float images in 0..1.
-        tile: side of the square tiles in which larger images are processed, to bound memory;
-            a multiple of `model.pad_multiple`. None: the image at once.
-        tile_overlap: pixels which neighbouring tiles share, a multiple of `model.pad_multiple`;
-            each keeps its half. Default: 32, or less if the tile is smaller.
+        tile: largest side of the tiles in which larger images are processed, to bound memory;
+            a multiple of `model.pad_multiple`. All tiles of an image have one size. "auto": a size
+            that the network and the memory suit. None: the image at once.
+        tile_overlap: pixels which neighbouring tiles share at least, a multiple of
+            `model.pad_multiple`; each keeps its half. Default: twice `model.receptive_radius`,
+            which makes the seams exact; 32 or less if there is none or that is more than half of
+            the tile.
 
     Returns:
         [N, C, H * scale, W * scale], not clamped.
@@ -30,26 +58,80 @@ def upscale(
     Raises:
         ValueError: not a batch of non-empty images, or a tile size that does not fit.
     """
-    if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"images must be [N, C, H, W] and not empty, got shape {tuple(x.shape)}")
+    _check_images(x)
+    if tile == "auto" and tile_overlap is None:
+        tiling = fitting_tiling(model, x.shape[1])
+    elif isinstance(tile, str):
+        raise ValueError(f"tile must be a size, None, or 'auto' without an overlap, got {tile!r}")
+    else:
+        tiling = fixed_tiling(model, tile, tile_overlap)
+    result = None
+    for part in upscale_parts(model, x, tiling):
+        if part.total == 1:
+            return part.pixels
+        if result is None:
+            size = [side * part.scale for side in x.shape[-2:]]
+            result = part.pixels.new_empty(*part.pixels.shape[:2], *size)
+        result[..., part.rows, part.cols] = part.pixels
+    assert result is not None  # an image has at least one part
+    return result
+
+
+def upscale_parts(model: nn.Module, x: Tensor, tiling: Tiling) -> Iterator[Part]:
+    """As `upscale`, tile by tile: the whole result is never in memory.
+
+    Args:
+        model: the network; it is in evaluation mode until the last part has been taken.
+        x: [N, C, H, W] in 0..1; may be on another device and of another dtype than the network.
+        tiling: see `issp.sr.models.tiling`.
+    """
+    _check_images(x)
     network = getattr(model, "module", model)
     multiple = getattr(network, "pad_multiple", 1)
-    overlap = _checked_overlap(tile, tile_overlap, multiple)
     height, width = x.shape[-2:]
+    x = pad(x, multiple, getattr(network, "pad_mode", None))
+    tile = tiling.tile or max(x.shape[-2:])
+    all_rows, all_cols = (tile_spans(n, tile, tiling.overlap, multiple) for n in x.shape[-2:])
+    like = next(model.parameters(), x)
+    with _evaluation_mode(model):
+        for rows in all_rows:
+            for cols in all_cols:
+                tile_x = x[..., rows.start : rows.end, cols.start : cols.end]
+                with torch.no_grad():
+                    y = model(tile_x.to(like.device, like.dtype))
+                scale = y.shape[-1] // tile_x.shape[-1]
+                yield Part(
+                    _kept(rows, 0, height, scale),
+                    _kept(cols, 0, width, scale),
+                    y[
+                        ...,
+                        _kept(rows, rows.start, height, scale),
+                        _kept(cols, cols.start, width, scale),
+                    ],
+                    scale,
+                    len(all_rows) * len(all_cols),
+                )
+
+
+def _check_images(x: Tensor) -> None:
+    if x.ndim != 4 or 0 in x.shape:
+        raise ValueError(f"images must be [N, C, H, W] and not empty, got shape {tuple(x.shape)}")
+
+
+def _kept(span: TileSpan, origin: int, size: int, scale: int) -> slice:
+    """The kept part in output pixels, counted from `origin` (in input pixels), without padding."""
+    return slice((span.first - origin) * scale, (min(span.last, size) - origin) * scale)
+
+
+@contextlib.contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
-            padded = pad(x, multiple, getattr(network, "pad_mode", None))
-            if tile is None or max(padded.shape[-2:]) <= tile:
-                y = model(padded)
-            else:
-                y = _upscale_tiles(model, padded, tile, overlap)
+        yield
     finally:
         for module, training in modes:
             module.training = training
-    scale = y.shape[-1] // padded.shape[-1]
-    return y[..., : height * scale, : width * scale]
 
 
 def pad(x: Tensor, multiple: int, mode: str | None) -> Tensor:
@@ -86,58 +168,3 @@ def _mirrored(size: int, padded: int, mode: str, device) -> Tensor:
         return torch.zeros_like(index)
     index = index % (2 * size - 2)
     return torch.minimum(index, 2 * size - 2 - index)
-
-
-def _checked_overlap(tile: int | None, overlap: int | None, multiple: int) -> int:
-    if tile is None:
-        if overlap is not None:
-            raise ValueError(f"tile_overlap {overlap} needs a tile size: pass tile too")
-        return 0
-    if tile < 1 or tile % multiple:
-        raise ValueError(f"tile must be a positive multiple of {multiple}, got {tile}")
-    if overlap is None:
-        overlap = min(32, tile // 2) // multiple * multiple
-    if not 0 <= overlap < tile or overlap % multiple:
-        raise ValueError(
-            f"tile_overlap must be a multiple of {multiple} below the tile size {tile}, "
-            f"got {overlap}"
-        )
-    return overlap
-
-
-class TileSpan(NamedTuple):
-    """A tile along one axis, in pixels: start..end is read, first..last of it is kept."""
-
-    start: int
-    end: int
-    first: int
-    last: int
-
-
-def tile_spans(length: int, tile: int, overlap: int) -> list[TileSpan]:
-    """Tiles along one axis whose kept parts follow one another without gap or overlap."""
-    starts = list(range(0, max(length - overlap, 1), tile - overlap))
-    cuts = [0] + [start + overlap // 2 for start in starts[1:]] + [length]
-    return [
-        TileSpan(start, min(start + tile, length), cuts[i], cuts[i + 1])
-        for i, start in enumerate(starts)
-    ]
-
-
-def _upscale_tiles(model: nn.Module, x: Tensor, tile: int, overlap: int) -> Tensor:
-    height, width = x.shape[-2:]
-    out = None
-    for rows in tile_spans(height, tile, overlap):
-        for cols in tile_spans(width, tile, overlap):
-            y = model(x[..., rows.start : rows.end, cols.start : cols.end])
-            scale = y.shape[-1] // (cols.end - cols.start)
-            if out is None:
-                out = y.new_empty(*y.shape[:2], height * scale, width * scale)
-            kept = y[..., _kept(rows, rows.start, scale), _kept(cols, cols.start, scale)]
-            out[..., _kept(rows, 0, scale), _kept(cols, 0, scale)] = kept
-    return out
-
-
-def _kept(span: TileSpan, origin: int, scale: int) -> slice:
-    """The kept part in output pixels, counted from `origin` (in input pixels)."""
-    return slice((span.first - origin) * scale, (span.last - origin) * scale)
