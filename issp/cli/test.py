@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from issp.sr.data import EvalDataset
-    from issp.sr.evaluate import Score
+    from issp.sr.evaluate import Protocol, Score
     from issp.sr.models import SuperResolver
 
 HELP = "PSNR and SSIM of a model on test sets"
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints a table with one row per set."""
-    from issp.sr import checkpoint, data
+    from issp.sr import checkpoint, data, evaluate
     from issp.utils.errors import explain_out_of_memory
 
     model = common.load_model(args)
@@ -57,20 +57,28 @@ def main(args: argparse.Namespace) -> int:
         name: data.PairedFolder(folder, model.scale, lr_images)
         for (name, folder), lr_images in zip(folders.items(), _lr_images(args), strict=True)
     }
-    rows = []
+    sets = {name: data.EvalDataset(pairs[name]) for name in pairs}
+    protocol = evaluate.Protocol(args.crop_border, args.channels == "y")
+    for dataset in sets.values():
+        evaluate.check_sizes(dataset, protocol, protocol)
+    rows, notes = [], []
     with explain_out_of_memory(common.MEMORY_REMEDY):
-        for name in pairs:
-            rows += _rows(args, model, name, data.EvalDataset(pairs[name]))
+        for name, dataset in sets.items():
+            scores = _score(args, model, name, dataset, protocol)
+            rows += _rows(args, name, dataset, *scores)
+            notes += _notes(name, dataset, scores[0])
     counts = checkpoint.sparsity(model)
     kept = f"{counts['weights'] - counts['zeros']:,} of {counts['weights']:,} weights kept"
     print(f"{args.model}: {model.arch} x{model.scale}, {kept}")
     print(
         f"{args.channels.upper()} channel{'s' * (args.channels == 'rgb')}, crop border "
-        f"{model.scale if args.crop_border is None else args.crop_border}\n"
+        f"{protocol.border(model.scale)}\n"
     )
     header = ["set", "images", "LR", "PSNR", "SSIM", "bicubic PSNR", "SSIM"]
     width = 5 if args.no_bicubic else 7
     print(table(header[:width], [row[:width] for row in rows]))
+    if notes:
+        print("", *notes, sep="\n")
     return 0
 
 
@@ -87,36 +95,70 @@ def _lr_images(args: argparse.Namespace) -> list[str | None]:
     return given
 
 
-def _rows(
-    args: argparse.Namespace, model: SuperResolver, name: str, dataset: EvalDataset
-) -> list[list[str]]:
-    """Scores one set: with --per-image a row for each image, then the row of the set."""
+def _score(
+    args: argparse.Namespace,
+    model: SuperResolver,
+    name: str,
+    dataset: EvalDataset,
+    protocol: Protocol,
+) -> tuple[list[Score], list[Score]]:
+    """Scores of the model's images, which are written with --save, and of the baseline's."""
     from issp.sr import data, evaluate
 
-    results: list[evaluate.Score] = []
+    results: list[Score] = []
     with common.item_progress(name) as progress:
 
-        def on_image(image: str, sr: np.ndarray, result: evaluate.Score) -> None:
+        def on_image(image: str, sr: np.ndarray, result: Score) -> None:
             results.append(result)
             progress(len(results), len(dataset))
             if args.save:
                 data.write_image(Path(args.save) / name / f"{image}.png", sr)
 
-        options = {"crop_border": args.crop_border, "y_channel": args.channels == "y"}
         upscaler = evaluate.of_model(model, args.tile)
-        evaluate.evaluate(upscaler, dataset, **options, on_image=on_image)
-        cubic = None
-        if not args.no_bicubic:
-            baseline = evaluate.bicubic(model.scale)
-            cubic = evaluate.mean(evaluate.evaluate(baseline, dataset, **options))
+        evaluate.evaluate(upscaler, dataset, protocol, protocol, on_image)
+        if args.no_bicubic:
+            return results, []
+        baseline = evaluate.bicubic(model.scale)
+        return results, evaluate.evaluate(baseline, dataset, protocol, protocol)
+
+
+def _rows(
+    args: argparse.Namespace,
+    name: str,
+    dataset: EvalDataset,
+    results: list[Score],
+    baseline: list[Score],
+) -> list[list[str]]:
+    """With --per-image a row for each image, then the row of the set."""
+    from issp.sr.evaluate import mean
+
     rows = []
     if args.per_image:
         rows = [[f"{name}/{r.name}", "1", "", *_cells(r), "", ""] for r in results]
     source = "made" if dataset.pairs.lr_files is None else "read"
-    total = _cells(evaluate.mean(results))
-    rows.append([name, str(len(dataset)), source, *total, *_cells(cubic)])
+    cubic = _cells(mean(baseline)) if baseline else []
+    rows.append([name, str(len(dataset)), source, *_cells(mean(results)), *cubic])
     return rows
 
 
-def _cells(result: Score | None) -> list[str]:
-    return ["", ""] if result is None else [f"{result.psnr:.2f}", f"{result.ssim:.4f}"]
+def _cells(result: Score) -> list[str]:
+    return [f"{result.psnr:.2f}", f"{result.ssim:.4f}"]
+
+
+def _notes(name: str, dataset: EvalDataset, results: list[Score]) -> list[str]:
+    """What the figures of a set do not say."""
+    from issp.sr.data import same_files
+    from issp.sr.evaluate import mean
+
+    notes = []
+    exact = mean(results).exact
+    if exact:
+        notes.append(
+            f"{name}: {exact} of {len(results)} images are reproduced exactly; their PSNR is "
+            "infinite and not in the mean"
+        )
+    notes += [
+        f"{name}: {twin.name} is the same file as {file.name}; both count"
+        for twin, file in same_files(dataset.pairs.paths(i)[1] for i in range(len(dataset)))
+    ]
+    return notes

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from issp import optim
 from issp.ops.keep import Keep
 from issp.pruning.pruner import Pruner, attach
-from issp.sr import checkpoint, data, models
+from issp.sr import checkpoint, data, evaluate, models
 from issp.sr.config import Config, EvalData, Scheduler, TrainData
 from issp.sr.config import Keep as KeepSection
 from issp.utils.errors import ConfigError
@@ -132,6 +132,7 @@ def loader(config: Config, pin_memory: bool) -> data.TrainLoader:
         rot=entry.use_rot,
         seed=config.manual_seed,
         small=entry.small,
+        channels=_channels(config),
     )
     return data.TrainLoader(
         dataset,
@@ -141,6 +142,23 @@ def loader(config: Config, pin_memory: bool) -> data.TrainLoader:
         pin_memory=pin_memory and entry.pin_memory,
         shuffle=entry.use_shuffle,
     )
+
+
+def _channels(config: Config) -> int:
+    """Image channels of the network, under BasicSR's names."""
+    names = [name for name in ("num_in_ch", "in_chans") if name in config.network_g]
+    return config.network_g[names[0]] if names else 3
+
+
+def protocols(config: Config) -> dict[str, evaluate.Protocol | None]:
+    """How `val.metrics` are taken, as arguments of `issp.sr.evaluate.evaluate`."""
+    found = {
+        metric.type.removeprefix("calculate_"): evaluate.Protocol(
+            metric.crop_border, metric.test_y_channel
+        )
+        for metric in config.val.metrics.values()
+    }
+    return {"psnr": evaluate.Protocol(), "ssim": None, **found}
 
 
 def validation_sets(config: Config) -> dict[str, data.EvalDataset]:

@@ -364,6 +364,18 @@ class Val(Section):
     save_img: StrictBool = False
     metrics: dict[str, Metric] = {}
 
+    @model_validator(mode="after")
+    def _one_of_each_type(self) -> Val:
+        names: dict[str, str] = {}
+        for name, metric in self.metrics.items():
+            if metric.type in names:
+                raise ValueError(
+                    f"metrics {names[metric.type]} and {name} are both {metric.type}: keep one of "
+                    "them, and use `issp test` for the other"
+                )
+            names[metric.type] = name
+        return self
+
 
 class Logger(Section):
     """`logger`."""

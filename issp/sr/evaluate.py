@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from torch import nn
@@ -13,17 +14,44 @@ from issp.sr import data, metrics, models
 
 @dataclass(frozen=True)
 class Score:
-    """PSNR in dB and SSIM of one image or, as a mean, of a set."""
+    """PSNR in dB and SSIM of one image or, as a mean, of a set.
+
+    Attributes:
+        name: of the image or the set.
+        psnr: infinite for an image that is reproduced exactly. A mean leaves such images out.
+        ssim: None where it was not asked for.
+        exact: number of images that are reproduced exactly.
+    """
 
     name: str
     psnr: float
     ssim: float | None
+    exact: int = 0
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a metric is taken.
+
+    Attributes:
+        crop_border: pixels cut from each side; None: the scale.
+        y_channel: compare the luma, otherwise RGB.
+    """
+
+    crop_border: int | None = None
+    y_channel: bool = True
+
+    def border(self, scale: int) -> int:
+        """Pixels cut from each side."""
+        return scale if self.crop_border is None else self.crop_border
 
 
 def super_resolve(
     model: nn.Module, lr: np.ndarray, tile: int | None = None, tile_overlap: int | None = None
 ) -> np.ndarray:
     """One image through a network.
+
+    A network of one channel gets the luma; the colours, where there are some, are bicubic.
 
     Args:
         model: its device is used.
@@ -34,16 +62,45 @@ def super_resolve(
         [h * scale, w * scale, 3] uint8, clamped and rounded half to even.
     """
     weight = next(model.parameters())
-    x = data.to_tensor(lr)[None].to(weight.device, weight.dtype)
-    return data.to_image(models.upscale(model, x, tile, tile_overlap))
+
+    def through_network(image: np.ndarray) -> np.ndarray:
+        x = data.to_tensor(image)[None].to(weight.device, weight.dtype)
+        return data.to_image(models.upscale(model, x, tile, tile_overlap))
+
+    if getattr(getattr(model, "module", model), "channels", 3) != 1:
+        return through_network(lr)
+    grey = through_network(np.rint(data.luma(lr)).astype(np.uint8))
+    around = data.imresize(lr, grey.shape[0] // lr.shape[0])
+    # The same number added to R, G and B changes the luma alone.
+    coloured = around + (grey - data.luma(around)[:, :, None])
+    return np.rint(coloured.clip(0, 255)).astype(np.uint8)
+
+
+def check_sizes(
+    dataset: data.EvalDataset, psnr: Protocol = Protocol(), ssim: Protocol | None = None
+) -> None:
+    """Compares the sizes of all images, from the headers of their files, with what metrics need.
+
+    Raises:
+        ValueError: an image is too small for a metric, or an LR file has the wrong size.
+    """
+    needs = [("PSNR", psnr, 1)] + ([("SSIM", ssim, metrics.SSIM_WINDOW)] if ssim else [])
+    for i, (height, width) in enumerate(dataset.pairs.sizes()):
+        for name, protocol, least in needs:
+            border = protocol.border(dataset.scale)
+            if min(height, width) - 2 * border < least:
+                raise ValueError(
+                    f"image {dataset.pairs.paths(i)[1]} is {width} x {height} pixels: without a "
+                    f"border of {border} it is smaller than the {least} x {least} that {name} "
+                    "needs; use a smaller crop border or leave it out"
+                )
 
 
 def evaluate(
     upscaler: Callable[[np.ndarray], np.ndarray],
     dataset: data.EvalDataset,
-    crop_border: int | None = None,
-    y_channel: bool = True,
-    with_ssim: bool = True,
+    psnr: Protocol = Protocol(),
+    ssim: Protocol | None = Protocol(),
     on_image: Callable[[str, np.ndarray, Score], None] | None = None,
 ) -> list[Score]:
     """Scores of every image of a data set.
@@ -51,28 +108,29 @@ def evaluate(
     Args:
         upscaler: [h, w, 3] uint8 to [h * scale, w * scale, 3] uint8.
         dataset: images with their originals.
-        crop_border: pixels cut from each side; None: the scale.
-        y_channel: score the luma, otherwise RGB.
-        with_ssim: also compute SSIM, which takes several times as long as PSNR.
+        psnr, ssim: how they are taken; ssim takes several times as long, None leaves it out.
         on_image: called as (name, result, score), to save images or show progress.
     """
-    border = dataset.scale if crop_border is None else crop_border
     scores = []
     for i in range(len(dataset)):
         lr, hr = dataset.load(i)
         sr, name = upscaler(lr), dataset.pairs.names[i]
-        ssim = metrics.ssim(sr, hr, border, y_channel) if with_ssim else None
-        scores.append(Score(name, metrics.psnr(sr, hr, border, y_channel), ssim))
+        ratio = metrics.psnr(sr, hr, psnr.border(dataset.scale), psnr.y_channel)
+        similarity = None
+        if ssim:
+            similarity = metrics.ssim(sr, hr, ssim.border(dataset.scale), ssim.y_channel)
+        scores.append(Score(name, ratio, similarity, exact=int(ratio == inf)))
         if on_image:
             on_image(name, sr, scores[-1])
     return scores
 
 
 def mean(scores: Sequence[Score], name: str = "mean") -> Score:
-    """Mean of the per-image values, as tables report it."""
+    """Mean of the per-image values, as tables report it; see `Score` for exact images."""
+    ratios = [s.psnr for s in scores if s.psnr != inf] or [s.psnr for s in scores]
     similarities = [s.ssim for s in scores if s.ssim is not None]
     average = float(np.mean(similarities)) if similarities else None
-    return Score(name, float(np.mean([s.psnr for s in scores])), average)
+    return Score(name, float(np.mean(ratios)), average, sum(s.exact for s in scores))
 
 
 def bicubic(scale: int) -> Callable[[np.ndarray], np.ndarray]:

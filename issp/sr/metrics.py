@@ -9,7 +9,7 @@ import numpy as np
 from issp.sr.data.resize import check_uint8_image
 
 _Y_WEIGHTS = np.array([65.481, 128.553, 24.966])  # of R, G, B in ITU-R BT.601, studio range
-_WINDOW, _SIGMA = 11, 1.5
+SSIM_WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
@@ -68,7 +68,7 @@ def ssim(sr: np.ndarray, hr: np.ndarray, crop_border: int, y_channel: bool = Tru
 
     Source: Wang et al. 2004; sigma 1.5, C1 = (0.01 * 255)^2, C2 = (0.03 * 255)^2.
     """
-    sr, hr = _prepare(sr, hr, crop_border, y_channel, "ssim", smallest=_WINDOW)
+    sr, hr = _prepare(sr, hr, crop_border, y_channel, "ssim", smallest=SSIM_WINDOW)
     return float(np.mean([_ssim_plane(a, b) for a, b in zip(sr, hr, strict=True)]))
 
 
@@ -109,15 +109,15 @@ def _with_channels(img: np.ndarray, name: str) -> np.ndarray:
 
 def _blur(plane: np.ndarray) -> np.ndarray:
     """Valid part of the separable Gaussian filter of a [H, W] float64 plane."""
-    half = _WINDOW // 2
-    weight = np.exp(-((np.arange(_WINDOW) - half) ** 2) / (2 * _SIGMA**2))
+    half = SSIM_WINDOW // 2
+    weight = np.exp(-((np.arange(SSIM_WINDOW) - half) ** 2) / (2 * _SIGMA**2))
     weight /= weight.sum()
     for axis in (0, 1):
         plane = np.swapaxes(plane, 0, axis)
-        size = plane.shape[0] - _WINDOW + 1
+        size = plane.shape[0] - SSIM_WINDOW + 1
         total = plane[half : half + size] * weight[half]
         for i in range(half):  # the window is symmetric: one product for two taps
-            mirror = _WINDOW - 1 - i
+            mirror = SSIM_WINDOW - 1 - i
             total += (plane[i : i + size] + plane[mirror : mirror + size]) * weight[i]
         plane = np.swapaxes(total, 0, axis)
     return plane
@@ -125,10 +125,10 @@ def _blur(plane: np.ndarray) -> np.ndarray:
 
 def _ssim_plane(a: np.ndarray, b: np.ndarray) -> float:
     """Mean over the valid pixels of a [H, W] plane, by strips of rows which stay in cache."""
-    height, width = (side - _WINDOW + 1 for side in a.shape)
+    height, width = (side - SSIM_WINDOW + 1 for side in a.shape)
     total, rows = 0.0, max(1, 32_768 // width)
     for top in range(0, height, rows):
-        strip = slice(top, min(top + rows, height) + _WINDOW - 1)
+        strip = slice(top, min(top + rows, height) + SSIM_WINDOW - 1)
         total += float(np.sum(_ssim_map(a[strip], b[strip])))
     return total / (height * width)
 

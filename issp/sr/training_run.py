@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from issp.pruning.pruner import Pruner
-from issp.sr import checkpoint, evaluate, gradients, logging, preflight
+from issp.sr import builders, checkpoint, evaluate, gradients, logging, preflight
 from issp.sr.config import Config, Optimizer
 from issp.sr.data import EvalDataset, TrainLoader, write_image
 from issp.sr.run_folder import RunFolder
 from issp.utils.errors import NonFiniteLossError
 
-VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim")
+VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim", "exact")
 LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", "threshold")
 
 
@@ -260,7 +260,8 @@ class TrainingRun:
         for name, dataset in self.validation.items():
             result = self._score(name, dataset, iteration)
             means.append(result.psnr)
-            row = {"iteration": iteration, "psnr": result.psnr, "ssim": result.ssim}
+            scores = {name: getattr(result, name) for name in ("psnr", "ssim", "exact")}
+            row = {"iteration": iteration, **scores}
             self.scores.add({**row, "stage": self.stage(iteration), "set": name})
             self.tensorboard.add(row, prefix=f"{name}/")
         if self.is_final_form and means[0] > self.best.psnr:
@@ -271,18 +272,13 @@ class TrainingRun:
     def _score(
         self, name: str, dataset: EvalDataset, iteration: int | None = None
     ) -> evaluate.Score:
-        metrics = self.config.val.metrics.values()
-        psnr = next((m for m in metrics if m.type == "calculate_psnr"), None)
-
         def save_image(image: str, sr: np.ndarray, _: evaluate.Score) -> None:
             write_image(self.folder.images / name / image / f"{image}_{iteration}.png", sr)
 
         scores = evaluate.evaluate(
             evaluate.of_model(self.eval_model),
             dataset,
-            crop_border=psnr.crop_border if psnr else None,
-            y_channel=psnr.test_y_channel if psnr else True,
-            with_ssim=any(m.type == "calculate_ssim" for m in metrics),
+            **builders.protocols(self.config),
             on_image=save_image if self.config.val.save_img and iteration else None,
         )
         return evaluate.mean(scores, name)

@@ -100,3 +100,45 @@ def test_wrong_lr_images_are_refused(model, urban, tmp_path, capsys):
     data.write_image(tmp_path / "LR_bicubic" / "X4" / "a.png", picture(0))
     lr_folder = refused(tmp_path / "LR_bicubic" / "X4")
     assert "is a folder of low-resolution images by its name" in lr_folder
+
+
+def test_exact_and_doubled_images_are_named(model, tmp_path, capsys, monkeypatch):
+    for name, seed in (("flat", None), ("photo", 1), ("photo (1)", 1)):
+        image = np.full((48, 52, 3), 90, np.uint8) if seed is None else picture(seed)
+        data.write_image(tmp_path / "Set3" / f"{name}.png", image)
+    monkeypatch.setattr(evaluate, "of_model", lambda model, tile: evaluate.bicubic(4))
+    assert cli.main(["test", "--model", model, "--data", str(tmp_path / "Set3")]) == 0
+    text = capsys.readouterr().out
+    assert "Set3: 1 of 3 images are reproduced exactly; their PSNR is infinite and not in" in text
+    assert "Set3: photo.png is the same file as photo (1).png; both count" in text
+    sr = data.imresize(data.imresize(picture(1), 1 / 4), 4)
+    wanted = f"{issp.metrics.psnr(sr, picture(1), 4):.2f}"
+    assert rows(text)[0][3] == rows(text)[0][5] == wanted
+
+
+def test_a_set_with_a_small_image_is_refused_before_anything_is_scored(model, tmp_path, capsys):
+    data.write_image(tmp_path / "a" / "photo.png", picture(1))
+    data.write_image(tmp_path / "b" / "tiny.png", picture(1)[:16])
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    command = ["test", "--model", model, "--save", str(tmp_path / "out"), "--data", *folders]
+    assert cli.main(command) == 2
+    assert "tiny.png is 52 x 16 pixels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert cli.main([*command, "--crop-border", "2"]) == 0
+
+
+def test_a_network_of_one_channel_is_trained_scored_and_used(tmp_path, capsys):
+    grey = np.add.outer(np.arange(48), np.arange(52)).astype(np.uint8)
+    data.write_image(tmp_path / "grey" / "g.png", grey)
+    data.write_image(tmp_path / "colour" / "c.png", picture(0))
+    folders = [str(tmp_path / "grey"), str(tmp_path / "colour")]
+    command = ["train", "--model", "EDSR", "--scale", "2", "--iters", "2", "--batch", "1"]
+    command += ["--patch", "16", "--hr", folders[0], "--val", *folders, "--root", str(tmp_path)]
+    command += ["--name", "run", "--no-tensorboard", "--quiet", "--device", "cpu", "--set"]
+    command += ["network_g.num_in_ch=1", "network_g.num_out_ch=1", "network_g.num_feat=8"]
+    assert cli.main([*command, "network_g.num_block=1", "network_g.rgb_mean=[0.5]"]) == 0
+    model = ["--model", str(tmp_path / "run" / "models" / "net_g_latest.safetensors")]
+    assert len(score(capsys, *model, "--data", *folders)) == 2
+    assert cli.main(["upscale", *folders, *model, "-o", str(tmp_path / "up")]) == 0
+    assert np.ptp(data.read_image(tmp_path / "up" / "g_x2.png"), axis=2).max() == 0
+    assert np.ptp(data.read_image(tmp_path / "up" / "c_x2.png"), axis=2).max() > 0

@@ -6,6 +6,7 @@ from issp.sr.data.images import (
     Picture,
     image_size,
     list_images,
+    luma,
     mod_crop,
     read_image,
     read_picture,
@@ -13,6 +14,7 @@ from issp.sr.data.images import (
     to_tensor,
     write_image,
 )
+from issp.sr.data.layouts import same_files
 from issp.sr.data.loader import TrainLoader
 from issp.sr.data.pairs import PairedArrays, PairedFolder
 from issp.sr.data.prepare import PrepareResult, prepare
@@ -24,5 +26,5 @@ from issp.utils.files import cache_folder as default_cache_dir
 __all__ = ["EvalDataset", "ImageFolder", "PairedArrays", "PairedFolder", "TrainDataset"]
 __all__ += ["Draw", "EnlargedSampler", "LRCache", "PrepareResult", "TrainLoader", "prepare"]
 __all__ += ["image_size", "imresize", "list_images", "mod_crop", "read_image", "write_image"]
-__all__ += ["Picture", "read_picture"]
+__all__ += ["Picture", "luma", "read_picture", "same_files"]
 __all__ += ["default_cache_dir", "sample_photographs", "to_image", "to_tensor"]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from issp.sr.data.checks import check_small
-from issp.sr.data.images import list_images, read_image, to_tensor
+from issp.sr.data.images import list_images, luma, read_image, to_tensor
 from issp.sr.data.pairs import PairedArrays, PairedFolder
 from issp.sr.data.sampler import Draw, hash64
 from issp.utils.files import user_path
@@ -36,6 +36,7 @@ class TrainDataset:
         seed: fixes crops and flips.
         small: "error" or "skip": what to do with images smaller than the crop.
         in_memory: hold decoded images; None: hold them if all fit in ``AUTO_MEMORY``.
+        channels: 3 (RGB), or 1: the luma, as networks of one channel get it (C below).
 
     Raises:
         ValueError: an unusable argument, an image smaller than the crop, or none large enough.
@@ -50,8 +51,15 @@ class TrainDataset:
         seed: int = 0,
         small: str = "error",
         in_memory: bool | None = None,
+        channels: int = 3,
     ):
         self.pairs, self.scale, self.seed = pairs, pairs.scale, int(seed)
+        if channels not in (1, 3):
+            raise ValueError(
+                f"a network of {channels} channels cannot be trained on image files: they give 3 "
+                "(RGB) or 1 (luma)"
+            )
+        self.channels = channels
         if not isinstance(gt_size, int) or gt_size < self.scale or gt_size % self.scale:
             raise ValueError(f"gt_size must be a multiple of scale {self.scale}, got {gt_size!r}")
         check_small(small)
@@ -69,7 +77,7 @@ class TrainDataset:
             )
         if in_memory is None:
             pixels = sum(sizes[i][0] * sizes[i][1] for i in self.images)
-            in_memory = 3 * pixels * (1 + 1 / self.scale**2) <= AUTO_MEMORY
+            in_memory = channels * pixels * (1 + 1 / self.scale**2) <= AUTO_MEMORY
         self.in_memory = in_memory
         self._held: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
@@ -85,7 +93,7 @@ class TrainDataset:
                     progress(i + 1, len(self))
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
-        """One sample: lq [3, h, w], gt [3, H, W] float32, lq_path, gt_path.
+        """One sample: lq [C, h, w], gt [C, H, W] float32, lq_path, gt_path.
 
         A plain index gives the same crop each time; the sampler's draws give new ones.
         """
@@ -97,9 +105,9 @@ class TrainDataset:
         return {key: value[0] for key, value in batch.items()}
 
     def batch(self, draws: Sequence[Draw]) -> dict[str, Any]:
-        """Batch of samples: lq [B, 3, h, w], gt [B, 3, H, W] float32, lists lq_path, gt_path."""
-        lq = np.empty((len(draws), 3, self.lq_size, self.lq_size), np.uint8)
-        gt = np.empty((len(draws), 3, self.gt_size, self.gt_size), np.uint8)
+        """Batch of samples: lq [B, C, h, w], gt [B, C, H, W] float32, lists lq_path, gt_path."""
+        lq = np.empty((len(draws), self.channels, self.lq_size, self.lq_size), np.uint8)
+        gt = np.empty((len(draws), self.channels, self.gt_size, self.gt_size), np.uint8)
         lq_paths, gt_paths = [], []
         numbers = self.random_numbers([draw.counter for draw in draws])
         for b, (draw, (top, left, *flips)) in enumerate(zip(draws, numbers, strict=True)):
@@ -135,14 +143,19 @@ class TrainDataset:
         return patch
 
     def _planes(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """LR and HR as [3, H, W] uint8: the rows of a plane are contiguous, so crops copy fast."""
+        """LR and HR as [C, H, W] uint8: the rows of a plane are contiguous, so crops copy fast."""
         if i in self._held:
             return self._held[i]
-        lr, hr = (img.transpose(2, 0, 1) for img in self.pairs.load(self.images[i]))
+        lr, hr = map(self._as_planes, self.pairs.load(self.images[i]))
         if self.in_memory:
             lr, hr = np.ascontiguousarray(lr), np.ascontiguousarray(hr)
             self._held[i] = lr, hr
         return lr, hr
+
+    def _as_planes(self, img: np.ndarray) -> np.ndarray:
+        if self.channels == 1:
+            return np.rint(luma(img)).astype(np.uint8)[None]
+        return img.transpose(2, 0, 1)
 
 
 def _to_floats(levels: np.ndarray) -> torch.Tensor:

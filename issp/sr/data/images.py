@@ -222,6 +222,17 @@ def mod_crop(img: np.ndarray, scale: int) -> np.ndarray:
     return img[:height, :width]
 
 
+def luma(img: np.ndarray) -> np.ndarray:
+    """[H, W] grey levels, float64 in 0..255, of an [H, W, 3] uint8 RGB image.
+
+    A grey pixel keeps its level: this is JPEG's full range, not that of `issp.metrics.rgb_to_y`.
+
+    Source: ITU-R BT.601: 0.299 R + 0.587 G + 0.114 B.
+    """
+    check_uint8_image(img, "luma: img")
+    return img @ np.array([0.299, 0.587, 0.114])
+
+
 def to_tensor(img: np.ndarray) -> torch.Tensor:
     """[H, W, C] uint8 image to [C, H, W] float32 tensor in [0, 1] (value / 255)."""
     check_uint8_image(img, "to_tensor: img")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,19 @@ def find_pairs(
         lr_dir = hr_dir
     lr = _match_lr(names, files, lr_dir, scale, filename_tmpl) if lr_dir else None
     return PairFiles(names, files, lr)
+
+
+def same_files(paths: Iterable[str | os.PathLike]) -> list[tuple[Path, Path]]:
+    """Files of equal content: each with the first one of that content."""
+    by_size: dict[int, list[Path]] = {}
+    for path in map(Path, paths):
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    twins, seen = [], dict[bytes, Path]()
+    for path in (path for files in by_size.values() if len(files) > 1 for path in files):
+        first = seen.setdefault(hashlib.blake2b(path.read_bytes()).digest(), path)
+        if first is not path:
+            twins.append((path, first))
+    return twins
 
 
 def check_names(files: Sequence[Path]) -> None:
