@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "draw a run's PSNR, flips, thresholds, gradients and its sparsity per layer"
+HELP = "draw a run's PSNR, loss, rate, flips, thresholds, gradients and its sparsity per layer"
 EXAMPLE = "issp plot experiments/tiny -o pictures"
 
 

@@ -81,7 +81,8 @@ def run(options: Options) -> list[Row]:
     held_out = data.EvalDataset(photographs, in_memory=True)
     cubic = evaluate.evaluate(evaluate.bicubic(SCALE), held_out)
     rows = [Row("bicubic", cubic)]
-    sparse, row = _train(settings(options, "iss-p", iterations, options.sparsity), held_out)
+    pruned = settings(options, "iss-p", iterations, options.sparsity)
+    sparse, row = _train(pruned, held_out)
     rows.append(row)
     if options.dense:
         rows.append(_train(settings(options, "dense", iterations, None), held_out)[1])
@@ -89,7 +90,8 @@ def run(options: Options) -> list[Row]:
     checkpoint.save(sparse, options.out / "model.safetensors", iteration=iterations)
     log = logging.read_csv(options.out / "iss-p" / "log" / "train.csv")
     title = f"{MODEL} x{SCALE}, ISS-P at {100 * options.sparsity:g} % sparsity"
-    plots.curves(log, options.out / "curves.png", title, evaluate.mean(cubic).psnr)
+    bicubic = evaluate.mean(cubic).psnr
+    plots.curves(log, options.out / "curves.png", title, bicubic, pruned.freeze_iter)
     label = f"ISS-P, {100 * options.sparsity:g} % zeros"
     plots.comparison(_sheets(sparse, label, held_out), options.out / "comparison.png")
 
@@ -132,7 +134,7 @@ def settings(
             "optim_g": {"lr": LEARNING_RATE},
             "scheduler": {
                 "type": "CosineAnnealingRestartLR",
-                "periods": [iterations - (freeze if sparsity else 0) or 1],
+                "periods": [iterations - (0 if sparsity is None else freeze) or 1],
                 "eta_min": LEARNING_RATE / 100,
             },
         },
@@ -145,7 +147,7 @@ def settings(
     }
     if not validation:
         del tree["datasets"]["val"]
-    if sparsity:
+    if sparsity is not None:
         tree["sparsity"] = {"method": "iss-p", "ratio": sparsity, "freeze_iter": freeze}
     return config.parse(tree)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from issp.sr import logging
+from issp.sr import config, logging
 from issp.utils.errors import import_optional
 from issp.utils.files import atomic_write, user_path
 
-_BLUE, _ORANGE, _GREY = "#1f5fa8", "#d9731a", "#777777"
+_BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9731a", "#777777", "#b02a30"
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,20 @@ class Panel:
 
 
 def curves(
-    rows: Sequence[dict[str, Any]], path: str | Path, title: str = "", bicubic: float | None = None
+    rows: Sequence[dict[str, Any]],
+    path: str | Path,
+    title: str = "",
+    bicubic: float | None = None,
+    freeze: int | None = None,
 ) -> None:
-    """PSNR, flips per iteration and mean threshold against iterations, the freeze marked.
+    """PSNR, loss, learning rate, flips per iteration and mean threshold against iterations.
 
     Args:
         rows: of train.csv, see `issp.sr.logging.read_csv`.
         path: PNG to write.
         title: above the plots.
         bicubic: PSNR of bicubic interpolation on the validation set, drawn as a line.
+        freeze: iteration that fixes the mask, marked once the rows reach it; None: as the rows say.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -48,32 +54,37 @@ def curves(
     if not rows:
         raise ValueError(f"{path}: the log has no rows yet; let the run go on for a while")
     pruned = any(row.get("flips") is not None for row in rows)
-    figure = _figure(8, 8 if pruned else 5)
-    axes = figure.subplots(3 if pruned else 2, 1, sharex=True)
+    figure = _figure(8, 11 if pruned else 7)
+    heights = [2, 1, 1, 1, 1] if pruned else [2, 1, 1]
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _psnr(axes[0], rows, bicubic)
+    _line(axes[1], rows, "loss", "loss")
+    _line(axes[2], rows, "lr", "learning rate")
+    axes[2].set_ylim(bottom=0)
     if pruned:
-        _line(axes[1], rows, "flips", "flips per iteration")
-        axes[1].set_yscale("symlog", linthresh=1)
-        axes[1].set_ylim(bottom=0)
-        _line(axes[2], rows, "threshold", "mean threshold |w|")
-        axes[2].set_ylim(bottom=0)
-    else:
-        _line(axes[1], rows, "loss", "loss")
-    _against_iterations(axes, rows)
+        _line(axes[3], rows, "flips", "flips per iteration")
+        axes[3].set_yscale("symlog", linthresh=1)
+        axes[3].set_ylim(bottom=0)
+        _line(axes[4], rows, "threshold", "mean threshold |w|")
+        axes[4].set_ylim(bottom=0)
+    _against_iterations(axes, rows, rows, freeze)
     figure.suptitle(title or "training", fontsize=11)
     figure.align_ylabels(list(axes))
     _write(figure, path)
 
 
 def gradients(
-    rows: Sequence[dict[str, Any]], training: Sequence[dict[str, Any]], path: str | Path
+    rows: Sequence[dict[str, Any]],
+    training: Sequence[dict[str, Any]],
+    path: str | Path,
+    freeze: int | None = None,
 ) -> None:
     """Norm and variance of every layer's gradient against iterations, coloured by depth.
 
     Args:
         rows: of gradients.csv.
         training: of train.csv, for the freeze.
-        path: see `curves`.
+        path, freeze: see `curves`.
     """
     if not rows:
         raise ValueError(f"{path}: no gradients have been recorded yet")
@@ -84,24 +95,34 @@ def gradients(
     from matplotlib import colormaps
 
     axes = figure.subplots(2, 1, sharex=True)
-    for i, (name, layer_rows) in enumerate(by_layer.items()):
-        is_labelled = i in (0, len(by_layer) - 1)
-        color = colormaps["viridis"](0.9 * i / max(1, len(by_layer) - 1))
-        x = [row["iteration"] for row in layer_rows]
-        for axis, key in zip(axes, ("norm", "variance"), strict=True):
-            y = [row[key] for row in layer_rows]
-            axis.plot(x, y, label=name if is_labelled else None, color=color, linewidth=1)
-    axes[0].set(ylabel="norm of the gradient", yscale="log")
-    axes[1].set(ylabel="variance of its magnitudes", yscale="log")
-    axes[0].legend(title="first and last layer", fontsize=8, frameon=False)
-    _against_iterations(axes, training)
+    for axis, key in zip(axes, ("norm", "variance"), strict=True):
+        axis.set_yscale("log")
+        for i, (name, layer_rows) in enumerate(by_layer.items()):
+            is_labelled = i in (0, len(by_layer) - 1)
+            color = colormaps["viridis"](0.9 * i / max(1, len(by_layer) - 1))
+            _draw(axis, layer_rows, key, label=name if is_labelled else None, color=color)
+        # A logarithmic axis has no place for zero: a layer without gradient.
+        _mark_hidden(axis, rows, key, lowest=min((r[key] for r in rows if r[key] > 0), default=1))
+    axes[0].set(ylabel="norm of the gradient")
+    axes[1].set(ylabel="variance of its magnitudes")
+    axes[0].legend(title="first and last layer", fontsize=8, loc="upper right")
+    _against_iterations(axes, rows, training, freeze)
     figure.align_ylabels(list(axes))
     _write(figure, path)
 
 
-def _against_iterations(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """The style of all plots over the iterations of train.csv; marks the freeze."""
-    freeze = max((r["iteration"] for r in rows if r["stage"] == "pruning"), default=None)
+def _against_iterations(
+    axes: Any,
+    rows: Sequence[dict[str, Any]],
+    training: Sequence[dict[str, Any]],
+    freeze: int | None,
+) -> None:
+    """The style of all plots over the iterations of `rows`; marks the freeze if it has happened."""
+    last = max(row["iteration"] for row in [*rows, *training])
+    if freeze is None and any(row["stage"] == "fine-tuning" for row in training):
+        freeze = max((r["iteration"] for r in training if r["stage"] == "pruning"), default=None)
+    if freeze is not None and freeze > last:
+        freeze = None
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -110,9 +131,10 @@ def _against_iterations(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     if freeze is not None:
         place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         text = {"color": _GREY, "fontsize": 9}
-        axes[0].annotate("mask frozen", (freeze, 0.02), xytext=(4, 0), **place, **text)
+        axes[0].annotate("mask frozen", (freeze, 1.0), xytext=(4, -10), **place, **text)
     axes[-1].set_xlabel("iteration")
-    axes[-1].set_xlim(left=0, right=rows[-1]["iteration"] if rows else None)
+    # A little beyond the last iteration, so that its point is whole.
+    axes[-1].set_xlim(left=0, right=1.01 * last)
 
 
 def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
@@ -184,8 +206,8 @@ def busiest(image: np.ndarray, size: int, multiple: int, border: int = 0) -> tup
 
 def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> None:
     scored = [row for row in rows if row.get("psnr") is not None]
-    soft = [row for row in scored if (row["zeros"] or 0) < (row["selected"] or 0)]
-    hard = [row for row in scored if row not in soft]
+    soft = [row for row in scored if logging.is_soft(row)]
+    hard = [row for row in scored if not logging.is_soft(row)]
     for points, label, color, face in (
         (soft, "soft model: selected weights shrunk, not yet zero", _ORANGE, "white"),
         (hard, "sparse model" if soft else "model", _BLUE, _BLUE),
@@ -197,18 +219,48 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
         axis.axhline(bicubic, color="black", linewidth=1, linestyle=":", label="bicubic")
     if not scored:
         axis.text(0.5, 0.5, "no validation", transform=axis.transAxes, ha="center", color=_GREY)
-    elif soft or bicubic is not None:
-        axis.legend(fontsize=8, frameon=False, loc="lower right")
     # The first iterations score far lower than the rest and would compress the curve.
-    top = max([row["psnr"] for row in scored] + ([bicubic] if bicubic else []), default=0)
-    axis.set_ylim(bottom=max(axis.get_ylim()[0], top - 4))
+    finite = [row["psnr"] for row in scored if math.isfinite(row["psnr"])]
+    lowest = max([*finite, bicubic or -math.inf], default=0) - 4
+    axis.set_ylim(bottom=max(axis.get_ylim()[0], lowest))
+    hidden = _mark_hidden(axis, scored, "psnr", axis.get_ylim()[0])
+    if soft or bicubic is not None or hidden:
+        axis.legend(fontsize=8, frameon=False, loc="lower right")
     axis.set_ylabel("PSNR (dB)")
 
 
+def _mark_hidden(axis: Any, rows: Sequence[dict[str, Any]], key: str, lowest: float) -> bool:
+    """Triangles at the edge of the axis for values that it does not show, with their extreme."""
+    found = False
+    for edge, marker, hidden, extreme, where in (
+        (0.0, "v", [r for r in rows if r[key] < lowest], min, "below: down to"),
+        (1.0, "^", [r for r in rows if not math.isfinite(r[key])], max, "above: up to"),
+    ):
+        if hidden:
+            found = True
+            axis.plot(
+                [row["iteration"] for row in hidden],
+                [edge] * len(hidden),
+                marker,
+                transform=axis.get_xaxis_transform(),
+                clip_on=False,
+                color=_RED,
+                markersize=6,
+                label=f"{len(hidden)} {where} {extreme(row[key] for row in hidden):.4g}",
+            )
+    return found
+
+
 def _line(axis: Any, rows: Sequence[dict[str, Any]], key: str, label: str) -> None:
-    known = [row for row in rows if row.get(key) is not None]
-    axis.plot([r["iteration"] for r in known], [r[key] for r in known], color=_BLUE, linewidth=1.2)
+    _draw(axis, [row for row in rows if row.get(key) is not None], key, color=_BLUE)
     axis.set_ylabel(label)
+
+
+def _draw(axis: Any, rows: Sequence[dict[str, Any]], key: str, **style: Any) -> None:
+    """A line, with its points where there are few: a line of one point would not be seen."""
+    marker = "." if len(rows) <= 20 else None
+    x, y = [row["iteration"] for row in rows], [row[key] for row in rows]
+    axis.plot(x, y, linewidth=1.2, marker=marker, **style)
 
 
 def _figure(width: float, height: float) -> Any:
@@ -244,16 +296,22 @@ def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
         raise FileNotFoundError(f"{folder} is not a run of `issp train`: it has no log/train.csv")
     out = user_path(out) if out else folder / "visualization"
     written = [out / "curves.png"]
-    training = logging.read_csv(log / "train.csv")
-    curves(training, written[0], title=folder.name)
+    training, freeze = logging.read_csv(log / "train.csv"), _freeze_of(folder / "config.yml")
+    curves(training, written[0], title=folder.name, freeze=freeze)
     pruned, recorded = (_rows(log / name) for name in ("layers.csv", "gradients.csv"))
     if pruned:
         written.append(out / "layers.png")
         layers(pruned, written[-1])
     if recorded:
         written.append(out / "gradients.png")
-        gradients(recorded, training, written[-1])
+        gradients(recorded, training, written[-1], freeze)
     return written
+
+
+def _freeze_of(path: Path) -> int | None:
+    """`sparsity.freeze_iter` of a run's configuration; None where there is none."""
+    section = config.load_yaml(path).get("sparsity") if path.is_file() else None
+    return section.get("freeze_iter") if isinstance(section, dict) else None
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

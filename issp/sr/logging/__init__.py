@@ -2,7 +2,7 @@
 
 from issp.sr.logging.csv import COLUMNS, CsvLog, read_csv
 from issp.sr.logging.meter import AverageMeter, StepTimer
-from issp.sr.logging.progress import Progress
+from issp.sr.logging.progress import Progress, is_soft
 from issp.sr.logging.tensorboard import TensorBoardLog
 
 __all__ = [
@@ -12,5 +12,6 @@ __all__ = [
     "Progress",
     "StepTimer",
     "TensorBoardLog",
+    "is_soft",
     "read_csv",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 
 from issp.sr.logging.text import TextLog
 
-_BAR_WIDTH, _BAR_NEEDS = 10, 70  # columns
+_BAR_WIDTH, _BAR_NEEDS = 8, 70  # columns
 
 
 class Progress:
@@ -135,9 +135,10 @@ def brief_parts(row: dict[str, Any], psnr_is_soft: bool) -> list[str]:
     parts = [f"{row['seconds']:.2g} s/it" if row["seconds"] < 10 else f"{row['seconds']:.0f} s/it"]
     if row.get("psnr") is not None:
         parts.append(f"{row['psnr']:.2f} dB{' soft' if psnr_is_soft else ''}")
+    if row.get("selected") is not None:
+        parts.append(f"zeros {100 * row['zeros']:.3g} %")
     parts.append(f"loss {row['loss']:.4f}")
     if row.get("selected") is not None:
-        parts.append(f"zeros {100 * row['zeros']:.1f} %")
         parts.append(f"{row['flips']} flips" if row["stage"] == "pruning" else "frozen")
     return parts
 

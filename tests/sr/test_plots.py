@@ -1,0 +1,104 @@
+"""The plots of a run: the freeze where it happened, and no point cut without a mark."""
+
+import math
+
+import pytest
+
+from issp.sr import plots
+
+matplotlib = pytest.importorskip("matplotlib", reason="plots are matplotlib's")
+
+
+@pytest.fixture
+def drawn(monkeypatch, tmp_path):
+    """Calls a function of plots and returns its figure, laid out but not written."""
+    figures = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path: figures.append(figure))
+
+    def draw(function, *args, **options):
+        function(*args, tmp_path / "plot.png", **options)
+        figures[-1].canvas.draw()
+        return figures[-1]
+
+    return draw
+
+
+def row(iteration, stage="fine-tuning", psnr=None, **values):
+    zeros = 0.0 if stage == "pruning" else 0.9
+    defaults = {"loss": 0.1, "lr": 1e-3, "flips": 5, "threshold": 0.1, "selected": 0.9}
+    return (
+        {"iteration": iteration, "stage": stage, "psnr": psnr, "zeros": zeros} | defaults | values
+    )
+
+
+def freeze_lines(figure):
+    """Where each panel has its vertical line."""
+    found = []
+    for axis in figure.axes:
+        lines = [line.get_xdata() for line in axis.lines if line.get_linestyle() == "--"]
+        found.append([x[0] for x in lines if x[0] == x[-1]])
+    return found
+
+
+def shown(axis, x, y):
+    """Whether a point lies within the limits of a panel."""
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    return left <= x <= right and low <= y <= high
+
+
+def marks(axis):
+    """Iterations of the triangles at the edges of a panel."""
+    return sorted(
+        x for line in axis.lines if line.get_marker() in ("v", "^") for x in line.get_xdata()
+    )
+
+
+def test_the_freeze_is_marked_where_it_happened(drawn):
+    rows = [row(100, "pruning"), row(200), row(300)]
+    assert freeze_lines(drawn(plots.curves, rows, freeze=150)) == [[150]] * 5
+    assert freeze_lines(drawn(plots.curves, rows)) == [[100]] * 5  # as far as the rows tell
+    # Not before it has happened.
+    assert freeze_lines(drawn(plots.curves, rows[:1], freeze=150)) == [[]] * 5
+    assert freeze_lines(drawn(plots.curves, rows[:1])) == [[]] * 5
+    gradient = {"iteration": 140, "layer": "a", "norm": 1.0, "variance": 1.0}
+    figure = drawn(plots.gradients, [gradient, {**gradient, "iteration": 160}], rows, freeze=150)
+    assert freeze_lines(figure) == [[150]] * 2
+
+
+def test_loss_and_learning_rate_are_shown(drawn):
+    rows = [row(i, lr=1e-3 / i, loss=1 / i) for i in (1, 2, 3)]
+    dense = [{k: v for k, v in r.items() if k not in ("flips", "threshold")} for r in rows]
+    for given in (rows, dense):
+        labels = [axis.get_ylabel() for axis in drawn(plots.curves, given).axes]
+        assert labels[:3] == ["PSNR (dB)", "loss", "learning rate"]
+    rate = drawn(plots.curves, rows).axes[2].lines[0]
+    assert list(rate.get_xdata()) == [1, 2, 3] and list(rate.get_ydata()) == [1e-3, 5e-4, 1e-3 / 3]
+
+
+def test_every_score_is_shown_or_marked(drawn):
+    scores = {1: 8.0, 50: 29.0, 100: 30.0, 150: math.inf, 200: 31.0}
+    axis = drawn(plots.curves, [row(i, psnr=y) for i, y in scores.items()]).axes[0]
+    hidden = [i for i, y in scores.items() if not shown(axis, i, y)]
+    assert hidden == [1, 150] and marks(axis) == [1, 150]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert "1 below: down to 8" in labels and "1 above: up to inf" in labels
+    plain = drawn(plots.curves, [row(i, psnr=30 + i / 100) for i in (1, 2)]).axes[0]
+    assert marks(plain) == []
+
+
+def test_a_layer_without_gradient_is_marked(drawn):
+    rows = [
+        {"iteration": i, "layer": name, "norm": norm, "variance": norm}
+        for i in (5, 10, 400)
+        for name, norm in (("a", 1.0), ("b", 0.0 if i == 10 else 0.5))
+    ]
+    # The rows of gradients go further than the last row of the training log.
+    figure = drawn(plots.gradients, rows, [row(100)])
+    for axis in figure.axes:
+        assert marks(axis) == [10] and shown(axis, 400, 1.0) and shown(axis, 5, 0.5)
+
+
+def test_a_single_row_is_visible(drawn):
+    for axis in drawn(plots.curves, [row(7, psnr=30.0)]).axes:
+        line = axis.lines[0]
+        assert line.get_marker() not in ("None", None, "") and shown(axis, 7, line.get_ydata()[0])
