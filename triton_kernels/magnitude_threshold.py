@@ -15,7 +15,7 @@ from .tables import TILE, tables
 
 def magnitude_threshold(weights: list[Tensor], k: list[int], *, tile: int = TILE) -> Tensor:
     """See `magnitude_threshold` in the schemas."""
-    ranks = torch.tensor(k, dtype=torch.int64).to(weights[0].device)
+    ranks = torch.tensor(k, dtype=torch.int64, device="cpu").to(weights[0].device)
     thresholds = torch.empty(len(weights), dtype=weights[0].dtype, device=weights[0].device)
     with torch.cuda.device_of(ranks):
         radix_search(tables(weights, tile), ranks, thresholds, tile)

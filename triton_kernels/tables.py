@@ -125,7 +125,7 @@ def group_tables(
         programs = [-(-pattern[5] // groups) for pattern in patterns]
         table = _build(pointers, numels, programs, 1, keep)
         table = table._replace(rows=table.rows.to(device), tiles=table.tiles.to(device))
-        return table, torch.tensor(patterns, dtype=torch.int64).to(device)
+        return table, torch.tensor(patterns, dtype=torch.int64, device="cpu").to(device)
 
     return _get_or_build((pointers, numels, groups, tuple(patterns), tuple(keep)), device, build)
 
@@ -138,7 +138,7 @@ def uploaded(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Ten
     """
 
     def build() -> tuple[Tensor, Tensor]:
-        table = torch.tensor(rows, dtype=torch.int64).to(device)
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
         return table, torch.zeros(len(rows), dtype=torch.int32, device=device)
 
     return _get_or_build(tuple(rows), device, build)
@@ -186,10 +186,13 @@ def _build(
         for t, (p, n) in enumerate(zip(pointers, numels, strict=True))
     ]
     tiles = torch.repeat_interleave(
-        torch.tensor(order, dtype=torch.int32), torch.tensor([programs[t] for t in order])
+        torch.tensor(order, dtype=torch.int32, device="cpu"),
+        torch.tensor([programs[t] for t in order], dtype=torch.int64, device="cpu"),
     )
     aligned = all(pointers[t] % 16 == 0 for t in order)
-    return Tables(torch.tensor(rows, dtype=torch.int64), tiles, tiles_per_program, aligned)
+    return Tables(
+        torch.tensor(rows, dtype=torch.int64, device="cpu"), tiles, tiles_per_program, aligned
+    )
 
 
 def launch(dtype: str, aligned: bool = True) -> dict:

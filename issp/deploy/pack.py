@@ -50,7 +50,7 @@ class LayerInput:
 
     def random(self, device: torch.device) -> Tensor:
         """Random numbers of this shape, memory format and dtype."""
-        x = torch.randn(self.shape, device=device).to(self.dtype)
+        x = torch.randn(self.shape, dtype=torch.float32, device=device).to(self.dtype)
         return x.to(memory_format=torch.channels_last) if self.channels_last else x
 
 

@@ -169,6 +169,7 @@ class SparseRows:
             self.col_indices,
             self.values.detach()[..., None],
             (self.shape[0], self._row_length()),
+            device=self.values.device,
             check_invariants=True,
         )
 

@@ -83,7 +83,7 @@ class ShrinkState:
             ValueError: wrong number of entries, one outside 0..n, or one that its pattern excludes.
         """
         validation.check_ranks(k, self.numels, "weights", self.patterns)
-        self.k.copy_(torch.tensor(k, dtype=torch.int64))
+        self.k.copy_(torch.tensor(k, dtype=torch.int64, device="cpu"))
 
     def masks(self) -> list[Tensor]:
         """The current masks as bool tensors in the weights' shapes, True = kept."""
@@ -135,7 +135,7 @@ def _numbers(patterns: Sequence[Keep | None] | None) -> list[int]:
 def _all_kept(numels: Sequence[int]) -> Tensor:
     """Packed masks that keep everything, without a byte per weight in between."""
     starts, total = mask_layout(numels)
-    packed = torch.zeros(total, dtype=torch.int32)
+    packed = torch.zeros(total, dtype=torch.int32, device="cpu")
     for start, numel in zip(starts, numels, strict=True):
         full, rest = divmod(numel, 32)
         packed[start : start + full] = -1

@@ -29,7 +29,7 @@ class StepCounter:
         if found_inf is None:
             self.known += 1
         else:
-            flag = torch.empty(1, pin_memory=True)
+            flag = torch.empty(1, dtype=torch.float32, device="cpu", pin_memory=True)
             flag.copy_(found_inf.view(1), non_blocking=True)
             copied = torch.cuda.Event()
             copied.record(torch.cuda.current_stream(found_inf.device))

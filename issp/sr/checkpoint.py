@@ -78,19 +78,21 @@ def load(
         scale: as above.
 
     Returns:
-        The model on the CPU, in evaluation mode.
+        The model on the CPU in float32, in evaluation mode, whatever torch's defaults are.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no model, damaged or cut short, or of another architecture.
     """
     tensors, metadata = read_tensors(path)
-    if arch is not None:
-        model = models.build(arch, scale or metadata.get("scale") or 4)
-    elif "config" in metadata:
-        model = _rebuild(metadata, tensors, path)
-    else:
-        raise ValueError(f"{path} does not say its architecture: give its name and scale")
+    with torch.device("cpu"):
+        if arch is not None:
+            model = models.build(arch, scale or metadata.get("scale") or 4)
+        elif "config" in metadata:
+            model = _rebuild(metadata, tensors, path)
+        else:
+            raise ValueError(f"{path} does not say its architecture: give its name and scale")
+    model.float()
     load_weights(model, tensors, path)
     return model.eval()
 

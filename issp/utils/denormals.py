@@ -30,6 +30,6 @@ def mode() -> str:
         "flushed to zero", "kept", or "mixed" when worker threads differ.
     """
     size = 4 * _GRAIN * torch.get_num_threads()
-    product = torch.full((size,), 1e-30).mul_(1e-10)
+    product = torch.full((size,), 1e-30, dtype=torch.float32, device="cpu").mul_(1e-10)
     flushed = int((product == 0).sum())
     return "flushed to zero" if flushed == size else "mixed" if flushed else "kept"

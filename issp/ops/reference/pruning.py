@@ -53,7 +53,7 @@ def shrunk(w: Tensor, shrink: float) -> Tensor:
     else:
         # float64 holds the product of two float32 exactly, so the bound is judged the same way in
         # every floating-point mode: from half a denormal step (2**-150) below, rounding turns up.
-        exact = w.double() * torch.tensor(shrink, dtype=torch.float32).item()
+        exact = w.double() * torch.tensor(shrink, dtype=torch.float32, device="cpu").item()
         product = exact.float().to(w.dtype)
         if w.dtype != torch.float16:
             product = torch.where(exact.abs() < tiny, (exact.sign() * tiny).to(w.dtype), product)

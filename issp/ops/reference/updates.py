@@ -43,7 +43,7 @@ def rounded(x: Tensor | float) -> Tensor:
     Sums, products, quotients and roots of float32 values may be rounded to float64 before: that has
     more than twice the digits, so rounding twice gives the same result as rounding once.
     """
-    x = torch.as_tensor(x, dtype=torch.float64)
+    x = x.double() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64, device="cpu")
     denormal = torch.copysign(torch.round(x.abs() * 2.0**149) * 2.0**-149, x)
     return torch.where(x.abs() < TINY, denormal, x.float().double())
 

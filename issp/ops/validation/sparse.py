@@ -135,7 +135,7 @@ def check_positions(col_indices: Tensor, crow_indices: Tensor, length: int) -> N
             f"col_indices must lie in 0..{length - 1}, the positions of one row: do the weight and "
             "x have the same number of channels?"
         )
-    first = torch.zeros(entries + 1, dtype=torch.bool)
+    first = torch.zeros(entries + 1, dtype=torch.bool, device=col_indices.device)
     first[crow_indices.long()] = True
     if bool(((col_indices.diff() <= 0) & ~first[1:-1]).any()):
         raise ValueError("col_indices must ascend strictly within each block row: sort the entries")

@@ -237,7 +237,7 @@ def to_tensor(img: np.ndarray) -> torch.Tensor:
     """[H, W, C] uint8 image to [C, H, W] float32 tensor in [0, 1] (value / 255)."""
     check_uint8_image(img, "to_tensor: img")
     planes = img[None] if img.ndim == 2 else img.transpose(2, 0, 1)
-    return torch.from_numpy(np.array(planes, order="C")).div(255)
+    return torch.from_numpy(np.array(planes, order="C")).float().div_(255)
 
 
 def to_image(tensor: torch.Tensor) -> np.ndarray:

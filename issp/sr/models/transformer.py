@@ -178,7 +178,7 @@ class WindowTransformer(SuperResolver):
 
 def drop_path_rates(rate: float, depths) -> list[list[float]]:
     """Stochastic depth growing linearly from 0 to `rate` over all blocks, split by group."""
-    rates = torch.linspace(0, rate, sum(depths), device="cpu").tolist()
+    rates = torch.linspace(0, rate, sum(depths), dtype=torch.float32, device="cpu").tolist()
     return [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
 
 
