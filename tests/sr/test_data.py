@@ -311,6 +311,7 @@ def test_no_home_folder_is_one_warning(hr_folder, monkeypatch):
         for i in range(3):
             lr, hr = pairs.load(i)
             assert np.array_equal(lr, data.imresize(hr, 1 / 2))
+        data.PairedFolder(hr_folder, 4).load(0)  # another data set
     assert len(caught) == 1
     with pytest.raises(ValueError, match="^~/photos: the home folder is unknown; set HOME"):
         data.list_images("~/photos")

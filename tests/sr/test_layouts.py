@@ -142,3 +142,13 @@ def test_kinds_of_files_within_a_pair(tmp_path):
     pairs = data.PairedFolder(tmp_path, 2)
     assert np.array_equal(pairs.load(0)[0], low) and np.array_equal(pairs.load(0)[1], grey)
     assert pairs.sizes() == [(24, 32)]
+
+
+def test_prepare_leaves_out_low_resolution_images(tmp_path):
+    fill(tmp_path / "div", "{}", "{}x2")
+    result = data.prepare(tmp_path / "div", tmp_path / "out", scales=(2,))
+    assert result.sources == 2
+    made = data.PairedFolder(tmp_path / "out", 2)
+    assert made.names == ["a", "b"]
+    lr, hr = made.load(0)
+    assert np.array_equal(lr, data.imresize(hr, 1 / 2))

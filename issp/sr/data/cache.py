@@ -6,6 +6,7 @@ import hashlib
 import os
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -32,9 +33,10 @@ class LRCache:
         folder: where to keep the entries; made when the first is written.
     """
 
+    _warned: ClassVar[set[Path]] = set()  # of the process: one warning for all data sets
+
     def __init__(self, folder: str | os.PathLike | None = None):
         self.folder = user_path(folder) if folder is not None else cache_folder()
-        self._writable = True
 
     def entry(self, hr_bytes: bytes, scale: int) -> Path:
         """Path at which the low-resolution image of an HR file with this content is kept."""
@@ -61,18 +63,18 @@ class LRCache:
         if digest == _digest(png, path):
             return decode_image(png, path)
         lr = imresize(hr, 1 / scale)
+        png = encode_image(lr, ".png", compress_level=1)
         try:
-            if self._writable:
-                png = encode_image(lr, ".png", compress_level=1)
-                atomic_write(path, png + _digest(png, path), durable=False)
+            atomic_write(path, png + _digest(png, path), durable=False)
         except OSError as error:
-            self._writable = False
-            warnings.warn(
-                f"low-resolution images are not cached: {error}; use another cache folder "
-                "(cache_dir or ISSP_CACHE)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+            if self.folder not in self._warned:
+                self._warned.add(self.folder)
+                warnings.warn(
+                    f"low-resolution images are not cached: {error}; use another cache folder "
+                    "(cache_dir or ISSP_CACHE)",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
         return lr
 
 

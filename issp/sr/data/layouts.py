@@ -59,6 +59,11 @@ def find_pairs(
     return PairFiles(names, files, lr)
 
 
+def originals(folder: str | os.PathLike) -> list[Path]:
+    """The HR images of a folder, without LR images that lie beside them; see `PairedFolder`."""
+    return _originals(list_images(folder), user_path(folder))[1]
+
+
 def same_files(paths: Iterable[str | os.PathLike]) -> list[tuple[Path, Path]]:
     """Files of equal content: each with the first one of that content."""
     by_size: dict[int, list[Path]] = {}

@@ -157,7 +157,8 @@ class PairedFolder:
             raise ValueError(
                 f"low-resolution image {self.lr_files[i]} is {lr[1]} x {lr[0]} pixels but "
                 f"{expected[1]} x {expected[0]} belong to {self.hr_files[i]} ({hr[1]} x {hr[0]}) "
-                f"at scale {self.scale}; make it again with `issp prepare-data`"
+                f"at scale {self.scale}; name the files of that scale, or make them with "
+                "`issp prepare-data`"
             )
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from issp.sr.data.checks import check_small, check_whole
-from issp.sr.data.images import image_size, list_images, mod_crop, read_image, write_image
-from issp.sr.data.layouts import check_names
+from issp.sr.data.images import image_size, mod_crop, read_image, write_image
+from issp.sr.data.layouts import check_names, originals
 from issp.sr.data.resize import imresize
 from issp.utils.files import atomic_write, user_path
 
@@ -51,7 +51,8 @@ def prepare(
     continues after an interruption and redoes sources that changed.
 
     Args:
-        hr_folder: folder of HR images; it may be ``out/HR`` itself, which then stays as it is.
+        hr_folder: folder of HR images (LR images beside them are left out); it may be ``out/HR``
+            itself, which then stays as it is.
         out: folder to write to.
         scales: whole factors >= 2.
         crop_size: side of the HR crops in pixels, a multiple of every scale; None: whole images.
@@ -69,7 +70,7 @@ def prepare(
     check_small(small)
     check_whole("workers", workers, 1)
     cut = _Cut.checked(scales, crop_size, step, thresh_size)
-    sources = list_images(hr_folder)
+    sources = originals(hr_folder)
     check_names(sources)
     sources, skipped = _large_enough(sources, cut, small)
     out = user_path(out)
