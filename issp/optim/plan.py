@@ -160,9 +160,15 @@ class FusedStepPlan:
         """Gives moment `name` of weight `t` the weight's memory layout; a loaded one may differ.
 
         Raises:
-            UnsupportedByFusedOp: it is of another shape, dtype or device.
+            UnsupportedByFusedOp: it is of another dtype, device or layout.
+            ValueError: it is of another shape: torch's fused kernels would not notice.
         """
         moment, weight, order = state[name], self.weights[t], self._orders[t]
+        if isinstance(moment, Tensor) and moment.shape != weight.shape:
+            raise ValueError(
+                f"{name} in the optimizer's state has shape {tuple(moment.shape)} but its weight "
+                f"{tuple(weight.shape)}: remove it from optimizer.state or build a new optimizer"
+            )
         if not isinstance(moment, Tensor) or _kind(moment) != _kind(weight):
             raise UnsupportedByFusedOp(f"the state's {name} is not like its weight")
         if not permuted(moment, order).is_contiguous():

@@ -141,10 +141,11 @@ class OptimizerMoments:
 
 def _looks_like_a_moment(x: Tensor, weight: Tensor) -> bool:
     """Whether a tensor may hold a number for each weight, in codes or stacked with others too."""
-    if x.numel() < 2:
+    if x.numel() < 2 or x.dtype == torch.bool:
         return False
     is_coded = not _is_plain(x) or not x.is_floating_point()
-    return is_coded or x.numel() >= weight.numel()
+    stacked = weight.shape in (x.shape[: weight.dim()], x.shape[-weight.dim() :])
+    return is_coded or stacked or x.numel() == weight.numel()
 
 
 def _is_maskable(x: Tensor, weight: Tensor) -> bool:

@@ -322,6 +322,49 @@ def test_gradient_scaler(name, kind, pruned):
         assert ours.pruner.step_count == torchs.pruner.step_count == 3
 
 
+@pytest.mark.parametrize("pruned", [False, True], ids=["alone", "pruned"])
+@every_kind
+def test_clipping_after_unscaling(kind, pruned):
+    """The gradients are unscaled already when the step comes, and clipped."""
+    ours, torchs = both(kind, GUESTS["float64"], pruned)
+    scalers = []
+    for _ in range(2):
+        scalers.append(torch.amp.GradScaler("cpu", init_scale=3000.0, growth_interval=2))
+        scalers[-1].scale(torch.ones(()))
+    for number in range(4):
+        for training, scaler in zip((ours, torchs), scalers, strict=True):
+            training.put_gradients(number, scaler.get_scale())
+            if number == 2:
+                training.params[2].grad[3] = float("nan")
+            scaler.unscale_(training.opt)
+            nn.utils.clip_grad_norm_(training.params[:2], 0.5)
+            scaler.step(training.opt)
+            scaler.update()
+        assert_same(ours, torchs, True, f"after step {number}")
+    if pruned:
+        assert ours.pruner.step_count == torchs.pruner.step_count == 3
+
+
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD-momentum"])
+def test_a_weight_that_has_got_another_shape(kind, fused):
+    """Its moments are those of the old shape: torch's fused kernels would read behind them."""
+    ours = Training(issp.optim, kind, PLAIN, True, fused=fused)
+    ours.put_gradients(0)
+    ours.opt.step()
+    ours.params[2].grad = None
+    ours.params[2].data = torch.ones(6000)
+    ours.put_gradients(1)
+    before = ours.tensors()
+    with pytest.raises(ValueError, match=r"has shape \(8,\) but its weight \(6000,\)"):
+        ours.opt.step()
+    for name, x in ours.tensors().items():
+        assert_bitwise_equal(x, before[name], name)
+    del ours.opt.state[ours.params[2]]
+    ours.opt.step()
+    assert ours.opt.report[0].fused
+
+
 @pytest.mark.parametrize("fused", [None, True])
 @pytest.mark.parametrize("pruned", [False, True], ids=["alone", "pruned"])
 def test_momentum_after_a_skipped_first_step(pruned, fused):

@@ -86,6 +86,8 @@ FORMS = {
     "float8": (lambda x: x.to(torch.float8_e4m3fn), "moment (float8_e4m3fn)"),
     "sparse": (lambda x: x.to_sparse(), "moment (sparse_coo)"),
     "stacked": (lambda x: torch.stack([x, x * 2]), "moment (float32 of shape (2, "),
+    "stacked at the end": (lambda x: torch.stack([x, x], -1), ", 2))"),
+    "flat": (lambda x: x.flatten(), "moment (float32 of shape ("),
     "one number for all": (lambda x: x.mean().expand(x.shape), "moment (float32)"),
     "inference tensor": (inference, "moment (float32)"),
     "complex": (lambda x: torch.complex(x, x), "moment (complex64)"),
@@ -138,7 +140,13 @@ def test_own_strided_moments_are_masked(form):
 def test_small_entries_of_the_state_are_not_named():
     """Counters, step sizes and factored moments hold no number for each weight."""
     model = network()
-    rows = {"rows": torch.ones(96, 1), "columns": torch.ones(1, 64), "count": torch.tensor(3)}
+    rows = {
+        "rows": torch.ones(96, 1),
+        "columns": torch.ones(1, 64),
+        "count": torch.tensor(3),
+        "preconditioner": torch.ones(100, 100),
+        "chosen": torch.ones(96, 64, dtype=torch.bool),
+    }
     opt = OwnOptimizer(model.parameters(), lambda x: x.mean(), lambda p: rows)
     issp.attach(model, opt, sparsity=0.75, freeze_at=2)
     with warnings.catch_warnings():
