@@ -94,6 +94,7 @@ def test_wrong_lr_images_are_refused(model, urban, tmp_path, capsys):
     assert "ax2.png is 26 x 24 pixels but 13 x 12 belong to" in wrong
     assert "no file ax4" in refused(tmp_path / "hr", "--lr-images", tmp_path / "x2")
     assert "--lr-images names 1 for 2" in refused(tmp_path / "hr", urban, "--lr-images", "low")
+    assert "a.png is a file; a folder" in refused(tmp_path / "hr" / "a.png")
     empty = tmp_path / "empty"
     empty.mkdir()
     assert "has no images (it holds no files" in refused(empty)

@@ -134,6 +134,28 @@ def test_what_is_around_the_pixels_of_a_jpeg_is_no_obstacle(tmp_path, picture, d
     assert data.image_size(tmp_path / "a.jpg") == (24, 40)
 
 
+@pytest.mark.parametrize("lossless", [True, False])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_is_around_the_pixels_of_a_webp_is_no_obstacle(tmp_path, picture, lossless, count):
+    frames = [Image.fromarray(np.roll(picture, i, axis=0)) for i in range(count)]
+    options = {"lossless": lossless, "save_all": count > 1, "append_images": frames[1:]}
+    exif = Image.Exif()
+    exif[0x010F] = "camera " * 50
+    plain, full = io.BytesIO(), io.BytesIO()
+    frames[0].save(plain, "WEBP", **options)
+    frames[0].save(full, "WEBP", exif=exif, icc_profile=b"no profile" * 30, **options)
+    (tmp_path / "plain.webp").write_bytes(plain.getvalue())
+    wanted = data.read_image(tmp_path / "plain.webp")
+    assert not lossless or np.array_equal(wanted, picture)
+    cut = full.getvalue()[:-100]  # within the EXIF block, which is the last part
+    for content in (full.getvalue(), cut, full.getvalue() + b"trailing"):
+        (tmp_path / "a.webp").write_bytes(content)
+        read = data.read_picture(tmp_path / "a.webp")
+        assert np.array_equal(read.rgb, wanted) and read.frames == count
+        assert read.icc_profile == b"no profile" * 30
+        assert data.image_size(tmp_path / "a.webp") == (24, 40)
+
+
 def test_a_flipped_bit_in_the_pixels_of_a_png_is_found(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     png = encoded(noise, "PNG", compress_level=0)

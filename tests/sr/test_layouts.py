@@ -47,6 +47,7 @@ def test_both_kinds_in_one_folder(tmp_path, hr_form, lr_form, names):
     bases = [name.removesuffix("_SRF_2") for name in names]
     fill(tmp_path, hr_form, lr_form, bases)
     assert_read(data.PairedFolder(tmp_path, 2, cache_dir=False), names)
+    assert_read(data.PairedFolder(tmp_path, 2, filename_tmpl="{}", cache_dir=False), names)
 
 
 def test_urban100_is_found_by_its_folder_and_scale(tmp_path):

@@ -1,8 +1,8 @@
 """Image files taken apart: what the pixels need, and what is said about them.
 
 Pillow parses texts, EXIF blocks, colour profiles and indices of further frames when it opens a
-file, and refuses the file where one of them is broken or large. The pixels of a PNG or JPEG file
-need few of its parts, so the others are left out before it is decoded.
+file, and refuses the file where one of them is broken or large. The pixels of a PNG, JPEG or WebP
+file need few of its parts, so the others are left out before it is decoded.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _JPEG_STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
 _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 _XMP_IN_JPEG, _ICC_IN_JPEG = b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+_WEBP_PIXELS = (b"VP8 ", b"VP8L", b"VP8X", b"ALPH", b"ANIM", b"ANMF")
+_WEBP_METADATA_FLAGS = 0x2C  # colour profile, EXIF, XMP; Google's WebP container specification
 _MOST_INFLATED = 16 << 20  # bytes of one compressed piece of metadata
 _ORIENTATION = 0x0112
 
@@ -48,11 +50,12 @@ class Parts:
 
 
 def take_apart(file: BinaryIO, whole: bool = True) -> Parts | None:
-    """Separates the pixels of a PNG or JPEG file from its metadata.
+    """Separates the pixels of a PNG, JPEG or WebP file from its metadata.
 
     Args:
         file: at its beginning.
-        whole: False: `pixels` holds what comes before the image data, enough for the size.
+        whole: False: of a PNG or JPEG file `pixels` holds what comes before the image data, enough
+            for the size.
 
     Returns:
         The parts, or None: another format, or one whose parts do not follow one another.
@@ -66,6 +69,8 @@ def take_apart(file: BinaryIO, whole: bool = True) -> Parts | None:
     if start.startswith(_JPEG):
         file.seek(len(_JPEG))
         return _jpeg(file, whole)
+    if start.startswith(b"RIFF"):
+        return _webp(file)
     return None
 
 
@@ -188,6 +193,34 @@ def _jpeg_segments(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
         if marker == _JPEG_END or length < 2 or len(content) < length - 2:
             return
         yield marker, content
+
+
+def _webp(file: BinaryIO) -> Parts | None:
+    if file.read(4) != b"WEBP":
+        return None
+    kept, about, frames = [], dict[bytes, bytes](), 0
+    while len(head := file.read(8)) == 8:
+        kind, length = struct.unpack("<4sI", head)
+        content = file.read(length)
+        file.read(length % 2)
+        if kind not in _WEBP_PIXELS:
+            about.setdefault(kind, content)
+            continue
+        if len(content) < length:
+            return None
+        if kind == b"VP8X":
+            content = bytes((content[0] & ~_WEBP_METADATA_FLAGS,)) + content[1:]
+        frames += kind == b"ANMF"
+        kept.append(struct.pack("<4sI", kind, length) + content + bytes(length % 2))
+    body = b"".join((b"WEBP", *kept))
+    return Parts(
+        struct.pack("<4sI", b"RIFF", len(body)) + body,
+        exif=about.get(b"EXIF"),
+        xmp=about.get(b"XMP "),
+        icc_profile=about.get(b"ICCP"),
+        bits=8,
+        frames=max(1, frames),
+    )
 
 
 def orientation(exif: bytes | None, xmp: bytes | None = None) -> int:

@@ -68,10 +68,11 @@ def read_image(path: str | os.PathLike, min_side: int = 1) -> np.ndarray:
     """Read an image file as 8-bit RGB.
 
     Rules: grey is replicated to three channels; a palette is expanded; alpha is dropped and the
-    colour below it kept as stored (no blending); 16-bit samples keep their upper 8 bits; CMYK and
-    the like are converted without a colour profile; EXIF (or XMP) orientation is applied; of
-    several frames the first is taken. Broken or large metadata and whatever follows the pixels are
-    no obstacle; pixels that are cut short or whose checksum is wrong are.
+    colour below it kept as stored (no blending); 16-bit samples keep their upper 8 bits (in PPM
+    files they are scaled); CMYK and the like are converted without a colour profile; EXIF (or XMP)
+    orientation is applied; of several frames the first is taken. Broken or large metadata and
+    whatever follows the pixels are no obstacle; pixels that are cut short or whose checksum is
+    wrong are, and so is a JPEG file without its end marker.
 
     Args:
         path: file to read.

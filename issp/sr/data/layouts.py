@@ -45,6 +45,8 @@ def find_pairs(
         lq_root = None if lr_template and folder == Path() else folder
     hr_dir, lr_dir = _find_folders(root, scale, lq_root)
     files = _listed(hr_dir, meta_info_file) if meta_info_file else list_images(hr_dir)
+    if filename_tmpl == "{}" and lr_dir is None:
+        filename_tmpl = None  # BasicSR's default, which no file beside the originals can have
     if hr_template:
         names, files = _matching(files, hr_template, hr_dir)
     else:
@@ -53,7 +55,7 @@ def find_pairs(
             check_names(files)
             return PairFiles(names, files, _beside(names, hr_dir, scale))
     check_names(files)
-    if lr_dir is None and filename_tmpl not in (None, "{}"):
+    if lr_dir is None and filename_tmpl:
         lr_dir = hr_dir
     lr = _match_lr(names, files, lr_dir, scale, filename_tmpl) if lr_dir else None
     return PairFiles(names, files, lr)
@@ -168,6 +170,8 @@ def _listed(folder: Path, meta_info_file: str | os.PathLike) -> list[Path]:
 
 def _find_folders(root: Path, scale: int, lq_root: Path | None) -> tuple[Path, Path | None]:
     """HR folder and LR folder (None: to be made from HR) for the layouts of PairedFolder."""
+    if root.is_file():
+        raise ValueError(f"{root} is a file; a folder of images is needed")
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     hr_names, lr_names = (
