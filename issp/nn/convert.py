@@ -84,7 +84,7 @@ def _layer_reason(layer: selection.Layer, keep: Keep | None, mask: str) -> str:
         raise ValueError("the model is itself one layer: use from_dense")
     if layer.aliases:
         return f"its weight is shared by {', '.join((layer.name, *layer.aliases))}"
-    reason = dense_reason(layer.module, keep)
+    reason = layer.dense.removeprefix("stays dense: ") or dense_reason(layer.module, keep)
     if reason:
         return reason
     if keep is None and mask == "fixed" and bool(layer.weight.detach().ne(0).all()):

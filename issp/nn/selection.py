@@ -13,6 +13,10 @@ from issp.nn.names import named_modules, plain_pattern
 from issp.ops import validation
 from issp.ops.keep import Keep
 
+# Their weights have no input channels in dimension 1; transposed convolutions say so themselves.
+_NO_INPUTS_IN_DIM_1 = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
+_NOT_PRUNABLE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+
 
 @dataclass
 class Layer:
@@ -35,9 +39,7 @@ class Layer:
     @property
     def weight(self) -> nn.Parameter:
         """The parameter as it is now: `model.to` and loading may have replaced it."""
-        weight = self.module._parameters["weight"]
-        assert weight is not None  # `select` has refused a module without one
-        return weight
+        return weight_of(self.name, self.module)
 
 
 def select(
@@ -62,6 +64,7 @@ def select(
             weights with different targets; a weight that cannot be pruned; an N:M pattern that
             does not divide its weight, unless its tail is "dense".
     """
+    _check_parallel(model)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     for value in (sparsity, *overrides.values()):
         if not isinstance(value, Keep) and not 0.0 <= value <= 1.0:
@@ -69,12 +72,15 @@ def select(
     modules = named_modules(model)
     excluded = set().union(*(match_names(name, modules, "exclude") for name in exclude))
     eligible = {name: m for name, m in modules.items() if isinstance(m, types)}
-    # A weight that is excluded under one of its names is excluded.
-    untouched = {id(m._parameters.get("weight")) for n, m in eligible.items() if n in excluded}
+    owners = _owners(modules)
+    # A weight that is excluded under one of its names is excluded, whatever has that name.
+    untouched = {
+        weight for weight, names in owners.items() if any(name in excluded for name, _ in names)
+    }
     kept = {
         n: m
         for n, m in eligible.items()
-        if n not in excluded and id(_weight(n, m)) not in untouched
+        if n not in excluded and id(weight_of(n, m)) not in untouched
     }
     targets: dict[str, float | Keep] = dict.fromkeys(kept, sparsity)
     for name_pattern, target in overrides.items():
@@ -92,10 +98,74 @@ def select(
             f"{len(excluded & eligible.keys())} of them are excluded; pass other types"
         )
     for layer in layers:
-        layer.dense = _pattern_reason(layer)
+        layer.dense = _sharing_reason(owners[id(layer.weight)], kept) or _pattern_reason(layer)
     if all(layer.dense for layer in layers):
         raise ValueError(f"no layer to prune: {layers[0].name}, as all others, {layers[0].dense}")
     return layers
+
+
+def unpruned_weights(
+    model: nn.Module, exclude: str | Iterable[str], layers: Iterable[Layer]
+) -> dict[str, str]:
+    """What looks prunable and is no layer: name of the parameter -> why.
+
+    That is what is called a weight, has two dimensions or more and is neither excluded nor one of
+    an embedding or normalization: transposed convolutions that are not among the types,
+    `in_proj_weight` of attention, the weights of recurrent layers and of modules of the user's own.
+
+    Args:
+        model: with or without wrappers.
+        exclude: name patterns, as for `select`.
+        layers: what `select` has returned.
+    """
+    exclude = [exclude] if isinstance(exclude, str) else list(exclude)
+    modules = named_modules(model)
+    excluded = set().union(*(match_names(name, modules, "exclude") for name in exclude))
+    selected = {id(layer.weight) for layer in layers}
+    return {
+        f"{name}.{key}" if name else key: f"{type(module).__name__} is not among the types"
+        if key == "weight"
+        else "only a parameter `weight` is pruned"
+        for name, module in modules.items()
+        if name not in excluded and not isinstance(module, _NOT_PRUNABLE)
+        for key, p in module._parameters.items()
+        if p is not None and "weight" in key and p.dim() > 1 and id(p) not in selected
+    }
+
+
+def _check_parallel(model: nn.Module) -> None:
+    """Refuses wrappers under which every rank would select for itself."""
+    for module in model.modules():
+        if any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__):
+            raise ValueError(
+                "the model is wrapped in FullyShardedDataParallel, where every rank has shards of "
+                "the weights and would select within them: use DistributedDataParallel"
+            )
+        for hook, *_ in getattr(module, "_comm_hooks", None) or ():
+            if "post_localSGD" in getattr(hook, "__name__", ""):
+                raise ValueError(
+                    "the model has DistributedDataParallel's post_localSGD_hook, under which the "
+                    "weights of the ranks differ and each would select others: do not register it"
+                )
+
+
+def _owners(modules: Mapping[str, nn.Module]) -> dict[int, list[tuple[str, str]]]:
+    """By id of each parameter, under which (name of a module, own name) it is to be found."""
+    owners: dict[int, list[tuple[str, str]]] = {}
+    for name, module in modules.items():
+        for key, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(id(p), []).append((name, key))
+    return owners
+
+
+def _sharing_reason(owners: list[tuple[str, str]], pruned: Collection[str]) -> str:
+    """Why a weight that has these owners stays dense: one of them is no pruned layer."""
+    for name, key in owners:
+        if name not in pruned or key != "weight":
+            shared = f"{name}.{key}" if name else key
+            return f"stays dense: its weight is also {shared}, which is not pruned"
+    return ""
 
 
 def _pattern_reason(layer: Layer) -> str:
@@ -103,13 +173,24 @@ def _pattern_reason(layer: Layer) -> str:
     keep = layer.target
     if not isinstance(keep, Keep):
         return ""
-    reason = indivisible_reason(layer.weight, keep)
+    reason = _layout_reason(layer.module, keep) or indivisible_reason(layer.weight, keep)
     if reason and keep.tail != "dense":
         raise ValueError(
             f'{layer.name}: {reason}; Keep(..., tail="dense") leaves such layers dense, or name '
             "them in exclude= or overrides="
         )
     return f"stays dense: {reason}" if reason else ""
+
+
+def _layout_reason(module: nn.Module, keep: Keep) -> str:
+    """Why dimension 1 of a module's weight holds no input channels to group, or ""."""
+    is_transposed = getattr(module, "transposed", False)
+    if keep.layout == "flat" or not (is_transposed or isinstance(module, _NO_INPUTS_IN_DIM_1)):
+        return ""
+    return (
+        f"a pattern groups input channels in dimension 1 of a weight, and that of a "
+        f'{type(module).__name__} has none there: use layout="flat"'
+    )
 
 
 def unsupported_reason(module: nn.Module) -> str:
@@ -170,7 +251,7 @@ def _hit(name_pattern: str, names: Collection[str], argument: str) -> set[str]:
 def _once(modules: Mapping[str, nn.Module], targets: Mapping[str, float | Keep]) -> list[Layer]:
     layers: dict[int, Layer] = {}
     for name, module in modules.items():
-        weight = _weight(name, module)
+        weight = weight_of(name, module)
         first = layers.setdefault(id(weight), Layer(name, module, targets[name]))
         if first.name != name:
             if first.target != targets[name]:
@@ -182,19 +263,24 @@ def _once(modules: Mapping[str, nn.Module], targets: Mapping[str, float | Keep])
     return list(layers.values())
 
 
-def _weight(name: str, module: nn.Module) -> Tensor:
+def weight_of(name: str, module: nn.Module) -> nn.Parameter:
+    """The weight of a module to prune.
+
+    Raises:
+        ValueError: it has none, or one that cannot be pruned.
+    """
     weight = module._parameters.get("weight")
     if weight is None:
         raise ValueError(
-            f"{name} has no parameter `weight` (parametrized, or of another kind): remove the "
-            "parametrization or exclude it"
+            f"{name} has no parameter `weight` (parametrized, sharded, or of another kind): remove "
+            "the parametrization or exclude it"
         )
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{name} is not initialized: run the model once before attaching")
-    if hasattr(weight, "device_mesh"):
+    if hasattr(weight, "device_mesh") or getattr(weight, "_fsdp_flattened", False):
         raise ValueError(
-            f"{name} is sharded (fully_shard): selecting over shards is not supported; use "
-            "DistributedDataParallel, or exclude it"
+            f"{name} is sharded ({'fully_shard' if hasattr(weight, 'device_mesh') else 'FSDP'}): "
+            "selecting over shards is not supported; use DistributedDataParallel, or exclude it"
         )
     if weight.dtype not in validation.DTYPES:
         raise ValueError(f"{name} has a weight of {weight.dtype}: exclude it")

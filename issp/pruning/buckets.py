@@ -71,8 +71,15 @@ class WeightBucket:
         self._moments = OptimizerMoments()
 
     def current_weights(self) -> list[Tensor]:
-        """The weights as they are now: loading and `to` may have replaced them."""
-        return [parameters["weight"] for parameters in self._parameter_dicts]  # type: ignore[misc]
+        """The weights as they are now: loading and `to` may have replaced them.
+
+        Raises:
+            ValueError: a layer has lost its weight, to a parametrization for instance.
+        """
+        try:
+            return [parameters["weight"] for parameters in self._parameter_dicts]  # type: ignore[misc]
+        except KeyError:
+            return [layer.weight for layer in self.layers]  # which says what is wrong
 
     def contiguous_views(self, tensors: list[Tensor]) -> list[Tensor]:
         """The tensors as the ops take them: contiguous (channels_last is permuted, not copied)."""
@@ -102,11 +109,15 @@ class WeightBucket:
 
         Returns:
             False if it does not: another device, dtype, shape or memory order.
+
+        Raises:
+            ValueError: a weight that cannot be pruned any more: sharded since, or replaced.
         """
         weights = self.current_weights()
         present = pointers(weights)
         if present == self._pointers:
             return True
+        weights = [layer.weight for layer in self.layers]
         kinds = [(w.dtype, tuple(w.shape)) for w in weights]
         expected = [(self.state.thresholds.dtype, shape) for shape in self._shapes]
         if kinds != expected or not self._is_regular(weights):
@@ -339,8 +350,12 @@ class WeightBuckets:
         return owners
 
     def weights(self) -> list[nn.Parameter]:
-        """The weights of the layers that are not marked dense, as they are now."""
-        return [layer.weight for layer in self.prunable]
+        """The weights of the layers that are not marked dense, as far as there still are any.
+
+        It never raises: every pruner is asked after the step of every optimizer.
+        """
+        weights = [layer.module._parameters.get("weight") for layer in self.prunable]
+        return [weight for weight in weights if weight is not None]
 
     def rebuild(
         self, states: Mapping[str, LayerState], active: Collection[str] | None = None

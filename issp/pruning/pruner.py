@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from issp.nn.selection import Layer, select
+from issp.nn.selection import Layer, select, unpruned_weights
 from issp.ops.keep import Keep
 from issp.pruning import methods
 from issp.pruning import state as saved_state
@@ -85,10 +85,12 @@ def attach(
     sparsity = final_sparsity(sparsity, schedule, freeze_at, from_zeros)
     target = sparsity if pattern is None else pattern
     layers = select(model, types, exclude, overrides or {}, target)
+    unpruned = unpruned_weights(model, exclude, layers)
     pruner = Pruner(
         model,
         *see_through(opt),
         layers,
+        unpruned=unpruned,
         method=methods.create(method, shrink),
         schedule=schedule,
         freeze_at=freeze_at,
@@ -118,6 +120,7 @@ class Pruner:
         wrappers: list[Any],
         layers: list[Layer],
         *,
+        unpruned: Mapping[str, str],
         method: methods.Shrinkage,
         schedule: Schedule | None,
         freeze_at: int | None,
@@ -126,6 +129,7 @@ class Pruner:
     ) -> None:
         self.method = method
         self._model, self._buckets = model, WeightBuckets(layers, optimizers, wrappers)
+        self._unpruned = unpruned
         self._schedule, self._freeze_at, self._ema, self._hook = schedule, freeze_at, ema, hook
         self._stage = "pruning"  # then "frozen", then "final"
         self._counter = StepCounter()
@@ -366,7 +370,7 @@ class Pruner:
         """Counts per layer, taken from the masks and weights as they are now; `print` it."""
         if self._hook:
             self._hooks.warn_if_missing(self._buckets.optimizers)
-        return summaries.summary(self._title(), self._buckets)
+        return summaries.summary(self._title(), self._buckets, self._unpruned)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs besides model and optimizer; loads weights_only."""

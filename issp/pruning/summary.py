@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+import html
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from issp.pruning.buckets import WeightBucket, WeightBuckets
 from issp.pruning.memory_order import by_stride
 
 T = TypeVar("T")
+
+_HEADER = ("layer", "shape", "target", "selected", "zeros", "flips", "threshold", "")
 
 
 def by_name(
@@ -64,8 +67,14 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.detach().permute(by_stride(x)).contiguous()
 
 
-def summary(title: str, buckets: WeightBuckets) -> Summary:
-    """Counts what is in the masks and weights now, not what was asked for."""
+def summary(title: str, buckets: WeightBuckets, unpruned: Mapping[str, str]) -> Summary:
+    """Counts what is in the masks and weights now, not what was asked for.
+
+    Args:
+        title: first line.
+        buckets: of the layers.
+        unpruned: see `Summary`.
+    """
     flips, thresholds = buckets.column(WeightBucket.flips), buckets.column(WeightBucket.thresholds)
     selected = buckets.column(lambda bucket: [int((~mask).sum()) for mask in bucket.masks()])
     rows, notes = [], buckets.notes()
@@ -82,7 +91,7 @@ def summary(title: str, buckets: WeightBuckets) -> Summary:
             note=notes.get(layer.name, ""),
         )
         rows += [row, *(replace(row, name=x, tied_to=layer.name) for x in layer.aliases)]
-    return Summary(title, rows)
+    return Summary(title, rows, unpruned)
 
 
 @dataclass(frozen=True)
@@ -115,10 +124,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Summary:
-    """The state of all layers, one row per name; `print` it. Tied weights count once in totals."""
+    """The state of all layers, one row per name; `print` it. Tied weights count once in totals.
+
+    Args:
+        title: method, step and stage.
+        rows: one per name of a layer.
+        unpruned: parameter that looks prunable and is no layer -> why; not in the totals.
+    """
 
     title: str
     rows: list[Row]
+    unpruned: Mapping[str, str] = field(default_factory=dict)
 
     def _total(self, column: str) -> int:
         return sum(int(getattr(row, column)) for row in self.rows if row.tied_to is None)
@@ -144,8 +160,21 @@ class Summary:
         return self.zeros / self.numel
 
     def __str__(self) -> str:
-        header = ("layer", "shape", "target", "selected", "zeros", "flips", "threshold", "")
-        return "\n".join([self.title, *_aligned([header, *map(_cells, self.rows), self._totals()])])
+        table = _aligned([_HEADER, *map(_cells, self.rows), self._totals()])
+        return "\n".join([self.title, *table, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        """The same as a table, which notebooks show."""
+        lines = [*map(_cells, self.rows), self._totals()]
+        body = "".join(f"<tr>{_html('td', cells)}</tr>" for cells in lines)
+        notes = "".join(f"<br>{html.escape(note)}" for note in self._notes())
+        return (
+            f"<table><caption>{html.escape(self.title)}</caption>"
+            f"<thead><tr>{_html('th', _HEADER)}</tr></thead><tbody>{body}</tbody></table>{notes}"
+        )
+
+    def _notes(self) -> list[str]:
+        return [f"not pruned: {name}: {reason}" for name, reason in self.unpruned.items()]
 
     def _totals(self) -> tuple[str, ...]:
         shares = (_share(self.selected, self.numel), _share(self.zeros, self.numel))
@@ -181,6 +210,10 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for line in table
     ]
+
+
+def _html(tag: str, cells: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
 
 
 def _share(part: int, total: int) -> str:

@@ -1,5 +1,7 @@
 """The pruner: selection of layers, the step, schedules, counters."""
 
+from xml.etree import ElementTree
+
 import pytest
 import torch
 from torch import nn
@@ -211,3 +213,32 @@ def test_callbacks_see_every_step_until_removed():
     stop()
     step(model, opt, 2)
     assert [t for t, _ in seen] == [1, 2] and seen[0][1] == num_pruned(2880, 0.95)
+
+
+# What one sees
+
+
+def test_repr_says_what_the_pruner_is_doing():
+    model = net()
+    opt = adam(model)
+    pruner = attach(model, opt, sparsity=0.9, overrides={"4": Keep(2, of=32)}, method="iht")
+    assert repr(pruner) == "Pruner(iht, step 0, pruning, 3 layers, target 0.9 2:32)"
+    step(model, opt, 0)
+    pruner.freeze()
+    assert repr(pruner) == "Pruner(iht, step 1, frozen, 3 layers, target 0.9 2:32)"
+    pruner.finalize()
+    assert "final" in repr(pruner)
+
+
+def test_a_notebook_shows_the_summary_as_a_table():
+    model = nn.ModuleDict({"a<b": nn.Linear(4, 4), "up": nn.ConvTranspose2d(4, 4, 3)})
+    summary = attach(model, sparsity=0.5).summary()
+    page = summary._repr_html_()
+    root = ElementTree.fromstring(f"<div>{page}</div>".replace("<br>", "<br/>"))
+    lines = [[cell.text or "" for cell in row] for row in root.iter("tr")]
+    header = ["layer", "shape", "target", "selected", "zeros", "flips", "threshold", ""]
+    assert lines[0] == header and len(lines) == 3
+    assert lines[1] == ["a<b", "4x4", "0.5", "0 (0.00%)", "0 (0.00%)", "0", "nan", ""]
+    assert lines[2][:2] == ["total", "16"]
+    assert root.find("table/caption").text == summary.title
+    assert "not pruned: up.weight" in page
