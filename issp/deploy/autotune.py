@@ -14,8 +14,8 @@ import statistics
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,16 @@ try:
 except ImportError:  # no such locks on this system, see `Cache.put`
     fcntl = None  # type: ignore[assignment]
 
-_FORMAT = 1
+_FORMAT = 2
 _MARGIN = 0.03  # a gain below this is a tie
 _WIN_SHARE = 0.75  # share of the rounds in which a winner must be faster
 ROUNDS = 15
 SECONDS = 1.0  # to spend on one choice, roughly
 _MIN_ROUNDS = 5
 _SLOW = 1.0  # seconds: a call this long needs no second warm-up call
+# Times that spread by more, as on a busy machine, choose for this time alone.
+MAX_SPREAD = 0.25
+MAX_AGE = 30 * 24 * 3600.0  # seconds: another program, driver or clock rate may have come
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Choice:
         microseconds: median of each candidate.
         errors: candidate -> the error that kept it from being timed.
         reason: of the choice, in words.
+        spread: of the times of the fastest dense and the fastest sparse candidate: the larger
+            distance of their quartiles, as a share of the larger median.
+        measured: when, in seconds since 1970.
         remembered: it comes from the file; False: measured now.
     """
 
@@ -55,7 +61,14 @@ class Choice:
     microseconds: dict[str, float]
     errors: dict[str, str] = field(default_factory=dict)
     reason: str = ""
+    spread: float = 0.0
+    measured: float = 0.0
     remembered: bool = False
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it may be used again: its times hardly spread, and it is not old."""
+        return self.spread <= MAX_SPREAD and 0 <= time.time() - self.measured <= MAX_AGE
 
 
 def machine(device: str) -> str:
@@ -114,15 +127,30 @@ class Cache:
         Where the system has no file locks, one of two choices that are written at once may be
         dropped: it is measured again. A folder that cannot be written is a warning, not an error.
         """
+
+        def add(machines: dict[str, dict[str, Any]]) -> None:
+            stored = {name: getattr(choice, name) for name in _STORED}
+            machines.setdefault(machine, {})[key] = stored
+
+        self._change(add)
+
+    def forget(self, machine: str, keys: Iterable[str]) -> None:
+        """Removes choices of this machine, so that they are measured again; see `put`."""
+
+        def remove(machines: dict[str, dict[str, Any]]) -> None:
+            for key in keys:
+                machines.get(machine, {}).pop(key, None)
+
+        self._change(remove)
+
+    def _change(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
                 if fcntl:
                     fcntl.flock(lock, fcntl.LOCK_EX)
                 machines = self._read()
-                machines.setdefault(machine, {})[key] = {
-                    name: getattr(choice, name) for name in _STORED
-                }
+                change(machines)
                 content = {"format": _FORMAT, "machines": machines}
                 text = json.dumps(content, indent=1, sort_keys=True)
                 atomic_write(self.path, text.encode(), durable=False)
@@ -131,7 +159,7 @@ class Cache:
                 f"the choice of a layer's path cannot be kept in {self.path} "
                 f"({error.strerror or error}): set ISSP_CACHE to a folder that can be written",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -145,6 +173,8 @@ class Cache:
         except (OSError, UnicodeDecodeError) as error:
             problem = str(error)
         else:
+            if isinstance(content, dict) and content.get("format") in range(1, _FORMAT):
+                return {}  # of an older version
             problem = _problem(content)
         if problem is None:
             return content["machines"]
@@ -157,7 +187,10 @@ class Cache:
         return {}
 
 
-_STORED = {"name": str, "microseconds": dict, "errors": dict, "reason": str}
+_STORED = {
+    **{"name": str, "microseconds": dict, "errors": dict, "reason": str},
+    **{"spread": int | float, "measured": int | float},
+}
 
 
 def _problem(content: Any) -> str | None:
@@ -193,6 +226,8 @@ def choose(
 ) -> Choice:
     """The fastest candidate; a dense one unless a sparse one is clearly faster.
 
+    A choice from the cache is used while it is current, see `Choice.is_current`.
+
     Every candidate is timed in turn, in another order each round. A sparse one is chosen if it is
     faster than the fastest dense one by more than 3 % in the median of the rounds and faster in
     three quarters of them; the same holds between the first dense one and the others.
@@ -215,9 +250,14 @@ def choose(
     name = machine(device)
     stored = cache.get(name, key)
     candidates = {*dense, *sparse}
-    if stored is not None and stored.microseconds.keys() | stored.errors.keys() == candidates:
+    if (
+        stored is not None
+        and stored.is_current
+        and stored.microseconds.keys() | stored.errors.keys() == candidates
+    ):
         return stored
     choice = measure(dense, sparse, device, rounds=rounds, seconds=seconds)
+    choice = replace(choice, measured=time.time())
     cache.put(name, key, choice)
     return choice
 
@@ -321,8 +361,25 @@ def decide(
                 if ratio > 1 + _MARGIN
                 else "sparse and dense take the same time within the noise"
             )
+    spread = _deciding_spread(samples, medians, dense)
+    if spread > MAX_SPREAD:
+        reason += f"; times spread by {100 * spread:.0f} %, so the next time measures again"
     microseconds = {name: round(1e6 * seconds, 3) for name, seconds in medians.items()}
-    return Choice(chosen, microseconds, dict(errors or {}), reason)
+    return Choice(chosen, microseconds, dict(errors or {}), reason, round(spread, 4))
+
+
+def _deciding_spread(
+    samples: Mapping[str, Sequence[float]], medians: Mapping[str, float], dense: Sequence[str]
+) -> float:
+    """See `Choice.spread`."""
+    kinds = [n for n in samples if n in dense], [n for n in samples if n not in dense]
+    fastest = [min(names, key=medians.__getitem__) for names in kinds if names]
+    distances = [0.0]
+    for seconds in (samples[name] for name in fastest):
+        if len(seconds) > 1:
+            first, _, third = statistics.quantiles(seconds, n=4, method="inclusive")
+            distances.append(third - first)
+    return max(distances) / max(medians[name] for name in fastest)
 
 
 def _faster(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,7 @@ class LayerInput:
         return x.to(memory_format=torch.channels_last) if self.channels_last else x
 
 
+@torch.inference_mode(False)
 def pack(
     model: nn.Module,
     example: Tensor | tuple[Any, ...],
@@ -64,10 +65,14 @@ def pack(
 
     Every Conv2d and Linear whose weight has zeros is timed on the shapes that it meets in the
     example: dense, channels_last, and sparse in each form that its zeros allow. It stays dense
-    where sparse is not clearly faster; so does the whole model. Choices are remembered per
-    machine and shape, see `issp.deploy.autotune`. Hooks on calls are transferred and are not called
-    while a layer is timed alone; a layer with something that cannot be transferred (see
-    `issp.nn.convert`) stays dense.
+    where sparse is not clearly faster. Choices are remembered per machine and shape, see
+    `issp.deploy.autotune`. At last the whole model is timed, packed and dense in turn: where packed
+    measures slower, the model stays dense and the choices of its layers are forgotten.
+
+    Hooks on calls are transferred and are not called while a layer is timed alone; a layer with
+    something that cannot be transferred (see `issp.nn.convert`) stays dense. A packed model is
+    unpacked first. Under torch.autocast the times are those of its dtype; under inference_mode the
+    copy has ordinary parameters.
 
     Args:
         model: any module; it is left as it is. Threads, device and dtype are those of later use.
@@ -88,18 +93,20 @@ def pack(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, not {type(model).__name__}")
+    model = unwrap(model)
+    if isinstance(getattr(model, "report", None), PackReport):
+        model = unpack(model)
     if hasattr(model, "report"):
         raise ValueError('the model has an attribute "report" already: rename it')
     args = example if isinstance(example, tuple) else (example,)
     if _device(model) not in ROWS_PER_BLOCK:
         raise ValueError(f"the model is on {_device(model)}: move it to the CPU or a CUDA device")
+    cache = autotune.Cache() if cache is None else cache
     # The model is a child, so that it can itself be the layer that is replaced.
-    root = nn.Sequential(copy.deepcopy(unwrap(model)))
+    root = nn.Sequential(copy.deepcopy(model))
     modes = {module: module.training for module in root.modules()}
     root.eval()
-    lines, replacements = _pack_layers(
-        root[0], args, keep, autotune.Cache() if cache is None else cache
-    )
+    lines, replacements = _pack_layers(root[0], args, keep, cache)
     for old, new in replacements.items():
         module_swap.transfer_hooks(old, new)
         modes[new] = modes[old]
@@ -107,6 +114,7 @@ def pack(
     if replacements:
         report.whole = keep_if_faster(root, replacements, args)
         if report.whole.name == "dense":
+            cache.forget(report.machine, [line.key for line in lines if line.choice != "dense"])
             for line in lines:
                 line.stay_dense()
     for module in root.modules():
@@ -144,6 +152,7 @@ def is_packed(model: nn.Module) -> bool:
     return any(isinstance(module, (SparseLayer, *_PATHS)) for module in model.modules())
 
 
+@torch.inference_mode(False)
 def unpack(model: nn.Module) -> nn.Module:
     """A copy with torch's own layers, zeros where nothing is stored: what can be saved and loaded.
 
@@ -221,7 +230,8 @@ def keep_if_faster(
         args: the arguments of the example.
 
     Returns:
-        The choice between "packed" and "dense", with the times of the whole model.
+        The choice between "packed" and "dense", with the times of the whole model: the one with the
+        smaller median.
     """
     children = [
         (parent, attribute, child)
@@ -239,7 +249,6 @@ def keep_if_faster(
         swap(packed)
         root[0](*args)
 
-    # Layer by layer, sparse has won already: here dense must be clearly faster to be chosen.
     choice = autotune.measure(
         {"packed": partial(run, True)},
         {"dense": partial(run, False)},
@@ -248,6 +257,8 @@ def keep_if_faster(
         seconds=_SECONDS,
         min_rounds=_MIN_ROUNDS,
     )
+    # Layer by layer, sparse has won already: packed on a tie, and no margin in favour of either.
+    choice = replace(choice, name=min(("packed", "dense"), key=choice.microseconds.__getitem__))
     swap(choice.name == "packed")
     return choice
 
@@ -280,8 +291,9 @@ def pack_layer(
     if isinstance(module, nn.Linear) and keep in (None, Keep(2, of=4)):
         two_four = paths.two_four(module, samples[0])
         sparse |= {} if two_four is None else {"torch 2:4": two_four}
+    line.key = _key(module, inputs, sparse)
     choice = autotune.choose(
-        _key(module, inputs, sparse),
+        line.key,
         {form: partial(_run, m, samples) for form, m in dense.items()},
         {form: partial(_run, m, samples) for form, m in sparse.items()},
         weight.device.type,
@@ -305,11 +317,19 @@ def _unsupported_reason(module: DenseLayer, inputs: Sequence[LayerInput]) -> str
         return f"its weight is {dtype}"
     if not inputs:
         return "the example does not reach it"
-    if any(len(x.shape) == 3 and isinstance(module, nn.Conv2d) for x in inputs):
-        return "its input has no batch: pass an example with one"
-    if any(x.dtype != dtype for x in inputs):
+    if any(0 in x.shape for x in inputs):
+        return "its input is empty: pass an example that is not"
+    device = module.weight.device.type
+    if any(_computed(x.dtype, device) != _computed(dtype, device) for x in inputs):
         return f"its input is not {dtype} as its weight is"
     return ""
+
+
+def _computed(dtype: torch.dtype, device: str) -> torch.dtype:
+    """What torch.autocast makes of the dtype of a layer's input or weight."""
+    if dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _sparse_forms(
@@ -371,14 +391,16 @@ def _check_accuracy(name: str, dense: DenseLayer, sparse: nn.Module, x: Tensor) 
             max(CHECK_CROP, d * (k - 1) + 1)
             for d, k in zip(dense.dilation, dense.kernel_size, strict=True)
         )
-        x = x[:1, :, :height, :width].contiguous()
+        x = x[..., :height, :width].contiguous()
+        x = x[:1] if x.dim() == 4 else x
     else:
         x = x.reshape(-1, x.shape[-1])[: CHECK_CROP * CHECK_CROP].contiguous()
     exact = copy.deepcopy(dense).double()(x.double())
+    y, dense_y = sparse(x), dense(x)
     sparse_error, dense_error = (
-        (m(x).double() - exact).square().mean().sqrt() for m in (sparse, dense)
+        (result.double() - exact).square().mean().sqrt() for result in (y, dense_y)
     )
-    rounding = torch.finfo(x.dtype).eps * exact.square().mean().sqrt()
+    rounding = torch.finfo(y.dtype).eps * exact.square().mean().sqrt()
     if not bool(sparse_error <= 2 * dense_error + rounding):
         raise RuntimeError(
             f"the sparse result of {name} is off by {sparse_error:.3g} from float64, the dense one "

@@ -7,16 +7,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from issp.nn.leaf import Leaf
 from issp.ops import semi_structured
 
 _Path = TypeVar("_Path", "ChannelsLastConv2d", "TwoFourLinear")
 
 
-class ChannelsLastConv2d(nn.Conv2d):
+class ChannelsLastConv2d(Leaf, nn.Conv2d):
     """A convolution computed in channels_last, from any layout to contiguous tensors."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() != 4:  # an image without a batch has no such layout
+            return super().forward(input)
+        x = input.contiguous(memory_format=torch.channels_last)
         return super().forward(x).contiguous()
 
 
@@ -26,7 +29,7 @@ def channels_last(module: nn.Conv2d) -> ChannelsLastConv2d:
     return _copy_as(module, ChannelsLastConv2d, weight)
 
 
-class TwoFourLinear(nn.Linear):
+class TwoFourLinear(Leaf, nn.Linear):
     """A 2:4 linear layer by torch's semi-structured matmul, for inference.
 
     The parameter stays the dense weight with its zeros, and so does what is saved; the compressed
@@ -35,8 +38,8 @@ class TwoFourLinear(nn.Linear):
 
     _compressed: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad):
             raise RuntimeError(
                 "torch's 2:4 matmul has no derivative: call the packed model under "
                 "torch.no_grad(), or pack it with keep=Keep(2, of=4) for training"
@@ -44,7 +47,7 @@ class TwoFourLinear(nn.Linear):
         compressed = self.__dict__.get("_compressed")
         if compressed is None:
             compressed = self._compressed = semi_structured.pack(self.weight)
-        return semi_structured.linear(x, compressed, self.bias)
+        return semi_structured.linear(input, compressed, self.bias)
 
     def _apply(self, *args: Any, **kwargs: Any) -> TwoFourLinear:
         self._compressed = None

@@ -20,6 +20,7 @@ class Line:
         sparse, dense: microseconds of that form, and of the fastest dense layout.
         choice: what computes it now: "dense", "dense channels_last", or the form.
         reason: of the choice.
+        key: of the choice in the cache; "" where nothing was timed.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Line:
     dense: float | None = None
     choice: str = "dense"
     reason: str = ""
+    key: str = ""
 
     @property
     def is_sparse(self) -> bool:
@@ -86,7 +88,10 @@ class PackReport:
         times = f"{_time(packed / 1e3)} ms, dense {_time(dense / 1e3)} ms"
         if self.whole.name == "packed":
             return f"{count}; the whole model takes {times}, {dense / packed:.2f} times as fast."
-        return f"The model is dense throughout: with its sparse layers it would take {times}."
+        return (
+            f"The model is dense throughout: with its sparse layers it would take {times}. Its "
+            "layers are measured again the next time."
+        )
 
 
 _DENSE = ("dense", "dense channels_last")

@@ -39,8 +39,6 @@ def unsupported_reason(x: Tensor, weight_shape: Sequence[int], dtype: torch.dtyp
         )
     if not x.dim() or x.shape[-1] != weight_shape[1]:
         return f"x {tuple(x.shape)} does not end in the weight's {weight_shape[1]} inputs"
-    if not x.numel():
-        return "x is empty"
     if x.requires_grad and torch.is_grad_enabled():
         return "torch's 2:4 matmul has no derivative: it serves inference only"
     if x.device.type != "cuda":
@@ -96,4 +94,6 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
     reason = unsupported_reason(x.detach(), packed.shape, packed.dtype)
     if reason is not None:
         raise ValueError(reason)
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-1], packed.shape[0])
     return F.linear(x.contiguous(), packed, bias)

@@ -31,6 +31,33 @@ def noisy(median: float, noise: float, rounds: int = 16) -> list[float]:
     return [median * (1 + noise * (-1) ** i * (i % 4) / 3) for i in range(rounds)]
 
 
+class Clock:
+    """Time passes in the candidates alone: each takes its next time in seconds, then the last."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1_000_000_000.0
+        monkeypatch.setattr(autotune, "_timer", lambda device: self.seconds_of)
+        monkeypatch.setattr(autotune.time, "time", lambda: self.now)
+
+    def seconds_of(self, call):
+        before = self.now
+        call()
+        return self.now - before
+
+    def candidate(self, *seconds: float):
+        left = list(seconds)
+
+        def call():
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return call
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
 class TestDecide:
     def test_sparse_wins_where_it_is_faster(self):
         choice = decide({"dense": noisy(4, 0.1), "rows": noisy(1, 0.1)}, ["dense"])
@@ -75,21 +102,29 @@ class TestDecide:
 
 
 class TestChoose:
-    def test_measures_once_and_remembers(self, cache):
+    def test_measures_once_and_remembers(self, cache, clock):
         calls = []
 
         def fast():
             calls.append(1)
+            clock.now += 1e-4
 
-        choice = choose("a layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache, rounds=5)
+        dense = {"dense": clock.candidate(2e-3)}
+        choice = choose("a layer", dense, {"rows": fast}, cache=cache, rounds=5)
         assert choice.name == "rows" and not choice.remembered
-        assert choice.microseconds["dense"] > 1900
+        assert choice.microseconds == pytest.approx({"dense": 2000, "rows": 100}, rel=1e-3)
         before = len(calls)
-        again = choose("a layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache)
+        again = choose("a layer", dense, {"rows": fast}, cache=cache)
         assert again.remembered and len(calls) == before
         assert (again.name, again.microseconds) == (choice.name, choice.microseconds)
-        choose("another layer", {"dense": sleeping(2e-3)}, {"rows": fast}, cache=cache, rounds=5)
+        choose("another layer", dense, {"rows": fast}, cache=cache, rounds=5)
         assert len(calls) > before
+
+    def test_times_by_the_clock(self, cache):
+        candidates = {"dense": sleeping(2e-3)}, {"rows": lambda: None}
+        choice = choose("a layer", *candidates, cache=cache, rounds=5)
+        assert choice.name == "rows" and choice.microseconds["dense"] > 1900
+        assert abs(time.time() - choice.measured) < 60
 
     def test_never_picks_the_slower(self, cache):
         choice = choose(
@@ -97,13 +132,14 @@ class TestChoose:
         )
         assert choice.name == "dense"
 
-    def test_another_number_of_threads_is_measured_anew(self, cache, threads):
+    def test_another_number_of_threads_is_measured_anew(self, cache, clock, threads):
+        dense = {"dense": clock.candidate(1e-3)}
         threads(1)
-        choose("a layer", {"dense": lambda: None}, {}, cache=cache, rounds=5)
+        choose("a layer", dense, {}, cache=cache, rounds=5)
         threads(2)
-        assert not choose("a layer", {"dense": lambda: None}, {}, cache=cache).remembered
+        assert not choose("a layer", dense, {}, cache=cache).remembered
         threads(1)
-        assert choose("a layer", {"dense": lambda: None}, {}, cache=cache).remembered
+        assert choose("a layer", dense, {}, cache=cache).remembered
         machines = json.loads(cache.path.read_text())["machines"]
         assert len(machines) == 2 and all(torch.__version__ in name for name in machines)
 
@@ -135,6 +171,58 @@ class TestChoose:
             choose("a layer", dense, {"rows": lambda: None}, cache=cache)
 
 
+BUSY = (1.0, 1.0) + (1.0, 9.0, 2.0, 1.0, 8.0) * 3
+DAY = 24 * 3600.0
+
+
+class TestAge:
+    """Choices measured on a busy machine, or long ago, are made again."""
+
+    def choose(self, cache, clock, dense=(3e-3,), rows=(1e-3,)):
+        candidates = {"dense": clock.candidate(*dense)}, {"rows": clock.candidate(*rows)}
+        return choose("a layer", *candidates, cache=cache, rounds=9)
+
+    def test_of_a_quiet_machine_are_kept_for_a_month(self, cache, clock):
+        first = self.choose(cache, clock)
+        assert (first.name, first.spread, first.remembered) == ("rows", 0.0, False)
+        clock.now += 29 * DAY
+        again = self.choose(cache, clock, rows=(9e-3,))
+        assert again.remembered and again.name == "rows"
+        clock.now += 2 * DAY
+        late = self.choose(cache, clock, rows=(9e-3,))
+        assert not late.remembered and late.name == "dense"
+        assert self.choose(cache, clock).remembered  # the new date is in the file
+
+    def test_of_a_clock_that_ran_ahead_are_made_again(self, cache, clock):
+        self.choose(cache, clock)
+        clock.now -= DAY
+        assert not self.choose(cache, clock).remembered
+
+    @pytest.mark.parametrize("busy", ["dense", "rows"])
+    def test_of_a_busy_machine_serve_once(self, cache, clock, busy):
+        first = self.choose(cache, clock, **{busy: [1e-3 * t for t in BUSY]})
+        assert first.spread > 1 and not first.is_current
+        assert "so the next time measures again" in first.reason
+        again = self.choose(cache, clock)
+        assert not again.remembered and again.name == "rows" and again.spread == 0
+        assert self.choose(cache, clock).remembered
+
+    def test_the_spread_is_that_of_the_times_that_decide(self):
+        wild = [1.0, 9.0, 2.0, 1.0, 8.0]
+        samples = {"dense": [2.0] * 5, "slow": [10 * t for t in wild], "rows": [1.0] * 5}
+        assert decide(samples, ["dense"]).spread == 0
+        # The quartiles of 8, 9, 10, 11, 12 are 9 and 11; what spreads far below dense is clear.
+        samples["rows"] = [0.08, 0.12, 0.1, 0.09, 0.11]
+        assert decide(samples, ["dense"]).spread == pytest.approx(0.02 / 2)
+        samples["rows"] = [8.0, 12.0, 10.0, 9.0, 11.0]
+        assert decide(samples, ["dense"]).spread == pytest.approx(0.2)
+        samples["dense"] = [2.0 * t for t in wild]
+        assert decide(samples, ["dense"]).spread == pytest.approx((16 - 2) / 10)
+
+    def test_one_round_has_no_spread(self):
+        assert decide({"dense": [2.0], "rows": [1.0]}, ["dense"]).spread == 0
+
+
 GOOD = Choice("dense", {"dense": 2.0, "rows": 3.5}, {"v=4": "no kernel"}, "because")
 
 
@@ -158,13 +246,13 @@ class TestFile:
             ("", "no JSON"),
             ('{"format": 1, "machines": {"a": {"b"', "no JSON"),
             ("[1, 2]", 'it has no "machines"'),
-            ('{"machines": {}}', "its format is None, not 1"),
-            ('{"format": 99, "machines": {}}', "its format is 99, not 1"),
-            ('{"format": 1, "machines": {"m": 3}}', "the choices of 'm' are not those"),
-            ('{"format": 1, "machines": {"m": {"a layer": {"name": "x"}}}}', "of 'm' are not"),
+            ('{"machines": {}}', "its format is None, not 2"),
+            ('{"format": 99, "machines": {}}', "its format is 99, not 2"),
+            ('{"format": 2, "machines": {"m": 3}}', "the choices of 'm' are not those"),
+            ('{"format": 2, "machines": {"m": {"a layer": {"name": "x"}}}}', "of 'm' are not"),
             (
-                '{"format": 1, "machines": {"m": {"k": {"name": "gone", "microseconds": '
-                '{"dense": 1}, "errors": {}, "reason": ""}}}}',
+                '{"format": 2, "machines": {"m": {"k": {"name": "gone", "microseconds": '
+                '{"dense": 1}, "errors": {}, "reason": "", "spread": 0, "measured": 0}}}}',
                 "of 'm' are not those",
             ),
         ],
@@ -178,6 +266,21 @@ class TestFile:
         with pytest.warns(RuntimeWarning, match="is not a file of choices"):
             cache.put("m", "a layer", GOOD)
         assert cache.get("m", "a layer").name == "dense"
+
+    def test_a_file_of_an_older_version_is_replaced_without_a_word(self, cache):
+        cache.path.parent.mkdir()
+        old = {"name": "dense", "microseconds": {"dense": 1}, "errors": {}, "reason": ""}
+        cache.path.write_text(json.dumps({"format": 1, "machines": {"m": {"a layer": old}}}))
+        assert cache.get("m", "a layer") is None
+        cache.put("m", "a layer", GOOD)
+        assert cache.get("m", "a layer").reason == "because"
+
+    def test_what_is_forgotten_is_measured_anew(self, cache):
+        for key in ("a", "b", "c"):
+            cache.put("m", key, GOOD)
+        cache.forget("m", ["a", "c", "never there"])
+        cache.forget("another machine", ["b"])
+        assert [cache.get("m", key) is None for key in ("a", "b", "c")] == [True, False, True]
 
     def test_binary_rubbish_is_reported(self, cache):
         cache.path.parent.mkdir()

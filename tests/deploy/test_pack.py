@@ -3,13 +3,16 @@
 import copy
 import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import issp
 from issp.deploy import autotune, pack
+from tests.asserts import assert_bitwise_equal
 from tests.deploy.networks import (
     EXAMPLE,
     kinds,
@@ -67,6 +70,47 @@ class TestResults:
         assert line(packed, "head").reason.endswith("but the whole model is slower with it")
         assert "The model is dense throughout" in packed.report()
 
+    def test_a_model_that_measured_slower_is_dense_however_its_times_spread(
+        self, net, cache, timed, monkeypatch
+    ):
+        """Packed is slower in the median, but not in three quarters of the rounds."""
+        packed_times = [5.0, 5.0, 1.0, 5.0, 1.0, 5.0, 1.0]
+
+        def measure(dense, sparse, *args, **kwargs):
+            times = timed | {"packed": packed_times, "dense": 2.0}
+            if "packed" not in dense:
+                return layer_by_layer(dense, sparse)
+            samples = {name: times[name] for name in (*dense, *sparse)}
+            samples = {n: t if isinstance(t, list) else [t] * 7 for n, t in samples.items()}
+            return autotune.decide(samples, list(dense))
+
+        layer_by_layer = autotune.measure
+        monkeypatch.setattr(autotune, "measure", measure)
+        packed = issp.pack(net, torch.randn(EXAMPLE), cache=cache)
+        assert kinds(packed) == kinds(net)
+        assert line(packed, "head").reason.endswith("but the whole model is slower with it")
+        assert "would take 5000 ms, dense 2000 ms" in packed.report()
+        packed_times[:] = [1.9] * 7  # by less than the margin of a layer, but faster
+        assert kinds(issp.pack(net, torch.randn(EXAMPLE), cache=cache))["head"] == "SparseConv2d"
+
+    def test_what_made_a_model_slower_is_measured_again(self, net, cache, timed):
+        x = torch.randn(EXAMPLE)
+        timed["packed"] = 9.0
+        assert "measured again the next time" in issp.pack(net, x, cache=cache).report()
+        timed |= {"packed": 1.0, "rows": 5.0, "rows v=4": 5.0}
+        before = len(timed["measured"])
+        again = issp.pack(net, x, cache=cache)
+        assert len(timed["measured"]) == before + 4 and kinds(again) == kinds(net)
+        assert line(again, "head").reason == "sparse takes 1.67 times as long"
+
+    def test_packing_again_starts_from_the_dense_model(self, net, cache, timed):
+        packed = issp.pack(net.eval(), torch.randn(EXAMPLE), cache=cache)
+        x = torch.randn(1, 3, 20, 20)
+        again = issp.pack(packed, x, cache=cache)
+        assert line(again, "head").shape == "8x3x3x3 on 1x3x20x20"
+        assert again.report is not packed.report
+        assert_bitwise_equal(again(x), packed(x), "the result")
+
     def test_a_layer_under_two_names_is_replaced_under_both(self, cache, timed):
         shared = nn.Linear(8, 8)
         net = prune_(nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared)))
@@ -119,6 +163,83 @@ class TestResults:
         monkeypatch.setattr(issp.nn.SparseConv2d, "forward", lambda *a: right(*a) + 1e-4)
         with pytest.raises(RuntimeError, match="the sparse result of head is off by"):
             issp.pack(net, torch.randn(EXAMPLE), cache=cache)
+
+
+class TestModes:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_under_autocast_layers_are_packed_as_without(self, net, cache, timed, dtype):
+        """Behind the first layer their inputs have another dtype than their weights."""
+        x, plain = torch.randn(EXAMPLE), kinds(issp.pack(net, torch.randn(EXAMPLE), cache=cache))
+        net.eval()
+        with torch.autocast("cpu", dtype=dtype):
+            packed = issp.pack(net, x, cache=cache)
+            y, expected = packed(x), net(x)
+        assert kinds(packed) == plain and y.dtype == expected.dtype == dtype
+        torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+        assert {p.dtype for p in packed.parameters()} == {torch.float32}
+
+    def test_a_layer_of_another_dtype_than_its_input_is_named(self, cache, timed):
+        inputs = [pack.LayerInput((4, 8), False, torch.float64)]
+        layer = prune_(nn.Linear(8, 8))
+        for enabled in (False, True):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                row, new = pack.pack_layer("a", layer, inputs, None, cache)
+            assert row.reason == "its input is not torch.float32 as its weight is" and new is None
+
+    def test_inside_inference_mode_parameters_are_ordinary(self, net, cache, timed):
+        with torch.inference_mode():
+            x = torch.randn(EXAMPLE)
+            packed = issp.pack(net, x, cache=cache)
+            dense = issp.unpack(packed)
+            y = packed(x)
+        assert kinds(packed)["head"] == "SparseConv2d"
+        for model in (packed, dense):
+            assert not any(t.is_inference() for t in model.state_dict().values())
+            x = torch.randn(EXAMPLE, requires_grad=True)
+            model(x).sum().backward()
+            assert x.grad.any() and all(p.grad is not None for p in model.head.parameters())
+        assert y.is_inference()
+
+    @pytest.mark.parametrize("fastest", ["rows", "dense channels_last"])
+    def test_a_batch_of_none_and_activation_checkpointing(self, net, cache, timed, fastest):
+        timed[fastest] = 0.5
+        packed = issp.pack(net.eval(), torch.randn(EXAMPLE), cache=cache)
+        assert line(packed, "head").choice == fastest
+        x = torch.zeros(0, *EXAMPLE[1:], requires_grad=True)
+        y = packed(x)
+        assert y.shape == net(x).shape
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert not any(p.grad.any() for n, p in packed.named_parameters() if "unused" not in n)
+        x, gradients = torch.randn(EXAMPLE), []
+        for call in (
+            packed,
+            *(partial(checkpoint, packed, use_reentrant=r) for r in (True, False)),
+        ):
+            x = x.detach().requires_grad_()
+            packed.zero_grad()
+            call(x).square().sum().backward()
+            gradients.append([x.grad, *(p.grad for p in packed.parameters() if p.grad is not None)])
+        for other in gradients[1:]:
+            for one, two in zip(gradients[0], other, strict=True):
+                assert_bitwise_equal(two, one, "a gradient with checkpoints")
+
+    @pytest.mark.parametrize("fastest", ["rows", "dense channels_last"])
+    def test_torch_fx_sees_the_layers(self, net, cache, timed, fastest):
+        timed[fastest] = 0.5
+        packed = issp.pack(net.eval(), x := torch.randn(EXAMPLE), cache=cache)
+        traced = torch.fx.symbolic_trace(packed)
+        called = [n.target for n in traced.graph.nodes if n.op == "call_module"]
+        assert called == [
+            n.target for n in torch.fx.symbolic_trace(net).graph.nodes if n.op == "call_module"
+        ]
+        assert_bitwise_equal(traced(x), packed(x), "the traced model's result")
+
+    def test_a_default_device_does_not_matter(self, net, cache, timed):
+        with torch.device("meta"):
+            packed = issp.pack(net, torch.randn(EXAMPLE, device="cpu"), cache=cache)
+        assert kinds(packed)["head"] == "SparseConv2d"
+        assert {t.device.type for t in packed.state_dict().values()} == {"cpu"}
 
 
 class TestForms:
@@ -197,9 +318,19 @@ class TestReport:
         packed = issp.pack(layer, torch.randn(2, 4), cache=cache)
         assert packed.report.lines[0].reason.startswith("it is a ParametrizedLinear")
 
-    def test_unbatched_input(self, cache, timed):
-        packed = issp.pack(prune_(nn.Conv2d(3, 4, 3)), torch.randn(3, 8, 8), cache=cache)
-        assert packed.report.lines[0].reason.startswith("its input has no batch")
+    def test_an_empty_example(self, cache, timed):
+        packed = issp.pack(prune_(nn.Conv2d(3, 4, 3)), torch.zeros(0, 3, 8, 8), cache=cache)
+        assert packed.report.lines[0].reason == "its input is empty: pass an example that is not"
+        assert timed["measured"] == []
+
+    @pytest.mark.parametrize("fastest", ["rows", "dense channels_last"])
+    def test_an_image_without_a_batch(self, cache, timed, fastest):
+        timed[fastest] = 0.5
+        conv, x = prune_(nn.Conv2d(3, 4, 3)), torch.randn(3, 8, 8)
+        for example in (x, x[None]):
+            packed = issp.pack(conv, example, cache=cache)
+            assert packed.report.lines[0].choice == fastest
+            torch.testing.assert_close(packed(x), conv(x))
 
     def test_a_candidate_that_fails_is_named(self, cache, timed, monkeypatch):
         def measure(dense, sparse, *args, **kwargs):

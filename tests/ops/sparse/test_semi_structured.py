@@ -27,7 +27,6 @@ def test_the_reasons():
     for shape in ((60, 64), (32, 180), (180, 60), (8, 64), (0, 64)):
         refused("multiples of 16", shape)
     refused("64 inputs", x=torch.zeros(3, 48, dtype=HALF))
-    refused("empty", x=torch.zeros(0, 64, dtype=HALF))
     refused("derivative", x=torch.zeros(3, 64, dtype=HALF, requires_grad=True))
     refused("cpu")
 
@@ -51,6 +50,15 @@ def test_the_reasons_on_a_gpu(elsewhere):
     refused("cuSPARSELt", x=elsewhere((9, 0), False))
     refused("cuSPARSELt", x=elsewhere((9, 0), True, "6.2"))
     assert semi_structured.unsupported_reason(elsewhere((9, 0), True), (32, 64), HALF) is None
+
+
+def test_no_tokens_in_none_out(monkeypatch):
+    """torch's matmul is not asked, which takes no empty input."""
+    monkeypatch.setattr(semi_structured, "unsupported_reason", lambda x, shape, dtype: None)
+    monkeypatch.setattr(semi_structured.F, "linear", None)
+    for shape in ((0, 64), (3, 0, 64)):
+        y = semi_structured.linear(torch.zeros(shape, dtype=HALF), torch.zeros(32, 64, dtype=HALF))
+        assert y.shape == (*shape[:-1], 32) and y.dtype == HALF
 
 
 def test_what_would_lose_weights_is_refused():
