@@ -7,6 +7,7 @@ it needs inside main, so that the help of all commands costs no import of a libr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import io
 import os
@@ -122,7 +123,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return int(command_module(args.command).main(args) or 0)
     except Interrupted as stopped:
-        print(f"issp {args.command}: {stopped}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be what has gone
+            print(f"issp {args.command}: {stopped}", file=sys.stderr, flush=True)
         return stopped.status
     except KeyboardInterrupt:
         print(f"issp {args.command}: interrupted", file=sys.stderr)

@@ -55,6 +55,8 @@ _FLAGS: dict[str, tuple[str, Any, str]] = {
     "--root": ("path.experiments_root", str, "folder of all runs (default: experiments)"),
 }
 
+_PRUNING_FLAGS = ("--method", "--shrink", "--freeze-at")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
@@ -129,9 +131,14 @@ def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
     from issp.sr import config
 
     _follow_images(tree, args)
+    dense = not tree.get("sparsity")
     for key, _, _ in _FLAGS.values():
         if getattr(args, key) is not None:
             config.set_key(tree, key, getattr(args, key))
+    given = [flag for flag in _PRUNING_FLAGS if getattr(args, _FLAGS[flag][0]) is not None]
+    given += ["--exclude"] if args.exclude else []
+    if dense and given and getattr(args, _FLAGS["--sparsity"][0]) is None:
+        raise ConfigError(f"{given[0]} is about pruning: add --sparsity, such as --sparsity 0.9")
     if args.val:
         datasets = tree.setdefault("datasets", {})
         for key in [key for key in datasets if key.startswith(("val", "test"))]:

@@ -68,10 +68,14 @@ def device(name: str) -> torch.device:
     return chosen
 
 
-def network(config: Config) -> models.SuperResolver:
-    """The network of `network_g`, on the CPU, with its pretrained weights if a path is given.
+def network(config: Config, pretrained: bool = True) -> models.SuperResolver:
+    """The network of `network_g`, on the CPU.
 
     `network_g.type` is a class (SwinIR, EDSR, CAT) or a name of `issp.models.names()`.
+
+    Args:
+        config: of the run.
+        pretrained: load the weights of `path.pretrain_network_g`, if that is given.
 
     Raises:
         ConfigError: an unknown type, or arguments that the network does not take.
@@ -87,7 +91,7 @@ def network(config: Config) -> models.SuperResolver:
             f"network_g.upscale is {model.scale} but scale is {config.scale}: make them equal"
         )
     path = config.path.pretrain_network_g
-    if path:
+    if path and pretrained:
         key = None if str(path).endswith(".safetensors") else config.path.param_key_g
         tensors, _ = checkpoint.read_tensors(path, key)
         checkpoint.load_weights(model, tensors, path, config.path.strict_load_g)

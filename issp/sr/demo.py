@@ -74,7 +74,7 @@ def run(options: Options) -> list[Row]:
         raise ConfigError(f"--minutes is {options.minutes}: it must be positive, such as 4")
     started = time.perf_counter()
     denormals.flush_denormals()
-    iterations = options.iterations or ITERATIONS
+    iterations = ITERATIONS if options.iterations is None else options.iterations
     if options.minutes is not None:
         iterations = fitting_iterations(options)
     photographs = data.PairedArrays(data.sample_photographs("test"), SCALE)

@@ -65,7 +65,8 @@ def check_disk(config: Config, model: nn.Module, states: int, start: int, say: S
     Raises:
         ConfigError: not even one checkpoint fits.
     """
-    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    # A tenth for masks, indices and the archives around the tensors.
+    size = 1.1 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
     often = config.logger.save_checkpoint_freq
     models = math.ceil((config.train.total_iter - start) / often) + 2  # latest and best
     # A new state is complete before an old one goes.
@@ -76,13 +77,13 @@ def check_disk(config: Config, model: nn.Module, states: int, start: int, say: S
     free = shutil.disk_usage(place).free
     if free < size * (1 + states):
         raise ConfigError(
-            f"{place} has {_gigabytes(free)} free and one checkpoint takes "
-            f"{_gigabytes(size * (1 + states))}: free space or choose another --root"
+            f"{place} has {_bytes(free)} free and one checkpoint takes "
+            f"{_bytes(size * (1 + states))}: free space or choose another --root"
         )
     if free < needed:
         say(
-            f"{place} has {_gigabytes(free)} free and the checkpoints will take "
-            f"{_gigabytes(needed)}: free space or use a larger logger.save_checkpoint_freq"
+            f"{place} has {_bytes(free)} free and the checkpoints will take "
+            f"{_bytes(needed)}: free space or use a larger logger.save_checkpoint_freq"
         )
 
 
@@ -99,8 +100,8 @@ def lost_zeros(config: Config, model: nn.Module) -> str | None:
     )
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _bytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 class _Reporter:

@@ -108,7 +108,7 @@ class RunFolder:
         return path
 
     def set_aside_after(self, iteration: int) -> list[Path]:
-        """Renames states of later iterations to <iteration>.state.old, and returns them.
+        """Renames states of later iterations to <iteration>.state.old; returns their paths before.
 
         A run that goes back to an earlier state would otherwise resume from the abandoned ones.
         """

@@ -15,6 +15,8 @@ from torch import nn
 from issp.sr import builders, logging
 from issp.sr.config import Config
 from issp.sr.interrupt import Interrupted, StopRequest
+from issp.sr.resume import SavedState
+from issp.sr.run_folder import RunFolder
 from issp.sr.training_run import TrainingRun
 from issp.utils import denormals
 
@@ -44,7 +46,11 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
     flushed = denormals.flush_denormals()
     builders.seed_everything(config.manual_seed)
     device = builders.device(config.device)
-    model = builders.network(config).to(device, memory_format=torch.channels_last)
+    saved = SavedState.find(config, RunFolder(config.folder), resume)
+    model = builders.network(config, pretrained=saved is None)
+    if saved:
+        saved.load_model(model)
+    model = model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model) if config.train.ema_decay > 0 else None
     optimizer = builders.optimizer(config, model)
     meter = logging.AverageMeter(device)
@@ -61,7 +67,7 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
     )
     meter.timer.watch(optimizer)
     try:
-        start = run.begin(resume)
+        start = run.begin(saved)
         if not flushed and device.type == "cpu":
             run.progress.write_line(
                 "denormal numbers are not flushed to zero in all threads: steps may be slower"

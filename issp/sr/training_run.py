@@ -6,7 +6,6 @@ import contextlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ from torch import nn
 
 from issp.pruning.pruner import Pruner
 from issp.sr import builders, checkpoint, evaluate, gradients, logging, preflight
-from issp.sr.config import Config, Optimizer
+from issp.sr.config import Config
 from issp.sr.data import EvalDataset, TrainLoader, write_image
+from issp.sr.resume import SavedState
 from issp.sr.run_folder import RunFolder
 from issp.utils.errors import NonFiniteLossError
 
@@ -80,35 +80,35 @@ class TrainingRun:
             return "dense"
         return "pruning" if iteration <= self.config.freeze_iter else "fine-tuning"
 
-    def begin(self, resume: bool) -> int:
-        """Checks what can be checked, then makes the folder or restores a state.
+    def begin(self, saved: SavedState | None) -> int:
+        """Checks what can be checked, then makes the folder, or restores a state.
 
         Args:
-            resume: continue from the latest state of the folder, or from `path.resume_state`.
+            saved: what to go on from; the model has its weights already.
 
         Returns:
             The last iteration done: 0 for a new run.
         """
-        path = self._state_to_resume(resume)
-        state = checkpoint.read_state(path) if path else {}
         if self.folder.path.is_dir():
             self.folder.claim()
-        notes = [] if path else [preflight.lost_zeros(self.config, self.model)]
-        start = self._restore(state, path) if path else 0
+        start = self._restore(saved) if saved else 0
         self._saved, self._is_complete = start, start >= self.config.train.total_iter
         if self._is_complete:
             return start  # and config.yml stays that of the run
+        notes = [None if saved else preflight.lost_zeros(self.config, self.model)]
         states = 1 + (self.ema is not None) + len(_moments(self.config))
         preflight.check_disk(self.config, self.model, states, start, notes.append)
         say = self.progress.write_line
         preflight.check_images(self.batches, self.validation, self._score, say)
-        if path and self.folder.holds(path):
+        if saved and self.folder.holds(saved.path):
             self.folder.reopen(self.config)
             old = self.folder.set_aside_after(start)
-            notes += [f"{old[-1]} and others of later iterations are kept" if old else None]
+            notes += [f"{old[-1]} is kept as {old[-1].name}.old" if old else None]
         else:
             archived = self.folder.create(self.config)
             notes += [f"the earlier run is in {archived}" if archived else None]
+        if saved and self.config.path.pretrain_network_g:
+            notes += [f"goes on from {saved.path}: path.pretrain_network_g is not read again"]
         unused = self.config.unused_keys()
         notes += [f"without effect here: {', '.join(unused)}" if unused else None]
         self._open_logs(start)
@@ -116,55 +116,12 @@ class TrainingRun:
             self.progress.write_line(note)
         return start
 
-    def _state_to_resume(self, resume: bool) -> Path | None:
-        explicit = self.config.path.resume_state
-        path = self.folder.latest_state() if resume else None
-        path = path or (Path(explicit).expanduser() if explicit else None)
-        if resume and path is None:
-            raise FileNotFoundError(
-                f"there is no training state in {self.folder.states}: start without --resume"
-            )
-        return path
-
-    def _restore(self, state: dict[str, Any], path: Path) -> int:
-        """Loads a training state; returns its iteration. Writes nothing."""
-        parts = {"ema": self.ema, "optimizer": self.optimizer, "pruner": self.pruner}
-        parts |= {"batches": self.batches}
-        try:
-            checkpoint.load_weights(self.model, state["model"], path)
-            for name, part in parts.items():
-                if (state[name] is None) != (part is None):
-                    raise ValueError(f"it was saved with another `{_SETTINGS[name]}` setting")
-            self._check_settings(state)
-            for name, part in parts.items():
-                if name == "ema" and self.ema is not None:
-                    checkpoint.load_weights(self.ema, state["ema"], path)
-                elif part is not None:
-                    part.load_state_dict(state[name])
-            self.meter.load_state_dict(state["meter"])
-            self.best = Best(**state["best"])
-            checkpoint.set_random_state(state["random"])
-            return int(state["iteration"])
-        except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
-            raise ValueError(f"{path} is not a training state of this version: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"cannot resume from {path}: {error}") from None
-
-    def _check_settings(self, state: dict[str, Any]) -> None:
-        """Refuses options that loading would set back in silence; the learning rate may differ."""
-        decay = self.config.train.ema_decay
-        if state.get("ema_decay", decay) != decay:
-            raise ValueError(_differs("train.ema_decay", state["ema_decay"], decay))
-        for saved, group in zip(
-            state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False
-        ):
-            for key in ("weight_decay", "decoupled_weight_decay", *_OPTIONS):
-                if (key in saved) != (key in group):
-                    raise ValueError("it was saved by another `train.optim_g.type`")
-                if key in group and _plain(saved[key]) != _plain(group[key]):
-                    if key == "decoupled_weight_decay":
-                        raise ValueError("it was saved by another `train.optim_g.type`")
-                    raise ValueError(_differs(f"train.optim_g.{key}", saved[key], group[key]))
+    def _restore(self, saved: SavedState) -> int:
+        names = ("ema", "optimizer", "pruner", "batches", "meter")
+        parts = {name: getattr(self, name) for name in names}
+        state = saved.load(parts, self.optimizer, self.config.train.ema_decay)
+        self.best = Best(**state["best"])
+        return state["iteration"]
 
     def _open_logs(self, start: int) -> None:
         """Opens the logs, cut back to the iteration `start`; the text log goes on."""
@@ -332,23 +289,9 @@ class TrainingRun:
         self.folder.release()
 
 
-# Part of a training state -> the setting that decides whether there is one.
-_SETTINGS = {"ema": "train.ema_decay", "pruner": "sparsity", "optimizer": "train.optim_g"}
-_SETTINGS |= {"batches": "datasets.train"}
-_OPTIONS = sorted({key for options in Optimizer.TYPE_OPTIONS.values() for key in options})
-
-
 def _moments(config: Config) -> tuple[str, ...]:
     """What the optimizer keeps for every weight."""
     options = config.train.optim_g.options
     if "betas" in options:
         return ("exp_avg", "exp_avg_sq", *["max_exp_avg_sq"] * options["amsgrad"])
     return ("momentum_buffer",) * bool(options["momentum"])
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _differs(key: str, saved: Any, now: Any) -> str:
-    return f"{key} was {_plain(saved)} when it was saved and is {_plain(now)} now; restore it"

@@ -106,6 +106,10 @@ def test_errors_are_one_line_with_status_2(capsys, tmp_path, photos, trained):
     tiny[2] = "edsr-tiny"
     one_line_error(capsys, [*tiny, "--hr", tmp_path / "nowhere"], "nowhere")
     one_line_error(capsys, [*tiny, "--set", "trian.lr=1"], "'train'")
+    for flag in (["--freeze-at", 1], ["--shrink", 0.5], ["--method", "iht"], ["--exclude", "a"]):
+        one_line_error(capsys, [*tiny, *flag], f"{flag[0]} is about pruning: add --sparsity")
+    one_line_error(capsys, [*tiny, "--sparsity", 95], "sparsity.ratio is 95: write 0.95 for 95 %")
+    one_line_error(capsys, ["demo", "--iters", 0, "--out", tmp_path / "e"], "total_iter is 0")
     assert not (tmp_path / "e").exists(), "nothing is written before everything is checked"
     one_line_error(capsys, ["test", "--model", tmp_path / "m.pth", "--data", photos], "m.pth")
     one_line_error(capsys, ["plot", tmp_path], "not a run")

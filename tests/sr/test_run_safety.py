@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import signal
+import sys
 import types
 from pathlib import Path
 
@@ -143,7 +144,7 @@ def test_too_little_space_is_said_before_the_run(tree, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
 
     free(1000)
-    with pytest.raises(ConfigError, match=r"0\.00 GB free and one checkpoint takes"):
+    with pytest.raises(ConfigError, match=r"0\.0 MB free and one checkpoint takes 0\.[0-9] MB"):
         run(tree, **SHORT)
     assert not (tmp_path / "experiments").exists()
     free(100_000)  # the network has some 4000 weights: enough for one state, not for three
@@ -306,6 +307,15 @@ def test_a_sparse_model_keeps_its_zeros_or_a_line_says_that_it_does_not(tree, tm
     assert {stage for (stage,) in log(folder, "stage")} == {"fine-tuning"}
     assert "fills them again" not in (folder / "log" / "train.log").read_text()
 
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 2)
+        with pytest.raises(Interrupted):
+            run(tree, name="resumed", sparsity={"from_zeros": True}, **start)
+    gone = {**start, "path__pretrain_network_g": "a/file/that/was/deleted.safetensors"}
+    resumed, folder = run(tree, name="resumed", sparsity={"from_zeros": True}, resume=True, **gone)
+    assert_equal(resumed.state_dict(), tuned.state_dict())
+    assert "path.pretrain_network_g is not read again" in (folder / "log" / "train.log").read_text()
+
     dense, folder = run(tree, name="dense", **start)
     line = "% of the pretrained weights are zero, and this training fills them again"
     assert line in (folder / "log" / "train.log").read_text()
@@ -322,3 +332,30 @@ def test_the_log_says_whose_score_and_whose_zeros_it_shows(tree):
         assert "dB  " in rows[i] and "soft" not in rows[i] and "zeros 80" in rows[i]
     assert any(line.startswith("iteration 6: the mask is frozen and 80") for line in lines)
     assert lines[-1].startswith("best: ")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="the system has no pseudo-terminals")
+def test_a_terminal_that_goes_away_leaves_a_state(training_photos, tmp_path):
+    import pty
+
+    command = [
+        "train", "--model", "edsr-tiny", "--scale", "2", "--hr", str(training_photos), "--iters",
+        "1000000", "--batch", "1", "--patch", "16", "--print-freq", "1", "--name", "run", "--root",
+        str(tmp_path / "experiments"), "--device", "cpu", "--no-tensorboard", "--set",
+        "network_g.num_feat=8", "network_g.num_block=1",
+    ]  # fmt: skip
+    process, terminal = pty.fork()
+    if not process:
+        os.environ.update(
+            COLUMNS="40", ISSP_CACHE=str(tmp_path), PYTHONPATH=os.pathsep.join(sys.path)
+        )
+        os.execv(sys.executable, [sys.executable, "-m", "issp", *command])
+    shown = b""
+    while b"s/it" not in shown:
+        shown += os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(process, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    (state,) = states(tmp_path / "experiments" / "run")
+    assert int(state.removesuffix(".state")) >= 1
