@@ -116,6 +116,31 @@ def training(library, name, **options):
     return run
 
 
+class ScheduleFreeSketch(torch.optim.Optimizer):
+    """The weight follows a second point, which is pruned like the weight."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            z = self.state[p].setdefault("z", p.clone())
+            z.sub_(p.grad, alpha=self.param_groups[0]["lr"])
+            p.lerp_(z, 0.1)
+
+
+def schedule_free():
+    net = network()
+    opt = ScheduleFreeSketch(net.parameters(), lr=0.1)
+    pruner = issp.attach(net, opt, sparsity=0.5, shrink=0.7)
+    for number in range(4):
+        for i, p in enumerate(net.parameters()):
+            p.grad = noise(*p.shape, seed=10 * number + i)
+        opt.step()
+    return [*net.parameters(), *(opt.state[p]["z"] for p in net.parameters()), pruner.masks()["0"]]
+
+
 def from_zeros():
     net = network()
     with torch.no_grad():
@@ -233,6 +258,7 @@ PROGRAMS = {
     "Adam": training(issp.optim, "Adam"),
     "AdamW": training(issp.optim, "AdamW"),
     "SGD": training(issp.optim, "SGD", momentum=0.9),
+    "schedule-free": schedule_free,
     "from zeros": from_zeros,
     "functions": functions,
     "reference": reference_updates,

@@ -32,7 +32,7 @@ def iterates(optimizers: Sequence[Any], weights: Sequence[Tensor]) -> Iterator[t
 @torch.no_grad()
 def shrink(x: Tensor, kept: Tensor, factor: float, found_inf: Tensor | None) -> None:
     """Multiplies what is not kept by the factor, unless AMP skips the step."""
-    factors = torch.where(kept, 1.0, factor).to(x)
+    factors = torch.full_like(x, factor).masked_fill_(kept, 1.0)
     if found_inf is not None:
         factors = torch.where(found_inf.to(x.device) != 0, 1.0, factors)
     x.mul_(factors)

@@ -116,7 +116,7 @@ def fitting_tiling(model: nn.Module, channels: int) -> Tiling:
     """
     network = getattr(model, "module", model)
     multiple, radius = getattr(network, "pad_multiple", 1), _radius(network)
-    device = next(model.parameters(), torch.empty(0)).device
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
     memory = _free_memory(device)
     if radius is not None:
         aim = max(_SIDE_CUDA if device.type == "cuda" else _SIDE, _RADII * radius)
