@@ -33,10 +33,11 @@ def item_progress(items: str) -> Iterator[Callable[[int, int], None]]:
     with contextlib.suppress(ImportError):
         if sys.stderr.isatty():
             from rich.console import Console
+            from rich.markup import escape
             from rich.progress import Progress
 
             bar = Progress(console=Console(stderr=True), transient=True)
-            bar.add_task(items, total=None)
+            bar.add_task(escape(items), total=None)
 
     def progress(done: int, total: int) -> None:
         nonlocal last

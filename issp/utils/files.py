@@ -18,6 +18,7 @@ except ImportError:  # a system without such locks: what a killed process left b
 
 # .<name>.<process>-<random>.tmp
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+_LONGEST_NAME = 200  # bytes of it in the name of a temporary file; systems allow 255 in all
 # A folder of more entries is looked through only once by a process: a cache gets file after file.
 _MANY_ENTRIES = 1000
 _crowded: set[Path] = set()
@@ -82,8 +83,10 @@ def _cannot_write(path: str | os.PathLike, error: OSError) -> OSError:
 @contextlib.contextmanager
 def _temporary_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """An open file beside `path`, locked as long as its writer lives; removed if it is left."""
+    # The longest name that a file may have leaves no room for more.
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
     while True:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with open(temporary, "wb") as file:
                 lock(file.fileno())

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from issp import cli
-from issp.cli.common import named_folders
+from issp.cli.common import item_progress, named_folders
 from issp.sr import config
 from issp.utils.errors import ConfigError
 
@@ -54,6 +54,16 @@ def test_unclear_names_are_refused(entries, sentence, capsys, tmp_path):
     train = ["train", "--model", "edsr-tiny", "--scale", "2", "--iters", "1", "--val", *entries]
     assert cli.main([*train, "--root", str(tmp_path)]) == 2
     assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_name_with_brackets_is_shown_on_a_terminal(monkeypatch, capsys):
+    """rich reads [/b] as the end of a style, and [old] as a style."""
+    pytest.importorskip("rich", reason="the bar is drawn by rich")
+    for name in ("set [/b]", "set [old]"):
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        with item_progress(name) as progress:
+            progress(1, 2)
+        assert name in capsys.readouterr().err
 
 
 def test_equal_names_in_a_file_are_refused():

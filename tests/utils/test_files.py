@@ -169,3 +169,10 @@ def test_a_tilde_in_front_is_the_home_folder(monkeypatch, tmp_path):
     assert user_path("~backup~.png") == Path("~backup~.png")  # no user of that name
     atomic_write("~/made/file", b"new")
     assert (tmp_path / "made" / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "\u6771" * 85, "\u00e9" * 127 + "x"])
+def test_the_longest_name_that_a_file_may_have(tmp_path, name):
+    for content in (b"old", b"new"):
+        atomic_write(tmp_path / name, content)
+    assert (tmp_path / name).read_bytes() == b"new" and os.listdir(tmp_path) == [name]
