@@ -1,5 +1,6 @@
 """The driver: two stages, exact sparsity, and a resume that leaves no trace in the bits."""
 
+import copy
 import os
 import signal
 import threading
@@ -190,6 +191,16 @@ def test_a_damaged_or_unfitting_state_is_named(tree):
     with pytest.raises(ValueError, match=r"7\.state: .*`sparsity`"):
         dense = {k: v for k, v in tree.items() if k != "sparsity"}
         run(dense, resume=True)
+    saved = torch.load(state, weights_only=True)
+    for entry, value, problem in [
+        ("exp_avg", torch.zeros(3, 30, 3, 3), r"exp_avg in the optimizer's state .* has shape"),
+        ("step", None, r"the optimizer's state of parameter 0 lacks step"),
+    ]:
+        parts = {**saved, "optimizer": copy.deepcopy(saved["optimizer"])}
+        parts["optimizer"]["state"][0][entry] = value
+        torch.save(parts, state)
+        with pytest.raises(ValueError, match=rf"cannot resume from .*7\.state: {problem}"):
+            run(tree, resume=True, train__total_iter=9)
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"7\.state is damaged or cut short"):
         run(tree, resume=True)
