@@ -21,7 +21,13 @@ from issp.pruning import summary
 from issp.sr import file_kinds, models
 from issp.sr.models.derived import replace_derived
 from issp.sr.random_state import random_state, set_random_state
-from issp.sr.tensor_files import check_kind, read_safetensors, read_state, safetensors_bytes
+from issp.sr.tensor_files import (
+    check_kind,
+    is_plain,
+    read_safetensors,
+    read_state,
+    safetensors_bytes,
+)
 from issp.utils.files import atomic_write, user_path
 
 __all__ = ["load", "load_weights", "random_state", "read_state", "read_tensors", "save"]
@@ -144,6 +150,7 @@ def load_weights(
         ValueError: names, shapes or dtypes do not fit the model (the first one is named), or,
             without `strict`, nothing fits.
     """
+    _check_plain(tensors, path)
     model = names.unwrap(model)
     expected = model.state_dict()
     saved, conflicts = replace_derived(model, names.matched(tensors, expected.keys()))
@@ -245,7 +252,7 @@ def _check_plain(tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
     for name, value in tensors.items():
         if not isinstance(name, str):
             raise ValueError(f"{path} is damaged: {name!r} is not the name of a weight")
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        if not isinstance(value, Tensor) or not is_plain(value):
             raise ValueError(f"{path} does not hold plain numbers for {name}: save dense floats")
 
 

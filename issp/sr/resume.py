@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from issp.sr import checkpoint, config
+from issp.sr import checkpoint, config, training_state
 from issp.sr.config import Config
 from issp.sr.run_folder import RunFolder
 
@@ -31,6 +31,8 @@ class SavedState:
 
     def __init__(self, path: Path):
         self.path, self._content = path, checkpoint.read_state(path)
+        with self._explained():
+            training_state.check(self._content)
 
     @classmethod
     def find(cls, config: Config, folder: RunFolder, resume: bool) -> SavedState | None:

@@ -86,6 +86,11 @@ def check_kind(path: str | os.PathLike) -> None:
         raise ValueError(f"{path} {reason}")
 
 
+def is_plain(value: Tensor) -> bool:
+    """Whether a tensor holds its numbers one after the other, not sparse, quantized or absent."""
+    return value.layout is torch.strided and not value.is_quantized and not value.is_meta
+
+
 def damaged(path: str | os.PathLike) -> ValueError:
     """The error for a file whose content cannot be read."""
     return ValueError(f"{path} is damaged or cut short: copy it again, or use another file")

@@ -15,8 +15,7 @@ DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 # Arguments that are classes, which JSON cannot hold.
 _NOT_IN_CONFIG = ("norm_layer", "act_layer")
 
-_MOST = 1_000_000  # layers, channels, pixels of a side
-_LARGEST = 3e38  # of float32
+_MOST = 1_000_000  # of any number: layers, channels, pixels of a side, the image range
 
 # Annotations of the networks' arguments.
 Integers = Sequence[int]
@@ -50,7 +49,7 @@ def _is_whole(value: object, least: int = 1) -> bool:
 
 def _is_number(value: object) -> bool:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return is_number and abs(value) <= _LARGEST  # type: ignore[arg-type]  # no NaN
+    return is_number and abs(value) <= _MOST  # type: ignore[arg-type]  # no NaN
 
 
 def _all(value: object, suits: Callable[[object], bool]) -> bool:
@@ -60,8 +59,8 @@ def _all(value: object, suits: Callable[[object], bool]) -> bool:
 # Annotation -> what a value must fulfil, and that in words.
 _FORMS: dict[object, tuple[Callable[[object], bool], str]] = {
     int: (_is_whole, f"a whole number from 1 to {_MOST}"),
-    float: (_is_number, "a number"),
-    float | None: (lambda v: v is None or _is_number(v), "a number"),
+    float: (_is_number, f"a number up to {_MOST}"),
+    float | None: (lambda v: v is None or _is_number(v), f"a number up to {_MOST}"),
     bool: (lambda v: isinstance(v, bool), "true or false"),
     str: (lambda v: isinstance(v, str), "text"),
     str | None: (lambda v: v is None or isinstance(v, str), "text"),
