@@ -307,6 +307,9 @@ class WeightBuckets:
         self._buckets: list[WeightBucket] = []
         self.rebuild({})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "wrappers": []}  # some cannot be copied, nor can their hooks
+
     def __iter__(self) -> Iterator[WeightBucket]:
         return iter(self._buckets)
 

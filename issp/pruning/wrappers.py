@@ -22,7 +22,7 @@ _DRY_RUNS = {
     ("torch.distributed.checkpoint.state_dict", "_init_optim_state"),
     ("torch.distributed.optim.named_optimizer", "init_state"),
 }
-_DRY_NAMES = {function for _, function in _DRY_RUNS}
+_NAMES = {_HOOKED_STEP.co_name, "step", *(function for _, function in _DRY_RUNS)}
 # Wrappers that change no weight after the step of the inner optimizer, by class name.
 _END_WITH_INNER_STEP = {"SAM", "GSAM", "LookSAM", "FriendlySAM", "OrthoGrad"}
 
@@ -54,19 +54,34 @@ def see_through(opt: Any) -> tuple[list[Optimizer], list[Any]]:
 def _see_through(opt: Any, optimizers: list[Optimizer], wrappers: list[Any]) -> None:
     _refuse(opt)
     held = held_optimizers(opt)
-    is_wrapper = bool(held) and _params(opt) <= set().union(*map(_params, held))
-    if is_wrapper:
-        for one in held:
-            _see_through(one, optimizers, wrappers)
-    elif not isinstance(opt, Optimizer):
+    inner: list[Optimizer] = []
+    inner_wrappers: list[Any] = []
+    for one in held:
+        _see_through(one, inner, inner_wrappers)
+    if _is_split(opt, inner):
+        optimizers += [one for one in inner if not _contains(optimizers, one)]
+        around = [*inner_wrappers, opt]
+    elif isinstance(opt, Optimizer):
+        optimizers += [] if _contains(optimizers, opt) else [opt]
+        around = held
+    else:
         raise TypeError(f"opt must be a torch optimizer, not {type(opt).__name__}")
-    elif not _contains(optimizers, opt):
-        optimizers.append(opt)
-    for one in [opt] if is_wrapper else held:
+    for one in around:
         if has_own_state(one, [*optimizers, *wrappers]):
-            if is_wrapper:
+            if one is opt:
                 _check_hooks(one)
             wrappers.append(one)
+
+
+def _is_split(opt: Any, inner: Sequence[Optimizer]) -> bool:
+    """Whether the inner optimizers have all parameters of a wrapper, each of them one.
+
+    Where two have the same, as in a class that changes over from one to the other, the wrapper
+    itself is the optimizer.
+    """
+    params = list(map(_params, inner))
+    union = set().union(*params)
+    return bool(inner) and _params(opt) <= union and len(union) == sum(map(len, params))
 
 
 def has_own_state(opt: Any, others: Sequence[Any]) -> bool:
@@ -143,14 +158,24 @@ def running_steps() -> list[Optimizer] | None:
     steps, frame = [], sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code is _HOOKED_STEP:
-            steps.append(frame.f_locals["args"][0])
-        elif code.co_name == "step":
-            _refuse(frame.f_locals.get("self"))
-        elif code.co_name in _DRY_NAMES and _is_dry_run(frame):
-            return None
+        if code.co_name in _NAMES:
+            if code is _HOOKED_STEP:
+                steps.append(frame.f_locals["args"][0])
+            elif code.co_name == "step":
+                _check_running(frame.f_locals.get("self"))
+            elif _is_dry_run(frame):
+                return None
         frame = frame.f_back  # type: ignore[assignment]
     return steps
+
+
+def _check_running(opt: Any) -> None:
+    """Refuses a wrapper that cannot be followed; lets one that keeps weights run hooks."""
+    _refuse(opt)
+    if isinstance(opt, Optimizer) and not runs_hooks(opt):
+        held = held_optimizers(opt)
+        if held and has_own_state(opt, held):
+            _check_hooks(opt)
 
 
 def _is_dry_run(frame: Any) -> bool:

@@ -113,8 +113,6 @@ def test_one_step_counts_and_shrinks_once(wrapper, base):
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_frozen_zeros_are_exact_after_the_outermost_step(wrapper, base):
     for given in ("wrapper", "inner"):
-        if given == "inner" and wrapper == "UnhookedLookahead":
-            continue  # nothing of its step can be seen
         model = net()
         inner = BASES[base](model.parameters(), 0.01)
         opt = WRAPPERS[wrapper](inner)
@@ -272,6 +270,48 @@ def test_a_step_with_learning_rate_0_counts():
     pruner = attach(model, opt)
     step(model, opt, 0)
     assert pruner.step_count == 1
+
+
+def test_a_class_that_changes_over_from_one_optimizer_to_another_is_one_optimizer():
+    class ChangingOver(imitations.Wrapper):
+        def __init__(self, *optimizers):
+            super().__init__(optimizers[0])
+            self.both, self.count = optimizers, 0
+
+        def step(self, closure=None):
+            self.count += 1
+            self.both[self.count > 2].step(closure)
+
+    model = net()
+    both = adam(model), sgd(model.parameters(), momentum=0.9)
+    pruner = attach(model, ChangingOver(*both), sparsity=0.9, freeze_at=4)
+    opt = pruner._buckets.optimizers[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, opt, range(6))
+    assert pruner.step_count == 6 and pruner.frozen
+    for name, kept in pruner.masks().items():
+        weight = model.get_submodule(name).weight
+        assert torch.equal(weight != 0, kept)
+        for one in both:
+            moments = [x for x in one.state[weight].values() if x.shape == weight.shape]
+            assert moments and not any(x[~kept].any() for x in moments)
+
+
+def test_copies_come_without_the_wrappers_and_are_reattached_to_them():
+    model = net()
+    opt = imitations.Lookahead(adam(model))
+    pruner = attach(model, opt, sparsity=0.9)
+    train(model, opt, range(2))
+    copied = copy.deepcopy(pruner)
+    twin = copied._model
+    copied.reattach(imitations.Lookahead(adam(twin)))
+    wrapper = copied._buckets.wrappers[0]
+    train(twin, wrapper, range(2, 4))
+    copied.freeze()
+    assert copied.step_count == 4 and pruner.step_count == 2
+    kept, slow = copied.masks()["4"], wrapper.state[twin[4].weight]["slow_params"]
+    assert torch.equal(slow != 0, kept)
 
 
 # Attaching twice
