@@ -1,7 +1,7 @@
 """Stopping between iterations: a signal is kept until the state is saved.
 
 A second Ctrl-C acts at once. SIGTERM and SIGHUP may arrive several times: a closed terminal and its
-shell both send one, and job schedulers repeat theirs.
+shell both send one, and job schedulers repeat theirs. SIGUSR1 is what schedulers send as a warning.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import signal
 import threading
 from types import FrameType
 
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 
 class Interrupted(Exception):
@@ -38,7 +38,7 @@ class StopRequest:
         # Only the main thread may set handlers; elsewhere signals keep their usual meaning.
         if threading.current_thread() is threading.main_thread():
             for name in _SIGNALS:
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                number = getattr(signal, name, None)  # Windows has the first two
                 # nohup asks for hang-ups to be ignored.
                 ignored = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
                 if number is not None and not ignored:

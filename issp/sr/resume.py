@@ -73,7 +73,7 @@ class SavedState:
             ema_decay: of the run.
 
         Returns:
-            `iteration` and `best` of the state.
+            `iteration`, `best` and `pending` of the state.
 
         Raises:
             ValueError: the state is of another run, or of other settings.
@@ -92,7 +92,9 @@ class SavedState:
                 elif part is not None:
                     part.load_state_dict(state[name])
             checkpoint.set_random_state(state["random"])
-            return {"iteration": int(state["iteration"]), "best": dict(state["best"])}
+            pending = bool(state.get("pending", False))
+            iteration, best = int(state["iteration"]), dict(state["best"])
+            return {"iteration": iteration, "best": best, "pending": pending}
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

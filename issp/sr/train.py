@@ -14,7 +14,6 @@ from torch import nn
 
 from issp.sr import builders, logging
 from issp.sr.config import Config
-from issp.sr.interrupt import Interrupted, StopRequest
 from issp.sr.resume import SavedState
 from issp.sr.run_folder import RunFolder
 from issp.sr.training_run import TrainingRun
@@ -82,7 +81,8 @@ def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
     config, model, optimizer = run.config, run.model, run.optimizer
     total, loss_function = config.train.total_iter, builders.loss(config)
     run.meter.begin()
-    with StopRequest() as stop:
+    with run.stop as stop:
+        run.catch_up(start)
         for iteration in range(start + 1, total + 1):
             for group in optimizer.param_groups:
                 group["lr"] = builders.learning_rate(config, iteration)
@@ -100,11 +100,11 @@ def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
             run.progress.advance(iteration)
 
             # Read once, so that a signal during logging stops the next iteration.
-            signal = stop.signal
+            stopping = stop.signal != 0
             with run.saved_on_failure(iteration):
-                run.after(iteration, stopping=signal != 0)
-            if signal and iteration < total:
-                raise Interrupted(iteration, run.resume_command, 128 + signal)
+                run.after(iteration, stopping)
+            if stopping and iteration < total:
+                raise run.interrupted(iteration)
 
 
 @torch.no_grad()

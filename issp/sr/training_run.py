@@ -16,6 +16,7 @@ from issp.pruning.pruner import Pruner
 from issp.sr import builders, checkpoint, evaluate, gradients, logging, preflight
 from issp.sr.config import Config
 from issp.sr.data import EvalDataset, TrainLoader, write_image
+from issp.sr.interrupt import Interrupted, StopRequest
 from issp.sr.resume import SavedState
 from issp.sr.run_folder import RunFolder
 from issp.utils.errors import NonFiniteLossError
@@ -61,7 +62,9 @@ class TrainingRun:
         recorded = shlex.quote(str(self.config.folder / "config.yml"))
         self.resume_command = f"issp train {recorded} --resume"
         self.tensorboard: logging.TensorBoardLog | None = None
+        self.stop = StopRequest()
         self._saved = 0  # iteration of the latest state
+        self._is_pending = False  # the iteration that a state ends with was not validated yet
         self._is_complete = False  # there is nothing left to train
 
     @property
@@ -92,7 +95,8 @@ class TrainingRun:
         if self.folder.path.is_dir():
             self.folder.claim()
         start = self._restore(saved) if saved else 0
-        self._saved, self._is_complete = start, start >= self.config.train.total_iter
+        self._saved = start
+        self._is_complete = start >= self.config.train.total_iter and not self._is_pending
         if self._is_complete:
             return start  # and config.yml stays that of the run
         notes = [None if saved else preflight.lost_zeros(self.config, self.model)]
@@ -109,6 +113,8 @@ class TrainingRun:
             notes += [f"the earlier run is in {archived}" if archived else None]
         if saved and self.config.path.pretrain_network_g:
             notes += [f"goes on from {saved.path}: path.pretrain_network_g is not read again"]
+        if "val" in self.config.model_fields_set and not self.validation:
+            notes += ["without validation: datasets has no entry val"]
         unused = self.config.unused_keys()
         notes += [f"without effect here: {', '.join(unused)}" if unused else None]
         self._open_logs(start)
@@ -120,21 +126,22 @@ class TrainingRun:
         names = ("ema", "optimizer", "pruner", "batches", "meter")
         parts = {name: getattr(self, name) for name in names}
         state = saved.load(parts, self.optimizer, self.config.train.ema_decay)
-        self.best = Best(**state["best"])
+        self.best, self._is_pending = Best(**state["best"]), state["pending"]
         return state["iteration"]
 
     def _open_logs(self, start: int) -> None:
         """Opens the logs, cut back to the iteration `start`; the text log goes on."""
         log, total = self.folder.log, self.config.train.total_iter
-        self.csv = logging.CsvLog(log / "train.csv", logging.COLUMNS, upto=start)
-        self.scores = logging.CsvLog(log / "validation.csv", VALIDATION_COLUMNS, upto=start)
-        self.layers = logging.CsvLog(log / "layers.csv", LAYER_COLUMNS, upto=start)
+        whole = start - self._is_pending
+        self.csv = logging.CsvLog(log / "train.csv", logging.COLUMNS, upto=whole)
+        self.scores = logging.CsvLog(log / "validation.csv", VALIDATION_COLUMNS, upto=whole)
+        self.layers = logging.CsvLog(log / "layers.csv", LAYER_COLUMNS, upto=whole)
         self.gradients = None
         if self.config.logger.grad_stats_freq:
             weights = gradients.weights_to_record(self.model, self.pruner)
             self.gradients = gradients.GradientLog(log / "gradients.csv", weights, upto=start)
         enabled = self.config.logger.use_tb_logger
-        self.tensorboard = logging.TensorBoardLog(log / "tensorboard", start + 1, enabled)
+        self.tensorboard = logging.TensorBoardLog(log / "tensorboard", whole + 1, enabled)
         self.progress.begin(total, start, log / "train.log")
         model = self.eval_model
         parameters = sum(p.numel() for p in model.parameters())
@@ -156,29 +163,43 @@ class TrainingRun:
             yield
         except NonFiniteLossError:
             raise  # such a state is of no use
-        except Exception:  # not handled: whatever it is goes on once the work is safe
+        except Exception as error:  # not handled: it goes on once the work is safe
             if iteration > self._saved:
                 with contextlib.suppress(OSError):
                     self.save_state(iteration)
-                    self.progress.write_line(
-                        f"the state of iteration {iteration} is saved; "
-                        f"continue with: {self.resume_command}"
-                    )
+                    if not isinstance(error, Interrupted):
+                        self.progress.write_line(
+                            f"the state of iteration {iteration} is saved; "
+                            f"continue with: {self.resume_command}"
+                        )
             raise
 
+    def catch_up(self, iteration: int) -> None:
+        """Logs and validates the iteration that a state ends with, where that has not happened."""
+        if self._is_pending:
+            self.after(iteration, stopping=False)
+
     def after(self, iteration: int, stopping: bool) -> None:
-        """Logs, validates and saves what is due after an iteration."""
+        """Logs, validates and saves what is due after an iteration.
+
+        Raises:
+            Interrupted: a signal came during the validation.
+        """
         config, total = self.config, self.config.train.total_iter
+        self._is_pending = True
         if self.gradients and iteration % config.logger.grad_stats_freq == 0:
             self.gradients.add(iteration)
         last, freezes = iteration == total, iteration == config.freeze_iter
         is_due = iteration % config.val.val_freq == 0 or last or freezes
         validates = bool(self.validation) and is_due
         if iteration % config.logger.print_freq == 0 or validates or last or freezes:
-            row = self.row(iteration)
+            self.meter.check()
+            psnr = None
             if validates:
                 with self.meter.paused():
-                    row["psnr"] = self.validate(iteration)
+                    psnr = self.validate(iteration)
+            row = {**self.row(iteration), "psnr": psnr}
+            self._is_pending = False
             self.csv.add(row)
             self.tensorboard.add(row)
             self.progress.show_row(row)
@@ -187,9 +208,14 @@ class TrainingRun:
                     f"iteration {iteration}: the mask is frozen and {100 * row['zeros']:.1f} % of "
                     "the weights are zero; from here on PSNR is the sparse model's"
                 )
+        self._is_pending = False
         if iteration % config.logger.save_checkpoint_freq == 0 or last or stopping:
             with self.meter.paused():
                 self.save(iteration)
+
+    def interrupted(self, iteration: int) -> Interrupted:
+        """The end of a run that was asked to stop after this iteration."""
+        return Interrupted(iteration, self.resume_command, 128 + self.stop.signal)
 
     def row(self, iteration: int) -> dict[str, Any]:
         """A row of the training log."""
@@ -229,14 +255,19 @@ class TrainingRun:
     def _score(
         self, name: str, dataset: EvalDataset, iteration: int | None = None
     ) -> evaluate.Score:
-        def save_image(image: str, sr: np.ndarray, _: evaluate.Score) -> None:
-            write_image(self.folder.images / name / image / f"{image}_{iteration}.png", sr)
+        def on_image(image: str, sr: np.ndarray, _: evaluate.Score) -> None:
+            if iteration is None:
+                return
+            if self.stop.signal:  # a validation may take longer than a scheduler waits
+                raise self.interrupted(iteration)
+            if self.config.val.save_img:
+                write_image(self.folder.images / name / image / f"{image}_{iteration}.png", sr)
 
         scores = evaluate.evaluate(
             evaluate.of_model(self.eval_model),
             dataset,
             **builders.protocols(self.config),
-            on_image=save_image if self.config.val.save_img and iteration else None,
+            on_image=on_image,
         )
         return evaluate.mean(scores, name)
 
@@ -251,7 +282,8 @@ class TrainingRun:
 
     def save_state(self, iteration: int) -> None:
         """Writes the state to resume from."""
-        state: dict[str, Any] = {"iteration": iteration, "ema_decay": self.config.train.ema_decay}
+        state: dict[str, Any] = {"iteration": iteration, "pending": self._is_pending}
+        state["ema_decay"] = self.config.train.ema_decay
         for name in ("model", "ema", "optimizer", "pruner", "batches", "meter"):
             part = getattr(self, name)
             state[name] = None if part is None else part.state_dict()

@@ -71,24 +71,64 @@ def test_a_training_image_in_memory_is_checked_before_anything_is_written(tree, 
     assert not (tmp_path / "experiments").exists()
 
 
-def test_a_failing_validation_saves_the_state_first(tree, monkeypatch, capsys):
-    whole, _ = run(tree, name="whole")
+@pytest.mark.parametrize("iteration", [3, FREEZE, TOTAL])
+def test_a_failing_validation_saves_the_state_first(tree, monkeypatch, iteration):
+    whole, expected = run(tree, name="whole", logger__grad_stats_freq=3)
     calls, of_set = itertools.count(), evaluate.evaluate
 
     def fail_later(*args, **kwargs):
-        if next(calls) == 2:  # the check before the run, iteration 3, iteration 6
+        if 3 * next(calls) == iteration:  # the first is the check before the run
             raise OSError(errno.EIO, "Input/output error", "set/a.png")
         return of_set(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "evaluate", fail_later)
         with pytest.raises(OSError, match=r"set/a\.png"):
-            run(tree)
-    resumed, folder = run(tree, resume=True)
-    assert states(folder) == ["12.state", "6.state"]
-    text = (folder / "log" / "train.log").read_text()
-    assert "the state of iteration 6 is saved; continue with: issp train " in text
+            run(tree, logger__grad_stats_freq=3)
+    assert states(folder_of(tree)) == [f"{iteration}.state"]
+    text = (folder_of(tree) / "log" / "train.log").read_text()
+    assert f"the state of iteration {iteration} is saved; continue with: issp train " in text
+    resumed, folder = run(tree, resume=True, logger__grad_stats_freq=3)
     assert_equal(resumed.state_dict(), whole.state_dict())
+    assert_same_logs(folder, expected)
+
+
+def assert_same_logs(folder, expected):
+    """All rows of two runs, times aside, and the state that they end with."""
+    for name in ("train", "validation", "layers", "gradients"):
+        rows = [
+            [{k: v for k, v in row.items() if k not in ("seconds", "update_share")} for row in log]
+            for log in map(
+                logging.read_csv, (p / "log" / f"{name}.csv" for p in (folder, expected))
+            )
+        ]
+        assert rows[0] == rows[1], name
+    last = [path / "training_states" / f"{TOTAL}.state" for path in (folder, expected)]
+    assert_equal(*map(checkpoint.read_state, last))
+
+
+def test_a_signal_during_a_long_validation_does_not_wait_for_its_end(tree, monkeypatch):
+    whole, expected = run(tree, name="whole", logger__grad_stats_freq=3)
+    scored, of_set = [], evaluate.evaluate
+
+    def signalled(upscaler, *args, **kwargs):
+        def upscale(image):
+            scored.append(1)
+            if len(scored) == 1 + 4 + 2:  # one before the run, four at iteration 3
+                os.kill(os.getpid(), signal.SIGTERM)
+            return upscaler(image)
+
+        return of_set(upscale, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "evaluate", signalled)
+        with pytest.raises(Interrupted) as stopped:
+            run(tree, logger__grad_stats_freq=3)
+    assert len(scored) == 1 + 4 + 2 and stopped.value.status == 128 + signal.SIGTERM
+    assert stopped.value.iteration == 6 and states(folder_of(tree)) == ["6.state"]
+    resumed, folder = run(tree, resume=True, logger__grad_stats_freq=3)
+    assert_equal(resumed.state_dict(), whole.state_dict())
+    assert_same_logs(folder, expected)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -119,12 +159,13 @@ def test_a_loss_that_is_not_finite_leaves_no_state_to_resume_from(tree):
     assert states(folder_of(tree)) == []
 
 
-def test_a_full_disk_is_named_and_the_state_before_is_intact(tree, monkeypatch):
+@pytest.mark.parametrize("second", ["kept", "4.state"])
+def test_a_full_disk_is_named_and_the_state_before_is_intact(tree, monkeypatch, second):
     changes = {**SHORT, "logger__save_checkpoint_freq": 2}
     write, times = checkpoint.write_state, itertools.count(1)
 
     def full(state, path):
-        if next(times) > 1:
+        if next(times) == 2:
             raise OSError(errno.ENOSPC, f"cannot write {path}: No space left on device")
         write(state, path)
 
@@ -132,8 +173,10 @@ def test_a_full_disk_is_named_and_the_state_before_is_intact(tree, monkeypatch):
         patch.setattr(checkpoint, "write_state", full)
         with pytest.raises(OSError, match="No space left on device"):
             run(tree, **changes)
-    assert states(folder_of(tree)) == ["2.state"]
+    # The state before is there, and the one that was tried again once there was room.
+    assert states(folder_of(tree)) == ["2.state", "4.state"]
     whole, _ = run(tree, name="whole", **changes)
+    (folder_of(tree) / "training_states" / second).unlink(missing_ok=True)
     resumed, _ = run(tree, resume=True, **changes)
     assert_equal(resumed.state_dict(), whole.state_dict())
 
@@ -359,3 +402,11 @@ def test_a_terminal_that_goes_away_leaves_a_state(training_photos, tmp_path):
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
     (state,) = states(tmp_path / "experiments" / "run")
     assert int(state.removesuffix(".state")) >= 1
+
+
+def test_settings_without_effect_are_named_at_the_start(tree):
+    del tree["datasets"]["val"]
+    _, folder = run(tree, **SHORT, logger__wandb={"project": "sr"}, val__suffix="x")
+    text = (folder / "log" / "train.log").read_text()
+    assert text.count("without validation: datasets has no entry val") == 1
+    assert text.count("without effect here: val.suffix, logger.wandb") == 1

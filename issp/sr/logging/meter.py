@@ -85,11 +85,11 @@ class AverageMeter:
         yield
         self._start += time.perf_counter() - before
 
-    def take(self) -> dict[str, float]:
-        """loss, seconds and update_share since the previous call.
+    def check(self) -> float:
+        """The mean loss since the previous `take`.
 
         Raises:
-            NonFiniteLossError: the mean loss is NaN or infinite.
+            NonFiniteLossError: it is NaN or infinite.
         """
         loss = self._loss.item() / self._count
         if not math.isfinite(loss):
@@ -97,10 +97,19 @@ class AverageMeter:
                 f"the loss became {loss}: start again with a lower learning rate, or resume from "
                 "an earlier training state"
             )
+        return loss
+
+    def take(self) -> dict[str, float]:
+        """loss, seconds and update_share since the previous call.
+
+        Raises:
+            NonFiniteLossError: as `check`.
+        """
+        loss = self.check()
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         row = {
             "loss": loss,
-            "seconds": elapsed / self._timed,
+            "seconds": elapsed / max(self._timed, 1),
             "update_share": self.timer.take() / elapsed,
         }
         self._loss.zero_()
