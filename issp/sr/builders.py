@@ -20,7 +20,7 @@ from issp.pruning.pruner import Pruner, attach
 from issp.sr import checkpoint, data, evaluate, models
 from issp.sr.config import Config, EvalData, Scheduler, TrainData
 from issp.sr.config import Keep as KeepSection
-from issp.utils.errors import ConfigError
+from issp.utils.errors import ConfigError, first_line
 from issp.utils.text import suggest
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
@@ -85,7 +85,7 @@ def network(config: Config, pretrained: bool = True) -> models.SuperResolver:
         model = _untrained_network(config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         # Values of network_g that are of the wrong type or sign surface anywhere in torch.
-        raise ConfigError(f"network_g: {error}") from error
+        raise ConfigError(f"network_g: {first_line(error)}") from error
     if model.scale != config.scale:
         raise ConfigError(
             f"network_g.upscale is {model.scale} but scale is {config.scale}: make them equal"

@@ -28,6 +28,7 @@ from issp.sr.tensor_files import (
     read_state,
     safetensors_bytes,
 )
+from issp.utils.errors import first_line
 from issp.utils.files import atomic_write, user_path
 
 __all__ = ["load", "load_weights", "random_state", "read_state", "read_tensors", "save"]
@@ -207,7 +208,7 @@ def _rebuild(
             raise ValueError("its layers are larger than the file")
         model = models.from_config(config)
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        raise ValueError(f"{path} describes no network: {error}") from None
+        raise ValueError(f"{path} describes no network: {first_line(error)}") from None
     model.arch = str(metadata.get("arch", model.arch))
     return model
 

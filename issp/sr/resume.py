@@ -116,8 +116,8 @@ def _check_options(saved: list[dict[str, Any]], present: list[dict[str, Any]]) -
             before.get(kind) != now.get(kind)
         ):
             raise ValueError("it was saved with another `train.optim_g.type` setting")
-        for key in ("weight_decay", *_OPTIONS):
-            if key in now and _plain(before[key]) != _plain(now[key]):
+        for key in sorted((before.keys() & now.keys()) - {"params", "lr"}):
+            if _plain(before[key]) != _plain(now[key]):
                 raise ValueError(_differs(f"train.optim_g.{key}", before[key], now[key]))
 
 

@@ -67,7 +67,7 @@ def _is_count(value: object) -> bool:
 def _check_tensor(name: str, value: Tensor) -> None:
     if not _TENSORS.fullmatch(name):
         raise ValueError(f"{name} is {_shown(value)}: it is damaged")
-    if not is_plain(value):
+    if not is_plain(value) or (name.startswith("pruner.") and not value.is_contiguous()):
         raise ValueError(f"{name} does not hold plain numbers: it is damaged")
     if name == "meter.loss" and value.shape != ():
         raise ValueError(f"{name} has shape {tuple(value.shape)}: it is damaged")

@@ -56,6 +56,11 @@ def import_optional(module: str, package: str, purpose: str) -> ModuleType:
         raise MissingPackageError(purpose, package) from None
 
 
+def first_line(error: Exception) -> str:
+    """The message of an error without the frames of native code that torch adds to some."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def explain_out_of_memory(remedy: str) -> Iterator[None]:
     """Turns torch's and Python's errors of a failed allocation into one sentence.

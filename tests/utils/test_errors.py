@@ -32,6 +32,11 @@ def test_a_failed_allocation_names_the_remedy(error, subject):
         raise error
 
 
+def test_an_error_is_quoted_without_the_frames_of_native_code():
+    assert errors.first_line(RuntimeError("overflow\nframe #0: ...")) == "overflow"
+    assert errors.first_line(ZeroDivisionError()) == "ZeroDivisionError"
+
+
 def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="^bug$"), errors.explain_out_of_memory("use --tile"):
         raise RuntimeError("bug")
