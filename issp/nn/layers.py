@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 MASKS = ("fixed", "ste", "sr-ste")
 DECAY = 2e-4  # lambda_W of SR-STE, Zhou et al. 2021
 _ACTIVATION_MODULES = {"relu": nn.ReLU, "gelu": nn.GELU}
+_DENSE_INSTEAD = (
+    "torch.jit and ONNX get sparse layers as dense ones, with zeros: torch.export keeps them sparse"
+)
 # Entries of the state of a layer with a fixed mask, and the names that older versions gave them.
 STORED = ("values", "col_indices", "crow_indices")
 _OLD_NAMES = {"columns": "col_indices", "starts": "crow_indices"}
@@ -82,7 +85,7 @@ class SparseLayer(Leaf):
     decay: float
     shape: tuple[int, ...]
     v: int  # consecutive output rows that share their positions
-    _num_kept: int  # positions, each for v rows, that a mask "ste" or "sr-ste" keeps
+    _num_kept: int  # positions, each for v rows
     weight = _Weight()
     values: nn.Parameter  # of a fixed mask, as the next two
     col_indices: Tensor
@@ -141,8 +144,7 @@ class SparseLayer(Leaf):
     @property
     def sparsity(self) -> float:
         """Share of the weight's positions that are not stored."""
-        entries = self.col_indices.shape[0] if self.mask == "fixed" else self._num_kept
-        return 1.0 - entries * self.v / torch.Size(self.shape).numel()
+        return 1.0 - self._num_kept * self.v / torch.Size(self.shape).numel()
 
     @property
     def transposed(self) -> list[Tensor]:
@@ -177,6 +179,35 @@ class SparseLayer(Leaf):
             y, self.weight, x.detach(), decayed, self.decay, self._geometry()
         )
         return sparse.apply_epilogue(y, residual, self.activation)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in the layer's place."""
+        warnings.warn(_DENSE_INSTEAD, RuntimeWarning, stacklevel=3)
+        return self.to_dense()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        """As torch's; positions stay integers where `nn.Module.type` would convert them too."""
+
+        def keep_integers(t: Tensor) -> Tensor:
+            applied = fn(t)
+            kept = t.is_floating_point() or applied.dtype == t.dtype
+            return applied if kept else t.to(applied.device)
+
+        return super()._apply(keep_integers, *args, **kwargs)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialises as torch's layer does, and prunes to as many weights as now."""
+        own = self.values if self.mask == "fixed" else self.weight
+        fresh = self.dense(**self._sizes(), bias=self.bias is not None).to(own)
+        if self.mask == "fixed":
+            entries = pack_entries(fresh.weight, self._kept(fresh.weight), self._num_kept)
+            for name, new in zip(STORED, entries, strict=True):
+                getattr(self, name).copy_(new)
+        else:
+            own.copy_(fresh.weight)
+        if self.bias is not None:
+            self.bias.copy_(fresh.get_parameter("bias"))
 
     def _constant_weight(self) -> Tensor:
         """The dense weight, without the ops that make it in what torch.jit records."""
@@ -232,6 +263,7 @@ class SparseLayer(Leaf):
                 f"into torch's layer and use {type(self).__name__}.from_dense"
             )
         self._make_weight(*(loaded[name].cpu() for name in STORED))
+        self._num_kept = len(loaded["col_indices"])
         for name, tensor in loaded.items():
             own = getattr(self, name)
             if own.shape != tensor.shape:
@@ -298,7 +330,7 @@ class Conv2dMixin(SparseLayer):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """See `SparseLayer.forward`; input may be [C, H, W], as for torch's convolutions."""
-        if input.dim() != 3:
+        if not isinstance(input, Tensor) or input.dim() != 3:
             return super().forward(input, residual)
         return super().forward(input[None], None if residual is None else residual[None])[0]
 
@@ -400,6 +432,7 @@ class RowsMixin(SparseLayer):
             if sparsity is None:
                 _check_has_memory(weight)
             p = SparseRows.from_dense(weight, v) if sparsity is None else self._prune(weight)
+            self._num_kept = len(p.col_indices)
             self._store(p, weight.requires_grad)
 
     @classmethod
@@ -565,12 +598,7 @@ def _needs_torchs_ops() -> bool:
         torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
     )
     if recorded:
-        warnings.warn(
-            "torch.jit.trace and ONNX get sparse layers as dense ones, with zeros: "
-            "torch.export keeps them sparse",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        warnings.warn(_DENSE_INSTEAD, RuntimeWarning, stacklevel=3)
     return recorded
 
 

@@ -40,7 +40,7 @@ class Transposed(NamedTuple):
 def transposed_once(p: PackedWeight, v: int, kept: Transposed | None) -> Transposed:
     """`kept`, or made anew where the positions of `p` are other tensors or were written to."""
     positions = (p.col_indices, p.crow_indices)
-    versions = [0 if _has_no_version(t) else t._version for t in positions]
+    versions = [0 if t.is_inference() else t._version for t in positions]
     if (
         kept is not None
         and kept.positions[0] is positions[0]
@@ -49,10 +49,6 @@ def transposed_once(p: PackedWeight, v: int, kept: Transposed | None) -> Transpo
     ):
         return kept
     return Transposed(transpose(*positions, v, p.shape), positions, versions)
-
-
-def _has_no_version(t: Tensor) -> bool:
-    return torch.compiler.is_compiling() or t.is_inference()
 
 
 class PackedWeight(Protocol):
@@ -258,7 +254,7 @@ class NMTensor(SparseRows):
         check_pattern(self.shape, self.keep)
         if self.v != self.keep.v:
             raise ValueError(f"values have v = {self.v} but the pattern is {self.keep}")
-        if self.col_indices.device.type == "cpu":
+        if validation.can_read(self.col_indices):
             _check_groups(self.col_indices, self.crow_indices, self.shape, self.keep)
 
     @classmethod

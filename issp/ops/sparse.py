@@ -252,8 +252,9 @@ def _dispatch(
             return call(*args)
     if not torch.compiler.is_compiling():
         call = _DIFFERENTIABLE[call]
-    # An exported program would sort in every call what a layer keeps for its backward.
-    keep_transposed = x.requires_grad and not torch.compiler.is_exporting()
+    # A traced program takes no lists that a layer keeps: they may be outdated when it runs, and an
+    # exported one would sort in every call. Its backward makes them.
+    keep_transposed = x.requires_grad and not torch.compiler.is_compiling()
     transposed = p.transposed if keep_transposed else []
     y = call(x, *weight, transposed, bias, None, *geometry, "none")
     return apply_epilogue(y, residual, activation)

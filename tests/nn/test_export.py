@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch.export import Dim
+from torch.utils.checkpoint import checkpoint
 
 from issp import Keep
 from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear
@@ -55,25 +56,74 @@ def step(module, x):
     return [y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
 
+def compiled(layer, **more):
+    torch._dynamo.reset()
+    return torch.compile(copy.deepcopy(layer), fullgraph=True, backend="aot_eager", **more)
+
+
 @pytest.mark.sampled
 @every_mask
 @every_layer
 def test_one_compilation_serves_every_size(name, mask):
-    """Trained: one more, because the first backward makes the lists of the transposed weight."""
+    """Where gradients are wanted, and where they are not."""
     layer, xs = LAYERS[name](mask), inputs(name)
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        copy.deepcopy(layer), dynamic=True, fullgraph=True, backend="aot_eager"
-    )
-    for _ in range(2):
-        step(compiled, xs[0])
     with torch._dynamo.config.patch(error_on_recompile=True):
+        trained = compiled(layer, dynamic=True)
         for x in xs:
-            torch.testing.assert_close(step(compiled, x), step(layer, x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(step(trained, x), step(layer, x), rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            inferred = compiled(layer, dynamic=True)
+            for x in xs:
+                assert_bitwise_equal(inferred(x), layer(x), f"the result for {tuple(x.shape)}")
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("load", [True, False])
+@every_layer
+def test_a_compiled_layer_takes_other_positions(name, load):
+    """Loaded or written in place, between two steps."""
+    layer, other, x = LAYERS[name]("fixed"), LAYERS[name]("fixed"), inputs(name)[0]
+    twin = copy.deepcopy(layer)
+    step(twin, x)
     torch._dynamo.reset()
-    compiled = torch.compile(
-        copy.deepcopy(layer), dynamic=True, fullgraph=True, backend="aot_eager"
+    twin_step = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(twin_step, x), step(layer, x))
+    if load:
+        twin.load_state_dict(other.state_dict())
+    else:
+        with torch.no_grad():
+            for own, new in zip(
+                twin.state_dict().values(), other.state_dict().values(), strict=True
+            ):
+                own.copy_(new)
+    torch.testing.assert_close(step(twin_step, x), step(other, x))
+
+
+@pytest.mark.sampled
+@every_mask
+@every_layer
+def test_activation_checkpointing_compiles(name, mask):
+    layer, x = LAYERS[name](mask), inputs(name)[0]
+    torch._dynamo.reset()
+    kept = torch.compile(
+        lambda x: checkpoint(layer, x, use_reentrant=False), fullgraph=True, backend="aot_eager"
     )
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        for x in xs:
-            assert_bitwise_equal(compiled(x), layer(x), f"the result for {tuple(x.shape)}")
+    results = []
+    for call in (kept, layer):
+        one = x.clone().requires_grad_()
+        y = call(one)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [one, *layer.parameters()])])
+    torch.testing.assert_close(*results)
+
+
+@every_mask
+@every_layer
+def test_onnx_gets_torchs_own_ops(name, mask, monkeypatch):
+    """torch's exporter for ONNX traces by torch.export, and says so by this function."""
+    layer, xs = LAYERS[name](mask), inputs(name)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    with pytest.warns(RuntimeWarning, match="ONNX get sparse layers as dense ones"):
+        program = torch.export.export(layer, (xs[0],))
+    monkeypatch.undo()
+    assert "issp" not in str(program.graph)
+    torch.testing.assert_close(program.module()(xs[0]), layer(xs[0]))

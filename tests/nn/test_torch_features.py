@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx import symbolic_trace
 from torch.utils.checkpoint import (
@@ -197,6 +198,27 @@ class TestMeta:
             assert layer(x, residual).shape == residual.shape
         assert layer(x, residual).shape == residual.shape
 
+    def test_memory_is_initialised_as_torch_does(self, name):
+        for mask in MASKS:
+            torch.manual_seed(5)
+            expected = LAYERS[name](mask=mask)
+            with torch.device("meta"):
+                layer = LAYERS[name](mask=mask)
+            layer = layer.to_empty(device="cpu")
+            torch.manual_seed(5)
+            layer.reset_parameters()
+            for key, value in expected.state_dict().items():
+                assert_bitwise_equal(layer.state_dict()[key], value, key)
+
+    def test_fake_tensors(self, name):
+        """As estimates of memory use them."""
+        for mask in MASKS:
+            with FakeTensorMode():
+                layer = LAYERS[name](mask=mask)
+                x = example(layer).requires_grad_()
+                layer(x).sum().backward()
+                assert x.grad.shape == x.shape
+
     def test_zeros_cannot_be_read_there(self):
         dense = nn.Sequential(nn.Linear(8, 6, device="meta"))
         for call in (
@@ -296,12 +318,42 @@ class TestTracing:
         y = torch.randn_like(layer(x))
         assert_bitwise_equal(symbolic_trace(Block())(x, y), Block()(x, y), "the traced result")
 
-    def test_torch_jit_gets_dense_layers_and_says_so(self, layer):
+    @pytest.mark.parametrize("script", [False, True])
+    def test_torch_jit_gets_dense_layers_and_says_so(self, layer, script):
+        model = nn.Sequential(layer)
         with pytest.warns(RuntimeWarning, match="get sparse layers as dense ones, with zeros"):
-            traced = torch.jit.trace(layer, example(layer))
+            traced = torch.jit.script(model) if script else torch.jit.trace(model, example(layer))
         assert "issp::" not in str(traced.inlined_graph)
         x = torch.randn(3, 8, 20, 17) if hasattr(layer, "kernel_size") else torch.randn(4, 8)
         torch.testing.assert_close(traced(x), layer(x))
+
+
+def test_positions_stay_integers_whatever_is_converted(layer):
+    layer.type(torch.float64)
+    x = example(layer).double()
+    torch.testing.assert_close(layer(x), layer.to_dense()(x))
+    assert {t.dtype for t in layer.buffers()} <= {torch.int32}
+
+
+def test_reset_keeps_as_many_weights(name):
+    layer = LAYERS[name]()
+    layer.load_state_dict(LAYERS[name]().state_dict())
+    before, count = layer.weight.detach().clone(), len(layer.col_indices)
+    x = example(layer)
+    gradients(layer, x, [])
+    layer.reset_parameters()
+    assert not torch.equal(layer.weight, before) and len(layer.col_indices) == count
+    actual, expected = (gradients(m, x, []) for m in (layer, layer.to_dense()))
+    torch.testing.assert_close(actual, expected)
+    rows = SparseLinear.from_dense(nn.Linear(8, 6), v=2)
+    rows.reset_parameters()
+    assert rows.weight.ne(0).all()
+
+
+@pytest.mark.parametrize("x", [[1.0], torch.zeros(2, 8).numpy()], ids=["list", "array"])
+def test_what_is_no_tensor_is_named(layer, x):
+    with pytest.raises(TypeError, match=f"x must be a tensor, not {type(x).__name__}"):
+        layer(x)
 
 
 def test_input_by_name_and_without_a_batch(layer):

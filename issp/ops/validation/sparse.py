@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from issp.ops.arguments import Conv2dArgs, MatmulArgs
 from issp.ops.geometry import Geometry, Pair
@@ -117,12 +118,17 @@ def _check_integers(tensor: Tensor, name: str, device: torch.device) -> None:
         raise ValueError(f"{name} must be contiguous and of one dimension")
 
 
+def can_read(x: Tensor) -> bool:
+    """Whether the numbers of a tensor can be read without waiting for a device, and are there."""
+    return x.device.type == "cpu" and not isinstance(x, FakeTensor)
+
+
 def check_positions(col_indices: Tensor, crow_indices: Tensor, length: int) -> None:
     """Refuses positions outside 0..length - 1 or out of order, and crow_indices that do not fit.
 
     Checks tensors on the CPU only: reading those of a GPU would wait for it.
     """
-    if col_indices.device.type != "cpu":
+    if not can_read(col_indices):
         return
     entries = col_indices.numel()
     ascending = bool((crow_indices.diff() >= 0).all())
