@@ -225,16 +225,34 @@ def packing():
     return [*issp.unpack(packed).parameters()]
 
 
+SWINIR = {
+    **{"type": "SwinIR", "img_size": 8, "depths": [2], "embed_dim": 12, "num_heads": [2]},
+    **{"window_size": 4, "upsampler": "pixelshuffledirect", "drop_path_rate": 0.5},
+}
+
+
 def files(folder):
+    """Networks from files: what they compute, in tiles too, and what is written again."""
+
     def run():
-        path = folder / "model.safetensors"
-        if not path.exists():
-            torch.manual_seed(0)
-            issp.save(issp.models.build("edsr-tiny", scale=2), path)
-        model = issp.load(path)
-        image = issp.data.to_tensor(noise(9, 8, 3).mul(50).byte().numpy())
-        with torch.no_grad():
-            return [*model.parameters(), image, model(image[None])]
+        results = []
+        image = issp.data.to_tensor(noise(18, 17, 3).mul(50).byte().numpy())
+        for name in ("edsr", "swinir"):
+            path = folder / f"{name}.safetensors"
+            if not path.exists():
+                torch.manual_seed(0)
+                network = issp.models.from_config(SWINIR) if name == "swinir" else None
+                issp.save(network or issp.models.build("edsr-tiny", scale=2), path)
+            model = issp.load(path)
+            results += [*model.parameters()]
+            for tile in (None, 8, "auto"):
+                results.append(issp.models.upscale(model, image[None], tile=tile))
+            issp.save(model, folder / "again.safetensors")
+            results += [*issp.load(folder / "again.safetensors").parameters()]
+            model.train()
+            torch.manual_seed(3)
+            results.append(model(image[None, :, :16, :16]))
+        return [*results, image]
 
     return run
 
