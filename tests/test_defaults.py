@@ -265,6 +265,18 @@ def pictures():
     return [torch.from_numpy(small), scores, issp.data.to_tensor(image)]
 
 
+def batches():
+    images = {str(i): noise(32, 32, 3, seed=i).abs().mul(60).byte().numpy() for i in range(4)}
+    dataset = issp.data.TrainDataset(issp.data.PairedArrays(images, 2), 16)
+    results = []
+    for workers in (0, 1):
+        loader = issp.data.TrainLoader(dataset, 2, num_workers=workers)
+        for _ in range(3):
+            results += [x for x in next(loader).values() if isinstance(x, Tensor)]
+        loader.close()
+    return results
+
+
 def denormals():
     from issp.utils import denormals
 
@@ -284,6 +296,7 @@ PROGRAMS = {
     "layers": layers,
     "packing": packing,
     "pictures": pictures,
+    "batches": batches,
     "denormals": denormals,
 }
 

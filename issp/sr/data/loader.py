@@ -120,9 +120,10 @@ class TrainLoader:
             prefetch_factor=self.prefetch,
             pin_memory=self.pin_memory,
             # Without one of its own, DataLoader draws from torch's global generator.
-            generator=torch.Generator().manual_seed(0),
+            generator=torch.Generator("cpu").manual_seed(0),
         )
-        return iter(loader)
+        with torch.device("cpu"):  # where DataLoader draws a number with it
+            return iter(loader)
 
 
 class _Failure:
