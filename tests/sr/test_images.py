@@ -1,6 +1,7 @@
 """What is around the pixels: metadata, orientation, stray files, kinds of pictures."""
 
 import io
+import random
 import struct
 import zlib
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from issp import data
+from tests.tiers import quick_or_full
 
 TURNS = {  # what the values of the orientation tag mean, by TIFF 6.0
     1: lambda a: a,
@@ -283,6 +285,9 @@ def test_kinds_of_pictures(tmp_path, picture):
         assert np.array_equal(read.rgb, wanted), name
         assert (read.is_grey, read.bits, read.frames) == (is_grey, depth, count), name
         assert read.alpha is None
+    (tmp_path / "none.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none.png is empty \(0 bytes\); replace or remove it"):
+        data.read_image(tmp_path / "none.png")
     Image.fromarray(picture).convert("LAB").save(tmp_path / "lab.tif")
     with pytest.raises(ValueError, match=r"lab.tif has LAB colours; save it as 8-bit RGB"):
         data.read_image(tmp_path / "lab.tif")
@@ -302,3 +307,44 @@ def test_what_a_copy_may_keep(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "a.jpg", icc_profile=profile, exif=exif)
     read = data.read_picture(tmp_path / "a.jpg")
     assert read.icc_profile == profile and b"2026:11:30 05:00:00" in read.exif
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+def test_damaged_files_are_read_or_refused(tmp_path):
+    """Bytes that are changed, cut off or replaced anywhere; nothing but ValueError comes of it."""
+    rng = random.Random(0)
+    noise = np.random.default_rng(0).integers(0, 256, (24, 28, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    files = {
+        "a.png": encoded(noise, "PNG", exif=exif),
+        "p.png": encoded(noise[:, :, 0], "PNG", bits=4),
+        "a.jpg": encoded(noise, "JPEG", exif=exif),
+        "p.jpg": encoded(noise, "JPEG", progressive=True, comment=b"text"),
+        "a.webp": encoded(noise, "WEBP", exif=exif),
+        "a.tif": encoded(noise, "TIFF", exif=exif),
+        "a.bmp": encoded(noise, "BMP"),
+        "a.gif": encoded(noise[:, :, 0], "GIF"),
+        "a.ppm": encoded(noise, "PPM"),
+    }
+    read = refused = 0
+    for _ in range(quick_or_full(250, 3000)):
+        name = rng.choice(list(files))
+        content = bytearray(files[name])
+        start = rng.randrange(min(len(content), rng.choice([64, 200, len(content)])))
+        match rng.randrange(3):
+            case 0:
+                del content[start:]
+            case 1:
+                content[start] = rng.randrange(256)
+            case 2:
+                content[start : start + rng.randrange(30)] = rng.randbytes(rng.randrange(30))
+        (tmp_path / name).write_bytes(content)
+        for function in (data.read_image, data.image_size, data.read_picture):
+            try:
+                function(tmp_path / name)
+                read += 1
+            except ValueError as error:
+                assert name in str(error) and "\n" not in str(error)
+                refused += 1
+    assert read > 50 and refused > 50

@@ -123,6 +123,13 @@ def test_low_resolution_folders_are_no_originals(tmp_path, inner):
         data.PairedFolder(tmp_path / inner, 2)
 
 
+def test_two_published_folders_are_ambiguous(tmp_path):
+    for split in ("train", "valid"):
+        fill(tmp_path / f"DIV2K_{split}_HR", "{}", None)
+    with pytest.raises(ValueError, match="DIV2K_train_HR and DIV2K_valid_HR; name the one to use"):
+        data.PairedFolder(tmp_path, 2)
+
+
 def test_stray_files_do_not_make_an_lr_folder(tmp_path):
     fill(tmp_path / "HR", "{}", None)
     fill(tmp_path / "LR_bicubic" / "X2", "{}x2", None, size=(12, 16))

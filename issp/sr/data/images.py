@@ -40,6 +40,8 @@ _TRANSPOSED = (5, 6, 7, 8)  # orientations that swap height and width
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_ORIENTATION = 256, 257, 258, 274
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError)
 _DECODE_ERRORS += (struct.error, zlib.error)
+# What Pillow's own code makes of damaged headers besides.
+_PILLOW_ERRORS = (TypeError, KeyError, AttributeError, OverflowError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,9 @@ def decode_image(data: bytes, name: str | os.PathLike) -> np.ndarray:
 def read_picture(path: str | os.PathLike) -> Picture:
     """Read an image file with what a copy of it may keep; rules and errors as in `read_image`."""
     path = user_path(path)
-    with _opened(io.BytesIO(read_bytes(path)), path) as (image, parts):
-        frames = max(parts.frames, getattr(image, "n_frames", 1))
+    content = read_bytes(path)
+    with _opened(io.BytesIO(content), path) as (image, parts):
+        frames = parts.frames if parts.pixels else _count_frames(content)
         bits = parts.bits or _bits(image)
         exif = parts.exif or image.info.get("exif")
         icc_profile = parts.icc_profile or image.info.get("icc_profile")
@@ -287,19 +290,33 @@ def _opened(
     if not file.read(1):
         raise ValueError(f"image {name} is empty (0 bytes); replace or remove it")
     file.seek(0)
-    try:
-        parts = containers.take_apart(file, whole)
+    with contextlib.ExitStack() as stack:
+        with _explained(name, _DECODE_ERRORS):
+            parts = containers.take_apart(file, whole)
         file.seek(0)
-        source = io.BytesIO(parts.pixels) if parts else file
-        with pillow.open(source) as image:
+        with _explained(name, (*_DECODE_ERRORS, *_PILLOW_ERRORS)):
+            source = io.BytesIO(parts.pixels) if parts else file
+            image = stack.enter_context(pillow.open(source))
+            if whole:
+                image.load()
+        with _explained(name, _DECODE_ERRORS):
             yield image, parts or containers.Parts(b"")
-    except pillow.UnidentifiedImageError:
+
+
+@contextlib.contextmanager
+def _explained(name: str | os.PathLike, errors: tuple[type[Exception], ...]) -> Iterator[None]:
+    """Turns errors of reading an image, and those of the given classes, into one sentence."""
+    from PIL import Image
+
+    try:
+        yield
+    except Image.UnidentifiedImageError:
         raise ValueError(f"{name} is not an image that can be read; replace or remove it") from None
-    except pillow.DecompressionBombError:
+    except Image.DecompressionBombError:
         raise ValueError(f"image {name} has too many pixels; cut it into parts first") from None
     except _Unsupported as error:
         raise ValueError(str(error)) from None
-    except _DECODE_ERRORS as error:
+    except errors as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"image {name} is damaged or cut short ({reason}); replace it") from None
 
@@ -319,7 +336,6 @@ def _upright(image: Any, parts: containers.Parts) -> Any:
     """The image turned as its orientation says; Pillow itself turns TIFF images."""
     from PIL.Image import Transpose
 
-    image.load()
     turns = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
@@ -331,6 +347,19 @@ def _upright(image: Any, parts: containers.Parts) -> Any:
     }
     turn = None if hasattr(image, "tag_v2") else turns.get(_orientation(image, parts))
     return image if turn is None else image.transpose(turn)
+
+
+def _count_frames(content: bytes) -> int:
+    """Number of frames or pages; 1 where those behind the first are damaged."""
+    from PIL import Image
+
+    # Counting moves through the file: the image that is read must not be the one that is counted.
+    with (
+        contextlib.suppress(*_DECODE_ERRORS, *_PILLOW_ERRORS),
+        Image.open(io.BytesIO(content)) as i,
+    ):
+        return getattr(i, "n_frames", 1)
+    return 1
 
 
 def _bits(image: Any) -> int:
