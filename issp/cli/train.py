@@ -108,8 +108,9 @@ def _follow_moved_run(tree: dict[str, Any], path: Path) -> None:
     folder = path.resolve().parent
     if path.name != "config.yml" or not (folder / "training_states").is_dir():
         return
-    paths = tree.get("path") or {}
-    recorded = Path(str(paths.get("experiments_root") or "experiments")) / str(tree.get("name"))
+    paths = tree.get("path")
+    root = paths.get("experiments_root") if isinstance(paths, dict) else None
+    recorded = Path(str(root or "experiments")) / str(tree.get("name"))
     if not (recorded.is_dir() and recorded.samefile(folder)):
         config.set_key(tree, "name", folder.name)
         config.set_key(tree, "path.experiments_root", str(folder.parent))
@@ -140,11 +141,13 @@ def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
     if dense and given and getattr(args, _FLAGS["--sparsity"][0]) is None:
         raise ConfigError(f"{given[0]} is about pruning: add --sparsity, such as --sparsity 0.9")
     if args.val:
-        datasets = tree.setdefault("datasets", {})
-        for key in [key for key in datasets if key.startswith(("val", "test"))]:
-            del datasets[key]
+        datasets = tree.get("datasets")
+        if isinstance(datasets, dict):
+            for key in [key for key in datasets if str(key).startswith(("val", "test"))]:
+                del datasets[key]
         for i, (name, folder) in enumerate(named_folders(args.val).items()):
-            datasets[f"val_{i + 1}"] = {"name": name, "dataroot_gt": folder}
+            entry = {"name": name, "dataroot_gt": folder}
+            config.set_key(tree, f"datasets.val_{i + 1}", entry)
     if args.exclude:
         config.set_key(tree, "sparsity.exclude", args.exclude)
     if args.milestones:

@@ -82,6 +82,8 @@ def _on_disk(value: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+_SEEDS = _between(-(2**63), 2**63 - 1)  # what torch takes
+
 # Strict: true is no number, and 1 is not true. Text may be written as a number (name: 2024).
 Integer = Annotated[int, Field(strict=True), BeforeValidator(_number_from_text)]
 Number = Annotated[float, Field(strict=True), BeforeValidator(_number_from_text)]
@@ -336,7 +338,9 @@ class Loss(Section):
 class Train(Section):
     """`train`."""
 
-    manual_seed: Integer | None = None  # an older place of the file's manual_seed
+    manual_seed: Annotated[Integer, _SEEDS] | None = (
+        None  # an older place of the file's manual_seed
+    )
     total_iter: Annotated[Integer, _between(1)] = 0
     warmup_iter: Integer = -1
     ema_decay: Annotated[Number, _between(0, 1)] = 0.0
@@ -498,7 +502,7 @@ class Config(Section):
     num_gpu: Annotated[Any, BeforeValidator(_number_from_text), AfterValidator(_gpus)] = "auto"
     dist: StrictBool = False
     is_train: StrictBool = True
-    manual_seed: Integer = 0
+    manual_seed: Annotated[Integer, _SEEDS] = 0
     device: str = "auto"
     network_g: Annotated[dict[str, Any], AfterValidator(_with_type)] = {}
     datasets: Datasets = _section()

@@ -18,6 +18,7 @@ from torch import nn
 
 from issp.sr import builders, checkpoint, config, data, evaluate, logging, metrics, plots
 from issp.sr.config import Config
+from issp.sr.run_folder import RunFolder
 from issp.sr.train import train
 from issp.utils import denormals
 from issp.utils.errors import ConfigError
@@ -178,7 +179,11 @@ def fitting_iterations(options: Options, probe: int = 12) -> int:
 
 
 def _train(settings: Config, held_out: data.EvalDataset) -> tuple[nn.Module, Row]:
-    # A repeated demo replaces its own earlier run.
+    # A repeated demo replaces its own earlier run, but not one that runs.
+    earlier = RunFolder(settings.folder)
+    if settings.folder.is_dir():
+        earlier.claim()
+        earlier.release()
     shutil.rmtree(settings.folder, ignore_errors=True)
     model = train(settings)
     scores = evaluate.evaluate(evaluate.of_model(model), held_out)

@@ -109,6 +109,10 @@ def test_errors_are_one_line_with_status_2(capsys, tmp_path, photos, trained):
     for flag in (["--freeze-at", 1], ["--shrink", 0.5], ["--method", "iht"], ["--exclude", "a"]):
         one_line_error(capsys, [*tiny, *flag], f"{flag[0]} is about pruning: add --sparsity")
     one_line_error(capsys, [*tiny, "--sparsity", 95], "sparsity.ratio is 95: write 0.95 for 95 %")
+    for text in ("[1, 2]", "~", "{1: 2}", "5", "{train: [1]}", "{train: ~, val: ~, test: 3}"):
+        (tmp_path / "odd.yml").write_text(f"name: a\nscale: 2\nnetwork_g: a\ndatasets: {text}\n")
+        for flags in (["--val", photos], ["--hr", photos], ["--val", photos, "--hr", photos]):
+            one_line_error(capsys, ["train", tmp_path / "odd.yml", *flags], "")
     one_line_error(capsys, ["demo", "--iters", 0, "--out", tmp_path / "e"], "total_iter is 0")
     assert not (tmp_path / "e").exists(), "nothing is written before everything is checked"
     one_line_error(capsys, ["test", "--model", tmp_path / "m.pth", "--data", photos], "m.pth")

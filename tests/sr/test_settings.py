@@ -146,6 +146,8 @@ def test_settings_of_pruning_that_contradict_are_refused(section, part):
         ("model_type", "ESRGANModel", "'ESRGANModel' is not supported"),
         ("is_train", False, "is_train is false"),
         ("num_gpu", -1, "num_gpu is -1"),
+        ("manual_seed", 2**64, "manual_seed is 18446744073709551616"),
+        ("train__manual_seed", -(2**64), "manual_seed is -18446744073709551616"),
         ("num_gpu", "two", "num_gpu is 'two'"),
         ("datasets__train__task", "CAR", "'CAR' is not supported"),
         ("datasets__train__scale", 4, r"datasets\.train\.scale is 4 but scale is 2"),

@@ -44,7 +44,7 @@ class Progress:
         self.total, self.done, self.first = total, done, done
         self._start = time.perf_counter()
         self._log.open(log)
-        if not self.quiet and sys.stdout.isatty():
+        if not self.quiet and sys.stdout is not None and sys.stdout.isatty():
             with self._while_shown():
                 self._bar = rich_bar(total, done)
 
