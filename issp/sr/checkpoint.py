@@ -80,7 +80,8 @@ def load(
     """Rebuilds the model in a file.
 
     Args:
-        path: a file of `save`, or BasicSR's .pth (params_ema is preferred to params).
+        path: a file of `save`, or BasicSR's .pth (params_ema is preferred to params), which may
+            have entries config, or arch and scale, beside the weights.
         arch: name for `issp.models.build`; needed for files that do not know their architecture.
         scale: as above.
 
@@ -93,10 +94,10 @@ def load(
     """
     tensors, metadata = read_tensors(path)
     with torch.device("cpu"):
-        if arch is not None:
-            model = models.build(arch, scale or metadata.get("scale") or 4)
-        elif "config" in metadata:
+        if arch is None and "config" in metadata:
             model = _rebuild(metadata, tensors, path)
+        elif arch or metadata.get("arch") in models.names():
+            model = models.build(arch or metadata["arch"], scale or metadata.get("scale") or 4)
         else:
             raise ValueError(f"{path} does not say its architecture: give its name and scale")
     model.float()
@@ -107,7 +108,7 @@ def load(
 def read_tensors(
     path: str | os.PathLike, key: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a model file by name, and the metadata that `save` wrote (or {}).
+    """The tensors of a model file by name, and what it says of its architecture (or {}).
 
     What wrappers ("module.", "_orig_mod.", ...) put into the names is taken out.
 
@@ -127,7 +128,9 @@ def read_tensors(
     if named or file_kinds.is_safetensors(path):
         tensors, metadata = read_safetensors(path)
     else:
-        tensors = _weights_entry(read_state(path), path, key)
+        content = read_state(path)
+        tensors = _weights_entry(content, path, key)
+        metadata = {name: content[name] for name in ("config", "arch", "scale") if name in content}
     _check_plain(tensors, path)
     plain = {names.plain_name(name): value for name, value in tensors.items()}
     plain.pop("n_averaged", None)  # the counter of torch's AveragedModel
@@ -154,6 +157,8 @@ def load_weights(
     _check_plain(tensors, path)
     model = names.unwrap(model)
     expected = model.state_dict()
+    if isinstance(model, models.SuperResolver):
+        tensors = model.own_names(tensors)
     saved, conflicts = replace_derived(model, names.matched(tensors, expected.keys()))
     problems = {name: "belongs to other window sizes than the model's" for name in conflicts}
     problems |= _misfits(expected, saved)

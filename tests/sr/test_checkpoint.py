@@ -366,3 +366,45 @@ def test_the_state_dict_of_a_compiled_transformer_of_another_size_loads(tmp_path
     checkpoint.load_weights(net, tensors, "a.pth")
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(net.eval()(x), saved.eval()(x))
+
+
+@pytest.mark.parametrize("described", ["config", "arch"])
+def test_a_pth_that_names_its_architecture_needs_no_more(tmp_path, described):
+    net = models.build("edsr-tiny", 3)
+    content = {"params": net.state_dict(), "config": net.config}
+    if described == "arch":
+        content = {"params": net.state_dict(), "arch": "edsr-tiny", "scale": 3}
+    torch.save(content, tmp_path / "a.pth")
+    again = checkpoint.load(tmp_path / "a.pth")
+    assert_same(again, net)
+    assert again.scale == 3
+
+
+def original_edsr(model, rgb_range=255.0):
+    """The state_dict of sanghyun-son/EDSR-PyTorch for a network of two blocks."""
+    own = model.state_dict()
+    layers = {"head.0": "conv_first", "body.2": "conv_after_body", "tail.1": "conv_last"}
+    layers |= {f"body.{i}.body.{j}": f"body.{i}.conv{1 + j // 2}" for i in (0, 1) for j in (0, 2)}
+    layers |= {"tail.0.0": "upsample.0", "tail.0.2": "upsample.2"}
+    state = {}
+    for name, layer in layers.items():
+        state[f"{name}.weight"], state[f"{name}.bias"] = (
+            own[f"{layer}.weight"],
+            own[f"{layer}.bias"],
+        )
+    for name, sign in (("sub_mean", -1), ("add_mean", 1)):
+        state[f"{name}.weight"] = torch.eye(3).reshape(3, 3, 1, 1)
+        state[f"{name}.bias"] = sign * rgb_range * torch.tensor([0.4488, 0.4371, 0.4040])
+    return state
+
+
+def test_the_names_of_the_authors_edsr_are_read(tmp_path):
+    model = models.EDSR(num_feat=8, num_block=2, upscale=4)
+    torch.save(original_edsr(model), tmp_path / "edsr_x4.pt")
+    tensors, _ = checkpoint.read_tensors(tmp_path / "edsr_x4.pt")
+    net = models.EDSR(num_feat=8, num_block=2, upscale=4)
+    checkpoint.load_weights(net, tensors, "edsr_x4.pt")
+    assert_same(net, model)
+    # Trained for another range of the images: it would compute something else.
+    with pytest.raises(ValueError, match="sub_mean.bias is not in the model"):
+        checkpoint.load_weights(net, original_edsr(model, rgb_range=1.0), "edsr_x4.pt")

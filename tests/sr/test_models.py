@@ -31,6 +31,20 @@ def test_every_swinir_upsampler(kind):
     assert model(torch.rand(2, 3, 16, 24)).shape == (2, 3, 16 * scale, 24 * scale)
 
 
+def test_swinir_for_real_photographs_x2_has_one_step():
+    """As the authors' 003_realSR_BSRGAN_DFO_s64w8_SwinIR-M_x2_GAN.pth."""
+    model = small_swinir(upsampler="nearest+conv", upscale=2).eval()
+    assert [k for k in model.state_dict() if "conv_up" in k] == ["conv_up1.weight", "conv_up1.bias"]
+    x = torch.rand(1, 3, 16, 24)
+    assert model(x).shape == (1, 3, 32, 48)
+    with torch.no_grad():
+        model.conv_up1.weight.zero_()
+        model.conv_up1.bias.zero_()
+        y = model(x)
+    # Nothing comes through the only step: what remains is constant but for the borders.
+    assert torch.equal(y[..., 4:-4, 4:-4], y[..., 4:5, 4:5].expand(1, 3, 24, 40))
+
+
 @pytest.mark.parametrize("scale", [1, 2, 3, 4, 8])
 def test_edsr_scales(scale):
     assert small_edsr(upscale=scale)(torch.rand(1, 3, 5, 7)).shape == (1, 3, 5 * scale, 7 * scale)
@@ -236,7 +250,7 @@ def test_compiles_without_graph_breaks(make):
         (lambda: small_edsr(num_out_ch=1), ValueError, "must equal num_in_ch"),
         (lambda: small_edsr(num_in_ch=1, num_out_ch=1), ValueError, "one mean per input channel"),
         (lambda: small_swinir(upsampler="pixelshufle"), ValueError, "'pixelshuffle'"),
-        (lambda: small_swinir(upsampler="nearest+conv"), ValueError, "upscale 4 only"),
+        (lambda: small_swinir(upsampler="nearest+conv", upscale=3), ValueError, "2 and 4, not 3"),
         (lambda: small_swinir(resi_connection="2conv"), ValueError, "did you mean '[13]conv'"),
         (lambda: small_swinir(img_size=20), ValueError, "multiple of window_size 8"),
         (lambda: small_swinir(embed_dim=15), ValueError, "divisible by num_heads 2"),

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -72,6 +73,36 @@ class EDSR(SuperResolver):
             radius += 1 / resolution
             resolution *= shuffle.upscale_factor
         return math.ceil(radius + 1 / resolution)
+
+    def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state_dict of the EDSR authors' PyTorch code under the names here, others unchanged.
+
+        Its convolutions that subtract and add the mean are dropped if they do what is done here.
+        """
+        if "head.0.weight" not in state:
+            return state
+        last = len(self.body)
+        names = {"head.0": "conv_first", f"body.{last}": "conv_after_body", "tail.1": "conv_last"}
+        for i in range(last):
+            names |= {f"body.{i}.body.0": f"body.{i}.conv1", f"body.{i}.body.2": f"body.{i}.conv2"}
+        names |= {f"tail.0.{i}": f"upsample.{i}" for i in range(len(self.upsample))}
+        own = {}
+        for name, value in state.items():
+            layer, _, kind = name.rpartition(".")
+            if not self._is_mean_shift(layer, kind, value):
+                own[f"{names.get(layer, layer)}.{kind}"] = value
+        return own
+
+    def _is_mean_shift(self, layer: str, kind: str, value: Tensor) -> bool:
+        sign = {"sub_mean": -1.0, "add_mean": 1.0}.get(layer)
+        if sign is None:
+            return False
+        if kind == "weight":
+            expected = torch.eye(self.channels).reshape(self.channels, self.channels, 1, 1)
+        else:
+            expected = sign * self.img_range * torch.tensor(self.mean)
+        same_shape = value.shape == expected.shape
+        return same_shape and torch.allclose(value.float(), expected, rtol=1e-3, atol=1e-3)
 
     def restore(self, x: Tensor) -> Tensor:
         x = self.conv_first(x)

@@ -143,10 +143,13 @@ class WindowTransformer(SuperResolver):
         if kind == "pixelshuffle":
             self.upsample = layers.Upsample(scale, NUM_FEAT)
         else:
-            if scale != 4:
-                raise ValueError(f"upsampler 'nearest+conv' exists for upscale 4 only, got {scale}")
+            if scale not in (2, 4):
+                raise ValueError(
+                    f"upsampler 'nearest+conv' exists for upscale 2 and 4, not {scale}"
+                )
             self.conv_up1 = conv3x3(NUM_FEAT, NUM_FEAT)
-            self.conv_up2 = conv3x3(NUM_FEAT, NUM_FEAT)
+            if scale == 4:
+                self.conv_up2 = conv3x3(NUM_FEAT, NUM_FEAT)
             self.conv_hr = conv3x3(NUM_FEAT, NUM_FEAT)
         self.conv_last = conv3x3(NUM_FEAT, channels)
 
@@ -170,7 +173,7 @@ class WindowTransformer(SuperResolver):
         features = self.conv_before_upsample(features)
         if self.upsampler == "pixelshuffle":
             return self.conv_last(self.upsample(features))
-        for conv in (self.conv_up1, self.conv_up2):
+        for conv in (self.conv_up1, self.conv_up2) if self.scale == 4 else (self.conv_up1,):
             features = F.interpolate(features, scale_factor=2, mode="nearest")
             features = F.leaky_relu(conv(features), 0.2)
         return self.conv_last(F.leaky_relu(self.conv_hr(features), 0.2))
