@@ -135,9 +135,8 @@ def _rows(
     rows = []
     if args.per_image:
         rows = [[f"{name}/{r.name}", "1", "", *_cells(r), "", ""] for r in results]
-    source = "made" if dataset.pairs.lr_files is None else "read"
     cubic = _cells(mean(baseline)) if baseline else []
-    rows.append([name, str(len(dataset)), source, *_cells(mean(results)), *cubic])
+    rows.append([name, str(len(dataset)), dataset.pairs.lr_source, *_cells(mean(results)), *cubic])
     return rows
 
 

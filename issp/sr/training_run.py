@@ -115,6 +115,9 @@ class TrainingRun:
             notes += [f"goes on from {saved.path}: path.pretrain_network_g is not read again"]
         if "val" in self.config.model_fields_set and not self.validation:
             notes += ["without validation: datasets has no entry val"]
+        sets = {"training": self.batches.dataset, **self.validation}
+        images = (f"{k} {len(d)} (LR {d.pairs.lr_source})" for k, d in sets.items())
+        notes += [f"images: {', '.join(images)}"]
         unused = self.config.unused_keys()
         notes += [f"without effect here: {', '.join(unused)}" if unused else None]
         self._open_logs(start)

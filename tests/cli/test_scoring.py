@@ -7,8 +7,14 @@ import torch
 import issp
 from issp import cli, data
 from issp.sr import evaluate
+from issp.utils import denormals
 
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
+
+
+@pytest.fixture(autouse=True)
+def _float_mode_stays(monkeypatch):
+    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,16 @@ def test_lr_images_are_read_or_made(model, urban, tmp_path, capsys):
     assert score(capsys, *pairs) == [["mine", "2", "read", *read]]
     both = [*base, folder, urban, "--lr-images", tmp_path / "low", urban / "{}_LR"]
     assert [row[2:] for row in score(capsys, *both)] == [["read", *read]] * 2
+
+
+def test_training_says_where_lr_images_come_from(urban, tmp_path, capsys):
+    data.write_image(tmp_path / "photos" / "a.png", picture(3))
+    command = ["train", "--model", "edsr-tiny", "--scale", "4", "--iters", "1", "--batch", "1"]
+    command += ["--patch", "32", "--hr", str(tmp_path / "photos"), "--val", str(urban)]
+    command += ["--val-freq", "1", "--root", str(tmp_path), "--name", "run", "--no-tensorboard"]
+    small = ["--set", "network_g.num_feat=8", "network_g.num_block=1"]
+    assert cli.main([*command, "--device", "cpu", *small]) == 0
+    assert "images: training 1 (LR made), Urban100 2 (LR read)\n" in capsys.readouterr().out
 
 
 def test_wrong_lr_images_are_refused(model, urban, tmp_path, capsys):

@@ -356,9 +356,9 @@ def _count_frames(content: bytes) -> int:
     # Counting moves through the file: the image that is read must not be the one that is counted.
     with (
         contextlib.suppress(*_DECODE_ERRORS, *_PILLOW_ERRORS),
-        Image.open(io.BytesIO(content)) as i,
+        Image.open(io.BytesIO(content)) as image,
     ):
-        return getattr(i, "n_frames", 1)
+        return getattr(image, "n_frames", 1)
     return 1
 
 

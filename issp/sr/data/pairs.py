@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -33,7 +32,7 @@ class PairedArrays:
         TypeError, ValueError: an image or the scale is not usable; no images.
     """
 
-    lr_files: list[Path] | None = None  # the LR images are made, as in a folder without them
+    lr_source = "made"
 
     def __init__(self, images: Mapping[str, np.ndarray], scale: int):
         self.scale = check_whole("scale", scale, 2)
@@ -111,6 +110,11 @@ class PairedFolder:
 
     def __len__(self) -> int:
         return len(self.hr_files)
+
+    @property
+    def lr_source(self) -> str:
+        """Where the LR images come from: they are "read", or "made" from the HR images."""
+        return "read" if self.lr_files else "made"
 
     def paths(self, i: int) -> tuple[str, str]:
         """Paths of the LR and the HR file of image ``i``; the HR path twice if LR is made."""
