@@ -40,12 +40,17 @@ def check(state: dict[str, Any]) -> None:
     for name in _COUNTS:
         if not _is_count(leaves.get(name)):
             raise ValueError(f"{name} is {_shown(leaves.get(name))}: it is damaged")
+    pending = state.get("pending", False)
+    if not isinstance(pending, bool) or (pending and not leaves["meter.count"]):
+        raise ValueError(f"pending is {_shown(pending)}: it is damaged")
     psnr = leaves.get("best.psnr")
     if not isinstance(psnr, float) or math.isnan(psnr):
         raise ValueError(f"best.psnr is {_shown(psnr)}: it is damaged")
     for name, value in leaves.items():
         if isinstance(value, Tensor):
             _check_tensor(name, value)
+        elif name.startswith("optimizer.state.") and not _is_number(value):
+            raise ValueError(f"{name} is {_shown(value)}: it is damaged")
 
 
 def _leaves(tree: object, name: str) -> Iterator[tuple[str, object]]:
@@ -62,6 +67,10 @@ def _leaves(tree: object, name: str) -> Iterator[tuple[str, object]]:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, int | float) and abs(value) <= _MOST
 
 
 def _check_tensor(name: str, value: Tensor) -> None:
