@@ -82,3 +82,36 @@ def test_overflow_is_no_step(kind):
         assert gpu.pruner.step_count == cpu.pruner.step_count
         if cpu.pruner.step_count:
             assert_same(gpu, cpu, f"after step {number}")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.replace(", ", "-"))
+def test_a_group_on_two_devices_is_stepped_by_torch(kind):
+    def halved():
+        model = network()
+        model[2].cuda()
+        return model
+
+    ours, torchs = Twin(kind, True, model=halved), Twin(kind, False, model=halved)
+    torchs.opt.param_groups[0]["fused"] = None
+    for number in range(4):
+        for twin in (ours, torchs):
+            put_gradients(twin, number)
+            twin.opt.step()
+        assert_same(ours, torchs, f"after step {number}")
+    assert "several devices" in ours.opt.report[0].fallback_reason
+
+
+def test_counters_that_torchs_default_keeps_on_the_cpu_are_moved():
+    """Dense training comes first; the op wants the counters where the weights are."""
+    model = network().cuda()
+    opt = issp.optim.AdamW(model.parameters(), lr=1e-3)
+    for number in range(4):
+        if number == 2:
+            assert all(not state["step"].is_cuda for state in opt.state.values())
+            issp.attach(model, opt, sparsity=0.5)
+        source = torch.Generator("cuda").manual_seed(number)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=source, device="cuda")
+        opt.step()
+    assert opt.report[0].fused
+    assert all(state["step"].is_cuda and state["step"] == 4 for state in opt.state.values())
