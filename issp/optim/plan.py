@@ -127,6 +127,10 @@ class FusedStepPlan:
             ]
         )
 
+    def check_grads_apart(self, grads: list[Tensor]) -> None:
+        """Raises UnsupportedByFusedOp if a gradient lies in the memory of a weight."""
+        _check_no_overlap(self.weights, grads)
+
     def contiguous_views(self, tensors: list[Tensor]) -> list[Tensor]:
         """One tensor per weight as the op takes it: contiguous (channels_last is permuted)."""
         if self._all_contiguous:
@@ -188,8 +192,12 @@ def _check_weights(weights: Sequence[Tensor]) -> None:
             raise UnsupportedByFusedOp(f"weights on {weight.device.type}")
         if weight.numel() == 0:
             raise UnsupportedByFusedOp("an empty weight")
+    _check_no_overlap(weights, [])
+
+
+def _check_no_overlap(weights: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     try:
-        check_no_overlap(numbered(weights, "weights"), [])
+        check_no_overlap(numbered(weights, "weights"), numbered(grads, "gradients"))
     except ValueError as error:
         raise UnsupportedByFusedOp(str(error)) from None
 

@@ -238,15 +238,14 @@ class FusedStep(Optimizer):
         if not reason:
             try:
                 plan, grads = self._current_plan(number, group, prune_step.bucket_of(number))
+                if plan.weights:
+                    self._run(group, plan, grads, prune_step)
+                return plan
             except UnsupportedByFusedOp as error:
                 reason = str(error)
-        if reason:
-            self._plans.pop(number, None)
-            self._fallback_reasons[number] = reason
-            return None
-        if plan.weights:
-            self._run(group, plan, grads, prune_step)
-        return plan
+        self._plans.pop(number, None)
+        self._fallback_reasons[number] = reason
+        return None
 
     def _current_plan(
         self, number: int, group: dict[str, Any], bucket: WeightBucket | None
@@ -282,7 +281,11 @@ class FusedStep(Optimizer):
             frozen=prune_step.frozen,
             bracket=True,
         )
-        self._launch(group, plan, grads, prune_args)
+        try:
+            self._launch(group, plan, grads, prune_args)
+        except ValueError:
+            plan.check_grads_apart(grads)  # looked for only where the op has refused something
+            raise
         torch.autograd.graph.increment_version(plan.weights)
 
     def _step_args(self, group: dict[str, Any], plan: FusedStepPlan) -> StepArgs:

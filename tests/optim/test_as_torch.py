@@ -83,6 +83,9 @@ GUESTS = {
         lambda: [nn.Parameter(torch.ones(4, 6)[:, ::2])], noise, "gaps or overlaps"
     ),
     "shared memory": Guest(sharing_memory, noise, "overlap in memory"),
+    "gradient in the weight's memory": Guest(
+        of_dtype(torch.float32), lambda p, number: p.detach(), "gradients[2] and weights[2] overlap"
+    ),
     "own class": Guest(lambda: [Own(torch.ones(8))], noise, "weights of type Own"),
     "no gradient at first": Guest(
         of_dtype(torch.float32), lambda p, number: noise(p, number) if number else None, ""
@@ -139,7 +142,7 @@ class Training:
     def put_gradients(self, number: int, scale: float = 1.0) -> None:
         for i, p in enumerate(self.params):
             grad = noise(p, number) if i < 2 else self.guest.grad(p, number)
-            p.grad = None if grad is None else grad * scale
+            p.grad = grad if grad is None or scale == 1 else grad * scale
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {f"parameter {i}": p.detach() for i, p in enumerate(self.params)}
