@@ -27,7 +27,7 @@ from issp.ops.keep import Keep
 from issp.sr import builders, checkpoint, config, data, demo, evaluate
 from issp.sr.interrupt import Interrupted
 from issp.sr.train import train
-from issp.utils.files import atomic_write
+from issp.utils.files import atomic_write, user_path
 
 EXAMPLE = """examples:
   python -m bench accuracy --pattern 3:32 3:32:4 --iters 300 --seeds 0
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--iters", type=int, default=ITERATIONS, help=f"default {ITERATIONS}")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default 0 1 2")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's")
-    parser.add_argument("--out", type=Path, help="also write the table to this .md file")
+    parser.add_argument("--out", type=user_path, help="also write the table to this .md file")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.harness.errors import BenchmarkFailed
+from issp.utils.files import user_path
 
 EXAMPLE = "example: python -m bench all --device cuda --folder bench/results/gpu-2026-11-22"
 # `accuracy` is left out: it trains for half an hour and times nothing.
@@ -107,7 +108,7 @@ def run_one(name: str, options: Sequence[str], picture: Path | None, limit: floa
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m bench all`."""
     parser.add_argument("--device", default="cpu", choices=PACE)
-    parser.add_argument("--folder", type=Path, required=True, help="must exist")
+    parser.add_argument("--folder", type=user_path, required=True, help="must exist")
     parser.add_argument("--only", nargs="+", default=list(PLAN), choices=PLAN)
     parser.add_argument("--threads", help="CPU threads; default: torch's")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")

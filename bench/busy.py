@@ -21,6 +21,7 @@ from bench.harness import options
 from bench.harness.errors import BenchmarkFailed
 from bench.harness.machine import machine_line
 from bench.harness.table import Column, Row, Table, median, ratio
+from issp.utils.files import user_path
 
 EXAMPLE = "python -m bench busy --beside 1 5 --rounds 5"
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beside", type=int, nargs="+", default=[1, 5], metavar="N")
     parser.add_argument("--rounds", type=int, default=5, help="default 5")
     parser.add_argument("--seconds", type=float, default=2.0, help="per process and round")
-    parser.add_argument("--out", type=Path, help="also write the table to this .md file")
+    parser.add_argument("--out", type=user_path, help="also write the table to this .md file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from bench.harness.table import Table
 from issp import ops
-from issp.utils.files import atomic_write
+from issp.utils.files import atomic_write, user_path
 
 NO_CUDA = "torch sees no CUDA device: use --device cpu"
 
@@ -36,9 +36,9 @@ def add_pace(parser: argparse.ArgumentParser, seconds: str) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, help=seconds)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--out", type=Path, help="also write the tables to this .md file")
-    parser.add_argument("--plot", type=Path, help="also draw them into this .png file")
-    parser.add_argument("--samples", type=Path, help="also write every measured time, .json")
+    parser.add_argument("--out", type=user_path, help="also write the tables to this .md file")
+    parser.add_argument("--plot", type=user_path, help="also draw them into this .png file")
+    parser.add_argument("--samples", type=user_path, help="also write every measured time, .json")
 
 
 def apply(args: argparse.Namespace) -> None:

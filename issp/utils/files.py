@@ -69,7 +69,7 @@ def append_text(path: str | os.PathLike, text: str) -> None:
         OSError: as `atomic_write`; a part of the text may be in the file.
     """
     try:
-        with open(path, "ab") as file:
+        with open(user_path(path), "ab") as file:
             file.write(text.encode(errors="backslashreplace"))  # names of files may not be UTF-8
     except OSError as error:
         raise _cannot_write(path, error) from None
