@@ -112,6 +112,8 @@ def test_names_that_are_not_utf8(home):
             "--save-images",
         ],
         ["plot", f"{root}/run", "--out", out],
+        ["train", f"{root}/run/config.yml", "--resume"],
+        ["test", "--model", f"{root}/run/models/net_g_latest.safetensors", "--data", source],
         ["test", "--model", model, "--data", source, "--save", out, "--per-image"],
         ["upscale", source, "--model", model, "--out", out],
         ["prepare-data", source, "--out", out, "--scales", "2"],

@@ -1,5 +1,6 @@
 """What a run reports: times, CSV files across versions, statistics of gradients."""
 
+import os
 import time
 
 import pytest
@@ -96,3 +97,13 @@ def test_a_pruned_run_records_the_layers_it_prunes():
     recorded = gradients.weights_to_record(model, pruner)
     assert list(recorded) == ["2"] and recorded["2"] is model[2].weight
     assert list(gradients.weights_to_record(model, None)) == ["0", "2"]
+
+
+def test_tensorboard_needs_a_folder_of_utf8(tmp_path):
+    pytest.importorskip("tensorboard", reason="what is not there cannot refuse a folder")
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    board = logging.TensorBoardLog(folder, 1)
+    assert "need a folder whose name is UTF-8" in board.unavailable_reason
+    board.add({"iteration": 1, "psnr": 30.0})
+    board.close()
+    assert not folder.exists()

@@ -26,6 +26,14 @@ class TensorBoardLog:
         if not enabled:
             return
         try:
+            str(folder).encode()
+        except UnicodeEncodeError:
+            self.unavailable_reason = (
+                "no TensorBoard logs: they need a folder whose name is UTF-8 (--root); CSV logs "
+                "are written all the same"
+            )
+            return
+        try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.unavailable_reason = str(MissingPackageError("TensorBoard logs", "tensorboard"))
