@@ -97,10 +97,12 @@ class EDSR(SuperResolver):
         sign = {"sub_mean": -1.0, "add_mean": 1.0}.get(layer)
         if sign is None:
             return False
+        device = value.device
         if kind == "weight":
-            expected = torch.eye(self.channels).reshape(self.channels, self.channels, 1, 1)
+            expected = torch.eye(self.channels, dtype=torch.float32, device=device)[..., None, None]
         else:
-            expected = sign * self.img_range * torch.tensor(self.mean)
+            mean = torch.tensor(self.mean, dtype=torch.float32, device=device)
+            expected = sign * self.img_range * mean
         same_shape = value.shape == expected.shape
         return same_shape and torch.allclose(value.float(), expected, rtol=1e-3, atol=1e-3)
 
