@@ -421,13 +421,6 @@ def _kind_of_target(value: Any) -> str:
     return "<keep>" if isinstance(value, dict | Keep) else "<ratio>"
 
 
-# pydantic names the chosen kind in the place of an error; `_dotted` leaves what is in <> out.
-Target = Annotated[
-    Annotated[Number, Tag("<ratio>")] | Annotated[Keep, Tag("<keep>")],
-    Discriminator(_kind_of_target),
-]
-
-
 def _check_ratio(value: float) -> float:
     if 1 < value <= 100:
         raise ValueError(f"is {value:g}: write {value / 100:g} for {value:g} %")
@@ -437,6 +430,18 @@ def _check_ratio(value: float) -> float:
     if not 0 < value <= 0.995:
         raise ValueError(f"is {value:g}: it must be above 0 and at most 0.995")
     return value
+
+
+def _check_override(value: float) -> float:
+    return value if value == 0 else _check_ratio(value)  # 0: the layer stays dense
+
+
+# pydantic names the chosen kind in the place of an error; `_dotted` leaves what is in <> out.
+Target = Annotated[
+    Annotated[Number, AfterValidator(_check_override), Tag("<ratio>")]
+    | Annotated[Keep, Tag("<keep>")],
+    Discriminator(_kind_of_target),
+]
 
 
 class Sparsity(Section):
@@ -457,15 +462,15 @@ class Sparsity(Section):
         given = [key for key in pruning if getattr(self, key) not in (None, {})]
         if self.from_zeros and given:
             raise ValueError(f"from_zeros keeps the zeros that the weights have: drop {given[0]}")
-        # Earlier revisions wrote 0.95 to config.yml, wanted or not.
-        if self.keep and self.ratio not in (None, 0.95):
+        if self.keep and self.ratio is not None:
             raise ValueError("has ratio beside keep, the N:M pattern of all layers: drop one")
-        if self.method == "iht" and self.shrink not in (None, 0.95):
+        if self.method == "iht" and self.shrink is not None:
             raise ValueError("has shrink, but iht writes zeros: drop it, or use method iss-p")
         if not self.from_zeros:
             self.freeze_iter = self.freeze_iter or 100_000
             self.ratio = None if self.keep else self.ratio or 0.95
-            self.shrink = 0.95 if self.shrink is None else self.shrink
+            if self.method != "iht" and self.shrink is None:
+                self.shrink = 0.95
         return self
 
 

@@ -91,6 +91,14 @@ def test_a_milestone_below_one_is_a_share_of_fine_tuning():
     assert again.train.scheduler.milestones == [0.95, 7, 0.5], "a longer run resolves them anew"
 
 
+@pytest.mark.parametrize(
+    "sparsity", [{"method": "iht"}, {"keep": {"n": 1, "of": 4}}, {"ratio": 0.5, "shrink": 0.5}]
+)
+def test_config_yml_of_a_run_parses_again(sparsity):
+    c = config.to_tree(parsed(sparsity={"freeze_iter": 9, **sparsity}))
+    assert config.to_tree(config.parse(c)) == c
+
+
 def test_a_file_of_an_earlier_revision_still_parses():
     """It wrote out the options of every type, with their defaults."""
     idle = {
@@ -104,7 +112,6 @@ def test_a_file_of_an_earlier_revision_still_parses():
         "milestones": [9],
         "gamma": 0.5,
     }
-    assert parsed(sparsity={"ratio": 0.95, "keep": {"n": 1, "of": 4}}, train__total_iter=100_000)
 
 
 @pytest.mark.parametrize(
@@ -125,14 +132,23 @@ def test_an_impossible_sparsity_is_refused(ratio, part):
         parsed(sparsity={"ratio": ratio, "freeze_iter": 10})
 
 
+def test_the_sparsity_of_a_single_layer_has_the_same_bounds():
+    for ratio, part in ((95, "write 0.95 for 95 %"), (1, "at most 0.995"), (-1, "is -1")):
+        with pytest.raises(
+            ConfigError, match=rf"sparsity\.overrides\.conv_last is .*{part}|{part}"
+        ):
+            parsed(sparsity={"freeze_iter": 9, "overrides": {"conv_last": ratio}})
+    assert parsed(sparsity={"freeze_iter": 9, "overrides": {"conv_last": 0}}).sparsity.overrides
+
+
 @pytest.mark.parametrize(
     "section, part",
     [
         ({"from_zeros": True, "ratio": 0.9}, "from_zeros keeps the zeros .* drop ratio"),
         ({"from_zeros": True, "freeze_iter": 9}, "drop freeze_iter"),
         ({"from_zeros": True}, "path.pretrain_network_g"),
-        ({"ratio": 0.9, "freeze_iter": 9, "keep": {"n": 1, "of": 4}}, "ratio beside keep"),
-        ({"method": "iht", "shrink": 0.5, "freeze_iter": 9}, "iht writes zeros"),
+        ({"ratio": 0.95, "freeze_iter": 9, "keep": {"n": 1, "of": 4}}, "ratio beside keep"),
+        ({"method": "iht", "shrink": 0.95, "freeze_iter": 9}, "iht writes zeros"),
     ],
 )
 def test_settings_of_pruning_that_contradict_are_refused(section, part):
