@@ -149,8 +149,10 @@ class SparseLayer(Leaf):
     @property
     def transposed(self) -> list[Tensor]:
         """Lists of the transposed weight of a fixed mask, made when backward first needs them."""
-        self._transposed = transposed_once(self, self.v, self._transposed)
-        return self._transposed.lists
+        current = transposed_once(self, self.v, self._transposed)
+        if current is not self._transposed:  # a module's attributes are slow to set
+            self._transposed = current
+        return current.lists
 
     def _dense_weight(self) -> Tensor:
         entries: tuple[Tensor, Tensor, Tensor]
@@ -161,9 +163,13 @@ class SparseLayer(Leaf):
         return reference.to_dense(*entries, torch.Size(self.shape[1:]).numel()).view(self.shape)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """activation(W input + bias) + residual; fused where no gradient is wanted."""
+        """activation(W input + bias) + residual; fused where no gradient is wanted.
+
+        The input of a convolution may be [C, H, W], as for torch's.
+        """
         x = input  # torch's layers take it by this name
-        if _needs_torchs_ops():
+        if _is_recorded_for_torch():
+            warnings.warn(_DENSE_INSTEAD, RuntimeWarning, stacklevel=2)
             weight = self._constant_weight()
             return sparse.apply_epilogue(self._dense_op(x, weight), residual, self.activation)
         if self.mask == "fixed":
@@ -328,18 +334,15 @@ class Conv2dMixin(SparseLayer):
                 )
             self.padding = (height // 2, width // 2)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """See `SparseLayer.forward`; input may be [C, H, W], as for torch's convolutions."""
-        if not isinstance(input, Tensor) or input.dim() != 3:
-            return super().forward(input, residual)
-        return super().forward(input[None], None if residual is None else residual[None])[0]
-
     def _geometry(self) -> dict[str, tuple[int, int]]:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
     def _forward_op(
         self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str
     ) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() == 3:
+            batch = None if residual is None else residual[None]
+            return self._forward_op(x[None], p, batch, activation)[0]
         return sparse.conv2d(
             x,
             p,
@@ -592,14 +595,11 @@ class SparseConv2d(RowsMixin, Conv2dMixin):
         self._init_from(layer, v, sparsity, mask, activation, decay)
 
 
-def _needs_torchs_ops() -> bool:
-    """Whether what is recorded now is for torch.jit or ONNX, which have none of our ops."""
-    recorded = torch.jit.is_tracing() or (
+def _is_recorded_for_torch() -> bool:
+    """Whether torch.jit or ONNX, which have none of our ops, record what is computed now."""
+    return torch._C._get_tracing_state() is not None or (
         torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
     )
-    if recorded:
-        warnings.warn(_DENSE_INSTEAD, RuntimeWarning, stacklevel=3)
-    return recorded
 
 
 def _check_has_memory(weight: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 class Leaf(nn.Module):
@@ -14,9 +14,10 @@ class Leaf(nn.Module):
     """
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
-        for value in (*args[:1], *kwargs.values()):
-            if isinstance(value, fx.Proxy):
-                tracer = value.tracer
-                name = tracer.path_of_module(self)  # type: ignore[attr-defined]
-                return tracer.create_proxy("call_module", name, args, kwargs)
+        if kwargs or not args or not isinstance(args[0], Tensor):
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, fx.Proxy):
+                    tracer = value.tracer
+                    name = tracer.path_of_module(self)  # type: ignore[attr-defined]
+                    return tracer.create_proxy("call_module", name, args, kwargs)
         return super()._call_impl(*args, **kwargs)

@@ -74,7 +74,10 @@ class StraightThrough(torch.autograd.Function):
             with torch.no_grad():
                 x = x.to(grad.dtype)
                 if ctx.geometry:
-                    dense = conv_gradients.conv2d_weight(x, weight.shape, grad, **ctx.geometry)
+                    images, grads = (t.reshape(-1, *t.shape[-3:]) for t in (x, grad))
+                    dense = conv_gradients.conv2d_weight(
+                        images, weight.shape, grads, **ctx.geometry
+                    )
                 else:
                     outputs, inputs = weight.shape
                     dense = grad.reshape(-1, outputs).t() @ x.reshape(-1, inputs)

@@ -43,6 +43,11 @@ def first_order(gradients: Sequence[Tensor | None], *sources: Tensor) -> list[Te
     return [None if g is None else _FirstOrder.apply(g, *sources) for g in gradients]
 
 
+def in_transform() -> bool:
+    """Whether `refuse_transforms` has to look at the tensors of a call."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def refuse_transforms(*tensors: Tensor) -> None:
     """Refuses torch.func's transforms, batched gradients and tensors of forward-mode derivatives.
 
@@ -51,7 +56,7 @@ def refuse_transforms(*tensors: Tensor) -> None:
     if (
         torch._C._are_functorch_transforms_active()
         or any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
-        or (forward_ad._current_level >= 0 and any(map(_has_tangent, tensors)))
+        or any(map(_has_tangent, tensors))
     ):
         raise NotImplementedError(
             "sparse layers and ops have no vmap, torch.func or forward-mode derivatives: use the "
@@ -60,7 +65,7 @@ def refuse_transforms(*tensors: Tensor) -> None:
 
 
 def _has_tangent(t: Tensor) -> bool:
-    return forward_ad.unpack_dual(t).tangent is not None
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _refuse(op: str, residual: Tensor | None, activation: str) -> None:

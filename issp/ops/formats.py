@@ -34,13 +34,13 @@ class Transposed(NamedTuple):
 
     lists: list[Tensor]
     positions: tuple[Tensor, Tensor]
-    versions: list[int]
+    versions: tuple[int, int]
 
 
 def transposed_once(p: PackedWeight, v: int, kept: Transposed | None) -> Transposed:
     """`kept`, or made anew where the positions of `p` are other tensors or were written to."""
     positions = (p.col_indices, p.crow_indices)
-    versions = [0 if t.is_inference() else t._version for t in positions]
+    versions = (_version(positions[0]), _version(positions[1]))
     if (
         kept is not None
         and kept.positions[0] is positions[0]
@@ -49,6 +49,13 @@ def transposed_once(p: PackedWeight, v: int, kept: Transposed | None) -> Transpo
     ):
         return kept
     return Transposed(transpose(*positions, v, p.shape), positions, versions)
+
+
+def _version(t: Tensor) -> int:
+    try:
+        return t._version
+    except RuntimeError:  # a tensor of inference_mode has none
+        return 0
 
 
 class PackedWeight(Protocol):

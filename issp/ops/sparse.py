@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from issp.ops import validation
-from issp.ops.autograd import Conv2d, Matmul, refuse_transforms
+from issp.ops.autograd import Conv2d, Matmul, in_transform, refuse_transforms
 from issp.ops.formats import NMTensor, PackedWeight, SparseRows
 from issp.ops.geometry import Geometry, Pair
 from issp.ops.keep import Keep
@@ -228,7 +228,8 @@ def _dispatch(
     """
     validation.check_activation(activation)
     values: Tensor = p.values
-    if not torch.compiler.is_compiling():
+    traced = torch.compiler.is_compiling()
+    if not traced and in_transform():
         refuse_transforms(x, values)
     dtype = _autocast_dtype(x)
     if dtype is not None:
@@ -245,17 +246,18 @@ def _dispatch(
     ):
         residual = None if residual is None else residual.contiguous()
         args: tuple[Any, ...] = (x, *weight, [], bias, residual, *geometry, activation)
-        if torch.compiler.is_compiling():
+        if traced:
             return call(*args)
         # The detour over the registered gradient costs 9 us a call, as much as the rest of it.
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
-    if not torch.compiler.is_compiling():
+    if traced:
+        # No lists that a layer keeps: they may be outdated when the program runs, and an exported
+        # one would sort in every call. Its backward makes them.
+        transposed = []
+    else:
         call = _DIFFERENTIABLE[call]
-    # A traced program takes no lists that a layer keeps: they may be outdated when it runs, and an
-    # exported one would sort in every call. Its backward makes them.
-    keep_transposed = x.requires_grad and not torch.compiler.is_compiling()
-    transposed = p.transposed if keep_transposed else []
+        transposed = p.transposed if x.requires_grad else []
     y = call(x, *weight, transposed, bias, None, *geometry, "none")
     return apply_epilogue(y, residual, activation)
 
@@ -276,9 +278,9 @@ def apply_epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tenso
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What torch.autocast computes in on x's device; None where it is off, or there is none."""
-    if x.is_meta:
-        return None
     device = "cpu" if x.is_cpu else x.device.type
+    if device == "meta":
+        return None
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
