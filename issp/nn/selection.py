@@ -14,7 +14,7 @@ from issp.ops import validation
 from issp.ops.keep import Keep
 
 # Their weights have no input channels in dimension 1; transposed convolutions say so themselves.
-_NO_INPUTS_IN_DIM_1 = (nn.Embedding, nn.EmbeddingBag, nn.Bilinear)
+_NO_INPUTS_IN_DIM_1 = {"Embedding", "EmbeddingBag", "Bilinear", "Conv1D"}  # the last: transformers
 _NOT_PRUNABLE = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -184,8 +184,9 @@ def _pattern_reason(layer: Layer) -> str:
 
 def _layout_reason(module: nn.Module, keep: Keep) -> str:
     """Why dimension 1 of a module's weight holds no input channels to group, or ""."""
-    is_transposed = getattr(module, "transposed", False)
-    if keep.layout == "flat" or not (is_transposed or isinstance(module, _NO_INPUTS_IN_DIM_1)):
+    names = {cls.__name__ for cls in type(module).__mro__}
+    is_other = getattr(module, "transposed", False) or not names.isdisjoint(_NO_INPUTS_IN_DIM_1)
+    if keep.layout == "flat" or not is_other:
         return ""
     return (
         f"a pattern groups input channels in dimension 1 of a weight, and that of a "

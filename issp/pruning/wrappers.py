@@ -47,17 +47,21 @@ def see_through(opt: Any) -> tuple[list[Optimizer], list[Any]]:
     optimizers: list[Optimizer] = []
     wrappers: list[Any] = []
     for one in [] if opt is None else list(opt) if isinstance(opt, list | tuple) else [opt]:
-        _see_through(one, optimizers, wrappers)
+        _see_through(one, [], optimizers, wrappers)
     return optimizers, wrappers
 
 
-def _see_through(opt: Any, optimizers: list[Optimizer], wrappers: list[Any]) -> None:
+def _see_through(
+    opt: Any, outside: list[Any], optimizers: list[Optimizer], wrappers: list[Any]
+) -> None:
+    """Adds what is in `opt` to both lists; `outside` are those that it was found in."""
     _refuse(opt)
-    held = held_optimizers(opt)
+    outside = [*outside, opt]
+    held = [one for one in held_optimizers(opt) if not _contains(outside, one)]
     inner: list[Optimizer] = []
     inner_wrappers: list[Any] = []
     for one in held:
-        _see_through(one, inner, inner_wrappers)
+        _see_through(one, outside, inner, inner_wrappers)
     if _is_split(opt, inner):
         optimizers += [one for one in inner if not _contains(optimizers, one)]
         around = [*inner_wrappers, opt]
@@ -133,7 +137,10 @@ def held_optimizers(opt: Any) -> list[Any]:
 
 def holds(opt: Any, optimizers: Sequence[Optimizer]) -> bool:
     """Whether an optimizer wraps one of the others, at any depth."""
-    return any(_contains(optimizers, one) or holds(one, optimizers) for one in held_optimizers(opt))
+    found = [opt]
+    for one in found:  # which grows meanwhile
+        found += [x for x in held_optimizers(one) if not _contains(found, x)]
+    return any(_contains(optimizers, one) for one in found[1:])
 
 
 def runs_hooks(optimizer: Any) -> bool:

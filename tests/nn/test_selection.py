@@ -104,9 +104,21 @@ def test_what_looks_prunable_and_is_not_pruned_is_named():
     assert "up.weight" not in issp.attach(model, sparsity=0.5, types=types).summary().unpruned
 
 
+class Conv1D(nn.Module):
+    """As the layer of that name in transformers: a Linear whose weight is [inputs, outputs]."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 16))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
 @pytest.mark.parametrize(
     "module",
     [
+        Conv1D(),
         nn.ConvTranspose1d(8, 8, 3),
         nn.ConvTranspose2d(8, 8, 3),
         nn.ConvTranspose3d(8, 8, 3),

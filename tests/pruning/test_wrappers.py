@@ -79,6 +79,7 @@ def take_step(model, opt, seed):
     opt.step(*[lambda: None] * ("Lightning" in type(opt).__name__))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_one_step_counts_and_shrinks_once(wrapper, base):
@@ -109,6 +110,7 @@ def test_one_step_counts_and_shrinks_once(wrapper, base):
                 assert line.pruned == 3 and not line.fallback_reason
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_frozen_zeros_are_exact_after_the_outermost_step(wrapper, base):
@@ -296,6 +298,19 @@ def test_a_class_that_changes_over_from_one_optimizer_to_another_is_one_optimize
         for one in both:
             moments = [x for x in one.state[weight].values() if x.shape == weight.shape]
             assert moments and not any(x[~kept].any() for x in moments)
+
+
+def test_optimizers_that_know_what_they_are_in_are_seen_through_too():
+    model = net()
+    inner = adam(model)
+    opt = imitations.TRAC(inner)
+    inner.parent = opt
+    pruner = attach(model, opt)
+    step(model, opt, 0)
+    again = imitations.Accelerated(opt)
+    inner.grandparent = again
+    step(model, again, 1)
+    assert pruner.step_count == 2 and pruner._buckets.optimizers == [inner]
 
 
 def test_copies_come_without_the_wrappers_and_are_reattached_to_them():
