@@ -394,6 +394,7 @@ class Pruner:
         self._check_open()
         configuration = self._configuration() if strict else {}
         layer_states = saved_state.unpack(state, self._buckets.layers, configuration)
+        self._buckets.check_maskable(self._ema)
         self._buckets.rebuild(layer_states, active=layer_states)
         self._stage = "pruning" if state["stage"] == "pruning" else "frozen"
         self._counter.set(state["step_count"])

@@ -280,6 +280,24 @@ def test_averages_that_cannot_be_masked_are_refused_when_attaching():
     assert_bitwise_equal(model[0].weight.detach(), before, "a weight after a refused attach")
 
 
+def test_a_frozen_state_that_cannot_be_applied_changes_nothing():
+    pruners = []
+    for _ in range(2):
+        model, opts, average = two_buckets()
+        pruners.append((issp.attach(model, opts, sparsity=0.75, ema=average), model, average))
+    (frozen, *_), (pruner, model, average) = pruners
+    frozen.freeze()
+    good, average["2.weight"] = average["2.weight"], average["2.weight"].to_sparse()
+    before = everything(model, pruner)
+    with pytest.raises(ValueError, match="ema: the average of 2 cannot be masked"):
+        pruner.load_state_dict(frozen.state_dict())
+    assert not pruner.frozen
+    assert_unchanged(before, everything(model, pruner))
+    average["2.weight"] = good
+    pruner.load_state_dict(frozen.state_dict())
+    assert pruner.frozen and pruner.summary().zeros == 2 * 96 * 64 * 3 // 4
+
+
 def test_averages_in_the_memory_of_the_weights():
     model, opts, _ = two_buckets()
     pruner = issp.attach(model, opts, sparsity=0.75, ema=model.state_dict())
