@@ -109,11 +109,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare_output() -> None:
-    """Text that the terminal cannot show is escaped; Pillow's remarks on metadata are left out."""
+    """Text that the terminal cannot show is escaped, a warning is a line, Pillow's are left out."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    return f"issp: warning: {' '.join(str(message).split())}\n"
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -294,3 +295,10 @@ def test_hr_on_the_command_line_replaces_the_files_images(photos, tmp_path, monk
     assert f"dataroot_gt: {photos}" in (root / "a" / "config.yml").read_text()
     file.write_text(f"{begin}    dataroot_gt: {photos}\n    dataroot_lq: {photos}/none\n")
     one_line_error(capsys, command[:2] + command[4:], "none")
+
+
+def test_a_warning_is_one_line_without_a_place_in_our_code(monkeypatch):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    cli.main(["--version"])
+    text = warnings.formatwarning(UserWarning("no params:\n the rest"), UserWarning, "a.py", 3)
+    assert text == "issp: warning: no params: the rest\n"
