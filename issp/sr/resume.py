@@ -45,6 +45,7 @@ class SavedState:
 
         Raises:
             FileNotFoundError: there is no state to resume from.
+            ValueError: the state is damaged; an earlier one is named.
         """
         explicit = config.path.resume_state
         path = folder.latest_state() if resume else None
@@ -53,7 +54,18 @@ class SavedState:
             raise FileNotFoundError(
                 f"there is no training state in {folder.states}: start without --resume"
             )
-        return cls(path) if path else None
+        if path is None:
+            return None
+        try:
+            return cls(path)
+        except ValueError as error:
+            earlier = folder.state_before(path) if resume else None
+            if earlier is None:
+                raise
+            raise ValueError(
+                f"{error}; instead of --resume, --set path.resume_state={earlier} continues from "
+                "the state before"
+            ) from None
 
     def load_model(self, model: nn.Module) -> None:
         """Restores the weights: before a pruner is attached, which may ask for their zeros.

@@ -98,6 +98,11 @@ class RunFolder:
         states = self._states()
         return states[-1] if states else None
 
+    def state_before(self, path: Path) -> Path | None:
+        """The training state of the highest iteration before another one, or None."""
+        earlier = [state for state in self._states() if int(state.stem) < int(path.stem)]
+        return earlier[-1] if earlier else None
+
     def save_state(self, state: dict[str, Any], keep: int) -> Path:
         """Writes <iteration>.state, then removes all but the latest `keep` up to it."""
         path = self.states / f"{state['iteration']}.state"

@@ -162,6 +162,39 @@ def test_models(photos, tmp_path, capsys, kind, form):
     assert loaded or not FULL
 
 
+def test_a_damaged_latest_state_names_the_one_before_and_how_to_continue(run, tmp_path, capsys):
+    folder, config = copied(run, tmp_path / "cut")
+    state, earlier = (folder / "training_states" / f"{i}.state" for i in (2, 1))
+    state.write_bytes(state.read_bytes()[:-100])
+    assert cli.main(["train", str(config), "--resume", "--quiet"]) == 2
+    remedy = f"--set path.resume_state={earlier}"
+    assert (
+        f"2.state is damaged or cut short: copy it again, or use another file; instead of "
+        f"--resume, {remedy} continues from the state before" in capsys.readouterr().err
+    )
+    assert cli.main(["train", str(config), *remedy.split(), "--quiet"]) == 0
+    whole, config = copied(run, tmp_path / "whole")
+    assert cli.main(["train", str(config), "--resume", "--quiet"]) == 0
+    latest = "models/net_g_latest.safetensors"
+    continued, expected = (issp.load(place / latest).state_dict() for place in (folder, whole))
+    assert all(torch.equal(continued[name], expected[name]) for name in expected)
+
+
+def test_names_of_wrappers_in_a_state_are_read(run, tmp_path):
+    """As a script leaves them that wraps the network and then writes our state."""
+    finals = []
+    for prefixes in ((), ("module._orig_mod.", "_forward_module.module.")):
+        folder, config = copied(run, tmp_path / f"{len(prefixes)}")
+        state = only_state(folder, 2)
+        tree = torch.load(state, weights_only=True)
+        for part, prefix in zip(("model", "ema"), prefixes, strict=False):
+            tree[part] = {f"{prefix}{name}": value for name, value in tree[part].items()}
+        torch.save(tree, state)
+        assert cli.main(["train", str(config), "--resume", "--quiet"]) == 0
+        finals.append(issp.load(folder / "models" / "net_g_latest.safetensors").state_dict())
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+
+
 def test_training_states(run, tmp_path, capsys):
     resumed = 0
     for number in range(quick_or_full(12, 500)):
