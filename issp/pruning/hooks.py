@@ -64,9 +64,11 @@ class Hooks:
 
     Attributes:
         removed: whether `detach` has removed the hooks.
+        fired: whether the hooks that are attached now have done a step's work.
     """
 
     def __init__(self) -> None:
+        self.fired = False
         self._handles: list[RemovableHandle] = []
         self._hooked: list[Optimizer] = []
         self._attached_to: dict[int, PruningOptimizer] = {}
@@ -100,7 +102,7 @@ class Hooks:
 
         handles += [opt.register_step_post_hook(hook(i)) for i, opt in enumerate(optimizers)]
         self._handles, self._hooked, self._work = handles, list(optimizers), work
-        self._pending, self.removed = {}, False
+        self._pending, self.removed, self.fired = {}, False, False
         self._seen = weakref.WeakSet(optimizers)
         self._attached_to = {
             index: opt
@@ -189,7 +191,7 @@ class Hooks:
     def _finish(
         self, steps: Sequence[tuple[int, Tensor | None, Sequence[WeightBucket] | None]]
     ) -> None:
-        self._firing = True
+        self._firing = self.fired = True
         try:
             for index, found_inf, remaining in steps:
                 if self._work is not None:  # a callback may have detached the pruner
@@ -206,7 +208,7 @@ class Hooks:
         for optimizer in self._attached_to.values():
             optimizer.detach_pruner()
         self._handles, self._hooked, self._attached_to, self._pending = [], [], {}, {}
-        self._work, self.removed = None, True
+        self._work, self.removed, self.fired = None, True, False
 
     def _check_unhooked(self, optimizer: Optimizer) -> None:
         """Warns once when an optimizer without the hook trains weights to prune."""

@@ -172,6 +172,12 @@ class Pruner:
         Args:
             found_inf: float32 tensor of one element; when it is not 0 the step does not count.
         """
+        if self._hooks.fired:
+            warnings.warn(
+                "pruner.step() is one more step: optimizer.step() has pruned already; drop the "
+                "call, or attach with hook=False",
+                stacklevel=2,
+            )
         for index in range(max(1, len(self._buckets.optimizers))):
             self._finish_step(index, found_inf, None)
 

@@ -1,5 +1,6 @@
 """The pruner: selection of layers, the step, schedules, counters."""
 
+import warnings
 from xml.etree import ElementTree
 
 import pytest
@@ -145,6 +146,23 @@ def test_by_hand_without_optimizer_or_hook():
     unhooked = attach(model, adam(model), hook=False)
     step(model, unhooked._buckets.optimizers[0], 0)
     assert unhooked.step_count == 0
+
+
+def test_a_step_by_hand_behind_the_hook_is_named():
+    model = net()
+    opt = adam(model)
+    pruner = attach(model, opt, sparsity=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.step()
+        step(model, opt, 0)
+    with pytest.warns(UserWarning, match="optimizer.step\\(\\) has pruned already") as caught:
+        pruner.step()
+    assert [w.filename for w in caught] == [__file__] and pruner.step_count == 3
+    pruner.detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pruner.step()
 
 
 def test_several_optimizers_shrink_their_own_weights():
