@@ -213,6 +213,7 @@ class TrainingRun:
                 )
         self._is_pending = False
         if iteration % config.logger.save_checkpoint_freq == 0 or last or stopping:
+            self.meter.check()  # or states of NaN would push the good ones out
             with self.meter.paused():
                 self.save(iteration)
 
@@ -251,8 +252,8 @@ class TrainingRun:
             self.scores.add({**row, "stage": self.stage(iteration), "set": name})
             self.tensorboard.add(row, prefix=f"{name}/")
         if self.is_final_form and means[0] > self.best.psnr:
-            self.best = Best(means[0], iteration)
             self._save_model("best", iteration, psnr=means[0])
+            self.best = Best(means[0], iteration)  # after it: a run resumed here writes it again
         return means[0]
 
     def _score(

@@ -157,6 +157,32 @@ def test_a_loss_that_is_not_finite_leaves_no_state_to_resume_from(tree):
     with pytest.raises(NonFiniteLossError):
         run(tree, train__optim_g={"lr": 1e30}, val__val_freq=50)
     assert states(folder_of(tree)) == []
+    # Between two rows of the log it is looked at before a state is written.
+    often = {"logger__print_freq": 50, "logger__save_checkpoint_freq": 1, "name": "often"}
+    with pytest.raises(NonFiniteLossError):
+        run(tree, train__optim_g={"lr": 1e30}, val__val_freq=50, sparsity__freeze_iter=12, **often)
+    assert "1.state" in states(folder_of({**tree, "name": "often"}))
+
+
+def test_a_best_model_that_could_not_be_written_is_written_by_the_resumed_run(tree, monkeypatch):
+    _, whole = run(tree, name="whole")
+    save = checkpoint.save
+
+    def full(model, path, **extra):
+        if path.name == "net_g_best.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(model, path, **extra)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(tree)
+    assert states(folder_of(tree)) == [f"{FREEZE}.state"]
+    _, folder = run(tree, resume=True)
+    best = [
+        checkpoint.read_tensors(f / "models" / "net_g_best.safetensors") for f in (folder, whole)
+    ]
+    assert_equal(*best)
 
 
 @pytest.mark.parametrize("second", ["kept", "4.state"])

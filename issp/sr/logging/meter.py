@@ -91,7 +91,7 @@ class AverageMeter:
         Raises:
             NonFiniteLossError: it is NaN or infinite.
         """
-        loss = self._loss.item() / self._count
+        loss = self._loss.item() / max(self._count, 1)
         if not math.isfinite(loss):
             raise NonFiniteLossError(
                 f"the loss became {loss}: start again with a lower learning rate, or resume from "
