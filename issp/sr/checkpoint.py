@@ -157,9 +157,11 @@ def load_weights(
     _check_plain(tensors, path)
     model = names.unwrap(model)
     expected = model.state_dict()
+    tensors = _of_attribute(tensors, expected)
     if isinstance(model, models.SuperResolver):
         tensors = model.own_names(tensors)
-    saved, conflicts = replace_derived(model, names.matched(tensors, expected.keys()))
+    matched = names.matched(tensors, expected.keys())
+    saved, conflicts = replace_derived(model, matched)
     problems = {name: "belongs to other window sizes than the model's" for name in conflicts}
     problems |= _misfits(expected, saved)
     fits = {name: value for name, value in saved.items() if name not in problems}
@@ -260,6 +262,24 @@ def _check_plain(tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
             raise ValueError(f"{path} is damaged: {name!r} is not the name of a weight")
         if not isinstance(value, Tensor) or not is_plain(value):
             raise ValueError(f"{path} does not hold plain numbers for {name}: save dense floats")
+
+
+def _of_attribute(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a network that was saved as an attribute of another module.
+
+    Lightning modules and trainers save theirs as `model.conv_first.weight` or the like, with what
+    belongs to losses beside it. A prefix is taken off if it is the only one that fits.
+    """
+    first = names.plain_name(next(iter(expected)))
+    prefixes = [name.removesuffix(first) for name in tensors if name.endswith(f".{first}")]
+    if first in tensors or len(prefixes) != 1:
+        return tensors
+    (prefix,) = prefixes
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _misfits(expected: dict[str, Tensor], saved: dict[str, Tensor]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import zipfile
 from typing import Any
 
@@ -34,10 +35,11 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
         with open(path, "rb") as file:  # given a name, torch would go by its ending
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "unsupported global" in str(error).lower():
+        unsupported = re.search(r"(?i)unsupported global:?(?: GLOBAL)? (\S+)", str(error))
+        if unsupported:
             raise ValueError(
-                f"{path} holds more than tensors and plain values, which could run code on "
-                "loading: it is refused; save its weights alone, model.state_dict()"
+                f"{path} holds more than tensors and plain values ({unsupported[1]}), which could "
+                "run code on loading: it is refused; save its weights alone, model.state_dict()"
             ) from None
         raise damaged(path) from None
     except Exception:  # damaged bytes surface as any kind of error in the unpickler

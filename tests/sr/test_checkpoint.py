@@ -100,7 +100,7 @@ def test_code_in_a_file_is_not_run(tmp_path):
     evil = _Evil()
     evil.path = str(tmp_path / "ran")
     torch.save({"params": evil}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="could run code"):
+    with pytest.raises(ValueError, match=r"plain values \(posix.mkdir\), which could run code"):
         checkpoint.read_state(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -408,3 +408,27 @@ def test_the_names_of_the_authors_edsr_are_read(tmp_path):
     # Trained for another range of the images: it would compute something else.
     with pytest.raises(ValueError, match="sub_mean.bias is not in the model"):
         checkpoint.load_weights(net, original_edsr(model, rgb_range=1.0), "edsr_x4.pt")
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net_g.", "model._orig_mod.", "trainer.generator."])
+def test_a_network_that_was_saved_as_an_attribute_is_found(model, tmp_path, prefix):
+    """As Lightning saves it, with a loss network beside it."""
+    state = {f"{prefix}{name}": value for name, value in model.state_dict().items()}
+    state["perceptual.conv1.weight"] = torch.rand(2)
+    torch.save({"epoch": 3, "state_dict": state}, tmp_path / "last.ckpt")
+    net = models.EDSR(num_feat=8, num_block=1, upscale=2)
+    tensors, _ = checkpoint.read_tensors(tmp_path / "last.ckpt")
+    checkpoint.load_weights(net, tensors, "last.ckpt")
+    assert_same(net, model)
+
+
+def test_of_two_networks_in_one_file_none_is_guessed(model):
+    state = {f"{p}.{k}": v for p in ("net", "ema") for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="conv_first.weight is missing in the file"):
+        checkpoint.load_weights(model, state, "both.pth")
+
+
+def test_a_whole_pickled_network_is_refused_by_its_class(model, tmp_path):
+    torch.save(model, tmp_path / "whole.pth")
+    with pytest.raises(ValueError, match=r"\(issp.sr.models.edsr.EDSR\), which could run code"):
+        checkpoint.load(tmp_path / "whole.pth", "edsr-tiny", 2)
