@@ -39,6 +39,8 @@ PUBLISHED = [
     ("{}", "{}x2", ["0801", "0802"]),  # DIV2K, in one folder
     ("{}", "{}_LRBI_x2", ["a", "b"]),
     ("{}_HR", "{}x2", ["a", "b"]),
+    ("{}_HR_x2", "{}_LRBI_x2", ["baby", "bird"]),  # RCAN
+    ("{}", "{}_bicLRx2", ["a", "b"]),
 ]
 
 
@@ -108,6 +110,9 @@ def test_templates(tmp_path, monkeypatch):
     for lq in ("two/small/of2", "two/small/of{s}/{}x{s}"):
         pairs = data.PairedFolder("two/GT", lq_root=lq, **options)
         assert_read(pairs, ["a_HR", "b_HR"])
+    fill(tmp_path / "rcan", "HR/Set5/x2/{}_HR_x2", "LR/LRBI/Set5/x2/{}_LRBI_x2")
+    pairs = data.PairedFolder("rcan/HR/Set5/x2", lq_root="rcan/LR/LRBI/Set5/x2", **options)
+    assert_read(pairs, ["a_HR_x2", "b_HR_x2"])
     with pytest.raises(FileNotFoundError, match="has no file a_tiny .2 of 2.*--lr-images"):
         data.PairedFolder(one / "{}_clean", lq_root="{}_tiny", **options)
     with pytest.raises(ValueError, match=r"has no image \{\}_dirty; it holds a_clean.png"):

@@ -15,10 +15,10 @@ from issp.utils.files import user_path
 _HR_FOLDERS = ("HR", "hr", "GT", "gt", "GTmod12", "image_SRF_{s}")
 _LR_FOLDERS = ("LR_bicubic", "LR", "lr", "LRbicx{s}", "lq", "LQ")
 _LR_FOLDER = re.compile(r"LR|LR_bicubic|.*_LR_bicubic|LRbicx\d|LQ", re.IGNORECASE)
-_HR_SUFFIX = "_HR"
-_TEMPLATES = ("{}x{s}", "{}_LRBI_x{s}", "{}_LRx{s}", "{}_LR{s}", "{}_LR", "{}")
+_HR_SUFFIX = re.compile(r"_HR(?:_?x\d)?$")
+_TEMPLATES = ("{}x{s}", "{}_LRBI_x{s}", "{}_LRx{s}", "{}_LR{s}", "{}_bicLRx{s}", "{}_LR", "{}")
 # Names of low-resolution images that may lie beside their originals, of any scale.
-_LR_NAME = re.compile(r"(.+?)(?:_LR(?:BI)?(?:_?x?\d)?|x\d)")
+_LR_NAME = re.compile(r"(.+?)(?:_(?:bic)?LR(?:BI)?(?:_?x?\d)?|x\d)")
 
 
 @dataclass(frozen=True)
@@ -113,28 +113,31 @@ def _originals(files: list[Path], folder: Path) -> tuple[list[str], list[Path], 
     results of methods, NAME_SRCNN.
     """
     stems = {file.stem for file in images_in(folder)}
-    low = {}
+    bases, low = set(map(_base, stems)), {}
     for stem in stems:
         match = _LR_NAME.fullmatch(stem)
-        if match and {match[1], match[1] + _HR_SUFFIX} & stems:
+        if match and match[1] in bases:
             low[stem] = match[1]
     originals = [file for file in files if file.stem not in low]
     if not low:
         return [file.stem for file in originals], originals, False
-    if any(file.stem.endswith(_HR_SUFFIX) for file in originals):
-        prefixes = tuple(f"{name}_" for name in low.values())
-        originals = [
-            f for f in originals if f.stem.endswith(_HR_SUFFIX) or not f.stem.startswith(prefixes)
-        ]
-    alone = next(
-        (f for f in originals if f.stem.removesuffix(_HR_SUFFIX) not in low.values()), None
-    )
+    names = set(low.values())
+    marked = {file for file in originals if _HR_SUFFIX.search(file.stem)}
+    if marked:
+        prefixes = tuple(f"{name}_" for name in names)
+        originals = [f for f in originals if f in marked or not f.stem.startswith(prefixes)]
+    alone = next((f for f in originals if _base(f.stem) not in names), None)
     if alone:
         raise ValueError(
             f"{folder} holds low-resolution images ({min(low)}), but none for {alone.name}: add "
             "it, or move them to a folder of their own"
         )
-    return [file.stem.removesuffix(_HR_SUFFIX) for file in originals], originals, True
+    return [_base(file.stem) for file in originals], originals, True
+
+
+def _base(stem: str) -> str:
+    """The name of an image without the mark of an original."""
+    return _HR_SUFFIX.sub("", stem)
 
 
 def _beside(names: list[str], folder: Path, scale: int) -> list[Path] | None:
@@ -211,7 +214,7 @@ def _match_lr(
     if filename_tmpl is not None and "{}" not in filename_tmpl:
         raise ValueError(f"filename_tmpl needs {{}} for the HR name, got {filename_tmpl!r}")
     stems = [file.stem for file in hr_files]
-    bases = [names, stems, [stem.removesuffix(_HR_SUFFIX) for stem in stems]]
+    bases = [names, stems, [_base(stem) for stem in stems]]
     templates = [filename_tmpl] if filename_tmpl else _TEMPLATES
     candidates = [_filled(template, base, scale) for template in templates for base in bases]
     return _first_complete(candidates, {f.stem: f for f in list_images(lr_dir)}, lr_dir)
