@@ -20,7 +20,7 @@ from issp.ops.schemas import mask_words
 from issp.pruning.ema import EMAWeights
 from issp.pruning.iterates import iterates, shrink
 from issp.pruning.memory_order import inverse, memory_order, pointers
-from issp.pruning.moments import MaskTargets, OptimizerMoments
+from issp.pruning.moments import MaskTargets, OptimizerMoments, look_up
 from issp.pruning.prune_step import prunes_within_step
 from issp.pruning.state import LayerState
 
@@ -160,17 +160,24 @@ class WeightBucket:
         if averages is None:
             return targets
         targets = targets.copy()
+        self._add_averages(targets, averages)
+        return targets
+
+    def check_averages(self, averages: list[Tensor]) -> None:
+        """Raises ValueError for an average that cannot be masked."""
+        self._add_averages(MaskTargets(self.current_weights(), self._orders), averages)
+
+    def _add_averages(self, targets: MaskTargets, averages: list[Tensor]) -> None:
         for t in targets.add(dict(enumerate(averages))):
             raise ValueError(
                 f"ema: the average of {self.layers[t].name} cannot be masked: it must be a strided "
                 "float tensor with memory of its own"
             )
-        return targets
 
     def unmasked_states(self, optimizers: Sequence[Any]) -> dict[str, str]:
         """Entries of the optimizers' states that look like moments and cannot be masked: why."""
-        self._moments.targets(optimizers, self.current_weights(), self._orders)
-        return self._moments.unmasked
+        # Not kept: some optimizers replace their moments, and old ones would stay in memory.
+        return look_up(optimizers, self.current_weights(), self._orders)[1]
 
     def apply_masks(self, targets: MaskTargets) -> None:
         """Writes zeros where the mask says pruned, in one call if memory orders allow."""
@@ -456,7 +463,9 @@ class WeightBuckets:
 
     def check_maskable(self, ema: EMAWeights | None) -> None:
         """Refuses what `fix_masks` would refuse later."""
-        self._mask_targets(self, ema)
+        if ema is not None:
+            for bucket in self:
+                bucket.check_averages(ema.tensors(bucket.layers))
 
     def fix_masks(self, ema: EMAWeights | None) -> None:
         """Masks all weights, moments and averages, by the masks as they are.

@@ -77,17 +77,12 @@ class MaskTargets:
 
 
 class OptimizerMoments:
-    """Moments, momentum buffers and the like; looked up again when the state has changed.
-
-    Attributes:
-        unmasked: what looks like moments and cannot be masked: name in the state -> why, in a word.
-    """
+    """Moments, momentum buffers and the like; looked up again when the state has changed."""
 
     def __init__(self) -> None:
         self._targets: MaskTargets | None = None
         self._entries: list[Tensor | None] = []
         self._pointers: list[list[int]] = []
-        self.unmasked: dict[str, str] = {}
 
     def __reduce__(self) -> tuple[type[OptimizerMoments], tuple[()]]:
         return OptimizerMoments, ()  # a copy looks its own optimizer's moments up
@@ -95,15 +90,8 @@ class OptimizerMoments:
     def targets(
         self, optimizers: Sequence[Any], weights: list[Tensor], orders: Sequence[list[int] | None]
     ) -> MaskTargets:
-        """The weights and their moments.
-
-        Args:
-            optimizers: whose states are read: one that steps the weights, and wrappers around it.
-            weights: on one device.
-            orders: of each weight, as `memory_order` gives it.
-        """
-        # `state` is a defaultdict: asking with [] would create entries and change its state_dict.
-        dicts = [[opt.state.get(w, {}) for w in weights] for opt in optimizers]
+        """The weights and their moments; arguments as for `look_up`."""
+        dicts = _states(optimizers, weights)
         entries = [
             x for d in chain(*dicts) for x in d.values() if x is None or isinstance(x, Tensor)
         ]
@@ -114,29 +102,42 @@ class OptimizerMoments:
             or [pointers(tensors) for tensors in self._targets.lists] != self._pointers
             or any(a is not b for a, b in zip(weights, self._targets.lists[0], strict=True))
         ):
-            self._targets = self._look_up(dicts, weights, orders)
+            self._targets, _ = look_up(optimizers, weights, orders)
             self._entries = entries
             self._pointers = [pointers(tensors) for tensors in self._targets.lists]
         return self._targets
 
-    def _look_up(
-        self,
-        dicts: Sequence[Sequence[Mapping[str, Any]]],
-        weights: list[Tensor],
-        orders: Sequence[list[int] | None],
-    ) -> MaskTargets:
-        by_name: dict[tuple[int, str], dict[int, Tensor]] = {}
-        for number, of_optimizer in enumerate(dicts):
-            for t, (weight, values) in enumerate(zip(weights, of_optimizer, strict=True)):
-                for name, x in values.items():
-                    if isinstance(x, Tensor) and _looks_like_a_moment(x, weight):
-                        by_name.setdefault((number, name), {})[t] = x
-        targets, self.unmasked = MaskTargets(weights, orders), {}
-        for (_, name), moments in by_name.items():
-            for t, x in targets.add(moments).items():
-                shape = "" if x.shape == weights[t].shape else f" of shape {tuple(x.shape)}"
-                self.unmasked[name] = _kind(x) + shape
-        return targets
+
+def look_up(
+    optimizers: Sequence[Any], weights: list[Tensor], orders: Sequence[list[int] | None]
+) -> tuple[MaskTargets, dict[str, str]]:
+    """What is masked of some weights, and what looks like a moment and cannot be masked.
+
+    Args:
+        optimizers: whose states are read: one that steps the weights, and wrappers around it.
+        weights: on one device.
+        orders: of each weight, as `memory_order` gives it.
+
+    Returns:
+        The targets; name in the state of what cannot be masked -> its kind, in a word.
+    """
+    by_name: dict[tuple[int, str], dict[int, Tensor]] = {}
+    for number, dicts in enumerate(_states(optimizers, weights)):
+        for t, (weight, values) in enumerate(zip(weights, dicts, strict=True)):
+            for name, x in values.items():
+                if isinstance(x, Tensor) and _looks_like_a_moment(x, weight):
+                    by_name.setdefault((number, name), {})[t] = x
+    targets, unmasked = MaskTargets(weights, orders), {}
+    for (_, name), moments in by_name.items():
+        for t, x in targets.add(moments).items():
+            shape = "" if x.shape == weights[t].shape else f" of shape {tuple(x.shape)}"
+            unmasked[name] = _kind(x) + shape
+    return targets, unmasked
+
+
+def _states(optimizers: Sequence[Any], weights: Sequence[Tensor]) -> list[list[Mapping[str, Any]]]:
+    # `state` is a defaultdict: asking with [] would create entries and change its state_dict.
+    return [[opt.state.get(w, {}) for w in weights] for opt in optimizers]
 
 
 def _looks_like_a_moment(x: Tensor, weight: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -152,6 +153,21 @@ def test_small_entries_of_the_state_are_not_named():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, opt, 3)
+
+
+@pytest.mark.parametrize("attached_late", [False, True])
+def test_replaced_moments_are_let_go(attached_late):
+    model = network()
+    opt = OwnOptimizer(model.parameters(), lambda x: x * 2)
+    if attached_late:
+        train(model, opt, 1)
+    average = {name: x.clone() for name, x in model.state_dict().items()}
+    pruner = issp.attach(model, opt, sparsity=0.75, ema=average)
+    train(model, opt, 1, begin=1)
+    old = [weakref.ref(opt.state[w][name]) for w in weights(model) for name in ("plain", "moment")]
+    train(model, opt, 1, begin=2)
+    assert [ref() for ref in old] == [None] * 4
+    pruner.freeze()
 
 
 def test_a_state_that_exists_is_named_at_attach():
