@@ -216,8 +216,10 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def _is_listed(file: Path) -> bool:
-    dangling = file.is_symlink() and not file.exists()
-    return not file.name.startswith(".") and (file.is_file() or dangling)
+    # A link to nothing is no file either: reading it names it.
+    return not file.name.startswith(".") and (
+        file.is_file() or (file.is_symlink() and not file.exists())
+    )
 
 
 def mod_crop(img: np.ndarray, scale: int) -> np.ndarray:

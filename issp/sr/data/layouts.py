@@ -44,16 +44,17 @@ def find_pairs(
         filename_tmpl = lr_template or filename_tmpl
         lq_root = None if lr_template and folder == Path() else folder
     hr_dir, lr_dir = _find_folders(root, scale, lq_root)
-    files = _listed(hr_dir, meta_info_file) if meta_info_file else list_images(hr_dir)
+    present = images_in(hr_dir) if meta_info_file else list_images(hr_dir)
+    files = _listed(hr_dir, meta_info_file) if meta_info_file else present
     if filename_tmpl == "{}" and lr_dir is None:
         filename_tmpl = None  # BasicSR's default, which no file beside the originals can have
     if hr_template:
         names, files = _matching(files, hr_template, hr_dir)
     else:
-        names, files, beside = _originals(files, hr_dir)
+        names, files, beside = _originals(files, present)
         if beside and lr_dir is None and filename_tmpl is None:
             check_names(files)
-            return PairFiles(names, files, _beside(names, hr_dir, scale))
+            return PairFiles(names, files, _beside(names, present, hr_dir, scale))
     check_names(files)
     if lr_dir is None and filename_tmpl:
         lr_dir = hr_dir
@@ -63,7 +64,8 @@ def find_pairs(
 
 def originals(folder: str | os.PathLike) -> list[Path]:
     """The HR images of a folder, without LR images that lie beside them; see `PairedFolder`."""
-    return _originals(list_images(folder), user_path(folder))[1]
+    files = list_images(folder)
+    return _originals(files, files)[1]
 
 
 def same_files(paths: Iterable[str | os.PathLike]) -> list[tuple[Path, Path]]:
@@ -106,13 +108,13 @@ def _matching(files: list[Path], template: str, folder: Path) -> tuple[list[str]
     return list(found.values()), list(found)
 
 
-def _originals(files: list[Path], folder: Path) -> tuple[list[str], list[Path], bool]:
-    """Names and files of the originals; whether low-resolution images lie beside them.
+def _originals(files: list[Path], present: list[Path]) -> tuple[list[str], list[Path], bool]:
+    """Names and files of the originals; whether low-resolution images are present beside them.
 
     Urban100 and others are published with NAME_HR and NAME_LR in one folder, and sometimes with the
     results of methods, NAME_SRCNN.
     """
-    stems = {file.stem for file in images_in(folder)}
+    stems = {file.stem for file in present}
     bases, low = set(map(_base, stems)), {}
     for stem in stems:
         match = _LR_NAME.fullmatch(stem)
@@ -129,8 +131,8 @@ def _originals(files: list[Path], folder: Path) -> tuple[list[str], list[Path], 
     alone = next((f for f in originals if _base(f.stem) not in names), None)
     if alone:
         raise ValueError(
-            f"{folder} holds low-resolution images ({min(low)}), but none for {alone.name}: add "
-            "it, or move them to a folder of their own"
+            f"{alone.parent} holds low-resolution images ({min(low)}), but none for {alone.name}: "
+            "add it, or move them to a folder of their own"
         )
     return [_base(file.stem) for file in originals], originals, True
 
@@ -140,9 +142,9 @@ def _base(stem: str) -> str:
     return _HR_SUFFIX.sub("", stem)
 
 
-def _beside(names: list[str], folder: Path, scale: int) -> list[Path] | None:
+def _beside(names: list[str], present: list[Path], folder: Path, scale: int) -> list[Path] | None:
     """LR files in the folder of the originals; None if those are of other scales."""
-    files = {file.stem: file for file in images_in(folder)}
+    files = {file.stem: file for file in present}
     candidates = [_filled(template, names, scale) for template in _TEMPLATES[:-1]]
     if not any(name in files for wanted in candidates for name in wanted):
         return None
