@@ -343,7 +343,7 @@ class Train(Section):
     )
     total_iter: Annotated[Integer, _between(1)] = 0
     warmup_iter: Integer = -1
-    ema_decay: Annotated[Number, _between(0, 1)] = 0.0
+    ema_decay: Annotated[Number, _between(0, 0.999999)] = 0.0  # 1 would keep the first weights
     optim_g: Optimizer = _section()
     scheduler: Scheduler = _section()
     pixel_opt: Loss = _section()

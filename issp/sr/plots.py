@@ -64,7 +64,7 @@ def curves(
     if pruned:
         _line(axes[3], rows, "flips", "flips per iteration")
         axes[3].set_yscale("symlog", linthresh=1)
-        axes[3].set_ylim(bottom=0)
+        axes[3].set_ylim(0, max(10, axes[3].get_ylim()[1]))  # ticks also where nothing flips
         _line(axes[4], rows, "threshold", "mean threshold |w|")
         axes[4].set_ylim(bottom=0)
     _against_iterations(axes, rows, rows, freeze)
@@ -225,7 +225,7 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
     axis.set_ylim(bottom=max(axis.get_ylim()[0], lowest))
     hidden = _mark_hidden(axis, scored, "psnr", axis.get_ylim()[0])
     if soft or bicubic is not None or hidden:
-        axis.legend(fontsize=8, frameon=False, loc="lower right")
+        axis.legend(fontsize=8, loc="best")
     axis.set_ylabel("PSNR (dB)")
 
 

@@ -162,6 +162,7 @@ def test_settings_of_pruning_that_contradict_are_refused(section, part):
         ("model_type", "ESRGANModel", "'ESRGANModel' is not supported"),
         ("is_train", False, "is_train is false"),
         ("num_gpu", -1, "num_gpu is -1"),
+        ("train__ema_decay", 1, "ema_decay is 1"),
         ("manual_seed", 2**64, "manual_seed is 18446744073709551616"),
         ("train__manual_seed", -(2**64), "manual_seed is -18446744073709551616"),
         ("num_gpu", "two", "num_gpu is 'two'"),
