@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from issp import cli, data
-from issp.sr import checkpoint, evaluate, logging
+from issp.sr import checkpoint, evaluate, logging, preflight
 from issp.sr.data import datasets
 from issp.sr.interrupt import Interrupted, StopRequest
 from issp.utils.errors import ConfigError, NonFiniteLossError
@@ -436,3 +436,18 @@ def test_settings_without_effect_are_named_at_the_start(tree):
     text = (folder / "log" / "train.log").read_text()
     assert text.count("without validation: datasets has no entry val") == 1
     assert text.count("without effect here: val.suffix, logger.wandb") == 1
+
+
+def test_long_checks_say_how_far_they_are(tree, monkeypatch):
+    monkeypatch.setattr(preflight, "_EVERY", -1)
+    _, folder = run(tree, **SHORT)
+    lines = [line[20:] for line in (folder / "log" / "train.log").read_text().splitlines()]
+    assert lines[0] == "set: decoding image 1 of 4"
+    assert "training images: decoding image 4 of 4" in lines
+
+
+def test_a_root_that_is_no_folder_is_named(tree, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="file"):
+        run(tree, **SHORT, path__experiments_root=str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
