@@ -22,7 +22,7 @@ _DRY_RUNS = {
     ("torch.distributed.checkpoint.state_dict", "_init_optim_state"),
     ("torch.distributed.optim.named_optimizer", "init_state"),
 }
-_NAMES = {_HOOKED_STEP.co_name, "step", *(function for _, function in _DRY_RUNS)}
+_NAMES = {_HOOKED_STEP.co_name, "step", "second_step", *(function for _, function in _DRY_RUNS)}
 # Wrappers that change no weight after the step of the inner optimizer, by class name.
 _END_WITH_INNER_STEP = {"SAM", "GSAM", "LookSAM", "FriendlySAM", "OrthoGrad"}
 
@@ -162,7 +162,8 @@ def running_steps() -> list[Optimizer] | None:
     """
     if torch.compiler.is_compiling():
         return []
-    steps, frame = [], sys._getframe(1)
+    steps: list[Optimizer] = []
+    in_two_steps, frame = [], sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_name in _NAMES:
@@ -170,9 +171,13 @@ def running_steps() -> list[Optimizer] | None:
                 steps.append(frame.f_locals["args"][0])
             elif code.co_name == "step":
                 _check_running(frame.f_locals.get("self"))
+            elif code.co_name == "second_step":
+                in_two_steps.append(frame.f_locals.get("self"))
             elif _is_dry_run(frame):
                 return None
         frame = frame.f_back  # type: ignore[assignment]
+    for one in in_two_steps:
+        _check_two_steps(one, steps)
     return steps
 
 
@@ -183,6 +188,15 @@ def _check_running(opt: Any) -> None:
         held = held_optimizers(opt)
         if held and has_own_state(opt, held):
             _check_hooks(opt)
+
+
+def _check_two_steps(opt: Any, steps: Sequence[Optimizer]) -> None:
+    is_changed = type(opt).__name__ == "WSAM" and getattr(opt, "decouple", True)
+    if is_changed and not _contains(steps, opt):
+        raise ValueError(
+            "opt: second_step() of WSAM changes the weights after its base optimizer's step and "
+            "runs no hooks: call step(closure), or pass decouple=False"
+        )
 
 
 def _is_dry_run(frame: Any) -> bool:

@@ -423,6 +423,33 @@ def test_optimizers_that_cannot_be_followed_are_refused():
         step(model, PostLocalSGDOptimizer(inner), 0)
 
 
+def test_wsam_is_refused_in_two_steps_and_supported_with_a_closure():
+    class WSAM(imitations.SAM):
+        def second_step(self):
+            super().second_step()
+            with torch.no_grad():
+                for p in self.parameters():
+                    p.add_(0.01)
+
+    model = net()
+    opt = WSAM(model.parameters(), torch.optim.SGD, lr=0.01)
+    pruner = attach(model, opt, sparsity=0.5)
+
+    def closure():
+        model(torch.ones(4, 3, 6, 6)).square().mean().backward()
+
+    closure()
+    opt.first_step()
+    closure()
+    with pytest.raises(ValueError, match="second_step\\(\\) of WSAM changes the weights after"):
+        opt.second_step()
+    opt.step(closure)
+    opt.decouple = False
+    opt.first_step()
+    opt.second_step()
+    assert pruner.step_count == 2
+
+
 # Schedule-free and Muon
 
 
