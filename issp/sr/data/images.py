@@ -38,6 +38,9 @@ _OTHER_PICTURES = (
 _CAMERA_RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
 _TRANSPOSED = (5, 6, 7, 8)  # orientations that swap height and width
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_ORIENTATION = 256, 257, 258, 274
+# Description, maker, model, program, date, artist, copyright; directories of camera and place.
+_TIFF_ORIGIN = (270, 271, 272, 305, 306, 315, 33432)
+_EXIF_DIRECTORIES = (0x8769, 0x8825)
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, RuntimeError)
 _DECODE_ERRORS += (struct.error, zlib.error)
 # What Pillow's own code makes of damaged headers besides.
@@ -55,6 +58,7 @@ class Picture:
         bits: per sample in the file: 16, or 8 for 8 and less.
         frames: of an animation or pages; 1 for a plain image.
         icc_profile, exif: as the file holds them; the orientation in `exif` is that of `rgb`.
+        deep: [H, W] uint16, the samples of a grey image of 16 bits; None: of any other.
     """
 
     rgb: np.ndarray
@@ -64,6 +68,14 @@ class Picture:
     frames: int
     icc_profile: bytes | None
     exif: bytes | None
+    deep: np.ndarray | None = None
+
+    @property
+    def samples(self) -> np.ndarray:
+        """[H, W, 1] or [H, W, 3], uint8 or uint16: all that is stored of the colours."""
+        if self.deep is not None:
+            return self.deep[:, :, None]
+        return self.rgb[:, :, :1] if self.is_grey else self.rgb
 
 
 def read_image(path: str | os.PathLike, min_side: int = 1) -> np.ndarray:
@@ -118,20 +130,22 @@ def read_picture(path: str | os.PathLike) -> Picture:
     with _opened(io.BytesIO(content), path) as (image, parts):
         frames = parts.frames if parts.pixels else _count_frames(content)
         bits = parts.bits or _bits(image)
-        exif = parts.exif or image.info.get("exif")
+        exif = parts.exif or image.info.get("exif") or _tiff_exif(image)
         icc_profile = parts.icc_profile or image.info.get("icc_profile")
         image = _upright(image, parts)
         alpha = None
         if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             alpha = np.array(image.convert("RGBA"))[:, :, 3].copy()
+        rgb = _to_rgb(image, path)
         return Picture(
-            rgb=_to_rgb(image, path),
+            rgb=rgb,
             alpha=alpha,
             is_grey=image.mode.startswith(("1", "L", "I")) and image.mode != "LAB",
             bits=16 if bits > 8 else 8,
             frames=frames,
             icc_profile=icc_profile,
             exif=containers.upright(exif) if exif else None,
+            deep=np.asarray(image).astype(np.uint16) if image.mode.startswith("I") else None,
         )
 
 
@@ -173,23 +187,37 @@ def write_image(path: str | os.PathLike, img: np.ndarray, compress_level: int = 
     atomic_write(path, encode_image(img, path.suffix, compress_level), durable=False)
 
 
-def encode_image(img: np.ndarray, suffix: str, compress_level: int = 6) -> bytes:
-    """Content of the file that `write_image` writes, which checks the arguments."""
+def encode_image(img: np.ndarray, suffix: str, compress_level: int = 6, **metadata: Any) -> bytes:
+    """Content of the file that `write_image` writes, which checks the arguments.
+
+    Args:
+        img: also [H, W] uint16, [H, W, 2] and [H, W, 4] uint8 where the format has such images.
+        suffix: of the format; JPEG and WebP files are of quality 95.
+        compress_level: see `write_image`.
+        metadata: further arguments of Pillow's writer, such as icc_profile.
+    """
     if img.ndim == 3 and img.shape[2] == 1:
         img = img[:, :, 0]
     pillow = import_optional("PIL.Image", "Pillow", "image files")
     kind = pillow.registered_extensions()[suffix.lower()]
-    options = {"PNG": {"compress_level": compress_level}, "JPEG": {"quality": 95}}.get(kind, {})
+    if kind == "PNG":
+        metadata["compress_level"] = compress_level
+    elif kind in ("JPEG", "WEBP"):
+        metadata["quality"] = 95
     buffer = io.BytesIO()
-    pillow.fromarray(np.ascontiguousarray(img)).save(buffer, kind, **options)
+    pillow.fromarray(np.ascontiguousarray(img)).save(buffer, kind, **metadata)
     return buffer.getvalue()
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Image files directly in ``folder``, sorted by name.
+def list_images(folder: str | os.PathLike, subfolders: bool = False) -> list[Path]:
+    """Image files in ``folder``, sorted by name.
 
-    Hidden files, folders and files of other kinds (a README, a thumbnail database) are skipped. A
-    picture that cannot be read is listed: reading it says why.
+    Hidden files, hidden folders and files of other kinds (a README, a thumbnail database) are
+    skipped. A picture that cannot be read is listed: reading it says why.
+
+    Args:
+        folder: to look into.
+        subfolders: look into the folders in it too, behind links as well.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -200,7 +228,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
         raise FileNotFoundError(f"there is no file or folder {folder}")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; a folder of images is needed")
-    images = images_in(folder)
+    images = images_in(folder, subfolders)
     if not images:
         files = sorted(f for f in folder.iterdir() if _is_listed(f))
         content = f"it holds {files[0].name}" if files else "it holds no files"
@@ -209,10 +237,24 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     return images
 
 
-def images_in(folder: Path) -> list[Path]:
+def images_in(folder: Path, subfolders: bool = False) -> list[Path]:
     """As `list_images`, of a folder that exists and may hold none."""
     suffixes = (*SUFFIXES, *_OTHER_PICTURES, *_CAMERA_RAW)
-    return sorted(f for f in folder.iterdir() if f.suffix.lower() in suffixes and _is_listed(f))
+    files = _files_below(folder, set()) if subfolders else folder.iterdir()
+    return sorted(f for f in files if f.suffix.lower() in suffixes and _is_listed(f))
+
+
+def _files_below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
+    """Files in a folder and its folders; one that links lead to again is looked into once."""
+    about = folder.stat()
+    if (about.st_dev, about.st_ino) in seen:
+        return
+    seen.add((about.st_dev, about.st_ino))
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from _files_below(entry, seen)
+        else:
+            yield entry
 
 
 def _is_listed(file: Path) -> bool:
@@ -369,6 +411,22 @@ def _bits(image: Any) -> int:
     if hasattr(image, "tag_v2"):
         return max(image.tag_v2.get(_TIFF_BITS, (8,)))
     return 16 if image.mode.startswith("I") else 8
+
+
+def _tiff_exif(image: Any) -> bytes | None:
+    """An EXIF block of the tags of a TIFF file that say where an image comes from."""
+    if not hasattr(image, "tag_v2"):
+        return None
+    from PIL.Image import Exif
+
+    kept = Exif()
+    with contextlib.suppress(*_DECODE_ERRORS):
+        exif = image.getexif()
+        kept.update({tag: exif[tag] for tag in _TIFF_ORIGIN if tag in exif})
+        for directory in _EXIF_DIRECTORIES:
+            kept.get_ifd(directory).update(exif.get_ifd(directory))
+        return kept.tobytes() if any((kept, *map(kept.get_ifd, _EXIF_DIRECTORIES))) else None
+    return None
 
 
 def _to_rgb(image: Any, name: str | os.PathLike) -> np.ndarray:
