@@ -8,48 +8,82 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from issp.utils.files import user_path
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from issp.sr.models import SuperResolver
+    from issp.sr.models.tiling import Tiling
 
 
-@contextlib.contextmanager
-def item_progress(items: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress over a known number of items: a bar with ETA on a terminal, some lines elsewhere.
+_LINE_SECONDS = 10.0  # between two lines of progress: one per image would fill a log file
+
+
+class ItemProgress:
+    """Progress over a known amount of work: a bar with ETA on a terminal, some lines elsewhere.
 
     Args:
         items: what is counted, in the plural.
-
-    Yields:
-        A function that is called as progress(done, total).
     """
-    bar: Any = None
-    last = time.perf_counter()
+
+    def __init__(self, items: str):
+        self._items, self.bar = items, _rich_bar(items)
+        self._start = self._last = time.perf_counter()
+
+    def __call__(self, done: float, total: float, text: str | None = None) -> None:
+        """Shows how much of the work is done, and the text in place of the numbers."""
+        if self.bar:
+            description = _plain(text or self._items)
+            self.bar.update(0, completed=done, total=total, description=description)
+            return
+        now = time.perf_counter()
+        if now - self._last > _LINE_SECONDS:
+            self._last = now
+            counted = text and f"{text}, {100 * done / total:.0f} % of all"
+            line = counted or f"{self._items}: {done:.0f} of {total:.0f}"
+            print(f"{line}{self._eta(now, done / total)}", file=sys.stderr, flush=True)
+
+    def _eta(self, now: float, share: float) -> str:
+        if not share:
+            return ""
+        seconds = round((now - self._start) * (1 / share - 1))
+        return f", ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+@contextlib.contextmanager
+def item_progress(items: str) -> Iterator[ItemProgress]:
+    """An `ItemProgress` that leaves the terminal as it was."""
+    progress = ItemProgress(items)
+    with progress.bar or contextlib.nullcontext():
+        yield progress
+
+
+def _rich_bar(items: str) -> Any:
+    """A bar that goes when it is done; None without a terminal or without rich."""
     with contextlib.suppress(ImportError):
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.markup import escape
             from rich.progress import Progress
 
-            bar = Progress(console=Console(stderr=True), transient=True)
-            bar.add_task(escape(items), total=None)
+            # A list of results that is written into a file stays there.
+            redirect = sys.stdout.isatty()
+            console = Console(stderr=True)
+            bar = Progress(console=console, transient=True, redirect_stdout=redirect)
+            bar.add_task(_plain(items), total=None)
+            return bar
+    return None
 
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if bar:
-            bar.update(0, completed=done, total=total)
-        elif time.perf_counter() - last > 10:
-            # One line every ten seconds: a line per image would fill a log file.
-            last = time.perf_counter()
-            print(f"{items}: {done} of {total}", file=sys.stderr, flush=True)
 
-    with bar or contextlib.nullcontext():
-        yield progress
+def _plain(text: str) -> str:
+    """Text in which rich sees no markup: names hold brackets."""
+    from rich.markup import escape
+
+    return escape(text)
 
 
 # Folders inside a data set, whose name says nothing about the set.
@@ -95,7 +129,17 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", metavar="NAME", help="architecture of a .pth, such as edsr-l")
     parser.add_argument("--scale", type=int, metavar="S", help="scale of a .pth")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--tile", type=int, metavar="PX", help="work in tiles, to bound memory")
+    parser.add_argument(
+        "--tile",
+        type=int,
+        metavar="PX",
+        help="largest side of the tiles that images are cut into; 0: none (default: by the "
+        "network and the memory)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="of the processor that compute")
+    parser.add_argument(
+        "--dense", action="store_true", help="do not use sparse layers, even if they are faster"
+    )
 
 
 def name_crowding(args: argparse.Namespace) -> None:
@@ -116,10 +160,47 @@ MEMORY_REMEDY = "use --tile with a smaller size, or --device cpu"
 
 def load_model(args: argparse.Namespace) -> SuperResolver:
     """The model that the options of `add_model_arguments` name, on its device."""
+    import torch
+
     from issp.sr import builders, checkpoint
 
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads is {args.threads}: it must be at least 1")
+        torch.set_num_threads(args.threads)
     model = checkpoint.load(args.model, args.arch, args.scale)
     name_crowding(args)
     if args.scale not in (None, model.scale):
         raise ValueError(f"{args.model} is a x{model.scale} model: drop --scale {args.scale}")
     return model.to(builders.device(args.device))
+
+
+def tiling(args: argparse.Namespace, model: SuperResolver) -> Tiling:
+    """How --tile cuts images, or the network and the memory.
+
+    Raises:
+        ValueError: a size that does not suit the network.
+    """
+    from issp.sr.models import tiling
+
+    if args.tile is None:
+        return tiling.fitting_tiling(model, model.channels)
+    try:
+        return tiling.fixed_tiling(model, args.tile or None)
+    except ValueError as error:
+        raise ValueError(f"--tile: {error}") from None
+
+
+def packed(args: argparse.Namespace, model: SuperResolver, pixels: int) -> nn.Module:
+    """The network that computes this many input pixels fastest, which a line names.
+
+    A network with zeros is packed unless --dense is given.
+    """
+    from issp.sr import upscale
+
+    if args.dense or not pixels:
+        return model
+    network, line = upscale.pack_for(model, pixels)
+    if line:
+        print(line, flush=True)
+    return network

@@ -3,46 +3,290 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from issp.cli.common import MEMORY_REMEDY, add_model_arguments, item_progress, load_model
+from issp.cli import common
+from issp.utils import process
+from issp.utils.errors import OutOfMemoryError, UserError, explain_out_of_memory
+from issp.utils.files import user_path
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from issp.sr.models.tiling import Tiling
 
 HELP = "super-resolve images or folders of images"
 EXAMPLE = "issp upscale photo.png scans/ --model runs/demo/model.safetensors -o upscaled"
+FORMATS = ("png", "jpg", "webp", "tif", "bmp")
+# Of a file that cannot be read or written.
+_FILE_ERRORS = (UserError, ValueError, OSError)
+# Errors of the system that all further files would meet as well.
+_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+_Result = TypeVar("_Result")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the command."""
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files or folders")
-    add_model_arguments(parser)
-    parser.add_argument("--out", "-o", required=True, metavar="DIR", help="folder of the results")
+    common.add_model_arguments(parser)
+    parser.add_argument(
+        "--out",
+        "-o",
+        required=True,
+        metavar="PATH",
+        help="folder of the results, in which sub-folders are mirrored; or, for one image, a file",
+    )
+    parser.add_argument("--format", choices=FORMATS, help="of the results (default: png)")
     parser.add_argument("--suffix", help="added to names (default: _x and the scale)")
+    parser.add_argument(
+        "--skip-existing", action="store_true", help="leave out images whose result is there"
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """An image and the file that its result becomes."""
+
+    source: Path
+    target: Path
+
+
+@dataclass
+class Failures:
+    """Images that could not be read or written. Of one image alone, the error ends the command."""
+
+    several: bool
+    sources: list[Path] = field(default_factory=list)
+
+    def attempt(
+        self, job: Job, call: Callable[[], _Result], errors: tuple = _FILE_ERRORS
+    ) -> _Result | None:
+        """What a call returns, or None where it fails in one of these ways, which is printed."""
+        try:
+            return call()
+        except errors as error:
+            if not self.several or getattr(error, "errno", None) in _HOPELESS:
+                raise
+            self.sources.append(job.source)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            return None
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes one PNG per image."""
-    from issp.sr import data, evaluate
-    from issp.utils.errors import explain_out_of_memory
+    """Writes one image per image; returns 1 if some of several could not be read or written."""
+    from issp.sr import upscale
 
-    files = [Path(f) for name in args.images for f in data.ImageFolder(name).files]
-    model = load_model(args)
-    suffix = f"_x{model.scale}" if args.suffix is None else args.suffix
-    targets = [Path(args.out) / f"{file.stem}{suffix}.png" for file in files]
-    _check_targets(files, targets)
-    with item_progress("images") as progress, explain_out_of_memory(MEMORY_REMEDY):
-        for done, (file, target) in enumerate(zip(files, targets, strict=True), 1):
-            sr = evaluate.super_resolve(model, data.read_image(file), args.tile)
-            data.write_image(target, sr)
-            progress(done, len(files))
-            print(f"{target}  {sr.shape[1]} x {sr.shape[0]}")
-    return 0
+    process.use_large_pages()
+    out = user_path(args.out)
+    images = _images(args.images, out)
+    model = common.load_model(args)
+    upscale.check_channels(model)
+    jobs = _jobs(args, images, f"_x{model.scale}" if args.suffix is None else args.suffix)
+    tiling = common.tiling(args, model)
+    if args.skip_existing:
+        waiting = [job for job in jobs if not job.target.exists()]
+        done = len(jobs) - len(waiting)
+        print(f"{done} of {len(jobs)} results are there already", file=sys.stderr)
+        jobs = waiting
+    failures = Failures(several=len(images) > 1)
+    sizes = _sizes(jobs, model.scale, failures)
+    network = common.packed(args, model, sum(h * w for h, w in sizes.values()))
+    if not tiling.exact and any(tiling.cuts(*size) for size in sizes.values()):
+        print(
+            f"note: tiles of {tiling.tile} pixels overlap by {tiling.overlap}, but the network "
+            "sees further: results may differ a little at their seams; --tile sets their size",
+            file=sys.stderr,
+        )
+    _run([job for job in jobs if job.source in sizes], network, tiling, sizes, failures)
+    if failures.sources:
+        print(f"{len(failures.sources)} of {len(jobs)} images failed:", file=sys.stderr)
+        print(*failures.sources, sep="\n", file=sys.stderr)
+    return 1 if failures.sources else 0
 
 
-def _check_targets(files: list[Path], targets: list[Path]) -> None:
+def _images(names: Sequence[str], out: Path) -> list[tuple[Path, Path]]:
+    """Every image, and its place below the folder that was named; nothing in `out` is one."""
+    from issp.sr import data
+
+    images: list[tuple[Path, Path]] = []
+    results = out.resolve() if out.is_dir() else None
+    for name in names:
+        path = user_path(name)
+        if path.is_dir():
+            files = data.list_images(path, subfolders=True)
+            if results is not None and results != path.resolve():
+                files = [file for file in files if results not in file.resolve().parents]
+            images += [(file, file.relative_to(path)) for file in files]
+        elif path.exists() or path.is_symlink():
+            images.append((path, Path(path.name)))
+        else:
+            raise FileNotFoundError(f"there is no file or folder {path}")
+    return list(dict.fromkeys(images))
+
+
+def _jobs(args: argparse.Namespace, images: list[tuple[Path, Path]], suffix: str) -> list[Job]:
+    """What becomes of every image.
+
+    Raises:
+        ValueError: a result would overwrite an image or another result, or no file can hold it.
+    """
+    if Path(f"a{suffix}").name != f"a{suffix}":
+        raise ValueError(f"--suffix {suffix} holds a path: it can only be a part of a name")
+    out, file = user_path(args.out), _file_named(args)
+    if file and len(images) != 1:
+        raise ValueError(f"-o {out} names one file for {len(images)} images: name a folder")
+    if not file and out.exists() and not out.is_dir():
+        raise ValueError(f"-o {out} is a file: name a folder, or a file such as result.png")
+    extension = args.format or "png"
+    jobs = [
+        Job(source, out if file else out / place.with_name(f"{place.stem}{suffix}.{extension}"))
+        for source, place in images
+    ]
+    if args.skip_existing:  # results beside their images are no images of an earlier run's rest
+        targets = {job.target for job in jobs}
+        jobs = [job for job in jobs if job.source not in targets]
+    _check_targets(jobs)
+    return jobs
+
+
+def _file_named(args: argparse.Namespace) -> bool:
+    """Whether -o names a file, by its suffix.
+
+    Raises:
+        ValueError: a format that cannot be written, or another than --format.
+    """
+    from issp.sr.data.pictures import WRITABLE, is_picture_name
+
+    out = user_path(args.out)
+    if out.is_dir() or args.out.endswith(("/", os.sep)) or not is_picture_name(out):
+        return False
+    suffix = out.suffix.lower()
+    if suffix not in WRITABLE:
+        raise ValueError(f"cannot write {out}: use one of the suffixes {', '.join(WRITABLE)}")
+    same = {".jpeg": ".jpg", ".tiff": ".tif"}
+    if args.format and same.get(suffix, suffix) != f".{args.format}":
+        raise ValueError(f"-o {out} and --format {args.format} differ: drop one of them")
+    return True
+
+
+def _check_targets(jobs: Sequence[Job]) -> None:
+    identities = {_identity(job.source): job.source for job in jobs}
     sources: dict[Path, Path] = {}
-    for file, target in zip(files, targets, strict=True):
-        if target in sources:
-            raise ValueError(f"{sources[target]} and {file} would both become {target}: rename one")
-        if target.exists() and target.samefile(file):
-            raise ValueError(f"{file} would be overwritten: choose another folder or --suffix")
-        sources[target] = file
+    for job in jobs:
+        if job.target in sources:
+            raise ValueError(
+                f"{sources[job.target]} and {job.source} would both become {job.target}: rename "
+                "one, or upscale them into two folders"
+            )
+        sources[job.target] = job.source
+        if job.target.is_dir():
+            raise ValueError(f"the result {job.target} is a folder: choose another --suffix")
+        overwritten = job.target.exists() and identities.get(_identity(job.target))
+        if overwritten:
+            raise ValueError(
+                f"{overwritten} would be overwritten: choose another folder or --suffix"
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | Path:
+    """What two names of one file have in common."""
+    try:
+        about = path.stat()
+    except OSError:
+        return path
+    return about.st_dev, about.st_ino
+
+
+def _sizes(jobs: Sequence[Job], scale: int, failures: Failures) -> dict[Path, tuple[int, int]]:
+    """Height and width of the images, from their headers; of those that can be upscaled."""
+    from issp.sr import data
+    from issp.sr.data.pictures import check_writable
+
+    def size(job: Job) -> tuple[int, int]:
+        height, width = data.image_size(job.source)
+        check_writable(job.target, height * scale, width * scale)
+        return height, width
+
+    sizes = {job.source: failures.attempt(job, lambda job=job: size(job)) for job in jobs}
+    return {source: size for source, size in sizes.items() if size}
+
+
+def _run(
+    jobs: Sequence[Job],
+    network: nn.Module,
+    tiling: Tiling,
+    sizes: dict[Path, tuple[int, int]],
+    failures: Failures,
+) -> None:
+    """Reads, computes and writes one image after the other."""
+    pixels = [h * w for h, w in (sizes[job.source] for job in jobs)]
+    written = 0
+    try:
+        with common.item_progress("images") as progress:
+            for number, job in enumerate(jobs):
+                on_share = functools.partial(
+                    _show_share,
+                    progress,
+                    done=sum(pixels[:number]),
+                    now=pixels[number],
+                    total=sum(pixels),
+                    text=f"{job.source.name} ({number + 1} of {len(jobs)})",
+                )
+                written += _upscale(job, network, tiling, on_share, failures)
+    except KeyboardInterrupt:
+        print(f"{written} of {len(jobs)} images are done", file=sys.stderr)
+        raise
+
+
+def _show_share(
+    progress: common.ItemProgress, share: float, *, done: int, now: int, total: int, text: str
+) -> None:
+    progress(done + share * now, total, text)
+
+
+def _upscale(
+    job: Job,
+    network: nn.Module,
+    tiling: Tiling,
+    on_share: Callable[[float], None],
+    failures: Failures,
+) -> bool:
+    """Whether the result of an image was written."""
+    from issp.sr import data, upscale
+    from issp.sr.data.pictures import lost_in_reading, write_picture
+
+    done = 0
+
+    def on_part(total: int) -> None:
+        nonlocal done
+        done += 1
+        on_share(done / total)
+
+    def compute(picture: data.Picture) -> data.Picture:
+        with explain_out_of_memory(common.MEMORY_REMEDY):
+            return upscale.upscale_picture(network, picture, tiling, on_part)
+
+    on_share(0)
+    picture = failures.attempt(job, lambda: data.read_picture(job.source))
+    if picture is None:
+        return False
+    result = failures.attempt(job, lambda: compute(picture), (OutOfMemoryError,))
+    if result is None:
+        return False
+    lost = failures.attempt(job, lambda: write_picture(job.target, result))
+    if lost is None:
+        return False
+    height, width = result.rgb.shape[:2]
+    print(f"{job.target}  {width} x {height}", flush=True)
+    lost = lost_in_reading(picture) + lost
+    if lost:
+        print(f"note: {job.target} is without {', '.join(lost)}", file=sys.stderr)
+    return True

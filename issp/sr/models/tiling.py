@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 # Overlap of tiles where the receptive field does not decide it.
@@ -23,8 +23,9 @@ _SIDE, _SIDE_UNBOUNDED, _SIDE_CUDA = 256, 512, 1024
 # A tile of so many radii computes 1.6 times the pixels that it keeps; of fewer, nobody would wait.
 _RADII, _LEAST_RADII = 10, 8
 _MEMORY = 768 * 2**20  # bytes that a tile may take even if less than four times as much is free
-# Convolutions reorder their input and their output; allocators waste some.
-_UNSEEN = 1.5
+# What functions allocate inside: reordered inputs and results, scores of attention.
+_UNSEEN = 2
+_PROBE = 16  # side of the input with which a convolutional network's memory is counted
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class TileSpan(NamedTuple):
     last: int
 
 
-def tile_spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[TileSpan]:
+def tile_spans(
+    length: int, tile: int, overlap: int, multiple: int = 1, align: int = 1
+) -> list[TileSpan]:
     """Tiles along one axis, all of one size, whose kept parts follow one another without gap.
 
     Args:
@@ -63,14 +66,16 @@ def tile_spans(length: int, tile: int, overlap: int, multiple: int = 1) -> list[
         tile: the largest size of a tile, a multiple of `multiple`.
         overlap: what neighbours share at least, a multiple of `multiple`.
         multiple: of which starts and sizes are multiples.
+        align: of which the size is a multiple too if `tile` allows it.
     """
     if length <= tile:
         return [TileSpan(0, length, 0, length)]
     count = math.ceil((length - overlap) / (tile - overlap))
-    step = math.ceil((length - overlap) / count / multiple) * multiple
-    size = step + overlap
-    count = math.ceil((length - overlap) / step)
-    starts = [min(i * step, length - size) for i in range(count)]
+    size = _round_up(math.ceil((length - overlap) / count), multiple) + overlap
+    aligned = _round_up(size, math.lcm(multiple, align))
+    size = aligned if aligned <= tile else size
+    count = math.ceil((length - overlap) / (size - overlap))
+    starts = [min(i * (size - overlap), length - size) for i in range(count)]
     cuts = [0, *(start + overlap // 2 for start in starts[1:]), length]
     return [TileSpan(s, s + size, cuts[i], cuts[i + 1]) for i, s in enumerate(starts)]
 
@@ -149,6 +154,11 @@ def _free_memory(device: torch.device) -> int:
 def _largest_side(network: nn.Module, channels: int, aim: int, memory: int) -> int:
     """The largest side up to `aim` of a tile that takes at most `memory` bytes."""
     multiple, side = getattr(network, "pad_multiple", 1), aim
+    if _radius(network) is not None:  # convolutions alone: memory grows with the number of pixels
+        probe = _round_up(_PROBE, multiple)
+        device = next(network.parameters(), torch.empty(0)).device
+        each = _UNSEEN * peak_bytes(network, (1, channels, probe, probe), device) / probe**2
+        return max(multiple, min(aim, int(math.sqrt(memory / each)) // multiple * multiple))
     while side > multiple:
         needed = _UNSEEN * peak_bytes(network, (1, channels, side, side))
         if needed <= memory:
@@ -158,34 +168,36 @@ def _largest_side(network: nn.Module, channels: int, aim: int, memory: int) -> i
 
 
 @torch.no_grad()
-def peak_bytes(network: nn.Module, shape: tuple[int, ...]) -> int:
+def peak_bytes(
+    network: nn.Module, shape: tuple[int, ...], device: torch.device | str = "meta"
+) -> int:
     """Bytes of the tensors that live at once while a network computes; its weights do not count.
 
-    Nothing is computed: the network runs on the meta device.
-
     Args:
-        network: any module that runs there.
+        network: any module.
         shape: of its input.
+        device: that of the network; or "meta", where nothing is computed, but which takes a second
+            to load when it is used first.
     """
     tensors = [*network.named_parameters(), *network.named_buffers()]
-    state = {name: tensor.to("meta") for name, tensor in tensors}
+    state = {name: tensor.to(device) for name, tensor in tensors}
     dtype = next((t.dtype for t in state.values() if t.is_floating_point()), torch.float32)
     with _LiveBytes() as live:
-        x = torch.empty(shape, dtype=dtype, device="meta")
+        x = torch.zeros(shape, dtype=dtype, device=device)
         torch.func.functional_call(network, state, (x,))
     return live.peak
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that ops make, until they are freed."""
+class _LiveBytes(TorchFunctionMode):
+    """Counts the bytes of all storages that functions make, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = self.peak = 0
         self._sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = op(*args, **(kwargs or {}))
+    def __torch_function__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = call(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
