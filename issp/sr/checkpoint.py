@@ -270,7 +270,7 @@ def _of_attribute(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> di
     Lightning modules and trainers save theirs as `model.conv_first.weight` or the like, with what
     belongs to losses beside it. A prefix is taken off if it is the only one that fits.
     """
-    first = names.plain_name(next(iter(expected)))
+    first = names.plain_name(next(iter(expected), ""))
     prefixes = [name.removesuffix(first) for name in tensors if name.endswith(f".{first}")]
     if first in tensors or len(prefixes) != 1:
         return tensors

@@ -28,6 +28,7 @@ _SIGNATURES = {
     b"%PDF": "a PDF document",
     b"\x7fELF": "a program",
     b"SQLite": "a database",
+    b"MATLAB": "a MATLAB file",
     b"\xff\xfe": "a text file",
 }
 _LFS = b"version https://git-lfs"

@@ -29,6 +29,8 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = user_path(path)
     check_kind(path)
+    if file_kinds.is_safetensors(path):
+        raise ValueError(f"{path} is a safetensors file, which holds a model and no training state")
     try:
         if file_kinds.is_zip(path):
             _check_sums(path)

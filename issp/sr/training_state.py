@@ -32,6 +32,10 @@ def check(state: dict[str, Any]) -> None:
     Raises:
         ValueError: the first place that is damaged.
     """
+    if {"optimizers", "schedulers"} <= state.keys():
+        raise ValueError(
+            "it is one of BasicSR, without weights: begin with its model, path.pretrain_network_g"
+        )
     for name in (*_SECTIONS, *_OPTIONAL_SECTIONS):
         section = state.get(name)
         if not isinstance(section, dict) and (section is not None or name in _SECTIONS):

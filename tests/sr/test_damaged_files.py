@@ -180,6 +180,28 @@ def test_a_damaged_latest_state_names_the_one_before_and_how_to_continue(run, tm
     assert all(torch.equal(continued[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "BasicSR", "text"])
+def test_what_is_no_training_state_is_named(run, tmp_path, capsys, kind):
+    folder, config = copied(run, tmp_path)
+    file, model = tmp_path / "given", network("EDSR")
+    sentences = {
+        "safetensors": f"{file} is a safetensors file, which holds a model and no training state",
+        "pth": f"cannot resume from {file}: it has no section model: it is damaged or something",
+        "BasicSR": f"cannot resume from {file}: it is one of BasicSR, without weights: begin with",
+        "text": f"{file} is a text file",
+    }
+    if kind == "BasicSR":
+        torch.save({"epoch": 1, "iter": 2, "optimizers": [], "schedulers": []}, file)
+    elif kind == "text":
+        file.write_text("hello\n")
+    else:
+        save(model, kind, file)
+    before = contents(folder)
+    assert cli.main(["train", str(config), "--set", f"path.resume_state={file}", "--quiet"]) == 2
+    assert sentences[kind] in capsys.readouterr().err
+    assert contents(folder) == before
+
+
 def test_names_of_wrappers_in_a_state_are_read(run, tmp_path):
     """As a script leaves them that wraps the network and then writes our state."""
     finals = []
