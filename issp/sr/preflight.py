@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 
 from issp.sr import checkpoint, data
@@ -85,6 +86,14 @@ def check_disk(config: Config, model: nn.Module, states: int, start: int, say: S
             f"{place} has {_bytes(free)} free and the checkpoints will take "
             f"{_bytes(needed)}: free space or use a larger logger.save_checkpoint_freq"
         )
+
+
+def idle_gpus(config: Config, device: torch.device) -> str | None:
+    """A line about GPUs that `num_gpu: auto` would take in BasicSR."""
+    count = torch.cuda.device_count()
+    if device.type != "cuda" or count < 2 or config.num_gpu != "auto":
+        return None
+    return f"num_gpu is auto, but a training runs on one device: {device}, one of {count} GPUs"
 
 
 def lost_zeros(config: Config, model: nn.Module) -> str | None:

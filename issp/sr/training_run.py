@@ -100,6 +100,7 @@ class TrainingRun:
         if self._is_complete:
             return start  # and config.yml stays that of the run
         notes = [None if saved else preflight.lost_zeros(self.config, self.model)]
+        notes += [preflight.idle_gpus(self.config, next(self.model.parameters()).device)]
         states = 1 + (self.ema is not None) + len(_moments(self.config))
         preflight.check_disk(self.config, self.model, states, start, notes.append)
         say = self.progress.write_line

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from issp import data
-from issp.sr import builders, config
+from issp.sr import builders, config, preflight
 from issp.utils.errors import ConfigError
 
 yaml = pytest.importorskip("yaml", reason="PyYAML reads the configuration files")
@@ -192,6 +192,16 @@ def test_several_processes_are_refused_before_they_share_a_folder(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="2 processes"):
         builders.check_one_process(parsed())
+
+
+def test_num_gpu_auto_says_that_other_gpus_are_idle(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    line = preflight.idle_gpus(parsed(num_gpu="auto"), torch.device("cuda:0"))
+    assert line == "num_gpu is auto, but a training runs on one device: cuda:0, one of 8 GPUs"
+    assert preflight.idle_gpus(parsed(num_gpu=1), torch.device("cuda:0")) is None
+    assert preflight.idle_gpus(parsed(num_gpu="auto"), torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert preflight.idle_gpus(parsed(num_gpu="auto"), torch.device("cuda:0")) is None
 
 
 def test_num_gpu_zero_is_the_cpu():
