@@ -183,15 +183,22 @@ def _pattern_reason(layer: Layer) -> str:
 
 
 def _layout_reason(module: nn.Module, keep: Keep) -> str:
-    """Why dimension 1 of a module's weight holds no input channels to group, or ""."""
-    names = {cls.__name__ for cls in type(module).__mro__}
-    is_other = getattr(module, "transposed", False) or not names.isdisjoint(_NO_INPUTS_IN_DIM_1)
-    if keep.layout == "flat" or not is_other:
+    """Why the groups of a pattern would not be input channels of one output, or ""."""
+    if keep.layout == "flat":
         return ""
-    return (
-        f"a pattern groups input channels in dimension 1 of a weight, and that of a "
-        f'{type(module).__name__} has none there: use layout="flat"'
-    )
+    names = {cls.__name__ for cls in type(module).__mro__}
+    if getattr(module, "transposed", False) or not names.isdisjoint(_NO_INPUTS_IN_DIM_1):
+        return (
+            "a pattern groups input channels in dimension 1 of a weight, and that of a "
+            f'{type(module).__name__} has none there: use layout="flat"'
+        )
+    groups = getattr(module, "groups", 1)
+    if groups > 1 and getattr(module, "out_channels", 0) // groups % keep.v:
+        return (
+            f"v = {keep.v} output rows would share positions across the {groups} groups of the "
+            "convolution, whose inputs differ: choose another v"
+        )
+    return ""
 
 
 def unsupported_reason(module: nn.Module) -> str:

@@ -330,16 +330,20 @@ class Pruner:
             model: a copy of the model with the same layers; None: the model known already.
 
         Raises:
-            ValueError: the model lacks a layer, or the optimizer has none of the weights.
+            ValueError: the model lacks a layer, or the optimizer has none of the weights, or
+                another pruner of them; nothing has been changed.
             RuntimeError: the pruner is finalized.
         """
         self._check_open()
-        optimizers, wrappers = self._buckets.optimizers, self._buckets.wrappers
-        if opt is not None:
-            optimizers, wrappers = see_through(opt)
-        if self._hook:
-            self._hooks.check(optimizers, self._work())
-        self._buckets.rebind(model, optimizers, wrappers)
+        before = self._buckets.optimizers, self._buckets.wrappers
+        after = before if opt is None else see_through(opt)
+        self._buckets.rebind(model, *after)
+        try:
+            if self._hook:
+                self._hooks.check(after[0], self._work())
+        except ValueError:
+            self._buckets.rebind(None if model is None else self._model, *before)
+            raise
         self._after_rebuild()
         self._model = self._model if model is None else model
         self._hooks.detach()

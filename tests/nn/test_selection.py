@@ -151,6 +151,9 @@ def test_patterns_of_grouped_convolutions_group_the_channels_of_their_own_group(
     pruner.finalize()
     kept = (model[0].weight != 0).view(8, 2, 4, 3, 3).sum(2)
     assert kept.unique().tolist() == [2] and bool(model[1].weight.all())
+    with pytest.raises(ValueError, match="0: v = 4 output rows would share positions across the 4"):
+        issp.attach(nn.Sequential(nn.Conv2d(16, 8, 3, groups=4)), pattern=Keep(2, of=4, v=4))
+    issp.attach(nn.Sequential(nn.Conv2d(16, 8, 3, groups=4)), pattern=Keep(2, of=4, v=2))
 
 
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])

@@ -342,8 +342,11 @@ def test_attaching_twice_is_refused_with_the_name_of_the_earlier_pruner(wrapper)
     name = "Pruner\\(iss-p, step 2, pruning, 3 layers, target 0.9\\)"
     with pytest.raises(ValueError, match=f"prunes these weights already, for {name}: call"):
         attach(model, again, sparsity=0.5)
+    other = net()
+    second = attach(other, adam(other), sparsity=0.5)
     with pytest.raises(ValueError, match="already, for Pruner"):
-        attach(net(), sparsity=0.5).reattach(opt, model)
+        second.reattach(opt, model)
+    assert second.attached and second.finalize() is other
     before = weights(model)
     step(model, opt, 2)
     assert pruner.step_count == 3 and not same(weights(model), before)
