@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from issp.nn.names import matched
 from issp.nn.selection import Layer
 from issp.ops.schemas import mask_words
 
@@ -67,6 +68,8 @@ def unpack(
         raise ValueError("the layers of the pruner's state are damaged")
     for name, expected in configuration.items():
         actual = saved[name]
+        if isinstance(actual, Mapping):
+            actual = _by_layer(actual, layers)
         if not isinstance(actual, Tensor) and actual == expected:
             continue
         if isinstance(actual, Mapping) and isinstance(expected, Mapping):
@@ -76,7 +79,15 @@ def unpack(
             "with the same arguments, or load with strict=False"
         )
     shapes = {layer.name: tuple(layer.weight.shape) for layer in layers}
-    return {name: _layer_state(name, entry, shapes) for name, entry in saved["layers"].items()}
+    entries = _by_layer(saved["layers"], layers)
+    return {name: _layer_state(name, entry, shapes) for name, entry in entries.items()}
+
+
+def _by_layer(entries: Mapping[Any, Any], layers: Sequence[Layer]) -> Mapping[Any, Any]:
+    """The entries by the layers' names, whatever wrappers were in the names when it was saved."""
+    if not all(isinstance(name, str) for name in entries):
+        return entries  # damaged, which is found out by the caller
+    return matched(entries, [layer.name for layer in layers])
 
 
 def _first_difference(

@@ -177,6 +177,21 @@ def test_state_is_refused_when_it_belongs_elsewhere():
     assert other.step_count == 1 and same(other.masks(), pruner.masks())
 
 
+def test_a_state_with_wrappers_in_its_names_is_loaded():
+    model = net()
+    opt = adam(model)
+    pruner = attach(model, opt, sparsity=0.9)
+    train(model, opt, range(2))
+    state = checkpoint(model, opt, pruner)[2]
+    names = {"0": "module.0", "2.0": "module.2._orig_mod.0", "4": "_forward_module.4"}
+    for key in ("layers", "targets"):
+        state[key] = {names[name]: entry for name, entry in state[key].items()}
+    other = net()
+    resumed = attach(nn.DataParallel(other), adam(other), sparsity=0.9)
+    resumed.load_state_dict(state)
+    assert resumed.step_count == 2 and same(resumed.masks(), pruner.masks())
+
+
 def test_one_op_call_per_step(monkeypatch):
     calls = []
     plain = ops.soft_shrink_
