@@ -19,10 +19,11 @@ BENCHMARKS = {
     "conv": "sparse convolutions, forward and training step",
     "matmul": "sparse linear layers, forward and training step",
     "network": "whole sparse networks, packed by issp.pack",
+    "upscale": "the command on a photograph: seconds and memory of the whole process",
     "accuracy": "PSNR by N:M pattern: trainings, no times",
     "revisions": "another checkout beside this one: ops, optimizers and the hook, in turn",
     "busy": "the same calls beside processes that never sleep",
-    "all": "all of them but accuracy, revisions and busy, each in a process of its own",
+    "all": "all of them but upscale, accuracy, revisions and busy, each in a process of its own",
 }
 
 

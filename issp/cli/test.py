@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
     from issp.sr.data import EvalDataset
     from issp.sr.evaluate import Protocol, Score
-    from issp.sr.models import SuperResolver
 
 HELP = "PSNR and SSIM of a model on test sets"
 EXAMPLE = "issp test --model net_g_latest.safetensors --data Set5 Set14=benchmarks/Set14 --save out"
@@ -49,9 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints a table with one row per set."""
     from issp.sr import checkpoint, data, evaluate
+    from issp.utils import process
     from issp.utils.errors import explain_out_of_memory
 
+    process.use_large_pages()
     model = common.load_model(args)
+    tiling = common.tiling(args, model)
     folders = common.named_folders(args.data)
     pairs = {
         name: data.PairedFolder(folder, model.scale, lr_images)
@@ -61,10 +64,15 @@ def main(args: argparse.Namespace) -> int:
     protocol = evaluate.Protocol(args.crop_border, args.channels == "y")
     for dataset in sets.values():
         evaluate.check_sizes(dataset, protocol, protocol)
+    pixels = sum(h * w for dataset in sets.values() for h, w in dataset.pairs.sizes())
+    network = common.packed(args, model, pixels // model.scale**2)
+    # Figures are those of whole images: without --tile, only exact tiles are used.
+    whole = args.tile is None and not tiling.exact
+    upscaler = evaluate.of_model(network, None if whole else tiling.tile)
     rows, notes = [], []
     with explain_out_of_memory(common.MEMORY_REMEDY):
         for name, dataset in sets.items():
-            scores = _score(args, model, name, dataset, protocol)
+            scores = _score(args, upscaler, name, dataset, protocol)
             rows += _rows(args, name, dataset, *scores)
             notes += _notes(name, dataset, scores[0])
     counts = checkpoint.sparsity(model)
@@ -97,7 +105,7 @@ def _lr_images(args: argparse.Namespace) -> list[str | None]:
 
 def _score(
     args: argparse.Namespace,
-    model: SuperResolver,
+    upscaler: Callable[[np.ndarray], np.ndarray],
     name: str,
     dataset: EvalDataset,
     protocol: Protocol,
@@ -114,11 +122,10 @@ def _score(
             if args.save:
                 data.write_image(Path(args.save) / name / f"{image}.png", sr)
 
-        upscaler = evaluate.of_model(model, args.tile)
         evaluate.evaluate(upscaler, dataset, protocol, protocol, on_image)
         if args.no_bicubic:
             return results, []
-        baseline = evaluate.bicubic(model.scale)
+        baseline = evaluate.bicubic(dataset.scale)
         return results, evaluate.evaluate(baseline, dataset, protocol, protocol)
 
 

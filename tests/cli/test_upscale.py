@@ -284,6 +284,22 @@ def test_packed_when_that_pays(place, capsys, monkeypatch):
     assert np.abs(apart).max() <= 1
 
 
+def test_the_test_command_packs_as_well(place, capsys, monkeypatch):
+    model = issp.attach(small_edsr(), sparsity=0.9).finalize()
+    issp.save(model, "sparse.safetensors")
+    picture(place / "set" / "a.png", 48, 48)
+    monkeypatch.setattr(upscale, "_WORTH", 0.1)
+    monkeypatch.setattr(upscale, "_EXAMPLE_SIDES", (16,))
+    tables = []
+    for words in ((), ("--dense",)):
+        command = ["test", "--model", "sparse.safetensors", "--data", "set", "--device", "cpu"]
+        assert cli.main([*command, "--per-image", *words]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(("packed: ", "dense: ")) is not bool(words)
+        tables.append(out[out.index("sparse.safetensors: ") :])
+    assert tables[0] == tables[1]
+
+
 def test_threads(place, capsys, monkeypatch):
     picture(place / "a.png")
     chosen = []
