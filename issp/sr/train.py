@@ -104,7 +104,9 @@ def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
             with run.saved_on_failure(iteration):
                 run.after(iteration, stopping)
             if stopping and iteration < total:
-                raise run.interrupted(iteration)
+                end = run.interrupted(iteration)
+                run.progress.record(f"{type(end).__name__}: {end}")
+                raise end
 
 
 @torch.no_grad()

@@ -171,6 +171,7 @@ class TrainingRun:
             if iteration > self._saved:
                 with contextlib.suppress(OSError):
                     self.save_state(iteration)
+                    self.progress.record(f"{type(error).__name__}: {error}")
                     if not isinstance(error, Interrupted):
                         self.progress.write_line(
                             f"the state of iteration {iteration} is saved; "

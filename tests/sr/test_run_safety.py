@@ -232,6 +232,8 @@ def test_a_closed_terminal_saves(tree, monkeypatch):
     with pytest.raises(Interrupted) as stopped:
         run(tree, **SHORT)
     assert stopped.value.status == 128 + signal.SIGHUP and states(folder_of(tree)) == ["4.state"]
+    last = (folder_of(tree) / "log" / "train.log").read_text().splitlines()[-1]
+    assert "Interrupted: stopped after iteration 4; continue with: issp train " in last
 
 
 def test_nohup_goes_on_and_a_second_ctrl_c_acts_at_once():

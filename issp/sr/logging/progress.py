@@ -57,6 +57,10 @@ class Progress:
             elif not self.quiet:
                 print(line, flush=True)
 
+    def record(self, line: str) -> None:
+        """Logs a line without printing it: the caller, or its caller, does that."""
+        self._log.add(line)
+
     def advance(self, iteration: int) -> None:
         """One more iteration is done."""
         self.done = iteration
