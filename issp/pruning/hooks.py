@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import sys
 import warnings
@@ -30,6 +31,8 @@ from issp.pruning.wrappers import (
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _watchers: weakref.WeakSet[Hooks] = weakref.WeakSet()
 _global_handles: list[RemovableHandle] = []
+# Number of the optimizer, AMP's overflow flag, and the buckets that are left: see `Work`.
+_Step = tuple[int, Tensor | None, Sequence[WeightBucket] | None]
 
 
 @dataclass(frozen=True)
@@ -170,30 +173,35 @@ class Hooks:
         found_inf = getattr(optimizer, "found_inf", None)
         wrapper = self._outermost(running)
         if wrapper is None:
-            self._finish([(index, found_inf, remaining)])
+            self._finish([(index, found_inf, remaining), *self._take_waiting(optimizer)])
             return
         self._pending[index] = (wrapper, found_inf)
         assert self._work is not None
-        if has_own_state(wrapper, [*self._hooked, *self._work.wrappers]):
-            self._work.wrappers.append(wrapper)
+        for one in running[1:]:
+            if self._work.is_trained_by(one) and has_own_state(
+                one, [*self._hooked, *self._work.wrappers]
+            ):
+                self._work.wrappers.append(one)
 
     def after_other_step(self, optimizer: Optimizer) -> None:
         """After the step of any optimizer: does what waits for it, or warns that hooks lack."""
         if self._work is None or any(one is optimizer for one in self._hooked):
             return
-        waiting = {i: flag for i, (one, flag) in self._pending.items() if one is optimizer}
-        if not waiting:
+        if all(one is not optimizer for one, _ in self._pending.values()):
             self._check_unhooked(optimizer)
         elif sum(one is optimizer for one in running_steps() or ()) == 1:
-            self._pending = {i: x for i, x in self._pending.items() if i not in waiting}
-            self._finish([(index, flag, None) for index, flag in sorted(waiting.items())])
+            self._finish(self._take_waiting(optimizer))
 
-    def _finish(
-        self, steps: Sequence[tuple[int, Tensor | None, Sequence[WeightBucket] | None]]
-    ) -> None:
+    def _take_waiting(self, optimizer: Optimizer) -> list[_Step]:
+        """The steps whose work waits for the end of this optimizer's."""
+        waiting = {i: flag for i, (one, flag) in self._pending.items() if one is optimizer}
+        self._pending = {i: x for i, x in self._pending.items() if i not in waiting}
+        return [(index, flag, None) for index, flag in waiting.items()]
+
+    def _finish(self, steps: list[_Step]) -> None:
         self._firing = self.fired = True
         try:
-            for index, found_inf, remaining in steps:
+            for index, found_inf, remaining in sorted(steps, key=operator.itemgetter(0)):
                 if self._work is not None:  # a callback may have detached the pruner
                     self._work.finish_step(index, found_inf, remaining)
         finally:

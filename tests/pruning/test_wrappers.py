@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import issp
+from issp import num_pruned
 from issp.pruning.pruner import attach
 from tests.pruning import wrapping_optimizers as imitations
 from tests.pruning.networks import adam, net, same, sgd, step, train, weights
@@ -236,17 +237,18 @@ def test_the_moments_of_an_optimizer_that_does_a_part_of_the_work_are_masked():
             super().step(closure)
             self.adam.step()
 
-    model = net()
-    opt = Mixed(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pruner = attach(model, opt, sparsity=0.9, freeze_at=3)
-        train(model, opt, range(5))
-    assert pruner.step_count == 5
-    kept, weight = pruner.masks()["4"], model[4].weight
-    moments = opt.adam.state[weight]
-    assert torch.equal(weight != 0, kept)
-    assert not moments["exp_avg"][~kept].any() and moments["exp_avg"].any()
+    for both in (False, True):
+        model = net()
+        opt = Mixed(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pruner = attach(model, [opt, opt.adam] if both else opt, sparsity=0.9, freeze_at=3)
+            train(model, opt, range(5))
+        assert pruner.step_count == 5
+        kept, weight = pruner.masks()["4"], model[4].weight
+        moments = opt.adam.state[weight]
+        assert torch.equal(weight != 0, kept) and kept.sum() == 2880 - num_pruned(2880, 0.9)
+        assert not moments["exp_avg"][~kept].any() and moments["exp_avg"].any()
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -272,6 +274,19 @@ def test_a_step_with_learning_rate_0_counts():
     pruner = attach(model, opt)
     step(model, opt, 0)
     assert pruner.step_count == 1
+
+
+def test_slow_weights_between_two_wrappers_are_masked_too():
+    model = net()
+    inner = adam(model)
+    middle = imitations.Lookahead(inner)
+    outer = imitations.Lookahead(middle)
+    pruner = attach(model, inner, sparsity=0.9, freeze_at=3)
+    train(model, outer, range(5))
+    kept, weight = pruner.masks()["4"], model[4].weight
+    for wrapper in (middle, outer):
+        assert torch.equal(wrapper.state[weight]["slow_params"] != 0, kept)
+    assert torch.equal(weight != 0, kept) and pruner.step_count == 5
 
 
 def test_a_class_that_changes_over_from_one_optimizer_to_another_is_one_optimizer():
