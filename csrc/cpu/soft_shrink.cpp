@@ -39,7 +39,7 @@ void soft_shrink_(const std::vector<Tensor>& weights, const Tensor& k, double sh
           .run(counts[i], taus[i], changed[i], state.predictors[i]);
     });
   });
-  state.words[0] += params.misses;
+  state.count_misses(params.misses);
 }
 
 }  // namespace

@@ -162,3 +162,54 @@ def test_more_than_two_to_the_31_elements(back_end):
     expected = torch.where(before.abs() < tau, reference.shrunk(before, 0.95), before)
     ties = before.abs() == tau
     assert_bitwise_equal(w[-(2**20) :][~ties], expected[~ties], "the last 2^20 elements")
+
+
+def nans(bits, dtype):
+    """A tensor of one NaN."""
+    return torch.tensor(bits, dtype=torch.int64).to(reference.INTEGER[dtype]).view(dtype)
+
+
+# The first NaN, the quiet one, the last ones: 0x7fffffff is what NVIDIA GPUs write. Then signs set.
+NANS = {
+    torch.float32: (0x7F800001, 0x7FC00000, 0x7FF00000, 0x7FFFFFFE, 0x7FFFFFFF, -1),
+    torch.float16: (0x7C01, 0x7E00, 0x7FFF, -1),
+    torch.bfloat16: (0x7F81, 0x7FC0, 0x7FFF, -1),
+    torch.float64: ((0x7FF << 52) + 1, 0x7FF8 << 48, (1 << 63) - 1, -1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_a_threshold_that_is_any_nan(back_end, dtype):
+    """The threshold lies among NaNs, up to the one with the largest key there is."""
+    normal = torch.linspace(-1, 1, 300).to(dtype)
+    counts = (310, 350) if back_end.slow else (301, 310, 350, 399, 400)
+    for bits in NANS[dtype]:
+        weights = normal.repeat(2)[:400].clone()
+        weights[::4] = nans(bits, dtype)
+        for k in counts:
+            check_step(back_end, [weights], [k], torch.full((1,), 0.5, dtype=dtype))
+            check_step(back_end, [weights], [k], nans(bits, dtype).view(1), shrink=0.0)
+            found = back_end["magnitude_threshold"]([weights.to(back_end.device)], [k])
+            expected = reference.magnitude_threshold([weights], [k])
+            assert_bitwise_equal(found.cpu(), expected, f"{back_end}, k = {k}")
+
+
+@pytest.mark.parametrize("back_end", FAST, ids=str)
+def test_a_threshold_among_nans_of_all_kinds(back_end):
+    """More candidates than the buffers of small tensors hold, shared by two threads."""
+    weights = torch.randn(700_001)
+    every = torch.tensor(NANS[torch.float32][:-1], dtype=torch.int64).to(torch.int32)
+    weights[::2] = every.view(torch.float32).repeat(70_001)[:350_001]
+    for k in (350_000, 350_001, 600_000, 700_000):
+        check_step(back_end, [weights], [k], torch.full((1,), 0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("back_end", BACK_ENDS, ids=str)
+def test_a_shrink_that_is_zero_in_the_dtype(back_end, dtype):
+    """-0.0 turns no sign; what float32 rounds to zero makes infinity a zero, not a NaN."""
+    weights = torch.linspace(-1, 1, 100).to(dtype)
+    weights[::9] = float("inf")
+    for shrink in (-0.0, 5e-324):
+        check_step(back_end, [weights], [95], torch.full((1,), float("nan"), dtype=dtype), shrink)

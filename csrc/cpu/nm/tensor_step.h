@@ -20,7 +20,7 @@ class NmTensorStep {
       : w_(static_cast<Bits*>(item.data)),
         numel_(item.numel),
         shape_(by),
-        shrink_(typename T::Wide(shrink)),
+        shrink_(typename T::Wide(shrink + 0.0)),  // -0.0 would turn signs
         threads_(threads),
         update_(update) {}
 

@@ -88,7 +88,7 @@ inline void shrink_updated(const std::vector<Item>& items, const TensorUpdate* u
     TensorStep<Float32>(items[i], params, threads, scratch, updates + i)
         .run(k[i], taus[i], flips[i], state.predictors[i]);
   });
-  state.words[0] += params.misses;
+  state.count_misses(params.misses);
 }
 
 // updates: those of the pruned weights, then those of the other weights.

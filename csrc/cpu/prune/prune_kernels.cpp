@@ -97,7 +97,7 @@ std::string cpu_capability(std::string want) {
     instruction_set() = set;
     return want;
   }
-  if (!want.empty()) throw std::runtime_error(want + " is none of scalar, avx2, avx512");
+  if (!want.empty()) throw std::runtime_error("use scalar, avx2 or avx512, not " + want);
   return kNames[instruction_set()];
 }
 

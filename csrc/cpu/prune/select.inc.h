@@ -78,7 +78,7 @@ ISSP_TARGET RangeCount<T> count_range(const typename T::Bits* w, int64_t numel, 
     for (int i = 0; i < 64; i += L::width) {
       const auto bits = L::load(block.data + i);
       less.lanes[i / L::width] = L::less(bits, lo);
-      up_to.lanes[i / L::width] = L::less(bits, hi + 1);
+      up_to.lanes[i / L::width] = L::up_to(bits, hi);
     }
     const uint64_t under = less.joined(), in = (up_to.joined() & ~under) & block.bits();
     below += __builtin_popcountll(under);

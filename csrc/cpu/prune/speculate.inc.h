@@ -31,7 +31,7 @@ ISSP_TARGET inline int64_t gather(const typename T::Bits* w, int64_t numel, int6
   for (int i = 0; i < 64; i += L::width) {
     const auto bits = L::load(block.data + i);
     less.lanes[i / L::width] = L::less(bits, range.lo);
-    up_to.lanes[i / L::width] = L::less(bits, range.hi + 1);
+    up_to.lanes[i / L::width] = L::up_to(bits, range.hi);
   }
   const uint64_t in = up_to.joined() & ~less.joined() & block.bits();
   // the last store writes a whole vector
@@ -73,7 +73,7 @@ ISSP_TARGET SpeculationStats speculate(typename T::Bits* w, int64_t numel, Range
       for (int i = 0; i < 64; i += L::width) {
         const auto bits = L::load(block.data + i);
         less.lanes[i / L::width] = L::less(bits, range.lo);
-        up_to.lanes[i / L::width] = L::less(bits, range.hi + 1);
+        up_to.lanes[i / L::width] = L::up_to(bits, range.hi);
         low_bit.lanes[i / L::width] = L::lsb(bits);
         tiny.lanes[i / L::width] = L::tiny(bits, flushed_below);
       }
@@ -191,7 +191,7 @@ ISSP_TARGET int64_t resolve_candidates(typename T::Bits* w, int64_t numel, KeyRa
     for (int i = 0; i < 64; i += L::width) {
       const auto bits = L::load(block.data + i);
       less.lanes[i / L::width] = L::less(bits, range.lo);
-      up_to.lanes[i / L::width] = L::less(bits, range.hi + 1);
+      up_to.lanes[i / L::width] = L::up_to(bits, range.hi);
       selected.lanes[i / L::width] = L::less(bits, threshold.bound);
       same.lanes[i / L::width] = L::equal(bits, threshold.bound);
     }

@@ -55,7 +55,7 @@ class TensorStep {
         numel_(item.numel),
         mask_(reinterpret_cast<uint64_t*>(params.masks + item.mask_start)),
         params_(params),
-        shrink_(Wide(params.shrink)),
+        shrink_(Wide(params.shrink + 0.0)),  // -0.0 would turn signs
         threads_(threads),
         scratch_(scratch),
         update_(update) {}
@@ -203,6 +203,9 @@ struct StateBuffer {
   int32_t* words;
   ThresholdPredictor* predictors;
   Scratch scratch;
+
+  // Wraps around: the first word may hold anything.
+  void count_misses(int32_t more) const { words[0] = int32_t(uint32_t(words[0]) + uint32_t(more)); }
 
   StateBuffer(void* data, int64_t length, size_t tensors)
       : words(static_cast<int32_t*>(data)),

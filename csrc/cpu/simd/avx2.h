@@ -1,5 +1,6 @@
 // AVX2, FMA, F16C: eight elements at a time, each in a 32-bit lane independent of its storage type.
-// Keys are below 2^31, so signed comparison orders them.
+// Keys are below 2^31, so signed comparison orders them: a bound must be below 2^31 as well, and
+// what follows the largest NaN is not.
 #pragma once
 
 #include <immintrin.h>
@@ -47,6 +48,9 @@ struct Lanes32 {
   ISSP_AVX2 static Mask below(Vector keys, uint32_t bound) {
     return bitmask(_mm256_cmpgt_epi32(_mm256_set1_epi32(int(bound)), keys));
   }
+  ISSP_AVX2 static Mask not_above(Vector keys, uint32_t bound) {
+    return 0xff ^ bitmask(_mm256_cmpgt_epi32(keys, _mm256_set1_epi32(int(bound))));
+  }
   ISSP_AVX2 static Mask same(Vector keys, uint32_t bound) {
     return bitmask(_mm256_cmpeq_epi32(_mm256_set1_epi32(int(bound)), keys));
   }
@@ -91,6 +95,7 @@ struct Lanes<Float32> : Lanes32 {
     return _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
   }
   ISSP_AVX2 static Mask less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
+  ISSP_AVX2 static Mask up_to(Vector bits, uint32_t bound) { return not_above(keys(bits), bound); }
   ISSP_AVX2 static Mask equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
   ISSP_AVX2 static Mask tiny(Vector bits, uint32_t bound) { return small(keys(bits), bound); }
   ISSP_AVX2 static void compress(uint32_t* out, Vector bits, uint32_t mask) {
@@ -122,6 +127,7 @@ struct Lanes16 : Lanes32 {
     return _mm256_and_si256(bits, _mm256_set1_epi32(0x7fff));
   }
   ISSP_AVX2 static Mask less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
+  ISSP_AVX2 static Mask up_to(Vector bits, uint32_t bound) { return not_above(keys(bits), bound); }
   ISSP_AVX2 static Mask equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
   ISSP_AVX2 static Mask tiny(Vector bits, uint32_t bound) { return small(keys(bits), bound); }
   ISSP_AVX2 static void compress(uint32_t* out, Vector bits, uint32_t mask) {

@@ -1,5 +1,6 @@
 // AVX-512 F, BW, VL, DQ: sixteen elements at a time, each in a 32-bit lane independent of its
-// storage type. Keys are below 2^31, so signed comparison orders them.
+// storage type. Keys are below 2^31, so signed comparison orders them: a bound must be below 2^31
+// as well, and what follows the largest NaN is not.
 #pragma once
 
 #include <immintrin.h>
@@ -23,6 +24,9 @@ struct Lanes32 {
   }
   ISSP_AVX512 static Mask below(Vector keys, uint32_t bound) {
     return _mm512_cmplt_epi32_mask(keys, _mm512_set1_epi32(int(bound)));
+  }
+  ISSP_AVX512 static Mask not_above(Vector keys, uint32_t bound) {
+    return _mm512_cmple_epi32_mask(keys, _mm512_set1_epi32(int(bound)));
   }
   ISSP_AVX512 static Mask same(Vector keys, uint32_t bound) {
     return _mm512_cmpeq_epi32_mask(keys, _mm512_set1_epi32(int(bound)));
@@ -75,6 +79,9 @@ struct Lanes<Float32> : Lanes32 {
     return _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
   }
   ISSP_AVX512 static Mask less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
+  ISSP_AVX512 static Mask up_to(Vector bits, uint32_t bound) {
+    return not_above(keys(bits), bound);
+  }
   ISSP_AVX512 static Mask equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
   ISSP_AVX512 static Mask tiny(Vector bits, uint32_t bound) { return small(keys(bits), bound); }
   ISSP_AVX512 static void compress(uint32_t* out, Vector bits, uint32_t mask) {
@@ -103,6 +110,9 @@ struct Lanes16 : Lanes32 {
     return _mm512_and_si512(bits, _mm512_set1_epi32(0x7fff));
   }
   ISSP_AVX512 static Mask less(Vector bits, uint32_t bound) { return below(keys(bits), bound); }
+  ISSP_AVX512 static Mask up_to(Vector bits, uint32_t bound) {
+    return not_above(keys(bits), bound);
+  }
   ISSP_AVX512 static Mask equal(Vector bits, uint32_t bound) { return same(keys(bits), bound); }
   ISSP_AVX512 static Mask tiny(Vector bits, uint32_t bound) { return small(keys(bits), bound); }
   ISSP_AVX512 static void compress(uint32_t* out, Vector bits, uint32_t mask) {

@@ -34,6 +34,7 @@ struct Lanes {
   }
   static Vector load(const Bits* p) { return *p; }
   static Mask less(Vector bits, Key<T> bound) { return key<T>(bits) < bound; }
+  static Mask up_to(Vector bits, Key<T> bound) { return key<T>(bits) <= bound; }
   static Mask equal(Vector bits, Key<T> bound) { return key<T>(bits) == bound; }
   static Mask tiny(Vector bits, Key<T> bound) { return key<T>(bits) > 0 && key<T>(bits) < bound; }
   static Mask lsb(Vector bits) { return bits & 1; }

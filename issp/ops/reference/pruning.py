@@ -45,6 +45,8 @@ def shrunk(w: Tensor, shrink: float) -> Tensor:
     bits = w.view(INTEGER[w.dtype])
     zero = (bits & torch.iinfo(bits.dtype).min).view(w.dtype)
     tiny = torch.finfo(w.dtype).tiny
+    if w.dtype != torch.float64:
+        shrink = torch.tensor(shrink, dtype=torch.float32, device="cpu").item()
     if shrink == 0:
         product = zero
     elif w.dtype == torch.float64:
@@ -53,7 +55,7 @@ def shrunk(w: Tensor, shrink: float) -> Tensor:
     else:
         # float64 holds the product of two float32 exactly, so the bound is judged the same way in
         # every floating-point mode: from half a denormal step (2**-150) below, rounding turns up.
-        exact = w.double() * torch.tensor(shrink, dtype=torch.float32, device="cpu").item()
+        exact = w.double() * shrink
         product = exact.float().to(w.dtype)
         if w.dtype != torch.float16:
             product = torch.where(exact.abs() < tiny, (exact.sign() * tiny).to(w.dtype), product)
