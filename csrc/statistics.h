@@ -9,15 +9,34 @@
 
 namespace issp {
 
-// Sums over the magnitudes of a tile. guess: an estimate of their mean. rest: the sum of their
-// deviations from the guess. squares: the squared deviations from the mean of the tile. A mean
-// rounded to float64 would be too coarse where the deviations are a millionth of it, hence guess
-// and rest.
+// Sums over the magnitudes of a tile, all multiplied by `scale`, a power of two. guess: an estimate
+// of their mean. rest: the sum of their deviations from the guess. squares: the squared deviations
+// from the mean of the tile. A mean rounded to float64 would be too coarse where the deviations are
+// a millionth of it, hence guess and rest.
 struct PartialSums {
-  double guess, rest, squares;
+  double guess, rest, squares, scale;
 };
 
-// The guess must be finite, so that infinities and NaNs reach the sums unchanged.
+// The scale of a tile whose largest magnitude is given (the bits of a NaN: any). The squares of the
+// largest and of the smallest float64 would leave its range; those of the other dtypes do not.
+ISSP_RULE double scale_for(Float64, uint64_t largest) {
+  const double magnitude = bit_as<double>(largest);
+  return magnitude > 0x1p400 ? 0x1p-700 : magnitude < 0x1p-400 ? 0x1p700 : 1;
+}
+template <typename T>
+ISSP_RULE double scale_for(T, uint32_t) {
+  return 1;
+}
+
+// The same sums with the scale of the whole tensor: the smallest of its tiles. What becomes zero
+// would not change a digit beside the tile that has this scale.
+ISSP_RULE PartialSums rescaled(const PartialSums& tile, double scale) {
+  const double by = scale / tile.scale;
+  return {tile.guess * by, tile.rest * by, tile.squares * by * by, scale};
+}
+
+// The guess is the first magnitude and the mean distance of others from it: exact where all are
+// equal. It must be finite, so that infinities and NaNs reach the sums unchanged.
 ISSP_RULE double finite_or_zero(double guess) {
   return guess <= 1.7976931348623157e308 ? guess : 0;
 }
@@ -49,12 +68,13 @@ struct Statistics {
   double norm, variance, mean, deviation;
 };
 
-// squares: squared deviations from the mean. An infinite element makes them NaN, but the norm is
-// infinite.
-ISSP_RULE Statistics statistics(double mean, double squares, double n) {
-  const double variance = squares / (n - 1);
+// mean and squares, the squared deviations from it, have the scale of the tensor. An infinite
+// element makes the squares NaN, but the norm is infinite.
+ISSP_RULE Statistics statistics(double mean, double squares, double n, double scale) {
+  const double variance = squares / (n - 1), unit = 1 / scale;
   const bool infinite = mean > 1.7976931348623157e308;
-  return {infinite ? mean : sqrt(squares + n * mean * mean), variance, mean, sqrt(variance)};
+  return {(infinite ? mean : sqrt(squares + n * mean * mean)) * unit, variance * unit * unit,
+          mean * unit, sqrt(variance) * unit};
 }
 
 }  // namespace issp

@@ -16,8 +16,11 @@ int64_t tile_numel(int64_t numel, int64_t tile) {
   return std::min(kStatisticsTile, numel - tile * kStatisticsTile);
 }
 
-Statistics merged(const std::vector<PartialSums>& tiles, int64_t numel) {
+Statistics merged(std::vector<PartialSums>& tiles, int64_t numel) {
   const FloatMode mode;
+  double scale = tiles[0].scale;
+  for (const PartialSums& tile : tiles) scale = std::min(scale, tile.scale);
+  for (PartialSums& tile : tiles) tile = rescaled(tile, scale);
   const double pivot = tiles[0].guess, n = double(numel);
   const auto size = [&](size_t i) { return double(tile_numel(numel, int64_t(i))); };
   double sum = 0, mean = 0, squares = 0;
@@ -28,7 +31,7 @@ Statistics merged(const std::vector<PartialSums>& tiles, int64_t numel) {
   for (size_t i = 0; i < tiles.size(); ++i) {
     squares += squares_about(tiles[i], size(i), pivot, mean);
   }
-  return statistics(sum / n, squares, n);
+  return statistics(sum / n, squares, n, scale);
 }
 
 Tensor magnitude_statistics(const std::vector<Tensor>& tensors) {

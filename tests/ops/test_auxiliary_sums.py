@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
@@ -121,6 +122,81 @@ def test_statistics_have_the_same_bits_on_every_instruction_set():
         rows = [table["magnitude_statistics"](tensors) for table in tables]
         for table, row in zip(tables, rows, strict=True):
             assert_bitwise_equal(row, rows[0], f"{table} in {dtype}")
+
+
+def exact(x):
+    """The row of a tensor, with 60 digits between."""
+    with localcontext() as context:
+        context.prec = 60
+        values = [Decimal(abs(value)) for value in x.double().flatten().tolist()]
+        mean = sum(values) / len(values)
+        squares = sum((value - mean) ** 2 for value in values)
+        variance = squares / (len(values) - 1)
+        norm = sum(value * value for value in values).sqrt()
+        return [float(norm), float(variance), float(mean), float(variance.sqrt())]
+
+
+def spread(*exponents):
+    """Magnitudes from one power of two to another, evenly over the exponents."""
+    source = torch.Generator().manual_seed(11)
+    low, high = exponents
+    x = torch.rand(5000, generator=source, dtype=torch.float64) * (high - low) + low
+    return torch.exp2(x) * torch.where(x > (low + high) / 2, 1.0, -1.0)
+
+
+SUMS_OF = {
+    "denormals": lambda: spread(-1074, -1060),
+    "denormals and the smallest normal numbers": lambda: spread(-1074, -1000),
+    "squares that underflow": lambda: spread(-700, -600),
+    "squares that overflow": lambda: spread(600, 700),
+    "the largest": lambda: spread(1000, 1023.5),
+    "tiles of other scales": lambda: torch.cat(
+        [spread(-1074, -900), spread(-3, 3), spread(1, 900)]
+    ),
+    "a huge first element": lambda: torch.cat([torch.tensor([1e30]), spread(-30, -20)]),
+    "zeros in one tile": lambda: torch.cat([torch.zeros(4096), spread(-1060, -1050)]),
+    "a step apart": lambda: 1 + (torch.arange(4100.0, dtype=torch.float64) % 2) * 2.0**-50,
+    "few": lambda: 1 + torch.arange(3, dtype=torch.float64) * 2.0**-40,
+}
+
+
+@pytest.mark.parametrize("name", SUMS_OF)
+@pytest.mark.parametrize("back_end", [*BACK_ENDS, "reference"], ids=str)
+def test_statistics_are_exact(back_end, name):
+    """To 1e-12 of each value; a result that is denormal itself may be a rounding off."""
+    x = SUMS_OF[name]()
+    tensors = [x, x.flip(0).contiguous(), x.float(), x.clamp(-6e4, 6e4).half()]
+    for x in tensors:
+        if not x.isfinite().all() or not x.any():
+            continue
+        if back_end == "reference":
+            actual = reference.magnitude_statistics([x])
+        else:
+            actual = back_end["magnitude_statistics"]([x.to(back_end.device)]).cpu()
+        expected = torch.tensor([exact(x)], dtype=torch.float64)
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=5e-324)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("back_end", [*BACK_ENDS, "reference"], ids=str)
+def test_equal_values_have_no_variance(back_end, dtype):
+    slow = back_end == "reference" or back_end.slow
+    sizes = (2, 3, 63, 65, 4099, 8193) if slow else (*range(2, 70), 4097, 4099, 20_000)
+    for value in (1 / 3, -0.1, 3e-5, 5e-324, 1e-310, 1.7e308, 1e200, 65504 / 3):
+        constant = torch.tensor(value, dtype=torch.float64).to(dtype)
+        if not constant.isfinite():
+            continue
+        tensors = [constant.repeat(size) for size in sizes]
+        if back_end == "reference":
+            actual = reference.magnitude_statistics(tensors)
+        else:
+            actual = back_end["magnitude_statistics"](
+                [x.to(back_end.device) for x in tensors]
+            ).cpu()
+        assert actual[:, 1].tolist() == [0] * len(sizes), f"{back_end}, {dtype}, {value}"
+        assert actual[:, 3].tolist() == [0] * len(sizes), f"{back_end}, {dtype}, {value}"
+        mean = torch.full((len(sizes),), abs(constant.item()), dtype=torch.float64)
+        torch.testing.assert_close(actual[:, 2], mean, rtol=1e-14, atol=5e-324)
 
 
 # count_zeros

@@ -53,53 +53,67 @@ ISSP_TARGET int64_t zeros(const typename T::Bits* w, int64_t numel) {
 using Doubles = double __attribute__((vector_size(64)));
 using Integers = int64_t __attribute__((vector_size(64)));
 
+template <typename T>
+ISSP_TARGET inline __attribute__((always_inline)) double magnitude(typename T::Bits bits,
+                                                                   double scale) {
+  const double wide = double(widen(T{}, typename T::Bits(key<T>(bits))));
+  return sizeof(bits) == 8 ? wide * scale : wide;
+}
+
 // Eight magnitudes.
 template <typename T>
-ISSP_TARGET inline __attribute__((always_inline)) void load(const typename T::Bits* w,
+ISSP_TARGET inline __attribute__((always_inline)) void load(const typename T::Bits* w, double scale,
                                                             Doubles& wide) {
   if constexpr (sizeof(typename T::Bits) == 8) {
     memcpy(&wide, w, sizeof(wide));
+    wide = Doubles(Integers(wide) & int64_t(Limits<Float64>::magnitude)) * scale;
   } else {
     double values[8];
     for (int i = 0; i < 8; ++i) values[i] = double(widen(T{}, w[i]));
     memcpy(&wide, values, sizeof(wide));
+    wide = Doubles(Integers(wide) & int64_t(Limits<Float64>::magnitude));
   }
-  wide = Doubles(Integers(wide) & int64_t(Limits<Float64>::magnitude));
 }
 
 ISSP_TARGET inline __attribute__((always_inline)) double total(const Doubles& x) {
   return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
 }
 
-// One read: sums of deviations from a guess of the mean. The guess is the mean of m = 64 of the n
-// values. By Cauchy-Schwarz it differs from the mean by at most sqrt(n / m) standard deviations, so
-// the subtraction in about_mean loses at most the factor 1 + n / m = 65 of the precision of
-// float64.
+template <typename T>
+ISSP_TARGET double scale_of(const typename T::Bits* w, int64_t numel) {
+  Key<T> largest = 0;
+  if (sizeof(*w) == 8) {
+    for (int64_t i = 0; i < numel; ++i) largest = key<T>(w[i]) > largest ? key<T>(w[i]) : largest;
+  }
+  return scale_for(T{}, largest);
+}
+
+// One read (float64: a second one, from L1): sums of deviations from a guess of the mean. The guess
+// is the mean of m = 64 of the n values. By Cauchy-Schwarz it differs from the mean by at most
+// sqrt(n / m) standard deviations, so the subtraction in about_mean loses at most the factor
+// 1 + n / m = 65 of the precision of float64.
 template <typename T>
 ISSP_TARGET PartialSums sums(const typename T::Bits* w, int64_t numel) {
+  const double scale = scale_of<T>(w, numel), first = magnitude<T>(w[0], scale);
+  const int64_t guessed = numel < 64 ? numel : 64;
+  double apart = 0;
+  for (int64_t i = 0; i < guessed; ++i) apart += magnitude<T>(w[i], scale) - first;
+  const double guess = finite_or_zero(first + apart / double(guessed));
   Doubles a, b, sum_a = {}, sum_b = {}, squares_a = {}, squares_b = {};
-  double guess = 0;
-  if (numel >= 64) {
-    for (int i = 0; i < 64; i += 8) load<T>(w + i, a), sum_a += a;
-    guess = total(sum_a) / 64;
-    sum_a = Doubles{};
-  }
-  guess = finite_or_zero(guess);
   int64_t i = 0;
   for (; i + 16 <= numel; i += 16) {
     __builtin_prefetch(reinterpret_cast<const char*>(w + i) + kAhead);
-    load<T>(w + i, a), load<T>(w + i + 8, b);
+    load<T>(w + i, scale, a), load<T>(w + i + 8, scale, b);
     a -= guess, b -= guess;
     sum_a += a, sum_b += b;
     squares_a += a * a, squares_b += b * b;
   }
   double sum = total(sum_a) + total(sum_b), squares = total(squares_a) + total(squares_b);
   for (; i < numel; ++i) {
-    const double wide = double(widen(T{}, w[i]));
-    const double d = (wide < 0 ? -wide : wide) - guess;
+    const double d = magnitude<T>(w[i], scale) - guess;
     sum += d, squares += d * d;
   }
-  return {guess, sum, about_mean(squares, sum, double(numel))};
+  return {guess, sum, about_mean(squares, sum, double(numel)), scale};
 }
 
 }  // namespace issp::ISSP_ISA

@@ -33,15 +33,29 @@ def regularize_(grads: list[Tensor], weights: list[Tensor], factors: Tensor, mas
 
 def magnitude_statistics(tensors: list[Tensor]) -> Tensor:
     """See `magnitude_statistics` in issp/ops/schemas/pruning.py."""
-    rows = []
-    for x in tensors:
-        magnitudes = (x if x.dtype == torch.float64 else widen(x)).abs().view(-1)
-        mean = magnitudes.mean()
-        variance = (magnitudes - mean).square().sum() / (x.numel() - 1)
-        rows.append(
-            torch.stack([magnitudes.square().sum().sqrt(), variance, mean, variance.sqrt()])
-        )
-    return torch.stack(rows)
+    return torch.stack(
+        [_statistics((x if x.dtype == torch.float64 else widen(x)).abs().view(-1)) for x in tensors]
+    )
+
+
+def _statistics(x: Tensor) -> Tensor:
+    """The row of one tensor of magnitudes, float64.
+
+    The mean starts from a guess near it, so that equal values have no variance. A power of two
+    keeps the squares in the range of float64.
+    """
+    largest = x.max()
+    scale = torch.ones_like(largest)
+    scale = torch.where(largest > 2.0**400, 2.0**-700 * scale, scale)
+    scale = torch.where(largest < 2.0**-400, 2.0**700 * scale, scale)
+    x = x * scale
+    guess = x[0] + (x - x[0]).mean()
+    guess = guess.where(guess.isfinite(), 0)
+    apart = x - guess
+    squares = apart.square().sum() - apart.sum().square() / x.numel()
+    variance = squares.clamp(min=0) / (x.numel() - 1)
+    norm, mean = x.square().sum().sqrt(), guess + apart.mean()
+    return torch.stack([norm, variance / scale, mean, variance.sqrt()]) / scale
 
 
 def count_zeros(tensors: list[Tensor]) -> Tensor:
