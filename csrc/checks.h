@@ -3,10 +3,12 @@
 // functions of issp.ops run it after a refusal.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -50,6 +52,19 @@ inline ByteRange byte_range(const Tensor& x) {
   return {begin, begin + x.numel() * int64_t(x.element_size())};
 }
 
+// Whether the elements of a tensor lie one behind the other in memory that is there, aligned to
+// `alignment` bytes, or to their size. FSDP frees the memory of a parameter that keeps its shape.
+inline bool is_in_memory(const Tensor& x, int64_t alignment = 0) {
+  if (!x.is_contiguous()) return false;
+  const int64_t size = int64_t(x.element_size()), numel = x.numel();
+  if (numel == 0) return true;
+  int64_t held = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &held));
+  const auto address = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  return held / size - numel >= x.storage_offset() &&
+         address % uintptr_t(std::max(size, alignment)) == 0;
+}
+
 constexpr const char* kOverlap = "two tensors that overlap in memory";
 
 inline void check_no_overlap(std::vector<ByteRange> ranges) {
@@ -72,8 +87,8 @@ inline std::vector<Item> check_tensor_list(const std::vector<Tensor>& tensors, b
     require(is_weight_dtype(x.scalar_type()), "the dtype of a tensor");
     require(!same_dtype || x.scalar_type() == dtype, "the dtype of a tensor");
     require(x.device() == device, "the device of a tensor");
-    require(x.is_contiguous(), "the memory order of a tensor");
     require(x.numel() != 0, "an empty tensor");
+    require(is_in_memory(x), "the memory of a tensor");
     append(items, x.mutable_data_ptr(), x.numel());
   }
   return items;
@@ -82,8 +97,14 @@ inline std::vector<Item> check_tensor_list(const std::vector<Tensor>& tensors, b
 inline void check_state(const Tensor& x, const char* name, ScalarType dtype, int64_t length,
                         const Tensor& like) {
   require(x.scalar_type() == dtype && x.device() == like.device() && x.numel() == length &&
-              x.is_contiguous(),
+              is_in_memory(x),
           name);
+}
+
+// The packed masks, or the scratch memory: the kernels read them in words of 64 bits.
+inline void check_words(const Tensor& x, const char* name, int64_t length, const Tensor& like) {
+  check_state(x, name, ScalarType::Int, length, like);
+  require(is_in_memory(x, 8), name);
 }
 
 inline void check_shrink(double shrink) {
@@ -105,13 +126,14 @@ inline std::vector<Item> check_soft_shrink(const std::vector<Tensor>& weights, c
   const int64_t count = int64_t(items.size());
   check_state(k, "k", ScalarType::Long, count, weights[0]);
   check_state(thresholds, "thresholds", weights[0].scalar_type(), count, weights[0]);
-  check_state(masks, "masks", ScalarType::Int, mask_total(items), weights[0]);
+  check_words(masks, "masks", mask_total(items), weights[0]);
   check_state(flips, "flips", ScalarType::Long, count, weights[0]);
-  check_state(scratch, "scratch", ScalarType::Int, scratch_total(items), weights[0]);
+  check_words(scratch, "scratch", scratch_total(items), weights[0]);
   if (found_inf) check_state(*found_inf, "found_inf", ScalarType::Float, 1, weights[0]);
   std::vector<ByteRange> ranges;
-  ranges.reserve(items.size() + 5);
+  ranges.reserve(items.size() + 6);
   for (const Tensor& w : weights) ranges.push_back(byte_range(w));
+  if (found_inf) ranges.push_back(byte_range(*found_inf));
   for (const Tensor* x : {&k, &thresholds, &masks, &flips, &scratch})
     ranges.push_back(byte_range(*x));
   check_no_overlap(std::move(ranges));
@@ -136,7 +158,7 @@ inline std::vector<Item> check_apply_masks(const std::vector<Tensor>& tensors, c
     require(items[i].numel == items[i % count].numel, "a tensor of another size than its mask");
   }
   items.resize(count);
-  check_state(masks, "masks", ScalarType::Int, mask_total(items), tensors[0]);
+  check_words(masks, "masks", mask_total(items), tensors[0]);
   std::vector<ByteRange> ranges;
   for (const Tensor& x : tensors) ranges.push_back(byte_range(x));
   ranges.push_back(byte_range(masks));
@@ -158,7 +180,7 @@ inline std::vector<Item> check_regularize(const std::vector<Tensor>& grads,
   const bool wide = dtype == ScalarType::Double;
   check_state(factors, "factors", wide ? ScalarType::Double : ScalarType::Float,
               int64_t(items.size()), weights[0]);
-  check_state(masks, "masks", ScalarType::Int, mask_total(items), weights[0]);
+  check_words(masks, "masks", mask_total(items), weights[0]);
   std::vector<ByteRange> ranges;
   ranges.reserve(2 * items.size() + 2);
   for (const Tensor& g : grads) ranges.push_back(byte_range(g));

@@ -30,6 +30,11 @@ struct Geometry {
 
 enum class Activation { kNone, kRelu, kGelu };
 
+// Limits that keep products of sizes in 64 bits and tables of positions in memory. Also in
+// issp/ops/validation/sparse.py.
+constexpr int64_t kMaxSize = INT32_MAX;
+constexpr int64_t kMaxPositions = 1 << 24;  // of a row of the weight
+
 // The checked arguments that all sparse ops share. entries: number of columns, with v values each.
 // blocks: number of blocks of v rows.
 struct Product {
@@ -39,12 +44,13 @@ struct Product {
 };
 
 inline void check_data(const Tensor& x, const char* name) {
-  require(is_weight_dtype(x.scalar_type()) && x.is_contiguous(), name);
+  require(is_weight_dtype(x.scalar_type()) && is_in_memory(x), name);
 }
 
 inline void check_image(const Tensor& x, const char* name) {
   check_data(x, name);
   require(x.dim() == 4, name);
+  for (const int64_t size : x.sizes()) require(size <= kMaxSize, name);
 }
 
 inline void check_like(const Tensor& x, const Tensor& other, const char* name,
@@ -58,7 +64,7 @@ inline void check_like(const Tensor& x, const Tensor& other, const char* name,
 
 inline void check_integers(const Tensor& x, const Tensor& list, const char* name) {
   require(list.scalar_type() == ScalarType::Int && list.device() == x.device() && list.dim() == 1 &&
-              list.is_contiguous(),
+              is_in_memory(list),
           name);
 }
 
@@ -68,6 +74,7 @@ inline Product check_row_pattern(const Tensor& x, const Tensor& columns, const T
   check_integers(x, columns, "columns");
   check_integers(x, starts, "starts");
   require(starts.numel() >= 2, "starts");
+  require(v <= kMaxSize / (starts.numel() - 1), "v");
   return {x.scalar_type(), v, columns.numel(), starts.numel() - 1};
 }
 
@@ -98,9 +105,13 @@ inline Product check_weight(const Tensor& x, const Tensor& values, const Tensor&
   return product;
 }
 
-inline Pair check_pair(const int64_t* pair, const char* name, int64_t least) {
-  require(pair[0] >= least && pair[1] >= least, name);
+inline Pair check_pair(const int64_t* pair, const char* name, int64_t least = 1) {
+  for (int i = 0; i < 2; ++i) require(pair[i] >= least && pair[i] <= kMaxSize, name);
   return {pair[0], pair[1]};
+}
+
+inline void check_positions(int64_t channels, int64_t taps) {
+  require(taps <= kMaxPositions && channels <= kMaxPositions / taps, "the number of positions");
 }
 
 inline std::vector<int64_t> image_shape(const Geometry& by) {
@@ -110,16 +121,18 @@ inline std::vector<int64_t> image_shape(const Geometry& by) {
 // The numbers with which both geometry lists begin: kernel, stride, padding, dilation.
 inline Geometry check_window(const Tensor& x, int64_t rows, const std::vector<int64_t>& numbers) {
   const auto sizes = x.sizes();
-  return {sizes[0],
-          sizes[1],
-          rows,
-          {sizes[2], sizes[3]},
-          check_pair(&numbers[0], "kernel", 1),
-          check_pair(&numbers[2], "stride", 1),
-          {numbers[4], numbers[5]},
-          check_pair(&numbers[6], "dilation", 1),
-          {1, 1},
-          {1, 1}};
+  const Geometry by = {sizes[0],
+                       sizes[1],
+                       rows,
+                       {sizes[2], sizes[3]},
+                       check_pair(&numbers[0], "kernel"),
+                       check_pair(&numbers[2], "stride"),
+                       check_pair(&numbers[4], "padding", -kMaxSize),
+                       check_pair(&numbers[6], "dilation"),
+                       {1, 1},
+                       {1, 1}};
+  check_positions(by.channels, by.taps());
+  return by;
 }
 
 struct Convolution {
@@ -138,8 +151,8 @@ inline Convolution check_sparse_conv2d(const Tensor& x, const Tensor& values, co
       check_weight(x, values, columns, starts, transposed, x.size(1), activation);
   require(numbers.size() == 12, "geometry");
   Geometry geometry = check_window(x, product.blocks * product.v, numbers);
-  geometry.upsample = check_pair(&numbers[8], "upsample", 1);
-  geometry.size = check_pair(&numbers[10], "size", 1);
+  geometry.upsample = check_pair(&numbers[8], "upsample");
+  geometry.size = check_pair(&numbers[10], "size");
   if (bias) check_like(x, *bias, "bias", {geometry.rows});
   if (residual) check_like(x, *residual, "residual", image_shape(geometry));
   return {product, geometry};
@@ -160,7 +173,10 @@ inline Convolution check_sparse_conv2d_values_grad(const Tensor& x, const Tensor
 
 // A matrix product as a convolution with one tap over an image of one row, channels innermost.
 inline Geometry token_geometry(const Tensor& x, int64_t rows) {
-  const int64_t inputs = x.size(x.dim() - 1), tokens = inputs ? x.numel() / inputs : 0;
+  const int64_t inputs = x.size(x.dim() - 1);
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
+  check_positions(inputs, 1);
   return {1, inputs, rows, {1, tokens}, {1, 1}, {1, 1}, {0, 0}, {1, 1}, {1, 1}, {1, tokens}};
 }
 

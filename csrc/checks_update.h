@@ -75,7 +75,7 @@ inline void check_matching(const std::vector<Tensor>& weights, const std::vector
     const Tensor& x = values[i];
     const ScalarType dtype = x.scalar_type();
     require(dtype == ScalarType::Float || (gradient && dtype == ScalarType::BFloat16), name);
-    require(x.device() == device && x.is_contiguous() &&
+    require(x.device() == device && is_in_memory(x) &&
                 x.numel() == (numel < 0 ? weights[i].numel() : numel),
             name);
   }
@@ -115,11 +115,10 @@ inline Update check_update(const std::vector<Tensor>& weights, const std::vector
   const Item last = none ? Item{nullptr, 0, 0, kScratchHeader} : items[size_t(count) - 1];
   check_state(k, "k", ScalarType::Long, count, weights[0]);
   check_state(thresholds, "thresholds", ScalarType::Float, count, weights[0]);
-  check_state(masks, "masks", ScalarType::Int, last.mask_start + mask_words(last.numel),
-              weights[0]);
+  check_words(masks, "masks", last.mask_start + mask_words(last.numel), weights[0]);
   check_state(flips, "flips", ScalarType::Long, count, weights[0]);
-  check_state(scratch, "scratch", ScalarType::Int,
-              last.scratch_start + (none ? 0 : scratch_region(last.numel)), weights[0]);
+  check_words(scratch, "scratch", last.scratch_start + (none ? 0 : scratch_region(last.numel)),
+              weights[0]);
 
   Update update;
   update.states.reserve(items.size());

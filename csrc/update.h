@@ -93,7 +93,8 @@ struct AdamStep {
 
 // `step` includes this update: 1 for the first.
 ISSP_RULE AdamStep adam_step(const Adam& adam, double lr, float step) {
-  const uint32_t t = step > 0.0f ? uint32_t(step) : 0u;
+  // NaN and what is below 1 count as 0; 2^32 - 256 is the largest float below 2^32.
+  const uint32_t t = step > 0.0f ? (step < 4294967040.0f ? uint32_t(step) : 4294967040u) : 0u;
   const bool decay = adam.weight_decay != 0.0;
   AdamStep to;
   to.coupled_decay = float(adam.weight_decay);

@@ -34,6 +34,8 @@ from .updates import (
     selects,
 )
 
+LAST_STEP = tl.constexpr(4294967040.0)  # the largest float32 below 2**32
+
 
 @triton.jit(
     do_not_specialize=[
@@ -64,7 +66,8 @@ def adam(
     beta2 = factor(beta2_high, beta2_low, "float64")
     decay = factor(decay_high, decay_low, "float64")
     eps = factor(eps_high, eps_low, "float64").to(tl.float32)
-    step_number = new_step.to(tl.int32)
+    counted = tl.where(new_step > 0, tl.minimum(new_step, LAST_STEP), 0.0)  # NaN counts as 0
+    step_number = counted.to(tl.int64)
     bias2_root = tl.sqrt(1.0 - power(beta2, step_number)).to(tl.float32)
     step_size = (lr / (1.0 - power(beta1, step_number))).to(tl.float32)
     start = index * (NUM_TILES * TILE)

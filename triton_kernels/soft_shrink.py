@@ -286,8 +286,6 @@ def soft_shrink_(
     tiles_per_program: int | None = None,
 ) -> None:
     """See `soft_shrink_` in the schemas. The first call of a run is quicker with bracket=False."""
-    if scratch.data_ptr() % 8:
-        raise ValueError("scratch does not start on 8 bytes: allocate it as a tensor of its own")
     dtype = weights[0].dtype
     grouped_indices = grouped(patterns, len(weights))
     if grouped_indices:

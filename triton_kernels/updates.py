@@ -199,8 +199,6 @@ def launch_update(
         patterns: as in the schemas; a weight with a pattern is only updated here. A separate launch
             prunes it, which reads and writes the weights once more.
     """
-    if scratch.data_ptr() % 8:
-        raise ValueError("scratch does not start on 8 bytes: allocate it as a tensor of its own")
     grouped_indices = set() if frozen else set(grouped(patterns, k.numel()))
     if frozen:
         tile //= 2  # the masks need the registers of 4 of 8 elements

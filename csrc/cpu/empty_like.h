@@ -15,7 +15,9 @@ inline torch::stable::Tensor empty_like(const torch::stable::Tensor& x,
                                         const std::vector<int64_t>& shape) {
   std::vector<int64_t> strides(shape.size(), 1);
   for (size_t i = shape.size(); i > 1; --i) {
-    strides[i - 2] = strides[i - 1] * std::max<int64_t>(1, shape[i - 1]);
+    // Unsigned: torch refuses sizes whose product leaves 64 bits, where a signed one is undefined.
+    strides[i - 2] =
+        int64_t(uint64_t(strides[i - 1]) * uint64_t(std::max<int64_t>(1, shape[i - 1])));
   }
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));

@@ -160,10 +160,6 @@ void launch_grouped(const std::vector<Item>& items, const std::vector<Pattern>& 
                     const std::vector<uint32_t>& chosen, const GroupCall<T>& call,
                     const Update& update, const Complete& complete, Stream stream) {
   using E = GroupEntry<typename Update::Entry>;
-  if (reinterpret_cast<uintptr_t>(call.scratch) % sizeof(Key<T>)) {
-    throw std::runtime_error(
-        "scratch does not start on 8 bytes: allocate it as a tensor of its own");
-  }
   const auto write = [&](E& entry, size_t i, uint32_t first_box) {
     const uint32_t item = chosen[i];
     fill(entry, items[item], item, first_box);

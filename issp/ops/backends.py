@@ -49,7 +49,10 @@ def by_reference(device: str) -> list[str]:
 def implementations(name: str) -> dict[str, Callable]:
     """The ops of one back end as plain callables with the schemas' arguments."""
     if name == "reference":
-        return {op: _checked(check, getattr(reference, op)) for op, check in _CHECKS.items()}
+        # In place on leaves that require gradients, as the native ops.
+        in_place = {op: torch.no_grad()(getattr(reference, op)) for op in PRUNING_OPS}
+        table = {**{op: getattr(reference, op) for op in SPARSE_OPS}, **in_place}
+        return {op: _checked(check, table[op]) for op, check in _CHECKS.items()}
     if name == "triton":
         table = _import_triton().implementations()
         return {op: _checked(check, table[op]) for op, check in _CHECKS.items()}

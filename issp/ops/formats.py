@@ -18,7 +18,13 @@ from issp.ops.schemas import library
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing.Self needs Python 3.11
 
-library.impl("_sparse_transpose", reference.transpose, "CompositeExplicitAutograd")
+
+def _checked_transpose(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    validation.check_transpose(*args)
+    return reference.transpose(*args)
+
+
+library.impl("_sparse_transpose", _checked_transpose, "CompositeExplicitAutograd")
 
 
 def transpose(

@@ -204,3 +204,102 @@ def test_problems_are_named():
     assert backends.active("cpu") in ("cpp", "reference")
     if not torch.cuda.is_available():
         assert "no CUDA device" in backends.problems()["cuda"]
+
+
+def freed(x, nbytes=0):
+    """The tensor as FSDP leaves a parameter between its uses: shape without memory."""
+    x = x.clone()
+    x.untyped_storage().resize_(nbytes)
+    return x
+
+
+def off_by_one(x):
+    """The same numbers, one element behind the start of the memory."""
+    return torch.cat([x[:1], x])[1:]
+
+
+# What is wrong with the memory of each argument -> words of the refusal.
+MEMORY = {
+    "weights freed": (lambda w, s: w.__setitem__(1, freed(w[1])), "0 of its 240 bytes in memory"),
+    "weights cut": (lambda w, s: w.__setitem__(0, freed(w[0], 399)), "399 of its 400 bytes"),
+    **{
+        f"{name} freed": (
+            lambda w, s, name=name: setattr(s, name, freed(getattr(s, name))),
+            "bytes in memory: call this where it is there",
+        )
+        for name in ("k", "thresholds", "packed", "flips", "scratch")
+    },
+    **{
+        f"{name} off": (
+            lambda w, s, name=name: setattr(s, name, off_by_one(getattr(s, name))),
+            "does not start on 8 bytes",
+        )
+        for name in ("packed", "scratch")
+    },
+    "weights between elements": (
+        lambda w, s: w.__setitem__(
+            0, torch.frombuffer(bytearray(401), dtype=torch.float32, count=100, offset=1)
+        ),
+        "does not start on 4 bytes",
+    ),
+    "negative view": (lambda w, s: w.__setitem__(0, torch._neg_view(w[0])), "computes when it is"),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.parametrize("back_end", [None, *(b for b in BACK_ENDS if b.device == "cpu")], ids=str)
+def test_what_is_not_in_memory(back_end, name):
+    """Refused by the public function in words, by every back end on its own; nothing is written."""
+    change, words = MEMORY[name]
+    weights, state = good()
+    watched = [*weights, state.thresholds, state.packed, state.flips]
+    before = [x.clone() for x in watched]
+    change(weights, state)
+    if back_end is None:
+        with pytest.raises((ValueError, RuntimeError), match=words):
+            issp.ops.soft_shrink_(weights, state)
+    elif name != "negative view" or not back_end.name.startswith("cpp"):
+        with pytest.raises((ValueError, RuntimeError), match="cannot be used|" + words):
+            back_end["soft_shrink_"](
+                *(weights, state.k, 0.95, state.thresholds, state.packed, state.flips),
+                state.scratch,
+            )
+    for x, y in zip(watched, before, strict=True):
+        assert_bitwise_equal(x, y, name)
+
+
+@pytest.mark.parametrize("name", ["k", "thresholds", "packed", "flips", "scratch"])
+def test_state_without_data_is_no_silent_skip(name):
+    """One tensor on "meta" sends the call to the fake, which used to return without a word."""
+    weights, state = good()
+    setattr(state, name, getattr(state, name).to("meta"))
+    with pytest.raises((ValueError, RuntimeError), match="meta|several devices"):
+        issp.ops.soft_shrink_(weights, state)
+    assert_bitwise_equal(weights[0], BIG[:100], name)
+
+
+def test_an_instruction_set_that_is_none():
+    if backends.active("cpu") != "cpp":
+        pytest.skip("the C++ back end is not built")
+    for want in ("sse9", "\0"):
+        with pytest.raises(RuntimeError, match="use scalar, avx2 or avx512, not"):
+            torch.ops.issp._cpu_capability(want)
+
+
+def test_a_mixed_pattern_list_is_refused_before_anything_is_written():
+    """The first tensor is N:M, a later one does not fit: no back end may have begun."""
+    for back_end in [b for b in BACK_ENDS if b.device == "cpu"]:
+        for wrong, k in (([2, 4, 1, 0, 0, 0, 2, 7, 1], 30), ([2, 4, 1, 0, 0, 0], 30)):
+            weights = [BIG[:64].clone().view(8, 8).bfloat16(), BIG[:30].clone().bfloat16()]
+            weights.append(BIG[:60].clone().view(6, 10).bfloat16())
+            state = ShrinkState(weights, [32, 15, k])
+            before = [x.clone() for x in (*weights, state.thresholds, state.packed, state.flips)]
+            with pytest.raises((ValueError, RuntimeError)):
+                back_end["soft_shrink_"](
+                    *(weights, state.k, 0.95, state.thresholds, state.packed, state.flips),
+                    *(state.scratch, None, True, wrong),
+                )
+            for x, y in zip(
+                (*weights, state.thresholds, state.packed, state.flips), before, strict=True
+            ):
+                assert_bitwise_equal(x, y, f"{back_end}, {wrong}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from issp import ops
+from issp import backends, ops
 from issp.ops import ShrinkState
 from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS
@@ -169,3 +169,43 @@ def test_gradients_may_share_memory(kind):
     before = arguments["weights"][1].clone()
     getattr(ops, f"{kind}_soft_shrink_")(*arguments.values())
     assert not torch.equal(arguments["weights"][1], before)
+
+
+@pytest.mark.parametrize("back_end", [None, *(b for b in BACK_ENDS if b.device == "cpu")], ids=str)
+def test_lists_of_other_shapes_but_equal_sizes(back_end):
+    """Only sizes need to agree: no back end updates half of a group and then raises."""
+    results = []
+    for flat in (True, False):
+        arguments = good("adam")
+        if not flat:
+            for name in ("exp_avgs", "exp_avg_sqs", "grads"):
+                arguments[name] = [x.reshape(-1, 1) for x in arguments[name]]
+            arguments["steps"] = [step.view(1) for step in arguments["steps"]]
+        call = (
+            torch.ops.issp.adam_soft_shrink_ if back_end is None else back_end["adam_soft_shrink_"]
+        )
+        call(*arguments.values())
+        lists = ("weights", "exp_avgs", "exp_avg_sqs", "steps")
+        results.append([x.flatten() for name in lists for x in arguments[name]])
+    for i, (x, y) in enumerate(zip(*results, strict=True)):
+        assert_bitwise_equal(x, y, f"{back_end}, tensor {i}")
+
+
+@pytest.mark.parametrize(
+    "step", [float("nan"), float("inf"), -float("inf"), -5.0, -1.0, 3e9, 4294967040.0, 1e20]
+)
+@pytest.mark.parametrize("back_end", [b for b in BACK_ENDS if b.device == "cpu"], ids=str)
+def test_a_step_counter_that_holds_anything(back_end, step):
+    """A damaged training state: the same numbers everywhere, no endless loop, no half a step."""
+    results = []
+    for table in (backends.implementations("reference"), back_end):
+        arguments = good("adam")
+        arguments["steps"] = [torch.full((), step) for _ in arguments["weights"]]
+        table["adam_soft_shrink_"](*arguments.values())
+        lists = ("weights", "exp_avgs", "exp_avg_sqs", "steps")
+        results.append([x for name in lists for x in arguments[name]])
+    for i, (x, y) in enumerate(zip(*results, strict=True)):
+        if x.isnan().any():
+            assert torch.equal(x.isnan(), y.isnan()), f"{back_end}, tensor {i}"
+        else:
+            assert_bitwise_equal(y, x, f"{back_end}, tensor {i}")

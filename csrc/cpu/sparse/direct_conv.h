@@ -13,6 +13,8 @@ namespace issp {
 // Bytes of x that a group of work units reads; L2 also holds their results.
 constexpr int64_t kL2Budget = 512 << 10;
 
+constexpr int64_t kMaxDirectKernel = 256;  // height and width; there are masks for every tap
+
 struct DirectOperands {
   const RowPattern<DirectEntry>& pattern;
   const float* x;
@@ -65,10 +67,7 @@ class DirectConv {
     if (!low_reuse_) return false;
     const int64_t plane = by_.input[0] * by_.input[1];
     if (by_.stride != Pair{1, 1} || by_.upsample != Pair{1, 1}) return false;
-    if (by_.channels * plane + plane > INT32_MAX || by_.kernel[1] > UINT16_MAX ||
-        by_.kernel[0] > UINT16_MAX) {
-      return false;
-    }
+    if (by_.channels * plane + plane > INT32_MAX) return false;
     for (int64_t a = 0; a < across_; ++a) {
       for (int64_t kx = 0; kx < by_.kernel[1]; ++kx) {
         const int64_t begin = a * width() + kernels_.lanes + shift(1, kx);
@@ -79,9 +78,10 @@ class DirectConv {
     const long reported = sysconf(_SC_LEVEL2_CACHE_SIZE);
     const int64_t cache = reported > 0 ? reported : 1 << 20, sets = cache / 16;
     const int64_t stride = std::gcd(plane * int64_t(sizeof(float)), sets);
-    const int64_t rows_bytes =
-        (max_rows_ + (by_.kernel[0] - 1) * by_.dilation[0]) * by_.input[1] * int64_t(sizeof(float));
-    return by_.channels * rows_bytes <= std::min(sets, sets / stride * rows_bytes) * 8;
+    const double rows = double(max_rows_ + (by_.kernel[0] - 1) * by_.dilation[0]);
+    const double rows_bytes = rows * double(by_.input[1]) * sizeof(float);
+    return double(by_.channels) * rows_bytes <=
+           std::min(double(sets), double(sets / stride) * rows_bytes) * 8;
   }
 
   // Offset and masks of every position of a row of the weight.

@@ -19,6 +19,7 @@ struct ForwardTensors {
 inline bool try_direct(const Convolution& conv, const ForwardTensors& t) {
   const DirectKernels* const direct = direct_kernels();
   if (!direct || conv.product.dtype != ScalarType::Float || !t.y.numel()) return false;
+  if (std::max(conv.geometry.kernel[0], conv.geometry.kernel[1]) > kMaxDirectKernel) return false;
   const int64_t num_threads = num_threads_for(multiply_adds(conv));
   const DirectConv direct_conv(*direct, sparse_kernels<float>(), conv, num_threads);
   if (!direct_conv.supports()) return false;

@@ -136,7 +136,7 @@ inline double multiply_adds(const Convolution& conv) {
 // The number of threads for a number of multiply-adds: each thread gets at least about 10 us of
 // work.
 inline int64_t num_threads_for(double count) {
-  return std::max<int64_t>(1, std::min<int64_t>(all_threads().size, int64_t(count / 2e5)));
+  return int64_t(std::max(1.0, std::min(double(all_threads().size), count / 2e5)));
 }
 
 // Whether each pixel of x is loaded so rarely that filling a tile costs more than loads that cross
@@ -174,7 +174,7 @@ struct ChannelBlocks {
 
   ChannelBlocks(const Convolution& conv, const Tiling& t, const Tensor& columns,
                 const int32_t* starts)
-      : count(ceil_div(conv.geometry.channels, std::max<int64_t>(1, t.channels))) {
+      : count(ceil_div(std::max<int64_t>(1, conv.geometry.channels), t.channels)) {
     if (count <= 1) return;
     const int64_t blocks = conv.product.blocks;
     bounds.resize(size_t((count + 1) * blocks));

@@ -111,6 +111,21 @@ int64_t pointwise_rows(const Geometry& by, int64_t limit, int64_t lanes) {
   return fit >= 3 ? std::min(fit, limit) : limit;
 }
 
+// Refuses windows so wide that their tiles, full of zeros, take more memory or time than all of x
+// and y. In double: the products may leave 64 bits.
+inline void check_window_fits(const Geometry& by, const Tiling& t, double tiles, double rows) {
+  const double row = double(t.phases[1]) * double(t.segment + t.reach[1]) * double(t.lanes);
+  const double plane = double(t.phases[0]) * (rows + double(t.reach[0])) * row;
+  const double copied = tiles * double(std::max<int64_t>(1, by.channels)) * plane;
+  const double used =
+      double(by.batch) * (double(by.channels) * double(by.input[0]) * double(by.input[1]) +
+                          double(by.rows) * double(Tiling::pixels(by)));
+  if (plane > double(1 << 30) || copied > std::max(double(1 << 30), 4096 * used)) {
+    refuse("the window of the convolution is too wide for its image: use a smaller kernel, stride ",
+           "or dilation, or a dense layer");
+  }
+}
+
 // log: log2 of the rows of the weight that share a load (0, 1, 2). num_threads: threads that need
 // work; 1 where the tiling must not depend on them.
 template <typename Real>
@@ -124,6 +139,7 @@ Tiling choose_tiling(const SparseKernels<Real>& kernels, const Geometry& by, int
   t.segment = t.order == Tiling::kSegments ? choose_segment(kernels, log, by, t.reach[1]) : 1;
   const int64_t height = t.height(by);
   t.across = t.order != Tiling::kSegments ? 1 : ceil_div(by.size[1], t.segment * t.lanes);
+  check_window_fits(by, t, 0, 1);
   t.row_stride = t.phases[1] * (t.segment + t.reach[1]) * t.lanes;
   const int64_t wanted = ceil_div(num_threads, std::max<int64_t>(1, by.batch * t.across));
   int64_t max_rows = kernels.rows[log][t.segment - 1];
@@ -138,6 +154,9 @@ Tiling choose_tiling(const SparseKernels<Real>& kernels, const Geometry& by, int
   const int64_t rows_left = t.reach[0] ? kTileBudget / row_bytes - t.reach[0] : 0;
   t.limit(by, by.channels,
           std::clamp<int64_t>(rows_left / t.rows, 1, std::max<int64_t>(1, t.down)));
+  const double columns = double(by.batch) * double(t.across);
+  check_window_fits(by, t, columns * double(ceil_div(t.down, t.work_units_per_tile)),
+                    double(t.work_units_per_tile * t.rows));
   if (t.tile_size() > INT32_MAX) {
     refuse("a tile of ", by.channels, " channels does not fit 2^31 elements: split the channels");
   }

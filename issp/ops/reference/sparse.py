@@ -50,10 +50,11 @@ def sparse_conv2d(*args: Any) -> Tensor:
     """See `sparse_conv2d` in issp/ops/schemas/sparse.py."""
     conv = Conv2dArgs(*args)
     by, wide = Geometry.of(conv.geometry), _sum_dtype(conv.x)
-    channels = conv.x.shape[1]
+    image = _padded(conv.x.to(wide), by)
+    weight = _weight(conv, image.shape[1] * by.kernel[0] * by.kernel[1])
     y = F.conv2d(
-        _padded(conv.x.to(wide), by),
-        _weight(conv, channels * by.kernel[0] * by.kernel[1]).view(-1, channels, *by.kernel),
+        image,
+        weight.view(-1, image.shape[1], *by.kernel),
         None if conv.bias is None else conv.bias.to(wide),
         stride=by.stride,
         dilation=by.dilation,
@@ -71,15 +72,29 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 
 
 def _padded(x: Tensor, by: Geometry) -> Tensor:
-    """x with upsampling's and padding's zeros: what a convolution without padding reads."""
-    n, channels, height, width = x.shape
-    image = x.new_zeros(n, channels, height * by.upsample[0], width * by.upsample[1])
-    image[:, :, :: by.upsample[0], :: by.upsample[1]] = x
-    after = []
-    for i in (0, 1):
-        extent = (by.output_size[i] - 1) * by.stride[i] + (by.kernel[i] - 1) * by.dilation[i] + 1
-        after.append(extent - by.padding[i] - image.shape[2 + i])
-    return F.pad(image, (by.padding[1], after[1], by.padding[0], after[0]))
+    """x with upsampling's and padding's zeros: what a convolution without padding reads.
+
+    It has one channel at least, because torch convolves no image without channels.
+    """
+    n, channels, *sizes = x.shape
+    extents = [
+        (by.output_size[i] - 1) * by.stride[i] + (by.kernel[i] - 1) * by.dilation[i] + 1
+        for i in (0, 1)
+    ]
+    image = x.new_zeros(n, max(1, channels), *extents)
+    to, of = [], []
+    for size, extent, padding, upsample in zip(
+        sizes, extents, by.padding, by.upsample, strict=True
+    ):
+        # Pixel p lies at p * upsample + padding: from the first to the last that is inside.
+        first = max(0, -(padding // upsample))
+        end = max(first, min(size, -((padding - extent) // upsample)))
+        of.append(slice(first, end))
+        to.append(slice(first * upsample + padding, end * upsample + padding, upsample))
+    seen = x[:, :, of[0], of[1]]
+    if seen.numel():
+        image[:, :channels, to[0], to[1]] = seen
+    return image
 
 
 def _apply_epilogue(y: Tensor, call: Conv2dArgs | MatmulArgs) -> Tensor:
@@ -97,9 +112,10 @@ def sparse_conv2d_values_grad(
 ) -> Tensor:
     """See `sparse_conv2d_values_grad` in issp/ops/schemas/sparse.py."""
     by, wide = Geometry.of(geometry)._replace(size=(grad.shape[2], grad.shape[3])), _sum_dtype(x)
+    image = _padded(x.to(wide), by)
     weight = conv_gradients.conv2d_weight(
-        _padded(x.to(wide), by),
-        (grad.shape[1], x.shape[1], *by.kernel),
+        image,
+        (grad.shape[1], image.shape[1], *by.kernel),
         grad.to(wide),
         stride=by.stride,
         dilation=by.dilation,

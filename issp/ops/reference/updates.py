@@ -80,6 +80,14 @@ def power(base: float, n: int) -> float:
     return result
 
 
+def counted(step: float) -> int:
+    """t of a step counter: NaN and what is below 1 are 0, the largest float32 below 2**32 is last.
+
+    Counters of float32 stop at 2**24; a damaged one may hold anything.
+    """
+    return int(min(step, 2.0**32 - 256)) if step > 0 else 0
+
+
 def gradient(grad: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
     """The gradient as the rules see it: widened, unscaled, its sign turned to maximize."""
     g = widen(grad)
@@ -146,14 +154,16 @@ def adam_soft_shrink_(*args: Any) -> None:
     if prune.found_inf is not None and prune.found_inf.item() != 0:
         return
     lists = (adam.weights, adam.grads, adam.exp_avgs, adam.exp_avg_sqs, adam.steps)
-    for w, grad, m, v, step in zip(*lists, strict=True):
+    for tensors in zip(*lists, strict=True):
+        # only their sizes need to agree
+        w, grad, m, v, step = (x.view(-1) for x in tensors)
         step += 1
         updated = adam_updated(
             w=widen(w),
             g=gradient(grad, adam.grad_scale, adam.maximize),
             m=widen(m),
             v=widen(v),
-            t=max(0, int(step.item())),
+            t=counted(step.item()),
             lr=adam.lr if adam.lr_tensor is None else adam.lr_tensor.item(),
             beta1=adam.beta1,
             beta2=adam.beta2,
@@ -170,11 +180,13 @@ def sgd_soft_shrink_(*args: Any) -> None:
     sgd, prune = split_update(SGDArgs, args)
     if prune.found_inf is not None and prune.found_inf.item() != 0:
         return
-    for i, (w, grad) in enumerate(zip(sgd.weights, sgd.grads, strict=True)):
-        weight, buffer = sgd_updated(
+    for i, (weight, gradient_of) in enumerate(zip(sgd.weights, sgd.grads, strict=True)):
+        w, grad = weight.view(-1), gradient_of.view(-1)
+        held = sgd.momentum_buffers[i].view(-1) if sgd.momentum else None
+        updated, buffer = sgd_updated(
             w=widen(w),
             g=gradient(grad, sgd.grad_scale, sgd.maximize),
-            buffer=widen(sgd.momentum_buffers[i]) if sgd.momentum else None,
+            buffer=None if held is None else widen(held),
             first=bool(sgd.momentum) and sgd.first[i],
             lr=sgd.lr if sgd.lr_tensor is None else sgd.lr_tensor.item(),
             momentum=sgd.momentum,
@@ -182,9 +194,9 @@ def sgd_soft_shrink_(*args: Any) -> None:
             weight_decay=sgd.weight_decay,
             nesterov=sgd.nesterov,
         )
-        _store([w], [weight])
-        if buffer is not None:
-            _store([sgd.momentum_buffers[i]], [buffer])
+        _store([w], [updated])
+        if held is not None:
+            _store([held], [buffer])
     _prune_after_update(sgd.weights, [sgd.momentum_buffers] if sgd.momentum else [], prune)
 
 

@@ -137,37 +137,26 @@ def scratch_region(numel: int) -> int:
     return (numel // 10 // LINE_WORDS + 2) * LINE_WORDS
 
 
-def one_device(tensors: Sequence[Tensor]) -> None:
+def one_device(*arguments: Any) -> None:
     # A tensor without data (device "meta") among others sends the whole call to the fake.
-    if len({x.device for x in tensors}) > 1:
+    lists = [x if isinstance(x, (list, tuple)) else [x] for x in arguments]
+    if len({x.device for values in lists for x in values if isinstance(x, Tensor)}) > 1:
         raise RuntimeError("the tensors are on several devices: group by device")
 
 
 @torch.library.register_fake("issp::soft_shrink_", lib=library)
-def _(weights: list[Tensor], *_: Any) -> None:
-    one_device(weights)
-
-
 @torch.library.register_fake("issp::adam_soft_shrink_", lib=library)
 @torch.library.register_fake("issp::sgd_soft_shrink_", lib=library)
-def _(weights: list[Tensor], grads: list[Tensor], *_: Any) -> None:
-    one_device([*weights, *grads])
+@torch.library.register_fake("issp::apply_masks_", lib=library)
+@torch.library.register_fake("issp::regularize_", lib=library)
+def _(*arguments: Any) -> None:
+    one_device(*arguments)
 
 
 @torch.library.register_fake("issp::magnitude_threshold", lib=library)
 def _(weights: list[Tensor], k: list[int]) -> Tensor:
     one_device(weights)
     return weights[0].new_empty(len(weights))
-
-
-@torch.library.register_fake("issp::apply_masks_", lib=library)
-def _(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
-    one_device([*tensors, masks])
-
-
-@torch.library.register_fake("issp::regularize_", lib=library)
-def _(grads: list[Tensor], weights: list[Tensor], factors: Tensor, masks: Tensor) -> None:
-    one_device([*grads, *weights, factors, masks])
 
 
 @torch.library.register_fake("issp::magnitude_statistics", lib=library)

@@ -85,7 +85,7 @@ def _(*args: Any) -> Tensor:
 
 def _rows_on_one_device(call: Conv2dArgs | MatmulArgs) -> int:
     """The rows of the weight, after a check that all tensors are on one device."""
-    one_device([t for t in (*call, *call.transposed) if isinstance(t, Tensor)])
+    one_device(*call)
     return (call.crow_indices.shape[0] - 1) * call.values.shape[1]
 
 
@@ -94,7 +94,7 @@ def _rows_on_one_device(call: Conv2dArgs | MatmulArgs) -> int:
 def _(
     x: Tensor, grad: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int, *_: Any
 ) -> Tensor:
-    one_device([x, grad, col_indices, crow_indices])
+    one_device(x, grad, col_indices, crow_indices)
     return x.new_empty((col_indices.shape[0], v))
 
 
@@ -102,6 +102,7 @@ def _(
 def _(
     col_indices: Tensor, crow_indices: Tensor, v: int, inputs: int, taps: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    one_device(col_indices, crow_indices)
     entries = col_indices.shape[0] * v
     columns, rows = col_indices.new_empty(entries), col_indices.new_empty(inputs + 1)
     return columns, rows, col_indices.new_empty(entries)

@@ -33,6 +33,36 @@ def check_tensor(x: object, name: str) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}: use float32, float16, bfloat16, float64")
 
 
+def check_in_memory(x: Tensor, name: str, remedy: str = "", alignment: int = 0) -> None:
+    """Refuses a tensor whose elements do not lie one behind the other in memory that is there.
+
+    Args:
+        x: the tensor.
+        name: of it in the messages.
+        remedy: what to do if it is not contiguous; "": `contiguous()` alone.
+        alignment: bytes on which it must start; its elements' size if that is more.
+    """
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} is {x.layout}: pass {name}.to_dense()")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} is not contiguous: pass {name}.contiguous(){remedy}")
+    if torch.compiler.is_compiling() or not x.numel():
+        return
+    if x.is_neg() or x._is_zerotensor():
+        raise ValueError(f"{name} is a view that torch computes when it is read: pass a copy of it")
+    held, needed = x.untyped_storage().nbytes(), x.nbytes + x.storage_offset() * x.element_size()
+    if held < needed:
+        raise ValueError(
+            f"{name} has {held} of its {needed} bytes in memory: call this where it is there (FSDP "
+            "frees parameters between their uses)"
+        )
+    alignment = max(alignment, x.element_size())
+    if x.device.type != "meta" and x.data_ptr() % alignment:
+        raise ValueError(
+            f"{name} does not start on {alignment} bytes: allocate it as a tensor of its own"
+        )
+
+
 def _check_is_list(values: object, name: str) -> None:
     if isinstance(values, Tensor) or not isinstance(values, Sequence):
         raise TypeError(f"{name} must be a list of tensors, not {type(values).__name__}")
@@ -63,10 +93,7 @@ def check_tensor_list(
             raise ValueError(
                 f"{name}[{i}] is on {x.device} but {name}[0] is on {first.device}: group by device"
             )
-        if not x.is_contiguous():
-            raise ValueError(
-                f"{name}[{i}] is not contiguous: pass {name}[{i}].contiguous() and copy back"
-            )
+        check_in_memory(x, f"{name}[{i}]", remedy=" and copy back")
         if x.numel() == 0:
             raise ValueError(f"{name}[{i}] is empty: leave it out")
     if written:
@@ -87,7 +114,12 @@ def _check_disjoint(named: Sequence[tuple[Tensor, str]]) -> None:
 
 
 def check_vector(
-    x: Tensor, name: str, dtype: torch.dtype, length: int, device: torch.device
+    x: Tensor,
+    name: str,
+    dtype: torch.dtype,
+    length: int,
+    device: torch.device,
+    alignment: int = 0,
 ) -> None:
     """Refuses what is no contiguous [length] tensor of this dtype on the weights' device."""
     if x.dtype != dtype:
@@ -99,6 +131,18 @@ def check_vector(
             f"{name} must be contiguous with {length} elements, not shape {tuple(x.shape)}: "
             "build it with issp.ops.ShrinkState"
         )
+    check_in_memory(x, name, alignment=alignment)
+
+
+def check_words(x: Tensor, name: str, length: int, device: torch.device) -> None:
+    """Refuses masks or scratch memory that do not fit; the kernels read both 8 bytes at a time."""
+    check_vector(x, name, torch.int32, length, device, alignment=8)
+
+
+def check_scalar(x: Tensor, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuses what is no single number of this dtype on the weights' device."""
+    check_in_memory(x, name)
+    check_vector(x.view(-1), name, dtype, 1, device)
 
 
 def check_shrink_factor(shrink: float) -> None:
@@ -126,12 +170,13 @@ def check_soft_shrink(
     device, count = weights[0].device, len(weights)
     check_vector(k, "k", torch.int64, count, device)
     check_vector(thresholds, "thresholds", weights[0].dtype, count, device)
-    check_vector(masks, "masks", torch.int32, mask_layout(numels)[1], device)
+    check_words(masks, "masks", mask_layout(numels)[1], device)
     check_vector(flips, "flips", torch.int64, count, device)
-    check_vector(scratch, "scratch", torch.int32, scratch_words(numels), device)
+    check_words(scratch, "scratch", scratch_words(numels), device)
     if found_inf is not None:
-        check_vector(found_inf.view(-1), "found_inf", torch.float32, 1, device)
+        check_scalar(found_inf, "found_inf", torch.float32, device)
     state = {"k": k, "thresholds": thresholds, "masks": masks, "flips": flips, "scratch": scratch}
+    state |= {} if found_inf is None else {"found_inf": found_inf}
     _check_disjoint([*numbered(weights, "weights"), *((x, n) for n, x in state.items())])
     check_patterns_divide(weights, patterns)
     if device.type == "cpu":
@@ -168,8 +213,7 @@ def check_matching(
                 f"{name}[{i}] has {x.numel()} elements: it needs "
                 f"{w.numel() if numel is None else numel}, for weights[{i}]"
             )
-        if not x.is_contiguous():
-            raise ValueError(f"{name}[{i}] is not contiguous: pass {name}[{i}].contiguous()")
+        check_in_memory(x, f"{name}[{i}]")
 
 
 def check_no_overlap(
@@ -227,7 +271,7 @@ def check_patterns_divide(weights: Sequence[Tensor], patterns: Sequence[int]) ->
 
 def check_magnitude_threshold(weights: Sequence[Tensor], k: Sequence[int]) -> None:
     """The checks of `magnitude_threshold`."""
-    check_tensor_list(weights, "weights")
+    check_tensor_list(weights, "weights", written=False)
     check_ranks(k, [w.numel() for w in weights], "weights")
 
 
@@ -246,7 +290,7 @@ def check_apply_masks(values: Sequence[Tensor], masks: Tensor, sets: int = 1) ->
                 f"tensors[{i}] has {numel} elements but shares the mask of tensors[{i % count}] "
                 f"with {numels[i % count]}: give the sets in the order of the weights"
             )
-    check_vector(masks, "masks", torch.int32, mask_layout(numels[:count])[1], values[0].device)
+    check_words(masks, "masks", mask_layout(numels[:count])[1], values[0].device)
     _check_disjoint([*numbered(values, "tensors"), (masks, "masks")])
 
 
@@ -263,12 +307,13 @@ def check_regularize(
         raise TypeError(f"factors has dtype {factors.dtype}: it must be {wide} for {dtype} weights")
     if factors.device != device:
         raise ValueError(f"factors is on {factors.device} but the weights are on {device}")
-    if factors.shape != (len(weights),) or not factors.is_contiguous():
+    if factors.shape != (len(weights),):
         raise ValueError(
             f"factors must be contiguous with {len(weights)} elements, one per weight, not shape "
             f"{tuple(factors.shape)}"
         )
-    check_vector(masks, "masks", torch.int32, mask_layout([w.numel() for w in weights])[1], device)
+    check_in_memory(factors, "factors")
+    check_words(masks, "masks", mask_layout([w.numel() for w in weights])[1], device)
     read = [*numbered(weights, "weights"), (factors, "factors"), (masks, "masks")]
     check_no_overlap(numbered(grads, "grads"), read)
 

@@ -12,9 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from issp.ops.arguments import Conv2dArgs, MatmulArgs
 from issp.ops.geometry import Geometry, Pair
-from issp.ops.validation.pruning import check_is_tensor, check_tensor
+from issp.ops.validation.pruning import check_in_memory, check_is_tensor, check_tensor
 
 ACTIVATIONS = ("none", "relu", "gelu")
+# As in csrc/checks_sparse.h: products of sizes fit 64 bits, and a table of positions fits memory.
+MAX_SIZE = 2**31 - 1
+MAX_POSITIONS = 2**24  # of a row of the weight
 
 
 def check_sparse_conv2d(*args: Any) -> None:
@@ -24,6 +27,7 @@ def check_sparse_conv2d(*args: Any) -> None:
     _check_image(x, "x")
     rows = check_weight(x, conv.values, conv.col_indices, conv.crow_indices)
     by = _check_geometry(conv.geometry, Geometry._fields)
+    _check_length(x.shape[1], math.prod(by.kernel))
     check_positions(conv.col_indices, conv.crow_indices, x.shape[1] * math.prod(by.kernel))
     _check_optional(conv, x.shape[1], (x.shape[0], rows, *by.output_size), rows)
 
@@ -40,7 +44,8 @@ def check_sparse_conv2d_values_grad(
     _check_image(x, "x")
     _check_image(grad, "grad")
     by = _check_geometry(geometry, Geometry._fields[:4], size=(grad.shape[2], grad.shape[3]))
-    _check_indices(x, col_indices, crow_indices, v)
+    _check_indices(x.device, col_indices, crow_indices, v)
+    _check_length(x.shape[1], math.prod(by.kernel))
     check_positions(col_indices, crow_indices, x.shape[1] * math.prod(by.kernel))
     check_like(x, grad, (x.shape[0], (crow_indices.numel() - 1) * v, *grad.shape[2:]), "grad")
 
@@ -53,6 +58,7 @@ def check_sparse_matmul(*args: Any) -> None:
     if x.dim() < 1:
         raise ValueError("x must have the shape [..., I], not be a single number")
     rows = check_weight(x, matmul.values, matmul.col_indices, matmul.crow_indices)
+    _check_length(x.shape[-1], 1)
     check_positions(matmul.col_indices, matmul.crow_indices, x.shape[-1])
     _check_optional(matmul, x.shape[-1], (*x.shape[:-1], rows), rows)
 
@@ -63,21 +69,45 @@ def check_sparse_matmul_values_grad(
     """The checks of `sparse_matmul_values_grad`."""
     _check_data(x, "x")
     _check_data(grad, "grad")
-    _check_indices(x, col_indices, crow_indices, v)
+    if x.dim() < 1:
+        raise ValueError("x must have the shape [..., I], not be a single number")
+    _check_indices(x.device, col_indices, crow_indices, v)
+    _check_length(x.shape[-1], 1)
     check_positions(col_indices, crow_indices, x.shape[-1])
     check_like(x, grad, (*x.shape[:-1], (crow_indices.numel() - 1) * v), "grad")
 
 
 def _check_data(x: Tensor, name: str) -> None:
     check_tensor(x, name)
-    if not x.is_contiguous():
-        raise ValueError(f"{name} is not contiguous: pass {name}.contiguous()")
+    check_in_memory(x, name)
 
 
 def _check_image(x: Tensor, name: str) -> None:
     _check_data(x, name)
     if x.dim() != 4:
         raise ValueError(f"{name} must be [N, C, H, W], not of shape {tuple(x.shape)}")
+    if max(x.shape) > MAX_SIZE:
+        raise ValueError(f"{name} has the shape {tuple(x.shape)}: no size may exceed {MAX_SIZE}")
+
+
+def check_transpose(
+    col_indices: Tensor, crow_indices: Tensor, v: int, inputs: int, taps: int
+) -> None:
+    """The checks of `_sparse_transpose`."""
+    check_is_tensor(col_indices, "col_indices")
+    _check_indices(col_indices.device, col_indices, crow_indices, v)
+    if inputs < 0 or taps < 1:
+        raise ValueError(
+            f"inputs is {inputs} and taps is {taps}: give a number of channels, and 1 tap or more"
+        )
+    _check_length(inputs, taps)
+    check_positions(col_indices, crow_indices, inputs * taps)
+    rows = (crow_indices.numel() - 1) * v
+    if max(rows * taps, col_indices.numel() * v) > MAX_SIZE:
+        raise ValueError(
+            f"the transposed weight has {rows * taps} positions and {col_indices.numel() * v} "
+            f"entries: at most {MAX_SIZE} are supported"
+        )
 
 
 def check_weight(x: Tensor, values: Tensor, col_indices: Tensor, crow_indices: Tensor) -> int:
@@ -89,7 +119,7 @@ def check_weight(x: Tensor, values: Tensor, col_indices: Tensor, crow_indices: T
         raise TypeError(f"values are {values.dtype} but x is {x.dtype}: convert one of them")
     if values.device != x.device:
         raise ValueError(f"values are on {values.device} but x is on {x.device}")
-    _check_indices(x, col_indices, crow_indices, values.shape[1])
+    _check_indices(x.device, col_indices, crow_indices, values.shape[1])
     if values.shape[0] != col_indices.numel():
         raise ValueError(
             f"{values.shape[0]} rows of values for {col_indices.numel()} entries of col_indices"
@@ -97,15 +127,25 @@ def check_weight(x: Tensor, values: Tensor, col_indices: Tensor, crow_indices: T
     return (crow_indices.numel() - 1) * values.shape[1]
 
 
-def _check_indices(x: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int) -> None:
+def _check_length(inputs: int, taps: int) -> None:
+    if inputs * taps > MAX_POSITIONS or taps > MAX_POSITIONS:
+        raise ValueError(
+            f"a row of the weight has {inputs} channels of {taps} positions: {MAX_POSITIONS} "
+            "positions at most are supported"
+        )
+
+
+def _check_indices(device: torch.device, col_indices: Tensor, crow_indices: Tensor, v: int) -> None:
     if v < 1:
         raise ValueError(f"v is {v}: it must be at least 1")
     for name, tensor in (("col_indices", col_indices), ("crow_indices", crow_indices)):
-        _check_integers(tensor, name, x.device)
+        _check_integers(tensor, name, device)
     if crow_indices.numel() < 2:
         raise ValueError(
             "crow_indices has no block: it must hold one entry more than the weight has block rows"
         )
+    if v > MAX_SIZE // (crow_indices.numel() - 1):
+        raise ValueError(f"v is {v}: the weight would have more than {MAX_SIZE} rows")
 
 
 def _check_integers(tensor: Tensor, name: str, device: torch.device) -> None:
@@ -114,8 +154,9 @@ def _check_integers(tensor: Tensor, name: str, device: torch.device) -> None:
         raise TypeError(f"{name} has dtype {tensor.dtype}: it must be int32")
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} but x is on {device}")
-    if tensor.dim() != 1 or not tensor.is_contiguous():
+    if tensor.dim() != 1:
         raise ValueError(f"{name} must be contiguous and of one dimension")
+    check_in_memory(tensor, name)
 
 
 def can_read(x: Tensor) -> bool:
@@ -181,6 +222,8 @@ def _check_geometry(
     for name, pair in by._asdict().items():
         if name != "padding" and pair is not None and min(pair) < 1:
             raise ValueError(f"{name} is {pair}: it must be two numbers of at least 1")
+        if pair is not None and max(map(abs, pair)) > MAX_SIZE:
+            raise ValueError(f"{name} is {pair}: numbers up to {MAX_SIZE} are supported")
     return by
 
 

@@ -17,9 +17,11 @@ from issp.ops.validation.pruning import (
     check_no_overlap,
     check_patterns_divide,
     check_ranks,
+    check_scalar,
     check_shrink_factor,
     check_tensor_list,
     check_vector,
+    check_words,
     numbered,
 )
 
@@ -85,16 +87,16 @@ def _check_update(
         if name == "lr_tensor" and x.dtype not in DTYPES:
             raise TypeError(f"lr_tensor has dtype {x.dtype}: use a float dtype")
         dtype = x.dtype if name == "lr_tensor" else torch.float32
-        check_vector(x.view(-1), name, dtype, 1, device)
+        check_scalar(x, name, dtype, device)
     count = prune.k.numel()
     if count > len(weights):
         raise ValueError(f"k has {count} entries but there are {len(weights)} weights")
     numels = [w.numel() for w in weights[:count]]
     check_vector(prune.k, "k", torch.int64, count, device)
     check_vector(prune.thresholds, "thresholds", torch.float32, count, device)
-    check_vector(prune.masks, "masks", torch.int32, mask_layout(numels)[1], device)
+    check_words(prune.masks, "masks", mask_layout(numels)[1], device)
     check_vector(prune.flips, "flips", torch.int64, count, device)
-    check_vector(prune.scratch, "scratch", torch.int32, scratch_words(numels), device)
+    check_words(prune.scratch, "scratch", scratch_words(numels), device)
     check_patterns_divide(weights[:count], prune.patterns)
     if device.type == "cpu" and not prune.frozen:
         check_ranks(prune.k.tolist(), numels, "weights", prune.patterns)

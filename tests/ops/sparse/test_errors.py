@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import issp
-from issp import Keep, ops
+from issp import Keep, backends, ops
 from issp.nn import NMConv2d, NMLinear, SparseConv2d, SparseLinear, convert
 from issp.ops import sparse, validation
 from issp.ops.formats import NMTensor, SparseRows
@@ -350,3 +350,82 @@ def test_a_layer_in_a_model_is_named_when_its_state_does_not_fit():
 
 def test_the_package_names_its_layers():
     assert issp.nn.NMLinear is NMLinear and issp.ops.nm_pack is sparse.nm_pack
+
+
+# What no back end can compute, or only after hours: geometry -> words.
+HUGE = {
+    "kernel": ([1 << 40, 1, 1, 1, 0, 0, 1, 1], "kernel"),
+    "positions": ([1 << 20, 1 << 20, 1, 1, 0, 0, 1, 1], "positions"),
+    "stride": ([1, 1, 1 << 31, 1, 0, 0, 1, 1], "stride"),
+    "padding": ([1, 1, 1, 1, -(1 << 62), 0, 1, 1], "padding"),
+    "dilation": ([3, 3, 1, 1, 0, 0, 1 << 30, 1 << 30], "too wide"),
+    "dilation of one axis": ([1, 3, 1, 1, 0, 0, 1, 1 << 25], "too wide"),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_windows_that_are_too_large(name):
+    """Refused at once; products of such numbers used to leave 64 bits and divide by zero."""
+    numbers, words = HUGE[name]
+    x, rows = torch.ones(1, 1, 9, 9).double(), torch.zeros(2, dtype=torch.int32)
+    values, columns = torch.zeros(0, 2).double(), torch.zeros(0, dtype=torch.int32)
+    arguments = (x, values, columns, rows, [], None, None, [*numbers, 1, 1, 9, 9])
+    if backends.active("cpu") == "cpp":
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.issp.sparse_conv2d(*arguments, "none")
+    if words != "too wide":
+        with pytest.raises(ValueError, match=words):
+            validation.check_sparse_conv2d(*arguments, "none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("back_end", [*BACK_ENDS, None], ids=str)
+def test_a_weight_without_inputs_gives_its_bias(back_end, dtype):
+    """No sum is taken; the result used to be whatever the memory held."""
+    table = backends.implementations("reference") if back_end is None else back_end
+    device = "cpu" if back_end is None else back_end.device
+    values = torch.zeros(0, 2, dtype=dtype, device=device)
+    columns, starts = torch.zeros(0).int().to(device), torch.zeros(3).int().to(device)
+    bias = torch.arange(4.0, dtype=dtype, device=device)
+    weight = (values, columns, starts, [], bias, None)
+    y = table["sparse_matmul"](torch.zeros(5, 0, dtype=dtype, device=device), *weight, "none")
+    assert torch.equal(y, bias.expand(5, 4))
+    geometry = (3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 6, 7)
+    x = torch.zeros(2, 0, 6, 7, dtype=dtype, device=device)
+    y = table["sparse_conv2d"](x, *weight, geometry, "none")
+    assert torch.equal(y, bias.view(4, 1, 1).expand(2, 4, 6, 7))
+
+
+def test_padding_that_crops_the_whole_image():
+    """Negative padding beyond the image: every tap reads zeros, on the reference as well."""
+    x = torch.ones(1, 2, 3, 3)
+    values, columns = torch.ones(2, 1), torch.tensor([0, 5], dtype=torch.int32)
+    starts, bias = torch.tensor([0, 2], dtype=torch.int32), torch.tensor([7.0])
+    arguments = (x, values, columns, starts, [], bias, None, [2, 2, 1, 1, -9, 1, 1, 1, 1, 1, 2, 3])
+    for name in ("reference", *(["cpp"] if backends.active("cpu") == "cpp" else [])):
+        y = backends.implementations(name)["sparse_conv2d"](*arguments, "none")
+        assert torch.equal(y, torch.full((1, 1, 2, 3), 7.0)), name
+
+
+TRANSPOSE = {
+    "starts": ({"crow_indices": torch.tensor([0, 9], dtype=torch.int32)}, "must ascend from 0"),
+    "columns": ({"col_indices": torch.tensor([0, 99], dtype=torch.int32)}, "col_indices must lie"),
+    "taps": ({"taps": 0}, "1 tap or more"),
+    "negative taps": ({"taps": -(1 << 63)}, "1 tap or more"),
+    "inputs": ({"inputs": -1}, "give a number of channels"),
+    "v": ({"v": 1 << 62}, "more than 2147483647 rows"),
+    "entries": ({"v": 1 << 30, "taps": 4}, "at most 2147483647"),
+    "int64": ({"col_indices": torch.tensor([0, 2])}, "must be int32"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSE)
+def test_transposing_refuses(name):
+    changes, words = TRANSPOSE[name]
+    arguments = {
+        "col_indices": torch.tensor([0, 2], dtype=torch.int32),
+        "crow_indices": torch.tensor([0, 2], dtype=torch.int32),
+        **{"v": 1, "inputs": 3, "taps": 4},
+    }
+    with pytest.raises((TypeError, ValueError), match=words):
+        torch.ops.issp._sparse_transpose(*(arguments | changes).values())
