@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,7 +128,7 @@ def gather_entries(weight: Tensor, col_indices: Tensor, crow_indices: Tensor, v:
     """[E, v]: the stored positions of a dense weight [O, length of a row]."""
     counts = crow_indices.diff().long()
     block = torch.repeat_interleave(counts)
-    return weight.view(len(counts), v, -1)[block, :, col_indices.long()]
+    return weight.view(len(counts), v, weight.shape[1])[block, :, col_indices.long()]
 
 
 def sparse_matmul(*args: Any) -> Tensor:
@@ -144,5 +145,7 @@ def sparse_matmul_values_grad(
 ) -> Tensor:
     """See `sparse_matmul_values_grad` in issp/ops/schemas/sparse.py."""
     wide = _sum_dtype(x)
-    weight = grad.to(wide).view(-1, grad.shape[-1]).t() @ x.to(wide).view(-1, x.shape[-1])
+    tokens = math.prod(x.shape[:-1])
+    by_row, by_input = (t.to(wide).view(tokens, t.shape[-1]) for t in (grad, x))
+    weight = by_row.t() @ by_input
     return gather_entries(weight, col_indices, crow_indices, v).to(x.dtype)

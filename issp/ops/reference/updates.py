@@ -195,7 +195,7 @@ def sgd_soft_shrink_(*args: Any) -> None:
             nesterov=sgd.nesterov,
         )
         _store([w], [updated])
-        if held is not None:
+        if held is not None and buffer is not None:
             _store([held], [buffer])
     _prune_after_update(sgd.weights, [sgd.momentum_buffers] if sgd.momentum else [], prune)
 

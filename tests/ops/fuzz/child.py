@@ -1,6 +1,6 @@
 """The process in which random raw calls run, since a call may end it: lines of JSON say how far.
 
-    python -m tests.ops.fuzz.child BACK_END SEED FIRST COUNT [OP ...]
+    python tests/ops/fuzz/child.py BACK_END SEED FIRST COUNT [OP ...]
 
 Call i of seed s has the source `Random(f"{s}/{i}")`, whichever calls ran before.
 """

@@ -19,6 +19,7 @@ from tests.ops.fuzz import calls
 from tests.ops.fuzz.child import call_of
 
 ROOT = Path(__file__).resolve().parents[3]
+CHILD = str(Path(__file__).with_name("child.py"))
 PATIENCE = 120  # seconds for one call; before the first one torch is imported
 
 
@@ -40,10 +41,10 @@ class _Child:
     """A process that reports line by line, read with a time limit."""
 
     def __init__(self, arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
-        command = [sys.executable, "-m", "tests.ops.fuzz.child", *arguments]
+        command = [sys.executable, CHILD, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(
-            command, cwd=folder, text=True, env={**os.environ, **environment}, **pipes
+            command, cwd=folder, text=True, env=_environment(folder, environment), **pipes
         )
         self.lines: queue.Queue[str | None] = queue.Queue()
         self.said: list[str] = []
@@ -77,6 +78,11 @@ class _Child:
         for thread in self._threads:
             thread.join(timeout=10)
         return f"ended with status {status}: {''.join(self.said)[-4000:]}" if status else ""
+
+
+def _environment(folder: Path, more: dict[str, str]) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, **more}
 
 
 def fuzz(
