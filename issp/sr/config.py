@@ -86,7 +86,9 @@ _SEEDS = _between(-(2**63), 2**63 - 1)  # what torch takes
 
 # Strict: true is no number, and 1 is not true. Text may be written as a number (name: 2024).
 Integer = Annotated[int, Field(strict=True), BeforeValidator(_number_from_text)]
-Number = Annotated[float, Field(strict=True), BeforeValidator(_number_from_text)]
+Number = Annotated[
+    float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_number_from_text)
+]
 Integers = Annotated[list[Integer], BeforeValidator(_listed)]
 Numbers = Annotated[list[Number], BeforeValidator(_listed)]
 Texts = Annotated[list[str], BeforeValidator(_listed)]
@@ -593,6 +595,7 @@ def parse(tree: dict[str, Any]) -> Config:
 _WANTED = {
     "int": "a whole number",
     "float": "a number",
+    "finite": "a finite number",
     "bool": "true or false",
     "string": "text",
     "model": "a section of keys and values",

@@ -134,6 +134,8 @@ def test_a_wrong_key_or_choice_names_the_nearest(tree, key, wrong, hint):
         ("train.total_iter", 0),
         ("train.optim_g.lr", "fast"),
         ("train.optim_g.lr", float("nan")),
+        ("train.optim_g.lr", float("inf")),
+        ("train.warmup_iter", 1e400),
         ("datasets.train.use_rot", "yes please"),
         ("datasets.train.gt_size", 97),
         ("datasets.train.dataroot_gt", None),

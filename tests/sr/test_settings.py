@@ -124,7 +124,7 @@ def test_a_file_of_an_earlier_revision_still_parses():
         (100, "write 1 for 100 %"),
         (0, "prunes nothing"),
         (-0.5, "is -0.5"),
-        (float("nan"), "is nan"),
+        (float("nan"), "must be a finite number, got nan"),
     ],
 )
 def test_an_impossible_sparsity_is_refused(ratio, part):
