@@ -53,6 +53,24 @@ def check_images(
     batches.dataset.preload(_Reporter("training images: decoding image", say))
 
 
+@torch.no_grad()
+def check_crop(dataset: data.TrainDataset, model: nn.Module) -> None:
+    """Sends one training crop through the network, whose windows may not divide it.
+
+    Raises:
+        ConfigError: the network refuses its size.
+    """
+    weight = next(model.parameters())
+    was_training = model.training
+    model.eval()  # draws no random number
+    try:
+        model(dataset[0]["lq"][None].to(weight.device, weight.dtype))
+    except ValueError as error:
+        raise ConfigError(f"datasets.train.gt_size {dataset.gt_size}: {error}") from None
+    finally:
+        model.train(was_training)
+
+
 def check_disk(config: Config, model: nn.Module, states: int, start: int, say: Say) -> None:
     """Compares what the run will write with the free space, from the sizes of the tensors.
 

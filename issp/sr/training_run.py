@@ -103,6 +103,7 @@ class TrainingRun:
         notes += [preflight.idle_gpus(self.config, next(self.model.parameters()).device)]
         states = 1 + (self.ema is not None) + len(_moments(self.config))
         preflight.check_disk(self.config, self.model, states, start, notes.append)
+        preflight.check_crop(self.batches.dataset, self.eval_model)
         say = self.progress.write_line
         preflight.check_images(self.batches, self.validation, self._score, say)
         if saved and self.folder.holds(saved.path):

@@ -453,3 +453,13 @@ def test_a_root_that_is_no_folder_is_named(tree, tmp_path):
     with pytest.raises(OSError, match="file"):
         run(tree, **SHORT, path__experiments_root=str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_crop_that_the_network_cannot_take_is_named_before_the_run(tree, tmp_path):
+    swinir = {"type": "SwinIR", "img_size": 8, "depths": [2], "embed_dim": 12, "num_heads": [2]}
+    swinir |= {"window_size": 8, "upsampler": "pixelshuffledirect"}
+    with pytest.raises(
+        ConfigError, match=r"datasets\.train\.gt_size 24: .*multiples of 8, got 12x12"
+    ):
+        run(tree, **SHORT, network_g=swinir, datasets__train__gt_size=24)
+    assert not (tmp_path / "experiments").exists()
