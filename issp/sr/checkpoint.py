@@ -83,7 +83,7 @@ def load(
         path: a file of `save`, or BasicSR's .pth (params_ema is preferred to params), which may
             have entries config, or arch and scale, beside the weights.
         arch: name for `issp.models.build`; needed for files that do not know their architecture.
-        scale: as above.
+        scale: as above; None: the one that the shapes of the tensors fit.
 
     Returns:
         The model on the CPU in float32, in evaluation mode, whatever torch's defaults are.
@@ -97,7 +97,9 @@ def load(
         if arch is None and "config" in metadata:
             model = _rebuild(metadata, tensors, path)
         elif arch or metadata.get("arch") in models.names():
-            model = models.build(arch or metadata["arch"], scale or metadata.get("scale") or 4)
+            arch = arch or metadata["arch"]
+            scale = scale or metadata.get("scale") or _fitting_scale(arch, tensors)
+            model = models.build(arch, scale)
         else:
             raise ValueError(f"{path} does not say its architecture: give its name and scale")
     model.float()
@@ -156,16 +158,7 @@ def load_weights(
     """
     _check_plain(tensors, path)
     model = names.unwrap(model)
-    expected = model.state_dict()
-    tensors = _of_attribute(tensors, expected)
-    if isinstance(model, models.SuperResolver):
-        tensors = model.own_names(tensors)
-    matched = names.matched(tensors, expected.keys())
-    saved, conflicts = replace_derived(model, matched)
-    problems = {name: "belongs to other window sizes than the model's" for name in conflicts}
-    problems |= _misfits(expected, saved)
-    fits = {name: value for name, value in saved.items() if name not in problems}
-    missing = [name for name in expected if name not in saved]
+    fits, problems, missing = _compared(model, tensors)
     if problems or missing:
         learned = fits.keys() - replace_derived(model, {})[0].keys()
         if strict or not learned:
@@ -220,6 +213,17 @@ def _rebuild(
     return model
 
 
+def _fitting_scale(arch: str, tensors: dict[str, Tensor]) -> int:
+    """The scale of a network whose tensors these are; 4 if they fit none."""
+    for scale in models.SCALES:
+        with torch.device("meta"):
+            sketch = models.build(arch, scale)
+        _, problems, missing = _compared(sketch, tensors)
+        if not problems and not missing:
+            return scale
+    return 4
+
+
 def _num_blocks(config: dict[str, Any]) -> int:
     counts = [config.get(key) for key in _BLOCK_COUNTS] if isinstance(config, dict) else []
     flat = [n for count in counts for n in (count if isinstance(count, list) else [count])]
@@ -262,6 +266,21 @@ def _check_plain(tensors: dict[str, Tensor], path: str | os.PathLike) -> None:
             raise ValueError(f"{path} is damaged: {name!r} is not the name of a weight")
         if not isinstance(value, Tensor) or not is_plain(value):
             raise ValueError(f"{path} does not hold plain numbers for {name}: save dense floats")
+
+
+def _compared(
+    model: nn.Module, tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """What of a file fits a model, what does not and why, and the names that it lacks."""
+    expected = model.state_dict()
+    tensors = _of_attribute(tensors, expected)
+    if isinstance(model, models.SuperResolver):
+        tensors = model.own_names(tensors)
+    saved, conflicts = replace_derived(model, names.matched(tensors, expected.keys()))
+    problems = {name: "belongs to other window sizes than the model's" for name in conflicts}
+    problems |= _misfits(expected, saved)
+    fits = {name: value for name, value in saved.items() if name not in problems}
+    return fits, problems, [name for name in expected if name not in saved]
 
 
 def _of_attribute(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:

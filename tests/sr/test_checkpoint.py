@@ -380,6 +380,18 @@ def test_a_pth_that_names_its_architecture_needs_no_more(tmp_path, described):
     assert again.scale == 3
 
 
+@pytest.mark.parametrize("arch", ["edsr-tiny", "swinir-light"])
+@pytest.mark.parametrize("scale", [2, 3, 4])
+def test_the_shapes_tell_the_scale(tmp_path, arch, scale):
+    net = models.build(arch, scale)
+    torch.save({"params": net.state_dict()}, tmp_path / "a.pth")
+    again = checkpoint.load(tmp_path / "a.pth", arch)
+    assert again.scale == scale
+    assert_same(again, net)
+    with pytest.raises(ValueError, match=f"a.pth does not fit {arch}"):
+        checkpoint.load(tmp_path / "a.pth", arch, 2 if scale == 4 else scale + 1)
+
+
 def original_edsr(model, rgb_range=255.0):
     """The state_dict of sanghyun-son/EDSR-PyTorch for a network of two blocks."""
     own = model.state_dict()

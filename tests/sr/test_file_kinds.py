@@ -13,7 +13,7 @@ from PIL import Image
 
 import issp
 from issp import cli, models
-from issp.sr import checkpoint
+from issp.sr import checkpoint, file_kinds
 
 LFS = (
     "version https://git-lfs.github.com/spec/v1\n"
@@ -177,3 +177,17 @@ def test_a_damaged_safetensors_header_is_one_sentence(tmp_path, content):
     (tmp_path / "m.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match="m.safetensors is damaged or cut short"):
         issp.load(tmp_path / "m.safetensors")
+
+
+def test_every_first_bytes_are_named(tmp_path):
+    for signature, kind in file_kinds._SIGNATURES.items():
+        (tmp_path / "m.pth").write_bytes(signature + bytes(range(16)) * 4)
+        with pytest.raises(ValueError, match=f"m.pth is {kind}"):
+            issp.load(tmp_path / "m.pth")
+
+
+@pytest.mark.parametrize("name", ["archive_format", "serialized_exported_program_dot_json"])
+def test_an_exported_program_is_named(tmp_path, name):
+    (tmp_path / "m.pt2").write_bytes(archive(**{f"a__{name}": "pt2"}))
+    with pytest.raises(ValueError, match="is an exported program: save the weights of the model"):
+        issp.load(tmp_path / "m.pt2")
