@@ -54,7 +54,7 @@ def curves(
     if not rows:
         raise ValueError(f"{path}: the log has no rows yet; let the run go on for a while")
     pruned = any(row.get("flips") is not None for row in rows)
-    figure = _figure(8, 11 if pruned else 7)
+    figure = _figure(8, 9 if pruned else 6)
     heights = [2, 1, 1, 1, 1] if pruned else [2, 1, 1]
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _psnr(axes[0], rows, bicubic)
