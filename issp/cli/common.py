@@ -41,12 +41,12 @@ class ItemProgress:
             description = _plain(text or self._items)
             self.bar.update(0, completed=done, total=total, description=description)
             return
-        now = time.perf_counter()
+        now, share = time.perf_counter(), done / total if total else 1.0
         if now - self._last > _LINE_SECONDS:
             self._last = now
-            counted = text and f"{text}, {100 * done / total:.0f} % of all"
+            counted = text and f"{text}, {100 * share:.0f} % of all"
             line = counted or f"{self._items}: {done:.0f} of {total:.0f}"
-            print(f"{line}{self._eta(now, done / total)}", file=sys.stderr, flush=True)
+            print(f"{line}{self._eta(now, share)}", file=sys.stderr, flush=True)
 
     def _eta(self, now: float, share: float) -> str:
         if not share:
@@ -200,7 +200,11 @@ def packed(args: argparse.Namespace, model: SuperResolver, pixels: int) -> nn.Mo
 
     if args.dense or not pixels:
         return model
-    network, line = upscale.pack_for(model, pixels)
+    side, line = upscale.packing_example(model, pixels)
+    network: nn.Module = model
+    if side:
+        print("measuring which layers are faster sparse ...", file=sys.stderr, flush=True)
+        network, line = upscale.pack_on(model, side)
     if line:
         print(line, flush=True)
     return network

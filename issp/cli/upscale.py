@@ -27,8 +27,8 @@ EXAMPLE = "issp upscale photo.png scans/ --model runs/demo/model.safetensors -o 
 FORMATS = ("png", "jpg", "webp", "tif", "bmp")
 # Of a file that cannot be read or written.
 _FILE_ERRORS = (UserError, ValueError, OSError)
-# Errors of the system that all further files would meet as well.
-_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# Errors of writing that all further files would meet as well.
+_HOPELESS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.ENOTDIR)
 
 _Result = TypeVar("_Result")
 

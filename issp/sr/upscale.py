@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from issp.deploy.pack import pack
 from issp.sr import checkpoint, data
 from issp.sr.data.pictures import copy_with
+from issp.sr.models import SuperResolver
 from issp.sr.models.inference import upscale_parts
 from issp.sr.models.tiling import Tiling
 
@@ -132,28 +134,37 @@ def _with_colours_of(rgb: np.ndarray, grey: np.ndarray) -> np.ndarray:
     return result
 
 
-def pack_for(model: nn.Module, pixels: int) -> tuple[nn.Module, str]:
-    """The network in its fastest form, if finding it is worth the time, and a line about it.
+def packing_example(model: nn.Module, pixels: int) -> tuple[int | None, str]:
+    """Side of the image to pack a network on; None where that is not worth the time, and why.
 
     Args:
-        model: with `channels`, on the device that will compute.
+        model: dense.
         pixels: of all images together.
 
     Returns:
-        The network, and a line; "" where there was no question, since hardly a weight is zero.
+        The side, and one line; "" where hardly a weight is zero, so that nobody asks.
     """
-    share = checkpoint.sparsity(model)["ratio"]
-    if share < _FEW_ZEROS:
-        return model, ""
+    if checkpoint.sparsity(model)["ratio"] < _FEW_ZEROS:
+        return None, ""
     sides = [side for side in _EXAMPLE_SIDES if side * side * _WORTH <= pixels]
     if not sides:
-        least = _EXAMPLE_SIDES[-1] ** 2 * _WORTH
-        return model, f"dense: below {least:,} pixels packing takes longer than it saves"
+        least = round(_EXAMPLE_SIDES[-1] ** 2 * _WORTH)
+        return None, f"dense: below {least:,} pixels packing takes longer than it saves"
     multiple = getattr(model, "pad_multiple", 1)
-    side = -(-sides[0] // multiple) * multiple
+    return -(-sides[0] // multiple) * multiple, ""
+
+
+def pack_on(model: SuperResolver, side: int) -> tuple[nn.Module, str]:
+    """The network in its fastest form, by `issp.pack`, and a line about it.
+
+    Args:
+        model: on the device that will compute.
+        side: of the square image that layers are measured on.
+    """
     weight = next(model.parameters())
     example = torch.full((1, model.channels, side, side), 0.5, device=weight.device)
-    packed = pack(model.eval(), example.to(weight.dtype))
+    packed: Any = pack(model.eval(), example.to(weight.dtype))
     summary = packed.report.summary()
-    is_faster = any(line.is_sparse for line in packed.report.lines)
-    return (packed, f"packed: {summary}") if is_faster else (model, f"dense: {summary}")
+    if any(line.is_sparse for line in packed.report.lines):
+        return packed, f"packed: {summary}"
+    return model, f"dense: {summary}"

@@ -78,6 +78,15 @@ def test_a_full_disk_ends_the_command(place, capsys, monkeypatch):
     assert "disk is full" in error and error.count("a_x2.png") == 1 and "b_x2" not in error
 
 
+def test_a_folder_that_cannot_be_written_ends_the_command(place, capsys):
+    for name in "ab":
+        picture(place / "in" / f"{name}.png")
+    (place / "file").write_text("")
+    assert run("in", out="file/out") == 2
+    error = capsys.readouterr().err
+    assert "file/out" in error and "Traceback" not in error and "b_x2" not in error
+
+
 def test_folders_are_mirrored_and_results_are_no_images(place, capsys):
     picture(place / "in" / "a.png")
     picture(place / "in" / "deep" / "er" / "b.jpg")

@@ -209,6 +209,17 @@ def test_tile_auto_cuts_what_is_large(monkeypatch):
     torch.testing.assert_close(out, whole, rtol=0, atol=1e-6)
 
 
+def test_choosing_tiles_changes_nothing_in_the_model():
+    class Normed(nn.Sequential):
+        receptive_radius = 1
+
+    model = Normed(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 3, padding=1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    models.upscale(model, torch.rand(1, 3, 8, 8), tile="auto")
+    assert model.training
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
 def test_parts_take_images_of_another_dtype_and_restore_the_mode():
     model = small_edsr().train()
     x = torch.rand(1, 3, 40, 31).double()

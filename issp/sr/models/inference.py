@@ -60,7 +60,8 @@ def upscale(
     """
     _check_images(x)
     if tile == "auto" and tile_overlap is None:
-        tiling = fitting_tiling(model, x.shape[1])
+        with _evaluation_mode(model):
+            tiling = fitting_tiling(model, x.shape[1])
     elif isinstance(tile, str):
         raise ValueError(f"tile must be a size, None, or 'auto' without an overlap, got {tile!r}")
     else:
