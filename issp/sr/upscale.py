@@ -23,7 +23,7 @@ _ROWS = 64  # of a result whose colours are added at once
 _FEW_ZEROS = 0.3
 # Packing measures on a square of input pixels, which takes as long as the dense network on some 35
 # of them, and saves half of the time afterwards: the work must be four times as long.
-_EXAMPLE_SIDES, _WORTH = (96, 64, 48), 140
+_EXAMPLE_SIDES, _WORTH = (64, 48), 140
 
 
 def no_part(total: int) -> None:
