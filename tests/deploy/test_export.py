@@ -50,3 +50,15 @@ def test_one_compilation_serves_every_size(packed, backend):
         for _, height, width in SIZES:
             x = torch.rand(2, 3, height, width)
             torch.testing.assert_close(compiled(x), packed(x))
+
+
+def test_torch_fx_traces_the_network(packed):
+    traced = torch.fx.symbolic_trace(packed)
+    leaves = {
+        type(traced.get_submodule(n.target)) for n in traced.graph.nodes if n.op == "call_module"
+    }
+    assert issp.nn.SparseConv2d in leaves
+    with torch.no_grad():
+        for n, height, width in SIZES:
+            x = torch.rand(n, 3, height, width)
+            assert_bitwise_equal(traced(x), packed(x), f"a batch of {n}, {height}x{width}")

@@ -376,6 +376,17 @@ def test_with_a_real_clock_nothing_slower_is_chosen(make, cache, threads):
         torch.testing.assert_close(packed(x), net(x), rtol=1e-4, atol=1e-5)
 
 
+@every_small
+@torch.no_grad()  # torch's pixel_shuffle has no backward for an empty batch
+def test_a_network_takes_a_batch_of_none(make, cache, timed):
+    net = prune_(make()).eval()
+    packed = issp.pack(net, torch.rand(1, 3, 16, 16), cache=cache)
+    assert any(row.is_sparse for row in packed.report.lines)
+    for model in (net, packed):
+        y = model(torch.zeros(0, 3, 16, 16))
+        assert y.shape == (0, 3, 16 * net.scale, 16 * net.scale)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "sentence"),
     [

@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from issp.utils.text import suggest
 
@@ -146,10 +146,11 @@ class SuperResolver(nn.Module):
         Raises:
             ValueError: wrong number of dimensions, channels, or a size that needs padding.
         """
-        self._check_input(x)
+        if not isinstance(x, fx.Proxy):  # a traced image has no size yet
+            self._check_input(x)
         # Filled on the device: a buffer would be an entry of the state_dict and would be lost by
         # to_empty(), and CUDA graphs refuse a copy from the host.
-        planes = [torch.full((1, 1, 1, 1), m, dtype=x.dtype, device=x.device) for m in self.mean]
+        planes = [x.new_full((1, 1, 1, 1), m) for m in self.mean]
         mean = torch.cat(planes, dim=1)
         y = self.restore((x - mean) * self.img_range)
         return y / self.img_range + mean

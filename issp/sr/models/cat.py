@@ -75,8 +75,8 @@ class RectangleAttention(DerivedBuffers):
         b, height, width, _, c = qkv.shape
         window = layers.span(self.window, (height, width))
         windows = layers.partition(qkv.flatten(3), window)
-        n = windows.shape[2]
-        windows = windows.reshape(b, -1, n, 3, self.heads, c // self.heads)
+        count, n = windows.shape[1:3]
+        windows = windows.reshape(b, count, n, 3, self.heads, c // self.heads)
         q, k, v = windows.permute(3, 0, 1, 4, 2, 5).unbind(0)
         drop = self.attn_drop if self.training else 0.0
         bias = self._bias(window, qkv)

@@ -129,8 +129,9 @@ def partition(x: Tensor, window: Size) -> Tensor:
     """Cut an image [B, H, W, C] into windows [B, nW, N, C]."""
     b, height, width, c = x.shape
     h, w = window
-    x = x.reshape(b, height // h, h, width // w, w, c)
-    return x.transpose(2, 3).reshape(b, -1, h * w, c)
+    rows, columns = height // h, width // w
+    x = x.reshape(b, rows, h, columns, w, c)
+    return x.transpose(2, 3).reshape(b, rows * columns, h * w, c)
 
 
 def merge(windows: Tensor, window: Size, size: Size) -> Tensor:
