@@ -1,0 +1,102 @@
+"""Pictures as files: every format keeps what it can, and what it cannot is named."""
+
+import numpy as np
+import pytest
+
+from issp import data
+from issp.sr.data import pictures
+
+Image = pytest.importorskip("PIL.Image", reason="pictures are read and written by Pillow")
+
+DATE = 0x0132
+PROFILE = bytes(16) + b"RGB " + bytes(16) + b"acsp" + bytes(90)
+
+
+def exif_block():
+    exif = Image.Exif()
+    exif[DATE] = "2020:01:02 03:04:05"
+    return exif.tobytes()
+
+
+def picture(**changes):
+    rng = np.random.default_rng(0)
+    about = {
+        "rgb": rng.integers(0, 256, (9, 11, 3), dtype=np.uint8),
+        "alpha": None,
+        "is_grey": False,
+        "bits": 8,
+        "frames": 1,
+        "icc_profile": PROFILE,
+        "exif": exif_block(),
+    }
+    return data.Picture(**{**about, **changes})
+
+
+@pytest.mark.parametrize("suffix", pictures.WRITABLE)
+def test_a_format_keeps_what_it_can(tmp_path, suffix):
+    alpha = np.random.default_rng(1).integers(0, 256, (9, 11), dtype=np.uint8)
+    path, given = tmp_path / f"a{suffix}", picture(alpha=alpha)
+    lost = pictures.write_picture(path, given)
+    got = data.read_picture(path)
+    about = {"transparency": got.alpha, "colour profile": got.icc_profile, "EXIF": got.exif}
+    for part, value in about.items():
+        named = any(line.startswith(part) for line in lost)
+        assert named is (value is None), f"{part}: {lost}"
+    assert got.rgb.shape == (9, 11, 3) and not got.is_grey
+    if suffix in (".png", ".tif", ".tiff"):
+        assert not lost and np.array_equal(got.rgb, given.rgb)
+        assert np.array_equal(got.alpha, alpha)
+    if got.exif:
+        exif = Image.Exif()
+        exif.load(got.exif)
+        assert exif[DATE] == "2020:01:02 03:04:05"
+    assert got.icc_profile in (None, PROFILE)
+
+
+@pytest.mark.parametrize("suffix", pictures.WRITABLE)
+def test_grey_of_8_and_16_bits(tmp_path, suffix):
+    deep = np.random.default_rng(1).integers(0, 65536, (9, 11), dtype=np.uint16)
+    rgb = np.repeat((deep >> 8).astype(np.uint8)[:, :, None], 3, axis=2)
+    path = tmp_path / f"a{suffix}"
+    plain = {"icc_profile": None, "exif": None, "is_grey": True}
+    assert pictures.write_picture(path, picture(rgb=rgb, **plain)) == []
+    got = data.read_picture(path)
+    assert got.is_grey or suffix == ".webp", "WebP stores grey as colours"
+    if suffix not in (".webp", ".jpg", ".jpeg"):
+        assert np.array_equal(got.rgb, rgb)
+    lost = pictures.write_picture(path, picture(rgb=rgb, deep=deep, bits=16, **plain))
+    got = data.read_picture(path)
+    if suffix in (".png", ".tif", ".tiff"):
+        assert not lost and np.array_equal(got.deep, deep) and np.array_equal(got.rgb, rgb)
+    else:
+        assert got.deep is None and lost[0].startswith("16 bits (")
+
+
+def test_opaque_transparency_is_not_missed(tmp_path):
+    opaque = np.full((9, 11), 255, np.uint8)
+    assert pictures.write_picture(tmp_path / "a.jpg", picture(alpha=opaque)) == []
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0not a header", b"Exif\0\0II*", b"Exif\0\0" + bytes(9)])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+def test_a_damaged_exif_block_is_left_out(tmp_path, suffix, exif):
+    path = tmp_path / f"a{suffix}"
+    assert pictures.write_picture(path, picture(exif=exif)) == ["EXIF (it is damaged or too long)"]
+    assert data.read_picture(path).rgb.shape == (9, 11, 3)
+
+
+def test_exif_too_long_for_a_jpeg(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "d" * 70_000
+    long = picture(exif=exif.tobytes())
+    assert pictures.write_picture(tmp_path / "a.jpg", long)[0].startswith("EXIF")
+    assert pictures.write_picture(tmp_path / "a.png", long) == []
+
+
+@pytest.mark.parametrize("name, size", [("a.jpg", 65_501), ("a.webp", 16_384)])
+def test_more_pixels_than_a_format_holds(name, size):
+    pictures.check_writable(name, 5, size - 1)
+    with pytest.raises(ValueError, match=f"at most {size - 1} pixels a side"):
+        pictures.check_writable(name, size, 5)
+    with pytest.raises(ValueError, match="use one of the suffixes"):
+        pictures.check_writable("a.gif", 5, 5)
