@@ -48,4 +48,5 @@ def deploy(model: nn.Module, x: Tensor) -> nn.Module:
     """Conversion, packing and what the installation can do."""
     dense: dict[str, str] = issp.nn.convert(model, keep=issp.Keep(2, of=4, tail="dense"))
     print(dense, issp.info()["torch"])
-    return issp.pack(model, example=x)
+    packed: nn.Module = issp.pack(model, example=x)
+    return issp.unpack(packed)
