@@ -131,7 +131,7 @@ def _against_iterations(
     if freeze is not None:
         place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         text = {"color": _GREY, "fontsize": 9}
-        axes[0].annotate("mask frozen", (freeze, 1.0), xytext=(4, -10), **place, **text)
+        axes[1].annotate("mask frozen", (freeze, 1.0), xytext=(4, -10), **place, **text)
     axes[-1].set_xlabel("iteration")
     # A little beyond the last iteration, so that its point is whole.
     axes[-1].set_xlim(left=0, right=1.01 * last)
