@@ -70,7 +70,7 @@ def main(args: argparse.Namespace) -> int:
     whole = args.tile is None and not tiling.exact
     upscaler = evaluate.of_model(network, None if whole else tiling.tile)
     rows, notes = [], []
-    with explain_out_of_memory(common.MEMORY_REMEDY):
+    with process.prompt_interrupt(), explain_out_of_memory(common.MEMORY_REMEDY):
         for name, dataset in sets.items():
             scores = _score(args, upscaler, name, dataset, protocol)
             rows += _rows(args, name, dataset, *scores)

@@ -98,14 +98,16 @@ def main(args: argparse.Namespace) -> int:
         jobs = waiting
     failures = Failures(several=len(images) > 1)
     sizes = _sizes(jobs, model.scale, failures)
-    network = common.packed(args, model, sum(h * w for h, w in sizes.values()))
+    with process.prompt_interrupt():
+        network = common.packed(args, model, sum(h * w for h, w in sizes.values()))
     if not tiling.exact and any(tiling.cuts(*size) for size in sizes.values()):
         print(
             f"note: tiles of {tiling.tile} pixels overlap by {tiling.overlap}, but the network "
             "sees further: results may differ a little at their seams; --tile sets their size",
             file=sys.stderr,
         )
-    _run([job for job in jobs if job.source in sizes], network, tiling, sizes, failures)
+    with process.prompt_interrupt():
+        _run([job for job in jobs if job.source in sizes], network, tiling, sizes, failures)
     if failures.sources:
         print(f"{len(failures.sources)} of {len(jobs)} images failed:", file=sys.stderr)
         print(*failures.sources, sep="\n", file=sys.stderr)

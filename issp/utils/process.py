@@ -8,9 +8,13 @@ became 40 times slower (bench/results).
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 # Some 0.4 ms: longer than the gaps between the layers of a network, shorter than a time slice.
@@ -43,6 +47,43 @@ def use_large_pages() -> None:
     torch reads the setting at its first allocation; afterwards this function does nothing.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+
+@contextlib.contextmanager
+def prompt_interrupt(grace: float = 0.7) -> Iterator[None]:
+    """Ends the process with status 130 if Ctrl-C is not acted on in time.
+
+    Python acts on a signal between two of its instructions, and one layer of a large network takes
+    seconds. Only for what may end anywhere: files are written by `atomic_write`.
+
+    Args:
+        grace: seconds that KeyboardInterrupt gets to leave this context.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    left = threading.Event()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while (number := os.read(reader, 1)) != b"\0":
+            if number[0] == signal.SIGINT and not left.wait(grace):
+                os.write(2, b"interrupted\n")
+                os._exit(128 + signal.SIGINT)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        left.set()
+        signal.set_wakeup_fd(previous)
+        os.write(writer, b"\0")
+        watcher.join()
+        os.close(reader)
+        os.close(writer)
 
 
 def waiting() -> str:

@@ -348,3 +348,30 @@ def test_ctrl_c_is_heard_and_leaves_nothing_half_written(place):
     assert "Traceback" not in rest
     assert not (place / "out").exists() or written(place / "out") == []
     assert waited < 20, "it does not wait for the end of the image"
+
+
+INTERRUPTED_PRODUCT = """
+import os, signal, sys, threading, torch
+from issp import cli, models
+
+a = torch.ones(8000, 8000)  # a product takes seconds, without a moment for Python
+
+def forward(self, x):
+    threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    torch.mm(a, a)
+    raise AssertionError("it was not interrupted")
+
+models.EDSR.forward = forward
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.full
+def test_ctrl_c_does_not_wait_for_a_long_layer(place):
+    picture(place / "a.png")
+    words = ["upscale", "a.png", "--model", "m.safetensors", "-o", "out", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", INTERRUPTED_PRODUCT, *words, "--tile", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 130 and done.stderr == "interrupted\n", done.stderr
+    assert not (place / "out").exists()
