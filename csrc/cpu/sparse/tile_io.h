@@ -47,6 +47,7 @@ inline typename T::Bits rounded(typename T::Wide value) {
 
 template <typename T>
 inline void widen_array(const typename T::Bits* from, int64_t count, typename T::Wide* to) {
+  if (count == 0) return;  // memcpy takes no null pointer, which an empty tensor has
   if constexpr (sizeof(typename T::Bits) == sizeof(typename T::Wide)) {
     std::memcpy(to, from, size_t(count) * sizeof(*to));
   } else {
@@ -56,6 +57,7 @@ inline void widen_array(const typename T::Bits* from, int64_t count, typename T:
 
 template <typename T>
 inline void round_array(const typename T::Wide* from, int64_t count, typename T::Bits* to) {
+  if (count == 0) return;
   if constexpr (sizeof(typename T::Bits) == sizeof(typename T::Wide)) {
     std::memcpy(to, from, size_t(count) * sizeof(*to));
   } else {

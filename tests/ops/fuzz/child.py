@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tests.ops.fuzz import calls
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).absolute().parents[3]  # the folder of a link to tests, not its target
 MEMORY = 24 << 30  # of address space: more than any call needs, and a wrong size asks for more
 # A refusal is one of these and comes from a check; anything else is an error of ours.
 REFUSALS = (RuntimeError, TypeError, ValueError)
