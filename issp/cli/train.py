@@ -22,6 +22,7 @@ EXAMPLE = (
 # The paper's milestones as shares of the fine-tuning stage: 250k, 400k, ... of 500k. They stay
 # shares in config.yml, so that a run resumed with more --iters decays later.
 _MILESTONES = (0.5, 0.8, 0.9, 0.95)
+_BETAS = (0.9, 0.99)  # the paper's
 
 # flag: (key, type, help)
 _FLAGS: dict[str, tuple[str, Any, str]] = {
@@ -190,6 +191,8 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
     if flags["--sparsity"] is not None:
         tree["sparsity"] = {"freeze_iter": max(1, iters // 2)}
     tree["train"] = {"scheduler": {"milestones": list(_MILESTONES)}}
+    if flags["--optimizer"] != "SGD":
+        tree["train"]["optim_g"] = {"betas": list(_BETAS)}
     tree["val"] = {
         "val_freq": max(1, min(5000, iters // 10)),
         "metrics": {

@@ -178,7 +178,7 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     section = config.train.optim_g
     kind = {"Adam": optim.Adam, "AdamW": optim.AdamW, "SGD": optim.SGD}[section.type]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    options = {"lr": section.lr, "weight_decay": section.weight_decay, **section.options}
+    options = {"lr": section.lr, **section.options}
     try:
         return kind(parameters, **options)
     except ValueError as error:

@@ -280,21 +280,18 @@ class Datasets(Section):
         return self.__pydantic_extra__
 
 
-_ADAM = {"betas": [0.9, 0.99], "eps": 1e-8, "amsgrad": False}
+_ADAM = {"weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-8, "amsgrad": False}
+_SGD = {"weight_decay": 0.0, "momentum": 0.0, "dampening": 0.0, "nesterov": False}
 
 
 class Optimizer(TypedSection):
-    """`train.optim_g`; momentum, dampening and nesterov have torch's defaults."""
+    """`train.optim_g`; what a file leaves out has torch's default, as in BasicSR."""
 
-    TYPE_OPTIONS = {
-        "Adam": _ADAM,
-        "AdamW": _ADAM,
-        "SGD": {"momentum": 0.0, "dampening": 0.0, "nesterov": False},
-    }
+    TYPE_OPTIONS = {"Adam": _ADAM, "AdamW": {**_ADAM, "weight_decay": 0.01}, "SGD": _SGD}
 
     type: Annotated[str, _one_of("Adam", "AdamW", "SGD")] = "Adam"
     lr: Annotated[Number, _between(0)] = 2e-4
-    weight_decay: Annotated[Number, _between(0)] = 0.0
+    weight_decay: Annotated[Number, _between(0)] | None = None
     betas: Annotated[Numbers | None, Field(min_length=2, max_length=2)] = None
     eps: Number | None = None
     amsgrad: StrictBool | None = None

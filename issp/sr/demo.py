@@ -132,7 +132,7 @@ def settings(
         "train": {
             "total_iter": iterations,
             "warmup_iter": min(50, iterations // 10),
-            "optim_g": {"lr": LEARNING_RATE},
+            "optim_g": {"lr": LEARNING_RATE, "betas": [0.9, 0.99]},
             "scheduler": {
                 "type": "CosineAnnealingRestartLR",
                 "periods": [iterations - (0 if sparsity is None else freeze) or 1],

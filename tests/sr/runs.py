@@ -40,7 +40,7 @@ def tree_of(photos, root):
         "train": {
             "total_iter": TOTAL,
             "ema_decay": 0.9,
-            "optim_g": {"lr": 1e-3},
+            "optim_g": {"lr": 1e-3, "betas": [0.9, 0.99]},
             "scheduler": {"milestones": [2, 4]},
         },
         "sparsity": {"ratio": 0.8, "freeze_iter": FREEZE},

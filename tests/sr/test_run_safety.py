@@ -275,7 +275,7 @@ def test_a_second_training_in_the_same_folder_is_refused(tree, monkeypatch):
         ({"train__optim_g": {"type": "SGD", "lr": 1e-3}}, "another `train.optim_g.type`"),
         ({"train__optim_g": {"type": "AdamW", "lr": 1e-3}}, "another `train.optim_g.type`"),
         ({"train__optim_g": {"betas": [0.8, 0.99]}}, r"betas was \[0.9, 0.99\] .* \[0.8, 0.99\]"),
-        ({"train__optim_g": {"weight_decay": 0.5}}, "weight_decay was 0.0 .* is 0.5 now"),
+        ({"train__optim_g__weight_decay": 0.5}, "weight_decay was 0.0 .* is 0.5 now"),
         ({"train__ema_decay": 0}, "another `train.ema_decay`"),
         ({"train__ema_decay": 0.5}, "train.ema_decay was 0.9 .* is 0.5 now"),
         ({"sparsity__ratio": 0.5}, "sparsity"),

@@ -48,6 +48,18 @@ def test_every_option_of_an_optimizer_reaches_it():
     assert built_optimizer(type="SGD").param_groups[0]["momentum"] == 0
 
 
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD"])
+def test_an_option_that_a_file_leaves_out_has_the_default_of_torch(kind):
+    model = torch.nn.Linear(2, 2)
+    (expected,) = getattr(torch.optim, kind)(model.parameters(), lr=2e-4).param_groups
+    (actual,) = built_optimizer(type=kind, lr=2e-4).param_groups
+    options = [key for key in config.Optimizer.model_fields if key in expected]
+    assert "weight_decay" in options and len(options) >= 4
+    for key in options:
+        as_tuple = tuple if isinstance(expected[key], tuple) else lambda value: value
+        assert as_tuple(actual[key]) == expected[key], key
+
+
 def test_amsgrad_keeps_the_largest_second_moment():
     model = torch.nn.Conv2d(2, 2, 1)
     optimizer = builders.optimizer(parsed(train__optim_g={"amsgrad": True}), model)
