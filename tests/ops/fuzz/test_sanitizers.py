@@ -6,6 +6,7 @@ must be the first that the interpreter loads.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import runpy
 import shutil
@@ -47,11 +48,14 @@ def sanitized(tmp_path_factory):
     first = preloaded()
     if first is None:
         pytest.skip("the C++ compiler has no AddressSanitizer (libasan)")
-    folder = tmp_path_factory.mktemp("sanitized")
-    shutil.copytree(ROOT / "issp", folder / "issp", ignore=shutil.ignore_patterns("*.so", "__py*"))
-    for name in LINKED:
-        (folder / name).symlink_to(ROOT / name)
-    _library()().build(folder / "issp" / "_C.abi3.so", folder / "build")
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder = base / "sanitized"
+    with open(base / "sanitized.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of pytest's processes builds, minutes long
+        if not (folder / "done").exists():
+            _build(folder)
+            (folder / "done").touch()
     options = "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=8192"
     environment = {
         "LD_PRELOAD": first,
@@ -63,6 +67,14 @@ def sanitized(tmp_path_factory):
         "PYTHONPATH": str(folder),
     }
     return folder, environment
+
+
+def _build(folder: Path) -> None:
+    skipped = shutil.ignore_patterns("*.so", "__py*")
+    shutil.copytree(ROOT / "issp", folder / "issp", ignore=skipped)
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    _library()().build(folder / "issp" / "_C.abi3.so", folder / "build")
 
 
 def _library():
