@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import operator
 import os
 import sys
@@ -58,8 +59,13 @@ class Work:
 
     def is_trained_by(self, optimizer: Optimizer) -> bool:
         """Whether an optimizer has one of the weights."""
+        return bool(self.trained_by([optimizer]))
+
+    def trained_by(self, optimizers: Iterable[Optimizer]) -> set[int]:
+        """Those of the weights, by id, that some of the optimizers have."""
         weights = set(map(id, self.weights()))
-        return any(id(p) in weights for group in optimizer.param_groups for p in group["params"])
+        groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
+        return weights & {id(parameter) for params in groups for parameter in params}
 
 
 class Hooks:
@@ -131,12 +137,27 @@ class Hooks:
                     f"the optimizer prunes these weights already, for {name}: call finalize() or "
                     "detach() of that pruner first, or build a new optimizer"
                 )
+        self._check_elsewhere(optimizers, work)
+
+    def _check_elsewhere(self, optimizers: Sequence[Optimizer], work: Work) -> None:
+        """Refuses weights that another pruner shrinks after the steps of other optimizers."""
+        trained = work.trained_by(optimizers)
+        if not any(hooks.shrinks(trained) for hooks in self._others()):
+            return
+        gc.collect()  # a pruner that nobody has any more stays in a cycle with its optimizer
+        for name in [name for hooks in self._others() if (name := hooks.shrinks(trained))]:
+            raise ValueError(
+                f"another optimizer prunes these weights already, for {name}: call reattach(opt) "
+                "of that pruner if this optimizer replaces its own, else finalize() or detach()"
+            )
+
+    def _others(self) -> list[Hooks]:
+        return [hooks for hooks in list(_watchers) if hooks is not self]
 
     def _other_pruners(self, optimizer: Optimizer, work: Work) -> list[str]:
         """The other pruners that prune some of the weights in the optimizer's steps."""
         weights = set(map(id, work.weights()))
-        others = [hooks for hooks in list(_watchers) if hooks is not self]
-        return [name for hooks in others if (name := hooks.prunes(optimizer, weights))]
+        return [name for hooks in self._others() if (name := hooks.prunes(optimizer, weights))]
 
     def _begin(self, index: int, found_inf: Tensor | None) -> PruneStep:
         assert self._work is not None
@@ -243,6 +264,12 @@ class Hooks:
             return ""
         own = set(map(id, self._work.weights()))
         return self._work.describe() if own & weights else ""
+
+    def shrinks(self, weights: set[int]) -> str:
+        """Which pruner prunes some of the weights (by id) in any optimizer's steps, or ""."""
+        if self._work is None or not self._work.trained_by(self._hooked) & weights:
+            return ""
+        return self._work.describe()
 
     def present(self, optimizers: Sequence[Optimizer]) -> bool:
         """Whether every optimizer still has its hook."""

@@ -122,6 +122,7 @@ def test_14_training_goes_on_from_a_sparse_model():
         assert torch.equal(~mask, zeros[f"{name}.weight"]) and torch.equal(weight == 0, ~mask)
         assert not torch.equal(weight.detach().view(torch.int32), before[f"{name}.weight"])
     assert all(r.zeros == r.selected == num_pruned(r.numel, 0.7) for r in pruner.summary().rows)
+    pruner.detach()
     again = attach(model, adam(model), from_zeros=True)
     again.load_state_dict(pruner.state_dict())
     assert again.frozen and equal(again.masks(), pruner.masks())

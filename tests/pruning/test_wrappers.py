@@ -1,7 +1,6 @@
 """Optimizers in other optimizers: counted once, shrunk once, zeros exact, fused steps kept."""
 
 import copy
-import gc
 import warnings
 
 import pytest
@@ -386,16 +385,45 @@ def test_other_layers_of_the_same_optimizer_may_have_their_own_pruner():
 
 def test_a_cell_that_builds_model_optimizer_and_pruner_anew_warns_of_nothing():
     model = net()
-    opt = adam(model)
-    earlier = attach(model, opt)
+    earlier = attach(model, adam(model))
+    model = net()
     opt = adam(model)
     pruner = attach(model, opt)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(model, opt, 0)
     assert pruner.step_count == 1 and earlier.step_count == 0
-    del pruner
-    gc.collect()
+
+
+def test_two_optimizers_do_not_each_get_a_pruner_of_the_same_weights():
+    model = net()
+    first, second = adam(model), torch.optim.SGD([model[4].weight], 0.1)
+    pruner = attach(model, first, sparsity=0.9)
+    name = "Pruner\\(iss-p, step 0, pruning, 3 layers, target 0.9\\)"
+    sentence = f"another optimizer prunes these weights already, for {name}: call reattach"
+    with pytest.raises(ValueError, match=sentence):
+        attach(model, second, sparsity=0.5)
+    other = net()
+    elsewhere = attach(other, adam(other), sparsity=0.5)
+    with pytest.raises(ValueError, match=sentence):
+        elsewhere.reattach(second, model)
+    step(model, first, 0)
+    assert pruner.step_count == 1 and elsewhere.attached and elsewhere.step_count == 0
+    pruner.detach()
+    assert attach(model, second, sparsity=0.5).attached
+
+
+def test_pruners_of_different_weights_may_share_a_model_and_a_lost_one_is_in_nobodys_way():
+    model = net()
+    first, second = (torch.optim.SGD(list(part.parameters()), 0.1) for part in (model[0], model[4]))
+    with pytest.warns(UserWarning, match="2 weights to prune are not in the optimizer"):
+        pruners = [attach(model, opt, sparsity=0.9) for opt in (first, second)]
+    step(model, second, 0)
+    assert [p.step_count for p in pruners] == [0, 1]
+    with pytest.raises(ValueError, match="another optimizer prunes these weights already"):
+        attach(model, adam(model))
+    del pruners, first, second
+    assert attach(model, adam(model)).attached
 
 
 # Refused
