@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -45,6 +45,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     """As `model.named_modules(remove_duplicate=False)`, without the wrappers around and inside."""
     return dict(_walk(unwrap(model), ""))
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """As `model.state_dict()`, under names without the wrappers around and inside.
+
+    A layer of the network's own that is called `module` keeps its name.
+    """
+    network = unwrap(model)
+    return {_own_name(network, name): value for name, value in network.state_dict().items()}
 
 
 def plain_name(name: str) -> str:
@@ -89,6 +98,21 @@ def _inner(module: nn.Module) -> nn.Module | None:
     if _CLASSES.isdisjoint(cls.__name__ for cls in type(module).__mro__):
         return None
     return children.get("module")
+
+
+def _own_name(network: nn.Module, name: str) -> str:
+    """A name in the network's state_dict without the wrappers that it leads through."""
+    kept: list[str] = []
+    module: nn.Module | None = network
+    for part in name.split("."):
+        inner = None if module is None else _inner(module)
+        if module is not None and inner is not None and module._modules.get(part) is inner:
+            module = inner
+            continue
+        kept.append(part)
+        # Some wrappers leave themselves out of the names of their state_dict.
+        module = None if module is None else unwrap(module)._modules.get(part)
+    return ".".join(kept)
 
 
 def _walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

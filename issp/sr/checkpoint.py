@@ -66,8 +66,8 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
         model = pack.unpack(model)
     # Copies: safetensors refuses tensors that share memory, and tied weights load back equal.
     tensors = {
-        names.plain_name(name): value.detach().cpu().contiguous().clone()
-        for name, value in model.state_dict().items()
+        name: value.detach().cpu().contiguous().clone()
+        for name, value in names.named_tensors(model).items()
     }
     metadata: dict[str, Any] = {"config": model.config, "arch": model.arch, "scale": model.scale}
     metadata |= {"sparsity": sparsity(model), **extra}
@@ -112,7 +112,8 @@ def read_tensors(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a model file by name, and what it says of its architecture (or {}).
 
-    What wrappers ("module.", "_orig_mod.", ...) put into the names is taken out.
+    What wrappers ("module.", "_orig_mod.", ...) put into the names is taken out; `save` has
+    written none of it.
 
     Args:
         path: a safetensors file, or a .pth of weights.
@@ -129,12 +130,16 @@ def read_tensors(
     named = path.suffix.lower() == ".safetensors" and not file_kinds.is_zip(path)
     if named or file_kinds.is_safetensors(path):
         tensors, metadata = read_safetensors(path)
+        names_are_its_own = "config" in metadata
     else:
         content = read_state(path)
         tensors = _weights_entry(content, path, key)
         metadata = {name: content[name] for name in ("config", "arch", "scale") if name in content}
+        names_are_its_own = False
     _check_plain(tensors, path)
     plain = {names.plain_name(name): value for name, value in tensors.items()}
+    if names_are_its_own or len(plain) < len(tensors):  # a layer of it may be called `module`
+        return tensors, metadata
     plain.pop("n_averaged", None)  # the counter of torch's AveragedModel
     return plain, metadata
 

@@ -342,6 +342,37 @@ def test_names_are_read_and_written_through_wrappers(model, tmp_path, kinds):
     assert_same(names.unwrap(outer), model)  # an average is a copy
 
 
+class Own(torch.nn.Module):
+    """A network of the user's own with a layer called `module`, and one of its name without it."""
+
+    arch, scale = "Own", 1
+
+    def __init__(self):
+        super().__init__()
+        self.config = {"type": "Own"}
+        self.module = torch.nn.Linear(2, 3)
+        self.block = torch.nn.Sequential()
+        self.block.add_module("module", torch.nn.Linear(3, 3))
+        self.block.register_parameter("weight", torch.nn.Parameter(torch.zeros(3, 3)))
+
+
+@pytest.mark.parametrize("kinds", [(), *WRAPPINGS], ids=lambda kinds: "-".join(kinds) or "plain")
+def test_a_layer_called_module_keeps_its_name(tmp_path, kinds):
+    own = Own()
+    own.block.module = torch.compile(own.block.module)
+    plain = {k.replace("_orig_mod.", ""): v for k, v in own.state_dict().items()}
+    assert {"module.weight", "block.module.weight", "block.weight"} <= plain.keys()
+    checkpoint.save(wrapped(own, kinds), tmp_path / "own.safetensors")
+    tensors, _ = checkpoint.read_tensors(tmp_path / "own.safetensors")
+    assert tensors.keys() == plain.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in plain.items())
+    torch.save(plain, tmp_path / "own.pth")
+    for file in ("own.safetensors", "own.pth"):
+        other = Own()
+        checkpoint.load_weights(other, checkpoint.read_tensors(tmp_path / file)[0], file)
+        assert all(torch.equal(value, plain[k]) for k, value in other.state_dict().items())
+
+
 def test_a_compiled_block_keeps_the_names(model, tmp_path):
     plain = {k: v.clone() for k, v in model.state_dict().items()}
     model.body = torch.compile(model.body)
