@@ -1,5 +1,8 @@
 """Pictures as files: every format keeps what it can, and what it cannot is named."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 
@@ -100,3 +103,42 @@ def test_more_pixels_than_a_format_holds(name, size):
         pictures.check_writable(name, size, 5)
     with pytest.raises(ValueError, match="use one of the suffixes"):
         pictures.check_writable("a.gif", 5, 5)
+
+
+def png(samples, bits, clear):
+    """A PNG file of [H, W, 1] or [H, W, 3] samples, of which those of one colour are transparent.
+
+    The chunks are written by hand: Pillow writes no such files of other depths than 8 bits.
+    """
+    height, width, colours = samples.shape
+    ones = (samples.reshape(height, -1, 1) >> np.arange(bits)[::-1]) & 1
+    lines = [b"\0" + np.packbits(line.ravel()).tobytes() for line in ones.astype(np.uint8)]
+    header = struct.pack(">IIBBBBB", width, height, bits, 2 if colours == 3 else 0, 0, 0, 0)
+    chunks = {b"IHDR": header, b"tRNS": struct.pack(f">{colours}H", *clear)}
+    chunks |= {b"IDAT": zlib.compress(b"".join(lines)), b"IEND": b""}
+    parts = [
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("bits", "colours"), [(b, 1) for b in (1, 2, 4, 8, 16)] + [(8, 3), (16, 3)]
+)
+def test_one_transparent_colour_of_any_depth(tmp_path, bits, colours):
+    samples = np.random.default_rng(bits).integers(0, 2**bits, (9, 11, colours))
+    samples[3:5, 2:7] = samples[0, 0]
+    (tmp_path / "a.png").write_bytes(png(samples, bits, samples[0, 0]))
+    clear = (samples == samples[0, 0]).all(axis=2)
+    got = data.read_picture(tmp_path / "a.png")
+    assert np.array_equal(got.alpha, np.where(clear, 0, 255))
+    levels = samples >> 8 if bits == 16 else samples * 255 // (2**bits - 1)
+    assert np.array_equal(got.rgb, np.broadcast_to(levels, (9, 11, 3)))
+    lost = pictures.write_picture(tmp_path / "b.png", got)
+    assert ("16 bits (beside transparency 8 are written)" in lost) is (bits == 16 and colours == 1)
+    again = data.read_picture(tmp_path / "b.png")
+    assert np.array_equal(again.alpha, got.alpha) and np.array_equal(again.rgb, got.rgb)

@@ -134,9 +134,7 @@ def read_picture(path: str | os.PathLike) -> Picture:
         exif = parts.exif or image.info.get("exif") or _tiff_exif(image)
         icc_profile = parts.icc_profile or image.info.get("icc_profile")
         image = _upright(image, parts)
-        alpha = None
-        if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-            alpha = np.array(image.convert("RGBA"))[:, :, 3].copy()
+        alpha = _alpha(image, bits)
         rgb = _to_rgb(image, path)
         return Picture(
             rgb=rgb,
@@ -426,6 +424,23 @@ def _tiff_exif(image: Any) -> bytes | None:
         for directory in _EXIF_DIRECTORIES:
             kept.get_ifd(directory).update(exif.get_ifd(directory))
         return kept.tobytes() if any((kept, *map(kept.get_ifd, _EXIF_DIRECTORIES))) else None
+    return None
+
+
+def _alpha(image: Any, bits: int) -> np.ndarray | None:
+    """[H, W] uint8 transparency of an image whose file has so many bits per sample, if it has one.
+
+    A file may name one colour that is transparent, as its samples are: Pillow compares it with the
+    samples of the decoded image, which are those of the file only where they have 8 bits.
+    """
+    clear = image.info.get("transparency")
+    if clear is not None and image.mode in ("L", "I", "I;16", "I;16B") and bits != 8:
+        level = clear * 255 // (2**bits - 1) if image.mode == "L" else clear
+        return np.where(np.asarray(image) == level, 0, 255).astype(np.uint8)
+    if isinstance(clear, tuple) and bits > 8:
+        image.info["transparency"] = tuple(sample >> 8 for sample in clear)
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or clear is not None:
+        return np.array(image.convert("RGBA"))[:, :, 3].copy()
     return None
 
 

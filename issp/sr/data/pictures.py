@@ -86,6 +86,9 @@ def write_picture(path: str | os.PathLike, picture: Picture) -> list[str]:
     if pixels.dtype == np.uint16 and not keeps("16 bits", True):
         pixels = (pixels >> 8).astype(np.uint8)
     if picture.alpha is not None and keeps("transparency", not (picture.alpha == 255).all()):
+        if pixels.dtype == np.uint16:
+            pixels = (pixels >> 8).astype(np.uint8)
+            lost.append("16 bits (beside transparency 8 are written)")
         pixels = np.concatenate([pixels, picture.alpha[:, :, None]], axis=2)
     metadata: dict[str, Any] = {}
     profile = picture.icc_profile
