@@ -321,6 +321,21 @@ def test_prepare_crops(tmp_path):
     assert result.images == 1 and len(files(out)) == 4  # crops of the old picture are gone
 
 
+@pytest.mark.parametrize("crops", [{}, {"crop_size": 8}])
+@pytest.mark.parametrize("place", ["HR/a{}.png", "LR_bicubic/X2/a{}x2.png"])
+def test_prepare_does_not_overwrite_files_of_others(tmp_path, crops, place):
+    data.write_image(tmp_path / "in" / "a.png", np.zeros((16, 16, 3), np.uint8))
+    theirs = tmp_path / "out" / place.format("_s001" if crops else "")
+    data.write_image(theirs, np.ones((16, 16, 3), np.uint8))
+    before = theirs.read_bytes()
+    with pytest.raises(ValueError, match=f"{theirs.name} is there already, and not made by"):
+        data.prepare(tmp_path / "in", tmp_path / "out", (2,), **crops)
+    assert theirs.read_bytes() == before
+    theirs.unlink()
+    assert data.prepare(tmp_path / "in", tmp_path / "out", (2,), **crops).resumed == 0
+    assert data.prepare(tmp_path / "in", tmp_path / "out", (2,), **crops).resumed == 1
+
+
 def test_prepare_in_place(tmp_path):
     source = save(tmp_path / "HR" / "a.bmp", coordinates(24, 24))
     before = source.read_bytes()

@@ -17,6 +17,8 @@ from issp.sr.data.layouts import check_names, originals
 from issp.sr.data.resize import imresize
 from issp.utils.files import atomic_write, user_path
 
+_JOURNAL = "prepared.jsonl"  # in the result: what is finished
+
 
 @dataclass(frozen=True)
 class PrepareResult:
@@ -64,7 +66,8 @@ def prepare(
 
     Raises:
         FileNotFoundError, ValueError: no such folder, no images, an unreadable or too small image,
-            an unusable argument, or ``out`` holds a data set with other settings.
+            an unusable argument, ``out`` holds a data set with other settings, or
+            files of the same names that were not made here.
         OSError: a file cannot be written.
     """
     check_small(small)
@@ -78,6 +81,8 @@ def prepare(
     if in_place and crop_size:
         raise ValueError(f"crops of {hr_folder} cannot go into the same folder; choose another out")
 
+    if not (out / _JOURNAL).exists():
+        _check_free(sources, out, cut, in_place)
     journal = _Journal(out, cut)
     journal.check_owners(sources)
     todo = [source for source in sources if not journal.is_finished(source)]
@@ -162,6 +167,19 @@ def _make(source: Path, out: Path, cut: _Cut, in_place: bool) -> list[str]:
     return names
 
 
+def _check_free(sources: list[Path], out: Path, cut: _Cut, in_place: bool) -> None:
+    """Refuses a folder without a journal in which other files would be overwritten."""
+    for source in sources:
+        name = f"{source.stem}_s001" if cut.crop_size else source.stem
+        results = [_lr_path(out, name, scale) for scale in cut.scales]
+        results += [] if in_place else [out / "HR" / f"{name}.png"]
+        for result in filter(Path.exists, results):
+            raise ValueError(
+                f"{result} is there already, and not made by `issp prepare-data`: choose another "
+                "out, or remove it"
+            )
+
+
 def _lr_path(out: Path, name: str, scale: int) -> Path:
     return out / "LR_bicubic" / f"X{scale}" / f"{name}x{scale}.png"
 
@@ -174,7 +192,7 @@ class _Journal:
     """The finished sources: a line of settings, then a line of JSON for each source."""
 
     def __init__(self, out: Path, cut: _Cut):
-        self.out, self.cut, self.path = out, cut, out / "prepared.jsonl"
+        self.out, self.cut, self.path = out, cut, out / _JOURNAL
         settings = {k: getattr(cut, k) for k in ("crop_size", "step", "thresh_size", "unit")}
         lines = self._read()
         if lines and lines[0] != settings:
