@@ -86,6 +86,15 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
+def file_identity(path: Path) -> tuple[int, int] | Path:
+    """What two names of one file have in common."""
+    try:
+        about = path.stat()
+    except OSError:
+        return path
+    return about.st_dev, about.st_ino
+
+
 # Folders inside a data set, whose name says nothing about the set.
 _INNER_FOLDERS = re.compile(
     r"HR|GT|GTmod\d+|original|images?|image_SRF_\d|X\d|.*\{\}.*", re.IGNORECASE
@@ -188,7 +197,7 @@ def tiling(args: argparse.Namespace, model: SuperResolver) -> Tiling:
     try:
         return tiling.fixed_tiling(model, args.tile or None)
     except ValueError as error:
-        raise ValueError(f"--tile: {error}") from None
+        raise ValueError(f"--tile: {error}; 0 cuts nothing") from None
 
 
 def packed(args: argparse.Namespace, model: SuperResolver, pixels: int) -> nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from issp.cli import common
+from issp.utils.files import user_path
 from issp.utils.text import table
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ def main(args: argparse.Namespace) -> int:
         for (name, folder), lr_images in zip(folders.items(), _lr_images(args), strict=True)
     }
     sets = {name: data.EvalDataset(pairs[name]) for name in pairs}
+    if args.save:
+        _check_saved(args, sets)
     protocol = evaluate.Protocol(args.crop_border, args.channels == "y")
     for dataset in sets.values():
         evaluate.check_sizes(dataset, protocol, protocol)
@@ -103,6 +106,28 @@ def _lr_images(args: argparse.Namespace) -> list[str | None]:
     return given
 
 
+def _saved(args: argparse.Namespace, name: str, image: str) -> Path:
+    """The file that --save makes of an image of a set."""
+    return user_path(args.save) / name / f"{image}.png"
+
+
+def _check_saved(args: argparse.Namespace, sets: dict[str, EvalDataset]) -> None:
+    """Refuses --save where a result would overwrite an image that is read."""
+    indices = [(dataset, i) for dataset in sets.values() for i in range(len(dataset))]
+    read = {
+        common.file_identity(Path(path))
+        for dataset, i in indices
+        for path in dataset.pairs.paths(i)
+    }
+    for name, dataset in sets.items():
+        for target in (_saved(args, name, image) for image in dataset.pairs.names):
+            if target.exists() and common.file_identity(target) in read:
+                raise ValueError(
+                    f"--save {args.save} would overwrite {target}, which is an image of --data: "
+                    "choose another folder"
+                )
+
+
 def _score(
     args: argparse.Namespace,
     upscaler: Callable[[np.ndarray], np.ndarray],
@@ -120,7 +145,7 @@ def _score(
             results.append(result)
             progress(len(results), len(dataset))
             if args.save:
-                data.write_image(Path(args.save) / name / f"{image}.png", sr)
+                data.write_image(_saved(args, name, image), sr)
 
         evaluate.evaluate(upscaler, dataset, protocol, protocol, on_image)
         if args.no_bicubic:

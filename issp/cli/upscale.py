@@ -92,10 +92,7 @@ def main(args: argparse.Namespace) -> int:
     jobs = _jobs(args, images, f"_x{model.scale}" if args.suffix is None else args.suffix)
     tiling = common.tiling(args, model)
     if args.skip_existing:
-        waiting = [job for job in jobs if not job.target.exists()]
-        done = len(jobs) - len(waiting)
-        print(f"{done} of {len(jobs)} results are there already", file=sys.stderr)
-        jobs = waiting
+        jobs = _waiting(jobs)
     failures = Failures(several=len(images) > 1)
     sizes = _sizes(jobs, model.scale, failures)
     with process.prompt_interrupt():
@@ -159,6 +156,33 @@ def _jobs(args: argparse.Namespace, images: list[tuple[Path, Path]], suffix: str
     return jobs
 
 
+def _waiting(jobs: list[Job]) -> list[Job]:
+    """The jobs whose result is not there, or is not a whole image; a line says how many are."""
+    waiting, damaged = [], 0
+    with common.item_progress("results read") as progress:
+        for number, job in enumerate(jobs):
+            progress(number, len(jobs))
+            there = job.target.exists()
+            if not (there and _is_whole(job.target)):
+                waiting.append(job)
+                damaged += there
+    done = f"{len(jobs) - len(waiting)} of {len(jobs)} results are there already"
+    again = f", {damaged} damaged: made again" if damaged else ""
+    print(f"{done}{again}", file=sys.stderr)
+    return waiting
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an image can be read to its end."""
+    from issp.sr import data
+
+    try:
+        data.read_image(path)
+    except ValueError:
+        return False
+    return True
+
+
 def _file_named(args: argparse.Namespace) -> bool:
     """Whether -o names a file, by its suffix.
 
@@ -180,7 +204,7 @@ def _file_named(args: argparse.Namespace) -> bool:
 
 
 def _check_targets(jobs: Sequence[Job]) -> None:
-    identities = {_identity(job.source): job.source for job in jobs}
+    identities = {common.file_identity(job.source): job.source for job in jobs}
     sources: dict[Path, Path] = {}
     for job in jobs:
         if job.target in sources:
@@ -191,20 +215,11 @@ def _check_targets(jobs: Sequence[Job]) -> None:
         sources[job.target] = job.source
         if job.target.is_dir():
             raise ValueError(f"the result {job.target} is a folder: choose another --suffix")
-        overwritten = job.target.exists() and identities.get(_identity(job.target))
+        overwritten = job.target.exists() and identities.get(common.file_identity(job.target))
         if overwritten:
             raise ValueError(
                 f"{overwritten} would be overwritten: choose another folder or --suffix"
             )
-
-
-def _identity(path: Path) -> tuple[int, int] | Path:
-    """What two names of one file have in common."""
-    try:
-        about = path.stat()
-    except OSError:
-        return path
-    return about.st_dev, about.st_ino
 
 
 def _sizes(jobs: Sequence[Job], scale: int, failures: Failures) -> dict[Path, tuple[int, int]]:

@@ -145,6 +145,22 @@ def test_a_set_with_a_small_image_is_refused_before_anything_is_scored(model, tm
     assert cli.main([*command, "--crop-border", "2"]) == 0
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_save_does_not_overwrite_what_is_scored(model, tmp_path, capsys, linked):
+    original = tmp_path / "sets" / "Set5" / "baby.png"
+    data.write_image(original, picture(0))
+    before, out = original.read_bytes(), tmp_path / "sets"
+    if linked:
+        out = tmp_path / "link"
+        out.symlink_to(tmp_path / "sets")
+    command = ["test", "--model", model, "--data", str(original.parent), "--save", str(out)]
+    assert cli.main(command) == 2
+    assert "baby.png, which is an image of --data" in capsys.readouterr().err
+    assert original.read_bytes() == before
+    assert cli.main([*command[:-1], str(tmp_path / "results")]) == 0
+    assert (tmp_path / "results" / "Set5" / "baby.png").is_file()
+
+
 def test_a_network_of_one_channel_is_trained_scored_and_used(tmp_path, capsys):
     grey = np.add.outer(np.arange(48), np.arange(52)).astype(np.uint8)
     data.write_image(tmp_path / "grey" / "g.png", grey)

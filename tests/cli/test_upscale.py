@@ -105,15 +105,31 @@ def test_folders_are_mirrored_and_results_are_no_images(place, capsys):
 def test_skip_existing(place, capsys):
     for i, name in enumerate("ab"):
         picture(place / f"{name}.png", seed=i)
-    (place / "a_x2.png").write_bytes(b"finished")
+    made = picture(place / "a_x2.png", 3, 3)
     assert run(".", out=".") == 2, "a_x2.png is an image too, which would be overwritten"
     assert "a_x2.png would be overwritten" in capsys.readouterr().err
     assert run(".", "--skip-existing", out=".") == 0
     assert "1 of 2 results are there already" in capsys.readouterr().err
-    assert (place / "a_x2.png").read_bytes() == b"finished"
+    assert np.array_equal(data.read_image("a_x2.png"), made)
     assert data.read_image("b_x2.png").shape == (24, 28, 3)
     assert run(".", "--skip-existing", out=".") == 0
     assert not list(place.glob("*_x2_x2*"))
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.9])
+def test_skip_existing_makes_half_written_results_again(place, capsys, share):
+    for i, name in enumerate("ab"):
+        picture(place / "in" / f"{name}.png", seed=i)
+    assert run("in") == 0
+    result = place / "out" / "a_x2.png"
+    whole = result.read_bytes()
+    result.write_bytes(whole[: int(share * len(whole))])
+    capsys.readouterr()
+    assert run("in", "--skip-existing") == 0
+    shown = capsys.readouterr()
+    assert "1 of 2 results are there already, 1 damaged: made again" in shown.err
+    assert "b_x2" not in shown.out
+    assert result.read_bytes() == whole
 
 
 @pytest.mark.parametrize("name", ["r.png", "r.JPG", "r.webp", "r.tiff", "r.bmp", "new/r.png"])
@@ -137,7 +153,11 @@ def test_what_out_cannot_be(place, capsys):
         (("a.png", "--suffix", "/x"), "out", "holds a path"),
         (("a.png", "--suffix="), ".", "a.png would be overwritten"),
         (("a.png",), "a.png", "a.png would be overwritten"),
-        (("a.png", "--tile", "-3"), "out", "--tile: tile must be a positive multiple of 1"),
+        (
+            ("a.png", "--tile", "-3"),
+            "out",
+            "--tile: tile must be at least 1, got -3; 0 cuts nothing",
+        ),
         (("a.png", "--threads", "0"), "out", "--threads is 0"),
     ]:
         assert run(*words, out=out) == 2, words

@@ -99,7 +99,8 @@ def fixed_tiling(model: nn.Module, tile: int | None, overlap: int | None = None)
     network = getattr(model, "module", model)
     multiple, radius = getattr(network, "pad_multiple", 1), _radius(network)
     if tile < 1 or tile % multiple:
-        raise ValueError(f"tile must be a positive multiple of {multiple}, got {tile}")
+        least = "at least 1" if multiple == 1 else f"a positive multiple of {multiple}"
+        raise ValueError(f"tile must be {least}, got {tile}")
     if overlap is None:
         covering = tile if radius is None else _round_up(2 * radius, multiple)
         overlap = covering if 2 * covering <= tile else min(OVERLAP, tile // 2)
