@@ -321,6 +321,20 @@ def test_prepare_crops(tmp_path):
     assert result.images == 1 and len(files(out)) == 4  # crops of the old picture are gone
 
 
+@pytest.mark.parametrize("line", [b"[1]", b"{}", b"3", b'"text"'])
+@pytest.mark.parametrize("first", [True, False])
+def test_prepare_names_a_damaged_journal(tmp_path, line, first):
+    data.write_image(tmp_path / "in" / "a.png", np.zeros((16, 16, 3), np.uint8))
+    data.prepare(tmp_path / "in", tmp_path / "out", (2,))
+    journal = tmp_path / "out" / "prepared.jsonl"
+    settings = journal.read_bytes().splitlines()[0]
+    journal.write_bytes(line if first else settings + b"\n" + line + b"\n")
+    with pytest.raises(ValueError, match="prepared.jsonl is damaged: remove it"):
+        data.prepare(tmp_path / "in", tmp_path / "out", (2,))
+    journal.write_bytes(settings + b"\n\xff\xfe")  # no JSON and no UTF-8: a half line
+    assert data.prepare(tmp_path / "in", tmp_path / "out", (2,)).images == 1
+
+
 @pytest.mark.parametrize("crops", [{}, {"crop_size": 8}])
 @pytest.mark.parametrize("place", ["HR/a{}.png", "LR_bicubic/X2/a{}x2.png"])
 def test_prepare_does_not_overwrite_files_of_others(tmp_path, crops, place):

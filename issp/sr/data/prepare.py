@@ -247,13 +247,18 @@ class _Journal:
             file.write(json.dumps(entry) + "\n")
 
     def _read(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
         lines = []
-        if self.path.is_file():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break  # the half line of an interrupted call; the lines before it are whole
+        for line in self.path.read_bytes().splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break  # the half line of an interrupted call; the lines before it are whole
+        forms = [("crop_size",), *[("source", "stat", "scales", "names")] * len(lines)]
+        for line, keys in zip(lines, forms, strict=False):
+            if not (isinstance(line, dict) and all(key in line for key in keys)):
+                raise ValueError(f"{self.path} is damaged: remove it and what was made beside it")
         return lines
 
 
