@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from issp.sr.data import EvalDataset
     from issp.sr.evaluate import Protocol, Score
+    from issp.sr.models import SuperResolver
 
 HELP = "PSNR and SSIM of a model on test sets"
 EXAMPLE = "issp test --model net_g_latest.safetensors --data Set5 Set14=benchmarks/Set14 --save out"
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Prints a table with one row per set."""
-    from issp.sr import checkpoint, data, evaluate
+    from issp.sr import data, evaluate
     from issp.utils import process
     from issp.utils.errors import explain_out_of_memory
 
@@ -72,12 +73,30 @@ def main(args: argparse.Namespace) -> int:
     # Figures are those of whole images: without --tile, only exact tiles are used.
     whole = args.tile is None and not tiling.exact
     upscaler = evaluate.of_model(network, None if whole else tiling.tile)
-    rows, notes = [], []
-    with process.prompt_interrupt(), explain_out_of_memory(common.MEMORY_REMEDY):
-        for name, dataset in sets.items():
-            scores = _score(args, upscaler, name, dataset, protocol)
-            rows += _rows(args, name, dataset, *scores)
-            notes += _notes(name, dataset, scores[0])
+    rows: list[list[str]] = []
+    notes: list[str] = []
+    try:
+        with process.prompt_interrupt(), explain_out_of_memory(common.MEMORY_REMEDY):
+            for name, dataset in sets.items():
+                scores = _score(args, upscaler, name, dataset, protocol)
+                rows += _rows(args, name, dataset, *scores)
+                notes += _notes(name, dataset, scores[0])
+    finally:
+        if rows:  # of the sets that were finished, whatever happened to another
+            _print(args, model, protocol, rows, notes)
+    return 0
+
+
+def _print(
+    args: argparse.Namespace,
+    model: SuperResolver,
+    protocol: Protocol,
+    rows: list[list[str]],
+    notes: list[str],
+) -> None:
+    """The table and what is said around it."""
+    from issp.sr import checkpoint
+
     counts = checkpoint.sparsity(model)
     kept = f"{counts['weights'] - counts['zeros']:,} of {counts['weights']:,} weights kept"
     print(f"{args.model}: {model.arch} x{model.scale}, {kept}")
@@ -90,7 +109,6 @@ def main(args: argparse.Namespace) -> int:
     print(table(header[:width], [row[:width] for row in rows]))
     if notes:
         print("", *notes, sep="\n")
-    return 0
 
 
 def _lr_images(args: argparse.Namespace) -> list[str | None]:

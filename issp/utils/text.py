@@ -13,6 +13,11 @@ def suggest(name: object, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
+def _printable(text: str) -> str:
+    """Text in one line: line ends, tabs and bytes that are not UTF-8 (in names) are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table whose columns are aligned: the first to the left, others to the right.
 
@@ -20,7 +25,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         header: names of the columns.
         rows: cells, as many as the header has.
     """
-    lines = [list(header), *map(list, rows)]
+    lines = [[_printable(cell) for cell in line] for line in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
     def text(line: Sequence[str]) -> str:
@@ -29,4 +34,4 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         return "| " + " | ".join(cells) + " |"
 
     dashes = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([text(header), text(dashes), *map(text, lines[1:])])
+    return "\n".join([text(lines[0]), text(dashes), *map(text, lines[1:])])

@@ -161,6 +161,25 @@ def test_save_does_not_overwrite_what_is_scored(model, tmp_path, capsys, linked)
     assert (tmp_path / "results" / "Set5" / "baby.png").is_file()
 
 
+def test_sets_that_were_scored_are_shown_when_a_later_one_fails(model, tmp_path, capsys):
+    data.write_image(tmp_path / "a" / "photo.png", picture(1))
+    data.write_image(tmp_path / "b" / "photo.png", picture(2))
+    good = score(capsys, "--model", model, "--data", tmp_path / "a")
+    damaged = tmp_path / "b" / "photo.png"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    command = ["test", "--model", model, "--data", str(tmp_path / "a"), str(tmp_path / "b")]
+    assert cli.main(command) == 2
+    shown = capsys.readouterr()
+    assert rows(shown.out) == good
+    assert "b/photo.png is damaged or cut short" in shown.err
+
+
+def test_folders_and_files_of_any_name(model, tmp_path, capsys):
+    data.write_image(tmp_path / "set" / "b{}c" / "new\nline\tand [b].png", picture(1))
+    table = score(capsys, "--model", model, "--per-image", "--data", tmp_path / "set" / "b{}c")
+    assert [row[0] for row in table] == [r"set/new\nline\tand [b]", "set"]
+
+
 def test_a_network_of_one_channel_is_trained_scored_and_used(tmp_path, capsys):
     grey = np.add.outer(np.arange(48), np.arange(52)).astype(np.uint8)
     data.write_image(tmp_path / "grey" / "g.png", grey)

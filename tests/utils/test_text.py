@@ -15,3 +15,8 @@ def test_columns_are_aligned():
         "| long |  1 |",
         "| x    | 22 |",
     ]
+
+
+def test_a_cell_stays_in_its_line():
+    lines = table(["a"], [["new\nline\t"], ["lat\udce9"], ["ünï"]]).splitlines()
+    assert lines[2:] == [r"| new\nline\t |", r"| lat\udce9   |", "| ünï         |"]

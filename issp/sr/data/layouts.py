@@ -93,7 +93,7 @@ def check_names(files: Sequence[Path]) -> None:
 def _split_template(path: str | os.PathLike, scale: int) -> tuple[Path, str | None]:
     """A folder, and the template of the names in it if the path ends in one ("DIR/{}_HR")."""
     text = os.fspath(path)
-    if "{}" not in text:
+    if "{}" not in text or user_path(text).is_dir():
         return user_path(text), None
     whole = user_path(text.replace("{s}", str(scale)))
     return whole.parent, whole.stem if whole.suffix.lower() in SUFFIXES else whole.name
