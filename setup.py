@@ -7,9 +7,10 @@ download another torch. A library that cannot be built is an error that names th
 
     ISSP_NATIVE=0     builds neither: issp runs on Triton or on its slow reference
     ISSP_CUDA         1: _CUDA or an error, 0: never (default: a CUDA build of torch, and nvcc)
-    ISSP_CUDA_ARCHS   instead of all architectures, such as "80;90a"
+    ISSP_CUDA_ARCHS   instead of all architectures, such as "80;90a"; or TORCH_CUDA_ARCH_LIST
     MAX_JOBS          compilers at a time
-    CXX, CUDA_HOME    the compilers: CXX or g++, and CUDA_HOME/bin/nvcc or nvcc
+    CXX, CUDA_HOME    the compilers: CXX or g++ (of nvcc too), and CUDA_HOME/bin/nvcc or nvcc
+    CPPFLAGS, CXXFLAGS, LDFLAGS    more flags for the C++ compiler and the linker
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.dist_info import dist_info
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 11)
+OLDEST_SETUPTOOLS = 77  # knows the licence expression of pyproject.toml
 ARCHITECTURES = ("80", "90a", "100", "120")
 # A free-threaded Python has no stable ABI before 3.15.
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -93,14 +96,46 @@ def nvcc() -> str | None:
 
 def nvcc_version(compiler: str) -> tuple[int, int]:
     """(13, 0) of an nvcc."""
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    return numbers(said.stdout.split("release", 1)[1])
+    said = subprocess.run([compiler, "--version"], stdout=subprocess.PIPE, text=True, check=True)
+    release = re.search(r"release (\d+\.\d+)", said.stdout)
+    if not release:
+        raise BuildError(f"{compiler} --version names no release: is it nvcc of a CUDA toolkit?")
+    return numbers(release[1])
+
+
+def asked_architectures() -> list[str]:
+    """Those of ISSP_CUDA_ARCHS, or those of TORCH_CUDA_ARCH_LIST that can be built."""
+    asked = architecture_names("ISSP_CUDA_ARCHS")
+    wrong = [x for x in asked if not is_architecture(x)]
+    if wrong:
+        raise BuildError(f'ISSP_CUDA_ARCHS: {wrong[0]!r} is none of sm_80 or newer, as in "80;90a"')
+    if asked:
+        return asked
+    # Of all packages of the environment: "7.5 8.0 9.0+PTX" in NVIDIA's images, or "Ampere".
+    listed = architecture_names("TORCH_CUDA_ARCH_LIST")
+    known = [x for x in listed if is_architecture(x)]
+    if known != listed:
+        others = ", ".join(x for x in listed if x not in known)
+        print(f"issp: TORCH_CUDA_ARCH_LIST: left out, no sm_80 or newer: {others}", file=sys.stderr)
+    return known
+
+
+def architecture_names(variable: str) -> list[str]:
+    """["80", "90a"] of "80;90a" and of "8.0 9.0a+PTX"."""
+    given = re.split(r"[;,\s]+", os.environ.get(variable, ""))
+    return [x.removesuffix("+PTX").replace(".", "") for x in given if x]
+
+
+def is_architecture(name: str) -> bool:
+    """Whether kernels can be built for it: sm_80 or newer."""
+    number = re.fullmatch(r"(\d{2,3})[af]?", name)
+    return number is not None and int(number[1]) >= 80
 
 
 def architectures(version: tuple[int, int]) -> list[str]:
-    """Those of ISSP_CUDA_ARCHS, or all that this version of nvcc knows."""
-    asked = os.environ.get("ISSP_CUDA_ARCHS", "").replace(",", ";")
-    wanted = [x.strip() for x in asked.split(";") if x.strip()] or list(ARCHITECTURES)
+    """The architectures that are asked for, or all that this version of nvcc knows."""
+    asked = asked_architectures()
+    wanted = asked or list(ARCHITECTURES)
     new = [x for x in wanted if int(re.match(r"\d+", x)[0]) >= 100] if version < (12, 8) else []
     if new:
         known = [x for x in wanted if x not in new]
@@ -122,7 +157,7 @@ class Library(Extension):
     def common_flags(self) -> list[str]:
         """For both compilers: optimised, and of torch nothing but the stable ABI of 2.11."""
         target = f"-DTORCH_TARGET_VERSION=0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}{0:012x}"
-        return ["-std=c++17", "-O3", target, f"-I{ROOT / 'csrc'}"]
+        return ["-std=c++17", target, f"-I{ROOT / 'csrc'}"]
 
     def compile_command(self) -> list[str]:
         """The compiler and its flags."""
@@ -178,18 +213,22 @@ class CpuLibrary(Library):
         """g++ with the flags that every source has."""
         return [
             *cxx(),
+            "-O3",
+            *flags("CPPFLAGS", "CXXFLAGS"),
             *self.common_flags(),
             f"-isystem{torch().folder / 'include'}",
             *("-fPIC", "-fvisibility=hidden"),
             f"-ffile-prefix-map={ROOT}=.",  # the same library from any folder, without its path
-            "-ffp-contract=off",  # a * b + c stays two roundings, as on every other back end
+            # The same bits as on every other back end: a * b + c stays two roundings, and no flag
+            # of the user's drops NaN or reorders a sum.
+            *("-ffp-contract=off", "-fno-fast-math"),
             # The last is a false alarm in GCC 12's own AVX-512 header.
             *("-Wall", "-Wextra", "-Wno-maybe-uninitialized"),
         ]
 
     def link_command(self) -> list[str]:
         """g++; the linker refuses a symbol that nobody defines."""
-        return [*cxx(), "-shared", "-Wl,-z,defs"]
+        return [*cxx(), *flags("LDFLAGS"), "-shared", "-Wl,-z,defs"]
 
 
 class CudaLibrary(Library):
@@ -199,6 +238,11 @@ class CudaLibrary(Library):
 
     def __init__(self):
         super().__init__("issp._CUDA", "csrc/cuda/*.cu")
+
+    def compiler(self) -> list[str]:
+        """nvcc, with the C++ compiler that CXX names: of "ccache g++ -m64" that is g++."""
+        given = [x for x in shlex.split(os.environ.get("CXX", "")) if not x.startswith("-")]
+        return [nvcc(), *(f"-ccbin={x}" for x in given[-1:])]
 
     def codes(self) -> list[str]:
         """-gencode options; PTX of the oldest, which every newer GPU can compile."""
@@ -211,7 +255,8 @@ class CudaLibrary(Library):
     def compile_command(self) -> list[str]:
         """nvcc with the flags that every source has."""
         return [
-            nvcc(),
+            *self.compiler(),
+            "-O3",
             *self.common_flags(),
             *(f"-isystem={torch().folder / 'include'}", "-DUSE_CUDA"),
             "-Xcompiler=-fPIC,-fvisibility=hidden",
@@ -223,7 +268,7 @@ class CudaLibrary(Library):
 
     def link_command(self) -> list[str]:
         """nvcc; the runtime is linked statically, torch's own may be of another CUDA."""
-        return [nvcc(), "-shared", "-cudart=static", "-Xlinker=-z,defs"]
+        return [*self.compiler(), "-shared", "-cudart=static", "-Xlinker=-z,defs"]
 
     def more_rules(self, folder: Path) -> tuple[list[str], list[Path]]:
         """A libtorch_cuda.so to link with: csrc/cuda/torch_cuda_stub.cpp says why."""
@@ -237,6 +282,11 @@ class CudaLibrary(Library):
 def cxx() -> list[str]:
     """The C++ compiler; CXX may be two words, such as "ccache g++"."""
     return shlex.split(os.environ.get("CXX") or "g++")
+
+
+def flags(*names: str) -> list[str]:
+    """Flags of the user's, from variables of the environment."""
+    return [flag for name in names for flag in shlex.split(os.environ.get(name, ""))]
 
 
 def words(command: list[str]) -> str:
@@ -259,15 +309,21 @@ def ninja() -> str:
 
 def wants_native() -> bool:
     """Unless ISSP_NATIVE=0."""
-    return os.environ.get("ISSP_NATIVE") != "0"
+    return zero_or_one("ISSP_NATIVE") != "0"
+
+
+def zero_or_one(name: str) -> str | None:
+    """A variable of the environment that is a switch; None where it is unset or empty."""
+    value = os.environ.get(name)
+    if value not in (None, "", "0", "1"):
+        raise SystemExit(f"{name}={value}: use 0 or 1, or unset it")
+    return value or None
 
 
 def wants_cuda() -> bool:
     """As ISSP_CUDA says, or else where it can be used and built."""
-    asked = os.environ.get("ISSP_CUDA")
+    asked = zero_or_one("ISSP_CUDA")
     if asked:
-        if asked not in ("0", "1"):
-            raise SystemExit(f"ISSP_CUDA={asked}: use 0 or 1, or unset it")
         return asked == "1"
     try:
         return nvcc() is not None and torch().cuda is not None
@@ -334,6 +390,12 @@ def packages() -> list[str]:
 
 # Tests and benchmarks read the flags with runpy, under another name.
 if __name__ == "__main__":
+    # pip does not look with --no-build-isolation, and setuptools would only call the file invalid.
+    if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"issp: setuptools {setuptools.__version__} is too old: "
+            f'pip install "setuptools>={OLDEST_SETUPTOOLS}"'
+        )
     libraries = [CpuLibrary(), *([CudaLibrary()] if wants_cuda() else [])]
     setup(
         packages=[*packages(), "issp.triton_kernels"],

@@ -311,6 +311,95 @@ def test_max_jobs_reaches_ninja_and_nvcc(tmp_path, monkeypatch):
     assert [call[3:] for call in calls] == [[], ["-j", "1"]]
 
 
+def test_flags_of_the_environment_reach_compiler_and_linker(monkeypatch):
+    setup = read_setup()
+    monkeypatch.setenv("CPPFLAGS", "-DFIRST='a b'")
+    monkeypatch.setenv("CXXFLAGS", "-O1 -ffast-math -std=c++14")
+    monkeypatch.setenv("LDFLAGS", "-Wl,-z,now")
+    command = setup["CpuLibrary"]().compile_command()
+    assert {"-DFIRST=a b", "-O1", "-ffast-math"} <= set(command)
+    # The last of a kind counts: the user's optimisation, our standard and our exact arithmetic.
+    assert command.index("-O1") > command.index("-O3")
+    assert command.index("-std=c++17") > command.index("-std=c++14")
+    assert command.index("-fno-fast-math") > command.index("-ffast-math")
+    link = setup["CpuLibrary"]().link_command()
+    assert "-Wl,-z,now" in link and "-ffast-math" not in link
+
+
+@pytest.mark.parametrize(
+    "given, host",
+    [("g++-12", ["-ccbin=g++-12"]), ("ccache g++ -m64", ["-ccbin=g++"]), (None, [])],
+)
+def test_nvcc_takes_the_cpp_compiler_that_is_named(monkeypatch, tmp_path, given, host):
+    setup = read_setup()
+    monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path / "cuda", "13.0")))
+    if given is None:
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", given)
+    library = setup["CudaLibrary"]()
+    for command in (library.compile_command(), library.link_command()):
+        assert [flag for flag in command if flag.startswith("-ccbin")] == host
+
+
+@pytest.mark.parametrize(
+    "ours, of_torch, built, said",
+    [
+        ("", "8.0;9.0a+PTX", ["80", "90a"], ""),
+        ("", "7.5 8.6 12.0+PTX", ["86", "120"], "left out, no sm_80 or newer: 75"),
+        ("", "Ampere", None, "left out, no sm_80 or newer: Ampere"),
+        ("90a", "8.0", ["90a"], ""),
+        ("8.0, 9.0a", "", ["80", "90a"], ""),
+    ],
+)
+def test_architectures_are_asked_for_as_of_any_torch_extension(
+    monkeypatch, capsys, ours, of_torch, built, said
+):
+    setup = read_setup()
+    monkeypatch.setenv("ISSP_CUDA_ARCHS", ours)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", of_torch)
+    assert setup["architectures"]((13, 0)) == (built or list(setup["ARCHITECTURES"]))
+    printed = capsys.readouterr().err
+    assert said in printed and printed.count("\n") == bool(said)
+
+
+@pytest.mark.parametrize("name", ["native", "75", "sm_80"])
+def test_an_architecture_that_is_none_is_refused(monkeypatch, name):
+    monkeypatch.setenv("ISSP_CUDA_ARCHS", f"80;{name}")
+    setup = read_setup()
+    with pytest.raises(setup["BuildError"], match=rf"ISSP_CUDA_ARCHS: '{name}' is none of sm_80"):
+        setup["architectures"]((13, 0))
+
+
+def test_an_nvcc_that_names_no_release_is_one_sentence(tmp_path, monkeypatch):
+    home = fake_nvcc(tmp_path / "cuda", "13.0")
+    (home / "bin" / "nvcc").write_text("#!/bin/sh\necho HIP version 6.2\n")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    setup = read_setup()
+    with pytest.raises(setup["BuildError"], match=r"nvcc --version names no release"):
+        setup["check_cuda"]()
+
+
+@pytest.mark.parametrize("switch", ["ISSP_NATIVE", "ISSP_CUDA"])
+def test_a_switch_of_the_build_is_0_or_1(tmp_path, switch):
+    settings = {"ISSP_NATIVE": "1", "ISSP_CUDA": "0", "CXX": "no-such-compiler", switch: "off"}
+    failed = build(tmp_path, **settings)
+    assert failed.returncode != 0
+    assert failed.stderr.strip() == f"{switch}=off: use 0 or 1, or unset it"
+
+
+def test_old_setuptools_are_named_before_they_call_the_project_invalid(tmp_path):
+    code = (
+        "import setuptools, runpy, sys\n"
+        "setuptools.__version__ = '65.5.1'\n"
+        "sys.argv = ['setup.py', '--version']\n"
+        "runpy.run_path('setup.py', run_name='__main__')"
+    )
+    failed = run(sys.executable, "-c", code, ISSP_CUDA="0")
+    said = 'issp: setuptools 65.5.1 is too old: pip install "setuptools>=77"'
+    assert failed.returncode == 1 and failed.stderr.strip() == said
+
+
 @pytest.mark.parametrize("free_threaded", [False, True])
 def test_the_stable_abi_is_not_claimed_for_a_free_threaded_python(free_threaded):
     code = (

@@ -29,7 +29,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 def _command() -> list[str]:
     """nvcc as setup.py calls it, and what makes it report registers and spills."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("ISSP_CUDA_ARCHS", "MAX_JOBS"):
+        for name in ("ISSP_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
             patch.delenv(name, raising=False)
         return [*SETUP["CudaLibrary"]().compile_command(), "-Xptxas=-v", "-Xcompiler=-Wall"]
 
