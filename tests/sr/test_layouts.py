@@ -121,7 +121,11 @@ def test_templates(tmp_path, monkeypatch):
         data.PairedFolder("two/GT", lq_root="nowhere/{}", **options)
 
 
-@pytest.mark.parametrize("inner", ["LR_bicubic/X2", "lr", "DIV2K_valid_LR_bicubic/X2", "LRbicx2"])
+@pytest.mark.parametrize(
+    "inner",
+    ["LR_bicubic/X2", "lr", "DIV2K_valid_LR_bicubic/X2", "LRbicx2", "Set5_LR", "Set5_LR_x2"]
+    + ["DIV2K_train_LR_unknown/X2", "DIV2K_train_LR_mild", "LRBI", "lq_x4", "B100_LQ"],
+)
 def test_low_resolution_folders_are_no_originals(tmp_path, inner):
     fill(tmp_path / inner, "{}", None)
     with pytest.raises(ValueError, match="is a folder of low-resolution images by its name"):
@@ -133,6 +137,15 @@ def test_two_published_folders_are_ambiguous(tmp_path):
         fill(tmp_path / f"DIV2K_{split}_HR", "{}", None)
     with pytest.raises(ValueError, match="DIV2K_train_HR and DIV2K_valid_HR; name the one to use"):
         data.PairedFolder(tmp_path, 2)
+
+
+def test_a_published_folder_beside_lr_files_that_are_named(tmp_path):
+    fill(tmp_path / "DIV2K_valid_HR", "{}", None)
+    for seed, name in enumerate("ab"):
+        low = 255 - data.imresize(picture(24, 32, seed), 1 / 2)
+        data.write_image(tmp_path / "DIV2K_valid_LR_unknown" / "X2" / f"{name}x2.png", low)
+    assert_read(data.PairedFolder(tmp_path, 2, tmp_path / "DIV2K_valid_LR_unknown"))
+    assert data.PairedFolder(tmp_path, 2).lr_source == "made"
 
 
 def test_stray_files_do_not_make_an_lr_folder(tmp_path):

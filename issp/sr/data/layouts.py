@@ -14,7 +14,9 @@ from issp.utils.files import user_path
 
 _HR_FOLDERS = ("HR", "hr", "GT", "gt", "GTmod12", "image_SRF_{s}")
 _LR_FOLDERS = ("LR_bicubic", "LR", "lr", "LRbicx{s}", "lq", "LQ")
-_LR_FOLDER = re.compile(r"LR|LR_bicubic|.*_LR_bicubic|LRbicx\d|LQ", re.IGNORECASE)
+_LR_FOLDER = re.compile(
+    r"(.*_)?(LR|LQ)(_?(BI|bic|bicubic|unknown|mild|wild|difficult))?(_?x?\d)?", re.IGNORECASE
+)
 _HR_SUFFIX = re.compile(r"_HR(?:_?x\d)?$")
 _TEMPLATES = ("{}x{s}", "{}_LRBI_x{s}", "{}_LRx{s}", "{}_LR{s}", "{}_bicLRx{s}", "{}_LR", "{}")
 # Names of low-resolution images that may lie beside their originals, of any scale.
@@ -182,12 +184,11 @@ def _find_folders(root: Path, scale: int, lq_root: Path | None) -> tuple[Path, P
     hr_names, lr_names = (
         [name.format(s=scale) for name in names] for names in (_HR_FOLDERS, _LR_FOLDERS)
     )
-    hr_dir = _inner(root, hr_names)
+    hr_dir = _inner(root, hr_names) or _only(root, "*_HR")
     if lq_root is not None:
         if not lq_root.is_dir():
             raise FileNotFoundError(f"there is no folder {lq_root} for low-resolution images")
         return hr_dir or root, _scale_folder(lq_root, scale)
-    hr_dir = hr_dir or _only(root, "*_HR")
     if hr_dir is None:
         _refuse_lr_folder(root)
         return root, None
