@@ -282,6 +282,7 @@ class Pruner:
                 f"{self._schedule.end}: the sparsity stays at {self._schedule(count):.4g}",
                 stacklevel=2,
             )
+        self._warn_of_replaced()
         self._refresh()
         self._buckets.fix_masks(self._ema)
         self._stage = "frozen"
@@ -309,12 +310,26 @@ class Pruner:
             The model given to `attach`.
         """
         if self._stage != "final":
+            if self.frozen:
+                self._warn_of_replaced()
             self.freeze()
             self._refresh()
             self._buckets.fix_masks(self._ema)
             self.detach()
             self._stage = "final"
         return self._model
+
+    def _warn_of_replaced(self) -> None:
+        """Names layers that are no longer in the model; users' calls call it."""
+        present = set(map(id, self._model.modules()))
+        names = [x.name for x in self._buckets.prunable if id(x.module) not in present]
+        if names:
+            warnings.warn(
+                f"no longer in the model: {', '.join(names)}; what has taken the place since "
+                "attach is not pruned, and the counts are those of the layer that was there: call "
+                "reattach(opt, model) with an optimizer of the new weights, or attach anew",
+                stacklevel=3,
+            )
 
     def detach(self) -> None:
         """Removes the hooks; masks and counters stay, `reattach` goes on."""
@@ -380,6 +395,7 @@ class Pruner:
         """Counts per layer, taken from the masks and weights as they are now; `print` it."""
         if self._hook:
             self._hooks.warn_if_missing(self._buckets.optimizers)
+        self._warn_of_replaced()
         return summaries.summary(self._title(), self._buckets, self._unpruned)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The pruner: shrinkage and freeze, tensors that move, N:M layers."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -209,6 +210,25 @@ def test_channels_last_weights_are_pruned_in_place():
     again = attach(model, adam(model), **settings)
     again.load_state_dict(pruners[1].state_dict())
     assert same(again.masks(), pruners[0].masks())
+
+
+def test_a_layer_that_was_replaced_after_attach_is_named_until_reattach():
+    model = net()
+    opt = adam(model)
+    pruner = attach(model, opt, sparsity=0.9)
+    model[4] = torch.nn.Linear(model[4].in_features, model[4].out_features)
+    sentence = "no longer in the model: 4; what has taken the place since attach is not pruned"
+    for call in (pruner.summary, pruner.freeze, pruner.summary):
+        with pytest.warns(UserWarning, match=sentence):
+            call()
+    assert model[4].weight.all()
+    pruner.reattach(adam(model), model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pruner.finalize() is model
+        numel = model[4].weight.numel()
+        assert pruner.summary().rows[-1].zeros == num_pruned(numel, 0.9)
+    assert int((model[4].weight == 0).sum()) == num_pruned(numel, 0.9)
 
 
 def test_changed_shape_is_refused():
