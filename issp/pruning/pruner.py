@@ -15,6 +15,7 @@ from issp.ops.keep import Keep
 from issp.pruning import methods
 from issp.pruning import state as saved_state
 from issp.pruning import summary as summaries
+from issp.pruning.arguments import check_kinds
 from issp.pruning.buckets import WeightBucket, WeightBuckets
 from issp.pruning.ema import EMAWeights
 from issp.pruning.hooks import Hooks, Work
@@ -31,7 +32,7 @@ def attach(
     shrink: float = 0.95,
     *,
     method: str = "iss-p",
-    types: type | tuple[type, ...] = (nn.Conv2d, nn.Linear),
+    types: type | Sequence[type] = (nn.Conv2d, nn.Linear),
     exclude: str | Iterable[str] = (),
     pattern: Keep | None = None,
     overrides: Mapping[str, float | Keep] | None = None,
@@ -76,15 +77,29 @@ def attach(
         ValueError: a name pattern that matches nothing, no layer to prune, an impossible ratio or
             schedule, an N:M pattern that does not divide a layer, an optimizer without any of the
             weights, or with another pruner of them, or one that cannot be followed.
-        TypeError: opt or ema of a wrong kind.
+        TypeError: an argument of a wrong kind.
 
     Source: docs/method.md, section 1 (the paper's figure 1).
     """
+    types = types if isinstance(types, type) else _as_tuple(types)
+    exclude = _as_tuple(exclude)
+    overrides = {} if overrides is None else overrides
+    check_kinds(
+        model=model,
+        sparsity=sparsity,
+        shrink=shrink,
+        types=types,
+        exclude=exclude,
+        pattern=pattern,
+        overrides=overrides,
+        schedule=schedule,
+        freeze_at=freeze_at,
+    )
     if pattern is not None and sparsity is not None:
         raise ValueError(f"sparsity is {sparsity} beside pattern {pattern}: give one of them")
     sparsity = final_sparsity(sparsity, schedule, freeze_at, from_zeros)
     target = sparsity if pattern is None else pattern
-    layers = select(model, types, exclude, overrides or {}, target)
+    layers = select(model, types, exclude, overrides, target)
     unpruned = unpruned_weights(model, exclude, layers)
     pruner = Pruner(
         model,
@@ -104,6 +119,13 @@ def attach(
             pruner.detach()
             raise
     return pruner
+
+
+def _as_tuple(value: Any) -> Any:
+    """Several values as a tuple, one in a tuple of its own; what is neither stays."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, Iterable) else value
 
 
 class Pruner:

@@ -260,3 +260,54 @@ def test_a_notebook_shows_the_summary_as_a_table():
     assert lines[2][:2] == ["total", "16"]
     assert root.find("table/caption").text == summary.title
     assert "not pruned: up.weight" in page
+
+
+# Arguments of a wrong kind
+
+
+@pytest.mark.parametrize(
+    ("argument", "sentence"),
+    [
+        ({"sparsity": "0.9"}, "sparsity must be a number in 0..1 .*, not '0.9'"),
+        ({"sparsity": True}, "sparsity must be a number in 0..1 .*, not True"),
+        ({"sparsity": {"0": 0.5}}, "sparsity must be a number .*overrides= names single layers"),
+        ({"shrink": None}, "shrink must be a number in 0..1, not None"),
+        ({"types": "Conv2d"}, "types must be a module class or several, not \\('Conv2d',\\)"),
+        ({"exclude": nn.Linear}, "exclude must be a name pattern or several, not the class Linear"),
+        ({"exclude": ["0", 3]}, "exclude must be a name pattern or several, not \\('0', 3\\)"),
+        ({"pattern": (2, 4)}, "pattern must be an issp.Keep, not \\(2, 4\\)"),
+        ({"overrides": [("0", 0.5)]}, "overrides must be a dict from name pattern to a number"),
+        ({"overrides": {"0": "0.5"}}, "overrides must be a dict .*, not {'0': '0.5'}"),
+        ({"schedule": "cubic"}, "schedule must be an issp.Constant, .*, not 'cubic'"),
+        ({"schedule": Cubic}, "schedule must be an issp.Constant, .*, not the class Cubic"),
+        ({"freeze_at": 2.5}, "freeze_at must be a whole number of optimizer steps, not 2.5"),
+        ({"freeze_at": "9"}, "freeze_at must be a whole number of optimizer steps, not '9'"),
+    ],
+    ids=str,
+)
+def test_an_argument_of_a_wrong_kind_is_one_sentence(argument, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        attach(nn.Linear(4, 4), None, **argument)
+
+
+def test_model_and_optimizer_in_the_wrong_order_are_named():
+    model = nn.Linear(4, 4)
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(TypeError, match="model must be a torch module, not SGD"):
+        attach(opt, model)
+
+
+def test_numbers_of_numpy_and_torch_lists_and_generators_are_taken():
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 10), nn.Conv2d(1, 1, 3))
+    pruner = attach(
+        model,
+        None,
+        sparsity=torch.tensor(0.5),
+        types=[nn.Linear],
+        exclude=(name for name in ["0"]),
+        freeze_at=3.0,
+    )
+    for _ in range(3):
+        pruner.step()
+    assert pruner.frozen and int((model[1].weight == 0).sum()) == 50
+    assert list(pruner.summary().unpruned) == ["2.weight"]  # the excluded layer is not listed
