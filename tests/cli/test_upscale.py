@@ -168,6 +168,30 @@ def test_what_out_cannot_be(place, capsys):
     assert run("a.png", "b.png", out="r.png") == 0, "a folder that is there is one"
 
 
+def test_results_that_cannot_be_are_refused_before_the_work(place, capsys):
+    picture(place / "a.png")
+    picture(place / "a.JPG")
+    assert run("a.png", "a.JPG") == 2
+    assert "a.png and a.JPG would both become out/a_x2.png" in capsys.readouterr().err
+    assert run("a.png", "--scale", "3") == 2
+    assert "m.safetensors is a x2 model: drop --scale 3" in capsys.readouterr().err
+    (place / "out" / "a_x2.png").mkdir(parents=True)
+    assert run("a.png") == 2
+    assert "the result out/a_x2.png is a folder" in capsys.readouterr().err
+    assert not written(place / "out")
+
+
+def test_a_damaged_model_writes_no_picture(place, capsys):
+    network = small_edsr()
+    with torch.no_grad():
+        next(network.parameters()).fill_(torch.nan)
+    issp.save(network, "nan.safetensors")
+    picture(place / "a.png")
+    assert run("a.png", model="nan.safetensors") == 2
+    assert "holds NaN or infinite values: the model is damaged" in capsys.readouterr().err
+    assert not (place / "out").exists()
+
+
 def test_an_image_is_not_overwritten_through_another_name(place, capsys):
     picture(place / "a.png")
     before = (place / "a.png").read_bytes()

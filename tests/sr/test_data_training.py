@@ -1,5 +1,7 @@
 """Draws, crops and batches for training; prepare; the sample photographs."""
 
+import importlib.machinery
+import importlib.util
 import json
 import os
 import subprocess
@@ -176,6 +178,8 @@ def test_loader_resumes_bit_exactly(pairs, workers):
     resumed.close()
     with pytest.raises(ValueError, match="seed was 3"):
         data.TrainLoader(data.TrainDataset(pairs, 16, seed=4), 3).load_state_dict(state)
+    with pytest.raises(ValueError, match="not a state of TrainLoader: sampler or crop_seed"):
+        resumed.load_state_dict({"sampler": state["sampler"]})
     with pytest.raises(ValueError, match="batch_size"):
         data.TrainLoader(dataset, 0)
 
@@ -399,6 +403,16 @@ def test_sample_photographs():
     assert (test["chelsea"][:, :, 0] != test["chelsea"][:, :, 2]).any()
     with pytest.raises(ValueError, match="split"):
         data.sample_photographs("valid")
+
+
+def test_sample_photographs_need_scikit_image_and_its_files(tmp_path, monkeypatch):
+    spec = importlib.machinery.ModuleSpec("skimage", None, is_package=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ImportError, match="sample photographs need scikit-image: pip install"):
+        data.sample_photographs()
+    spec.submodule_search_locations = [str(tmp_path)]
+    with pytest.raises(FileNotFoundError, match="holds none of the train photographs; reinstall"):
+        data.sample_photographs("train")
 
 
 def test_data_and_metrics_import_without_pillow():

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from issp import data
@@ -348,3 +349,21 @@ def test_damaged_files_are_read_or_refused(tmp_path):
                 assert name in str(error) and "\n" not in str(error)
                 refused += 1
     assert read > 50 and refused > 50
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 3, 4, 5)])
+def test_to_image_takes_one_image(shape):
+    with pytest.raises(ValueError, match=r"\[C, H, W\] or \[1, C, H, W\] needed, got "):
+        data.to_image(torch.zeros(shape))
+
+
+def test_pairs_of_arrays_need_colour_images():
+    with pytest.raises(ValueError, match="images is empty: pass at least one"):
+        data.PairedArrays({}, 2)
+    with pytest.raises(ValueError, match=r"image a must be \[H, W, 3\], got \[8, 9\]"):
+        data.PairedArrays({"a": np.zeros((8, 9), np.uint8)}, 2)
+
+
+def test_imresize_knows_two_borders():
+    with pytest.raises(ValueError, match="must be one of symmetric, replicate, got 'zeros'"):
+        data.imresize(np.zeros((8, 9), np.uint8), 2, border="zeros")

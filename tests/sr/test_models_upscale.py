@@ -21,6 +21,11 @@ from tests.sr.networks import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def test_pad_knows_two_modes():
+    with pytest.raises(ValueError, match="must be 'reflect' or 'symmetric', got 'zeros'"):
+        models.pad(torch.zeros(1, 3, 5, 5), 4, "zeros")
+
+
 @pytest.mark.parametrize("size", [(8, 8), (9, 16), (13, 10), (5, 7), (3, 20)])
 @pytest.mark.parametrize("mode", ["reflect", "symmetric"])
 def test_pad_equals_numpy(mode, size):

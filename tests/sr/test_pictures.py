@@ -142,3 +142,9 @@ def test_one_transparent_colour_of_any_depth(tmp_path, bits, colours):
     assert ("16 bits (beside transparency 8 are written)" in lost) is (bits == 16 and colours == 1)
     again = data.read_picture(tmp_path / "b.png")
     assert np.array_equal(again.alpha, got.alpha) and np.array_equal(again.rgb, got.rgb)
+
+
+def test_a_format_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a.gif: use one of the suffixes .png, .tif"):
+        pictures.write_picture(tmp_path / "a.gif", picture())
+    assert not list(tmp_path.iterdir())
