@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 from collections import Counter
 from pathlib import Path
+
+from issp.utils.files import lock
 
 HELP = "show what the cache folder holds, or clear it"
 EXAMPLE = "issp cache --clear"
@@ -29,21 +32,34 @@ def main(args: argparse.Namespace) -> int:
     from issp.utils.text import table
 
     folder = cache_folder()
-    files = _files(folder)
+    files = _files(folder)  # other processes add and remove some in the meantime
     print(f"{folder} (ISSP_CACHE names another)\n")
     count, size = Counter(files.values()), Counter[str]()
     for file, kind in files.items():
-        size[kind] += file.stat().st_size
+        with contextlib.suppress(FileNotFoundError):
+            size[kind] += file.stat().st_size
     rows = [[kind, str(count[kind]), f"{size[kind] / 1e6:.1f}"] for kind in _KINDS]
     print(table(["files", "number", "MB"], rows))
     if args.clear:
-        for file in files:
-            file.unlink(missing_ok=True)
+        removed = sum(_remove(file, kind) for file, kind in files.items())
         for parent in {file.parent for file in files} - {folder}:
-            if not any(parent.iterdir()):
+            with contextlib.suppress(OSError):  # it holds others
                 parent.rmdir()
-        print(f"\nremoved {len(files)} files")
+        print(f"\nremoved {removed} files")
     return 0
+
+
+def _remove(file: Path, kind: str) -> bool:
+    """Removes a file, one that a process is writing excepted."""
+    with contextlib.suppress(FileNotFoundError):
+        if kind != "unfinished files":
+            file.unlink()
+            return True
+        with open(file, "r+b") as opened:
+            if lock(opened.fileno()):
+                file.unlink()
+                return True
+    return False
 
 
 def _files(folder: Path) -> dict[Path, str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from issp.ops import reference, schemas
 from issp.ops.validation import PRUNING_OPS, SPARSE_OPS
+from issp.utils.errors import BackendError
 
 NAMES = ("reference", "cpp", "triton", "cuda")
 _CHECKS = PRUNING_OPS | SPARSE_OPS
@@ -189,7 +190,7 @@ def _choose(device: str, order: tuple[str, ...], forced: str | None) -> None:
         return
     why = "; ".join(_problems[name] for name in wanted if name in _problems)
     if forced is not None:
-        raise RuntimeError(
+        raise BackendError(
             f"ISSP_BACKEND={forced} cannot run on {device}: {why or f'{forced} has no ops there'}; "
             "unset it to let issp choose"
         )
@@ -204,7 +205,7 @@ def _choose(device: str, order: tuple[str, ...], forced: str | None) -> None:
 
 def _fall_back(sentence: str) -> None:
     if os.environ.get("ISSP_STRICT") == "1":
-        raise RuntimeError(sentence)
+        raise BackendError(sentence)
     warnings.warn(sentence, RuntimeWarning, stacklevel=3)
 
 
@@ -213,6 +214,9 @@ def register() -> None:
     forced = os.environ.get("ISSP_BACKEND") or None
     if forced is not None and forced not in NAMES:
         raise ValueError(f"ISSP_BACKEND={forced}: use one of {', '.join(NAMES)}")
+    strict = os.environ.get("ISSP_STRICT", "")
+    if strict not in ("", "0", "1"):
+        raise ValueError(f"ISSP_STRICT={strict}: use 0 or 1, or unset it")
     for op, call in implementations("reference").items():
         schemas.library.impl(op, call, "CompositeExplicitAutograd")
     # A back end of one device type leaves the choice of the other as it is.
@@ -222,7 +226,7 @@ def register() -> None:
         if active("cuda") == "cuda" and forced is None:
             _share_with_triton()
     elif forced in ("cuda", "triton"):
-        raise RuntimeError(
+        raise BackendError(
             f"ISSP_BACKEND={forced} cannot run: torch sees no CUDA device; unset it, or use cpp or "
             "reference"
         )

@@ -32,6 +32,10 @@ class MissingPackageError(UserError, ImportError):
         super().__init__(f'{purpose} need {package}: pip install "issp[train]"')
 
 
+class BackendError(UserError, RuntimeError):
+    """The back end that the environment asks for cannot run here."""
+
+
 class NonFiniteLossError(UserError, RuntimeError):
     """The training loss became NaN or infinite."""
 

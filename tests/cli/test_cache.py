@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from issp import cli, data
+from issp.cli import cache as cache_command
 from issp.deploy.autotune import Cache, Choice
+from issp.utils.files import lock
 
 
 @pytest.fixture
@@ -40,3 +42,26 @@ def test_no_cache_is_an_empty_one(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "none"))
     assert cli.main(["cache", "--clear"]) == 0
     assert "removed 0 files" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def test_a_file_that_is_being_written_stays(cache, capsys):
+    written = cache / ".choices.json.7-0badcafe.tmp"
+    with open(written, "wb") as file:
+        assert lock(file.fileno())
+        assert cli.main(["cache", "--clear"]) == 0
+    assert [file for file in cache.rglob("*") if file.is_file()] == [written]
+    assert "removed 5 files" in capsys.readouterr().out
+
+
+def test_files_that_another_process_removes_are_no_error(cache, monkeypatch, capsys):
+    listed = cache_command._files
+
+    def then_they_go(folder):
+        files = listed(folder)
+        for file in files:
+            file.unlink()
+        return files
+
+    monkeypatch.setattr(cache_command, "_files", then_they_go)
+    assert cli.main(["cache", "--clear"]) == 0
+    assert "removed 0 files" in capsys.readouterr().out

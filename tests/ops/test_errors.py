@@ -185,10 +185,27 @@ def test_strict_refuses_to_fall_back(fresh_python):
     )
     result = fresh_python.run(code, ISSP_STRICT="1", ISSP_BACKEND="reference")
     assert result.returncode != 0
-    assert "RuntimeError: issp runs its slow reference on cpu: was not built" in result.stderr
+    assert "BackendError: issp runs its slow reference on cpu: was not built" in result.stderr
     relaxed = fresh_python.run(code, ISSP_BACKEND="reference")
     assert relaxed.returncode == 0
     assert relaxed.stderr.count("RuntimeWarning: issp runs its slow reference") == 1
+
+
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ({"ISSP_BACKEND": "triton"}, "ISSP_BACKEND=triton cannot run: torch sees no CUDA device"),
+        ({"ISSP_STRICT": "true"}, "ISSP_STRICT=true: use 0 or 1, or unset it"),
+        ({"ISSP_BACKEND": "fast"}, "ISSP_BACKEND=fast: use one of reference"),
+    ],
+)
+def test_the_command_names_a_setting_that_cannot_be_used(fresh_python, setting, said):
+    code = "from issp.cli import main; print('status', main(['info']))"
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "ISSP_STRICT": "", **setting}
+    # As the command `issp`, which imports the ops when it runs.
+    result = fresh_python.run(f"import sys; sys.argv[0] = 'issp'; {code}", **hidden)
+    assert result.stdout == "status 2\n"
+    assert f"issp info: error: {said}" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_import_needs_torch_and_numpy_alone(fresh_python):
