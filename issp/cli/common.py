@@ -163,6 +163,9 @@ def name_crowding(args: argparse.Namespace) -> None:
         print(f"note: {sentence}", file=sys.stderr)
 
 
+# OpenMP ends the process when the system refuses it more; no smaller machine gains from them.
+_MANY_THREADS = 256
+
 # What to do when `upscale` or `test` runs out of memory.
 MEMORY_REMEDY = "use --tile with a smaller size, or --device cpu"
 
@@ -174,8 +177,9 @@ def load_model(args: argparse.Namespace) -> SuperResolver:
     from issp.sr import builders, checkpoint
 
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads is {args.threads}: it must be at least 1")
+        most = max(_MANY_THREADS, os.cpu_count() or 1)
+        if not 1 <= args.threads <= most:
+            raise ValueError(f"--threads is {args.threads}: it must be from 1 to {most}")
         torch.set_num_threads(args.threads)
     model = checkpoint.load(args.model, args.arch, args.scale)
     name_crowding(args)

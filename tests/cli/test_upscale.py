@@ -158,7 +158,8 @@ def test_what_out_cannot_be(place, capsys):
             "out",
             "--tile: tile must be at least 1, got -3; 0 cuts nothing",
         ),
-        (("a.png", "--threads", "0"), "out", "--threads is 0"),
+        (("a.png", "--threads", "0"), "out", "--threads is 0: it must be from 1 to"),
+        (("a.png", "--threads", "100000"), "out", "--threads is 100000: it must be from 1 to"),
     ]:
         assert run(*words, out=out) == 2, words
         error = capsys.readouterr().err
