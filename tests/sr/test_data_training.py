@@ -393,6 +393,16 @@ def test_prepare_refuses_before_it_writes(tmp_path):
         data.prepare(tmp_path / "in", tmp_path / "out2", (2,), small="skip")
 
 
+def test_prepare_takes_no_setting_that_does_nothing(tmp_path):
+    data.write_image(tmp_path / "in" / "a.png", np.zeros((16, 16, 3), np.uint8))
+    for options in ({"step": 4}, {"thresh_size": 4}, {"thresh_size": -1}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} has no meaning without crop"):
+            data.prepare(tmp_path / "in", tmp_path / "out", (2,), **options)
+    with pytest.raises(ValueError, match="smaller than 17 .*; use a smaller scale or leave it out"):
+        data.prepare(tmp_path / "in", tmp_path / "out", (17,))
+    assert not (tmp_path / "out").exists()
+
+
 def test_sample_photographs():
     train, test = data.sample_photographs("train"), data.sample_photographs("test")
     assert len(train) == 9 and list(test) == ["chelsea", "coffee", "camera"]

@@ -118,8 +118,9 @@ class _Cut:
         if not scales:
             raise ValueError("at least one scale is needed")
         if crop_size is None:
-            if step is not None:
-                raise ValueError("step has no meaning without crop_size")
+            for name, given in (("step", step is not None), ("thresh_size", thresh_size != 0)):
+                if given:
+                    raise ValueError(f"{name} has no meaning without crop_size")
             return cls(scales, None, None, 0, 1)
         unit = lcm(*scales)
         step = max(unit, crop_size // 2 // unit * unit) if step is None else step
@@ -276,6 +277,6 @@ def _large_enough(sources: list[Path], cut: _Cut, small: str) -> tuple[list[Path
         raise ValueError(
             f"image {skipped[0]} is {width} x {height} pixels, smaller than "
             f"{cut.crop_size or max(cut.scales)} ({len(skipped)} of {len(sources)} are); "
-            "use a smaller crop_size or leave it out"
+            f"use a smaller {'crop_size' if cut.crop_size else 'scale'} or leave it out"
         )
     return [source for source in sources if source not in set(skipped)], skipped
