@@ -89,7 +89,8 @@ Integer = Annotated[int, Field(strict=True), BeforeValidator(_number_from_text)]
 Number = Annotated[
     float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_number_from_text)
 ]
-Integers = Annotated[list[Integer], BeforeValidator(_listed)]
+Periods = Annotated[list[Annotated[Integer, _between(1)]], BeforeValidator(_listed)]
+RestartWeights = Annotated[list[Annotated[Number, _between(0)]], BeforeValidator(_listed)]
 Numbers = Annotated[list[Number], BeforeValidator(_listed)]
 Texts = Annotated[list[str], BeforeValidator(_listed)]
 FilePath = Annotated[str, AfterValidator(lambda path: str(user_path(path)))]
@@ -311,10 +312,10 @@ class Scheduler(TypedSection):
 
     type: Annotated[str, _one_of(*TYPE_OPTIONS)] = "MultiStepLR"
     milestones: Annotated[list[Milestone], BeforeValidator(_listed)] | None = None
-    gamma: Number | None = None
-    periods: Integers | None = None
-    restart_weights: Numbers | None = None
-    eta_min: Number | None = None
+    gamma: Annotated[Number, _between(0)] | None = None
+    periods: Periods | None = None
+    restart_weights: RestartWeights | None = None
+    eta_min: Annotated[Number, _between(0)] | None = None
     last_epoch: Annotated[Integer, _between(-1, -1)] = -1
 
     @model_validator(mode="after")
@@ -330,7 +331,7 @@ class Loss(Section):
     """`train.pixel_opt`."""
 
     type: Annotated[str, _one_of("L1Loss", "MSELoss", "CharbonnierLoss")] = "L1Loss"
-    loss_weight: Number = 1.0
+    loss_weight: Annotated[Number, _between(0)] = 1.0
     reduction: Annotated[str, _one_of("mean")] = "mean"
 
 
@@ -474,7 +475,7 @@ class Sparsity(Section):
 
 
 def _folder_name(value: str) -> str:
-    if not value or Path(value).name != value or value in (".", ".."):
+    if not value or Path(value).name != value or value in (".", "..") or "\0" in value:
         raise ValueError(f"must be a plain folder name, got {value!r}")
     return value
 
@@ -482,7 +483,7 @@ def _folder_name(value: str) -> str:
 def _with_type(value: dict[str, Any]) -> dict[str, Any]:
     if not value.get("type"):
         raise ValueError("has no type: name a network, such as `type: SwinIR`")
-    return value
+    return {k: _number_from_text(v) if isinstance(v, str) else v for k, v in value.items()}
 
 
 def _gpus(value: int | str) -> int | str:
@@ -656,14 +657,22 @@ def parse_yaml(text: str, source: str) -> Any:
         source: what the text is, for the error.
 
     Raises:
-        ConfigError: a key stands twice in one mapping.
+        ConfigError: a key stands twice in one mapping, or a value is none of its YAML type.
         yaml.YAMLError: it is not YAML.
     """
     yaml = import_optional("yaml", "PyYAML", "YAML files")
     loader = yaml.SafeLoader(text)
-    node = loader.get_single_node()
-    _refuse_duplicates(node, source)
-    return loader.construct_document(node) if node else None
+    try:
+        node = loader.get_single_node()
+        _refuse_duplicates(node, source)
+        return loader.construct_document(node) if node else None
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ConfigError(f"{source} is nested too deeply") from None
+    except (ValueError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        # What PyYAML's constructors raise for `!!float abc`, `!!bool abc` and the date 2024-13-45.
+        raise ConfigError(f"{source} has a value that is none of its YAML type: {error}") from None
 
 
 def _refuse_duplicates(root: Any, source: str) -> None:

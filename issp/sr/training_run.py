@@ -110,9 +110,11 @@ class TrainingRun:
             self.folder.reopen(self.config)
             old = self.folder.set_aside_after(start)
             notes += [f"{old[-1]} is kept as {old[-1].name}.old" if old else None]
+            notes += [self._check_best()]
         else:
             archived = self.folder.create(self.config)
             notes += [f"the earlier run is in {archived}" if archived else None]
+            self.best = Best()  # a state from elsewhere left its best model there
         if saved and self.config.path.pretrain_network_g:
             notes += [f"goes on from {saved.path}: path.pretrain_network_g is not read again"]
         if "val" in self.config.model_fields_set and not self.validation:
@@ -133,6 +135,24 @@ class TrainingRun:
         state = saved.load(parts, self.optimizer, self.config.train.ema_decay)
         self.best, self._is_pending = Best(**state["best"]), state["pending"]
         return state["iteration"]
+
+    def _check_best(self) -> str | None:
+        """Sets a best model aside that is not the state's, such as that of an abandoned end.
+
+        The next validation then writes one, so that file and score belong together.
+        """
+        path = self.folder.models / "net_g_best.safetensors"
+        found: dict[str, Any] = {}
+        if path.is_file():
+            with contextlib.suppress(ValueError):  # a damaged file is not the state's either
+                found = checkpoint.read_tensors(path)[1]
+        if Best(found.get("psnr"), found.get("iteration")) == self.best:
+            return None
+        self.best = Best()
+        if not path.is_file():
+            return None
+        path.replace(path.with_name(f"{path.name}.old"))
+        return f"{path} is of another end of this run: it is kept as {path.name}.old"
 
     def _open_logs(self, start: int) -> None:
         """Opens the logs, cut back to the iteration `start`; the text log goes on."""

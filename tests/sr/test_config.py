@@ -144,6 +144,10 @@ def test_a_wrong_key_or_choice_names_the_nearest(tree, key, wrong, hint):
         ("val.val_freq", 0),
         ("train", "many"),
         ("train.scheduler", {"type": "CosineAnnealingRestartLR"}),
+        ("train.scheduler", {"type": "CosineAnnealingRestartLR", "periods": [0]}),
+        ("train.scheduler.gamma", -0.5),
+        ("train.pixel_opt.loss_weight", -1),
+        ("name", "a\0b"),
         ("train.total_iter", True),
         ("train.optim_g.betas", [0.9, "x"]),
         ("datasets.val.io_backend", {"type": "lmdb"}),
@@ -155,6 +159,11 @@ def test_an_unusable_value_is_named(tree, key, wrong):
     config.set_key(tree, key, wrong)
     with pytest.raises(ValueError, match=key.split(".")[-1]):
         config.parse(tree)
+
+
+def test_numbers_of_the_network_may_be_text_to_yaml(tree):
+    tree["network_g"]["res_scale"] = "1e-1"
+    assert builders.network(config.parse(tree)).body[0].res_scale == 0.1
 
 
 def test_a_sentence_names_the_dotted_key(tree):
@@ -187,6 +196,24 @@ def test_bad_yaml_is_one_sentence(tmp_path, text):
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match=r"none\.yml"):
         config.load_yaml(tmp_path / "none.yml")
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["!!float abc", "!!int abc", "!!bool abc", "!!int ''", "!!timestamp abc", "2024-13-45"],
+)
+def test_a_value_that_is_none_of_its_yaml_type_is_one_sentence(tmp_path, value):
+    path = tmp_path / "tagged.yml"
+    path.write_text(f"name: run\ntrain: {{total_iter: {value}}}\n")
+    with pytest.raises(ConfigError, match=r"tagged\.yml has a value that is none of its YAML type"):
+        config.load_yaml(path)
+
+
+def test_yaml_nested_too_deeply_is_one_sentence(tmp_path):
+    path = tmp_path / "deep.yml"
+    path.write_text("a: " + "[" * 3000 + "]" * 3000)
+    with pytest.raises(ConfigError, match=r"deep\.yml is nested too deeply"):
+        config.load_yaml(path)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.stem)

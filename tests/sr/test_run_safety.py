@@ -185,6 +185,32 @@ def test_a_best_model_that_could_not_be_written_is_written_by_the_resumed_run(tr
     assert_equal(*best)
 
 
+@pytest.mark.parametrize("fate", ["gone", "damaged", "abandoned", "elsewhere"])
+def test_the_best_model_and_its_score_belong_together_after_a_resume(tree, fate):
+    _, folder = run(tree, logger__save_checkpoint_freq=3, train__ema_decay=0)
+    best = folder / "models" / "net_g_best.safetensors"
+    start = {"resume": True, "train__total_iter": TOTAL + 3}
+    if fate == "gone":
+        best.unlink()
+    elif fate == "damaged":
+        best.write_bytes(best.read_bytes()[:100])
+    else:  # the state of iteration 9, when the best model was another
+        start = {"path__resume_state": str(folder / "training_states" / "9.state")}
+        start["name"] = "other" if fate == "elsewhere" else "run"
+    # Nothing is learned any more, so that no validation exceeds the best of the state.
+    changes = {"train__optim_g__lr": 0.0, "train__ema_decay": 0}
+    _, folder = run(tree, **start, **changes)
+    best = folder / "models" / "net_g_best.safetensors"
+    _, metadata = checkpoint.read_tensors(best)
+    rows = logging.read_csv(folder / "log" / "validation.csv")
+    scores = {row["iteration"]: row["psnr"] for row in rows}
+    assert metadata["psnr"] == scores[metadata["iteration"]]
+    said = (folder / "log" / "train.log").read_text().splitlines()
+    last = [line for line in said if "best: " in line][-1]
+    assert last.endswith(f"{metadata['psnr']:.2f} dB at iteration {metadata['iteration']}")
+    assert best.with_name(f"{best.name}.old").is_file() == (fate in ("damaged", "abandoned"))
+
+
 @pytest.mark.parametrize("second", ["kept", "4.state"])
 def test_a_full_disk_is_named_and_the_state_before_is_intact(tree, monkeypatch, second):
     changes = {**SHORT, "logger__save_checkpoint_freq": 2}
