@@ -7,6 +7,7 @@ read with weights_only=True. BasicSR's .pth files (params, params_ema) are read 
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterable
@@ -36,6 +37,7 @@ __all__ += ["set_random_state", "sparsity", "write_state"]
 
 # Entries of a .pth that hold weights. BasicSR's two, the first ones, stand for each other.
 _WEIGHT_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
+_OWN_METADATA = ("config", "arch", "scale", "sparsity")
 _BLOCK_COUNTS = ("num_block", "depths", "depth")  # keys of the networks' configurations
 _MOST_BEYOND_FILE = 2**28  # numbers: masks that a file may leave out
 _UNEXPECTED = "is not in the model"
@@ -53,17 +55,21 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
         **extra: more plain values for the metadata, such as iteration=1000.
 
     Raises:
-        TypeError: the model has no configuration.
+        TypeError: the model has no configuration, or an extra value is not plain.
+        ValueError: a layer is parametrized, or an extra value has the name of one of the file's.
         OSError: the file cannot be written; an older file is left as it was.
     """
-    model = names.unwrap(model)
+    if isinstance(model, nn.Module):
+        model = names.unwrap(model)
     if not isinstance(getattr(model, "config", None), dict):
         raise TypeError(
             f"cannot save {type(model).__name__} with its architecture: it has no .config; "
             "use torch.save(model.state_dict(), path)"
         )
+    _check_extra(extra)
     if pack.is_packed(model):
         model = pack.unpack(model)
+    _check_layers(model)
     # Copies: safetensors refuses tensors that share memory, and tied weights load back equal.
     tensors = {
         name: value.detach().cpu().contiguous().clone()
@@ -72,6 +78,29 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
     metadata: dict[str, Any] = {"config": model.config, "arch": model.arch, "scale": model.scale}
     metadata |= {"sparsity": sparsity(model), **extra}
     atomic_write(path, safetensors_bytes(tensors, metadata))
+
+
+def _check_extra(extra: dict[str, Any]) -> None:
+    for name, value in extra.items():
+        if name in _OWN_METADATA:
+            raise ValueError(f"the file says {name} itself: give the extra value another name")
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            kind = type(value).__name__
+            raise TypeError(
+                f"cannot save {name}, a {kind}, in the metadata: give numbers, text, lists or dicts"
+            ) from None
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Refuses layers whose weight is computed: `load` builds the network without that."""
+    for name, module in names.named_modules(model).items():
+        if isinstance(module, nn.Conv2d | nn.Linear) and "weight" not in module._parameters:
+            raise ValueError(
+                f"cannot save {name}: its weight is parametrized; call "
+                "torch.nn.utils.parametrize.remove_parametrizations (or prune.remove) first"
+            )
 
 
 def load(

@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 
 from issp import models
 from issp.nn import names
@@ -340,6 +341,32 @@ def test_names_are_read_and_written_through_wrappers(model, tmp_path, kinds):
     outer = wrapped(other, kinds)
     checkpoint.load_weights(outer, tensors, "wrapped.pth")
     assert_same(names.unwrap(outer), model)  # an average is a copy
+
+
+def test_what_could_not_be_loaded_is_not_saved(model, tmp_path):
+    file = tmp_path / "m.safetensors"
+    checkpoint.save(model, file)
+    written = file.read_bytes()
+    refusals = [
+        ({"config": "mine"}, ValueError, "the file says config itself: give the extra value anoth"),
+        ({"psnr": torch.ones(1)}, TypeError, "cannot save psnr, a Tensor, in the metadata: give"),
+    ]
+    for extra, kind, sentence in refusals:
+        with pytest.raises(kind, match=sentence):
+            checkpoint.save(model, file, **extra)
+    with pytest.raises(TypeError, match="cannot save dict with its architecture: it has no .conf"):
+        checkpoint.save(dict(model.state_dict()), file)
+    prune = torch.nn.utils.prune
+    prune.l1_unstructured(model.conv_last, "weight", 0.5)
+    with pytest.raises(ValueError, match="cannot save conv_last: its weight is parametrized; call"):
+        checkpoint.save(model, file)
+    assert file.read_bytes() == written
+    prune.remove(model.conv_last, "weight")
+    checkpoint.save(model, file)
+    assert_same(checkpoint.load(file), model)
+    torch.nn.utils.parametrizations.weight_norm(model.conv_first)
+    with pytest.raises(ValueError, match="cannot save conv_first: its weight is parametrized"):
+        checkpoint.save(model, file)
 
 
 class Own(torch.nn.Module):
