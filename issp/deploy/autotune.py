@@ -40,6 +40,7 @@ _SLOW = 1.0  # seconds: a call this long needs no second warm-up call
 # Times that spread by more, as on a busy machine, choose for this time alone.
 MAX_SPREAD = 0.25
 MAX_AGE = 30 * 24 * 3600.0  # seconds: another program, driver or clock rate may have come
+_FOREVER = 1e12  # seconds
 
 
 @dataclass(frozen=True)
@@ -168,10 +169,10 @@ class Cache:
             content = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except json.JSONDecodeError as error:
-            problem = f"no JSON: {error}"
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             problem = str(error)
+        except (ValueError, RecursionError) as error:  # no text, no JSON, numbers without end
+            problem = f"no JSON: {error}"
         else:
             if isinstance(content, dict) and content.get("format") in range(1, _FORMAT):
                 return {}  # of an older version
@@ -211,6 +212,7 @@ def _is_choice(stored: Any) -> bool:
         and stored.keys() == _STORED.keys()
         and all(isinstance(stored[name], kind) for name, kind in _STORED.items())
         and all(isinstance(x, int | float) and x > 0 for x in stored["microseconds"].values())
+        and all(0 <= stored[name] < _FOREVER for name in ("spread", "measured"))
         and stored["name"] in stored["microseconds"]
     )
 

@@ -255,7 +255,19 @@ class TestFile:
                 '{"dense": 1}, "errors": {}, "reason": "", "spread": 0, "measured": 0}}}}',
                 "of 'm' are not those",
             ),
+            ("[" * 100_000, "no JSON"),
+            ('{"format": ' + "9" * 5000 + "}", "no JSON"),
+            *(
+                (
+                    '{"format": 2, "machines": {"m": {"k": {"name": "dense", "microseconds": '
+                    '{"dense": 1}, "errors": {}, "reason": "", "spread": 0, '
+                    f'"measured": {number}}}}}}}}}',
+                    "of 'm' are not those",
+                )
+                for number in ("1" + "0" * 400, "1e999", "NaN")
+            ),
         ],
+        ids=lambda text: text[:40],
     )
     def test_a_broken_or_unknown_file_is_reported_and_rebuilt(self, cache, text, problem):
         cache.path.parent.mkdir()
