@@ -302,3 +302,19 @@ def test_a_warning_is_one_line_without_a_place_in_our_code(monkeypatch):
     cli.main(["--version"])
     text = warnings.formatwarning(UserWarning("no params:\n the rest"), UserWarning, "a.py", 3)
     assert text == "issp: warning: no params: the rest\n"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (["--resume"], "--resume needs the run's configuration: experiments/NAME/config.yml"),
+        (
+            ["--model", "edsr-tiny", "--scale", "2", "--iters", "2", "--set", "train.total_iter"],
+            "--set train.total_iter: write KEY=VALUE",
+        ),
+    ],
+    ids=["resume", "set"],
+)
+def test_train_names_what_an_option_lacks(capsys, options, said):
+    assert cli.main(["train", *options]) == 2
+    assert said in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """The configuration: BasicSR's files run, mistakes are named with the nearest key."""
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -297,3 +299,23 @@ def test_the_network_and_the_scale_must_agree(tree):
     tree["datasets"]["train"]["gt_size"] = 96
     with pytest.raises(ValueError, match="upscale is 4 but scale is 2"):
         builders.network(config.parse(tree))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("gpu0", "'gpu0' is unknown: use auto"),
+        ("meta", "'meta' is not supported: use auto"),
+        ("cuda:99", "'cuda:99' is absent: torch sees"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(name, said):
+    with pytest.raises(ConfigError, match=said):
+        builders.device(name)
+
+
+def test_pydantic_is_named_where_it_is_missing():
+    code = "import sys; sys.modules['pydantic'] = None; import issp.sr.config"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("issp.utils.errors.MissingPackageError: ")
+    assert "pydantic" in done.stderr.splitlines()[-1]

@@ -107,3 +107,12 @@ def test_tensorboard_needs_a_folder_of_utf8(tmp_path):
     board.add({"iteration": 1, "psnr": 30.0})
     board.close()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"epoch,loss\n1,2\n", b"\xff\xfe\n", None])
+def test_what_is_not_a_log_is_named(tmp_path, content):
+    path = tmp_path / "train.csv"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train\.csv( is not a log of `issp train`|: )"):
+        logging.read_csv(path)

@@ -102,3 +102,18 @@ def test_a_single_row_is_visible(drawn):
     for axis in drawn(plots.curves, [row(7, psnr=30.0)]).axes:
         line = axis.lines[0]
         assert line.get_marker() not in ("None", None, "") and shown(axis, 7, line.get_ydata()[0])
+
+
+@pytest.mark.parametrize(
+    "draw, missing",
+    [
+        (plots.curves, "the log has no rows yet"),
+        (lambda rows, path: plots.gradients(rows, [], path), "no gradients have been recorded"),
+        (plots.layers, "no checkpoint yet"),
+    ],
+    ids=["curves", "gradients", "layers"],
+)
+def test_what_has_no_rows_yet_is_named(tmp_path, draw, missing):
+    with pytest.raises(ValueError, match=missing):
+        draw([], tmp_path / "empty.png")
+    assert not (tmp_path / "empty.png").exists()

@@ -64,7 +64,7 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
             lines = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"cannot read log {path}: {error}") from None
-    if not lines or lines[0][0] != "iteration":
+    if not lines or lines[0][:1] != ["iteration"]:
         raise ValueError(
             f"{path} is not a log of `issp train`: the first column is not `iteration`"
         )
