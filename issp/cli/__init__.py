@@ -110,11 +110,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare_output() -> None:
     """Text that the terminal cannot show is escaped, a warning is a line, Pillow's are left out."""
+    _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     warnings.filterwarnings("ignore", module=r"PIL\.")
     warnings.formatwarning = _format_warning
+
+
+def _replace_closed_streams() -> None:
+    """Text for a closed stream is dropped, and no file gets the stream's number."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:

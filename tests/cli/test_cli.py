@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -318,3 +319,22 @@ def test_a_warning_is_one_line_without_a_place_in_our_code(monkeypatch):
 def test_train_names_what_an_option_lacks(capsys, options, said):
     assert cli.main(["train", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_neither_end_a_command_nor_become_its_files(tmp_path, closed):
+    code = (
+        "import os, sys; from issp import cli; from issp.cli import common; cli._prepare_output()\n"
+        "with open('result', 'w') as file, common.item_progress('images') as progress:\n"
+        "    common._LINE_SECONDS = -1.0\n"
+        "    progress(1, 2)\n"
+        "    os.write(2, b'native code')\n"
+        "    file.write('right')"
+    )
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(code)} {closed}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert (tmp_path / "result").read_text() == "right"
