@@ -162,8 +162,9 @@ def pack_on(model: SuperResolver, side: int) -> tuple[nn.Module, str]:
         side: of the square image that layers are measured on.
     """
     weight = next(model.parameters())
-    example = torch.full((1, model.channels, side, side), 0.5, device=weight.device)
-    packed: Any = pack(model.eval(), example.to(weight.dtype))
+    shape = (1, model.channels, side, side)
+    example = torch.full(shape, 0.5, device=weight.device, dtype=weight.dtype)
+    packed: Any = pack(model.eval(), example)
     summary = packed.report.summary()
     if any(line.is_sparse for line in packed.report.lines):
         return packed, f"packed: {summary}"

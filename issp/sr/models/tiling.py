@@ -157,7 +157,8 @@ def _largest_side(network: nn.Module, channels: int, aim: int, memory: int) -> i
     multiple, side = getattr(network, "pad_multiple", 1), aim
     if _radius(network) is not None:  # convolutions alone: memory grows with the number of pixels
         probe = _round_up(_PROBE, multiple)
-        device = next(network.parameters(), torch.empty(0)).device
+        weight = next(network.parameters(), None)
+        device = torch.device("cpu") if weight is None else weight.device
         each = _UNSEEN * peak_bytes(network, (1, channels, probe, probe), device) / probe**2
         return max(multiple, min(aim, int(math.sqrt(memory / each)) // multiple * multiple))
     while side > multiple:
