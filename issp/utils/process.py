@@ -3,7 +3,7 @@
 GNU OpenMP, which torch's CPU builds use, lets a thread that waits spin 300 000 times, some 10 ms,
 before it sleeps. On an idle machine that saves the wake-up. On a busy one the spinning thread keeps
 a core from the thread that it waits for: with five other processes on two cores, whole iterations
-became 40 times slower (bench/results).
+became 30 times slower (bench/results/busy-2026-11-30.md).
 """
 
 from __future__ import annotations

@@ -161,3 +161,24 @@ def test_older_parametrizations_are_refused_by_name(norm):
     model = nn.Sequential(norm(nn.Linear(4, 4)), nn.Linear(4, 4))
     with pytest.raises(ValueError, match="0 has no parameter `weight`"):
         issp.attach(model)
+
+
+def _view_with_overlaps():
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 1).expand(4, 4))
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (nn.LazyLinear(4), "1 is not initialized: run the model once before attaching"),
+        (nn.Linear(4, 4, dtype=torch.complex64), "1 has a weight of torch.complex64: exclude it"),
+        (nn.Linear(0, 4), "1 has an empty weight: exclude it"),
+        (_view_with_overlaps(), "1: its weight is a view with gaps or overlaps in memory"),
+    ],
+    ids=["lazy", "complex", "empty", "view"],
+)
+def test_a_weight_that_cannot_be_pruned_is_named(layer, words):
+    with pytest.raises(ValueError, match=words):
+        issp.attach(nn.Sequential(nn.Linear(4, 4), layer), sparsity=0.5)

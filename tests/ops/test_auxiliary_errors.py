@@ -49,6 +49,9 @@ BAD_REGULARIZE = {
         lambda t: t.__setitem__(0, torch.ones(100).half()), TypeError, "float16",
     ),
     "factors: another dtype": (torch.ones(2).double(), TypeError, "factors has dtype"),
+    "factors: another device": (
+        torch.empty(2, device="meta"), ValueError, "factors is on meta but the weights are on cpu",
+    ),
     "factors: a list": ([1.0, 1.0], TypeError, "factors must be a tensor"),
     "factors: one too few": (torch.ones(1), ValueError, "2 elements, one per weight"),
     "masks: too short": (torch.zeros(16, dtype=torch.int32), ValueError, "32 elements"),

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import issp
-from issp import backends
+from issp import Keep, backends, ops
 from issp.ops import ShrinkState
+from issp.ops.validation import pruning as validation
 from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS
 
@@ -320,3 +321,15 @@ def test_a_mixed_pattern_list_is_refused_before_anything_is_written():
                 (*weights, state.thresholds, state.packed, state.flips), before, strict=True
             ):
                 assert_bitwise_equal(x, y, f"{back_end}, {wrong}")
+
+
+def test_one_tensor_is_no_list_of_tensors():
+    weights, state = good()
+    with pytest.raises(TypeError, match="weights must be a list of tensors, not Tensor"):
+        ops.soft_shrink_(weights[0], state, 0.95)
+
+
+def test_a_weight_with_more_bits_than_one_mask_holds():
+    huge = torch.empty(2**20, 2**17, device="meta")
+    with pytest.raises(ValueError, match="w of shape .* is too large for one packed mask"):
+        validation.check_pattern_divides(huge, "w", Keep(2, of=4))

@@ -71,6 +71,11 @@ def more_counts(arguments):
 BOTH = {
     "no weights": (put("weights", []), ValueError, "empty list"),
     "float64 weights": (put("weights", BIG[:7].double(), 2), TypeError, "float64"),
+    "float64 weights alone": (
+        lambda a: a.update(weights=[w.double() for w in a["weights"]]),
+        TypeError,
+        "weights have dtype torch.float64: the optimizer ops take float32",
+    ),
     "an empty weight": (put("weights", torch.empty(0), 2), ValueError, "leave it out"),
     "a gradient too few": (lambda a: a["grads"].pop(), ValueError, "grads has 2 entries"),
     "a gradient of another size": (put("grads", BIG[:8], 2), ValueError, "8 elements"),

@@ -260,6 +260,7 @@ def test_compiles_without_graph_breaks(make):
         (lambda: small_cat(num_heads=[3]), ValueError, "must be even"),
         (lambda: small_cat(block_name="regular"), ValueError, "did you mean 'CATB_regular'"),
         (lambda: small_cat(split_size_1=[0]), ValueError, "split_size_0 and split_size_1"),
+        (lambda: small_cat(img_size=9), ValueError, "img_size 9 must be a multiple of split sizes"),
         (lambda: small_cat(embed_dim=16), ValueError, "at least 32"),
         (lambda: small_cat(upsampler="nearest+conv"), ValueError, "unknown upsampler"),
     ],

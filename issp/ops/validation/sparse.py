@@ -54,9 +54,7 @@ def check_sparse_matmul(*args: Any) -> None:
     """The checks of `sparse_matmul`."""
     matmul = MatmulArgs(*args)
     x = matmul.x
-    _check_data(x, "x")
-    if x.dim() < 1:
-        raise ValueError("x must have the shape [..., I], not be a single number")
+    _check_tokens(x)
     rows = check_weight(x, matmul.values, matmul.col_indices, matmul.crow_indices)
     _check_length(x.shape[-1], 1)
     check_positions(matmul.col_indices, matmul.crow_indices, x.shape[-1])
@@ -67,10 +65,8 @@ def check_sparse_matmul_values_grad(
     x: Tensor, grad: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int
 ) -> None:
     """The checks of `sparse_matmul_values_grad`."""
-    _check_data(x, "x")
+    _check_tokens(x)
     _check_data(grad, "grad")
-    if x.dim() < 1:
-        raise ValueError("x must have the shape [..., I], not be a single number")
     _check_indices(x.device, col_indices, crow_indices, v)
     _check_length(x.shape[-1], 1)
     check_positions(col_indices, crow_indices, x.shape[-1])
@@ -80,6 +76,12 @@ def check_sparse_matmul_values_grad(
 def _check_data(x: Tensor, name: str) -> None:
     check_tensor(x, name)
     check_in_memory(x, name)
+
+
+def _check_tokens(x: Tensor) -> None:
+    _check_data(x, "x")
+    if x.dim() < 1:
+        raise ValueError("x must have the shape [..., I], not be a single number")
 
 
 def _check_image(x: Tensor, name: str) -> None:

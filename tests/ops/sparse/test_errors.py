@@ -125,10 +125,15 @@ def test_conv2d_refuses(back_end, name):
         sparse._conv2d(*args)
 
 
-@pytest.mark.parametrize("name", BAD)
+BAD_MATMUL = {
+    "x: a single number": (lambda t: torch.tensor(1.0), ValueError, r"the shape \[\.\.\., I\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD | BAD_MATMUL)
 @pytest.mark.parametrize("back_end", [b for b in BACK_ENDS if b.device == "cpu"], ids=str)
 def test_matmul_refuses(back_end, name):
-    change, kind, words = BAD[name]
+    change, kind, words = (BAD | BAD_MATMUL)[name]
     args = spoilt(MATMUL, name, change)
     refuses(op_of(back_end, "sparse_matmul"), validation.check_sparse_matmul, args, kind, words)
     with pytest.raises(kind, match=words):
@@ -136,6 +141,7 @@ def test_matmul_refuses(back_end, name):
 
 
 BAD_GRAD = {
+    "x: a single number": (lambda t: torch.tensor(1.0), ValueError, r"x must (have|be)"),
     "x: integers": (lambda t: t.int(), TypeError, "x has dtype"),
     "x: fewer channels": (lambda t: t[:, :2].contiguous(), ValueError, "col_indices must lie in"),
     "grad: another dtype": (lambda t: t.double(), TypeError, "grad has dtype torch.float64"),
