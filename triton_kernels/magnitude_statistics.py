@@ -83,7 +83,7 @@ def merge(rows, sums, statistics, TILE: tl.constexpr, CHUNK: tl.constexpr):
         scales = tl.minimum(scales, own)
     scale = tl.min(scales, 0)
     # The means of tiles are taken relative to the pivot, which is near all of them.
-    pivot, _, _ = load_part(tile_sums, tl.cast(0, tl.int64), programs, scale)
+    pivot, _rest, _count = load_part(tile_sums, tl.cast(0, tl.int64), programs, scale)
     lane_sums = tl.zeros([CHUNK], tl.float64)
     total = tl.zeros([CHUNK], tl.float64)
     for start in range(0, programs, CHUNK):

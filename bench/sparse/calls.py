@@ -113,6 +113,7 @@ def keep_switches() -> Iterator[None]:
 def _switch(matmul: str, conv: str, search: bool) -> None:
     torch.backends.cuda.matmul.fp32_precision = matmul
     torch.backends.cudnn.conv.fp32_precision = conv
+    torch.backends.cudnn.rnn.fp32_precision = conv  # torch.export refuses flags that differ
     torch.backends.cudnn.benchmark = search
 
 

@@ -61,7 +61,10 @@ def _or_none(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, nn.Module), "a torch module"),
-    "sparsity": (_or_none(_is_number), "a number in 0..1 (overrides= names single layers)"),
+    "sparsity": (
+        _or_none(_is_target),
+        "a number in 0..1 or a Keep (overrides= names single layers)",
+    ),
     "shrink": (_is_number, "a number in 0..1"),
     "types": (_are_classes, "a module class or several"),
     "exclude": (_are_patterns, "a name pattern or several"),

@@ -295,13 +295,6 @@ def test_nm_patterns_across_tiles(n, m, v, layout):
     assert_bitwise_equal(mask.cpu(), expected_mask, "mask")
 
 
-def test_misaligned_scratch_is_refused():
-    pair = Pair(normal((40,)), [20])
-    pair.state.scratch = torch.zeros(200, dtype=torch.int32, device=DEVICE)[1:]
-    with pytest.raises(ValueError, match="8 bytes"):
-        pair.step()
-
-
 @pytest.mark.full
 def test_every_kernel_compiles_without_spills(capsys):
     """For sm_80, sm_90 and sm_100, with no GPU: in a process without the interpreter."""

@@ -100,14 +100,6 @@ def test_gradients_that_move_get_a_table_of_their_own():
         assert_same("triton", actual, expected, f"after step {number}")
 
 
-def test_misaligned_scratch_is_refused():
-    training = Training("adam", "plain", AROUND, DEVICE, rest=REST)
-    words = training.state.scratch.numel()
-    training.state.scratch = torch.zeros(words + 1, dtype=torch.int32, device=DEVICE)[1:]
-    with pytest.raises(ValueError, match="8 bytes"):
-        training.step(table(1), tensors_like(training.weights, "normal", 1))
-
-
 def test_the_cache_of_tables_stays_small():
     training = Training("sgd", "plain", AROUND, DEVICE, rest=REST)
     kept = []
