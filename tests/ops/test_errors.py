@@ -333,3 +333,16 @@ def test_a_weight_with_more_bits_than_one_mask_holds():
     huge = torch.empty(2**20, 2**17, device="meta")
     with pytest.raises(ValueError, match="w of shape .* is too large for one packed mask"):
         validation.check_pattern_divides(huge, "w", Keep(2, of=4))
+
+
+def test_a_negative_view_is_refused_before_anything_is_written():
+    """torch's fallback for such views writes the weights and raises afterwards."""
+    weights, state = good()
+    before = [w.clone() for w in weights]
+    state.thresholds = torch._neg_view(state.thresholds)
+    with pytest.raises(ValueError, match="computes when it is"):
+        torch.ops.issp.soft_shrink_(
+            *(weights, state.k, 0.95, state.thresholds, state.packed, state.flips, state.scratch)
+        )
+    for weight, old in zip(weights, before, strict=True):
+        assert_bitwise_equal(weight, old, "weight")
