@@ -220,8 +220,8 @@ def register() -> None:
     for op, call in implementations("reference").items():
         schemas.library.impl(op, call, "CompositeExplicitAutograd")
         if op.endswith("_"):
-            # The check refuses views that torch negates when it reads them. torch's own way, to write
-            # a negated copy back, ends in an error after it has written.
+            # The check refuses views that torch negates when it reads them. torch's own way, to
+            # write a negated copy back, ends in an error after it has written.
             schemas.library.impl(op, call, "Negative")
     # A back end of one device type leaves the choice of the other as it is.
     _choose("cpu", ("cpp",), forced if forced in ("reference", "cpp") else None)
