@@ -47,12 +47,25 @@ def table_of(back_end: str) -> dict[str, Any]:
         from tests.kernels import cuda_emulator
 
         cuda_emulator.seed(1)
-        return raw | cuda_emulator.implementations()
+        return raw | {op: checked(op, f) for op, f in cuda_emulator.implementations().items()}
     if back_end.startswith("cpp-"):
         torch.ops.issp._cpu_capability(back_end.removeprefix("cpp-"))
     elif back_end != "raw":
         return raw | backends.implementations(back_end)
     return raw
+
+
+def checked(op: str, call: Any) -> Any:
+    """A call after its check: the emulator runs device code, without the checks of its host."""
+    from issp.ops import validation
+
+    check = (validation.PRUNING_OPS | validation.SPARSE_OPS)[op]
+
+    def checked_call(*args: Any) -> Any:
+        check(*args)
+        return call(*args)
+
+    return checked_call
 
 
 def run(op: str, arguments: list[Any], table: dict[str, Any]) -> dict[str, Any]:
