@@ -62,6 +62,11 @@ def checked(op: str, call: Any) -> Any:
     check = (validation.PRUNING_OPS | validation.SPARSE_OPS)[op]
 
     def checked_call(*args: Any) -> Any:
+        lists = (x if isinstance(x, list) else [x] for x in args)
+        if any(isinstance(x, Tensor) and x.device.type != "cpu" for xs in lists for x in xs):
+            raise ValueError(
+                "the emulator computes on the CPU: the dispatcher sends it nothing else"
+            )
         check(*args)
         return call(*args)
 
