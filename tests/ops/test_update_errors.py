@@ -93,6 +93,11 @@ BOTH = {
     "more counts than weights": (more_counts, ValueError, "4 entries"),
     "a count too large": (put("k", torch.tensor([101, 30])), ValueError, "0..100"),
     "masks too short": (put("masks", torch.zeros(16, dtype=torch.int32)), ValueError, "masks"),
+    "scratch between two of its words": (
+        lambda a: a.update(scratch=torch.zeros(len(a["scratch"]) + 1, dtype=torch.int32)[1:]),
+        ValueError,
+        "scratch does not start on 8 bytes",
+    ),
     "scratch too short": (put("scratch", torch.zeros(9, dtype=torch.int32)), ValueError, "scratch"),
 }
 ADAM = {
