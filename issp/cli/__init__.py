@@ -136,6 +136,7 @@ def _run(args: argparse.Namespace) -> int:
     args.load = process.LoadMeter()
     if args.command != "bench":  # what it measures is a process that nobody has prepared
         process.limit_spinning()
+        process.keep_freed_memory()
     try:
         return int(command_module(args.command).main(args) or 0)
     except Interrupted as stopped:

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from issp.ops import backends
-from issp.ops.info import info
+from issp.ops.info import gpu, version
+from issp.utils.environment import cpu_name
 from issp.utils.files import atomic_write, cache_folder, user_path
 
 try:
@@ -78,18 +79,19 @@ def machine(device: str) -> str:
     Args:
         device: "cpu" or "cuda".
     """
-    facts = info()
     back_end = backends.active(device)
-    parts = [facts["cpu"]["name"], facts["cpu"]["torch"], f"{torch.get_num_threads()} threads"]
+    vectors = torch.backends.cpu.get_cpu_capability()
+    parts = [cpu_name(), vectors, f"{torch.get_num_threads()} threads"]
     if back_end == "cpp":
         parts.append(f"kernels {torch.ops.issp._cpu_capability()}")
     if device == "cuda":
-        gpu = facts["gpu"]
+        facts = gpu()
+        assert facts is not None  # a tensor is on it
         conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
         precision = f"{torch.backends.cuda.matmul.fp32_precision} {conv.fp32_precision}"
-        parts = [gpu["name"], f"CUDA {gpu['cuda']}", f"float32 by {precision}"]
+        parts = [facts["name"], f"CUDA {facts['cuda']}", f"float32 by {precision}"]
         parts.append(f"cudnn.benchmark {torch.backends.cudnn.benchmark:d}")
-    parts += [f"torch {torch.__version__}", f"issp {facts['issp']} {back_end} {_fingerprint()}"]
+    parts += [f"torch {torch.__version__}", f"issp {version()} {back_end} {_fingerprint()}"]
     return "; ".join(parts)
 
 

@@ -28,8 +28,8 @@ def info() -> dict[str, Any]:
         A dict of plain values, the same as `issp info --json` prints.
     """
     load = process.LoadMeter()
-    gpu = _gpu()
-    devices = ("cpu", "cuda") if gpu else ("cpu",)
+    gpu_facts = gpu()
+    devices = ("cpu", "cuda") if gpu_facts else ("cpu",)
     facts: dict[str, Any] = {
         "issp": version(),
         "python": platform.python_version(),
@@ -41,16 +41,8 @@ def info() -> dict[str, Any]:
             "unused": backends.problems(),
             "forced": os.environ.get("ISSP_BACKEND"),
         },
-        "cpu": {
-            "name": environment.cpu_name(),
-            "features": environment.cpu_features(_CPU_FEATURES),
-            "torch": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "denormals": denormals.mode(),
-            "waiting": process.waiting(),
-        },
-        "gpu": gpu,
+        "cpu": cpu(),
+        "gpu": gpu_facts,
     }
     time.sleep(_LOAD_SECONDS)
     facts["cpu"]["busy_cores"] = load.busy_cores()
@@ -62,7 +54,21 @@ def version() -> str:
     return package_version("issp") or "unknown (not installed)"
 
 
-def _gpu() -> dict[str, Any] | None:
+def cpu() -> dict[str, Any]:
+    """The processor, and how torch and OpenMP use it."""
+    return {
+        "name": environment.cpu_name(),
+        "features": environment.cpu_features(_CPU_FEATURES),
+        "torch": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "denormals": denormals.mode(),
+        "waiting": process.waiting(),
+    }
+
+
+def gpu() -> dict[str, Any] | None:
+    """The first GPU; None where torch sees none."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(0)

@@ -9,6 +9,7 @@ became 30 times slower (bench/results/busy-2026-11-30.md).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -20,6 +21,9 @@ from pathlib import Path
 # Some 0.4 ms: longer than the gaps between the layers of a network, shorter than a time slice.
 _SPIN_COUNT = "10000"
 _WAIT_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+# Parameters of glibc's mallopt, from malloc.h, and the settings that users have for them.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_MALLOC_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_")
 
 
 def is_issp_command() -> bool:
@@ -37,6 +41,22 @@ def limit_spinning() -> None:
     """
     if "torch" not in sys.modules and not any(name in os.environ for name in _WAIT_SETTINGS):
         os.environ["GOMP_SPINCOUNT"] = _SPIN_COUNT
+
+
+def keep_freed_memory() -> None:
+    """Lets malloc keep what is freed for what is allocated next, unless the user chose otherwise.
+
+    By default malloc maps each tensor of more than 32 MB anew, and returns it: the system fills
+    thousands of pages with zeros for every layer. Packed edsr-tiny takes 1.5 times as long on a
+    tile of 256 x 256, and 2.1 times if the process asks for large pages too. Only glibc has this
+    switch; elsewhere nothing changes.
+    """
+    if sys.platform != "linux" or any(name in os.environ for name in _MALLOC_SETTINGS):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def use_large_pages() -> None:

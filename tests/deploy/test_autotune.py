@@ -348,6 +348,12 @@ class TestFile:
         assert Cache().path == tmp_path / "choices" / "choices.json"
 
 
+def test_machine_does_not_wait(monkeypatch):
+    """`issp.info` waits for the load of the machine, which no choice depends on."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"slept {seconds} s"))
+    assert autotune.machine("cpu")
+
+
 def test_machine_names_all_that_times_depend_on(threads, monkeypatch):
     threads(2)
     before = autotune.machine("cpu")

@@ -10,7 +10,7 @@ from torch import nn
 
 from issp import models
 from issp.sr.models import SwinIR
-from issp.sr.models.layers import DropPath, merge, partition, shift_mask
+from issp.sr.models.layers import DropPath, PixelShuffle, merge, partition, shift_mask
 from tests.sr.networks import (
     SMALL,
     build_on_meta,
@@ -131,6 +131,30 @@ def test_both_attention_paths_agree(make):
     with torch.no_grad():
         fused = model(x)
     torch.testing.assert_close(fused, model(x).detach(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape, order",
+    [
+        *(((2, 18, 5, 7), order) for order in (torch.contiguous_format, torch.channels_last)),
+        *(((1, 9, 1, 1), order) for order in (torch.contiguous_format, torch.channels_last)),
+        ((0, 9, 4, 4), torch.contiguous_format),
+        ((18, 5, 7), torch.contiguous_format),
+    ],
+)
+def test_pixel_shuffle_is_torchs(shape, order):
+    x = torch.randn(shape).to(memory_format=order).requires_grad_()
+    expected, y = nn.PixelShuffle(3)(x), PixelShuffle(3)(x)
+    assert torch.equal(y, expected) and y.is_contiguous(memory_format=order)
+    if x.numel():  # torch's pixel_shuffle has no backward for an empty batch
+        upstream = torch.randn_like(y)
+        (actual,) = torch.autograd.grad(y, x, upstream)
+        assert torch.equal(actual, torch.autograd.grad(expected, x, upstream)[0])
+
+
+def test_pixel_shuffle_refuses_channels_that_do_not_divide():
+    with pytest.raises(RuntimeError, match="divisible"):
+        PixelShuffle(2)(torch.randn(1, 6, 4, 4))
 
 
 def test_drop_path_drops_whole_samples_in_training_only():

@@ -186,7 +186,7 @@ def test_a_fitting_tile_takes_no_more_memory_than_there_is(make, monkeypatch):
     side = tiling.fitting_tiling(model, 3).tile
     assert tiling.peak_bytes(model, (1, 3, side, side)) <= 2 * 2**20 and side < 256
     monkeypatch.setattr(tiling, "_free_memory", lambda device: 2**34)
-    assert tiling.fitting_tiling(model, 3).tile == (256 if make is small_edsr else 512)
+    assert tiling.fitting_tiling(model, 3).tile == (384 if make is small_edsr else 512)
     monkeypatch.setattr(tiling, "_free_memory", lambda device: 1)
     assert tiling.fitting_tiling(model, 3).tile == model.pad_multiple
 
@@ -195,7 +195,7 @@ def test_a_fitting_tiling_is_exact_unless_that_costs_too_much(monkeypatch):
     tiny, large = (build_on_meta(name, 2) for name in ("edsr-tiny", "edsr-l"))
     assert tiny.receptive_radius == 20 and large.receptive_radius == 68
     monkeypatch.setattr(tiling, "_free_memory", lambda device: 768 * 2**20)
-    assert tiling.fitting_tiling(tiny, 3) == tiling.Tiling(256, 40, exact=True)
+    assert tiling.fitting_tiling(tiny, 3) == tiling.Tiling(384, 40, exact=True)
     rough = tiling.fitting_tiling(large, 3)
     assert rough.overlap == 32 and not rough.exact and 128 < rough.tile < 8 * 68
     monkeypatch.setattr(tiling, "_free_memory", lambda device: 2**35)

@@ -1,6 +1,7 @@
 """How the command starts: without torch where it can, its threads waiting patiently."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -57,6 +58,17 @@ def test_the_command_limits_spinning_unless_the_user_chose():
     assert run(code, OMP_WAIT_POLICY="passive").split() == ["None", "passive"]
     assert run(code, GOMP_SPINCOUNT="7").split() == ["7", "None"]
     assert run("import issp, os; print('GOMP_SPINCOUNT' in os.environ)").strip() == "False"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_the_command_keeps_freed_memory_unless_the_user_chose():
+    code = COMMAND + "import io, contextlib, mmap, numpy, re\n"
+    code += "with contextlib.redirect_stdout(io.StringIO()): cli.main(['info'])\n"
+    code += "large = numpy.ones(40 << 20, numpy.uint8)\n"
+    code += "heap = re.search(r'(\\w+)-(\\w+) .*\\[heap\\]', open('/proc/self/maps').read())\n"
+    code += "print(int(heap[1], 16) <= large.ctypes.data < int(heap[2], 16))"
+    assert run(code).strip() == "True"  # malloc maps such an array outside of its heap otherwise
+    assert run(code, MALLOC_MMAP_MAX_="65536").strip() == "False"
 
 
 def test_load_is_that_of_other_processes(monkeypatch):

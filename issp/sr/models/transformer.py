@@ -132,7 +132,7 @@ class WindowTransformer(SuperResolver):
             raise ValueError(f"unknown upsampler {kind!r}: {suggest(kind, kinds)}")
         if kind == "pixelshuffledirect":
             conv = conv3x3(embed_dim, scale**2 * channels)
-            self.upsample = nn.Sequential(conv, nn.PixelShuffle(scale))
+            self.upsample = nn.Sequential(conv, layers.PixelShuffle(scale))
             return
         if kind == "":
             self.conv_last = conv3x3(embed_dim, channels)
