@@ -67,6 +67,10 @@ class Work:
         groups = [group["params"] for optimizer in optimizers for group in optimizer.param_groups]
         return weights & {id(parameter) for params in groups for parameter in params}
 
+    def pruned_after(self, optimizers: Sequence[Optimizer]) -> set[int]:
+        """The weights, by id, that are pruned after steps of the optimizers, or by hand if none."""
+        return self.trained_by(optimizers) if optimizers else set(map(id, self.weights()))
+
 
 class Hooks:
     """Post-step hooks; copies and pickles come without, as those of torch's optimizers do.
@@ -94,6 +98,8 @@ class Hooks:
 
     def attach(self, optimizers: Sequence[Optimizer], work: Work) -> None:
         """Hooks the optimizers, those that train the pruned weights, and watches all others.
+
+        Without any, the weights are pruned by hand: no other pruner can be attached to them.
 
         Raises:
             ValueError: an optimizer runs no hooks, or prunes some of the weights already; nothing
@@ -140,15 +146,15 @@ class Hooks:
         self._check_elsewhere(optimizers, work)
 
     def _check_elsewhere(self, optimizers: Sequence[Optimizer], work: Work) -> None:
-        """Refuses weights that another pruner shrinks after the steps of other optimizers."""
-        trained = work.trained_by(optimizers)
-        if not any(hooks.shrinks(trained) for hooks in self._others()):
+        """Refuses weights that another pruner shrinks, by hand or after other optimizers' steps."""
+        weights = work.pruned_after(optimizers)
+        if not any(hooks.shrinks(weights) for hooks in self._others()):
             return
-        gc.collect()  # a pruner that nobody has any more stays in a cycle with its optimizer
-        for name in [name for hooks in self._others() if (name := hooks.shrinks(trained))]:
+        gc.collect()  # a pruner that nobody has any more stays in a cycle with its hooks
+        for name in [name for hooks in self._others() if (name := hooks.shrinks(weights))]:
             raise ValueError(
-                f"another optimizer prunes these weights already, for {name}: call reattach(opt) "
-                "of that pruner if this optimizer replaces its own, else finalize() or detach()"
+                f"another pruner has these weights already, {name}: call its reattach(opt) if this "
+                "optimizer replaces the one that it knows, else its finalize() or detach()"
             )
 
     def _others(self) -> list[Hooks]:
@@ -206,7 +212,7 @@ class Hooks:
 
     def after_other_step(self, optimizer: Optimizer) -> None:
         """After the step of any optimizer: does what waits for it, or warns that hooks lack."""
-        if self._work is None or any(one is optimizer for one in self._hooked):
+        if not self._hooked or any(one is optimizer for one in self._hooked):
             return
         if all(one is not optimizer for one, _ in self._pending.values()):
             self._check_unhooked(optimizer)
@@ -266,8 +272,8 @@ class Hooks:
         return self._work.describe() if own & weights else ""
 
     def shrinks(self, weights: set[int]) -> str:
-        """Which pruner prunes some of the weights (by id) in any optimizer's steps, or ""."""
-        if self._work is None or not self._work.trained_by(self._hooked) & weights:
+        """Which pruner prunes some of the weights (by id) in any way, or ""."""
+        if self._work is None or not self._work.pruned_after(self._hooked) & weights:
             return ""
         return self._work.describe()
 

@@ -376,8 +376,7 @@ class Pruner:
         after = before if opt is None else see_through(opt)
         self._buckets.rebind(model, *after)
         try:
-            if self._hook:
-                self._hooks.check(after[0], self._work())
+            self._hooks.check(after[0] if self._hook else [], self._work())
         except ValueError:
             self._buckets.rebind(None if model is None else self._model, *before)
             raise
@@ -394,8 +393,7 @@ class Pruner:
         )
 
     def _attach_hooks(self) -> None:
-        if self._hook and self._buckets.optimizers:
-            self._hooks.attach(self._buckets.optimizers, self._work())
+        self._hooks.attach(self._buckets.optimizers if self._hook else [], self._work())
 
     def masks(self) -> dict[str, Tensor]:
         """Layer name -> bool tensor in the weight's shape, True = kept; at first all are."""

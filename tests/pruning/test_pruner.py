@@ -143,6 +143,7 @@ def test_by_hand_without_optimizer_or_hook():
     pruner.step()
     pruner.step(found_inf=torch.ones(()))
     assert pruner.step_count == 1 and pruner.flips()["4"] == num_pruned(2880, 0.9)
+    pruner.detach()
     unhooked = attach(model, adam(model), hook=False)
     step(model, unhooked._buckets.optimizers[0], 0)
     assert unhooked.step_count == 0

@@ -400,7 +400,7 @@ def test_two_optimizers_do_not_each_get_a_pruner_of_the_same_weights():
     first, second = adam(model), torch.optim.SGD([model[4].weight], 0.1)
     pruner = attach(model, first, sparsity=0.9)
     name = "Pruner\\(iss-p, step 0, pruning, 3 layers, target 0.9\\)"
-    sentence = f"another optimizer prunes these weights already, for {name}: call reattach"
+    sentence = f"another pruner has these weights already, {name}: call its reattach"
     with pytest.raises(ValueError, match=sentence):
         attach(model, second, sparsity=0.5)
     other = net()
@@ -420,10 +420,48 @@ def test_pruners_of_different_weights_may_share_a_model_and_a_lost_one_is_in_nob
         pruners = [attach(model, opt, sparsity=0.9) for opt in (first, second)]
     step(model, second, 0)
     assert [p.step_count for p in pruners] == [0, 1]
-    with pytest.raises(ValueError, match="another optimizer prunes these weights already"):
+    with pytest.raises(ValueError, match="another pruner has these weights already"):
         attach(model, adam(model))
     del pruners, first, second
     assert attach(model, adam(model)).attached
+
+
+BY_HAND = {"hook=False": {"hook": False}, "no optimizer": {}, "hooked": {"hook": True}}
+
+
+@pytest.mark.parametrize(
+    "first, second",
+    [
+        (first, second)
+        for first in BY_HAND
+        for second in BY_HAND
+        if (first, second) != ("hooked",) * 2
+    ],
+)
+def test_weights_pruned_by_hand_have_one_pruner(first, second):
+    """Weights have one pruner, whether hooks or calls of `step` prune them."""
+    model = net()
+
+    def attach_as(kind, model):
+        return attach(model, *([] if kind == "no optimizer" else [adam(model)]), **BY_HAND[kind])
+
+    pruner = attach_as(first, model)
+    pruner.step()
+    sentence = "another pruner has these weights already, Pruner\\(iss-p, step 1, pruning, 3 layers"
+    with pytest.raises(ValueError, match=sentence):
+        attach_as(second, model)
+    elsewhere = attach_as(second, net())
+    before = elsewhere.masks()
+    with pytest.raises(ValueError, match=sentence):
+        elsewhere.reattach(adam(model), model)
+    assert all(torch.equal(mask, before[name]) for name, mask in elsewhere.masks().items())
+    pruner.reattach()  # it is not in its own way
+    pruner.finalize()
+    again = attach_as(second, model)
+    again.detach()
+    again = attach_as(first, model)
+    del again
+    assert attach_as(second, model).step_count == 0  # nobody has the one before any more
 
 
 # Refused
