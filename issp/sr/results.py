@@ -1,0 +1,177 @@
+"""Scores of models on test sets as rows of a CSV file (docs/formats.md, section "Results")."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from issp.utils.files import atomic_write, user_path
+from issp.utils.text import suggest
+
+FILE_NAME = "results.csv"  # in the folder of a study
+CHANNELS = ("y", "rgb")
+LR_SOURCES = ("", "read", "made")
+
+
+@dataclass(frozen=True)
+class Result:
+    """Mean score of one model on one test set; one row of a results file.
+
+    Attributes:
+        method: "iss-p", "iht", ...; "dense" for a network without pruning, "bicubic" for none.
+        arch: name for `issp.models.build`; "" for "bicubic".
+        scale: 2, 3 or 4.
+        sparsity: the ratio that was asked for, in 0..1; 0 for "dense"; None for "bicubic".
+        seed: of the training; None where it is not known.
+        set: name of the test set.
+        channel: "y" or "rgb".
+        psnr: dB; infinite where every image is reproduced exactly.
+        ssim: None where it was not taken.
+        images: their number; None where it is not known.
+        lr: whether the low-resolution images were "read" or "made"; "" where it is not known.
+        crop_border: pixels cut from each side; None: as many as the scale.
+        zeros: share of the weights of convolutions and linear layers that are 0; None: not known.
+        model: file of the model.
+
+    Raises:
+        ValueError: a value is not possible.
+    """
+
+    method: str
+    arch: str
+    scale: int
+    sparsity: float | None
+    seed: int | None
+    set: str
+    channel: str
+    psnr: float
+    ssim: float | None
+    images: int | None = None
+    lr: str = ""
+    crop_border: int | None = None
+    zeros: float | None = None
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("method", "set"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty: name it")
+        for name, known in (("channel", CHANNELS), ("lr", LR_SOURCES)):
+            if getattr(self, name) not in known:
+                hint = suggest(getattr(self, name), filter(None, known))
+                raise ValueError(f"{name} is {getattr(self, name)!r}: {hint}")
+        if self.scale < 1:
+            raise ValueError(f"scale is {self.scale}: it must be 1 or more")
+        for name in ("sparsity", "zeros"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}: it must be a share from 0 to 1")
+        if math.isnan(self.psnr):
+            raise ValueError("psnr is nan: it must be a number")
+        if self.ssim is not None and not -1 <= self.ssim <= 1:
+            raise ValueError(f"ssim is {self.ssim}: it must be from -1 to 1")
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Everything but the scores: what one file holds once."""
+        scores = ("psnr", "ssim", "images", "lr", "zeros")
+        return tuple(value for name, value in asdict(self).items() if name not in scores)
+
+
+COLUMNS = tuple(field.name for field in fields(Result))
+_REQUIRED = COLUMNS[: COLUMNS.index("images")]
+_WHOLE, _REAL = ("scale", "seed", "images", "crop_border"), ("sparsity", "psnr", "ssim", "zeros")
+_NEVER_EMPTY = ("scale", "psnr")
+
+
+def read(path: str | os.PathLike) -> list[Result]:
+    """The rows of a results file, or of `results.csv` in a folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no results file, or a row is damaged; the line is named.
+    """
+    path = user_path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}") from None
+    if not lines:
+        raise ValueError(f"{path} is empty: its first line must name {', '.join(_REQUIRED)}")
+    header = lines[0]
+    _check_header(path, header)
+    return [
+        _result(f"{path}, line {number}", header, line)
+        for number, line in enumerate(lines[1:], start=2)
+        if line
+    ]
+
+
+def write(path: str | os.PathLike, results: Iterable[Result]) -> None:
+    """Writes a results file, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written; an older file is left as it was.
+    """
+    buffer = io.StringIO()
+    rows = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    rows.writeheader()
+    rows.writerows(asdict(result) for result in results)
+    atomic_write(path, buffer.getvalue().encode(errors="backslashreplace"))
+
+
+def add(path: str | os.PathLike, results: Iterable[Result]) -> None:
+    """Adds rows to a results file, which is made when absent; a row of the same model is replaced.
+
+    Raises:
+        OSError, ValueError: as `read` and `write`; an older file is left as it was.
+    """
+    path = user_path(path)
+    rows = {result.identity: result for result in (read(path) if path.exists() else [])}
+    write(path, (rows | {result.identity: result for result in results}).values())
+
+
+def _check_header(path: Path, header: list[str]) -> None:
+    missing = [name for name in _REQUIRED if name not in header]
+    if missing:
+        raise ValueError(
+            f"{path} is not a results file: its first line lacks {', '.join(missing)}; "
+            "`issp test --csv` writes such files"
+        )
+    for position, name in enumerate(header):
+        if name not in COLUMNS:
+            raise ValueError(f"{path} has an unknown column {name!r}: {suggest(name, COLUMNS)}")
+        if name in header[:position]:
+            raise ValueError(f"{path} has the column {name} twice: remove one")
+
+
+def _result(place: str, header: list[str], line: list[str]) -> Result:
+    if len(line) != len(header):
+        raise ValueError(f"{place} has {len(line)} values for {len(header)} columns")
+    try:
+        cells = zip(header, line, strict=True)
+        return Result(**{name: _value(name, text.strip()) for name, text in cells})
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
+
+
+def _value(name: str, text: str) -> Any:
+    kind: Callable[[str], Any] = int if name in _WHOLE else float if name in _REAL else str
+    if kind is str:
+        return text
+    if not text and name not in _NEVER_EMPTY:
+        return None
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} is {text!r}: it must be {wanted}") from None
