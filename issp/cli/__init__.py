@@ -50,6 +50,14 @@ class Parser(argparse.ArgumentParser):
             nearest = f": {hint}" if hint.startswith("did you mean") else ""
             self.error(f"unknown argument {option}{nearest}")
 
+    def refuse_empty(self, args: argparse.Namespace) -> None:
+        """Exits with status 2 if an argument is empty text; only a suffix may be."""
+        for action in self._actions:
+            value = getattr(args, action.dest, None)
+            if action.dest != "suffix" and "" in (value if isinstance(value, list) else [value]):
+                name = "/".join(action.option_strings) or action.metavar
+                self.error(f"argument {name} is empty")
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # argparse's hook for choices, those of subcommands included.
         if action.choices is not None and value not in action.choices:
@@ -103,6 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         args.parser.refuse_unknown(unknown)
+        args.parser.refuse_empty(args)
     except SystemExit as stop:
         return int(stop.code or 0)
     return _run(args)

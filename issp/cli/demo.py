@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from issp.cli.common import name_crowding
+from issp.utils.files import user_path
 
 HELP = "train a 90 % sparse network in minutes on a CPU and compare it with bicubic"
 EXAMPLE = "issp demo --minutes 2 --dense --out runs/demo"
@@ -31,5 +31,5 @@ def main(args: argparse.Namespace) -> int:
 
     name_crowding(args)
     options = {name: getattr(args, name) for name in ("minutes", "dense", "sparsity", "seed")}
-    run(Options(Path(args.out), args.iters, **options))
+    run(Options(user_path(args.out), args.iters, **options))
     return 0

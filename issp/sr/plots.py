@@ -294,7 +294,7 @@ def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
     log = folder / "log"
     if not (log / "train.csv").is_file():
         raise FileNotFoundError(f"{folder} is not a run of `issp train`: it has no log/train.csv")
-    out = user_path(out) if out else folder / "visualization"
+    out = folder / "visualization" if out is None else user_path(out)
     written = [out / "curves.png"]
     training, freeze = logging.read_csv(log / "train.csv"), _freeze_of(folder / "config.yml")
     curves(training, written[0], title=folder.name, freeze=freeze)

@@ -49,7 +49,7 @@ class SavedState:
         """
         explicit = config.path.resume_state
         path = folder.latest_state() if resume else None
-        path = path or (Path(explicit).expanduser() if explicit else None)
+        path = path or (Path(explicit) if explicit else None)
         if resume and path is None:
             raise FileNotFoundError(
                 f"there is no training state in {folder.states}: start without --resume"

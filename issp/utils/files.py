@@ -136,9 +136,12 @@ def user_path(path: str | os.PathLike) -> Path:
     """A path as a user writes it: `~` in front is the home folder, `~name` that of a user.
 
     Raises:
-        ValueError: the home folder is unknown (no HOME, and a user without a password entry).
+        ValueError: it is empty, which Python would take for the working folder; or the home folder
+            is unknown (no HOME, and a user without a password entry).
     """
     text = os.path.expanduser(path)
+    if not text:
+        raise ValueError("the name of a file or folder is empty: write . for the working folder")
     if Path(text).parts[:1] == ("~",):
         raise ValueError(f"{path}: the home folder is unknown; set HOME or write the whole path")
     return Path(text)

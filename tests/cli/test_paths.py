@@ -10,7 +10,7 @@ import pytest
 import issp
 from issp import cli, data
 from issp.sr import config
-from issp.utils import denormals
+from issp.utils import denormals, errors
 
 pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
 
@@ -86,6 +86,66 @@ def test_tilde_in_a_file_and_in_python(home):
     assert np.array_equal(data.read_image(home / "new" / "b.png"), picture)
     (home / "c.yml").write_text("name: x")
     assert config.load_yaml("~/c.yml") == {"name": "x"}
+
+
+MODEL = "--model=~/my models/m.safetensors"
+EMPTY = {
+    "upscale -o": ["upscale", "~/my photos", MODEL, "-o", ""],
+    "upscale IMAGE": ["upscale", "~/my photos", "", MODEL, "-o", "out"],
+    "test --save": ["test", MODEL, "--data", "~/my photos", "--save", ""],
+    "test --data": ["test", MODEL, "--data", "~/my photos", ""],
+    "test --lr-images": ["test", MODEL, "--data", "~/my photos", "--lr-images", ""],
+    "test --model": ["test", "--model", "", "--data", "~/my photos"],
+    "train CONFIG.yml": ["train", ""],
+    "train --root": [*TRAIN, "--hr", "~/my photos", "--root", ""],
+    "train --hr": [*TRAIN, "--hr", "", "--root", "runs"],
+    "train --pretrained": [*TRAIN, "--hr", "~/my photos", "--pretrained", "", "--root", "runs"],
+    "train --val": [*TRAIN, "--hr", "~/my photos", "--val", "", "--root", "runs"],
+    "plot RUN": ["plot", ""],
+    "plot --out": ["plot", "run", "--out", ""],
+    "prepare-data HR_FOLDER": ["prepare-data", "", "-o", "set"],
+    "prepare-data -o": ["prepare-data", "~/my photos", "-o", ""],
+    "demo --out": ["demo", "--iters", "1", "--out", ""],
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_path_is_refused_before_anything_is_written(home, tmp_path, name, capsys):
+    """As of a variable in a script that is not set; it is not the working folder."""
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(EMPTY[name]) == 2
+    command, argument = name.split()
+    error = capsys.readouterr().err
+    assert error.startswith(f"issp {command}: error: argument ") and error.count("\n") == 1
+    assert argument in error.split("argument ")[1].split(" is empty ")[0].split("/")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_empty_path_in_a_file_and_in_python_is_refused(home, capsys):
+    sentence = "the name of a file or folder is empty: write . for the working folder"
+    tree = {"name": "run", "scale": 2, "network_g": {"type": "edsr-tiny"}}
+    tree |= {"train": {"total_iter": 1}, "datasets": {"train": {"dataroot_gt": "~/my photos"}}}
+    for key in ("path.pretrain_network_g", "path.resume_state", "path.experiments_root"):
+        section, name = key.split(".")
+        with pytest.raises(errors.ConfigError, match=f"{key} {sentence}"):
+            config.parse({**tree, section: {name: ""}})
+    assert cli.main(["test", MODEL, "--data", "mine="]) == 2
+    assert f"issp test: error: {sentence}\n" == capsys.readouterr().err
+    for key in ("lq_root", "meta_info_file"):
+        with pytest.raises(ValueError, match=sentence):
+            data.PairedFolder("~/my photos", 2, **{key: ""})
+    with pytest.raises(ValueError, match="filename_tmpl needs {}"):
+        data.PairedFolder("~/my photos", 2, filename_tmpl="")
+    for call in (issp.load, data.read_image, data.ImageFolder, config.load_yaml, data.image_size):
+        with pytest.raises(ValueError, match=sentence):
+            call("")
+    with pytest.raises(ValueError, match=sentence):
+        issp.save(issp.load("~/my models/m.safetensors"), "")
+
+
+def test_the_suffix_of_results_may_be_empty(home):
+    assert cli.main(["upscale", "~/my photos", MODEL, "-o", "out", "--suffix", ""]) == 0
+    assert os.listdir("out") == ["a.png"]
 
 
 def test_names_that_are_not_utf8(home):

@@ -46,8 +46,10 @@ def find_pairs(
         filename_tmpl = lr_template or filename_tmpl
         lq_root = None if lr_template and folder == Path() else folder
     hr_dir, lr_dir = _find_folders(root, scale, lq_root)
-    present = images_in(hr_dir) if meta_info_file else list_images(hr_dir)
-    files = _listed(hr_dir, meta_info_file) if meta_info_file else present
+    if meta_info_file is None:
+        files = present = list_images(hr_dir)
+    else:
+        files, present = _listed(hr_dir, meta_info_file), images_in(hr_dir)
     if filename_tmpl == "{}" and lr_dir is None:
         filename_tmpl = None  # BasicSR's default, which no file beside the originals can have
     if hr_template:
@@ -58,7 +60,7 @@ def find_pairs(
             check_names(files)
             return PairFiles(names, files, _beside(names, present, hr_dir, scale))
     check_names(files)
-    if lr_dir is None and filename_tmpl:
+    if lr_dir is None and filename_tmpl is not None:
         lr_dir = hr_dir
     lr = _match_lr(names, files, lr_dir, scale, filename_tmpl) if lr_dir else None
     return PairFiles(names, files, lr)
