@@ -1,35 +1,15 @@
-"""Pictures of a run: curves over iterations, sparsity per layer, comparison sheets of crops."""
+"""Pictures of one run: curves over iterations, gradients, sparsity per layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from issp.sr import config, logging
-from issp.utils.errors import import_optional
-from issp.utils.files import atomic_write, user_path
-
-_BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9731a", "#777777", "#b02a30"
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One image of a comparison sheet.
-
-    Args:
-        title: what it is.
-        image: [H, W, 3] uint8; a smaller one is shown enlarged without smoothing.
-        note: second line, such as its PSNR.
-    """
-
-    title: str
-    image: np.ndarray
-    note: str = ""
+from issp.sr.plots import drawing
+from issp.utils.files import user_path
 
 
 def curves(
@@ -54,7 +34,7 @@ def curves(
     if not rows:
         raise ValueError(f"{path}: the log has no rows yet; let the run go on for a while")
     pruned = any(row.get("flips") is not None for row in rows)
-    figure = _figure(8, 9 if pruned else 6)
+    figure = drawing.new_figure(8, 9 if pruned else 6)
     heights = [2, 1, 1, 1, 1] if pruned else [2, 1, 1]
     axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _psnr(axes[0], rows, bicubic)
@@ -70,7 +50,7 @@ def curves(
     _against_iterations(axes, rows, rows, freeze)
     figure.suptitle(title or "training", fontsize=11)
     figure.align_ylabels(list(axes))
-    _write(figure, path)
+    drawing.write(figure, path)
 
 
 def gradients(
@@ -91,7 +71,7 @@ def gradients(
     by_layer: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_layer.setdefault(str(row["layer"]), []).append(row)
-    figure = _figure(8, 6)
+    figure = drawing.new_figure(8, 6)
     from matplotlib import colormaps
 
     axes = figure.subplots(2, 1, sharex=True)
@@ -100,15 +80,19 @@ def gradients(
         for i, (name, layer_rows) in enumerate(by_layer.items()):
             is_labelled = i in (0, len(by_layer) - 1)
             color = colormaps["viridis"](0.9 * i / max(1, len(by_layer) - 1))
-            _draw(axis, layer_rows, key, label=name if is_labelled else None, color=color)
+            drawing.draw_line(
+                axis, layer_rows, key, label=name if is_labelled else None, color=color
+            )
         # A logarithmic axis has no place for zero: a layer without gradient.
-        _mark_hidden(axis, rows, key, lowest=min((r[key] for r in rows if r[key] > 0), default=1))
+        drawing.mark_hidden(
+            axis, rows, key, lowest=min((r[key] for r in rows if r[key] > 0), default=1)
+        )
     axes[0].set(ylabel="norm of the gradient")
     axes[1].set(ylabel="variance of its magnitudes")
     axes[0].legend(title="first and last layer", fontsize=8, loc="upper right")
     _against_iterations(axes, rows, training, freeze)
     figure.align_ylabels(list(axes))
-    _write(figure, path)
+    drawing.write(figure, path)
 
 
 def _against_iterations(
@@ -127,10 +111,10 @@ def _against_iterations(
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if freeze is not None:
-            axis.axvline(freeze, color=_GREY, linestyle="--", linewidth=1)
+            axis.axvline(freeze, color=drawing.GREY, linestyle="--", linewidth=1)
     if freeze is not None:
         place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        text = {"color": _GREY, "fontsize": 9}
+        text = {"color": drawing.GREY, "fontsize": 9}
         axes[1].annotate("mask frozen", (freeze, 1.0), xytext=(4, -10), **place, **text)
     axes[-1].set_xlabel("iteration")
     # A little beyond the last iteration, so that its point is whole.
@@ -145,9 +129,9 @@ def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     rows = [row for row in rows if row["iteration"] == latest]
     names = [str(row["layer"]) for row in rows]
     height = min(max(2.0, 0.22 * len(rows) + 1.2), 60)
-    figure = _figure(8, height)
+    figure = drawing.new_figure(8, height)
     axis = figure.subplots()
-    for key, color, size in (("selected", _ORANGE, 0.8), ("zeros", _BLUE, 0.45)):
+    for key, color, size in (("selected", drawing.ORANGE, 0.8), ("zeros", drawing.BLUE, 0.45)):
         shares = [100 * row[key] / row["weights"] for row in rows]
         axis.barh(range(len(rows)), shares, size, color=color, label=f"{key} (% of weights)")
     axis.set_yticks(range(len(rows)), names, fontsize=7)
@@ -156,52 +140,7 @@ def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     axis.set_title(f"sparsity per layer at iteration {latest}", fontsize=11)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
-    _write(figure, path)
-
-
-def comparison(sheets: Sequence[Sequence[Panel]], path: str | Path) -> None:
-    """Rows of crops side by side, each with its title and note.
-
-    Args:
-        sheets: one sequence of panels per row, equally long.
-        path: PNG to write.
-    """
-    across = len(sheets[0])
-    figure = _figure(2.6 * across, 3.05 * len(sheets))
-    axes = figure.subplots(len(sheets), across, squeeze=False)
-    for line, panels in zip(axes, sheets, strict=True):
-        for axis, panel in zip(line, panels, strict=True):
-            axis.imshow(panel.image, interpolation="nearest")
-            axis.set_title(panel.title, fontsize=10, pad=4)
-            axis.set_xlabel(panel.note, fontsize=9, labelpad=3)
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    _write(figure, path)
-
-
-def busiest(image: np.ndarray, size: int, multiple: int, border: int = 0) -> tuple[int, int]:
-    """Top left corner of the window with the most detail, as the sum of pixel differences.
-
-    Args:
-        image: [H, W, 3] uint8.
-        size: side of the window in pixels.
-        multiple: the corner's coordinates are multiples of it.
-        border: pixels at the image's edge which the window avoids.
-    """
-    grey = image.astype(np.float64).mean(axis=2)
-    detail = np.zeros_like(grey)
-    detail[:-1] += np.abs(np.diff(grey, axis=0))
-    detail[:, :-1] += np.abs(np.diff(grey, axis=1))
-    total = np.pad(detail.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-    height, width = grey.shape
-    tops = np.arange(-(-border // multiple) * multiple, height - size - border + 1, multiple)
-    lefts = np.arange(-(-border // multiple) * multiple, width - size - border + 1, multiple)
-    if not len(tops) or not len(lefts):
-        return 0, 0
-    high, low = total[tops + size], total[tops]
-    sums = high[:, lefts + size] - high[:, lefts] - low[:, lefts + size] + low[:, lefts]
-    top, left = np.unravel_index(int(sums.argmax()), sums.shape)
-    return int(tops[top]), int(lefts[left])
+    drawing.write(figure, path)
 
 
 def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> None:
@@ -209,8 +148,8 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
     soft = [row for row in scored if logging.is_soft(row)]
     hard = [row for row in scored if not logging.is_soft(row)]
     for points, label, color, face in (
-        (soft, "soft model: selected weights shrunk, not yet zero", _ORANGE, "white"),
-        (hard, "sparse model" if soft else "model", _BLUE, _BLUE),
+        (soft, "soft model: selected weights shrunk, not yet zero", drawing.ORANGE, "white"),
+        (hard, "sparse model" if soft else "model", drawing.BLUE, drawing.BLUE),
     ):
         x, y = [row["iteration"] for row in points], [row["psnr"] for row in points]
         if points:
@@ -218,63 +157,24 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
     if bicubic is not None:
         axis.axhline(bicubic, color="black", linewidth=1, linestyle=":", label="bicubic")
     if not scored:
-        axis.text(0.5, 0.5, "no validation", transform=axis.transAxes, ha="center", color=_GREY)
+        axis.text(
+            0.5, 0.5, "no validation", transform=axis.transAxes, ha="center", color=drawing.GREY
+        )
     # The first iterations score far lower than the rest and would compress the curve.
     finite = [row["psnr"] for row in scored if math.isfinite(row["psnr"])]
     lowest = max([*finite, bicubic or -math.inf], default=0) - 4
     axis.set_ylim(bottom=max(axis.get_ylim()[0], lowest))
-    hidden = _mark_hidden(axis, scored, "psnr", axis.get_ylim()[0])
+    hidden = drawing.mark_hidden(axis, scored, "psnr", axis.get_ylim()[0])
     if soft or bicubic is not None or hidden:
         axis.legend(fontsize=8, loc="best")
     axis.set_ylabel("PSNR (dB)")
 
 
-def _mark_hidden(axis: Any, rows: Sequence[dict[str, Any]], key: str, lowest: float) -> bool:
-    """Triangles at the edge of the axis for values that it does not show, with their extreme."""
-    found = False
-    for edge, marker, hidden, extreme, where in (
-        (0.0, "v", [r for r in rows if r[key] < lowest], min, "below: down to"),
-        (1.0, "^", [r for r in rows if not math.isfinite(r[key])], max, "above: up to"),
-    ):
-        if hidden:
-            found = True
-            axis.plot(
-                [row["iteration"] for row in hidden],
-                [edge] * len(hidden),
-                marker,
-                transform=axis.get_xaxis_transform(),
-                clip_on=False,
-                color=_RED,
-                markersize=6,
-                label=f"{len(hidden)} {where} {extreme(row[key] for row in hidden):.4g}",
-            )
-    return found
-
-
 def _line(axis: Any, rows: Sequence[dict[str, Any]], key: str, label: str) -> None:
-    _draw(axis, [row for row in rows if row.get(key) is not None], key, color=_BLUE)
+    drawing.draw_line(
+        axis, [row for row in rows if row.get(key) is not None], key, color=drawing.BLUE
+    )
     axis.set_ylabel(label)
-
-
-def _draw(axis: Any, rows: Sequence[dict[str, Any]], key: str, **style: Any) -> None:
-    """A line, with its points where there are few: a line of one point would not be seen."""
-    marker = "." if len(rows) <= 20 else None
-    x, y = [row["iteration"] for row in rows], [row[key] for row in rows]
-    axis.plot(x, y, linewidth=1.2, marker=marker, **style)
-
-
-def _figure(width: float, height: float) -> Any:
-    import_optional("matplotlib", "matplotlib", "plots")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _write(figure: Any, path: str | Path) -> None:
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=130))
 
 
 def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from issp.sr import plots
+from issp.sr.plots import drawing
 
 matplotlib = pytest.importorskip("matplotlib", reason="plots are matplotlib's")
 
@@ -13,7 +14,7 @@ matplotlib = pytest.importorskip("matplotlib", reason="plots are matplotlib's")
 def drawn(monkeypatch, tmp_path):
     """Calls a function of plots and returns its figure, laid out but not written."""
     figures = []
-    monkeypatch.setattr(plots, "_write", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(drawing, "write", lambda figure, path: figures.append(figure))
 
     def draw(function, *args, **options):
         function(*args, tmp_path / "plot.png", **options)
