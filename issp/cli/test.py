@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from issp.cli import common
 from issp.utils.files import user_path
@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from issp.sr.data import EvalDataset
     from issp.sr.evaluate import Protocol, Score
     from issp.sr.models import SuperResolver
+    from issp.sr.results import Result
 
 HELP = "PSNR and SSIM of a model on test sets"
-EXAMPLE = "issp test --model net_g_latest.safetensors --data Set5 Set14=benchmarks/Set14 --save out"
+EXAMPLE = (
+    "issp test --model net_g_latest.safetensors --data Set5 Set14=benchmarks/Set14 --csv scores.csv"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,16 +49,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="DIR", help="write the upscaled images there")
     parser.add_argument("--per-image", action="store_true", help="a row for every image")
     parser.add_argument("--no-bicubic", action="store_true", help="leave the baseline out")
+    parser.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="add a row for every set to this results file, of which `issp table` makes tables",
+    )
+    whose = "of the model in --csv; default: what its file says"
+    parser.add_argument("--method", metavar="NAME", help=f"{whose}; such as iss-p")
+    parser.add_argument("--sparsity", type=float, metavar="RATIO", help=f"{whose}")
+    parser.add_argument("--seed", type=int, metavar="N", help=f"{whose}")
 
 
 def main(args: argparse.Namespace) -> int:
     """Prints a table with one row per set."""
-    from issp.sr import data, evaluate
+    from issp.sr import data, evaluate, results
     from issp.utils import process
     from issp.utils.errors import explain_out_of_memory
 
     process.use_large_pages()
     model = common.load_model(args)
+    facts = _facts(args, model)
     tiling = common.tiling(args, model)
     folders = common.named_folders(args.data)
     pairs = {
@@ -75,16 +88,64 @@ def main(args: argparse.Namespace) -> int:
     upscaler = evaluate.of_model(network, None if whole else tiling.tile)
     rows: list[list[str]] = []
     notes: list[str] = []
+    found: list[Result] = []
     try:
         with process.prompt_interrupt(), explain_out_of_memory(common.MEMORY_REMEDY):
             for name, dataset in sets.items():
                 scores = _score(args, upscaler, name, dataset, protocol)
                 rows += _rows(args, name, dataset, *scores)
                 notes += _notes(name, dataset, scores[0])
+                if facts:
+                    found += _results(facts, protocol, name, dataset, *scores)
     finally:
         if rows:  # of the sets that were finished, whatever happened to another
             _print(args, model, protocol, rows, notes)
+        if found:
+            results.add(args.csv, found)
     return 0
+
+
+def _facts(args: argparse.Namespace, model: SuperResolver) -> dict[str, Any]:
+    """What --csv says of the model, whose file is checked; empty without --csv."""
+    from issp.sr import results
+
+    if not args.csv:
+        for name in ("method", "sparsity", "seed"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name} goes into a results file: give --csv FILE")
+        return {}
+    facts = results.facts_of_model(model, args.model, args.method, args.sparsity, args.seed)
+    results.add(args.csv, [])  # what is no results file, or cannot be written, is refused now
+    return facts
+
+
+def _results(
+    facts: dict[str, Any],
+    protocol: Protocol,
+    name: str,
+    dataset: EvalDataset,
+    scores: list[Score],
+    baseline: list[Score],
+) -> list[Result]:
+    """The rows of --csv for a set: the model's, and the baseline's if it was scored."""
+    from issp.sr.evaluate import mean
+    from issp.sr.results import Result
+
+    border = protocol.border(dataset.scale)
+    shared = {
+        "scale": dataset.scale,
+        "set": name,
+        "channel": "y" if protocol.y_channel else "rgb",
+        "images": len(dataset),
+        "lr": dataset.pairs.lr_source,
+        "crop_border": None if border == dataset.scale else border,
+    }
+    bicubic = {"method": "bicubic", "arch": "", "sparsity": None, "seed": None}
+    return [
+        Result(**(of_whom | shared), psnr=mean(values).psnr, ssim=mean(values).ssim)
+        for of_whom, values in ((facts, scores), (bicubic, baseline))
+        if values
+    ]
 
 
 def _print(

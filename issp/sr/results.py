@@ -9,14 +9,20 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from issp.sr import checkpoint
 from issp.utils.files import atomic_write, user_path
 from issp.utils.text import suggest
+
+if TYPE_CHECKING:
+    from issp.sr.config import Config
+    from issp.sr.models import SuperResolver
 
 FILE_NAME = "results.csv"  # in the folder of a study
 CHANNELS = ("y", "rgb")
 LR_SOURCES = ("", "read", "made")
+_FEW_ZEROS = 0.01  # a share of zeros that no method has made
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,8 @@ class Result:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: {hint}")
         if self.scale < 1:
             raise ValueError(f"scale is {self.scale}: it must be 1 or more")
-        for name in ("sparsity", "zeros"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}: it must be a share from 0 to 1")
+        _check_share("sparsity", self.sparsity)
+        _check_share("zeros", self.zeros)
         if math.isnan(self.psnr):
             raise ValueError("psnr is nan: it must be a number")
         if self.ssim is not None and not -1 <= self.ssim <= 1:
@@ -82,6 +86,11 @@ class Result:
         """Everything but the scores: what one file holds once."""
         scores = ("psnr", "ssim", "images", "lr", "zeros")
         return tuple(value for name, value in asdict(self).items() if name not in scores)
+
+
+def _check_share(name: str, value: float | None) -> None:
+    if value is not None and not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value}: it must be a share from 0 to 1")
 
 
 COLUMNS = tuple(field.name for field in fields(Result))
@@ -175,3 +184,52 @@ def _value(name: str, text: str) -> Any:
     except ValueError:
         wanted = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name} is {text!r}: it must be {wanted}") from None
+
+
+def facts_of_model(
+    model: SuperResolver,
+    file: str,
+    method: str | None = None,
+    sparsity: float | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Arguments of `Result` that a model file, and a user who knows it better, give.
+
+    Args:
+        model: as `checkpoint.load` rebuilds it.
+        file: where it is.
+        method, sparsity, seed: in place of what the file says. Without either, a model with
+            hardly a zero is "dense", and the ratio is that of its zeros in whole percents.
+
+    Raises:
+        ValueError: the file does not say by which method the model was pruned, or a value is
+            not possible.
+    """
+    saved = checkpoint.read_tensors(file)[1].get("training")
+    said = saved if isinstance(saved, dict) else {}
+    zeros = checkpoint.sparsity(model)["ratio"]
+    facts = {
+        "method": method or said.get("method") or ("dense" if zeros < _FEW_ZEROS else ""),
+        "arch": model.arch,
+        "scale": model.scale,
+        "sparsity": said.get("ratio", round(zeros, 2)) if sparsity is None else sparsity,
+        "seed": said.get("seed") if seed is None else seed,
+        "zeros": zeros,
+        "model": file,
+    }
+    if not facts["method"]:
+        raise ValueError(f"{file} does not say how it was pruned: give --method, such as iss-p")
+    _check_share("sparsity", facts["sparsity"])
+    return facts
+
+
+def training_facts(config: Config) -> dict[str, Any]:
+    """What the file of a trained model says for its results: method, ratio and seed."""
+    facts: dict[str, Any] = {"seed": config.manual_seed}
+    section = config.sparsity
+    if section is None:
+        return facts | {"method": "dense", "ratio": 0.0}
+    if section.from_zeros:  # the model has its zeros from somewhere else
+        return facts
+    ratio = 1 - section.keep.n / section.keep.of if section.keep else section.ratio
+    return facts | {"method": section.method, "ratio": ratio}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from issp.pruning.pruner import Pruner
-from issp.sr import builders, checkpoint, evaluate, gradients, logging, preflight
+from issp.sr import builders, checkpoint, evaluate, gradients, logging, preflight, results
 from issp.sr.config import Config
 from issp.sr.data import EvalDataset, TrainLoader, write_image
 from issp.sr.interrupt import Interrupted, StopRequest
@@ -321,6 +321,7 @@ class TrainingRun:
     def _save_model(self, label: str, iteration: int, **extra: Any) -> None:
         path = self.folder.models / f"net_g_{label}.safetensors"
         metadata = {"iteration": iteration, "stage": self.stage(iteration), **extra}
+        metadata["training"] = results.training_facts(self.config)
         checkpoint.save(self.eval_model, path, **metadata)
 
     def finish(self) -> nn.Module:

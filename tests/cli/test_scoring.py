@@ -1,12 +1,14 @@
 """`issp test`: what is scored against what, and how the table says it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import issp
 from issp import cli, data
-from issp.sr import evaluate
+from issp.sr import evaluate, results
 from issp.utils import denormals
 
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
@@ -88,6 +90,51 @@ def test_lr_images_are_read_or_made(model, urban, tmp_path, capsys):
     assert score(capsys, *pairs) == [["mine", "2", "read", *read]]
     both = [*base, folder, urban, "--lr-images", tmp_path / "low", urban / "{}_LR"]
     assert [row[2:] for row in score(capsys, *both)] == [["read", *read]] * 2
+
+
+def test_rows_for_tables(model, urban, tmp_path, capsys):
+    csv = tmp_path / "made" / "scores.csv"
+    base = ["--model", model, "--data", urban, "--csv", csv]
+    ((_, count, _, psnr, similarity, cubic, _),) = score(capsys, *base, "--seed", 7)
+    own, bicubic = results.read(csv)
+    assert (f"{own.psnr:.2f}", f"{own.ssim:.4f}", f"{bicubic.psnr:.2f}") == (
+        psnr,
+        similarity,
+        cubic,
+    )
+    assert own.psnr != float(psnr)  # all digits
+    expected = results.Result(
+        "dense", "edsr-tiny", 4, 0, 7, "Urban100", "y", own.psnr, own.ssim, int(count), "read",
+        zeros=0, model=model,
+    )  # fmt: skip
+    assert own == expected
+    expected = replace(expected, method="bicubic", arch="", sparsity=None, seed=None, model="")
+    assert replace(bicubic, psnr=own.psnr, ssim=own.ssim) == replace(expected, zeros=None)
+    score(capsys, *base, "--seed", 7)  # the same again
+    assert results.read(csv) == [own, bicubic]
+    score(capsys, *base, "--channels", "rgb", "--crop-border", 0, "--no-bicubic", "--method", "x")
+    assert [row.psnr for row in results.read(csv)[:2]] == [own.psnr, bicubic.psnr]
+    (other,) = results.read(csv)[2:]
+    assert (other.method, other.channel, other.crop_border) == ("x", "rgb", 0)
+
+
+def test_rows_for_tables_are_refused_before_anything_is_computed(model, urban, tmp_path, capsys):
+    def refused(*arguments):
+        assert cli.main(["test", "--data", str(urban), "--model", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    half = issp.load(model)
+    with torch.no_grad():
+        half.body[0].conv1.weight[:5] = 0
+    issp.save(half, tmp_path / "half.safetensors")
+    csv = ["--csv", tmp_path / "new.csv"]
+    assert "does not say how it was pruned" in refused(tmp_path / "half.safetensors", *csv)
+    assert "sparsity is 95.0: it must be a share" in refused(model, *csv, "--sparsity", 95)
+    assert "--seed goes into a results file: give --csv FILE" in refused(model, "--seed", 1)
+    assert not (tmp_path / "new.csv").exists()
+    (tmp_path / "notes.csv").write_text("a,b\n")
+    assert "is not a results file" in refused(model, "--csv", tmp_path / "notes.csv")
+    assert "cannot write" in refused(model, "--csv", "/proc/x/y.csv")
 
 
 def test_training_says_where_lr_images_come_from(urban, tmp_path, capsys):

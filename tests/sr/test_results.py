@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from issp.sr import results
+from issp import models
+from issp.sr import checkpoint, config, results
 from issp.sr.results import Result
 
 ROW = Result("iss-p", "edsr-tiny", 2, 0.95, 1, "Set5", "y", 1 / 3 + 30, 0.1 + 0.2)
@@ -83,3 +85,41 @@ def test_another_file_is_refused_and_left_as_it_was(tmp_path, content, sentence)
     assert sentence in str(error.value) and path.read_bytes() == content
     with pytest.raises(FileNotFoundError):
         results.read(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize(
+    ("section", "facts"),
+    [
+        (None, {"method": "dense", "ratio": 0.0}),
+        ({"ratio": 0.9, "method": "iht", "freeze_iter": 5}, {"method": "iht", "ratio": 0.9}),
+        ({"keep": {"n": 2, "of": 32}, "freeze_iter": 5}, {"method": "iss-p", "ratio": 0.9375}),
+        ({"from_zeros": True}, {}),
+    ],
+)
+def test_a_trained_model_says_method_ratio_and_seed(section, facts, tmp_path):
+    tree = {"name": "run", "scale": 2, "manual_seed": 5, "network_g": {"type": "EDSR"}}
+    tree |= {"datasets": {"train": {"dataroot_gt": str(tmp_path)}}, "train": {"total_iter": 9}}
+    tree["path"] = {"pretrain_network_g": "m.safetensors"}
+    settings = config.parse(tree if section is None else tree | {"sparsity": section})
+    assert results.training_facts(settings) == facts | {"seed": 5}
+
+
+def test_what_a_model_file_says_and_what_the_user_knows_better(tmp_path):
+    model = models.build("edsr-tiny", 2, num_feat=8, num_block=1)
+    with torch.no_grad():
+        for layer in (model.body[0].conv1, model.body[0].conv2, model.conv_after_body):
+            layer.weight[:6] = 0
+    path = str(tmp_path / "m.safetensors")
+    trained = {"method": "srp", "ratio": 0.75, "seed": 4}
+    checkpoint.save(model, path, training=trained)
+    zeros = checkpoint.sparsity(model)["ratio"]
+    facts = {"arch": "edsr-tiny", "scale": 2, "zeros": zeros, "model": path}
+    said = {"method": "srp", "sparsity": 0.75, "seed": 4}
+    assert results.facts_of_model(model, path) == facts | said
+    better = {"method": "l1", "sparsity": 0.5, "seed": 0}
+    assert results.facts_of_model(model, path, **better) == facts | better
+    checkpoint.save(model, path)
+    with pytest.raises(ValueError, match="does not say how it was pruned"):
+        results.facts_of_model(model, path)
+    rounded = {"method": "l1", "sparsity": round(zeros, 2), "seed": None}
+    assert results.facts_of_model(model, path, "l1") == facts | rounded

@@ -126,6 +126,7 @@ def test_the_best_model_is_never_a_soft_one(tree, monkeypatch):
     _, folder = run(tree)
     _, metadata = checkpoint.read_tensors(folder / "models" / "net_g_best.safetensors")
     assert (metadata["psnr"], metadata["iteration"], metadata["stage"]) == (30.0, 9, "fine-tuning")
+    assert metadata["training"] == {"seed": 3, "method": "iss-p", "ratio": 0.8}
 
 
 def test_dense_training_learns(tree):
