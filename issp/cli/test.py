@@ -67,6 +67,7 @@ def main(args: argparse.Namespace) -> int:
     from issp.utils.errors import explain_out_of_memory
 
     process.use_large_pages()
+    protocol = evaluate.Protocol(args.crop_border, args.channels == "y")
     model = common.load_model(args)
     facts = _facts(args, model)
     tiling = common.tiling(args, model)
@@ -78,7 +79,6 @@ def main(args: argparse.Namespace) -> int:
     sets = {name: data.EvalDataset(pairs[name]) for name in pairs}
     if args.save:
         _check_saved(args, sets)
-    protocol = evaluate.Protocol(args.crop_border, args.channels == "y")
     for dataset in sets.values():
         evaluate.check_sizes(dataset, protocol, protocol)
     pixels = sum(h * w for dataset in sets.values() for h, w in dataset.pairs.sizes())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -42,6 +44,10 @@ class Protocol:
 
     crop_border: int | None = None
     y_channel: bool = True
+
+    def __post_init__(self) -> None:
+        if self.crop_border is not None and self.crop_border < 0:
+            raise ValueError(f"the crop border is {self.crop_border}: it must be at least 0")
 
     def border(self, scale: int) -> int:
         """Pixels cut from each side."""
@@ -84,6 +90,13 @@ def check_sizes(
                     f"border of {border} it is smaller than the {least} x {least} that {name} "
                     "needs; use a smaller crop border or leave it out"
                 )
+
+
+def fingerprint(dataset: data.EvalDataset, psnr: Protocol) -> str:
+    """Equal for what makes PSNRs comparable: names, sizes and LR source of images, and protocol."""
+    pairs, border = dataset.pairs, psnr.border(dataset.scale)
+    facts = [pairs.names, list(map(tuple, pairs.sizes())), pairs.lr_source, border, psnr.y_channel]
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
 
 
 def evaluate(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
-from issp.sr import checkpoint, data
+from issp.sr import checkpoint, data, logging
 from issp.sr.config import Config
+from issp.sr.run_folder import RunFolder
 from issp.utils.errors import ConfigError
 
 Say = Callable[[str], None]
@@ -51,6 +52,31 @@ def check_images(
             path = dataset.pairs.paths(smallest)[1]
             raise ConfigError(f"validation image {path} of {name}: {error}") from None
     batches.dataset.preload(_Reporter("training images: decoding image", say))
+
+
+def check_logs(folder: RunFolder, names: Iterable[str]) -> None:
+    """Reads the logs that a resumed run goes on with, and looks at what else it will write.
+
+    Args:
+        folder: of the run.
+        names: of the logs, in `folder.log`.
+
+    Raises:
+        ConfigError: a file that is none of this program's, or damaged, is in a place of its own.
+    """
+    for path in (folder.log / name for name in names):
+        try:
+            if path.exists():
+                logging.read_csv(path)
+        except ValueError as error:
+            raise ConfigError(f"{error}; move it away to resume without it") from None
+    files = [folder.path / "config.yml", folder.log / "environment.json", folder.log / "train.log"]
+    folders = [folder.log / "tensorboard"]
+    wrong = [path for path in files if path.is_dir()]
+    wrong += [path for path in folders if path.exists() and not path.is_dir()]
+    if wrong:
+        kind = "folder" if wrong[0].is_dir() else "file"
+        raise ConfigError(f"{wrong[0]} is a {kind} that the run did not write: move it away")
 
 
 @torch.no_grad()

@@ -25,12 +25,20 @@ VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim", "exact")
 LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", "threshold")
 
 
+CSV_LOGS = ("train.csv", "validation.csv", "layers.csv", "gradients.csv")
+
+
 @dataclass
 class Best:
-    """Highest PSNR on the first validation set, of models in their final form."""
+    """Highest PSNR on the first validation set, of models in their final form.
+
+    Attributes:
+        scored_on: `evaluate.fingerprint` of the set; "" in states of earlier versions.
+    """
 
     psnr: float = float("-inf")
     iteration: int = 0
+    scored_on: str = ""
 
 
 @dataclass
@@ -107,6 +115,7 @@ class TrainingRun:
         say = self.progress.write_line
         preflight.check_images(self.batches, self.validation, self._score, say)
         if saved and self.folder.holds(saved.path):
+            preflight.check_logs(self.folder, CSV_LOGS)
             self.folder.reopen(self.config)
             old = self.folder.set_aside_after(start)
             notes += [f"{old[-1]} is kept as {old[-1].name}.old" if old else None]
@@ -137,22 +146,31 @@ class TrainingRun:
         return state["iteration"]
 
     def _check_best(self) -> str | None:
-        """Sets a best model aside that is not the state's, such as that of an abandoned end.
+        """Sets a best model aside that is not the state's, or whose score is of other images.
 
-        The next validation then writes one, so that file and score belong together.
+        The next validation then writes one, so that file and score belong together, and scores
+        are compared with those of the same images.
         """
         path = self.folder.models / "net_g_best.safetensors"
         found: dict[str, Any] = {}
         if path.is_file():
             with contextlib.suppress(ValueError):  # a damaged file is not the state's either
                 found = checkpoint.read_tensors(path)[1]
-        if Best(found.get("psnr"), found.get("iteration")) == self.best:
-            return None
+        reason = "of another end of this run"
+        if (found.get("psnr"), found.get("iteration")) == (self.best.psnr, self.best.iteration):
+            if not self.validation or self.best.scored_on in ("", self._scored_on()):
+                return None
+            reason = "the best on other validation images, or by another crop border or channel"
         self.best = Best()
         if not path.is_file():
             return None
         path.replace(path.with_name(f"{path.name}.old"))
-        return f"{path} is of another end of this run: it is kept as {path.name}.old"
+        return f"{path} is {reason}: it is kept as {path.name}.old"
+
+    def _scored_on(self) -> str:
+        """What the PSNR of the best model is of."""
+        first = next(iter(self.validation.values()))
+        return evaluate.fingerprint(first, builders.protocols(self.config)["psnr"])
 
     def _open_logs(self, start: int) -> None:
         """Opens the logs, cut back to the iteration `start`; the text log goes on."""
@@ -276,7 +294,8 @@ class TrainingRun:
             self.tensorboard.add(row, prefix=f"{name}/")
         if self.is_final_form and means[0] > self.best.psnr:
             self._save_model("best", iteration, psnr=means[0])
-            self.best = Best(means[0], iteration)  # after it: a run resumed here writes it again
+            # After it: a run resumed here writes it again.
+            self.best = Best(means[0], iteration, self._scored_on())
         return means[0]
 
     def _score(

@@ -18,6 +18,7 @@ from issp.sr.tensor_files import is_plain
 _SECTIONS = ("model", "optimizer", "batches", "meter", "best", "random")
 _OPTIONAL_SECTIONS = ("ema", "pruner")
 _COUNTS = ("iteration", "meter.count", "best.iteration", "batches.sampler.position")
+_BEST = ("best.psnr", "best.iteration", "best.scored_on")
 _MOST = 2**53  # of a count
 # Where tensors stand, and where each of their numbers is finite in a run that can go on.
 _TENSORS = re.compile(
@@ -50,6 +51,9 @@ def check(state: dict[str, Any]) -> None:
     psnr = leaves.get("best.psnr")
     if not isinstance(psnr, float) or math.isnan(psnr):
         raise ValueError(f"best.psnr is {_shown(psnr)}: it is damaged")
+    unknown = [name for name in leaves if name.startswith("best.") and name not in _BEST]
+    if unknown:
+        raise ValueError(f"it has the unknown entry {unknown[0]}: it is of another version")
     for name, value in leaves.items():
         if isinstance(value, Tensor):
             _check_tensor(name, value)

@@ -192,6 +192,39 @@ def test_a_set_with_a_small_image_is_refused_before_anything_is_scored(model, tm
     assert cli.main([*command, "--crop-border", "2"]) == 0
 
 
+NUMBERS = [
+    ("--tile", "-8", "--tile: tile must be at least 1, got -8; 0 cuts nothing"),
+    ("--threads", "0", "--threads is 0: it must be from 1 to "),
+    ("--scale", "-4", "is a x4 model: drop --scale -4"),
+]
+
+
+@pytest.mark.parametrize(
+    "command, flag, value, sentence",
+    [
+        ("test", "--crop-border", "-1", "the crop border is -1: it must be at least 0"),
+        *(("test", *case) for case in NUMBERS),
+        *(("upscale", *case) for case in NUMBERS),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_computed(
+    model, tmp_path, capsys, monkeypatch, command, flag, value, sentence
+):
+    def compute(*_, **__):
+        raise AssertionError("an image was computed")
+
+    monkeypatch.setattr(evaluate, "evaluate", compute)
+    monkeypatch.setattr(evaluate, "check_sizes", compute)
+    monkeypatch.setattr(issp.models.SuperResolver, "forward", compute)
+    data.write_image(tmp_path / "a" / "photo.png", picture(1))
+    arguments = ["--data", str(tmp_path / "a"), "--save", str(tmp_path / "out")]
+    if command == "upscale":
+        arguments = [str(tmp_path / "a"), "-o", str(tmp_path / "out")]
+    assert cli.main([command, "--model", model, *arguments, flag, value]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_save_does_not_overwrite_what_is_scored(model, tmp_path, capsys, linked):
     original = tmp_path / "sets" / "Set5" / "baby.png"

@@ -251,6 +251,7 @@ PLACES = [
     ("meter/loss", lambda x: x * float("nan"), "meter.loss holds NaN or infinite numbers"),
     ("best/psnr", lambda _: float("nan"), "best.psnr is nan"),
     ("best/iteration", lambda _: "1", "best.iteration is '1'"),
+    ("best", lambda x: {**x, "ssim": 0.9}, "the unknown entry best.ssim: it is of another version"),
     ("batches/sampler/position", lambda _: -3, "batches.sampler.position is -3"),
     ("batches/sampler/seed", lambda _: torch.zeros(2), "batches.sampler.seed is a tensor"),
     ("model/conv_last.weight", lambda x: x.flatten(), "conv_last.weight is .108,. in the file"),

@@ -211,6 +211,80 @@ def test_the_best_model_and_its_score_belong_together_after_a_resume(tree, fate)
     assert best.with_name(f"{best.name}.old").is_file() == (fate in ("damaged", "abandoned"))
 
 
+@pytest.mark.parametrize(
+    "change", ["none", "folder", "images", "other set", "border", "channel", "LR"]
+)
+def test_best_scores_of_other_validation_images_are_not_compared(tree, tmp_path, change):
+    _, folder = run(tree, train__ema_decay=0)
+    best = folder / "models" / "net_g_best.safetensors"
+    before, metadata = best.read_bytes(), checkpoint.read_tensors(best)[1]
+    photos = draw_photos(tmp_path / "elsewhere")
+    changes = {"datasets__val__dataroot_gt": str(photos)}
+    if change == "none":
+        changes = {"datasets__val": {**tree["datasets"]["val"], "name": "another name"}}
+    elif change == "images":
+        data.write_image(photos / "3.png", data.read_image(photos / "3.png")[:30])
+    elif change == "other set":
+        for file in photos.iterdir():
+            file.rename(file.with_name(f"x{file.name}"))
+    elif change == "border":
+        changes = {"val__metrics__psnr__crop_border": 5}
+    elif change == "channel":
+        changes = {"val__metrics__psnr__test_y_channel": False}
+    elif change == "LR":
+        for file in photos.iterdir():
+            lr = data.imresize(data.read_image(file), 0.5)
+            data.write_image(tmp_path / "lr" / file.name, lr)
+        changes["datasets__val__dataroot_lq"] = str(tmp_path / "lr")
+    # Nothing is learned any more: no later validation exceeds the best one of the same images.
+    changes |= {"train__optim_g__lr": 0.0, "train__ema_decay": 0}
+    run(tree, resume=True, train__total_iter=TOTAL + 3, **changes)
+    old = best.with_name(f"{best.name}.old")
+    said = (folder / "log" / "train.log").read_text()
+    if change in ("none", "folder"):
+        assert best.read_bytes() == before and not old.exists() and "other validation" not in said
+        return
+    assert old.read_bytes() == before
+    line = f"{best} is the best on other validation images, or by another crop border or channel"
+    assert f"{line}: it is kept as {old.name}" in said
+    now = checkpoint.read_tensors(best)[1]
+    rows = logging.read_csv(folder / "log" / "validation.csv")
+    assert now["iteration"] == TOTAL + 3 > metadata["iteration"]
+    assert now["psnr"] == rows[-1]["psnr"]
+
+
+def test_a_state_without_the_name_of_its_images_keeps_its_best_model(tree):
+    """As earlier versions wrote it."""
+    _, folder = run(tree, train__ema_decay=0)
+    path = folder / "training_states" / f"{TOTAL}.state"
+    state = checkpoint.read_state(path)
+    del state["best"]["scored_on"]
+    checkpoint.write_state(state, path)
+    best = folder / "models" / "net_g_best.safetensors"
+    before, changes = best.read_bytes(), {"train__optim_g__lr": 0.0, "train__ema_decay": 0}
+    run(tree, resume=True, train__total_iter=TOTAL + 3, **changes)
+    assert best.read_bytes() == before and not best.with_name(f"{best.name}.old").exists()
+
+
+FOREIGN = ("train.csv", "validation.csv", "layers.csv", "gradients.csv", "train.log", "tensorboard")
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "environment.json", "../config.yml"])
+def test_files_in_the_place_of_logs_are_refused_before_anything_is_written(tree, stopped_run, name):
+    path = stopped_run / "log" / name
+    if name.endswith("csv"):
+        path.write_bytes(b"\xff\xfe no log")
+    elif name == "tensorboard":
+        path.write_text("a file")
+    else:
+        path.unlink()
+        path.mkdir()
+    before = contents(stopped_run)
+    with pytest.raises(ConfigError, match=f"{path.name} is a|cannot read log .*{name}.*; move it"):
+        run(tree, resume=True, logger__grad_stats_freq=2, logger__use_tb_logger=True)
+    assert contents(stopped_run) == before
+
+
 @pytest.mark.parametrize("second", ["kept", "4.state"])
 def test_a_full_disk_is_named_and_the_state_before_is_intact(tree, monkeypatch, second):
     changes = {**SHORT, "logger__save_checkpoint_freq": 2}
