@@ -141,12 +141,23 @@ def _format_warning(message: Warning | str, *_: Any, **__: Any) -> str:
     return f"issp: warning: {' '.join(str(message).split())}\n"
 
 
+def _check_working_folder() -> None:
+    """Refuses a working folder that is gone, where MKL ends the process without a reason."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError(
+            "the working folder has been removed: change to one that is there"
+        ) from None
+
+
 def _run(args: argparse.Namespace) -> int:
     args.load = process.LoadMeter()
     if args.command != "bench":  # what it measures is a process that nobody has prepared
         process.limit_spinning()
         process.keep_freed_memory()
     try:
+        _check_working_folder()
         return int(command_module(args.command).main(args) or 0)
     except Interrupted as stopped:
         with contextlib.suppress(OSError):  # the terminal may be what has gone

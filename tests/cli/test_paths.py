@@ -1,6 +1,7 @@
 """Paths as users have them: `~`, spaces, names that are not UTF-8."""
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -141,6 +142,17 @@ def test_an_empty_path_in_a_file_and_in_python_is_refused(home, capsys):
             call("")
     with pytest.raises(ValueError, match=sentence):
         issp.save(issp.load("~/my models/m.safetensors"), "")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_working_folder_that_is_gone_is_named(tmp_path, monkeypatch, capsys, command):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    example = cli.command_module(command).EXAMPLE.replace("\n             ", " ").splitlines()[0]
+    assert cli.main(shlex.split(example)[1:]) == 2
+    sentence = "the working folder has been removed: change to one that is there"
+    assert capsys.readouterr().err == f"issp {command}: error: {sentence}\n"
 
 
 def test_the_suffix_of_results_may_be_empty(home):
