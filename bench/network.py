@@ -39,6 +39,7 @@ from issp.deploy import autotune
 from issp.deploy import report as pack_report
 from issp.ops.keep import Keep
 from issp.sr import checkpoint, models
+from issp.utils.errors import InaccurateLayerError
 
 EXAMPLE = """examples:
   python -m bench network --model edsr-baseline --sparsity 0.95
@@ -125,7 +126,11 @@ class PackedNetwork:
     @property
     def name(self) -> str:
         """As notes name it."""
-        return f"v={self.v} at {100 * self.sparsity:g} %"
+        return _form_name(self.v, self.sparsity)
+
+
+def _form_name(v: int, sparsity: float) -> str:
+    return f"v={v} at {100 * sparsity:g} %"
 
 
 @dataclass
@@ -287,7 +292,11 @@ def _pack(
 ) -> PackedNetwork:
     """Packs a pruned network and checks its output."""
     calls.set_precision("fp32")
-    packed = issp.pack(pruned, example=x, cache=cache)
+    what = f"{name}, {_form_name(v, sparsity)}"
+    try:
+        packed = issp.pack(pruned, example=x, cache=cache)
+    except InaccurateLayerError as error:
+        raise ParityError(f"{what}: {error}") from None
     counts = checkpoint.sparsity(pruned)
     row = PackedNetwork(
         v=v,
@@ -297,7 +306,7 @@ def _pack(
         layers=packed.report,
         task=sparse_measure.task(_call(packed, x), "fp32", x.device.type, required=True),
     )
-    check(f"{name}, {row.name}", pruned, packed, x)
+    check(what, pruned, packed, x)
     row.shares = None if x.is_cuda else time_shares(packed, x)
     return row
 

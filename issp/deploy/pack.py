@@ -20,6 +20,7 @@ from issp.nn.layers import SparseLayer
 from issp.nn.names import unwrap
 from issp.ops.keep import Keep
 from issp.ops.validation import DTYPES
+from issp.utils.errors import InaccurateLayerError
 
 # Rows that may share positions, tried in this order, by device.
 ROWS_PER_BLOCK = {"cpu": (1, 4), "cuda": (1, 4, 8, 16, 32)}
@@ -89,7 +90,7 @@ def pack(
     Raises:
         TypeError, ValueError: no model, one on another device than CPU and CUDA, a name
             pattern that matches no layer, or a model that has something called `report`.
-        RuntimeError: a sparse layer's result is further from float64 than allowed.
+        InaccurateLayerError: a sparse layer's result is further from float64 than allowed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, not {type(model).__name__}")
@@ -385,7 +386,7 @@ def _key(module: DenseLayer, inputs: Sequence[LayerInput], sparse: Mapping[str, 
 
 @torch.no_grad()
 def _check_accuracy(name: str, dense: DenseLayer, sparse: nn.Module, x: Tensor) -> None:
-    """Raises RuntimeError where the sparse result is off by more than twice the dense one."""
+    """Raises InaccurateLayerError where the sparse error is more than twice the dense one."""
     if isinstance(dense, nn.Conv2d):
         height, width = (
             max(CHECK_CROP, d * (k - 1) + 1)
@@ -402,7 +403,7 @@ def _check_accuracy(name: str, dense: DenseLayer, sparse: nn.Module, x: Tensor) 
     )
     rounding = torch.finfo(y.dtype).eps * exact.square().mean().sqrt()
     if not bool(sparse_error <= 2 * dense_error + rounding):
-        raise RuntimeError(
+        raise InaccurateLayerError(
             f"the sparse result of {name} is off by {sparse_error:.3g} from float64, the dense one "
             f"by {dense_error:.3g}: the model was not packed; please report this with `issp info`"
         )

@@ -40,6 +40,10 @@ class NonFiniteLossError(UserError, RuntimeError):
     """The training loss became NaN or infinite."""
 
 
+class InaccurateLayerError(UserError, RuntimeError):
+    """A sparse layer computes something else than the dense one."""
+
+
 class OutOfMemoryError(UserError, MemoryError):
     """The device, or the machine, has not enough memory."""
 

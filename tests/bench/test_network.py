@@ -269,6 +269,15 @@ class TestMeasure:
         with pytest.raises(ParityError, match="tiny x2, v=1 at 75 %: the output is off"):
             network.measure("tiny x2", small_edsr(), FAST)
 
+    def test_a_layer_that_packing_finds_wrong_ends_the_benchmark(self, timed, monkeypatch, capsys):
+        right = issp.nn.SparseConv2d.forward
+        monkeypatch.setattr(issp.nn.SparseConv2d, "forward", lambda *a: right(*a) + 1e-3)
+        monkeypatch.setattr(network, "interleave", lambda *a: pytest.fail("timed"))
+        monkeypatch.setattr(network.models, "build", lambda name, scale: small_edsr(upscale=scale))
+        assert command("--model", "edsr-tiny", "--size", "8", "--sparsity", "0.75", "--v", "1") == 1
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert re.match(r"bench: edsr-tiny x4, v=1 at 75 %: the sparse result of conv_\w+ is", line)
+
 
 class TestCommand:
     @pytest.fixture(autouse=True)
