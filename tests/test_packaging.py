@@ -60,7 +60,8 @@ def test_wheel_is_abi3_and_complete(wheel):
     modules = {str(p.relative_to(ROOT)) for p in (ROOT / "issp").rglob("*.py")}
     kernels = {f"issp/triton_kernels/{p.name}" for p in (ROOT / "triton_kernels").glob("*.py")}
     files = {n for n in names if not n.startswith("issp-")}
-    assert files == modules | kernels | {"issp/_C.abi3.so", "issp/py.typed"}
+    data = {"issp/_C.abi3.so", "issp/py.typed", "issp/sr/paper_results.csv"}
+    assert files == modules | kernels | data
 
 
 @pytest.mark.full

@@ -23,7 +23,18 @@ from issp.utils import process
 from issp.utils.errors import UserError
 from issp.utils.text import suggest
 
-COMMANDS = ("demo", "train", "test", "upscale", "bench", "plot", "prepare-data", "cache", "info")
+COMMANDS = (
+    "demo",
+    "train",
+    "test",
+    "upscale",
+    "bench",
+    "plot",
+    "table",
+    "prepare-data",
+    "cache",
+    "info",
+)
 # Our checks of arguments and files raise ValueError and OSError. Any other error that is not a
 # UserError is a bug and keeps its traceback.
 _USER_ERRORS = (UserError, ValueError, OSError)

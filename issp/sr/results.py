@@ -44,6 +44,8 @@ class Result:
         crop_border: pixels cut from each side; None: as many as the scale.
         zeros: share of the weights of convolutions and linear layers that are 0; None: not known.
         model: file of the model.
+        source: who says so, such as "paper, table 1"; "" for what was measured with this package.
+        note: what the reader of a table must know of this score.
 
     Raises:
         ValueError: a value is not possible.
@@ -63,6 +65,8 @@ class Result:
     crop_border: int | None = None
     zeros: float | None = None
     model: str = ""
+    source: str = ""
+    note: str = ""
 
     def __post_init__(self) -> None:
         for name in ("method", "set"):
@@ -84,7 +88,7 @@ class Result:
     @property
     def identity(self) -> tuple[Any, ...]:
         """Everything but the scores: what one file holds once."""
-        scores = ("psnr", "ssim", "images", "lr", "zeros")
+        scores = ("psnr", "ssim", "images", "lr", "zeros", "note")
         return tuple(value for name, value in asdict(self).items() if name not in scores)
 
 
@@ -99,6 +103,12 @@ _WHOLE, _REAL = ("scale", "seed", "images", "crop_border"), ("sparsity", "psnr",
 _NEVER_EMPTY = ("scale", "psnr")
 
 
+def results_file(path: str | os.PathLike) -> Path:
+    """The file itself, or `results.csv` in a folder."""
+    path = user_path(path)
+    return path / FILE_NAME if path.is_dir() else path
+
+
 def read(path: str | os.PathLike) -> list[Result]:
     """The rows of a results file, or of `results.csv` in a folder.
 
@@ -106,9 +116,9 @@ def read(path: str | os.PathLike) -> list[Result]:
         FileNotFoundError: there is no such file.
         ValueError: it is no results file, or a row is damaged; the line is named.
     """
-    path = user_path(path)
-    if path.is_dir():
-        path = path / FILE_NAME
+    path = results_file(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no results file {path}: `issp test --csv` writes one")
     try:
         text = path.read_text(encoding="utf-8-sig")
         lines = list(csv.reader(io.StringIO(text, newline="")))
@@ -144,7 +154,7 @@ def add(path: str | os.PathLike, results: Iterable[Result]) -> None:
     Raises:
         OSError, ValueError: as `read` and `write`; an older file is left as it was.
     """
-    path = user_path(path)
+    path = results_file(path)
     rows = {result.identity: result for result in (read(path) if path.exists() else [])}
     write(path, (rows | {result.identity: result for result in results}).values())
 
