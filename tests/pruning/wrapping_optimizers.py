@@ -9,15 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 
-class Wrapper(Optimizer):
-    """As the wrappers of pytorch_optimizer: its own hooks, the parameter groups of the other."""
-
-    def __init__(self, optimizer):
-        self.optimizer = optimizer
-        self.defaults = optimizer.defaults
-        self._optimizer_step_pre_hooks = OrderedDict()
-        self._optimizer_step_post_hooks = OrderedDict()
-        self._patch_step_function()
+class Delegating(Optimizer):
+    """An optimizer by type that has the parameter groups and the state of another."""
 
     @property
     def param_groups(self):
@@ -27,11 +20,22 @@ class Wrapper(Optimizer):
     def state(self):
         return self.optimizer.state
 
-    def parameters(self):
-        return [p for group in self.param_groups for p in group["params"]]
-
     def zero_grad(self):
         self.optimizer.zero_grad()
+
+
+class Wrapper(Delegating):
+    """As the wrappers of pytorch_optimizer: its own hooks, the parameter groups of the other."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+        self.defaults = optimizer.defaults
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._patch_step_function()
+
+    def parameters(self):
+        return [p for group in self.param_groups for p in group["params"]]
 
 
 class Lookahead(Wrapper):
@@ -138,25 +142,14 @@ def imitating(optimizer):
     return Imitation(optimizer)
 
 
-class Accelerated(Optimizer):
+class Accelerated(Delegating):
     """As accelerate's: an optimizer by type that was never initialized as one."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
 
-    @property
-    def param_groups(self):
-        return self.optimizer.param_groups
-
-    @property
-    def state(self):
-        return self.optimizer.state
-
     def step(self, closure=None):
         self.optimizer.step(closure)
-
-    def zero_grad(self):
-        self.optimizer.zero_grad()
 
 
 class Chained:
