@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from issp.ops.keep import Keep
     from issp.ops.pruning import num_pruned
     from issp.pruning.pruner import Pruner, attach
+    from issp.pruning.recorder import Recorder
     from issp.pruning.schedules import Constant, Cubic, Linear
     from issp.sr.checkpoint import load, save
 
@@ -27,6 +28,7 @@ _LAZY = {
     "num_pruned": "issp.ops.pruning",
     "attach": "issp.pruning.pruner",
     "Pruner": "issp.pruning.pruner",
+    "Recorder": "issp.pruning.recorder",
     "Constant": "issp.pruning.schedules",
     "Cubic": "issp.pruning.schedules",
     "Linear": "issp.pruning.schedules",
@@ -43,7 +45,7 @@ _APPLICATION = ("builders", "checkpoint", "config", "evaluate", "train")
 _MODULES.update((name, f"issp.sr.{name}") for name in _APPLICATION)
 
 __all__ = ["backends", "data", "metrics", "models", "nn", "ops", "optim"]
-__all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "attach", "num_pruned"]
+__all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "Recorder", "attach", "num_pruned"]
 __all__ += ["info", "load", "pack", "save", "unpack"]
 
 

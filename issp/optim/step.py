@@ -139,6 +139,11 @@ class FusedStep(Optimizer):
         remaining, self._remaining = self._remaining, None
         return remaining
 
+    def grad_scale_of(self, param_group: int | None) -> Tensor | None:
+        """See `issp.pruning.prune_step.PruningOptimizer`."""
+        # Torch's own step has unscaled the gradients of the groups without a plan.
+        return getattr(self, "grad_scale", None) if param_group in self._plans else None
+
     @property
     def report(self) -> tuple[GroupStepInfo, ...]:
         """How the latest step went, per parameter group; before it, what is known already."""

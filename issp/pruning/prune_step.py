@@ -74,6 +74,9 @@ class PruningOptimizer(Protocol):
             None if the step has called no `begin_step`: then all the work is left.
         """
 
+    def grad_scale_of(self, param_group: int | None) -> Tensor | None:
+        """GradScaler's scale, which the running step has left in a group's gradients, or None."""
+
 
 def prunes_within_step(optimizer: object) -> TypeGuard[PruningOptimizer]:
     """Whether an optimizer can prune within its step, as those of `issp.optim` do."""

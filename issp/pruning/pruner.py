@@ -155,6 +155,7 @@ class Pruner:
         self._schedule, self._freeze_at, self._ema, self._hook = schedule, freeze_at, ema, hook
         self._stage = "pruning"  # then "frozen", then "final"
         self._counter = StepCounter()
+        self._pruning_steps = 0  # once the masks are fixed: steps of the pruning stage
         self._ratio: float | None = None  # that the counts of the buckets follow
         self._hooks = Hooks()
         self._callbacks: list[Callable[[Pruner], None]] = []
@@ -182,6 +183,23 @@ class Pruner:
     def frozen(self) -> bool:
         """Whether the masks are fixed."""
         return self._stage != "pruning"
+
+    @property
+    def newest_step(self) -> int:
+        """Number of the newest step, without waiting for AMP's flag on a GPU.
+
+        If AMP has skipped that step, the next one has the same number.
+        """
+        return self._counter.upper_bound
+
+    def stage_of(self, step: int) -> str:
+        """The stage of a step, "pruning" or "fine-tuning"; the one that fixes the masks prunes."""
+        return "fine-tuning" if self.frozen and step > self._pruning_steps else "pruning"
+
+    @property
+    def buckets(self) -> WeightBuckets:
+        """The weights to prune with their masks, to be read only."""
+        return self._buckets
 
     @property
     def attached(self) -> bool:
@@ -307,7 +325,7 @@ class Pruner:
         self._warn_of_replaced()
         self._refresh()
         self._buckets.fix_masks(self._ema)
-        self._stage = "frozen"
+        self._stage, self._pruning_steps = "frozen", count
 
     def freeze_zeros(self) -> None:
         """Fixes the masks to the present zeros: training goes on from a sparse model.
@@ -444,6 +462,7 @@ class Pruner:
         self._buckets.rebuild(layer_states, active=layer_states)
         self._stage = "pruning" if state["stage"] == "pruning" else "frozen"
         self._counter.set(state["step_count"])
+        self._pruning_steps = self._counter.known
         self._after_rebuild()
 
     def _configuration(self) -> dict[str, object]:

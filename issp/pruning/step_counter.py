@@ -44,9 +44,14 @@ class StepCounter:
             self.known += int(flag.item() == 0)
         return self.known
 
+    @property
+    def upper_bound(self) -> int:
+        """The count if the newest step was not skipped; waits for nothing."""
+        return self.known + (self._pending is not None)
+
     def reached(self, count: int | None) -> bool:
         """Whether there have been `count` steps; waits for the newest only if it decides."""
-        if count is None or self.known + (self._pending is not None) < count:
+        if count is None or self.upper_bound < count:
             return False
         return self.synchronize() >= count
 

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from issp import optim
 from issp.ops.keep import Keep
 from issp.pruning.pruner import Pruner, attach
+from issp.pruning.recorder import Recorder, choose_layers
 from issp.sr import checkpoint, data, evaluate, models
 from issp.sr.config import Config, EvalData, Scheduler, TrainData
 from issp.sr.config import Keep as KeepSection
@@ -215,6 +217,48 @@ def pruning_target(entry: float | KeepSection) -> float | Keep:
     if not isinstance(entry, KeepSection):
         return entry
     return Keep(**dict(entry))
+
+
+def check_recorded_layers(config: Config, source: Pruner | nn.Module) -> None:
+    """Refuses layers of `logger.*_stats_layers` that the network does not have.
+
+    Args:
+        config: of the run.
+        source: its pruner; without one, its model.
+
+    Raises:
+        ConfigError: one of them.
+    """
+    for key in ("grad_stats_layers", "mask_stats_layers"):
+        wanted = getattr(config.logger, key)
+        try:
+            if wanted:
+                choose_layers(source, wanted, config.logger.layer_index_base)
+        except ValueError as error:
+            raise ConfigError(f"logger.{key}: {str(error).removeprefix('layers: ')}") from None
+
+
+def recorders(
+    config: Config, source: Pruner | nn.Module, folder: Path, start: int
+) -> list[Recorder]:
+    """What records layers, by the keys `*_stats_*` of `logger`; step it by hand.
+
+    Args:
+        config, source: see `check_recorded_layers`.
+        folder: of the files.
+        start: iterations done already.
+    """
+    logger = config.logger
+    kinds = {
+        "gradients": (logger.grad_stats_freq, logger.grad_stats_layers),
+        "masks": (logger.mask_stats_freq, logger.mask_stats_layers),
+    }
+    options = {"index_base": logger.layer_index_base, "upto": start, "hook": False}
+    return [
+        Recorder(source, folder, layers or None, every, record=kind, **options)
+        for kind, (every, layers) in kinds.items()
+        if every
+    ]
 
 
 def loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:

@@ -105,6 +105,15 @@ def _check_milestone(value: float) -> float:
 Milestone = Annotated[Number, AfterValidator(_check_milestone)]
 
 
+def _check_layer(value: Any) -> int | str:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"is {value!r}: it must be a name pattern or the number of a layer")
+    return value
+
+
+Layers = Annotated[list[Annotated[Any, AfterValidator(_check_layer)]], BeforeValidator(_listed)]
+
+
 class Section(BaseModel):
     """A section of the file: unknown keys are refused, an empty value means the default.
 
@@ -390,7 +399,20 @@ class Logger(Section):
     save_checkpoint_freq: Annotated[Integer, _between(1)] = 5000
     use_tb_logger: StrictBool = True
     keep_training_states: Annotated[Integer, _between(1)] = 2
-    grad_stats_freq: Annotated[Integer, _between(0)] = 0  # between rows of gradients.csv; 0: none
+    # Iterations between the rows of gradients.csv and of masks.csv; 0: none.
+    grad_stats_freq: Annotated[Integer, _between(0)] = 0
+    mask_stats_freq: Annotated[Integer, _between(0)] = 0
+    # Name patterns and numbers of the recorded layers; empty: all.
+    grad_stats_layers: Layers = []
+    mask_stats_layers: Layers = []
+    layer_index_base: Annotated[Integer, _between(0, 1)] = 1  # number of the first layer
+
+    @model_validator(mode="after")
+    def _check_recorded(self) -> Logger:
+        for kind in ("grad_stats", "mask_stats"):
+            if getattr(self, f"{kind}_layers") and not getattr(self, f"{kind}_freq"):
+                raise ValueError(f"has {kind}_layers, but records nothing of them: set {kind}_freq")
+        return self
 
 
 class Paths(Section):
@@ -530,6 +552,8 @@ class Config(Section):
         for key, entry in {"train": self.train_data, **self.datasets.evaluation}.items():
             if entry.scale not in (None, self.scale):
                 raise ValueError(f"datasets.{key}.scale is {entry.scale} but scale is {self.scale}")
+        if self.logger.mask_stats_freq and not self.sparsity:
+            raise ValueError("logger.mask_stats_freq records masks: add a sparsity section")
         if self.sparsity and self.sparsity.from_zeros and not self.path.pretrain_network_g:
             raise ValueError("sparsity.from_zeros needs sparse weights: path.pretrain_network_g")
         return self

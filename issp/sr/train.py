@@ -102,6 +102,7 @@ def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
             # Read once, so that a signal during logging stops the next iteration.
             stopping = stop.signal != 0
             with run.saved_on_failure(iteration):
+                run.record()
                 run.after(iteration, stopping)
             if stopping and iteration < total:
                 end = run.interrupted(iteration)

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from issp.pruning.pruner import Pruner
-from issp.sr import builders, checkpoint, evaluate, gradients, logging, preflight, results
+from issp.pruning.recorder import Recorder
+from issp.sr import builders, checkpoint, evaluate, logging, preflight, results
 from issp.sr.config import Config
 from issp.sr.data import EvalDataset, TrainLoader, write_image
 from issp.sr.interrupt import Interrupted, StopRequest
@@ -25,7 +26,7 @@ VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim", "exact")
 LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", "threshold")
 
 
-CSV_LOGS = ("train.csv", "validation.csv", "layers.csv", "gradients.csv")
+CSV_LOGS = ("train.csv", "validation.csv", "layers.csv", "gradients.csv", "masks.csv")
 
 
 @dataclass
@@ -71,6 +72,7 @@ class TrainingRun:
         self.resume_command = f"issp train {recorded} --resume"
         self.tensorboard: logging.TensorBoardLog | None = None
         self.stop = StopRequest()
+        self.recorders: list[Recorder] = []
         self._saved = 0  # iteration of the latest state
         self._is_pending = False  # the iteration that a state ends with was not validated yet
         self._is_complete = False  # there is nothing left to train
@@ -109,6 +111,7 @@ class TrainingRun:
             return start  # and config.yml stays that of the run
         notes = [None if saved else preflight.lost_zeros(self.config, self.model)]
         notes += [preflight.idle_gpus(self.config, next(self.model.parameters()).device)]
+        builders.check_recorded_layers(self.config, self.pruner or self.model)
         states = 1 + (self.ema is not None) + len(_moments(self.config))
         preflight.check_disk(self.config, self.model, states, start, notes.append)
         preflight.check_crop(self.batches.dataset, self.eval_model)
@@ -179,10 +182,7 @@ class TrainingRun:
         self.csv = logging.CsvLog(log / "train.csv", logging.COLUMNS, upto=whole)
         self.scores = logging.CsvLog(log / "validation.csv", VALIDATION_COLUMNS, upto=whole)
         self.layers = logging.CsvLog(log / "layers.csv", LAYER_COLUMNS, upto=whole)
-        self.gradients = None
-        if self.config.logger.grad_stats_freq:
-            weights = gradients.weights_to_record(self.model, self.pruner)
-            self.gradients = gradients.GradientLog(log / "gradients.csv", weights, upto=start)
+        self.recorders = builders.recorders(self.config, self.pruner or self.model, log, start)
         enabled = self.config.logger.use_tb_logger
         self.tensorboard = logging.TensorBoardLog(log / "tensorboard", whole + 1, enabled)
         self.progress.begin(total, start, log / "train.log")
@@ -223,6 +223,15 @@ class TrainingRun:
         if self._is_pending:
             self.after(iteration, stopping=False)
 
+    def record(self) -> None:
+        """Records gradients and masks of the iteration that was just done."""
+        for recorder in self.recorders:
+            recorder.step()
+
+    def _flush_recorders(self) -> None:
+        for recorder in self.recorders:
+            recorder.flush()
+
     def after(self, iteration: int, stopping: bool) -> None:
         """Logs, validates and saves what is due after an iteration.
 
@@ -231,8 +240,6 @@ class TrainingRun:
         """
         config, total = self.config, self.config.train.total_iter
         self._is_pending = True
-        if self.gradients and iteration % config.logger.grad_stats_freq == 0:
-            self.gradients.add(iteration)
         last, freezes = iteration == total, iteration == config.freeze_iter
         is_due = iteration % config.val.val_freq == 0 or last or freezes
         validates = bool(self.validation) and is_due
@@ -242,6 +249,7 @@ class TrainingRun:
             if validates:
                 with self.meter.paused():
                     psnr = self.validate(iteration)
+            self._flush_recorders()
             row = {**self.row(iteration), "psnr": psnr}
             self._is_pending = False
             self.csv.add(row)
@@ -327,7 +335,8 @@ class TrainingRun:
         self.save_state(iteration)
 
     def save_state(self, iteration: int) -> None:
-        """Writes the state to resume from."""
+        """Writes the state to resume from, and before it all rows of its past."""
+        self._flush_recorders()
         state: dict[str, Any] = {"iteration": iteration, "pending": self._is_pending}
         state["ema_decay"] = self.config.train.ema_decay
         for name in ("model", "ema", "optimizer", "pruner", "batches", "meter"):
@@ -361,6 +370,8 @@ class TrainingRun:
 
     def close(self) -> None:
         """Closes logs and data workers and gives the folder free."""
+        with contextlib.suppress(OSError):  # after an error, which goes on
+            self._flush_recorders()
         self.batches.close()
         if self.tensorboard is not None:
             self.tensorboard.close()

@@ -66,12 +66,16 @@ def append_text(path: str | os.PathLike, text: str) -> None:
     """Adds text to a file.
 
     Raises:
-        OSError: as `atomic_write`; a part of the text may be in the file.
+        OSError: as `atomic_write`; nothing of the text is in the file.
     """
+    place = user_path(path)
+    size = os.path.getsize(place) if os.path.exists(place) else 0
     try:
-        with open(user_path(path), "ab") as file:
+        with open(place, "ab") as file:
             file.write(text.encode(errors="backslashreplace"))  # names of files may not be UTF-8
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(place, size)
         raise _cannot_write(path, error) from None
 
 

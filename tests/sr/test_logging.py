@@ -1,4 +1,4 @@
-"""What a run reports: times, CSV files across versions, statistics of gradients."""
+"""What a run reports: times, and CSV files across versions."""
 
 import os
 import time
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import issp
-from issp.sr import gradients, logging
+from issp.sr import logging
 
 
 @pytest.fixture
@@ -69,34 +69,6 @@ def test_a_log_with_other_columns_goes_on(tmp_path):
     # Another share than the new one: it does not become it.
     assert [row["update_share"] for row in rows] == [None, 0.1]
     assert [row["loss"] for row in rows] == [0.5, 0.4]
-
-
-def test_gradients_are_recorded_as_the_authors_do(tmp_path):
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 3), nn.Conv2d(4, 4, 1))
-    model = model.to(memory_format=torch.channels_last)
-    model[2].requires_grad_(False)
-    weights = gradients.weights_to_record(model, None)
-    log = gradients.GradientLog(tmp_path / "gradients.csv", weights)
-    log.add(1)  # no gradient yet: no row
-    model(torch.randn(2, 3, 8, 8)).square().sum().backward()
-    log.add(2)
-    rows = logging.read_csv(tmp_path / "gradients.csv")
-    assert [(r["iteration"], str(r["layer"])) for r in rows] == [(2, "0"), (2, "1")]
-    for row in rows:
-        grad = weights[str(row["layer"])].grad.double()
-        size = grad.abs()
-        expected = [grad.norm(), size.var(), size.mean(), size.std()]
-        found = [row[name] for name in ("norm", "variance", "mean", "std")]
-        assert found == pytest.approx([x.item() for x in expected], rel=1e-12)
-
-
-def test_a_pruned_run_records_the_layers_it_prunes():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    pruner = issp.attach(model, optimizer, sparsity=0.5, exclude="0")
-    recorded = gradients.weights_to_record(model, pruner)
-    assert list(recorded) == ["2"] and recorded["2"] is model[2].weight
-    assert list(gradients.weights_to_record(model, None)) == ["0", "2"]
 
 
 def test_tensorboard_needs_a_folder_of_utf8(tmp_path):

@@ -12,7 +12,7 @@ from issp import num_pruned
 from issp.sr import checkpoint, config, logging, plots
 from issp.sr.interrupt import Interrupted
 from issp.utils import denormals
-from issp.utils.errors import NonFiniteLossError
+from issp.utils.errors import ConfigError, NonFiniteLossError
 from tests.sr.runs import FREEZE, TOTAL, assert_equal, log, run, stop_at
 
 pytest.importorskip("PIL", reason="the training images are files")
@@ -142,19 +142,62 @@ def test_dense_training_learns(tree):
     assert {r["stage"] for r in rows} == {"dense"} and rows[0]["flips"] is None
 
 
+RECORDED = {
+    "logger__grad_stats_freq": 5,
+    "logger__mask_stats_freq": 2,
+    "logger__mask_stats_layers": [1, "body.0"],
+}
+
+
 def test_the_driver_records_when_asked_and_resumes(tree, monkeypatch):
     _, plain = run(tree, name="plain")
-    assert not (plain / "log" / "gradients.csv").exists()
-    _, whole = run(tree, name="whole", logger__grad_stats_freq=5)
+    names = ("gradients.csv", "masks.csv")
+    assert not any((plain / "log" / name).exists() for name in names)
+    _, whole = run(tree, name="whole", **RECORDED)
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
         with pytest.raises(Interrupted):
-            run(tree, logger__grad_stats_freq=5)
-    _, resumed = run(tree, resume=True, logger__grad_stats_freq=5)
+            run(tree, **RECORDED)
+    _, resumed = run(tree, resume=True, **RECORDED)
+    for name in names:
+        assert (resumed / "log" / name).read_bytes() == (whole / "log" / name).read_bytes()
     rows = logging.read_csv(whole / "log" / "gradients.csv")
-    assert sorted({row["iteration"] for row in rows}) == [5, 10]
+    stages = {(row["iteration"], row["stage"]) for row in rows}
+    assert stages == {(5, "pruning"), (10, "fine-tuning")}
     assert len(rows) == 2 * 6 and all(row["norm"] > 0 for row in rows)
-    assert logging.read_csv(resumed / "log" / "gradients.csv") == rows
+    masks = logging.read_csv(whole / "log" / "masks.csv")
+    layers = ["conv_first", "body.0.conv1", "body.0.conv2"]
+    expected = [(i, name) for i in range(2, TOTAL + 1, 2) for name in layers]
+    assert [(row["iteration"], row["layer"]) for row in masks] == expected
+    assert [row["zeros"] > 0 for row in masks] == [row["iteration"] >= FREEZE for row in masks]
+    assert all((row["flips"] == 0) == (row["iteration"] > FREEZE) for row in masks[:3] + masks[-9:])
+
+
+def test_a_dense_run_records_its_gradients(tree):
+    dense = {key: value for key, value in tree.items() if key != "sparsity"}
+    _, folder = run(
+        dense, logger__grad_stats_freq=6, logger__grad_stats_layers=0, logger__layer_index_base=0
+    )
+    rows = logging.read_csv(folder / "log" / "gradients.csv")
+    cells = [(row["iteration"], row["stage"], row["layer"]) for row in rows]
+    assert cells == [(6, "dense", "conv_first"), (12, "dense", "conv_first")]
+
+
+@pytest.mark.parametrize(
+    "changes, problem",
+    [
+        ({"logger__mask_stats_layers": [9]}, "logger.mask_stats_layers: there is no layer 9"),
+        ({"logger__mask_stats_layers": "tail"}, 'mask_stats_layers: "tail" matches no module'),
+        ({"logger__mask_stats_layers": [1.5]}, "it must be a name pattern or the number"),
+        ({"logger__mask_stats_freq": 0}, "records nothing of them: set mask_stats_freq"),
+        ({"logger__layer_index_base": 2}, "layer_index_base is 2"),
+        ({"sparsity": None}, "mask_stats_freq records masks: add a sparsity section"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_before_anything_is_written(tree, changes, problem):
+    with pytest.raises(ConfigError, match=problem):
+        run(tree, **{**RECORDED, **changes})
+    assert not config.parse(tree).folder.exists()
 
 
 def test_the_plot_shows_gradients_where_they_are(tree):

@@ -79,6 +79,12 @@ def test_a_full_disk_is_named_whatever_the_writer_makes_of_it(tmp_path, monkeypa
     ):
         append_text(tmp_path / "log.csv", "1,2,3\n")
     monkeypatch.undo()
+    append_text(tmp_path / "log.csv", "1,2\n")
+    full_disk(monkeypatch)
+    with pytest.raises(OSError, match="the disk is full"):
+        append_text(tmp_path / "log.csv", "3,4,5,6\n")
+    monkeypatch.undo()
+    assert (tmp_path / "log.csv").read_text() == "1,2\n"  # whole lines, so that a retry is safe
 
     def broken(file):
         raise RuntimeError("a bug")

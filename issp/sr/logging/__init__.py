@@ -1,9 +1,10 @@
 """Logs of a training run: CSV and text files, TensorBoard, the progress display, loss and time."""
 
-from issp.sr.logging.csv import COLUMNS, CsvLog, read_csv
+from issp.sr.logging.columns import COLUMNS
 from issp.sr.logging.meter import AverageMeter, StepTimer
 from issp.sr.logging.progress import Progress, is_soft
 from issp.sr.logging.tensorboard import TensorBoardLog
+from issp.utils.csv_log import CsvLog, read_csv
 
 __all__ = [
     "COLUMNS",

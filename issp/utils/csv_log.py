@@ -5,25 +5,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from issp.utils.files import append_text, atomic_write, user_path
-
-COLUMNS = (
-    "iteration",
-    "stage",  # pruning | fine-tuning | dense
-    "lr",
-    "loss",  # mean since the previous row
-    "psnr",  # first validation set, at iterations that validated; of the soft model while pruning
-    "flips",  # mask bits that this iteration's selection changed
-    "threshold",  # mean over layers
-    "selected",  # share of prunable weights the masks mark
-    "zeros",  # share of prunable weights that are exactly 0
-    "seconds",  # per iteration, validation and saving excluded
-    "update_share",  # share of `seconds` spent in the optimizer's step, pruning included
-)
 
 
 class CsvLog:
@@ -39,18 +25,29 @@ class CsvLog:
     def __init__(self, path: Path, columns: tuple[str, ...], upto: int = 0):
         self.path, self.columns = path, columns
         rows = [row for row in read_csv(path) if row[columns[0]] <= upto] if path.exists() else []
-        text = self._text([dict(zip(columns, columns, strict=True)), *rows])
+        text = _text([columns, *map(self._cells, rows)])
         atomic_write(path, text.encode())
 
     def add(self, *rows: dict[str, Any]) -> None:
-        """Appends rows; absent columns stay empty."""
-        append_text(self.path, self._text(rows))
+        """Appends rows; absent columns stay empty.
 
-    def _text(self, rows: Iterable[dict[str, Any]]) -> str:
-        buffer = io.StringIO()
-        options: dict[str, Any] = {"extrasaction": "ignore", "lineterminator": "\n"}
-        csv.DictWriter(buffer, self.columns, **options).writerows(rows)
-        return buffer.getvalue()
+        Raises:
+            OSError: the file cannot be written; none of the rows is in it.
+        """
+        self.add_cells(map(self._cells, rows))
+
+    def add_cells(self, rows: Iterable[Sequence[Any]]) -> None:
+        """Appends rows of which each has a value, or None, for every column; errors as `add`."""
+        append_text(self.path, _text(rows))
+
+    def _cells(self, row: dict[str, Any]) -> list[Any]:
+        return [row.get(column) for column in self.columns]
+
+
+def _text(rows: Iterable[Sequence[Any]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue()
 
 
 def read_csv(path: str | Path) -> list[dict[str, Any]]:
