@@ -120,6 +120,15 @@ def check_pruning(namespace, printed):
     assert namespace["masks"].keys() == prunable(namespace["model"]).keys()
 
 
+def check_recorder(namespace, printed):
+    files = {path.name: path.read_text().splitlines() for path in Path("log").iterdir()}
+    names = ["conv_first", "body.0.conv2"]  # the third layer, and the name pattern
+    expected = [(str(i), name) for i in (1, 2) for name in names]
+    cells = {name: [line.split(",") for line in lines[1:]] for name, lines in files.items()}
+    assert [(i, layer) for i, _, layer, *_ in cells["gradients.csv"]] == expected
+    assert [(i, layer) for i, layer, *_ in cells["masks.csv"]] == expected
+
+
 def check_optimizers(namespace, printed):
     assert namespace["pruner"].step_count == 2
     if issp.backends.active("cpu") == "cpp":
@@ -170,6 +179,7 @@ def check_ops(namespace, printed):
 CHECKS = {
     ("README.md", "Ten lines"): check_ten_lines,
     ("docs/usage.md", "Pruning while training"): check_pruning,
+    ("docs/usage.md", "Recording layers"): check_recorder,
     ("docs/usage.md", "Fused optimizers"): check_optimizers,
     ("docs/usage.md", "N:M patterns"): check_nm,
     ("docs/usage.md", "Packing for inference"): check_packing,
