@@ -26,6 +26,7 @@ from issp.utils.text import suggest
 COMMANDS = (
     "demo",
     "train",
+    "study",
     "test",
     "upscale",
     "bench",

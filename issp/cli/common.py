@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from issp.utils.files import user_path
+from issp.utils.text import duration
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,8 +52,7 @@ class ItemProgress:
     def _eta(self, now: float, share: float) -> str:
         if not share:
             return ""
-        seconds = round((now - self._start) * (1 / share - 1))
-        return f", ETA {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return f", ETA {duration((now - self._start) * (1 / share - 1))}"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from issp.utils.errors import ConfigError, MissingPackageError, import_optional
 from issp.utils.files import user_path
@@ -166,6 +166,9 @@ class Section(BaseModel):
                     path = f"{key}.{name}" if name else key
                     found += [f"{path}.{unused}" for unused in section.unused_keys()]
         return found
+
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 
 class TypedSection(Section):
@@ -607,8 +610,13 @@ def parse(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: a key is unknown (the nearest is named), missing, or has an unusable value.
     """
+    return validated(Config, tree)
+
+
+def validated(section: type[SectionType], tree: dict[str, Any]) -> SectionType:
+    """As `parse`, for another file made of sections."""
     try:
-        return Config.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
 

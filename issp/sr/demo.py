@@ -19,6 +19,7 @@ from torch import nn
 from issp.sr import builders, checkpoint, config, data, evaluate, logging, metrics, plots
 from issp.sr.config import Config
 from issp.sr.run_folder import RunFolder
+from issp.sr.timing import seconds_per_iteration
 from issp.sr.train import train
 from issp.utils import denormals
 from issp.utils.errors import ConfigError
@@ -160,20 +161,8 @@ def fitting_iterations(options: Options, probe: int = 12) -> int:
         probe: iterations to time, after three that warm up.
     """
     trial = settings(options, "probe", 1000, options.sparsity)
-    model = builders.network(trial).to(memory_format=torch.channels_last)
-    optimizer = builders.optimizer(trial, model)
-    builders.pruner(trial, model, optimizer, None)
-    batches, loss = builders.loader(trial, pin_memory=False), builders.loss(trial)
-    start = 0.0
-    for iteration in range(3 + probe):
-        if iteration == 3:
-            start = time.perf_counter()
-        batch = next(batches)
-        lq = batch["lq"].contiguous(memory_format=torch.channels_last)
-        optimizer.zero_grad()
-        loss(model(lq), batch["gt"]).backward()
-        optimizer.step()
-    each = (time.perf_counter() - start) / probe
+    batches = builders.loader(trial, pin_memory=False)
+    each = seconds_per_iteration(trial, torch.device("cpu"), batches, probe)
     # A tenth of the time goes to validation.
     return max(20, int(0.9 * 60 * options.minutes / each))
 

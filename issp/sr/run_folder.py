@@ -33,6 +33,11 @@ class RunFolder:
         self.log = path / "log"
         self._lock: int | None = None
 
+    @property
+    def lock(self) -> int | None:
+        """Descriptor that holds the lock of `claim`: a process that inherits it shares the lock."""
+        return self._lock
+
     def claim(self) -> None:
         """Locks the folder until `release`, or until the process ends.
 

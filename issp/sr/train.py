@@ -20,7 +20,12 @@ from issp.sr.training_run import TrainingRun
 from issp.utils import denormals
 
 
-def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Module:
+def train(
+    config: Config,
+    resume: bool = False,
+    quiet: bool = False,
+    progress: logging.Progress | None = None,
+) -> nn.Module:
     """Trains, prunes and fine-tunes what a configuration says.
 
     Args:
@@ -29,6 +34,7 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
             that of a run without a break. Without it a run starts anew, or from
             `path.resume_state` if the configuration names one.
         quiet: print nothing.
+        progress: shows what happens, in place of the display of `issp train`.
 
     Returns:
         The final model (the averaged one with `train.ema_decay`), on its device. It is finalized:
@@ -62,7 +68,7 @@ def train(config: Config, resume: bool = False, quiet: bool = False) -> nn.Modul
         batches=builders.loader(config, pin_memory=device.type == "cuda"),
         meter=meter,
         validation=builders.validation_sets(config),
-        progress=logging.Progress(quiet),
+        progress=progress or logging.Progress(quiet),
     )
     meter.timer.watch(optimizer)
     try:

@@ -1,4 +1,4 @@
-"""Text that several modules print: markdown tables and suggestions."""
+"""Text that several modules print: markdown tables, suggestions, durations."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
     dashes = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([text(lines[0]), text(dashes), *map(text, lines[1:])])
+
+
+def duration(seconds: float) -> str:
+    """A time as hours:minutes:seconds."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

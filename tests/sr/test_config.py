@@ -13,7 +13,7 @@ from issp.utils.errors import ConfigError
 
 yaml = pytest.importorskip("yaml", reason="PyYAML reads the configuration files")
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("train_*.yml"))
 
 # As BasicSR's users write it: numbers as text to YAML 1.1, keys for launchers and other loggers.
 BASICSR = """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from issp.sr.logging.text import TextLog
+from issp.utils.text import duration
 
 _BAR_WIDTH, _BAR_NEEDS = 8, 70  # columns
 
@@ -105,8 +106,7 @@ class Progress:
 
     def _eta(self) -> str:
         speed = (time.perf_counter() - self._start) / max(self.done - self.first, 1)
-        seconds = round(speed * (self.total - self.done))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        return duration(speed * (self.total - self.done))
 
 
 def is_soft(row: dict[str, Any]) -> bool:

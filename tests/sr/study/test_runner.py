@@ -1,0 +1,193 @@
+"""A study survives kills at any moment, has equal budgets and goes on past a run that fails."""
+
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+
+from issp.sr import builders, config, logging, results
+from tests.sr.study.files import (
+    FREEZE,
+    TOTAL,
+    assert_same_studies,
+    children,
+    is_alive,
+    start,
+    study,
+    study_tree,
+    write,
+)
+
+pytest.importorskip("PIL", reason="the training images are files")
+pytest.importorskip("safetensors", reason="models are kept as safetensors")
+pytest.importorskip("matplotlib", reason="the report has a figure")
+
+pytestmark = pytest.mark.full  # every study starts processes that import torch
+
+SECONDS = 120  # for what takes a few, on a busy machine
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ISSP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(training_photos, tmp_path_factory):
+    """The folder of a study without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert study(write(study_tree(training_photos, folder), folder / "study.yml")) == 0
+    return folder / "out"
+
+
+def wait_until(condition, process):
+    """Waits for a condition, as long as the process runs."""
+    end = time.monotonic() + SECONDS
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def wait_for_end(numbers):
+    end = time.monotonic() + SECONDS
+    while any(map(is_alive, numbers)):
+        assert time.monotonic() < end, "a worker outlives its study"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("workers_too", [False, True], ids=["study", "workers"])
+def test_a_study_that_is_killed_at_any_moment_ends_as_one_without_a_break(
+    whole, training_photos, tmp_path, workers_too
+):
+    path, out = write(study_tree(training_photos, tmp_path), tmp_path / "s.yml"), tmp_path / "out"
+    rng = random.Random(workers_too)
+    # A moment of each kind, then a random while: before a state, between states, while scoring.
+    moments = [
+        lambda: len(list(out.glob("runs/*/training_states/*.state"))) >= 2,
+        lambda: bool(list(out.glob("runs/*/models/net_g_latest.safetensors"))),
+        lambda: len(list(out.glob("runs/*"))) >= 2,
+        lambda: len(list(out.glob("runs/*/results.csv"))) >= 2,
+    ]
+    killed = 0
+    for moment in moments:
+        process = start(path)
+        wait_until(moment, process)
+        time.sleep(rng.uniform(0, 0.2))
+        workers = children(process)
+        killed += process.poll() is None
+        process.kill()
+        if workers_too:
+            for number in workers:
+                os.kill(number, signal.SIGKILL)
+        process.communicate()
+        if not workers_too:
+            wait_for_end(workers)
+    assert killed >= 3
+    assert study(path) == 0
+    assert_same_studies(whole, out)
+
+
+def test_two_workers_give_the_results_of_one(whole, training_photos, tmp_path):
+    path = write(study_tree(training_photos, tmp_path), tmp_path / "study.yml")
+    assert study(path, "--workers", "2") == 0
+    assert_same_studies(whole, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_runs_and_says_how_to_go_on(whole, training_photos, tmp_path, number):
+    tree = study_tree(training_photos, tmp_path)
+    path, out = write(tree, tmp_path / "study.yml"), tmp_path / "out"
+    process = start(path, "--workers", "2")
+    wait_until(lambda: len(list(out.glob("runs/*/training_states/*.state"))) >= 2, process)
+    workers = children(process)
+    process.send_signal(number)
+    text = process.communicate(timeout=SECONDS)[0].decode()
+    assert process.returncode == 128 + number and len(workers) == 2
+    assert not any(map(is_alive, workers))
+    found = re.search(r"stopped with (\d) of 4 runs finished; continue with: (.*)", text)
+    assert found and found[2] == f"issp study {path} --workers=2 --threads=1"
+    assert int(found[1]) < 4
+    assert study(path, "--workers", "2") == 0
+    assert_same_studies(whole, out)
+
+
+def test_a_finished_study_trains_and_scores_nothing_again(whole, capsys):
+    before = {
+        path: path.stat().st_mtime_ns for path in (whole / "runs").rglob("*") if path.is_file()
+    }
+    assert study(whole / "study.yml") == 0
+    assert "4 runs, 4 are finished" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_all_runs_have_the_same_budget(whole):
+    budgets, data = set(), {0: set(), 1: set()}
+    for folder in sorted((whole / "runs").iterdir()):
+        settings = config.parse(config.load_yaml(folder / "config.yml"))
+        rows = logging.read_csv(folder / "log" / "train.csv")
+        stages = [(row["iteration"], row["stage"], row["lr"]) for row in rows]
+        images = settings.train_data.model_dump_json()
+        budgets.add((tuple(stages), images, settings.train.model_dump_json()))
+        assert stages[-1][:2] == (TOTAL, "fine-tuning")
+        assert [s for s in stages if s[1] == "pruning"][-1][0] == FREEZE
+        batches = builders.loader(settings, pin_memory=False)
+        data[settings.manual_seed].add(next(batches)["lq"].numpy().tobytes())
+    assert len(budgets) == 1
+    assert len(data[0]) == len(data[1]) == 1 and data[0] != data[1]
+
+
+def test_results_hold_exact_zeros_and_both_channels(whole):
+    rows = results.read(whole)
+    assert [row.channel for row in rows] == ["y", "rgb"] * 4
+    assert {row.set for row in rows} == {"waves"} and {row.images for row in rows} == {4}
+    for row in rows:
+        settings = config.parse(config.load_yaml((whole / row.model).parents[1] / "config.yml"))
+        model = builders.network(settings)
+        weights = [m.weight.numel() for m in model.modules() if hasattr(m, "stride")]
+        pruned = sum(-(-8 * n // 10) for n in weights)
+        assert row.zeros == pruned / sum(weights) and row.sparsity == 0.8
+        assert (row.method, row.seed) == (settings.sparsity.method, settings.manual_seed)
+
+
+def test_a_run_that_fails_is_listed_and_the_others_go_on(training_photos, tmp_path, capsys):
+    tree = study_tree(training_photos, tmp_path)
+    tree["methods"] = {"no-layer": {"method": "iss-p", "exclude": ["nothing*"]}}
+    tree["grid"] = {"method": ["no-layer", "iht"], "seed": 0}
+    tree["base"]["train"]["total_iter"] = FREEZE
+    assert study(write(tree, tmp_path / "study.yml")) == 1
+    text = capsys.readouterr()
+    assert 'failed: EDSR_x2_no-layer_0.95_seed0: exclude: "nothing*" matches no' in text.err
+    assert {row.method for row in results.read(tmp_path / "out")} == {"iht"}
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert "1 of 2 runs are finished." in report
+    assert "Not finished: EDSR_x2_no-layer_0.95_seed0." in report
+
+
+def test_a_worker_that_is_killed_fails_its_run_and_is_replaced(training_photos, tmp_path):
+    tree = study_tree(training_photos, tmp_path)
+    path, out = write(tree, tmp_path / "study.yml"), tmp_path / "out"
+    process = start(path)
+    wait_until(lambda: bool(list(out.glob("runs/*/training_states/*.state"))), process)
+    (worker,) = children(process)
+    os.kill(worker, signal.SIGKILL)
+    text = process.communicate(timeout=SECONDS)[0].decode()
+    assert process.returncode == 1
+    assert re.search(r"failed: EDSR_x2_\S+: its process ended with status -9", text), text
+    assert len(list(out.glob("runs/*/results.csv"))) == 3
+
+
+def test_a_second_study_in_the_folder_is_refused_while_the_first_runs(training_photos, tmp_path):
+    tree = study_tree(training_photos, tmp_path)
+    path, out = write(tree, tmp_path / "study.yml"), tmp_path / "out"
+    first = start(path)
+    wait_until(lambda: bool(list(out.glob("runs/*"))), first)
+    second = start(path)
+    text = second.communicate(timeout=SECONDS)[0].decode()
+    first.terminate()
+    first.communicate(timeout=SECONDS)
+    assert second.returncode == 2 and f"another training runs in {out}" in text
