@@ -143,7 +143,7 @@ def conv2d(
     dilation: Size,
 ) -> Tensor:
     """What `sparse_conv2d`, `nm_conv2d` and the sparse layers share."""
-    validation.check_is_tensor(x, "x")
+    validation.check_strided(x, "x")
     geometry = _geometry(x.shape, p.shape, stride, padding, dilation)
     return _dispatch(
         _conv2d, x, p, bias, residual=residual, geometry=(geometry,), activation=activation
@@ -189,7 +189,7 @@ def matmul(
     """What `sparse_matmul`, `nm_matmul` and the sparse layers share."""
     if len(p.shape) != 2:
         raise ValueError(f"the weight of a matmul is [O, I], not {p.shape}")
-    validation.check_is_tensor(x, "x")
+    validation.check_strided(x, "x")
     _check_channels(x.shape, p.shape, None, -1)
     return _dispatch(_matmul, x, p, bias, residual=residual, geometry=(), activation=activation)
 
@@ -227,6 +227,8 @@ def _dispatch(
     `geometry` holds the arguments of the op that only a convolution has.
     """
     validation.check_activation(activation)
+    if residual is not None:
+        validation.check_strided(residual, "residual")
     values: Tensor = p.values
     traced = torch.compiler.is_compiling()
     if not traced and in_transform():

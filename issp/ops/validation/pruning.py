@@ -26,6 +26,13 @@ def check_is_tensor(x: object, name: str) -> None:
         raise TypeError(f"{name} must be a tensor, not {type(x).__name__}")
 
 
+def check_strided(x: object, name: str) -> None:
+    """Refuses what is no tensor, and sparse ones."""
+    check_is_tensor(x, name)
+    if isinstance(x, Tensor) and x.layout != torch.strided:
+        raise ValueError(f"{name} is {x.layout}: pass {name}.to_dense()")
+
+
 def check_tensor(x: object, name: str) -> None:
     """Refuses what is no tensor of a dtype that the ops take."""
     check_is_tensor(x, name)
@@ -42,8 +49,7 @@ def check_in_memory(x: Tensor, name: str, remedy: str = "", alignment: int = 0) 
         remedy: what to do if it is not contiguous; "": `contiguous()` alone.
         alignment: bytes on which it must start; its elements' size if that is more.
     """
-    if x.layout != torch.strided:
-        raise ValueError(f"{name} is {x.layout}: pass {name}.to_dense()")
+    check_strided(x, name)
     if not x.is_contiguous():
         raise ValueError(f"{name} is not contiguous: pass {name}.contiguous(){remedy}")
     if torch.compiler.is_compiling() or not x.numel():

@@ -46,6 +46,7 @@ BAD = {
     "x: a list": (lambda t: t.tolist(), TypeError, "x must be a tensor, not list"),
     "x: integers": (lambda t: t.int(), TypeError, "x has dtype torch.int32: use float32"),
     "x: not contiguous": (lambda t: t.transpose(0, -1), ValueError, "x is not contiguous"),
+    "x: sparse": (lambda t: t.to_sparse(), ValueError, r"x is torch.sparse_coo: pass x.to_dense"),
     "x: another dtype": (lambda t: t.double(), TypeError, "float32 but x is torch.float64"),
     "x: fewer channels": (lambda t: t.narrow(CHANNEL[t.dim()], 0, 2).contiguous(), ValueError,
                           r"col_indices must lie in 0\.\.\d+.*same number of channels"),
@@ -55,6 +56,8 @@ BAD = {
     "bias: another device": (lambda t: t.to("meta"), ValueError, "bias is on meta but x is on cpu"),
     "col_indices: int64": (lambda t: t.long(), TypeError,
                            "col_indices has dtype torch.int64.*int32"),
+    "col_indices: another device": (lambda t: t.to("meta"), ValueError,
+                                    "col_indices is on meta but x is on cpu"),
     "col_indices: None": (lambda t: None, TypeError, "col_indices must be a tensor"),
     "col_indices: two dimensions": (lambda t: t[None], ValueError, "col_indices must be contig"),
     "col_indices: too large": (moved(-1, 1000), ValueError, "col_indices must lie in"),
@@ -123,6 +126,36 @@ def test_conv2d_refuses(back_end, name):
     refuses(op_of(back_end, "sparse_conv2d"), validation.check_sparse_conv2d, args, kind, words)
     with pytest.raises(kind, match=words):
         sparse._conv2d(*args)
+
+
+def test_sparse_layouts_and_sizes_are_refused_by_the_public_functions():
+    """Before torch is asked to make them contiguous, or to allocate anything."""
+    weight, image = torch.randn(4, 4), torch.randn(1, 1, 4, 4)
+    p, one = ops.sparse_pack(weight), ops.sparse_pack(torch.ones(1, 1, 1, 1))
+    for call in (
+        lambda: ops.sparse_matmul(weight.to_sparse(), p),
+        lambda: ops.sparse_conv2d(image.to_sparse(), one),
+        lambda: ops.magnitude_threshold([weight.to_sparse()], [3]),
+    ):
+        with pytest.raises(ValueError, match=r"is torch.sparse_coo: pass \S+.to_dense\(\)"):
+            call()
+    for grad in (False, True):
+        p.values.requires_grad_(grad)
+        with pytest.raises(ValueError, match=r"residual is torch.sparse_coo: pass residual.to_de"):
+            ops.sparse_matmul(weight, p, residual=weight.to_sparse())
+    huge = torch.empty(1, 1, 1, 2**31, device="meta")
+    with pytest.raises(ValueError, match="x has the shape .* no size may exceed 2147483647"):
+        ops.sparse_conv2d(huge, one)
+
+
+def test_the_fake_of_a_convolution_needs_an_output_size():
+    args = [
+        x.to("meta") if isinstance(x, torch.Tensor) else x for x in spoilt(CONV, "x", lambda t: t)
+    ]
+    args[CONV_NAMES.index("transposed")] = []
+    args[CONV_NAMES.index("geometry")] = CONV.geometry().for_values_grad()
+    with pytest.raises(ValueError, match="the geometry has no output size: pass 12 numbers"):
+        torch.ops.issp.sparse_conv2d(*args)
 
 
 BAD_MATMUL = {
