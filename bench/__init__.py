@@ -16,6 +16,7 @@ BENCHMARKS = {
     "step": "the fused step (select, shrink, mask, flips)",
     "optim": "optimizer update and pruning in one pass",
     "train": "whole training iterations, dense and pruned",
+    "record": "what recording gradients and masks costs an iteration",
     "conv": "sparse convolutions, forward and training step",
     "matmul": "sparse linear layers, forward and training step",
     "network": "whole sparse networks, packed by issp.pack",
@@ -23,7 +24,7 @@ BENCHMARKS = {
     "accuracy": "PSNR by N:M pattern: trainings, no times",
     "revisions": "another checkout beside this one: ops, optimizers and the hook, in turn",
     "busy": "the same calls beside processes that never sleep",
-    "all": "all of them but upscale, accuracy, revisions and busy, each in a process of its own",
+    "all": "most of them, each in a process of its own",
 }
 
 
