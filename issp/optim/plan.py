@@ -208,8 +208,6 @@ def _check_grads(weights: Sequence[Tensor]) -> None:
         assert grad is not None
         if grad.layout != torch.strided or grad.dtype not in GRAD_DTYPES:
             raise UnsupportedByFusedOp(f"gradients of {grad.dtype}, {grad.layout}")
-        if grad.device != weight.device:
-            raise UnsupportedByFusedOp("a gradient on another device than its weight")
 
 
 def _in_layout_of(weight: Tensor, x: Tensor) -> Tensor:

@@ -82,6 +82,8 @@ def _on_disk(value: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+# Of crops, copies of the images, and processes: more would fill the memory or the process table.
+_MANY, _MOST_WORKERS = 2**20, 1024
 _SEEDS = _between(-(2**63), 2**63 - 1)  # what torch takes
 
 # Strict: true is no number, and 1 is not true. Text may be written as a number (name: 2024).
@@ -247,9 +249,9 @@ class TrainData(_Images):
     use_rot: StrictBool = True
     use_shuffle: StrictBool = True
     pin_memory: StrictBool = True  # has a meaning on a GPU alone
-    batch_size_per_gpu: Annotated[Integer, _between(1)] = 16
-    num_worker_per_gpu: Annotated[Integer, _between(0)] = 0
-    dataset_enlarge_ratio: Annotated[Integer, _between(1)] = 1
+    batch_size_per_gpu: Annotated[Integer, _between(1, _MANY)] = 16
+    num_worker_per_gpu: Annotated[Integer, _between(0, _MOST_WORKERS)] = 0
+    dataset_enlarge_ratio: Annotated[Integer, _between(1, _MANY)] = 1
     small: Annotated[str, _one_of("error", "skip")] = "error"  # images smaller than the crop
 
 

@@ -192,6 +192,25 @@ def test_strict_refuses_to_fall_back(fresh_python):
     assert relaxed.stderr.count("RuntimeWarning: issp runs its slow reference") == 1
 
 
+def test_a_forced_back_end_that_cannot_run_says_why(fresh_python):
+    code = (
+        "from issp import backends\n"
+        "backends._load_library = lambda name: 'was not built'\n"
+        "backends._choose('cpu', ('cpp',), 'cpp')"
+    )
+    result = fresh_python.run(code, ISSP_BACKEND="reference")
+    assert result.returncode != 0
+    said = "ISSP_BACKEND=cpp cannot run on cpu: was not built; unset it to let issp choose"
+    assert f"BackendError: {said}" in result.stderr
+
+
+def test_the_ops_of_a_back_end_that_is_not_active_are_refused():
+    if issp.backends.active("cuda") == "cuda":
+        pytest.skip("the CUDA back end is active here")
+    with pytest.raises(RuntimeError, match="back end cuda is not active here: "):
+        issp.backends.implementations("cuda")
+
+
 @pytest.mark.parametrize(
     "setting, said",
     [

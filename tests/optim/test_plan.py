@@ -11,6 +11,7 @@ from torch import nn
 import issp
 from issp import ops
 from issp.ops.arguments import AdamArgs, PruneArgs, SGDArgs
+from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp
 from tests.asserts import assert_bitwise_equal
 from tests.optim.twins import Twin, assert_twins, backward, network, together, twins
 
@@ -156,6 +157,13 @@ def test_assigned_parameters_are_pruned_though_the_optimizer_does_not_have_them(
         assert not any(torch.equal(p, old) for p, old in zip(state.values(), olds, strict=True))
     assert_twins(*pair, "after the step")
     assert "shrunk after the update" in pair[1].opt.report[0].fallback_reason
+
+
+def test_other_devices_are_left_to_torch():
+    weight = torch.nn.Parameter(torch.empty(4, device="meta"))
+    weight.grad = torch.empty_like(weight)
+    with pytest.raises(UnsupportedByFusedOp, match="weights on meta"):
+        FusedStepPlan([weight], None)
 
 
 def test_sparse_gradients_are_left_to_torch():

@@ -225,6 +225,46 @@ def test_the_report_says_why_torch_steps(options, reason):
     assert twin.pruner.summary().selected > 0
 
 
+STATES = {
+    "the state holds only exp_avg": lambda state: state.pop("step") and state.pop("exp_avg_sq"),
+    "the state's step is no number in a tensor": lambda state: state.update(step=3),
+    "the state's exp_avg is not like its weight": lambda state: state.update(
+        exp_avg=state["exp_avg"].double()
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", STATES)
+def test_states_that_the_op_does_not_take_are_left_to_torch(reason):
+    """Somebody's own state: the step ends as torch's does, in the same error if it is one."""
+    outcomes = []
+    for twin in twins("adam"):
+        twin.opt.param_groups[0]["fused"] = None
+        twin.step(0)
+        STATES[reason](twin.opt.state[twin.model[2].weight])
+        try:
+            twin.step(1)
+            outcomes.append(None)
+        except (KeyError, RuntimeError, AssertionError, AttributeError) as error:
+            outcomes.append(type(error))
+    assert outcomes[0] == outcomes[1]
+    (info,) = twin.opt.report
+    assert not info.fused and info.fallback_reason == reason
+
+
+def test_the_slow_reference_does_not_step(monkeypatch):
+    """Torch's own step is faster than the reference of the op; the pruner's hook prunes."""
+    names = ["adam_soft_shrink_", "sgd_soft_shrink_"]
+    monkeypatch.setattr(issp.backends, "by_reference", lambda device: names)
+    for kind, op in (("adam", names[0]), ("sgd", names[1])):
+        torchs, ours = twins(kind)
+        torchs.opt.param_groups[0]["fused"] = None
+        together(torchs, ours, 3)
+        (info,) = ours.opt.report
+        assert not info.fused
+        assert info.fallback_reason == f"the slow reference would serve {op} on cpu"
+
+
 def test_other_dtypes_are_stepped_by_torch():
     def double():
         return nn.Sequential(nn.Linear(16, 64)).double()

@@ -294,6 +294,30 @@ def test_a_damaged_place_of_a_state_is_named(run, tmp_path, capsys, place, chang
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("name", ["ema", "pruner"])
+def test_a_state_of_another_version_is_named(run, tmp_path, capsys, name):
+    folder, config = copied(run, tmp_path)
+    state = only_state(folder, 2)
+    tree = torch.load(state, weights_only=True)
+    del tree[name]
+    torch.save(tree, state)
+    before = contents(folder)
+    assert cli.main(["train", str(config), "--resume", "--quiet"]) == 2
+    sentence = f"error: {state} is not a training state of this version: '{name}'"
+    assert sentence in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_a_file_of_something_else_than_a_dictionary_is_named(run, tmp_path, capsys):
+    folder, config = copied(run, tmp_path)
+    torch.save([torch.zeros(2)], tmp_path / "list.pth")
+    torch.save([1], only_state(folder, 2))
+    for words in (["--resume"], ["--set", f"path.pretrain_network_g={tmp_path / 'list.pth'}"]):
+        assert cli.main(["train", str(config), *words, "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert " holds a list, not a dictionary of tensors" in error and error.count("\n") == 1
+
+
 def test_a_state_that_is_whole_is_resumed(run, tmp_path):
     """What the cases above differ from."""
     folder, config = copied(run, tmp_path)

@@ -185,6 +185,9 @@ def test_settings_of_pruning_that_contradict_are_refused(section, part):
         ("val__metrics__psnr__input_order", "CHW", "'CHW' is not supported"),
         ("val__metrics__psnr__crop_border", -1, "crop_border is -1"),
         ("train__optim_g__weight_decay", -0.1, "weight_decay is -0.1"),
+        ("datasets__train__batch_size_per_gpu", 10**20, r"must be in 1\.\.1048576"),
+        ("datasets__train__dataset_enlarge_ratio", 10**20, r"must be in 1\.\.1048576"),
+        ("datasets__train__num_worker_per_gpu", 10**20, r"must be in 0\.\.1024"),
     ],
 )
 def test_what_is_not_built_is_refused(key, value, part):
