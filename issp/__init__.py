@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from issp.ops.info import info
     from issp.ops.keep import Keep
     from issp.ops.pruning import num_pruned
+    from issp.pruning import methods
     from issp.pruning.pruner import Pruner, attach
     from issp.pruning.recorder import Recorder
     from issp.pruning.schedules import Constant, Cubic, Linear
@@ -40,11 +41,12 @@ _LAZY = {
 }
 _MODULES = {name: f"issp.{name}" for name in ("data", "metrics", "models", "nn", "ops", "optim")}
 _MODULES["backends"] = "issp.ops.backends"
+_MODULES["methods"] = "issp.pruning.methods"
 # Scripts call the application's modules by these names too: `from issp import builders, config`.
 _APPLICATION = ("builders", "checkpoint", "config", "evaluate", "train")
 _MODULES.update((name, f"issp.sr.{name}") for name in _APPLICATION)
 
-__all__ = ["backends", "data", "metrics", "models", "nn", "ops", "optim"]
+__all__ = ["backends", "data", "methods", "metrics", "models", "nn", "ops", "optim"]
 __all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "Recorder", "attach", "num_pruned"]
 __all__ += ["info", "load", "pack", "save", "unpack"]
 

@@ -46,7 +46,7 @@ _FLAGS: dict[str, tuple[str, Any, str]] = {
     "--warmup": ("train.warmup_iter", int, "iterations of linear warm-up"),
     "--ema": ("train.ema_decay", float, "decay of the averaged model (default: 0, none)"),
     "--sparsity": ("sparsity.ratio", float, "share of each layer to prune; absent: dense training"),
-    "--method": ("sparsity.method", str, "iss-p or iht (default: iss-p)"),
+    "--method": ("sparsity.method", str, "iss-p, iht, iss-r, l1, scratch, srp, dense (iss-p)"),
     "--shrink": ("sparsity.shrink", float, "factor on unimportant weights (default: 0.95)"),
     "--freeze-at": ("sparsity.freeze_iter", int, "iteration that fixes the mask (default: half)"),
     "--val-freq": ("val.val_freq", int, "iterations between validations"),
@@ -139,7 +139,8 @@ def _apply_flags(tree: dict[str, Any], args: argparse.Namespace) -> None:
             config.set_key(tree, key, getattr(args, key))
     given = [flag for flag in _PRUNING_FLAGS if getattr(args, _FLAGS[flag][0]) is not None]
     given += ["--exclude"] if args.exclude else []
-    if dense and given and getattr(args, _FLAGS["--sparsity"][0]) is None:
+    is_sparse = getattr(args, _FLAGS["--sparsity"][0]) is not None
+    if dense and given and not is_sparse and args.__dict__[_FLAGS["--method"][0]] != "dense":
         raise ConfigError(f"{given[0]} is about pruning: add --sparsity, such as --sparsity 0.9")
     if args.val:
         datasets = tree.get("datasets")
@@ -188,7 +189,7 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
         tree["datasets"]["train"]["type"] = "SamplePhotographs"
         if not args.val:
             tree["datasets"]["val"] = {"name": "samples", "type": "SamplePhotographs"}
-    if flags["--sparsity"] is not None:
+    if flags["--sparsity"] is not None or flags["--method"] is not None:
         tree["sparsity"] = {"freeze_iter": max(1, iters // 2)}
     tree["train"] = {"scheduler": {"milestones": list(_MILESTONES)}}
     if flags["--optimizer"] != "SGD":

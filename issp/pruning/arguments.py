@@ -65,7 +65,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         _or_none(_is_target),
         "a number in 0..1 or a Keep (overrides= names single layers)",
     ),
-    "shrink": (_is_number, "a number in 0..1"),
+    "shrink": (_or_none(_is_number), "a number in 0..1"),
     "types": (_are_classes, "a module class or several"),
     "exclude": (_are_patterns, "a name pattern or several"),
     "pattern": (_or_none(lambda value: isinstance(value, Keep)), "an issp.Keep"),

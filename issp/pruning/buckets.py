@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -148,6 +147,37 @@ class WeightBucket:
         weights = self.selection_views(self.contiguous_views(self.current_weights()))
         ops.soft_shrink_(weights, self.state, factor, found_inf)
 
+    def regularize(self, lambdas: Sequence[float] | Sequence[Tensor], scale: Tensor | None) -> None:
+        """Adds an L2 penalty to the gradients: g += lambda * w where the mask says unimportant.
+
+        Weights without a gradient are left out.
+
+        Args:
+            lambdas: one per layer; or for each layer a tensor in the weight's shape, of all weights
+                whatever the mask says.
+            scale: AMP's scale of the gradients, one element; None: 1.
+        """
+        weights = self.current_weights()
+        if lambdas and isinstance(lambdas[0], Tensor):
+            self._add_penalties([x for x in lambdas if isinstance(x, Tensor)], weights, scale)
+            return
+        dtype = torch.float64 if self.state.thresholds.dtype == torch.float64 else torch.float32
+        factors = torch.tensor(lambdas, dtype=dtype, device=self.state.k.device)
+        if scale is not None:
+            factors *= scale.to(factors.device)
+        grads = [_regular_grad(weight) for weight in weights]
+        views = self.contiguous_views([w.detach() for w in weights])
+        ops.regularize_(self.contiguous_views(grads), views, factors, self.state)
+
+    @torch.no_grad()
+    def _add_penalties(
+        self, lambdas: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor | None
+    ) -> None:
+        for factor, weight in zip(lambdas, weights, strict=True):
+            if weight.grad is not None:
+                penalty = factor * weight
+                weight.grad += penalty if scale is None else penalty * scale.to(weight.device)
+
     def mask_targets(
         self, optimizers: Sequence[Any], averages: list[Tensor] | None = None
     ) -> MaskTargets:
@@ -219,6 +249,10 @@ class WeightBucket:
         self.state.set_masks(self.selection_views([v.contiguous() for v in views]))
         self.state.thresholds.zero_()
         self._set_k([int((~mask).sum()) for mask in masks])
+
+    def is_ranked(self) -> list[bool]:
+        """Which weights have been ranked or have got masks; waits for the device."""
+        return (~self.state.thresholds.isnan()).tolist()
 
     def layer_states(self) -> dict[str, LayerState]:
         """Copies of masks, counts and thresholds, by layer name."""
@@ -476,16 +510,33 @@ class WeightBuckets:
             ValueError: see `WeightBucket.mask_targets`; nothing has been changed.
         """
         targets = self._mask_targets(self, ema)
-        for bucket in self:
-            is_missing = bucket.state.thresholds.isnan().tolist()
-            missing = list(itertools.compress(bucket.layers, is_missing))
-            if missing:
-                late = WeightBucket(missing, bucket.optimizer)
-                late.set_ratio(1.0, 1.0)
-                late.shrink(0.0)
-                bucket.load_layer_states(late.layer_states())
+        self.rank(self.unranked())
         for bucket, tensors in targets:
             bucket.apply_masks(tensors)
+
+    def unranked(self) -> set[str]:
+        """Names of the active layers that no step has selected yet and that have no other masks."""
+        ranked = self.column(WeightBucket.is_ranked)
+        return {name for name, is_ranked in ranked.items() if not is_ranked}
+
+    def rank(self, names: Collection[str]) -> None:
+        """Selects the smallest weights of active layers, at the full sparsity, and keeps them."""
+        for bucket in self:
+            layers = [layer for layer in bucket.layers if layer.name in names]
+            if layers:
+                ranking = WeightBucket(layers, bucket.optimizer)
+                ranking.set_ratio(1.0, 1.0)
+                ranking.shrink(1.0)
+                bucket.load_layer_states(ranking.layer_states())
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Sets masks of active layers: bool in the weights' shapes, True = kept."""
+        for bucket in self:
+            layers = [layer for layer in bucket.layers if layer.name in masks]
+            if layers:
+                chosen = WeightBucket(layers, bucket.optimizer)
+                chosen.set_masks([masks[layer.name] for layer in layers])
+                bucket.load_layer_states(chosen.layer_states())
 
     def apply_masks(self, buckets: Iterable[WeightBucket]) -> None:
         """Writes zeros into pruned weights and their optimizer moments."""
@@ -527,6 +578,34 @@ class WeightBuckets:
     def _optimizers_of(self, bucket: WeightBucket) -> list[Any]:
         """The optimizer of a bucket, and the wrappers around all of them."""
         return [*self.optimizers[bucket.optimizer : bucket.optimizer + 1], *self.wrappers]
+
+
+@torch.no_grad()
+def smallest(layer: Layer, scores: Tensor) -> Tensor:
+    """The mask that a layer gets where its weights are ranked by other numbers, True = kept.
+
+    Args:
+        layer: its target says how many are pruned, or in which N:M pattern.
+        scores: [...] float32 in the weight's shape; the smallest magnitudes are pruned.
+    """
+    keep = layer.target if isinstance(layer.target, Keep) else None
+    k = [_count(layer.target, scores.numel(), 1.0, 1.0)]
+    state = ShrinkState([scores], k, [keep])
+    ops.soft_shrink_([scores], state, 1.0)
+    return state.masks()[0]
+
+
+def _regular_grad(weight: Tensor) -> Tensor:
+    """The gradient of a weight, of its dtype and memory order; without one, zeros of no effect."""
+    grad = weight.grad
+    if grad is None:
+        return torch.zeros_like(weight.detach())
+    is_regular = grad.layout == torch.strided and grad.dtype == weight.dtype
+    if is_regular and grad.stride() == weight.stride():
+        return grad
+    regular = torch.empty_like(weight.detach()).copy_(grad.to_dense() if grad.is_sparse else grad)
+    weight.grad = regular
+    return regular
 
 
 def _count(target: float | Keep, numel: int, ratio: float, final: float) -> int:

@@ -43,6 +43,8 @@ class Work:
     Args:
         begin_step: called at the start of a step by optimizers that prune within it, with the
             number of the optimizer, AMP's overflow flag, and why the step must not prune, or "".
+        penalize: called once before each step of each optimizer, when the gradients are ready, with
+            the number and AMP's scale of the gradients (or None); None: nothing is to be done then.
         finish_step: called once after each step of each optimizer, with the number, the flag and
             the buckets that are left; None where the step has done nothing of the pruner's work.
         weights: the weights to prune.
@@ -52,6 +54,7 @@ class Work:
     """
 
     begin_step: Callable[[int, Tensor | None, str], PruneStep]
+    penalize: Callable[[int, Tensor | None], None] | None
     finish_step: Callable[[int, Tensor | None, Sequence[WeightBucket] | None], None]
     weights: Callable[[], Iterable[Tensor]]
     describe: Callable[[], str]
@@ -83,6 +86,7 @@ class Hooks:
     def __init__(self) -> None:
         self.fired = False
         self._handles: list[RemovableHandle] = []
+        self._pre_handles: list[RemovableHandle] = []
         self._hooked: list[Optimizer] = []
         self._attached_to: dict[int, PruningOptimizer] = {}
         # Number of an optimizer that has stepped -> the wrapper whose step is still running, and
@@ -116,6 +120,11 @@ class Hooks:
             return fire
 
         handles += [opt.register_step_post_hook(hook(i)) for i, opt in enumerate(optimizers)]
+        if work.penalize is not None:
+            self._pre_handles = [
+                opt.register_step_pre_hook(functools.partial(self._before_step, handles, i))
+                for i, opt in enumerate(optimizers)
+            ]
         self._handles, self._hooked, self._work = handles, list(optimizers), work
         self._pending, self.removed, self.fired = {}, False, False
         self._seen = weakref.WeakSet(optimizers)
@@ -174,6 +183,39 @@ class Hooks:
             wrapper = self._outermost(running)
             deferred = f"shrunk after the step of {type(wrapper).__name__}" if wrapper else ""
         return self._work.begin_step(index, found_inf, deferred)
+
+    def _before_step(
+        self,
+        handles: list[RemovableHandle],
+        index: int,
+        optimizer: Optimizer,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before a step of optimizer `index`; a closure is followed by the penalty each time."""
+        running = running_steps()
+        if handles is not self._handles or running is None or self._work is None:
+            return None
+        if any(one is optimizer for one in running[1:]):
+            return None  # called by `super().step()`: the outer step has been through this
+        penalize = self._work.penalize
+        assert penalize is not None
+        # GradScaler sets the scale of fused optimizers, whose gradients are still scaled.
+        scale = getattr(optimizer, "grad_scale", None)
+        closure = kwargs["closure"] if "closure" in kwargs else (args[1:2] or (None,))[0]
+        if closure is None:
+            penalize(index, scale)
+            return None
+
+        def penalized() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            penalize(index, scale)
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": penalized}
+        return (args[0], penalized, *args[2:]), kwargs
 
     def _outermost(self, running: Sequence[Optimizer]) -> Optimizer | None:
         """The outermost wrapper of the running step that may change the weights afterwards."""
@@ -238,11 +280,12 @@ class Hooks:
         """Removes all hooks; called from within a step, it leaves them behind without effect."""
         if not self._firing:
             # Not from within: torch iterates over its table of hooks at that moment.
-            for handle in self._handles:
+            for handle in (*self._handles, *self._pre_handles):
                 handle.remove()
         for optimizer in self._attached_to.values():
             optimizer.detach_pruner()
-        self._handles, self._hooked, self._attached_to, self._pending = [], [], {}, {}
+        self._handles, self._pre_handles = [], []
+        self._hooked, self._attached_to, self._pending = [], {}, {}
         self._work, self.removed, self.fired = None, True, False
 
     def _check_unhooked(self, optimizer: Optimizer) -> None:

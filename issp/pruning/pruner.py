@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,9 +30,9 @@ def attach(
     model: nn.Module,
     opt: Optimizer | Sequence[Optimizer] | None = None,
     sparsity: float | None = None,
-    shrink: float = 0.95,
+    shrink: float | None = None,
     *,
-    method: str = "iss-p",
+    method: str | methods.Method = "iss-p",
     types: type | Sequence[type] = (nn.Conv2d, nn.Linear),
     exclude: str | Iterable[str] = (),
     pattern: Keep | None = None,
@@ -55,8 +56,10 @@ def attach(
             through. None: call `pruner.step()` yourself.
         sparsity: share of each layer's weights to prune, 0..1; without it 0.95, or where the
             schedule ends. Counts follow `issp.num_pruned`.
-        shrink: factor alpha of ISS-P in 0..1.
-        method: "iss-p" or "iht".
+        shrink: factor alpha of ISS-P in 0..1, without it 0.95; other methods have none.
+        method: a name, or one of the classes of `issp.methods` with its options: "iss-p", "iht",
+            "iss-r", "iss-r-stale", "l1", "scratch", "srp", "dense". "l1" and "scratch" fix the
+            masks at once, so load pretrained weights before. See docs/method.md, section 2.4.
         types: module classes whose `weight` is pruned.
         exclude: name patterns: globs, or "re:" and a regular expression, for whole module names. A
             container stands for everything inside it.
@@ -95,10 +98,18 @@ def attach(
         schedule=schedule,
         freeze_at=freeze_at,
     )
+    chosen = _method(method, shrink)
     if pattern is not None and sparsity is not None:
         raise ValueError(f"sparsity is {sparsity} beside pattern {pattern}: give one of them")
+    if not chosen.prunes:
+        if any(x is not None for x in (sparsity, pattern, schedule)) or overrides:
+            raise ValueError(
+                f"{chosen.name} prunes nothing: drop sparsity, pattern, overrides and schedule"
+            )
+        sparsity = 0.0
     sparsity = final_sparsity(sparsity, schedule, freeze_at, from_zeros)
     target = sparsity if pattern is None else pattern
+    _check_method(chosen, target, overrides, schedule)
     layers = select(model, types, exclude, overrides, target)
     unpruned = unpruned_weights(model, exclude, layers)
     pruner = Pruner(
@@ -106,19 +117,48 @@ def attach(
         *see_through(opt),
         layers,
         unpruned=unpruned,
-        method=methods.create(method, shrink),
+        method=chosen,
         schedule=schedule,
         freeze_at=freeze_at,
         ema=None if ema is None else EMAWeights(ema, layers),
         hook=hook,
     )
-    if from_zeros:
-        try:
-            pruner.freeze_zeros()
-        except ValueError:
-            pruner.detach()
-            raise
+    try:
+        pruner.start(from_zeros)
+    except ValueError:
+        pruner.detach()
+        raise
     return pruner
+
+
+def _method(method: str | methods.Method, shrink: float | None) -> methods.Method:
+    """The method, with `shrink` if that is an option of it."""
+    if shrink is None:
+        return methods.create(method)
+    chosen = methods.create(method)
+    if isinstance(method, str) and "shrink" in chosen.options():
+        return methods.create(method, shrink=shrink)
+    if isinstance(method, str):
+        warnings.warn(f'method "{method}" does not use shrink: drop it', stacklevel=3)
+        return chosen
+    raise ValueError(f"shrink is {shrink}: pass it to {type(method).__name__}() if it has one")
+
+
+def _check_method(
+    method: methods.Method,
+    target: float | Keep,
+    overrides: Mapping[str, float | Keep],
+    schedule: Schedule | None,
+) -> None:
+    """Refuses settings that have no meaning for a method."""
+    if schedule is not None and not method.ranks:
+        raise ValueError(f"schedule has no meaning for {method.name}, which fixes its index sets")
+    if schedule is not None and method.fixes_masks:
+        raise ValueError(f"schedule has no meaning for {method.name}: it prunes once, at attach")
+    if not method.takes_patterns and any(
+        isinstance(x, Keep) for x in (target, *overrides.values())
+    ):
+        raise ValueError(f"an N:M pattern has no meaning for {method.name}: pass a sparsity")
 
 
 def _as_tuple(value: Any) -> Any:
@@ -132,7 +172,7 @@ class Pruner:
     """Prunes a model while it trains; `attach` builds it.
 
     Attributes:
-        method: name and factor of the method.
+        method: the method, with its options.
     """
 
     def __init__(
@@ -143,7 +183,7 @@ class Pruner:
         layers: list[Layer],
         *,
         unpruned: Mapping[str, str],
-        method: methods.Shrinkage,
+        method: methods.Method,
         schedule: Schedule | None,
         freeze_at: int | None,
         ema: EMAWeights | None,
@@ -160,11 +200,32 @@ class Pruner:
         self._hooks = Hooks()
         self._callbacks: list[Callable[[Pruner], None]] = []
         self._inspected: set[int] = set()  # optimizers whose state has been looked at
+        self._loss_taken: bool | None = None  # None: no step has looked at it yet
+        self._penalized = False  # since the latest step
         self._buckets.warn_missing()
         self._buckets.check_maskable(ema)
         self._attach_hooks()
         for index in range(len(optimizers)):
             self._name_unmasked(index)
+
+    def start(self, from_zeros: bool = False) -> None:
+        """Lets the method begin; `attach` calls it.
+
+        Args:
+            from_zeros: fix the masks to the present zeros instead.
+
+        Raises:
+            ValueError: the method does not suit the model, or no weight to prune is zero.
+        """
+        if from_zeros:
+            self.freeze_zeros()
+            return
+        self._start_method()
+        if self.method.fixes_masks:
+            self.freeze()
+
+    def _start_method(self) -> None:
+        self.method.start(methods.Setting(self._model, self._buckets, self._freeze_at))
 
     def __repr__(self) -> str:
         layers = self._buckets.prunable
@@ -206,6 +267,74 @@ class Pruner:
         """Whether every optimizer has the pruner's hook."""
         return bool(self._buckets.optimizers) and self._hooks.present(self._buckets.optimizers)
 
+    def loss(self) -> Tensor:
+        """What the method adds to the training loss: add it to your own before `backward()`.
+
+        Returns:
+            A scalar with a gradient; a zero for methods without a loss, and where it is off.
+        """
+        self._loss_taken = True
+        value = None if self.frozen else self.method.loss()
+        if value is None:
+            device = next((w.device for w in self._buckets.weights()), torch.device("cpu"))
+            value = torch.zeros((), dtype=torch.float32, device=device)
+        return value
+
+    def regularize(self, grad_scale: Tensor | None = None) -> None:
+        """Adds the method's penalty to the gradients, for loops without the hook.
+
+        Call it before each step of the optimizer; methods without a penalty add nothing.
+
+        Args:
+            grad_scale: by which the gradients are still multiplied (AMP), one element.
+        """
+        for index in range(max(1, len(self._buckets.optimizers))):
+            self._penalize(index, grad_scale)
+
+    def _penalize(self, index: int, grad_scale: Tensor | None) -> None:
+        """The penalty of the weights of optimizer `index`, whose gradients are ready."""
+        self._penalized = True
+        if self.frozen or not self.method.penalizes:
+            return
+        if index == 0:
+            self._counter.synchronize()
+        self._refresh()
+        for bucket in self._buckets:
+            if bucket.optimizer == index:
+                lambdas = self.method.penalty(self._running_step(index), bucket)
+                if lambdas is not None:
+                    bucket.regularize(lambdas, grad_scale)
+
+    def _running_step(self, index: int) -> int:
+        """The number of the step that optimizer `index` takes now; the first is 1."""
+        count = self._counter.known
+        return count + 1 if index == 0 else max(1, count)
+
+    @contextlib.contextmanager
+    def masked(self, ema: nn.Module | Mapping[str, Tensor] | None = None) -> Iterator[None]:
+        """Within this context the unimportant weights are zero; afterwards they are as before.
+
+        It is how a model looks that would be frozen now: what a validation during the pruning stage
+        should score.
+
+        Args:
+            ema: mask a moving average of the model instead, see `attach`.
+        """
+        layers = [layer for bucket in self._buckets for layer in bucket.layers]
+        kept = [mask for bucket in self._buckets for mask in bucket.masks()]
+        weights = [layer.weight.data for layer in layers]
+        if ema is not None:
+            weights = EMAWeights(ema, layers).tensors(layers)
+        saved = [weight.clone() for weight in weights]
+        with torch.no_grad():
+            try:
+                for weight, mask in zip(weights, kept, strict=True):
+                    weight.masked_fill_(~mask.to(weight.device), 0)
+                yield
+            finally:
+                for weight, values in zip(weights, saved, strict=True):
+                    weight.copy_(values)
+
     def step(self, found_inf: Tensor | None = None) -> None:
         """One step by hand, for loops without the hook; call it after the optimizer's step.
 
@@ -217,6 +346,11 @@ class Pruner:
                 "pruner.step() is one more step: optimizer.step() has pruned already; drop the "
                 "call, or attach with hook=False",
                 stacklevel=2,
+            )
+        if self.method.penalizes and not (self._penalized or self.frozen):
+            raise RuntimeError(
+                f"{self.method.name} adds a penalty to the gradients: call pruner.regularize() "
+                "before each step of the optimizer, or attach with the hook"
             )
         for index in range(max(1, len(self._buckets.optimizers))):
             self._finish_step(index, found_inf, None)
@@ -234,9 +368,11 @@ class Pruner:
         if index == 0:
             self._counter.synchronize()
         self._refresh()
+        step = self._running_step(index)
+        if not (self.frozen or self.method.ranks_after(step)):
+            return PruneStep((), self.method.factor, self.frozen)
         if not (self.frozen or is_skipped(found_inf)):
-            count = self._counter.known
-            self._set_ratio(count + 1 if index == 0 else max(1, count))
+            self._set_ratio(step)
         buckets = tuple(bucket for bucket in self._buckets if bucket.optimizer == index)
         return PruneStep(buckets, self.method.factor, self.frozen)
 
@@ -258,14 +394,34 @@ class Pruner:
         else:
             for bucket in remaining:
                 bucket.shrink(self.method.factor, found_inf)
-            self._buckets.shrink_iterates(remaining, self.method.factor, found_inf)
+            if self.method.factor != 1.0:
+                self._buckets.shrink_iterates(remaining, self.method.factor, found_inf)
         if index == 0:
-            self._counter.add(found_inf)
+            self._count_step(found_inf)
             if not self.frozen and self._counter.reached(self._freeze_at):
                 self.freeze()
             for callback in self._callbacks:
                 callback(self)
         self._name_unmasked(index)
+
+    def _count_step(self, found_inf: Tensor | None) -> None:
+        """Counts a step of the first optimizer, and lets the method act on it."""
+        step = self._counter.known + 1
+        self._counter.add(found_inf)
+        self._penalized = False
+        if self.frozen:
+            return
+        # Waits for AMP's flag: only methods that act on single steps pay for it.
+        acts = type(self.method).after_step is not methods.Method.after_step
+        if acts and self._counter.synchronize() == step:
+            self.method.after_step(step)
+        if self.method.has_loss:
+            if self._loss_taken is None:
+                warnings.warn(
+                    f"{self.method.name} has a loss: add pruner.loss() to yours before backward()",
+                    stacklevel=2,
+                )
+            self._loss_taken = bool(self._loss_taken)  # warned of once
 
     def _name_unmasked(self, index: int) -> None:
         """Names once, as soon as an optimizer has a state, what in it the masks will not reach."""
@@ -289,6 +445,8 @@ class Pruner:
 
     def _after_rebuild(self) -> None:
         self._ratio = None
+        if self._stage == "pruning":
+            self._start_method()
         if self.frozen:
             self._buckets.fix_masks(self._ema)
 
@@ -326,6 +484,8 @@ class Pruner:
         self._refresh()
         self._buckets.fix_masks(self._ema)
         self._stage, self._pruning_steps = "frozen", count
+        self.method.after_freeze()
+        self.method.detach()
 
     def freeze_zeros(self) -> None:
         """Fixes the masks to the present zeros: training goes on from a sparse model.
@@ -374,6 +534,7 @@ class Pruner:
     def detach(self) -> None:
         """Removes the hooks; masks and counters stay, `reattach` goes on."""
         self._hooks.detach()
+        self.method.detach()
 
     def reattach(
         self, opt: Optimizer | Sequence[Optimizer] | None = None, model: nn.Module | None = None
@@ -398,8 +559,8 @@ class Pruner:
         except ValueError:
             self._buckets.rebind(None if model is None else self._model, *before)
             raise
-        self._after_rebuild()
         self._model = self._model if model is None else model
+        self._after_rebuild()
         self._hooks.detach()
         self._attach_hooks()
         self._inspected.clear()
@@ -407,7 +568,12 @@ class Pruner:
     def _work(self) -> Work:
         buckets = self._buckets
         return Work(
-            self._begin_step, self._finish_step, buckets.weights, self.__repr__, buckets.wrappers
+            begin_step=self._begin_step,
+            penalize=self._penalize if self.method.penalizes else None,
+            finish_step=self._finish_step,
+            weights=buckets.weights,
+            describe=self.__repr__,
+            wrappers=buckets.wrappers,
         )
 
     def _attach_hooks(self) -> None:
@@ -443,6 +609,7 @@ class Pruner:
             "stage": self._stage,
             "step_count": self.step_count,
             "layers": saved_state.pack(self._buckets.layer_states()),
+            **({"method_state": learned} if (learned := self.method.state_dict()) else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
@@ -459,6 +626,8 @@ class Pruner:
         configuration = self._configuration() if strict else {}
         layer_states = saved_state.unpack(state, self._buckets.layers, configuration)
         self._buckets.check_maskable(self._ema)
+        if strict or "method_state" in state:
+            self.method.load_state_dict(saved_state.method_state(state))
         self._buckets.rebuild(layer_states, active=layer_states)
         self._stage = "pruning" if state["stage"] == "pruning" else "frozen"
         self._counter.set(state["step_count"])
@@ -470,10 +639,16 @@ class Pruner:
             "version": 1,
             "method": self.method.name,
             "shrink": self.method.factor,
+            **({"options": repr(options)} if (options := self._method_options()) else {}),
             "schedule": repr(self._schedule),
             "freeze_at": self._freeze_at,
             "targets": {layer.name: repr(layer.target) for layer in self._buckets.layers},
         }
+
+    def _method_options(self) -> dict[str, Any]:
+        """The options that decide how training goes on, besides `shrink`."""
+        given = self.method.options()
+        return {name: given[name] for name in given if name not in ("shrink", "example")}
 
     def __getstate__(self) -> dict[str, Any]:
         self._counter.synchronize()

@@ -36,6 +36,18 @@ class LayerState(NamedTuple):
     mask: Tensor
 
 
+def method_state(saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a method has learned, in a saved state.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    state = saved.get("method_state", {})
+    if not isinstance(state, Mapping):
+        raise ValueError("the method_state of the pruner's state is damaged")
+    return state
+
+
 def pack(states: Mapping[str, LayerState]) -> dict[str, dict[str, Any]]:
     """The states of the layers as dicts: what `torch.load(weights_only=True)` reads."""
     return {name: {**x._asdict(), "shape": list(x.shape)} for name, x in states.items()}

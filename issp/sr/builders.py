@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from issp import optim
 from issp.ops.keep import Keep
+from issp.pruning import methods
 from issp.pruning.pruner import Pruner, attach
 from issp.pruning.recorder import Recorder, choose_layers
 from issp.sr import checkpoint, data, evaluate, models
@@ -198,12 +199,12 @@ def pruner(
     if section.keep:
         # First, so that the user's own name patterns win over it.
         overrides = {"*": pruning_target(section.keep)} | overrides
+    shrink = {} if section.shrink is None else {"shrink": section.shrink}
     return attach(
         model,
         opt,
-        method=section.method,
+        method=methods.create(section.method, **section.options, **shrink),
         sparsity=section.ratio,
-        shrink=0.95 if section.shrink is None else section.shrink,
         exclude=section.exclude,
         overrides=overrides,
         freeze_at=section.freeze_iter,

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
+from issp.pruning import methods
 from issp.utils.errors import ConfigError, MissingPackageError, import_optional
 from issp.utils.files import user_path
 from issp.utils.text import suggest
@@ -475,6 +476,7 @@ class Sparsity(Section):
     """`sparsity`: what `issp.attach` gets. The section's absence means dense training."""
 
     method: str = "iss-p"
+    options: dict[str, Any] = {}  # of the method, see `issp.methods`
     ratio: Annotated[Number, AfterValidator(_check_ratio)] | None = None
     shrink: Annotated[Number, _between(0, 1)] | None = None
     freeze_iter: Annotated[Integer, _between(1)] | None = None
@@ -491,12 +493,19 @@ class Sparsity(Section):
             raise ValueError(f"from_zeros keeps the zeros that the weights have: drop {given[0]}")
         if self.keep and self.ratio is not None:
             raise ValueError("has ratio beside keep, the N:M pattern of all layers: drop one")
-        if self.method == "iht" and self.shrink is not None:
-            raise ValueError("has shrink, but iht writes zeros: drop it, or use method iss-p")
+        if "shrink" in self.options:
+            raise ValueError("options has shrink: write it as sparsity.shrink")
+        made = methods.create(self.method, **self.options)
+        if self.shrink is not None and "shrink" not in made.options():
+            raise ValueError(f"has shrink, but method {self.method} does not use it: drop it")
+        if not made.prunes and given and given != ["freeze_iter"]:
+            key = next(key for key in given if key != "freeze_iter")
+            raise ValueError(f"has {key}, but method {self.method} prunes nothing: drop it")
         if not self.from_zeros:
             self.freeze_iter = self.freeze_iter or 100_000
-            self.ratio = None if self.keep else self.ratio or 0.95
-            if self.method != "iht" and self.shrink is None:
+            if made.prunes:
+                self.ratio = None if self.keep else self.ratio or 0.95
+            if "shrink" in made.options() and self.shrink is None:
                 self.shrink = 0.95
         return self
 

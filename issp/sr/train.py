@@ -58,13 +58,15 @@ def train(
     model = model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model) if config.train.ema_decay > 0 else None
     optimizer = builders.optimizer(config, model)
+    pruner = builders.pruner(config, model, optimizer, ema)
+    update_ema(ema, model, 0.0)  # the pruner may have drawn weights anew
     meter = logging.AverageMeter(device)
     run = TrainingRun(
         config,
         model=model,
         ema=ema,
         optimizer=optimizer,
-        pruner=builders.pruner(config, model, optimizer, ema),
+        pruner=pruner,
         batches=builders.loader(config, pin_memory=device.type == "cuda"),
         meter=meter,
         validation=builders.validation_sets(config),
@@ -98,6 +100,8 @@ def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
                 lq = batch["lq"].to(device, non_blocking=True, memory_format=torch.channels_last)
                 gt = batch["gt"].to(device, non_blocking=True)
                 loss = loss_function(model(lq), gt)
+                if run.pruner is not None and run.pruner.method.has_loss:
+                    loss = loss + run.pruner.loss()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             optimizer.step()  # the pruner acts here: shrink up to freeze_iter, mask afterwards

@@ -142,6 +142,7 @@ class TrainingRun:
         return start
 
     def _restore(self, saved: SavedState) -> int:
+        saved.load_model(self.model)  # again: the pruner may have drawn weights when attached
         names = ("ema", "optimizer", "pruner", "batches", "meter")
         parts = {name: getattr(self, name) for name in names}
         state = saved.load(parts, self.optimizer, self.config.train.ema_decay)

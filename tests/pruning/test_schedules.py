@@ -1,8 +1,7 @@
-"""Schedules and methods: what is asked for at which optimizer step."""
+"""Schedules: what is asked for at which optimizer step."""
 
 import pytest
 
-from issp.pruning import methods
 from issp.pruning.schedules import Constant, Cubic, Linear
 
 
@@ -43,21 +42,3 @@ def test_constant_starts_at_begin():
 def test_impossible_schedules_are_refused(make):
     with pytest.raises(ValueError, match="schedule"):
         make()
-
-
-def test_methods_differ_in_the_factor_alone():
-    assert methods.create("iss-p", 0.9).factor == 0.9
-    assert methods.create("iht", 0.9).factor == 0.0
-
-
-@pytest.mark.parametrize("name", methods.PLANNED)
-def test_methods_to_come_are_refused_by_name(name):
-    with pytest.raises(ValueError, match=f'"{name}" is not available .* use iss-p, iht'):
-        methods.create(name, 0.9)
-
-
-def test_unknown_method_and_factor_are_refused():
-    with pytest.raises(ValueError, match='no method "isp": use iss-p, iht'):
-        methods.create("isp", 0.9)
-    with pytest.raises(ValueError, match="shrink is 1.5"):
-        methods.create("iss-p", 1.5)

@@ -160,7 +160,12 @@ def test_the_sparsity_of_a_single_layer_has_the_same_bounds():
         ({"from_zeros": True, "freeze_iter": 9}, "drop freeze_iter"),
         ({"from_zeros": True}, "path.pretrain_network_g"),
         ({"ratio": 0.95, "freeze_iter": 9, "keep": {"n": 1, "of": 4}}, "ratio beside keep"),
-        ({"method": "iht", "shrink": 0.95, "freeze_iter": 9}, "iht writes zeros"),
+        ({"method": "iht", "shrink": 0.95, "freeze_iter": 9}, "method iht does not use it"),
+        ({"method": "dense", "ratio": 0.9}, "has ratio, but method dense prunes nothing"),
+        ({"method": "srp", "options": {"limt": 1}}, "no option \"limt\": did you mean 'limit'"),
+        ({"method": "srp", "options": {"limit": 0}}, "limit is 0"),
+        ({"method": "iss-p", "options": {"shrink": 0.9}}, "write it as sparsity.shrink"),
+        ({"method": "iss-q"}, 'no method "iss-q": did you mean \'iss-'),
     ],
 )
 def test_settings_of_pruning_that_contradict_are_refused(section, part):

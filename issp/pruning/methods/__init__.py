@@ -1,37 +1,54 @@
-"""The pruning methods: what happens to the unimportant weights after every optimizer step.
+"""The pruning methods, one file each: which weights are unimportant and what happens to them.
 
-Each method is one file with a `NAME` and a `create`. The pruner reads the factor once per step.
-Selection, masks, counting and the freeze are the same for all methods (buckets.py, pruner.py).
+`attach(method=...)` takes a name, or one of the classes with its options:
+`attach(model, opt, method=issp.methods.SRP(limit=0.5, seed=1))`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
+from typing import Any
 
-from issp.pruning.methods import iht, iss_p
-from issp.pruning.methods.shrinkage import Shrinkage
+from issp.pruning.methods.base import Method, Setting
+from issp.pruning.methods.dense import Dense
+from issp.pruning.methods.iht import IHT
+from issp.pruning.methods.iss_p import ISSP
+from issp.pruning.methods.iss_r import ISSR, StaleISSR
+from issp.pruning.methods.l1 import L1
+from issp.pruning.methods.scratch import Scratch
+from issp.pruning.methods.srp import SRP
+from issp.utils.text import suggest
 
-METHODS: dict[str, Callable[[float], Shrinkage]] = {m.NAME: m.create for m in (iss_p, iht)}
-PLANNED = ("iss-r", "l1", "scratch", "srp", "assl", "sls")
+_CLASSES = (ISSP, IHT, ISSR, StaleISSR, L1, Scratch, SRP, Dense)
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}
 
-__all__ = ["METHODS", "PLANNED", "Shrinkage", "create"]
+__all__ = ["IHT", "ISSP", "ISSR", "L1", "METHODS", "SRP", "Dense", "Method", "Scratch", "Setting"]
+__all__ += ["StaleISSR", "create"]
 
 
-def create(name: str, shrink: float) -> Shrinkage:
-    """The method called `name`.
+def create(method: str | Method, **options: Any) -> Method:
+    """A method of a new run.
 
     Args:
-        name: "iss-p" or "iht".
-        shrink: factor alpha of ISS-P in 0..1; IHT does not use it.
+        method: a name of `METHODS`, or a method, which is copied.
+        options: of the class of that name.
 
     Raises:
-        ValueError: unknown or not yet available method, or a factor outside 0..1.
+        ValueError: an unknown name or option, or an option outside its range.
+        TypeError: neither a name nor a method.
     """
-    available = ", ".join(METHODS)
-    if name in PLANNED:
-        raise ValueError(f'method "{name}" is not available in this version: use {available}')
-    if name not in METHODS:
-        raise ValueError(f'there is no method "{name}": use {available}')
-    if not 0.0 <= shrink <= 1.0:
-        raise ValueError(f"shrink is {shrink}: it must lie in 0..1 (0 is hard thresholding)")
-    return METHODS[name](shrink)
+    if isinstance(method, Method):
+        if options:
+            raise ValueError(f"pass {', '.join(options)} to {type(method).__name__}()")
+        return copy.deepcopy(method)
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name or a method of issp.methods, not {method!r}")
+    if method not in METHODS:
+        raise ValueError(f'there is no method "{method}": {suggest(method, METHODS)}')
+    known = [f.name for f in dataclasses.fields(METHODS[method]) if f.init]
+    for name in options:
+        if name not in known:
+            hint = suggest(name, known) if known else "it has none"
+            raise ValueError(f'method "{method}" has no option "{name}": {hint}')
+    return METHODS[method](**options)

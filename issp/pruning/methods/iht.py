@@ -7,11 +7,18 @@ Source: docs/method.md, section 1.
 
 from __future__ import annotations
 
-from issp.pruning.methods.shrinkage import Shrinkage
+from dataclasses import dataclass
+from typing import ClassVar
 
-NAME = "iht"
+from issp.pruning.methods.base import Method
 
 
-def create(shrink: float) -> Shrinkage:
-    """IHT; `shrink` is not used."""
-    return Shrinkage(NAME, 0.0)
+@dataclass
+class IHT(Method):
+    """Writes zeros into the unimportant weights after every step."""
+
+    name: ClassVar[str] = "iht"
+
+    @property
+    def factor(self) -> float:
+        return 0.0

@@ -7,11 +7,32 @@ Source: docs/method.md, section 1 (the paper's figure 1).
 
 from __future__ import annotations
 
-from issp.pruning.methods.shrinkage import Shrinkage
+from dataclasses import dataclass
+from typing import ClassVar
 
-NAME = "iss-p"
+from issp.pruning.methods.base import Method
 
 
-def create(shrink: float) -> Shrinkage:
-    """ISS-P with the factor alpha = `shrink`."""
-    return Shrinkage(NAME, shrink)
+@dataclass
+class ISSP(Method):
+    """Multiplies the unimportant weights by alpha after every step.
+
+    Args:
+        shrink: alpha, 0..1.
+
+    Raises:
+        ValueError: a factor outside 0..1.
+    """
+
+    name: ClassVar[str] = "iss-p"
+    shrink: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.shrink <= 1.0:
+            raise ValueError(
+                f"shrink is {self.shrink}: it must lie in 0..1 (0 is hard thresholding)"
+            )
+
+    @property
+    def factor(self) -> float:
+        return self.shrink

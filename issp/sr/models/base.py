@@ -155,6 +155,14 @@ class SuperResolver(nn.Module):
         y = self.restore((x - mean) * self.img_range)
         return y / self.img_range + mean
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew, as the constructor does, on the CPU."""
+        with torch.device("cpu"):
+            fresh = type(self)(**{k: v for k, v in self.config.items() if k != "type"})
+        for parameter, value in zip(self.parameters(), fresh.parameters(), strict=True):
+            parameter.copy_(value)
+
     def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A published state_dict under the names of this class."""
         return state

@@ -1,0 +1,65 @@
+"""The driver with every method: budgets, zeros at the end, a break in either stage."""
+
+import pytest
+import torch
+
+import issp
+from issp.pruning.methods import METHODS
+from issp.sr import config
+from issp.sr.train import train
+from tests.asserts import assert_bitwise_equal
+from tests.sr.runs import FREEZE, TOTAL, draw_photos, run, tree_of
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return draw_photos(tmp_path_factory.mktemp("photos"))
+
+
+def settings(name, photos, root):
+    tree = tree_of(photos, root)
+    ratio = {} if name == "dense" else {"ratio": 0.8}
+    tree["sparsity"] = {"method": name, "freeze_iter": FREEZE, **ratio}
+    return tree
+
+
+@pytest.mark.parametrize("at", [FREEZE - 2, FREEZE + 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_break_changes_no_bit(name, at, photos, tmp_path):
+    whole, folder = run(settings(name, photos, tmp_path / "whole"))
+    tree = settings(name, photos, tmp_path / "broken")
+    run(tree, train__total_iter=at, train__scheduler__milestones=[2, 4])
+    resumed, _ = run(tree, resume=True)
+    for (key, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert_bitwise_equal(b, a, f"{name}: {key}")
+    lines = (folder / "log" / "train.csv").read_text().splitlines()
+    stages = {line.split(",")[1] for line in lines[1:]}
+    assert stages == {"pruning", "fine-tuning"}, "equal budgets: two stages for every method"
+    assert lines[-1].startswith(f"{TOTAL},")
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].prunes])
+def test_the_saved_network_has_the_zeros_and_packs(name, photos, tmp_path):
+    _, folder = run(settings(name, photos, tmp_path), train__ema_decay=0.0)
+    model = issp.load(folder / "models" / "net_g_latest.safetensors").eval()
+    for layer, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            zeros = int((module.weight == 0).sum())
+            assert zeros == issp.num_pruned(module.weight.numel(), 0.8), layer
+    x = torch.rand(1, 3, 12, 12)
+    with torch.no_grad():
+        expected = model(x)
+        torch.testing.assert_close(issp.pack(model, example=x)(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scratch_begins_with_an_average_of_its_own_weights(photos, tmp_path):
+    tree = settings("scratch", photos, tmp_path)
+    config.set_key(tree, "train.optim_g.lr", 1e-30)
+    config.set_key(tree, "train.scheduler.milestones", [])
+    tree["val"]["val_freq"] = 100
+    average = train(config.parse(tree), quiet=True)
+    config.set_key(tree, "train.ema_decay", 0.0)
+    config.set_key(tree, "name", "without")
+    model = train(config.parse(tree), quiet=True)
+    for (key, a), b in zip(model.state_dict().items(), average.state_dict().values(), strict=True):
+        torch.testing.assert_close(b, a, msg=key)
