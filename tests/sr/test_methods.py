@@ -6,9 +6,10 @@ import torch
 import issp
 from issp.pruning.methods import METHODS
 from issp.sr import config
+from issp.sr.interrupt import Interrupted
 from issp.sr.train import train
 from tests.asserts import assert_bitwise_equal
-from tests.sr.runs import FREEZE, TOTAL, draw_photos, run, tree_of
+from tests.sr.runs import FREEZE, TOTAL, draw_photos, log, run, stop_at, tree_of
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +26,18 @@ def settings(name, photos, root):
 
 @pytest.mark.parametrize("at", [FREEZE - 2, FREEZE + 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_a_break_changes_no_bit(name, at, photos, tmp_path):
+def test_a_break_changes_no_bit(name, at, photos, tmp_path, monkeypatch):
     whole, folder = run(settings(name, photos, tmp_path / "whole"))
     tree = settings(name, photos, tmp_path / "broken")
-    run(tree, train__total_iter=at, train__scheduler__milestones=[2, 4])
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        stop_at(patch, at)
+        run(tree)
     resumed, _ = run(tree, resume=True)
     for (key, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert_bitwise_equal(b, a, f"{name}: {key}")
-    lines = (folder / "log" / "train.csv").read_text().splitlines()
-    stages = {line.split(",")[1] for line in lines[1:]}
-    assert stages == {"pruning", "fine-tuning"}, "equal budgets: two stages for every method"
-    assert lines[-1].startswith(f"{TOTAL},")
+    rows = log(folder, "iteration", "stage")
+    assert {stage for _, stage in rows} == {"pruning", "fine-tuning"}, "two stages for every method"
+    assert rows[-1][0] == TOTAL
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].prunes])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from issp.pruning.methods.base import Setting
 class Constrained(Protocol):
     """A method whose layers share index sets; see `issp.pruning.methods.srp.SRP`."""
 
-    name: str
+    name: ClassVar[str]
     constrained: str | Sequence[str] | None
     example: Tensor | None
 
