@@ -259,7 +259,8 @@ class _Part:
         if len(layers) < len(bucket.layers):
             places = {layer.name: i for i, layer in enumerate(bucket.layers)}
             self._places = [places[layer.name] for layer in layers]
-            self._index = torch.tensor(self._places, device=bucket.state.k.device)
+            device = bucket.state.k.device
+            self._index = torch.tensor(self._places, dtype=torch.int64, device=device)
 
     def gradients(self) -> list[_Samples]:
         """Norm, variance, mean, deviation of the gradients that there are."""

@@ -56,5 +56,6 @@ def seconds_per_iteration(
 
 def _noise(config: Config, channels: int) -> Iterable[dict[str, Any]]:
     entry = config.train_data
-    gt = torch.rand(entry.batch_size_per_gpu, channels, entry.gt_size, entry.gt_size, device="cpu")
+    size = (entry.batch_size_per_gpu, channels, entry.gt_size, entry.gt_size)
+    gt = torch.rand(size, dtype=torch.float32, device="cpu")
     return itertools.repeat({"gt": gt, "lq": torch.nn.functional.avg_pool2d(gt, config.scale)})
