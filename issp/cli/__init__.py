@@ -32,6 +32,7 @@ COMMANDS = (
     "bench",
     "plot",
     "table",
+    "cost",
     "prepare-data",
     "cache",
     "info",

@@ -170,17 +170,22 @@ _MANY_THREADS = 256
 MEMORY_REMEDY = "use --tile with a smaller size, or --device cpu"
 
 
-def load_model(args: argparse.Namespace) -> SuperResolver:
-    """The model that the options of `add_model_arguments` name, on its device."""
+def set_threads(args: argparse.Namespace) -> None:
+    """Applies --threads."""
     import torch
-
-    from issp.sr import builders, checkpoint
 
     if args.threads is not None:
         most = max(_MANY_THREADS, os.cpu_count() or 1)
         if not 1 <= args.threads <= most:
             raise ValueError(f"--threads is {args.threads}: it must be from 1 to {most}")
         torch.set_num_threads(args.threads)
+
+
+def load_model(args: argparse.Namespace) -> SuperResolver:
+    """The model that the options of `add_model_arguments` name, on its device."""
+    from issp.sr import builders, checkpoint
+
+    set_threads(args)
     model = checkpoint.load(args.model, args.arch, args.scale)
     name_crowding(args)
     if args.scale not in (None, model.scale):
