@@ -24,6 +24,7 @@ EXAMPLE = (
 _MILESTONES = (0.5, 0.8, 0.9, 0.95)
 _BETAS = (0.9, 0.99)  # the paper's
 
+_METHODS = "iss-p (default), iht, iss-r, l1, scratch, srp, assl, dense"
 # flag: (key, type, help)
 _FLAGS: dict[str, tuple[str, Any, str]] = {
     "--name": ("name", str, "results go to experiments/NAME"),
@@ -46,7 +47,7 @@ _FLAGS: dict[str, tuple[str, Any, str]] = {
     "--warmup": ("train.warmup_iter", int, "iterations of linear warm-up"),
     "--ema": ("train.ema_decay", float, "decay of the averaged model (default: 0, none)"),
     "--sparsity": ("sparsity.ratio", float, "share of each layer to prune; absent: dense training"),
-    "--method": ("sparsity.method", str, "iss-p, iht, iss-r, l1, scratch, srp, dense (iss-p)"),
+    "--method": ("sparsity.method", str, _METHODS),
     "--shrink": ("sparsity.shrink", float, "factor on unimportant weights (default: 0.95)"),
     "--freeze-at": ("sparsity.freeze_iter", int, "iteration that fixes the mask (default: half)"),
     "--val-freq": ("val.val_freq", int, "iterations between validations"),

@@ -58,8 +58,8 @@ def attach(
             schedule ends. Counts follow `issp.num_pruned`.
         shrink: factor alpha of ISS-P in 0..1, without it 0.95; other methods have none.
         method: a name, or one of the classes of `issp.methods` with its options: "iss-p", "iht",
-            "iss-r", "iss-r-stale", "l1", "scratch", "srp", "dense". "l1" and "scratch" fix the
-            masks at once, so load pretrained weights before. See docs/method.md, section 2.4.
+            "iss-r", "iss-r-stale", "l1", "scratch", "srp", "assl", "dense". "l1" and "scratch" fix
+            the masks at once, so load pretrained weights before. See docs/method.md, section 2.4.
         types: module classes whose `weight` is pruned.
         exclude: name patterns: globs, or "re:" and a regular expression, for whole module names. A
             container stands for everything inside it.

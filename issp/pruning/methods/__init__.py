@@ -10,6 +10,7 @@ import copy
 import dataclasses
 from typing import Any
 
+from issp.pruning.methods.assl import ASSL
 from issp.pruning.methods.base import Method, Setting
 from issp.pruning.methods.dense import Dense
 from issp.pruning.methods.iht import IHT
@@ -20,11 +21,11 @@ from issp.pruning.methods.scratch import Scratch
 from issp.pruning.methods.srp import SRP
 from issp.utils.text import suggest
 
-_CLASSES = (ISSP, IHT, ISSR, StaleISSR, L1, Scratch, SRP, Dense)
+_CLASSES = (ISSP, IHT, ISSR, StaleISSR, L1, Scratch, SRP, ASSL, Dense)
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}
 
-__all__ = ["IHT", "ISSP", "ISSR", "L1", "METHODS", "SRP", "Dense", "Method", "Scratch", "Setting"]
-__all__ += ["StaleISSR", "create"]
+__all__ = ["ASSL", "IHT", "ISSP", "ISSR", "L1", "METHODS", "SRP", "Dense", "Method", "Scratch"]
+__all__ += ["Setting", "StaleISSR", "create"]
 
 
 def create(method: str | Method, **options: Any) -> Method:
