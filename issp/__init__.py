@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from issp.ops.keep import Keep
     from issp.ops.pruning import num_pruned
     from issp.pruning import methods
-    from issp.pruning.pruner import Pruner, attach
+    from issp.pruning.attach import attach
+    from issp.pruning.pruner import Pruner
     from issp.pruning.recorder import Recorder
     from issp.pruning.schedules import Constant, Cubic, Linear
     from issp.sr.checkpoint import load, save
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "Keep": "issp.ops.keep",
     "num_pruned": "issp.ops.pruning",
-    "attach": "issp.pruning.pruner",
+    "attach": "issp.pruning.attach",
     "Pruner": "issp.pruning.pruner",
     "Recorder": "issp.pruning.recorder",
     "Constant": "issp.pruning.schedules",

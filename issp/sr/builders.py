@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from issp import optim
 from issp.ops.keep import Keep
 from issp.pruning import methods
-from issp.pruning.pruner import Pruner, attach
+from issp.pruning.attach import attach
+from issp.pruning.pruner import Pruner
 from issp.pruning.recorder import Recorder, choose_layers
 from issp.sr import checkpoint, data, evaluate, models
 from issp.sr.config import Config, EvalData, Scheduler, TrainData

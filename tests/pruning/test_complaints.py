@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from issp import num_pruned
-from issp.pruning.pruner import attach
+from issp.pruning.attach import attach
 from issp.pruning.schedules import Cubic
 from tests.pruning.complaint_networks import (
     adam,

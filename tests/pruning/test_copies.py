@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from issp import ops
-from issp.pruning.pruner import attach
+from issp.pruning.attach import attach
 from issp.pruning.schedules import Constant
 from tests.pruning.networks import adam, net, same, step, train, weights
 

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import PostLocalSGDOptimizer, ZeroRedundancyOptimizer
 
-from issp.pruning.pruner import attach
+from issp.pruning.attach import attach
 from tests.pruning.networks import sgd
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from issp import Keep, num_pruned, ops
-from issp.pruning.pruner import attach
+from issp.pruning.attach import attach
 from issp.pruning.schedules import Constant, Cubic, Linear
 from tests.pruning.networks import adam, net, same, sgd, step, train, weights
 

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import issp
 from issp import num_pruned
-from issp.pruning.pruner import attach
+from issp.pruning.attach import attach
 from tests.pruning import wrapping_optimizers as imitations
 from tests.pruning.networks import adam, net, same, sgd, step, train, weights
 
