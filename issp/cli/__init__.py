@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from issp import __version__
 from issp.sr.interrupt import Interrupted
 from issp.utils import process
-from issp.utils.errors import UserError
+from issp.utils.errors import UserError, one_line
 from issp.utils.text import suggest
 
 COMMANDS = (
@@ -186,6 +186,5 @@ def _run(args: argparse.Namespace) -> int:
     except _USER_ERRORS as error:
         if args.debug:
             raise
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"issp {args.command}: error: {text}", file=sys.stderr)
+        print(f"issp {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from issp.cli import common
-from issp.utils.files import user_path
+from issp.utils.files import check_folder, user_path
 from issp.utils.text import table
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ def main(args: argparse.Namespace) -> int:
     protocol = evaluate.Protocol(args.crop_border, args.channels == "y")
     model = common.load_model(args)
     facts = _facts(args, model)
-    tiling = common.tiling(args, model)
     folders = common.named_folders(args.data)
     pairs = {
         name: data.PairedFolder(folder, model.scale, lr_images)
@@ -79,6 +78,7 @@ def main(args: argparse.Namespace) -> int:
     sets = {name: data.EvalDataset(pairs[name]) for name in pairs}
     if args.save:
         _check_saved(args, sets)
+    tiling = common.tiling(args, model)
     for dataset in sets.values():
         evaluate.check_sizes(dataset, protocol, protocol)
     pixels = sum(h * w for dataset in sets.values() for h, w in dataset.pairs.sizes())
@@ -191,7 +191,9 @@ def _saved(args: argparse.Namespace, name: str, image: str) -> Path:
 
 
 def _check_saved(args: argparse.Namespace, sets: dict[str, EvalDataset]) -> None:
-    """Refuses --save where a result would overwrite an image that is read."""
+    """Refuses --save where nothing can be written, or would overwrite an image that is read."""
+    for name in sets:
+        check_folder(user_path(args.save) / name)
     indices = [(dataset, i) for dataset in sets.values() for i in range(len(dataset))]
     read = {
         common.file_identity(Path(path))

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from issp.cli import common
 from issp.utils import process
-from issp.utils.errors import OutOfMemoryError, UserError, explain_out_of_memory
-from issp.utils.files import user_path
+from issp.utils.errors import OutOfMemoryError, UserError, explain_out_of_memory, one_line
+from issp.utils.files import check_folder, user_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +76,7 @@ class Failures:
             if not self.several or getattr(error, "errno", None) in _HOPELESS:
                 raise
             self.sources.append(job.source)
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             return None
 
 
@@ -144,6 +144,7 @@ def _jobs(args: argparse.Namespace, images: list[tuple[Path, Path]], suffix: str
         raise ValueError(f"-o {out} names one file for {len(images)} images: name a folder")
     if not file and out.exists() and not out.is_dir():
         raise ValueError(f"-o {out} is a file: name a folder, or a file such as result.png")
+    check_folder(out.parent if file else out)
     extension = args.format or "png"
     jobs = [
         Job(source, out if file else out / place.with_name(f"{place.stem}{suffix}.{extension}"))

@@ -6,6 +6,7 @@ split and compared with bicubic interpolation on the photographs of the test spl
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def run(options: Options) -> list[Row]:
     Returns:
         The rows of the table: bicubic, ISS-P and, with `dense`, the dense twin.
     """
-    if options.minutes is not None and options.minutes <= 0:
+    if options.minutes is not None and not 0 < options.minutes < math.inf:  # NaN is refused as well
         raise ConfigError(f"--minutes is {options.minutes}: it must be positive, such as 4")
     started = time.perf_counter()
     denormals.flush_denormals()

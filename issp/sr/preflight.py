@@ -14,6 +14,7 @@ from issp.sr import checkpoint, data, logging
 from issp.sr.config import Config
 from issp.sr.run_folder import RunFolder
 from issp.utils.errors import ConfigError
+from issp.utils.files import check_folder
 
 Say = Callable[[str], None]
 _EVERY = 10  # seconds between lines of progress
@@ -108,8 +109,10 @@ def check_disk(config: Config, model: nn.Module, states: int, start: int, say: S
         say: shows a line of text, when the space will not do to the end.
 
     Raises:
+        OSError: the folder cannot be made or written.
         ConfigError: not even one checkpoint fits.
     """
+    check_folder(config.folder)
     # A tenth for masks, indices and the archives around the tensors.
     size = 1.1 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
     often = config.logger.save_checkpoint_freq

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import re
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -67,6 +68,12 @@ def import_optional(module: str, package: str, purpose: str) -> ModuleType:
 def first_line(error: Exception) -> str:
     """The message of an error without the frames of native code that torch adds to some."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line, without the number that the system has for it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"^\[Errno \d+\] ", "", text)
 
 
 @contextlib.contextmanager

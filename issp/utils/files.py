@@ -136,6 +136,22 @@ def lock(descriptor: int) -> bool:
     return False
 
 
+def check_folder(folder: Path) -> None:
+    """Refuses a folder that cannot be made or written; makes nothing.
+
+    Raises:
+        OSError: a file or a link to nowhere is in its place, or there is no permission.
+    """
+    place = folder.absolute()
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        kind = "a link to nothing" if place.is_symlink() else "a file"
+        raise NotADirectoryError(f"cannot write into {folder}: {place} is {kind}; choose a folder")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write into {folder}: no permission; choose another folder")
+
+
 def user_path(path: str | os.PathLike) -> Path:
     """A path as a user writes it: `~` in front is the home folder, `~name` that of a user.
 

@@ -65,7 +65,7 @@ def test_help_has_an_example_that_parses(name, capsys):
     parser = cli.build_parser()
     lines = cli.command_module(name).EXAMPLE.replace("\n             ", " ").splitlines()
     for line in lines:
-        words = shlex.split(line)
+        words = shlex.split(line, comments=True)
         assert words[:2] == ["issp", name]
         if "--help" not in words:
             args, unknown = parser.parse_known_args(words[1:])
@@ -116,6 +116,9 @@ def test_errors_are_one_line_with_status_2(capsys, tmp_path, photos, trained):
         for flags in (["--val", photos], ["--hr", photos], ["--val", photos, "--hr", photos]):
             one_line_error(capsys, ["train", tmp_path / "odd.yml", *flags], "")
     one_line_error(capsys, ["demo", "--iters", 0, "--out", tmp_path / "e"], "total_iter is 0")
+    for minutes in ("0", "-1", "nan", "inf"):
+        demo_of = ["demo", "--minutes", minutes, "--out", tmp_path / "e"]
+        one_line_error(capsys, demo_of, f"--minutes is {float(minutes)}: it must be positive")
     assert not (tmp_path / "e").exists(), "nothing is written before everything is checked"
     one_line_error(capsys, ["test", "--model", tmp_path / "m.pth", "--data", photos], "m.pth")
     one_line_error(capsys, ["plot", tmp_path], "not a run")

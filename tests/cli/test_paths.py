@@ -155,6 +155,38 @@ def test_a_working_folder_that_is_gone_is_named(tmp_path, monkeypatch, capsys, c
     assert capsys.readouterr().err == f"issp {command}: error: {sentence}\n"
 
 
+WRITING = {
+    "upscale": ["upscale", "~/my photos", MODEL, "-o"],
+    "test": ["test", MODEL, "--data", "~/my photos", "--save"],
+    "prepare-data": ["prepare-data", "~/my photos", "--scales", "2", "-o"],
+    "train": [*TRAIN, "--hr", "~/my photos", "--root"],
+    "demo": ["demo", "--iters", "1", "--out"],
+}
+
+
+@pytest.mark.parametrize("place", ["file", "below a file", "link to nothing"])
+@pytest.mark.parametrize("command", WRITING)
+def test_a_place_that_cannot_hold_results_is_refused_before_any_work(
+    home, tmp_path, monkeypatch, capsys, command, place
+):
+    if command == "demo":
+        pytest.importorskip("skimage", reason="the demo's photographs")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    out = {"file": "file", "below a file": "file/results", "link to nothing": "link"}[place]
+    monkeypatch.setattr(issp.models.EDSR, "restore", lambda *_: pytest.fail("computed"))
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main([*WRITING[command], out]) == 2
+    kind = "a link to nothing" if place == "link to nothing" else "a file"
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"issp {command}: error: ") and "[Errno" not in error
+    if (command, place) == ("upscale", "file"):
+        assert error.endswith("-o file is a file: name a folder, or a file such as result.png")
+    else:
+        assert f"cannot write into {out}" in error and f" is {kind}; choose a folder" in error
+    assert [x for x in sorted(tmp_path.rglob("*")) if "cache" not in x.parts] == before
+
+
 def test_the_suffix_of_results_may_be_empty(home):
     assert cli.main(["upscale", "~/my photos", MODEL, "-o", "out", "--suffix", ""]) == 0
     assert os.listdir("out") == ["a.png"]

@@ -178,3 +178,10 @@ def test_prepare_leaves_out_low_resolution_images(tmp_path):
     assert made.names == ["a", "b"]
     lr, hr = made.load(0)
     assert np.array_equal(lr, data.imresize(hr, 1 / 2))
+
+
+def test_a_template_that_names_the_originals_themselves_is_refused(tmp_path):
+    """BasicSR's default `filename_tmpl: '{}'` asks for nothing; --lr-images '{}' does."""
+    data.write_image(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(ValueError, match="template {} of low-resolution files names the originals"):
+        data.PairedFolder(tmp_path, 2, "{}")

@@ -37,6 +37,14 @@ def test_an_error_is_quoted_without_the_frames_of_native_code():
     assert errors.first_line(ZeroDivisionError()) == "ZeroDivisionError"
 
 
+def test_an_error_in_one_line_has_no_number_of_the_system():
+    assert errors.one_line(OSError(20, "cannot write a/b:\n Not a directory")) == (
+        "cannot write a/b: Not a directory"
+    )
+    assert errors.one_line(ValueError("[1] is [Errno 2]")) == "[1] is [Errno 2]"
+    assert errors.one_line(ValueError()) == "ValueError"
+
+
 def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="^bug$"), errors.explain_out_of_memory("use --tile"):
         raise RuntimeError("bug")

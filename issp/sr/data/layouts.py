@@ -43,6 +43,8 @@ def find_pairs(
     root, hr_template = _split_template(root, scale)
     if lq_root is not None:
         folder, lr_template = _split_template(lq_root, scale)
+        if lr_template == "{}" and folder == Path():
+            raise ValueError("the template {} of low-resolution files names the originals")
         filename_tmpl = lr_template or filename_tmpl
         lq_root = None if lr_template and folder == Path() else folder
     hr_dir, lr_dir = _find_folders(root, scale, lq_root)

@@ -15,7 +15,7 @@ from issp.sr.data.checks import check_small, check_whole
 from issp.sr.data.images import image_size, mod_crop, read_image, write_image
 from issp.sr.data.layouts import check_names, originals
 from issp.sr.data.resize import imresize
-from issp.utils.files import atomic_write, user_path
+from issp.utils.files import atomic_write, check_folder, user_path
 
 _JOURNAL = "prepared.jsonl"  # in the result: what is finished
 
@@ -77,6 +77,7 @@ def prepare(
     check_names(sources)
     sources, skipped = _large_enough(sources, cut, small)
     out = user_path(out)
+    check_folder(out)
     in_place = (out / "HR").exists() and (out / "HR").samefile(user_path(hr_folder))
     if in_place and crop_size:
         raise ValueError(f"crops of {hr_folder} cannot go into the same folder; choose another out")

@@ -128,7 +128,7 @@ class CATBlock(WindowBlock):
             for window in windows
         )
         self.drop_path = layers.DropPath(drop_path)
-        self.mlp = layers.Mlp(dim, int(dim * mlp_ratio), drop)
+        self.mlp = layers.Mlp(dim, mlp_ratio, drop)
         self.norm2 = nn.LayerNorm(dim)
         self.get_v = nn.Conv2d(dim, dim, 3, 1, 1, groups=dim)
 

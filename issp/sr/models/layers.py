@@ -62,10 +62,19 @@ class PixelShuffle(Leaf, nn.PixelShuffle):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between, over the last dimension."""
+    """Two linear layers with GELU between, over the last dimension.
 
-    def __init__(self, dim: int, hidden: int, drop: float):
+    Args:
+        dim: channels in and out.
+        ratio: hidden channels over `dim`.
+        drop: probability of dropout.
+    """
+
+    def __init__(self, dim: int, ratio: float, drop: float):
         super().__init__()
+        hidden = int(dim * ratio)
+        if hidden < 1:
+            raise ValueError(f"mlp_ratio is {ratio}: of {dim} channels it leaves none")
         self.fc1 = nn.Linear(dim, hidden)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim)

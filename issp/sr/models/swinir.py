@@ -159,7 +159,7 @@ class SwinIR(WindowTransformer):
         def block(i: int, heads: int, drop_path: float) -> SwinBlock:
             rates = {"attn_drop": attn_drop_rate, "proj_drop": drop_rate}
             attn = WindowAttention(embed_dim, window, heads, qkv_bias, qk_scale, **rates)
-            mlp = layers.Mlp(embed_dim, int(embed_dim * mlp_ratio), drop_rate)
+            mlp = layers.Mlp(embed_dim, mlp_ratio, drop_rate)
             sides = {"window": window, "shift": shift if i % 2 else 0}
             return SwinBlock(embed_dim, size, attn, mlp, drop_path, **sides)
 

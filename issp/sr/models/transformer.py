@@ -181,6 +181,8 @@ class WindowTransformer(SuperResolver):
 
 def drop_path_rates(rate: float, depths) -> list[list[float]]:
     """Stochastic depth growing linearly from 0 to `rate` over all blocks, split by group."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate is {rate}: it must be at least 0 and below 1")
     rates = torch.linspace(0, rate, sum(depths), dtype=torch.float32, device="cpu").tolist()
     return [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
 

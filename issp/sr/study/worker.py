@@ -27,7 +27,7 @@ from issp.sr.run_folder import RunFolder
 from issp.sr.study import scoring
 from issp.sr.train import train
 from issp.utils import denormals, process
-from issp.utils.errors import UserError, explain_out_of_memory
+from issp.utils.errors import UserError, explain_out_of_memory, one_line
 
 _SECONDS = 0.5  # between two events of one training
 
@@ -81,7 +81,7 @@ def main(threads: int) -> None:
             events.send("stopped")
             return
         except (UserError, ValueError, OSError) as error:  # others are bugs and end the process
-            events.send("failed", text=" ".join(str(error).split()) or type(error).__name__)
+            events.send("failed", text=one_line(error))
         else:
             events.send("finished")
 
