@@ -73,7 +73,9 @@ def _random_like(layer: Layer, generator: torch.Generator) -> Tensor:
 
 
 def _seed(seed: int | None, name: str) -> int:
-    if seed is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+    distributed = torch.distributed
+    is_parallel = distributed.is_available() and distributed.is_initialized()
+    if seed is None and is_parallel and distributed.get_world_size() > 1:
         raise ValueError(
             f"{name}: pass the same seed on all ranks, as in method=issp.methods.SRP(seed=0): "
             "their random index sets must be equal"

@@ -205,6 +205,13 @@ class TestSRP:
             left = weights(model)[name].detach().abs()[~kept].mean() / start[name][~kept].mean()
             assert left < 0.1, name
 
+    def test_ranks_must_agree_on_the_seed(self, monkeypatch):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match="srp: pass the same seed on all ranks"):
+            self.masks(seed=None)
+        assert self.masks(seed=1)
+
     def test_a_name_pattern_overrides_the_graph(self):
         masks = self.masks(constrained="blocks.*.conv1")
         assert torch.equal(masks["blocks.0.conv1"], masks["blocks.1.conv1"])
@@ -213,30 +220,32 @@ class TestSRP:
             self.masks(constrained="nothing")
 
 
-def scaled_gradients(model, optimizer, pruner, scale):
-    """One step as GradScaler takes it with a fused optimizer."""
-    optimizer.zero_grad()
-    (loss_of(model, 0) * scale).backward()
-    optimizer.grad_scale = torch.full((1,), float(scale))
-    seen = {}
-    handle = optimizer.register_step_pre_hook(
-        lambda *_: seen.update({n: w.grad.clone() for n, w in weights(model).items()})
-    )
-    pruner.regularize(optimizer.grad_scale)
-    handle.remove()
-    return {n: w.grad / scale for n, w in weights(model).items()}
-
-
-def test_the_penalty_follows_the_scale_of_the_gradients():
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        (torch.optim.SGD, {}),
+        (torch.optim.Adam, {"fused": True}),  # gets scaled gradients
+        (issp.optim.Adam, {}),
+        (issp.optim.SGD, {}),
+    ],
+)
+def test_the_penalty_follows_the_scale_of_the_gradients(kind, options):
     results = []
-    for scale in (1.0, 1024.0):
+    for enabled in (False, True):
         model = network()
-        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-        method = methods.SRP(limit=0.5, interval=1, delta=0.5)
-        pruner = issp.attach(model, optimizer, method=method, hook=False)
-        results.append(scaled_gradients(model, optimizer, pruner, scale))
-    for name in results[0]:
-        torch.testing.assert_close(results[1][name], results[0][name], rtol=1e-5, atol=1e-7)
+        optimizer = kind(model.parameters(), lr=1e-2, **options)
+        method = methods.SRP(limit=2.0, interval=1, delta=0.25)
+        pruner = issp.attach(model, optimizer, method=method, freeze_at=50)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=enabled)
+        for step in range(6):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, step)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert pruner.step_count == 6
+        results.append(weights(model))
+    for name, weight in results[0].items():
+        assert_bitwise_equal(results[1][name], weight, name)
 
 
 def test_a_closure_is_followed_by_the_penalty():
