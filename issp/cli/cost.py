@@ -129,7 +129,7 @@ def _model(args: argparse.Namespace) -> SuperResolver:
 
 
 def _random_model(args: argparse.Namespace) -> SuperResolver:
-    from issp.pruning.pruner import attach
+    from issp.pruning.attach import attach
     from issp.sr import builders, models
 
     common.set_threads(args)
