@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 FILE_NAME = "results.csv"  # in the folder of a study
 CHANNELS = ("y", "rgb")
 LR_SOURCES = ("", "read", "made")
+_FACTS = {"method": str, "ratio": (int, float), "seed": int}  # what a file says of its training
 _FEW_ZEROS = 0.01  # a share of zeros that no method has made
 
 
@@ -216,7 +217,8 @@ def facts_of_model(
             not possible.
     """
     saved = checkpoint.read_tensors(file)[1].get("training")
-    said = saved if isinstance(saved, dict) else {}
+    saved = saved if isinstance(saved, dict) else {}
+    said = {name: saved[name] for name, kind in _FACTS.items() if isinstance(saved.get(name), kind)}
     zeros = checkpoint.sparsity(model)["ratio"]
     facts = {
         "method": method or said.get("method") or ("dense" if zeros < _FEW_ZEROS else ""),
@@ -242,4 +244,4 @@ def training_facts(config: Config) -> dict[str, Any]:
     if section.from_zeros:  # the model has its zeros from somewhere else
         return facts
     ratio = 1 - section.keep.n / section.keep.of if section.keep else section.ratio
-    return facts | {"method": section.method, "ratio": ratio}
+    return facts | {"method": section.method, "ratio": ratio or 0.0}

@@ -91,6 +91,7 @@ def test_another_file_is_refused_and_left_as_it_was(tmp_path, content, sentence)
     ("section", "facts"),
     [
         (None, {"method": "dense", "ratio": 0.0}),
+        ({"method": "dense", "freeze_iter": 5}, {"method": "dense", "ratio": 0.0}),
         ({"ratio": 0.9, "method": "iht", "freeze_iter": 5}, {"method": "iht", "ratio": 0.9}),
         ({"keep": {"n": 2, "of": 32}, "freeze_iter": 5}, {"method": "iss-p", "ratio": 0.9375}),
         ({"from_zeros": True}, {}),
@@ -121,5 +122,6 @@ def test_what_a_model_file_says_and_what_the_user_knows_better(tmp_path):
     checkpoint.save(model, path)
     with pytest.raises(ValueError, match="does not say how it was pruned"):
         results.facts_of_model(model, path)
+    checkpoint.save(model, path, training={"method": 3, "ratio": "x", "seed": None})
     rounded = {"method": "l1", "sparsity": round(zeros, 2), "seed": None}
     assert results.facts_of_model(model, path, "l1") == facts | rounded
