@@ -50,7 +50,8 @@ def main(args: argparse.Namespace) -> int:
         raise ValueError(f"{', '.join(args.results)}: no result in it; `issp test --csv` adds some")
     made = tables.build(own + _of_paper(args))
     if own:
-        made = [t for t in made if any(not row.source for row in t.rows)]
+        wanted = {t.key for t in tables.build(own)}
+        made = [t for t in made if t.key in wanted]
         if args.paper is not None and not any(row.source for t in made for row in t.rows):
             print("note: --paper has no number for these networks and ratios", file=sys.stderr)
     out = user_path(args.out) if args.out else None

@@ -23,7 +23,7 @@ def _markdown(table: ScoreTable) -> str:
     for name, metrics in _by_set(table):
         header += [f"{name} {metrics[0]}", *metrics[1:]]
     rows = [
-        [row.label, f"x{row.scale}", *_seeds(table, str(row.seeds))]
+        [row.label, f"x{row.scale}", *_seeds(table, str(row.seeds or MISSING))]
         + [_markdown_cell(row, column) for column in table.columns]
         for row in table.rows
     ]
@@ -80,7 +80,7 @@ def _latex(table: ScoreTable) -> str:
 
 
 def _latex_row(table: ScoreTable, row: Row) -> str:
-    cells = [_escaped(row.label), rf"$\times${row.scale}", *_seeds(table, str(row.seeds))]
+    cells = [_escaped(row.label), rf"$\times${row.scale}", *_seeds(table, str(row.seeds or "--"))]
     cells += [_latex_cell(row, column) for column in table.columns]
     return rf"{' & '.join(cells)} \\"
 

@@ -73,7 +73,7 @@ class Row:
         method: as it is printed.
         source: who says so; "" for what was measured with this package.
         is_ranked: whether it competes for the best value.
-        seeds: number of seeds.
+        seeds: number of known seeds.
         cells: by (set, "PSNR" or "SSIM").
         marks: "best" or "second", by the same.
     """
@@ -215,7 +215,7 @@ def _row(results: Sequence[Result]) -> Row:
         scale=first.scale,
         source=first.source,
         is_ranked=first.method not in _REFERENCES,
-        seeds=len({seed for _, seed in by_seed}),
+        seeds=len({seed for _, seed in by_seed if seed is not None}),
         cells={column: Value.of(values) for column, values in scores.items()},
     )
 

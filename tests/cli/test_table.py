@@ -8,13 +8,14 @@ from issp.sr.results import Result
 
 ISS_P = Result("iss-p", "swinir-light", 2, 0.95, 1, "Urban100", "y", 28.5, 0.85)
 L1 = Result("l1", "swinir-light", 2, 0.95, 1, "Urban100", "y", 28.1, 0.84)
+BICUBIC = Result("bicubic", "", 2, None, None, "Urban100", "y", 26.9, 0.84)
 OTHER = Result("iss-p", "edsr-tiny", 2, 0.95, 1, "Set5", "rgb", 33.0, 0.9)
 
 
 @pytest.fixture
 def scores(tmp_path):
     results.write(tmp_path / "study" / "results.csv", [ISS_P, OTHER])
-    results.write(tmp_path / "scores.csv", [L1])
+    results.write(tmp_path / "scores.csv", [L1, BICUBIC])
     return tmp_path / "scores.csv"
 
 

@@ -98,13 +98,14 @@ def test_the_best_and_the_second_of_a_scale_are_marked_by_what_is_printed():
 
 def test_several_seeds_become_mean_and_spread():
     found = [score("iss-p", p, seed=i, ssim=p / 100) for i, p in enumerate((30.0, 30.1, 30.5))]
-    found += [score("iss-p", 25.0, "Set14", seed=1), score("l1", 29.0, seed=0)]
+    found += [score("iss-p", 25.0, "Set14", seed=1), score("l1", 29.0, seed=0), bicubic(28)]
     (table,) = tables.build(found)
-    value = table.rows[1].cells["Set5", "PSNR"]
+    value = table.rows[2].cells["Set5", "PSNR"]
     assert value.mean == pytest.approx(30.2) and value.count == 3
     assert value.spread == pytest.approx((0.04 + 0.01 + 0.09) ** 0.5 / 2**0.5)
     markdown = table_formats.markdown([table])
     assert cells(markdown) == [
+        ["Bicubic", "x2", "–", "28.00", "–", "–", "–"],
         ["L1-norm", "x2", "1", "<u>29.00</u>", "–", "–", "–"],
         ["ISS-P", "x2", "3", "**30.20** ± 0.26", "0.3020 ± 0.0026", "25.00", "–"],
     ]
@@ -120,7 +121,8 @@ def test_two_scores_of_one_seed_are_refused_and_one_twice_counts_once():
     with pytest.raises(ValueError, match="of seed unknown: give the seeds"):
         tables.build([score("iss-p", 30), score("iss-p", 31, model="b")])
     (table,) = tables.build([bicubic(28), bicubic(28), score("l1", 30), score("l1", 30, model="b")])
-    assert [row.seeds for row in table.rows] == [1, 1]
+    assert [row.seeds for row in table.rows] == [0, 0]
+    assert [value.count for row in table.rows for value in row.cells.values()] == [1, 1]
 
 
 def test_notes_say_what_makes_rows_differ():
@@ -166,7 +168,9 @@ def test_latex_needs_booktabs_alone_and_is_well_formed():
     found = [score("my_method&co", 30.126, ssim=0.91), score("l1", 30.1, ssim=0.92)]
     found += [score("l1", 25, "a_b", seed=s, scale=4, note="50 % {x} ~^\\ ± <5") for s in (1, 2)]
     text = table_formats.latex(tables.build(found))
-    assert r"my\_method\&co & $\times$2 & 1 & \textbf{30.13} & \underline{0.9100} & -- & --" in text
+    assert (
+        r"my\_method\&co & $\times$2 & -- & \textbf{30.13} & \underline{0.9100} & -- & --" in text
+    )
     assert r"\multicolumn{2}{c}{a\_b}" in text and r"\cmidrule(lr){6-7}" in text
     assert r"50 \% \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} $\pm$ $<$5" in text
     assert r"25.00 $\pm$ 0.00" in text
