@@ -13,7 +13,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -43,12 +43,35 @@ _USER_ERRORS = (UserError, ValueError, OSError)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and name the nearest option or choice."""
+    """An argument parser whose errors are one line and name the nearest option or choice.
+
+    Attributes:
+        subcommands: of a command that has some; the first is meant where none is named.
+    """
+
+    subcommands: Sequence[str] = ()
 
     def __init__(self, **options: Any):
         super().__init__(
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; without a sub-command the default one, where there is one."""
+        words = list(sys.argv[1:] if args is None else args)
+        if self.subcommands:
+            place = next((i for i, word in enumerate(words) if word != "--debug"), len(words))
+            if not self._names_command(words[place : place + 1]):
+                words.insert(place, self.subcommands[0])
+        return super().parse_known_args(words, namespace)
+
+    def _names_command(self, word: Sequence[str]) -> bool:
+        """A sub-command, --help, or a misspelt sub-command: no file has that name."""
+        known = self.subcommands
+        if not word or word[0] in ("-h", "--help", *known):
+            return bool(word)
+        is_close = suggest(word[0], known).startswith("did you mean")
+        return is_close and not os.path.exists(word[0])
 
     def error(self, message: str) -> NoReturn:
         """Prints one line and exits with status 2."""
@@ -74,7 +97,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         # argparse's hook for choices, those of subcommands included.
         if action.choices is not None and value not in action.choices:
-            name = "/".join(action.option_strings) or action.dest
+            name = "/".join(action.option_strings) or action.dest.removesuffix("_command")
             self.error(f"unknown {name} {value!r}: {suggest(value, map(str, action.choices))}")
 
 
@@ -93,17 +116,37 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"issp {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name in COMMANDS:
-        module = command_module(name)
-        command = commands.add_parser(
-            name,
-            help=module.HELP.replace("%", "%%"),  # argparse formats this text
-            description=module.HELP,
-            epilog=f"example:\n  {module.EXAMPLE}",
-        )
-        module.add_arguments(command)
-        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        command.set_defaults(parser=command)
+        add_command(commands, name, command_module(name))
     return parser
+
+
+def add_command(commands: Any, name: str, module: ModuleType) -> None:
+    """Adds the command of a module to what `add_subparsers` gave."""
+    command = commands.add_parser(
+        name,
+        help=module.HELP.replace("%", "%%"),  # argparse formats this text
+        description=module.HELP,
+        epilog=f"example:\n  {module.EXAMPLE}",
+    )
+    module.add_arguments(command)
+    # Suppressed, or a sub-command's default would replace what stands before it.
+    options: dict[str, Any] = {"action": "store_true", "default": argparse.SUPPRESS}
+    command.add_argument("--debug", help="show the traceback of an error", **options)
+    command.set_defaults(parser=command)
+
+
+def add_subcommands(parser: Parser, kind: str, modules: Mapping[str, ModuleType]) -> None:
+    """Adds commands within a command; the first is meant where none is named.
+
+    Args:
+        parser: of the command.
+        kind: what they are, in the singular.
+        modules: by name.
+    """
+    parser.subcommands = tuple(modules)
+    commands = parser.add_subparsers(title=f"{kind}s", metavar=kind.upper(), dest=f"{kind}_command")
+    for name, module in modules.items():
+        add_command(commands, name, module)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,7 +227,7 @@ def _run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except _USER_ERRORS as error:
-        if args.debug:
+        if getattr(args, "debug", False):
             raise
         print(f"issp {args.command}: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,24 +102,42 @@ _INNER_FOLDERS = re.compile(
 
 
 def named_folders(entries: Sequence[str]) -> dict[str, str]:
-    """Name -> folder of every "NAME=DIR"; a plain "DIR" is named after the data set it is of.
+    """As `named_paths`; a plain "DIR" is named after the data set it is of."""
+    return named_paths(entries, "DIR", _set_name)
+
+
+def _own_name(path: str) -> str:
+    """The name of a folder, or of a file without its suffix."""
+    whole = Path(os.path.abspath(user_path(path)))
+    return whole.name if whole.is_dir() else whole.stem
+
+
+def named_paths(
+    entries: Sequence[str], kind: str, name_of: Callable[[str], str] = _own_name
+) -> dict[str, str]:
+    """Name -> path of every "NAME=PATH", or of a plain "PATH".
+
+    Args:
+        entries: as the user gives them.
+        kind: what the paths are, for messages: "DIR" or "FILE".
+        name_of: the name of a plain path.
 
     Raises:
-        ValueError: no name, one that is no plain name, or one of two folders.
+        ValueError: no name, one that is no plain name, or one of two paths.
     """
-    folders: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for entry in entries:
-        name, separator, folder = entry.partition("=")
-        if not separator or os.sep in name or user_path(entry).is_dir():  # "=" in a folder's name
-            name, folder = _set_name(entry), entry
+        name, separator, path = entry.partition("=")
+        if not separator or os.sep in name or user_path(entry).exists():  # "=" in a path's name
+            name, path = name_of(entry), entry
         if name in ("", ".", ".."):
-            raise ValueError(f"{entry} gives its images no name: write NAME=DIR")
-        if name in folders:
+            raise ValueError(f"{entry} has no name: write NAME={kind}")
+        if name in paths:
             raise ValueError(
-                f"{folders[name]} and {folder} are both called {name!r}: write NAME=DIR for one"
+                f"{paths[name]} and {path} are both called {name!r}: write NAME={kind} for one"
             )
-        folders[name] = folder
-    return folders
+        paths[name] = path
+    return paths
 
 
 def _set_name(folder: str) -> str:
@@ -135,6 +153,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="FILE", help=".safetensors of issp, or BasicSR's .pth"
     )
+    add_loading_arguments(parser)
+    parser.add_argument(
+        "--dense", action="store_true", help="do not use sparse layers, even if they are faster"
+    )
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """How `load_model` reads a file and where its network computes."""
     parser.add_argument("--arch", metavar="NAME", help="architecture of a .pth, such as edsr-l")
     parser.add_argument("--scale", type=int, metavar="S", help="scale of a .pth")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
@@ -146,9 +172,30 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "network and the memory)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="of the processor that compute")
+
+
+# What a picture can be written as; other suffixes of images are refused.
+_PICTURES, _OTHER_IMAGES = (".png", ".pdf", ".svg"), (".jpg", ".jpeg", ".tif", ".tiff", ".webp")
+
+
+def add_picture_argument(parser: argparse.ArgumentParser, name: str) -> None:
+    """--out: the file of one picture, or the folder of a file of this name."""
     parser.add_argument(
-        "--dense", action="store_true", help="do not use sparse layers, even if they are faster"
+        "--out", "-o", metavar="FILE|DIR", help=f".png, .pdf or .svg, or a folder of {name}"
     )
+
+
+def picture_path(out: str | None, name: str) -> Path:
+    """The file that --out of `add_picture_argument` means.
+
+    Raises:
+        ValueError: a suffix of an image that is not written.
+    """
+    path = user_path(out or ".")
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_IMAGES:
+        raise ValueError(f"--out {out}: write a {', '.join(_PICTURES)} file, or name a folder")
+    return path if suffix in _PICTURES and not path.is_dir() else path / name
 
 
 def name_crowding(args: argparse.Namespace) -> None:
@@ -170,6 +217,14 @@ _MANY_THREADS = 256
 MEMORY_REMEDY = "use --tile with a smaller size, or --device cpu"
 
 
+def load_model(args: argparse.Namespace) -> SuperResolver:
+    """The model that the options of `add_model_arguments` name, on its device."""
+    set_threads(args)
+    model = load_file(args.model, args)
+    name_crowding(args)
+    return model
+
+
 def set_threads(args: argparse.Namespace) -> None:
     """Applies --threads."""
     import torch
@@ -181,15 +236,13 @@ def set_threads(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
 
 
-def load_model(args: argparse.Namespace) -> SuperResolver:
-    """The model that the options of `add_model_arguments` name, on its device."""
+def load_file(path: str, args: argparse.Namespace) -> SuperResolver:
+    """The model in a file, read by the options of `add_loading_arguments`, on its device."""
     from issp.sr import builders, checkpoint
 
-    set_threads(args)
-    model = checkpoint.load(args.model, args.arch, args.scale)
-    name_crowding(args)
+    model = checkpoint.load(path, args.arch, args.scale)
     if args.scale not in (None, model.scale):
-        raise ValueError(f"{args.model} is a x{model.scale} model: drop --scale {args.scale}")
+        raise ValueError(f"{path} is a x{model.scale} model: drop --scale {args.scale}")
     return model.to(builders.device(args.device))
 
 

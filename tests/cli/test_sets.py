@@ -42,7 +42,7 @@ def test_a_set_is_named_after_its_data_set(monkeypatch, tmp_path):
         (["Set5/HR", "other/Set5"], "Set5/HR and other/Set5 are both called 'Set5': write NAME="),
         (["a=x", "a=y"], "x and y are both called 'a'"),
         (["Set5", "Set5"], "both called 'Set5'"),
-        (["=x"], "=x gives its images no name: write NAME=DIR"),
+        (["=x"], "=x has no name: write NAME=DIR"),
         (["..=x"], "..=x gives its images no name"),
         (["/"], "/ gives its images no name"),
     ],

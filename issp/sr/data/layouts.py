@@ -68,6 +68,34 @@ def find_pairs(
     return PairFiles(names, files, lr)
 
 
+def find_pair(
+    file: str | os.PathLike, scale: int, lq_root: str | os.PathLike | None = None
+) -> PairFiles:
+    """The files of one original, as `find_pairs` finds them for the folder that it lies in.
+
+    Args:
+        file: the original.
+        scale, lq_root: as for `PairedFolder`.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no LR file where one should be.
+        ValueError: it is the LR image of an original beside it.
+    """
+    file = user_path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no image {file}")
+    present = images_in(file.parent)
+    names, files, beside = _originals([file], present)
+    if not files:
+        raise ValueError(f"{file} is a low-resolution image by its name: name its original")
+    if lq_root is None:
+        lr = _beside(names, present, file.parent, scale) if beside else None
+        return PairFiles(names, files, lr)
+    folder, template = _split_template(lq_root, scale)
+    lr_dir = file.parent if template and folder == Path() else _scale_folder(folder, scale)
+    return PairFiles(names, files, _match_lr(names, files, lr_dir, scale, template))
+
+
 def originals(folder: str | os.PathLike) -> list[Path]:
     """The HR images of a folder, without LR images that lie beside them; see `PairedFolder`."""
     files = list_images(folder)

@@ -17,8 +17,9 @@ from issp.sr.data.images import (
     read_bytes,
     read_image,
 )
-from issp.sr.data.layouts import find_pairs
+from issp.sr.data.layouts import find_pair, find_pairs
 from issp.sr.data.resize import check_uint8_image, imresize
+from issp.utils.files import user_path
 
 
 class PairedArrays:
@@ -86,6 +87,7 @@ class PairedFolder:
             make them each time.
         meta_info_file: text file that lists the HR images to use, as BasicSR's: one a line, as
             "0001.png (1404,2040,3)" or the name alone. None: all of the folder.
+        only: file in ``root`` that is the one image; its LR image lies beside it or in ``lq_root``.
 
     Raises:
         FileNotFoundError: a folder, an LR file or a listed image is missing.
@@ -101,9 +103,13 @@ class PairedFolder:
         filename_tmpl: str | None = None,
         cache_dir: str | os.PathLike | Literal[False] | None = None,
         meta_info_file: str | os.PathLike | None = None,
+        only: str | None = None,
     ):
         self.scale = check_whole("scale", scale, 2)
-        files = find_pairs(root, scale, lq_root, filename_tmpl, meta_info_file)
+        if only is None:
+            files = find_pairs(root, scale, lq_root, filename_tmpl, meta_info_file)
+        else:
+            files = find_pair(user_path(root) / only, scale, lq_root)
         self.names, self.hr_files, self.lr_files = files.names, files.hr, files.lr
         self._cache = None if cache_dir is False else LRCache(cache_dir)
         self._sizes: list[tuple[int, int]] | None = None

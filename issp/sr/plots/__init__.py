@@ -1,8 +1,10 @@
 """Pictures: of one run, of several runs beside each other, of images."""
 
+from issp.sr.plots.dynamics import Activity, draw_dynamics
 from issp.sr.plots.sheets import Panel, busiest, comparison
 from issp.sr.plots.study import scores
+from issp.sr.plots.trainability import draw_trainability
 from issp.sr.plots.training import curves, gradients, layers, of_run
 
-__all__ = ["Panel", "busiest", "comparison", "curves", "gradients", "layers", "of_run"]
-__all__ += ["scores"]
+__all__ = ["Activity", "Panel", "busiest", "comparison", "curves", "draw_dynamics"]
+__all__ += ["draw_trainability", "gradients", "layers", "of_run", "scores"]

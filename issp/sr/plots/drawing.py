@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from issp.utils.errors import import_optional
 from issp.utils.files import atomic_write
+
+# Dense lines of several runs hide each other; their running averages, over this part of the values
+# of a run, do not.
+AVERAGED_SHARE = 30
+Average = Literal["mean", "median"]
 
 BLUE, ORANGE, GREY, RED = "#1f5fa8", "#d9731a", "#777777", "#b02a30"
 
@@ -25,8 +33,16 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def write(figure: Any, path: str | Path) -> None:
-    """Writes a figure as PNG, complete or not at all."""
-    atomic_write(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    """Writes a figure, as PDF or SVG if its suffix says so, else as PNG; complete or not at all."""
+    kind = Path(path).suffix.lower().lstrip(".")
+    kind = kind if kind in ("pdf", "svg") else "png"
+    atomic_write(path, lambda file: figure.savefig(file, format=kind, dpi=130))
+
+
+def plain(text: str) -> str:
+    """A name as matplotlib has to get it: no formula, not left out of legends, valid Unicode."""
+    text = text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def draw_line(axis: Any, rows: Sequence[dict[str, Any]], key: str, **style: Any) -> None:
@@ -36,23 +52,142 @@ def draw_line(axis: Any, rows: Sequence[dict[str, Any]], key: str, **style: Any)
     axis.plot(x, y, linewidth=1.2, marker=marker, **style)
 
 
-def mark_hidden(axis: Any, rows: Sequence[dict[str, Any]], key: str, lowest: float) -> bool:
-    """Triangles at the edge of the axis for values that it does not show, with their extreme."""
-    found = False
+def mark_hidden(
+    axis: Any, rows: Sequence[dict[str, Any]], key: str, lowest: float, label: str = ""
+) -> bool:
+    """Triangles at the edge of the axis for values that it does not show.
+
+    Args:
+        axis: over iterations.
+        rows, key: the values.
+        lowest: the axis shows what is at least that.
+        label: of both edges in the legend; "": how many there are and their extreme.
+
+    Returns:
+        Whether there are any.
+    """
+    below = [r for r in rows if r[key] < lowest]
+    above = [r for r in rows if not math.isfinite(r[key])]
     for edge, marker, hidden, extreme, where in (
-        (0.0, "v", [r for r in rows if r[key] < lowest], min, "below: down to"),
-        (1.0, "^", [r for r in rows if not math.isfinite(r[key])], max, "above: up to"),
+        (0.0, "v", below, min, "below: down to"),
+        (1.0, "^", above, max, "above: up to"),
     ):
-        if hidden:
-            found = True
-            axis.plot(
-                [row["iteration"] for row in hidden],
-                [edge] * len(hidden),
-                marker,
-                transform=axis.get_xaxis_transform(),
-                clip_on=False,
-                color=RED,
-                markersize=6,
-                label=f"{len(hidden)} {where} {extreme(row[key] for row in hidden):.4g}",
-            )
-    return found
+        if not hidden:
+            continue
+        values = [row[key] for row in hidden]
+        if any(map(math.isnan, values)):
+            where, values = "not finite, such as", [math.nan]
+        axis.plot(
+            [row["iteration"] for row in hidden],
+            [edge] * len(hidden),
+            marker,
+            transform=axis.get_xaxis_transform(),
+            clip_on=False,
+            color=RED,
+            markersize=6,
+            label=label or f"{len(hidden)} {where} {extreme(values):.4g}",
+        )
+    return bool(below or above)
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one of several series is drawn; each differs from the others without its colour too."""
+
+    color: str
+    linestyle: Any
+    marker: str
+    hatch: str
+    offset: float  # of the markers, as a share of their distance
+
+    def line(self, x: Sequence[float]) -> dict[str, Any]:
+        """Options of `Axes.plot`: about eight markers, so that dense lines can be told apart."""
+        every = max(1, len(x) // 8)
+        return {
+            "color": self.color,
+            "linestyle": self.linestyle,
+            "marker": self.marker,
+            "markersize": 5,
+            "markerfacecolor": "white",
+            "markevery": (int(self.offset * every), every),
+            "linewidth": 1.4,
+        }
+
+
+# Neighbours differ in luminance; the lengths are such that combinations do not repeat soon.
+_COLORS = ("black", "#d9731a", "#1f5fa8", "#8a8a8a", "#b02a30", "#3f8f4f", "#9467bd")
+_LINESTYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+_MARKERS = ("o", "s", "^", "D", "v", "x", "P", "<", "*", ">", "+")
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "---", "ooo", "+++")
+
+
+def series_style(i: int) -> Style:
+    """The style of series number `i`, counted from 0."""
+    lists = (_COLORS, _LINESTYLES, _MARKERS, _HATCHES)
+    return Style(*(options[i % len(options)] for options in lists), offset=0.3 * i % 1)
+
+
+def draw_series(
+    axis: Any,
+    rows: Sequence[dict[str, Any]],
+    key: str,
+    style: Style,
+    label: str,
+    average: Average,
+) -> None:
+    """One of several lines over the iterations: the running average, and the values behind it."""
+    x = np.array([row["iteration"] for row in rows])
+    y = np.array([row[key] for row in rows], dtype=np.float64)
+    window = len(y) // AVERAGED_SHARE
+    if window > 1:
+        axis.plot(x, y, color=style.color, linewidth=0.5, alpha=0.3, zorder=1)
+    axis.plot(x, running(average, y, window), label=plain(label), **style.line(x))
+
+
+def average_note(rows: Sequence[Sequence[dict[str, Any]]], average: Average) -> str:
+    """What `draw_series` has done with these series, for the legend; "" if nothing."""
+    if max(map(len, rows), default=0) // AVERAGED_SHARE <= 1:
+        return ""
+    return f"thick: running {average} over 1/{AVERAGED_SHARE} of a run's values"
+
+
+def running(average: Average, values: np.ndarray, window: int) -> np.ndarray:
+    """Average of `window` values around each, of fewer at both ends; NaN is left out.
+
+    Args:
+        average: "mean" or "median".
+        values: [n] float64.
+        window: 0 and 1 leave the values as they are.
+    """
+    if window <= 1:
+        return values
+    function = np.nanmean if average == "mean" else np.nanmedian
+    before, after = window // 2, window - window // 2
+    pieces = (values[max(0, i - before) : i + after] for i in range(len(values)))
+    return np.array([np.nan if np.isnan(p).all() else function(p) for p in pieces])
+
+
+def mark_freezes(axis: Any, freezes: Iterable[int | None]) -> None:
+    """A vertical line at every iteration where a run's mask was fixed."""
+    for i, freeze in enumerate(sorted(set(freezes) - {None})):
+        line = {"color": GREY, "linestyle": ":", "linewidth": 1.5}
+        axis.axvline(freeze, label="" if i else "mask frozen", **line)
+
+
+def legend_below(figure: Any, width: float, note: str = "") -> None:
+    """One legend for all axes below the figure, in as many columns as its names allow.
+
+    Args:
+        figure: with labelled series; names that several axes share appear once.
+        width: of the figure in inches.
+        note: a line above the names.
+    """
+    entries: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    longest = max(map(len, entries), default=0)
+    columns = max(1, min(len(entries), int(14 * width) // (longest + 10)))
+    place = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    text = {"fontsize": 8, "title": note, "title_fontsize": 8}
+    figure.legend(entries.values(), entries.keys(), handlelength=4, **place, **text)
