@@ -233,8 +233,10 @@ def pip(words, capsys):
 
 
 def issp_command(words, capsys):
-    assert cli.main([words[1], "--help"]) == 0
-    assert_known(words[2:], capsys.readouterr().out)
+    within = getattr(cli.command_module(words[1]), "COMMANDS", ())
+    names = words[1:3] if words[2:] and words[2] in within else words[1:2]
+    assert cli.main([*names, "--help"]) == 0
+    assert_known(words[1 + len(names) :], capsys.readouterr().out)
     for word in words[2:]:
         if word.startswith("configs/"):
             assert (ROOT / word).is_file(), word

@@ -43,8 +43,8 @@ def test_a_set_is_named_after_its_data_set(monkeypatch, tmp_path):
         (["a=x", "a=y"], "x and y are both called 'a'"),
         (["Set5", "Set5"], "both called 'Set5'"),
         (["=x"], "=x has no name: write NAME=DIR"),
-        (["..=x"], "..=x gives its images no name"),
-        (["/"], "/ gives its images no name"),
+        (["..=x"], "..=x has no name"),
+        (["/"], "/ has no name"),
     ],
 )
 def test_unclear_names_are_refused(entries, sentence, capsys, tmp_path):
