@@ -381,6 +381,7 @@ class Val(Section):
 
     val_freq: Annotated[Integer, _between(1)] = 5000
     save_img: StrictBool = False
+    soft: StrictBool = True  # while pruning, also score the model whose weights are not masked
     metrics: dict[str, Metric] = {}
 
     @model_validator(mode="after")

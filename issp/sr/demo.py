@@ -164,8 +164,8 @@ def fitting_iterations(options: Options, probe: int = 12) -> int:
     trial = settings(options, "probe", 1000, options.sparsity)
     batches = builders.loader(trial, pin_memory=False)
     each = seconds_per_iteration(trial, torch.device("cpu"), batches, probe)
-    # A tenth of the time goes to validation.
-    return max(20, int(0.9 * 60 * options.minutes / each))
+    # The rest goes to validation, of two models while pruning.
+    return max(20, int(0.86 * 60 * options.minutes / each))
 
 
 def _train(settings: Config, held_out: data.EvalDataset) -> tuple[nn.Module, Row]:

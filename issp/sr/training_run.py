@@ -22,7 +22,7 @@ from issp.sr.resume import SavedState
 from issp.sr.run_folder import RunFolder
 from issp.utils.errors import NonFiniteLossError
 
-VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim", "exact")
+VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim", "exact", "model")
 LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", "threshold")
 
 
@@ -246,12 +246,12 @@ class TrainingRun:
         validates = bool(self.validation) and is_due
         if iteration % config.logger.print_freq == 0 or validates or last or freezes:
             self.meter.check()
-            psnr = None
+            scores: dict[str, float] = {}
             if validates:
                 with self.meter.paused():
-                    psnr = self.validate(iteration)
+                    scores = self.validate(iteration)
             self._flush_recorders()
-            row = {**self.row(iteration), "psnr": psnr}
+            row = {**self.row(iteration), **scores}
             self._is_pending = False
             self.csv.add(row)
             self.tensorboard.add(row)
@@ -287,35 +287,59 @@ class TrainingRun:
             }
         return row
 
-    def validate(self, iteration: int) -> float:
-        """Scores every validation set; returns the PSNR of the first.
+    def validate(self, iteration: int) -> dict[str, float]:
+        """Scores every validation set; returns columns of the training log, of the first set.
 
-        Best-model tracking starts when the mask is frozen; before that the pruned weights are not
-        zero yet.
+        While the network is pruned the masked model is scored, then the soft one. Best-model
+        tracking starts when the mask is frozen; before that the pruned weights are not zero yet.
         """
-        means = []
-        for name, dataset in self.validation.items():
-            result = self._score(name, dataset, iteration)
-            means.append(result.psnr)
-            scores = {name: getattr(result, name) for name in ("psnr", "ssim", "exact")}
-            row = {"iteration": iteration, **scores}
-            self.scores.add({**row, "stage": self.stage(iteration), "set": name})
-            self.tensorboard.add(row, prefix=f"{name}/")
-        if self.is_final_form and means[0] > self.best.psnr:
-            self._save_model("best", iteration, psnr=means[0])
+        columns: dict[str, float] = {}
+        for model, endings in self._scored_models(iteration).items():
+            is_masked = model == "masked"
+            with self.pruner.masked(self.ema) if is_masked else contextlib.nullcontext():
+                scores = [self._score(n, x, iteration, model) for n, x in self.validation.items()]
+            for score in scores:
+                values = {name: getattr(score, name) for name in ("psnr", "ssim", "exact")}
+                row = {"iteration": iteration, "stage": self.stage(iteration), "set": score.name}
+                self.scores.add({**row, **values, "model": model})
+                named = {name + ending: x for name, x in values.items() for ending in endings}
+                self.tensorboard.add({"iteration": iteration, **named}, prefix=f"{score.name}/")
+            columns |= {f"psnr{ending}": scores[0].psnr for ending in endings}
+        if self.is_final_form and columns["psnr"] > self.best.psnr:
+            self._save_model("best", iteration, psnr=columns["psnr"])
             # After it: a run resumed here writes it again.
-            self.best = Best(means[0], iteration, self._scored_on())
-        return means[0]
+            self.best = Best(columns["psnr"], iteration, self._scored_on())
+        return columns
+
+    def _scored_models(self, iteration: int) -> dict[str, tuple[str, ...]]:
+        """The models to score -> endings of their columns: "" as it is, "_masked" with the mask.
+
+        One that has both is scored once.
+        """
+        if self.pruner is None:
+            return {"dense": ("",)}
+        both = ("", "_masked")
+        if self.pruner.frozen:
+            return {"sparse": both if self.stage(iteration) == "pruning" else both[:1]}
+        masks = self.pruner.masks()
+        if all(bool(kept.all()) for kept in masks.values()):
+            return {"dense": both}
+        weights = {name: self.eval_model.get_submodule(name).weight for name in masks}
+        if not any(bool(weights[name][~kept].any()) for name, kept in masks.items()):
+            return {"masked": both}
+        return (
+            {"masked": both[1:], "soft": both[:1]} if self.config.val.soft else {"masked": both[1:]}
+        )
 
     def _score(
-        self, name: str, dataset: EvalDataset, iteration: int | None = None
+        self, name: str, dataset: EvalDataset, iteration: int | None = None, model: str = ""
     ) -> evaluate.Score:
         def on_image(image: str, sr: np.ndarray, _: evaluate.Score) -> None:
             if iteration is None:
                 return
             if self.stop.signal:  # a validation may take longer than a scheduler waits
                 raise self.interrupted(iteration)
-            if self.config.val.save_img:
+            if self.config.val.save_img and model != "soft":
                 write_image(self.folder.images / name / image / f"{image}_{iteration}.png", sr)
 
         scores = evaluate.evaluate(

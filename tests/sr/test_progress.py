@@ -13,8 +13,8 @@ from issp.sr import logging
 from issp.sr.logging import progress
 
 ROW = {
-    "iteration": 12345, "stage": "pruning", "loss": 0.012345, "psnr": 31.234, "seconds": 0.1234,
-    "selected": 0.95, "zeros": 0.0, "flips": 1234, "lr": 1e-3,
+    "iteration": 12345, "stage": "pruning", "loss": 0.012345, "psnr": 29.876, "seconds": 0.1234,
+    "selected": 0.95, "zeros": 0.0, "flips": 1234, "lr": 1e-3, "psnr_masked": 31.234,
 }  # fmt: skip
 
 
@@ -45,30 +45,42 @@ def test_the_bar_is_one_line_in_any_terminal(width):
     if width >= 40:
         assert "0.12 s/it" in line
     if width >= 60:
-        assert "31.23 dB soft" in line
+        assert "31.23 dB masked" in line
     if width >= 80:
-        assert "31.23 dB soft zeros 0 % loss 0.0123" in line and "━" in line
+        assert "31.23 dB masked zeros 0 % loss 0.0123" in line and "━" in line
     if width >= 120:
-        assert line.endswith("loss 0.0123 1234 flips")
+        assert line.endswith("loss 0.0123 1234 flips 29.88 dB soft")
 
 
 def test_the_bar_keeps_the_latest_score_and_whose_it_is():
-    frozen = {**ROW, "stage": "fine-tuning", "zeros": 0.95, "psnr": None, "flips": 0}
-    rows = [ROW, {**ROW, "psnr": None}, frozen, {**frozen, "psnr": 30.5}]
+    unscored = {"psnr": None, "psnr_masked": None}
+    frozen = {**ROW, "stage": "fine-tuning", "zeros": 0.95, "flips": 0, **unscored}
+    rows = [ROW, {**ROW, **unscored}, frozen, {**frozen, "psnr": 30.5}]
     lines = displayed(120, rows)
-    assert ["31.23 dB soft" in line for line in lines] == [True, True, True, False]
+    assert ["31.23 dB masked" in line for line in lines] == [True, True, True, False]
     assert lines[3].endswith("30.50 dB zeros 95 % loss 0.0123 frozen")
 
 
 def test_a_line_of_the_log_in_either_stage():
-    soft = progress.format_row(ROW)
-    assert soft == (
-        "pruning  loss 0.01235  PSNR 31.23 dB of the soft model  selected 95.0 %  zeros 0.0 %  "
-        "1234 flips/it  0.123 s/it"
-    )
-    hard = progress.format_row({**ROW, "stage": "fine-tuning", "zeros": 0.95})
+    def line(scores, **changes):
+        return progress.format_row({**ROW, "psnr": None, "psnr_masked": None, **scores, **changes})
+
+    both = {"psnr": 29.876, "psnr_masked": 31.234}
+    for scores, text in (
+        (both, "PSNR 31.23 dB masked, 29.88 dB soft  "),
+        ({"psnr_masked": 31.234}, "PSNR 31.23 dB masked  "),
+        ({"psnr": 29.876}, "PSNR 29.88 dB soft  "),  # in a log of an earlier version
+        ({}, ""),
+    ):
+        assert line(scores) == (
+            f"pruning  loss 0.01235  {text}selected 95.0 %  zeros 0.0 %  1234 flips/it  0.123 s/it"
+        )
+    freeze = line({"psnr": 31.234, "psnr_masked": 31.234}, zeros=0.95)
+    assert "PSNR 31.23 dB  selected" in freeze
+    hard = line({"psnr": 31.234}, stage="fine-tuning", zeros=0.95)
     assert hard == "fine-tuning  loss 0.01235  PSNR 31.23 dB  zeros 95.0 %  0.123 s/it"
-    dense = {k: v for k, v in ROW.items() if k not in ("selected", "zeros", "flips")}
+    pruning = ("selected", "zeros", "flips", "psnr_masked")
+    dense = {k: v for k, v in {**ROW, "psnr": 31.234}.items() if k not in pruning}
     assert progress.format_row({**dense, "stage": "dense"}) == (
         "dense  loss 0.01235  PSNR 31.23 dB  0.123 s/it"
     )

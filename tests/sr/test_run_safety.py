@@ -498,7 +498,8 @@ def test_the_log_says_whose_score_and_whose_zeros_it_shows(tree):
     lines = [line[20:] for line in (folder / "log" / "train.log").read_text().splitlines()]
     rows = {int(line.split("/")[0]): line for line in lines if "/12  " in line}
     assert list(rows) == [4, FREEZE, 8, TOTAL], "the iteration of the freeze is scored as well"
-    assert "dB of the soft model  selected 80" in rows[4] and "zeros 0.0 %" in rows[4]
+    assert " dB masked, " in rows[4] and " dB soft  selected 80" in rows[4]
+    assert "zeros 0.0 %" in rows[4]
     for i in (FREEZE, 8, TOTAL):
         assert "dB  " in rows[i] and "soft" not in rows[i] and "zeros 80" in rows[i]
     assert any(line.startswith("iteration 6: the mask is frozen and 80") for line in lines)

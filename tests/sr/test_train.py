@@ -115,8 +115,8 @@ def test_stages_rates_and_scores_in_the_log(tree):
 def test_the_best_model_is_never_a_soft_one(tree, monkeypatch):
     from issp.sr import evaluate
 
-    # Before the first iteration, then iterations 3 (soft), 6 (frozen), 9, 12.
-    scores = iter([0.0, 99.0, 20.0, 30.0, 25.0])
+    # Before the first iteration, then iterations 3 (masked, soft), 6 (frozen), 9, 12.
+    scores = iter([0.0, 99.0, 98.0, 20.0, 30.0, 25.0])
 
     def fake(*args, **kwargs):
         value = next(scores)

@@ -2,7 +2,8 @@
 
 from issp.sr.logging.columns import COLUMNS
 from issp.sr.logging.meter import AverageMeter, StepTimer
-from issp.sr.logging.progress import Progress, is_soft
+from issp.sr.logging.progress import Progress
+from issp.sr.logging.scores import is_soft, soft_psnr, sparse_psnr
 from issp.sr.logging.tensorboard import TensorBoardLog
 from issp.utils.csv_log import CsvLog, read_csv
 
@@ -15,4 +16,6 @@ __all__ = [
     "TensorBoardLog",
     "is_soft",
     "read_csv",
+    "soft_psnr",
+    "sparse_psnr",
 ]

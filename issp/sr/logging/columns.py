@@ -5,7 +5,8 @@ COLUMNS = (
     "stage",  # pruning | fine-tuning | dense
     "lr",
     "loss",  # mean since the previous row
-    "psnr",  # first validation set, at iterations that validated; of the soft model while pruning
+    "psnr",  # first validation set, at iterations that validated; of the model as it is
+    "psnr_masked",  # while pruning: of the model with the mask of the moment applied
     "flips",  # mask bits that this iteration's selection changed
     "threshold",  # mean over layers
     "selected",  # share of prunable weights the masks mark

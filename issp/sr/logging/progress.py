@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from issp.sr.logging.scores import psnr_parts
 from issp.sr.logging.text import TextLog
 from issp.utils.text import duration
 
@@ -30,7 +31,7 @@ class Progress:
         self.quiet = quiet
         self.total = self.done = self.first = 0
         self._start = time.perf_counter()
-        self._psnr: dict[str, Any] = {}
+        self._scored: dict[str, Any] = {}
         self._bar: Any = None
         self._log = TextLog()
 
@@ -77,10 +78,9 @@ class Progress:
             self.write_line(line)
             return
         self._log.add(line)
-        if row.get("psnr") is not None:
-            self._psnr = row
-        # The latest score stays in the bar between validations.
-        parts = brief_parts({**row, "psnr": self._psnr.get("psnr")}, is_soft(self._psnr))
+        if psnr_parts(row):
+            self._scored = row  # the latest score stays in the bar between validations
+        parts = brief_parts(row, self._scored)
         used = 2 * width + len("/  0:00:00 ") + 1
         columns = self._bar.console.width
         room = columns - used - (_BAR_WIDTH + 1) * (columns >= _BAR_NEEDS)
@@ -109,16 +109,12 @@ class Progress:
         return duration(speed * (self.total - self.done))
 
 
-def is_soft(row: dict[str, Any]) -> bool:
-    """Selected weights are not zero yet: a score is of a model that is not sparse."""
-    return (row.get("zeros") or 0) < (row.get("selected") or 0)
-
-
 def format_row(row: dict[str, Any]) -> str:
     """A row of the log as a line of text."""
     parts = [row["stage"], f"loss {row['loss']:.5f}"]
-    if row.get("psnr") is not None:
-        parts.append(f"PSNR {row['psnr']:.2f} dB{' of the soft model' if is_soft(row) else ''}")
+    scores = psnr_parts(row)
+    if scores:
+        parts.append(f"PSNR {', '.join(scores)}")
     if row.get("selected") is not None:
         if row["stage"] == "pruning":
             parts.append(f"selected {100 * row['selected']:.1f} %")
@@ -129,22 +125,22 @@ def format_row(row: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
-def brief_parts(row: dict[str, Any], psnr_is_soft: bool) -> list[str]:
+def brief_parts(row: dict[str, Any], scored: dict[str, Any]) -> list[str]:
     """A row of the log for the bar, the most wanted facts first.
 
     Args:
-        row: of the log, with the latest PSNR.
-        psnr_is_soft: that PSNR is of the soft model.
+        row: of the log.
+        scored: the latest row of a validation; empty before the first.
     """
     parts = [f"{row['seconds']:.2g} s/it" if row["seconds"] < 10 else f"{row['seconds']:.0f} s/it"]
-    if row.get("psnr") is not None:
-        parts.append(f"{row['psnr']:.2f} dB{' soft' if psnr_is_soft else ''}")
+    scores = psnr_parts(scored)
+    parts += scores[:1]
     if row.get("selected") is not None:
         parts.append(f"zeros {100 * row['zeros']:.3g} %")
     parts.append(f"loss {row['loss']:.4f}")
     if row.get("selected") is not None:
         parts.append(f"{row['flips']} flips" if row["stage"] == "pruning" else "frozen")
-    return parts
+    return parts + scores[1:]
 
 
 def fit(parts: Sequence[str], columns: int) -> str:

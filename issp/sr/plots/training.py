@@ -144,18 +144,22 @@ def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
 
 
 def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> None:
-    scored = [row for row in rows if row.get("psnr") is not None]
-    soft = [row for row in scored if logging.is_soft(row)]
-    hard = [row for row in scored if not logging.is_soft(row)]
-    for points, label, color, face in (
-        (soft, "soft model: selected weights shrunk, not yet zero", drawing.ORANGE, "white"),
-        (hard, "sparse model" if soft else "model", drawing.BLUE, drawing.BLUE),
+    sparse, soft = (
+        [{"iteration": row["iteration"], "psnr": y} for row in rows if (y := psnr(row)) is not None]
+        for psnr in (logging.sparse_psnr, logging.soft_psnr)
+    )
+    is_pruned = any(row.get("selected") for row in rows)
+    for points, label, color, style in (
+        (soft, "soft model: selected weights small, not zero", drawing.ORANGE, "s"),
+        (sparse, "sparse model: mask applied" if is_pruned else "model", drawing.BLUE, "o-"),
     ):
         x, y = [row["iteration"] for row in points], [row["psnr"] for row in points]
         if points:
-            axis.plot(x, y, "o-", color=color, markerfacecolor=face, markersize=4, label=label)
+            face = color if points is sparse else "white"
+            axis.plot(x, y, style, color=color, markerfacecolor=face, markersize=4, label=label)
     if bicubic is not None:
         axis.axhline(bicubic, color="black", linewidth=1, linestyle=":", label="bicubic")
+    scored = [*sparse, *soft]
     if not scored:
         axis.text(
             0.5, 0.5, "no validation", transform=axis.transAxes, ha="center", color=drawing.GREY

@@ -87,6 +87,35 @@ def test_every_score_is_shown_or_marked(drawn):
     assert marks(plain) == []
 
 
+def points(axis, label):
+    """Iteration -> value of the line with that beginning of its label."""
+    (line,) = [x for x in axis.lines if str(x.get_label()).startswith(label)]
+    return dict(zip(line.get_xdata(), line.get_ydata(), strict=True)), line
+
+
+def test_the_curve_is_the_masked_models_and_the_soft_one_stands_beside(drawn):
+    rows = [
+        row(100, "pruning", psnr=29.0, psnr_masked=31.0),
+        row(200, "pruning", psnr_masked=31.5),  # val.soft: false
+        row(300, "pruning", psnr=31.75, psnr_masked=31.75, zeros=0.9),  # the freeze
+        row(350),
+        row(400, psnr=32.0),
+    ]
+    axis = drawn(plots.curves, rows).axes[0]
+    sparse, line = points(axis, "sparse model: mask applied")
+    assert sparse == {100: 31.0, 200: 31.5, 300: 31.75, 400: 32.0}
+    assert line.get_linestyle() == "-" and all(shown(axis, *xy) for xy in sparse.items())
+    soft, line = points(axis, "soft model")
+    assert soft == {100: 29.0} and line.get_linestyle() == "None" and line.get_marker() == "s"
+
+
+def test_a_log_of_an_earlier_version_has_soft_scores_alone_before_the_freeze(drawn):
+    rows = [row(100, "pruning", psnr=29.0), row(200, "pruning", psnr=30.0, zeros=0.9), row(300)]
+    axis = drawn(plots.curves, rows).axes[0]
+    assert points(axis, "soft model")[0] == {100: 29.0}
+    assert points(axis, "sparse model")[0] == {200: 30.0}
+
+
 def test_a_layer_without_gradient_is_marked(drawn):
     rows = [
         {"iteration": i, "layer": name, "norm": norm, "variance": norm}
