@@ -250,6 +250,10 @@ class Pruner:
         else:
             for bucket in remaining:
                 bucket.shrink(self.method.factor, found_inf)
+            if not self.method.ranks_after(self._running_step(index)):
+                for bucket in self._buckets:
+                    if bucket.optimizer == index:
+                        bucket.state.flips.zero_()
             if self.method.factor != 1.0:
                 self._buckets.shrink_iterates(remaining, self.method.factor, found_inf)
         if index == 0:

@@ -96,6 +96,34 @@ def test_a_freeze_by_hand_begins_the_second_stage(tmp_path):
     assert flips[0] > 0 and flips[2:] == [0, 0]
 
 
+@pytest.mark.parametrize("optimizer", [adam, issp_adam])
+@pytest.mark.parametrize(
+    "method, ranked",
+    [
+        (issp.methods.StaleISSR(interval=3), {3, 6}),
+        (issp.methods.SRP(), set()),
+        (issp.methods.Dense(), set()),
+        (issp.methods.L1(), set()),
+    ],
+)
+def test_a_step_that_selects_nothing_has_no_flips(tmp_path, optimizer, method, ranked):
+    model = net()
+    opt = optimizer(model)
+    sparsity = {} if method.name == "dense" else {"sparsity": 0.5}
+    pruner = issp.attach(model, opt, method=method, **sparsity)
+    watch = Watch(model, pruner)
+    with issp.Recorder(pruner, tmp_path):
+        train(model, opt, range(7))
+    masks = by_layer(tmp_path, "masks")
+    assert len(masks) == 7 * 3
+    assert {i for (i, _), row in masks.items() if row["flips"]} <= ranked
+    for key, row in masks.items():
+        threshold = watch.masks[key][2]
+        found = [row["flips"], row["swaps"], row["threshold"], row["zeros"]]
+        expected = [*watch.masks[key][:2], None if threshold != threshold else threshold]
+        assert found == [*expected, watch.masks[key][3]]
+
+
 @pytest.mark.parametrize(
     "layers, base, names",
     [
