@@ -110,8 +110,13 @@ class Pruner:
         return self._counter.upper_bound
 
     def stage_of(self, step: int) -> str:
-        """The stage of a step, "pruning" or "fine-tuning"; the one that fixes the masks prunes."""
-        return "fine-tuning" if self.frozen and step > self._pruning_steps else "pruning"
+        """The stage of a step, "pruning" or "fine-tuning"; the one that fixes the masks prunes.
+
+        With a method that fixes them when it is attached, `freeze_at` alone ends the first stage.
+        """
+        at_once = self._freeze_at if self.method.fixes_masks else None
+        last = max(self._pruning_steps, at_once or 0)
+        return "fine-tuning" if self.frozen and step > last else "pruning"
 
     @property
     def buckets(self) -> WeightBuckets:

@@ -174,6 +174,20 @@ def test_the_driver_records_when_asked_and_resumes(tree, monkeypatch):
     assert not any(row["flips"] for row in masks if row["iteration"] > FREEZE)
 
 
+@pytest.mark.parametrize("method", ["iss-p", "l1", "srp"])
+def test_records_and_log_agree_on_the_stage(tree, monkeypatch, method):
+    every = {"logger__grad_stats_freq": 1, "logger__grad_stats_layers": 1, "logger__print_freq": 1}
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Interrupted):
+            run(tree, sparsity__method=method, **every)
+    _, folder = run(tree, resume=True, sparsity__method=method, **every)
+    rows = logging.read_csv(folder / "log" / "gradients.csv")
+    stages = [[row["iteration"], row["stage"]] for row in rows]
+    assert stages == log(folder, "iteration", "stage")
+    assert [stage for _, stage in stages] == ["pruning"] * FREEZE + ["fine-tuning"] * FREEZE
+
+
 def test_a_dense_run_records_its_gradients(tree):
     dense = {key: value for key, value in tree.items() if key != "sparsity"}
     _, folder = run(
