@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 HELP = "train a grid of methods, sparsities, scales, seeds and networks with equal budgets"
 EXAMPLE = (
     "issp study configs/study_cpu.yml --dry-run\n"
-    "  issp study configs/study_cpu.yml --workers 2 --threads 1    # again after a break: goes on\n"
+    "  issp study configs/study_cpu.yml --workers 2 --threads 1\n"
     "  issp study configs/study_cpu.yml --report"
 )
 
 _OPTIONS = ("out", "workers", "threads")  # of which a continued study needs the same
-_PROBE_SECONDS = 5.0  # for each network, in a dry run
+_PROBE_SECONDS = 3.0  # for each network and method, in a dry run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,15 +108,16 @@ def _list(study: Study, workers: int, threads: int) -> int:
     folder = StudyFolder(study)
     folder.check()
     device = builders.device(study.runs[0].config.device)
-    speed: dict[tuple[str, int], float] = {}
+    speed: dict[tuple[str, int, str], float] = {}
     rows, total = [], 0.0
     for run in study.runs:
-        kind, iterations = (run.network, run.scale), run.config.train.total_iter
+        kind = run.network, run.scale, run.method
+        iterations = run.config.train.total_iter
         if folder.is_finished(run):
             rows.append([run.name, f"{iterations}", "finished", ""])
             continue
         if kind not in speed:
-            print(f"timing {run.network} x{run.scale} on {device} ...", file=sys.stderr, flush=True)
+            print(f"timing {' '.join(map(str, kind))} on {device} ...", file=sys.stderr, flush=True)
             speed[kind] = seconds_per_iteration(run.config, device, enough=_PROBE_SECONDS)
         done = folder.iteration(run)
         seconds = speed[kind] * (iterations - done)

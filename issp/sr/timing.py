@@ -35,13 +35,16 @@ def seconds_per_iteration(
     model = builders.network(config, pretrained=False)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer, loss = builders.optimizer(config, model), builders.loss(config)
-    builders.pruner(config, model, optimizer, None)
+    pruner = builders.pruner(config, model, optimizer, None)
     times: list[float] = []
     begin = last = time.perf_counter()
     for batch in batches or _noise(config, model.channels):
         lq = batch["lq"].to(device).contiguous(memory_format=torch.channels_last)
         optimizer.zero_grad()
-        loss(model(lq), batch["gt"].to(device)).backward()
+        value = loss(model(lq), batch["gt"].to(device))
+        if pruner is not None and pruner.method.has_loss:
+            value = value + pruner.loss()
+        value.backward()
         optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)

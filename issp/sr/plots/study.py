@@ -17,14 +17,14 @@ def scores(results: Sequence[Result], path: str | Path, channel: str = "y") -> N
     """PSNR of every seed as a small mark, and their mean as a large one.
 
     Args:
-        results: of one study.
+        results: of one study; bicubic interpolation is left out.
         path: PNG to write.
         channel: "y" or "rgb".
 
     Raises:
         ValueError: there is nothing to draw.
     """
-    rows = [row for row in results if row.channel == channel]
+    rows = [row for row in results if row.channel == channel and row.arch]
     if not rows:
         raise ValueError(f"{path}: no run has scores yet; let the study go on for a while")
     kinds = list(dict.fromkeys((row.arch, row.scale) for row in rows))

@@ -76,16 +76,15 @@ class StudyFolder:
         return int(state.stem) if state else 0
 
     def results(self) -> list[Result]:
-        """The scores of all runs so far, in the order of the grid and of the test sets."""
-        sets = list(self.study.test)
-        found: list[Result] = []
-        for run in self.study.runs:
-            path = self.run(run).path / results.FILE_NAME
-            rows = results.read(path) if path.exists() else []
-            found += sorted(
-                (row for row in rows if row.set in sets), key=lambda row: sets.index(row.set)
-            )
-        return found
+        """The scores of all runs so far, in the order of the grid."""
+        runs = (*self.study.baselines, *self.study.runs)
+        return [row for run in runs for row in self.results_of(run)]
+
+    def results_of(self, run: Run) -> list[Result]:
+        """The scores of a run so far, in the order of the test sets."""
+        path, sets = self.run(run).path / results.FILE_NAME, list(self.study.test)
+        rows = [row for row in results.read(path) if row.set in sets] if path.exists() else []
+        return sorted(rows, key=lambda row: sets.index(row.set))
 
     def collect(self) -> list[Result]:
         """Writes results.csv from the runs' results; returns its rows."""

@@ -24,6 +24,7 @@ from issp.utils.text import suggest
 # Keys of `sparsity` that belong to a method, and those that the grid and the base decide for all.
 _OF_METHOD = ("method", "shrink", "options")
 _OF_STUDY = ("ratio", "freeze_iter", "from_zeros")
+BASELINE = "bicubic"  # in the place of a method: scored once for each scale
 
 
 def _folder_of_images(value: Any) -> Any:
@@ -72,7 +73,7 @@ class StudyFile(Section):
 
 @dataclass(frozen=True)
 class Run:
-    """One training of a study.
+    """One training of a study, or bicubic interpolation.
 
     Attributes:
         method, scale, seed, network: its place in the grid.
@@ -81,9 +82,9 @@ class Run:
     """
 
     method: str
-    sparsity: float
+    sparsity: float | None
     scale: int
-    seed: int
+    seed: int | None
     network: str
     config: Config
 
@@ -110,6 +111,16 @@ class Study:
     file: StudyFile
     out: Path
     runs: list[Run]
+
+    @property
+    def baselines(self) -> list[Run]:
+        """Bicubic interpolation at every scale."""
+        of_scale = {run.scale: run.config for run in self.runs}
+        return [
+            Run(BASELINE, None, scale, None, "", settings.model_copy(update={"name": name}))
+            for scale, settings in of_scale.items()
+            for name in [f"{BASELINE}_x{scale}"]
+        ]
 
     @property
     def test(self) -> dict[str, EvalData]:
@@ -146,7 +157,7 @@ def _runs(file: StudyFile, root: Path) -> list[Run]:
         if any(excluded.holds(place) for excluded in file.exclude):
             continue
         run = _run(base, root, place, file.methods.get(place["method"], {}))
-        runs.setdefault(run.name, run)  # dense training is the same at every ratio
+        runs.setdefault(run.name, run)  # one dense training for all ratios
     if not runs:
         raise ConfigError("exclude leaves no run of the grid: drop an entry")
     return list(runs.values())
@@ -233,10 +244,12 @@ def _run(base: Config, root: Path, place: dict[str, Any], settings: dict[str, An
 def _sparsity(base: dict[str, Any], place: dict[str, Any], settings: dict[str, Any]) -> Any:
     """The section of a run: the base's, less what belongs to its method if that is another."""
     kind = settings.get("method", place["method"])
+    if not METHODS[kind].prunes:
+        return {"method": kind, "freeze_iter": base["freeze_iter"], **settings}
     other = kind != base["method"]
     section = {k: v for k, v in base.items() if not (other and k in _OF_METHOD)}
     section |= {"method": kind, "ratio": place["ratio"], **settings}
-    if section.get("keep") or kind == "dense":
+    if section.get("keep"):
         del section["ratio"]
     return section
 
@@ -245,7 +258,7 @@ def _share(sparsity: dict[str, Any]) -> float:
     keep = sparsity.get("keep")
     if keep:
         return 1 - keep["n"] / keep["of"]
-    return 0.0 if sparsity["method"] == "dense" else sparsity["ratio"]
+    return sparsity["ratio"] if METHODS[sparsity["method"]].prunes else 0.0
 
 
 def _set_scale(tree: dict[str, Any], base: Config, scale: int) -> None:

@@ -12,7 +12,7 @@ from issp.sr import builders, config, logging, plots, table_formats, tables
 from issp.sr.config import Config
 from issp.sr.results import Result
 from issp.sr.study.folder import StudyFolder
-from issp.sr.study.plan import Run
+from issp.sr.study.plan import BASELINE, Run
 from issp.utils.files import atomic_write
 from issp.utils.text import duration, table
 
@@ -49,7 +49,7 @@ def _text(folder: StudyFolder, rows: Sequence[Result]) -> str:
         parts.append(f"![PSNR of every method]({FIGURE})")
         parts += ["## Scores", table_formats.markdown(tables.build(rows)).rstrip()]
         parts += ["## Order", _ORDER, "\n".join(_order(rows))]
-        parts += ["## Runs", _facts(folder, finished, rows)]
+        parts += ["## Runs", _facts(folder, finished)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -104,7 +104,7 @@ def _order(rows: Sequence[Result]) -> Iterator[str]:
     sets = {row.set for row in rows}
     of_seed: dict[tuple[Any, ...], dict[str, dict[int | None, list[float]]]] = {}
     for r in rows:
-        if r.channel == "y":
+        if r.channel == "y" and r.method != BASELINE:
             methods = of_seed.setdefault((r.arch, r.scale, r.sparsity or 0), {})
             methods.setdefault(r.method, {}).setdefault(r.seed, []).append(r.psnr)
     for (arch, scale, sparsity), methods in of_seed.items():
@@ -119,11 +119,11 @@ def _order(rows: Sequence[Result]) -> Iterator[str]:
         yield f"* {arch} x{scale}, {f'{100 * sparsity:g} %' if sparsity else 'dense'}: {ordered}"
 
 
-def _facts(folder: StudyFolder, finished: Sequence[Run], rows: Sequence[Result]) -> str:
+def _facts(folder: StudyFolder, finished: Sequence[Run]) -> str:
     """A line for each run: its exact zeros and its time."""
     lines = []
     for run in finished:
-        row = next(r for r in rows if Path(r.model).parts[1] == run.name)
+        row = folder.results_of(run)[0]
         log = logging.read_csv(folder.run(run).path / "log" / "train.csv")
         spans = zip([0, *(r["iteration"] for r in log)], log, strict=False)
         seconds = sum(r["seconds"] * (r["iteration"] - before) for before, r in spans)

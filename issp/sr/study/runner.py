@@ -142,9 +142,9 @@ class _Work:
     failed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        runs = self.study.runs
-        self.finished = {run.name for run in runs if self.folder.is_finished(run)}
-        todo = [run for run in runs if run.name not in self.finished]
+        self.finished = {run.name for run in self.study.runs if self.folder.is_finished(run)}
+        runs = (*self.study.baselines, *self.study.runs)
+        todo = [run for run in runs if not self.folder.is_finished(run)]
         self.pending = collections.deque(todo)
         # Shares of the runs that are done; the work of this start begins where they are now.
         self.done = {run.name: self._share(run, self.folder.iteration(run)) for run in todo}
@@ -219,10 +219,12 @@ class _Work:
             worker.assign(self.pending.popleft(), self.study)
 
     def _finish(self, run: Run) -> None:
-        self.finished.add(run.name)
+        if run in self.study.runs:
+            self.finished.add(run.name)
         self.done[run.name] = 1.0
-        rows = [row for row in self.folder.collect() if row.model.split("/")[1] == run.name]
-        scores = ", ".join(f"{row.set} {row.psnr:.2f} dB" for row in rows if row.channel == "y")
+        self.folder.collect()
+        rows = [row for row in self.folder.results_of(run) if row.channel == "y"]
+        scores = ", ".join(f"{row.set} {row.psnr:.2f} dB" for row in rows)
         self._say(f"{run.name}: {scores} ({len(self.finished)} of {len(self.study.runs)} runs)")
 
     def _fail(self, run: Run, text: str) -> None:
@@ -258,8 +260,10 @@ class _Work:
         return iteration / run.config.train.total_iter
 
     def _show(self) -> None:
-        work = sum(self.costs[name] * (1 - share) for name, share in self.before.items())
-        done = sum(self.costs[name] * (self.done[name] - self.before[name]) for name in self.before)
+        # A baseline costs next to nothing.
+        costs = {name: self.costs.get(name, 0.0) for name in self.before}
+        work = sum(cost * (1 - self.before[name]) for name, cost in costs.items())
+        done = sum(cost * (self.done[name] - self.before[name]) for name, cost in costs.items())
         current = [worker.run for worker in self.workers if worker.run]
         names = ", ".join(f"{run.name} {100 * self.done[run.name]:.0f} %" for run in current)
         total = len(self.study.runs)

@@ -1,15 +1,14 @@
-"""The scores of a trained run: both channels of every test set, computed once and kept."""
+"""The scores of a run: both channels of every test set, computed once and kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from issp.sr import builders, checkpoint, data, evaluate, results
+from issp.sr import builders, data, evaluate, results
 from issp.sr.config import EvalData
 from issp.sr.results import Result
 
@@ -28,43 +27,40 @@ def missing_sets(run: Path, sets: Iterable[str]) -> list[str]:
 
 
 def score(
-    model: nn.Module, run: Path, identity: dict[str, Any], test: Mapping[str, EvalData]
+    upscaler: Callable[[np.ndarray], np.ndarray],
+    run: Path,
+    identity: Mapping[str, Any],
+    test: Mapping[str, EvalData],
 ) -> None:
-    """Adds the scores of a model to its run's results, one set after the other.
+    """Adds scores to the results of a run, one set after the other.
 
     Args:
-        model: the final model of the run, with exact zeros.
+        upscaler: as in `issp.sr.evaluate.evaluate`.
         run: folder of the run.
-        identity: method, arch, scale, sparsity and seed of its results.
+        identity: what all its results have in common.
         test: the sets; those that have scores are left out.
     """
-    zeros = checkpoint.sparsity(model)["ratio"]
     for name in missing_sets(run, test):
         dataset = data.EvalDataset(builders.pairs(test[name], identity["scale"]))
-        common = {**identity, "set": name, "images": len(dataset), "zeros": zeros}
-        common |= {
-            "lr": dataset.pairs.lr_source,
-            "model": str(Path(run.parent.name, run.name, MODEL)),
-        }
-        rows = _both_channels(model, dataset)
-        results.add(
-            run / results.FILE_NAME,
-            [
-                Result(**common, channel=channel, psnr=mean.psnr, ssim=mean.ssim)
-                for channel, mean in rows.items()
-            ],
-        )
+        common = {"set": name, "images": len(dataset), "lr": dataset.pairs.lr_source, **identity}
+        rows = [
+            Result(**common, channel=channel, psnr=mean.psnr, ssim=mean.ssim)
+            for channel, mean in _both_channels(upscaler, dataset).items()
+        ]
+        results.add(run / results.FILE_NAME, rows)
 
 
-def _both_channels(model: nn.Module, dataset: data.EvalDataset) -> dict[str, evaluate.Score]:
-    """Mean scores by channel; every image goes through the network once."""
+def _both_channels(
+    upscaler: Callable[[np.ndarray], np.ndarray], dataset: data.EvalDataset
+) -> dict[str, evaluate.Score]:
+    """Mean scores by channel; every image is upscaled once."""
     images: list[np.ndarray] = []
 
     def keep(_: str, sr: np.ndarray, __: evaluate.Score) -> None:
         images.append(sr)
 
     luma, rgb = (evaluate.Protocol(y_channel=y) for y in (True, False))
-    first = evaluate.evaluate(evaluate.of_model(model), dataset, luma, luma, keep)
+    first = evaluate.evaluate(upscaler, dataset, luma, luma, keep)
     upscaled = iter(images)
     second = evaluate.evaluate(lambda _: next(upscaled), dataset, rgb, rgb)
     return {"y": evaluate.mean(first), "rgb": evaluate.mean(second)}

@@ -21,10 +21,11 @@ from typing import Any, TextIO
 
 import torch
 
-from issp.sr import checkpoint, config, logging
+from issp.sr import checkpoint, config, evaluate, logging
 from issp.sr.interrupt import Interrupted
 from issp.sr.run_folder import RunFolder
 from issp.sr.study import scoring
+from issp.sr.study.plan import BASELINE
 from issp.sr.train import train
 from issp.utils import denormals, process
 from issp.utils.errors import UserError, explain_out_of_memory, one_line
@@ -101,19 +102,24 @@ def _jobs() -> Iterator[dict[str, Any]]:
 
 
 def _run(job: dict[str, Any], events: _Events) -> None:
-    settings = config.parse(job["config"])
+    settings, identity = config.parse(job["config"]), job["identity"]
     test = {name: config.EvalData(**entry) for name, entry in job["test"].items()}
     folder = RunFolder(settings.folder)
+    if identity["method"] == BASELINE:
+        scoring.score(evaluate.bicubic(settings.scale), folder.path, identity, test)
+        return
     model = folder.path / scoring.MODEL
     if not _is_trained(model, settings.train.total_iter):
         resume = folder.latest_state() is not None
         if not resume and folder.path.exists():
             shutil.rmtree(folder.path)  # it was interrupted before it had a state
         train(settings, resume=resume, progress=_RunProgress(events))
-    if scoring.missing_sets(folder.path, test):
-        events.send("trained", iteration=settings.train.total_iter)
-        network = checkpoint.load(model).to(job["device"])
-        scoring.score(network, folder.path, job["identity"], test)
+    events.send("trained", iteration=settings.train.total_iter)
+    network = checkpoint.load(model).to(job["device"])
+    identity["zeros"] = checkpoint.sparsity(network)["ratio"]
+    # The folder of a study may be moved.
+    identity["model"] = str(Path(folder.path.parent.name, folder.path.name, scoring.MODEL))
+    scoring.score(evaluate.of_model(network), folder.path, identity, test)
 
 
 def _is_trained(model: Path, total: int) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from issp import cli
-from issp.sr import config
+from issp.sr import builders, config
 from issp.sr.study import plan
 from issp.utils.errors import ConfigError
 from tests.sr.study.files import study_tree, write
@@ -116,6 +116,21 @@ def test_a_pattern_gives_the_sparsity_of_its_run(tree, tmp_path):
     assert run.sparsity == 0.5 and run.config.sparsity.ratio is None
 
 
+def test_dense_training_is_one_run_with_the_stages_of_the_others(tree, tmp_path):
+    tree["base"]["sparsity"] |= {"overrides": {"body.*": 0.1}, "exclude": ["*last"]}
+    grid = {"method": ["dense", "iss-p"], "ratio": [0.8, 0.9], "seed": [0, 1]}
+    runs = load(tree, tmp_path, grid=grid).runs
+    dense = [run for run in runs if run.method == "dense"]
+    assert [run.name for run in dense] == ["EDSR_x2_dense_seed0", "EDSR_x2_dense_seed1"]
+    assert len(runs) == 2 + 4 and {run.sparsity for run in dense} == {0}
+    assert all(run.config.sparsity.ratio is None for run in dense)
+    rates = {
+        tuple(builders.learning_rate(run.config, i) for i in (1, 30, 31, 33, 35, 60))
+        for run in runs
+    }
+    assert rates == {(1e-3, 1e-3, 1e-3, 5e-4, 2.5e-4, 2.5e-4)}
+
+
 def test_test_sets_are_folders_or_entries_of_datasets(tree, tmp_path):
     entry = {"dataroot_gt": "set14/HR", "dataroot_lq": "set14/X2"}
     study = load(tree, tmp_path, test={"Set5": "set5", "Set14": entry})
@@ -182,6 +197,15 @@ def test_a_dry_run_lists_the_runs_and_needs_no_images(tree, tmp_path, capsys):
     ]
     assert {(row[1].strip(), row[2].strip()) for row in rows} == {("60", "new")}
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_networks_of_the_studies_are_those_of_their_bases(path):
+    study = plan.load(path)
+    base = config.parse({**study.file.base, "name": "base"})
+    (run,) = [run for run in study.runs if run.scale == base.scale][:1]
+    assert builders.network(run.config).config == builders.network(base).config
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from issp.sr import builders, config, logging, results
+from issp.sr import builders, config, evaluate, logging, results
+from issp.sr.data import EvalDataset, PairedFolder
 from tests.sr.study.files import (
     FREEZE,
     TOTAL,
@@ -27,6 +28,8 @@ pytest.importorskip("matplotlib", reason="the report has a figure")
 
 pytestmark = pytest.mark.full  # every study starts processes that import torch
 
+# A loss, a penalty and a state; a second draw of the weights; nothing at all.
+METHODS = ["assl", "scratch", "dense"]
 SECONDS = 120  # for what takes a few, on a busy machine
 
 
@@ -41,8 +44,14 @@ def cache(tmp_path_factory):
 def whole(training_photos, tmp_path_factory):
     """The folder of a study without a break."""
     folder = tmp_path_factory.mktemp("whole")
-    assert study(write(study_tree(training_photos, folder), folder / "study.yml")) == 0
+    assert study(write(tree_of_study(training_photos, folder), folder / "study.yml")) == 0
     return folder / "out"
+
+
+def tree_of_study(photos, folder):
+    tree = study_tree(photos, folder)
+    tree["grid"]["method"] = METHODS
+    return tree
 
 
 def wait_until(condition, process):
@@ -64,14 +73,17 @@ def wait_for_end(numbers):
 def test_a_study_that_is_killed_at_any_moment_ends_as_one_without_a_break(
     whole, training_photos, tmp_path, workers_too
 ):
-    path, out = write(study_tree(training_photos, tmp_path), tmp_path / "s.yml"), tmp_path / "out"
+    path, out = (
+        write(tree_of_study(training_photos, tmp_path), tmp_path / "s.yml"),
+        tmp_path / "out",
+    )
     rng = random.Random(workers_too)
     # A moment of each kind, then a random while: before a state, between states, while scoring.
     moments = [
         lambda: len(list(out.glob("runs/*/training_states/*.state"))) >= 2,
         lambda: bool(list(out.glob("runs/*/models/net_g_latest.safetensors"))),
-        lambda: len(list(out.glob("runs/*"))) >= 2,
-        lambda: len(list(out.glob("runs/*/results.csv"))) >= 2,
+        lambda: len(list(out.glob("runs/EDSR*"))) >= 2,
+        lambda: len(list(out.glob("runs/EDSR*/results.csv"))) >= 2,
     ]
     killed = 0
     for moment in moments:
@@ -93,14 +105,14 @@ def test_a_study_that_is_killed_at_any_moment_ends_as_one_without_a_break(
 
 
 def test_two_workers_give_the_results_of_one(whole, training_photos, tmp_path):
-    path = write(study_tree(training_photos, tmp_path), tmp_path / "study.yml")
+    path = write(tree_of_study(training_photos, tmp_path), tmp_path / "study.yml")
     assert study(path, "--workers", "2") == 0
     assert_same_studies(whole, tmp_path / "out")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_runs_and_says_how_to_go_on(whole, training_photos, tmp_path, number):
-    tree = study_tree(training_photos, tmp_path)
+    tree = tree_of_study(training_photos, tmp_path)
     path, out = write(tree, tmp_path / "study.yml"), tmp_path / "out"
     process = start(path, "--workers", "2")
     wait_until(lambda: len(list(out.glob("runs/*/training_states/*.state"))) >= 2, process)
@@ -109,9 +121,9 @@ def test_a_signal_saves_the_runs_and_says_how_to_go_on(whole, training_photos, t
     text = process.communicate(timeout=SECONDS)[0].decode()
     assert process.returncode == 128 + number and len(workers) == 2
     assert not any(map(is_alive, workers))
-    found = re.search(r"stopped with (\d) of 4 runs finished; continue with: (.*)", text)
+    found = re.search(r"stopped with (\d) of 6 runs finished; continue with: (.*)", text)
     assert found and found[2] == f"issp study {path} --workers=2 --threads=1"
-    assert int(found[1]) < 4
+    assert int(found[1]) < 6
     assert study(path, "--workers", "2") == 0
     assert_same_studies(whole, out)
 
@@ -121,13 +133,13 @@ def test_a_finished_study_trains_and_scores_nothing_again(whole, capsys):
         path: path.stat().st_mtime_ns for path in (whole / "runs").rglob("*") if path.is_file()
     }
     assert study(whole / "study.yml") == 0
-    assert "4 runs, 4 are finished" in capsys.readouterr().out
+    assert "6 runs, 6 are finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
 def test_all_runs_have_the_same_budget(whole):
     budgets, data = set(), {0: set(), 1: set()}
-    for folder in sorted((whole / "runs").iterdir()):
+    for folder in (path.parent for path in sorted(whole.glob("runs/*/config.yml"))):
         settings = config.parse(config.load_yaml(folder / "config.yml"))
         rows = logging.read_csv(folder / "log" / "train.csv")
         stages = [(row["iteration"], row["stage"], row["lr"]) for row in rows]
@@ -137,39 +149,47 @@ def test_all_runs_have_the_same_budget(whole):
         assert [s for s in stages if s[1] == "pruning"][-1][0] == FREEZE
         batches = builders.loader(settings, pin_memory=False)
         data[settings.manual_seed].add(next(batches)["lq"].numpy().tobytes())
-    assert len(budgets) == 1
+    assert len(budgets) == 1 and len(list(whole.glob("runs/*/config.yml"))) == 6
     assert len(data[0]) == len(data[1]) == 1 and data[0] != data[1]
 
 
-def test_results_hold_exact_zeros_and_both_channels(whole):
+def test_results_hold_exact_zeros_and_both_channels(whole, training_photos):
     rows = results.read(whole)
-    assert [row.channel for row in rows] == ["y", "rgb"] * 4
+    assert [row.channel for row in rows] == ["y", "rgb"] * 7
     assert {row.set for row in rows} == {"waves"} and {row.images for row in rows} == {4}
+    bicubic, rows = rows[:2], rows[2:]
+    assert {(r.method, r.arch, r.sparsity, r.seed) for r in bicubic} == {
+        ("bicubic", "", None, None)
+    }
+    dataset = EvalDataset(PairedFolder(training_photos, 2))
+    mean = evaluate.mean(evaluate.evaluate(evaluate.bicubic(2), dataset))
+    assert (bicubic[0].psnr, bicubic[0].ssim) == (mean.psnr, mean.ssim)
     for row in rows:
         settings = config.parse(config.load_yaml((whole / row.model).parents[1] / "config.yml"))
         model = builders.network(settings)
         weights = [m.weight.numel() for m in model.modules() if hasattr(m, "stride")]
         pruned = sum(-(-8 * n // 10) for n in weights)
-        assert row.zeros == pruned / sum(weights) and row.sparsity == 0.8
+        level = 0 if row.method == "dense" else 0.8
+        assert row.zeros == (pruned / sum(weights) if level else 0) and row.sparsity == level
         assert (row.method, row.seed) == (settings.sparsity.method, settings.manual_seed)
 
 
 def test_a_run_that_fails_is_listed_and_the_others_go_on(training_photos, tmp_path, capsys):
-    tree = study_tree(training_photos, tmp_path)
+    tree = tree_of_study(training_photos, tmp_path)
     tree["methods"] = {"no-layer": {"method": "iss-p", "exclude": ["nothing*"]}}
     tree["grid"] = {"method": ["no-layer", "iht"], "seed": 0}
     tree["base"]["train"]["total_iter"] = FREEZE
     assert study(write(tree, tmp_path / "study.yml")) == 1
     text = capsys.readouterr()
     assert 'failed: EDSR_x2_no-layer_0.95_seed0: exclude: "nothing*" matches no' in text.err
-    assert {row.method for row in results.read(tmp_path / "out")} == {"iht"}
+    assert {row.method for row in results.read(tmp_path / "out")} == {"bicubic", "iht"}
     report = (tmp_path / "out" / "report.md").read_text()
     assert "1 of 2 runs are finished." in report
     assert "Not finished: EDSR_x2_no-layer_0.95_seed0." in report
 
 
 def test_a_worker_that_is_killed_fails_its_run_and_is_replaced(training_photos, tmp_path):
-    tree = study_tree(training_photos, tmp_path)
+    tree = tree_of_study(training_photos, tmp_path)
     path, out = write(tree, tmp_path / "study.yml"), tmp_path / "out"
     process = start(path)
     wait_until(lambda: bool(list(out.glob("runs/*/training_states/*.state"))), process)
@@ -178,14 +198,14 @@ def test_a_worker_that_is_killed_fails_its_run_and_is_replaced(training_photos, 
     text = process.communicate(timeout=SECONDS)[0].decode()
     assert process.returncode == 1
     assert re.search(r"failed: EDSR_x2_\S+: its process ended with status -9", text), text
-    assert len(list(out.glob("runs/*/results.csv"))) == 3
+    assert len(list(out.glob("runs/EDSR*/results.csv"))) == 5
 
 
 def test_a_second_study_in_the_folder_is_refused_while_the_first_runs(training_photos, tmp_path):
-    tree = study_tree(training_photos, tmp_path)
+    tree = tree_of_study(training_photos, tmp_path)
     path, out = write(tree, tmp_path / "study.yml"), tmp_path / "out"
     first = start(path)
-    wait_until(lambda: bool(list(out.glob("runs/*"))), first)
+    wait_until(lambda: bool(list(out.glob("runs/EDSR*"))), first)
     second = start(path)
     text = second.communicate(timeout=SECONDS)[0].decode()
     first.terminate()
