@@ -226,6 +226,7 @@ class TrainingRun:
 
     def record(self) -> None:
         """Records gradients and masks of the iteration that was just done."""
+        self._is_pending = True
         for recorder in self.recorders:
             recorder.step()
 

@@ -1,6 +1,7 @@
 """The recorder: values of plain torch, which layers and steps have rows, and no row twice."""
 
 import copy
+import re
 import types
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import issp
+from issp.pruning import recorder
 from issp.utils.csv_log import read_csv
 from tests.pruning.networks import adam, net, step, train
 from tests.utils.disk import full_disk
@@ -85,11 +87,11 @@ def test_a_freeze_by_hand_begins_the_second_stage(tmp_path):
     model = net()
     opt = adam(model)
     pruner = issp.attach(model, opt, sparsity=0.5, freeze_at=3)
-    recorder = issp.Recorder(pruner, tmp_path)
+    log = issp.Recorder(pruner, tmp_path)
     train(model, opt, range(2))
     pruner.freeze()
     train(model, opt, range(2))
-    recorder.close()
+    log.close()
     stages = [row["stage"] for row in read_csv(tmp_path / "gradients.csv") if row["layer"] == 4]
     assert stages == ["pruning"] * 2 + ["fine-tuning"] * 2
     flips = [row["flips"] for row in read_csv(tmp_path / "masks.csv") if row["layer"] == 4]
@@ -148,6 +150,21 @@ def test_layers_by_name_and_by_number(tmp_path, layers, base, names):
     for key, row in masks.items():  # of the right layer in its bucket
         assert [row["flips"], row["threshold"]] == [watch.masks[key][0], watch.masks[key][2]]
     assert list(by_layer(tmp_path, "gradients")) == list(masks)
+
+
+@pytest.mark.parametrize(
+    "base, names",
+    [
+        (1, ["conv_first", "0/0.attn.proj", "1/2.attn.proj", "3/0.mlp.fc2"]),
+        (0, ["0/0.attn.qkv", "0/0.mlp.fc1", "1/2.mlp.fc1", "3/1.attn.qkv"]),
+    ],
+)
+def test_the_numbers_of_the_papers_figure_in_either_base(base, names):
+    """docs/method.md, section 1.6."""
+    model = issp.models.build("swinir-light", scale=4)
+    layers = recorder.choose_layers(model, [1, 3, 36, 80], base)
+    expected = [re.sub(r"(\d)/(\d)", r"layers.\1.residual_group.blocks.\2", name) for name in names]
+    assert [layer.name for layer in layers] == expected
 
 
 @pytest.mark.parametrize(
@@ -264,7 +281,7 @@ def test_a_step_that_a_gpu_may_have_skipped_gives_its_place_to_the_next(tmp_path
     model = net()
     opt = adam(model)
     pruner = issp.attach(model, opt, sparsity=0.5, hook=False)
-    recorder = issp.Recorder(pruner, tmp_path, hook=False)
+    log = issp.Recorder(pruner, tmp_path, hook=False)
 
     def after_a_step_on_a_gpu(skipped, seed):
         step(model, opt, seed)
@@ -274,11 +291,11 @@ def test_a_step_that_a_gpu_may_have_skipped_gives_its_place_to_the_next(tmp_path
             pruner._counter.known -= 1
         event = types.SimpleNamespace(synchronize=lambda: None)
         pruner._counter._pending = torch.tensor([float(skipped)]), event
-        recorder.step()
+        log.step()
         return model[4].weight.grad.norm().item()
 
     norms = [after_a_step_on_a_gpu(skipped, i) for i, skipped in enumerate((0, 1, 0, 1))]
-    recorder.close()
+    log.close()
     rows = by_layer(tmp_path, "gradients")
     assert [i for i, name in rows if name == "4"] == [1, 2]
     found = [rows[i, "4"]["norm"] for i in (1, 2)]
@@ -290,7 +307,7 @@ def test_a_recorded_step_never_waits_for_the_device(tmp_path, monkeypatch):
     model = net()
     opt = issp_adam(model)
     pruner = issp.attach(model, opt, sparsity=0.5, freeze_at=2)
-    recorder = issp.Recorder(pruner, tmp_path, layers=[1, 3], hook=False)
+    log = issp.Recorder(pruner, tmp_path, layers=[1, 3], hook=False)
 
     def wait(*_):
         raise AssertionError("a value is read")
@@ -300,8 +317,8 @@ def test_a_recorded_step_never_waits_for_the_device(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__"):
                 patch.setattr(torch.Tensor, name, wait)
-            recorder.step()
-    recorder.close()
+            log.step()
+    log.close()
     assert len(by_layer(tmp_path, "masks")) == len(by_layer(tmp_path, "gradients")) == 4 * 2
 
 
@@ -320,14 +337,14 @@ def test_a_full_disk_loses_no_row_and_repeats_none(tmp_path, monkeypatch):
     model = net()
     opt = adam(model)
     pruner = issp.attach(model, opt, sparsity=0.5)
-    recorder = issp.Recorder(pruner, tmp_path)
+    log = issp.Recorder(pruner, tmp_path)
     train(model, opt, range(2))
     with monkeypatch.context() as patch:
         full_disk(patch)
         with pytest.raises(OSError, match="the disk is full"):
-            recorder.flush()
+            log.flush()
     train(model, opt, range(2, 4))
-    recorder.close()
+    log.close()
     for name in ("gradients", "masks"):
         assert list(by_layer(tmp_path, name)) == [
             (i, layer) for i in (1, 2, 3, 4) for layer in ("0", "2.0", "4")
@@ -339,12 +356,12 @@ def test_a_model_without_a_pruner_records_its_gradients(tmp_path):
     model = model.to(memory_format=torch.channels_last)
     model[2].requires_grad_(False)
     opt = torch.optim.SGD(model[:2].parameters(), 0.1)
-    with issp.Recorder(model, tmp_path, every=2, upto=1) as recorder:
+    with issp.Recorder(model, tmp_path, every=2, upto=1) as log:
         for _ in range(3):  # the second to the fourth
             opt.zero_grad()
             model(torch.randn(2, 3, 8, 8)).square().sum().backward()
             opt.step()
-            recorder.step()
+            log.step()
     rows = by_layer(tmp_path, "gradients")
     assert list(rows) == [(i, name) for i in (2, 4) for name in ("0", "1")]
     assert {row["stage"] for row in rows.values()} == {"dense"}
