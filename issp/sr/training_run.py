@@ -317,20 +317,17 @@ class TrainingRun:
 
         One that has both is scored once.
         """
-        if self.pruner is None:
+        if self.pruner is None or not self.pruner.method.prunes:
             return {"dense": ("",)}
         both = ("", "_masked")
         if self.pruner.frozen:
             return {"sparse": both if self.stage(iteration) == "pruning" else both[:1]}
         masks = self.pruner.masks()
-        if all(bool(kept.all()) for kept in masks.values()):
-            return {"dense": both}
         weights = {name: self.eval_model.get_submodule(name).weight for name in masks}
         if not any(bool(weights[name][~kept].any()) for name, kept in masks.items()):
             return {"masked": both}
-        return (
-            {"masked": both[1:], "soft": both[:1]} if self.config.val.soft else {"masked": both[1:]}
-        )
+        soft = {"soft": both[:1]} if self.config.val.soft else {}
+        return {"masked": both[1:], **soft}
 
     def _score(
         self, name: str, dataset: EvalDataset, iteration: int | None = None, model: str = ""

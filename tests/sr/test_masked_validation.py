@@ -153,9 +153,9 @@ def test_a_model_that_is_masked_already_is_scored_once(tree, ema, models):
     assert row["iteration"] == 3 and (row["psnr"] == row["psnr_masked"]) == (ema == 0)
 
 
-def test_a_dense_run_says_so(tree):
-    del tree["sparsity"]
-    _, folder = run(tree)
+@pytest.mark.parametrize("sparsity", [None, {"method": "dense", "freeze_iter": FREEZE}])
+def test_a_dense_run_says_so(tree, sparsity):
+    _, folder = run(tree, sparsity=sparsity)
     assert {model for models in scores(folder).values() for model in models} == {"dense"}
     rows = logging.read_csv(folder / "log" / "train.csv")
     assert {row["psnr_masked"] for row in rows} == {None}
