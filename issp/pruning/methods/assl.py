@@ -129,7 +129,7 @@ class ASSL(PenaltyMethod):
 
     def penalty(self, step: int, bucket: WeightBucket) -> list[float] | None:
         free = self.lambda_after(step)
-        shared = self.lambda_after(step - self._align_steps) if self._is_aligned else 0.0
+        shared = self.lambda_after(step - self._align_steps)
         constrained = {layer.name for group in self._groups for layer in group}
         lambdas = [shared if x.name in constrained else free for x in bucket.layers]
         return lambdas if any(lambdas) else None

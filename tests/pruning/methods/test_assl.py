@@ -151,6 +151,11 @@ def test_after_the_stage_the_loss_is_zero_and_costs_nothing(monkeypatch):
     assert pruner.frozen and pruner.loss().item() == 0
 
 
+def test_without_a_stage_there_is_no_loss():
+    _, pruner = attached(methods.ASSL(align_steps=0), network())
+    assert pruner.loss().item() == 0 and not pruner.loss().requires_grad
+
+
 def test_first_the_free_layers_are_penalized_then_all():
     options = {"weight": 0.0, "align_steps": 4, "interval": 1, "delta": 0.125}
     model, dense = network(), network()
@@ -290,9 +295,27 @@ def test_without_freeze_at_the_stages_are_the_authors():
 # The networks, and refusals.
 
 
-def test_edsr_ends_aligned():
+SMALL = {
+    "EDSR": {"num_feat": 8, "num_block": 2, "upscale": 2},
+    "SwinIR": {
+        **{"upscale": 2, "upsampler": "pixelshuffledirect", "img_size": 8, "window_size": 4},
+        **{"embed_dim": 12, "depths": [2, 1], "num_heads": [2, 2]},
+    },
+}
+GROUPS = {
+    "EDSR": [["body.0.conv2", "body.1.conv2", "conv_after_body"]],
+    "SwinIR": [
+        [f"layers.{i}.residual_group.blocks.{j}.attn.proj" for i, j in ((0, 0), (0, 1), (1, 0))],
+        [f"layers.{i}.residual_group.blocks.{j}.mlp.fc2" for i, j in ((0, 0), (0, 1), (1, 0))],
+        ["layers.0.conv", "layers.1.conv", "conv_after_body"],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_networks_end_aligned(name):
     torch.manual_seed(0)
-    model = issp.models.EDSR(num_feat=8, num_block=2, upscale=2)
+    model = issp.models.from_config({"type": name, **SMALL[name]})
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     pruner = issp.attach(model, optimizer, 0.9, method="assl", freeze_at=12)
     for _ in range(13):
@@ -300,12 +323,15 @@ def test_edsr_ends_aligned():
         (model(torch.rand(1, 3, 8, 8)).mean() + pruner.loss()).backward()
         optimizer.step()
     pruner.finalize()
-    first, *others = [
-        model.get_submodule(name).weight != 0
-        for name in ("body.0.conv2", "body.1.conv2", "conv_after_body")
-    ]
-    assert all(torch.equal(first, other) for other in others)
-    assert not torch.equal(first, model.body[0].conv1.weight != 0)
+    masks = pruner.masks()
+    for group in GROUPS[name]:
+        assert all(torch.equal(masks[group[0]], masks[other]) for other in group)
+        assert all(torch.equal(masks[x], model.get_submodule(x).weight != 0) for x in group)
+    first = [group[0] for group in GROUPS[name]]
+    alone = [mask for x, mask in masks.items() if x in first or x not in sum(GROUPS[name], [])]
+    assert not any(
+        torch.equal(a, b) for a, b in itertools.combinations(alone, 2) if a.shape == b.shape
+    )
 
 
 @pytest.mark.parametrize(
