@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -149,6 +150,19 @@ def test_after_the_stage_the_loss_is_zero_and_costs_nothing(monkeypatch):
     assert pruner.loss().item() == 0 and not pruner.loss().requires_grad
     train(model, optimizer, 30, pruner, first=3)
     assert pruner.frozen and pruner.loss().item() == 0
+
+
+def test_a_loss_that_is_left_out_is_named_once():
+    model = network()
+    optimizer, pruner = attached("assl", model)
+    with pytest.warns(UserWarning, match=r"assl has a loss: add pruner.loss\(\)") as caught:
+        train(model, optimizer, 5)
+    assert len(caught) == 1
+    other = network()
+    optimizer, pruner = attached("assl", other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(other, optimizer, 5, pruner)
 
 
 def test_without_a_stage_there_is_no_loss():
