@@ -346,7 +346,8 @@ class _Block:
                 rows += [
                     self._row(iteration, stage, names[i], *by_layer[i]) for i in sorted(by_layer)
                 ]
-        self._log.add_cells(rows)
+        if rows:
+            self._log.add_cells(rows)
         self.samples.clear()
 
 

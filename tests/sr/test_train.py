@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from issp import num_pruned
+from issp.pruning import recorder
 from issp.sr import checkpoint, config, logging, plots
 from issp.sr.interrupt import Interrupted
 from issp.utils import denormals
+from issp.utils.csv_log import CsvLog
 from issp.utils.errors import ConfigError, NonFiniteLossError
 from tests.sr.runs import FREEZE, TOTAL, assert_equal, log, run, stop_at
 
@@ -172,6 +174,28 @@ def test_the_driver_records_when_asked_and_resumes(tree, monkeypatch):
     assert [row["zeros"] > 0 for row in masks] == [row["iteration"] >= FREEZE for row in masks]
     assert all(row["flips"] > 0 for row in masks[:3])  # the first selection, from all kept
     assert not any(row["flips"] for row in masks if row["iteration"] > FREEZE)
+
+
+def test_a_record_that_cannot_be_written_costs_neither_rows_nor_the_validation(tree, monkeypatch):
+    _, whole = run(tree, name="whole", **RECORDED)
+    monkeypatch.setattr(recorder, "_BLOCK", 1)
+    add_cells, calls = CsvLog.add_cells, []
+
+    def fail_once(self, rows):
+        calls.append(self.path.name)
+        if calls.count("masks.csv") == 3 and calls[-1] == "masks.csv":  # of iteration 3, scored
+            raise OSError("no space")
+        add_cells(self, rows)
+
+    monkeypatch.setattr(CsvLog, "add_cells", fail_once)
+    with pytest.raises(OSError, match="no space"):
+        run(tree, **RECORDED)
+    states = config.parse(tree).folder / "training_states"
+    assert [f.name for f in states.iterdir()] == ["3.state"]
+    _, folder = run(tree, resume=True, **RECORDED)
+    for name in ("gradients.csv", "masks.csv", "validation.csv"):
+        assert (folder / "log" / name).read_bytes() == (whole / "log" / name).read_bytes()
+    assert log(folder, *COLUMNS) == log(whole, *COLUMNS)
 
 
 @pytest.mark.parametrize("method", ["iss-p", "l1", "srp"])
