@@ -24,7 +24,12 @@ from issp.pruning.recorder import Recorder, choose_layers
 from issp.sr import checkpoint, data, evaluate, models
 from issp.sr.config import Config, EvalData, Scheduler, TrainData
 from issp.sr.config import Keep as KeepSection
-from issp.utils.errors import ConfigError, first_line
+from issp.utils.errors import (
+    ConfigError,
+    OutOfMemoryError,
+    explain_out_of_memory,
+    first_line,
+)
 from issp.utils.text import suggest
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
@@ -86,7 +91,10 @@ def network(config: Config, pretrained: bool = True) -> models.SuperResolver:
         ValueError, OSError: the pretrained weights cannot be read or do not fit.
     """
     try:
-        model = _untrained_network(config)
+        with explain_out_of_memory("make network_g smaller"):
+            model = _untrained_network(config)
+    except OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         # Values of network_g that are of the wrong type or sign surface anywhere in torch.
         raise ConfigError(f"network_g: {first_line(error)}") from error
@@ -107,8 +115,8 @@ def _untrained_network(config: Config) -> models.SuperResolver:
     kind = arguments["type"]
     if kind in models.names():
         arguments.pop("type")
-        arguments.pop("upscale", None)
-        return models.build(kind, config.scale, **arguments)
+        scale = arguments.pop("upscale", config.scale)
+        return models.build(kind, scale, **arguments)
     if kind not in ARCHITECTURES:
         known = (*models.names(), *ARCHITECTURES)
         raise ConfigError(f"unknown network {kind!r}: {suggest(kind, known)}")

@@ -259,6 +259,7 @@ class TrainData(_Images):
 class EvalData(_Images):
     """`datasets.val*` and `datasets.test*`: whole images with their originals."""
 
+    name: Annotated[str, AfterValidator(lambda name: name and _folder_name(name))] = ""
     IGNORED_KEYS = (*_Images.IGNORED_KEYS, "use_shuffle", "pin_memory")
 
 

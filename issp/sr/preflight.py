@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -64,6 +65,7 @@ def check_logs(folder: RunFolder, names: Iterable[str]) -> None:
 
     Raises:
         ConfigError: a file that is none of this program's, or damaged, is in a place of its own.
+        OSError: a folder or the text log cannot be written.
     """
     for path in (folder.log / name for name in names):
         try:
@@ -78,6 +80,11 @@ def check_logs(folder: RunFolder, names: Iterable[str]) -> None:
     if wrong:
         kind = "folder" if wrong[0].is_dir() else "file"
         raise ConfigError(f"{wrong[0]} is a {kind} that the run did not write: move it away")
+    for place in (folder.path, folder.models, folder.states, folder.images, folder.log):
+        check_folder(place)
+    text = folder.log / "train.log"  # the other files are replaced
+    if text.exists() and not os.access(text, os.W_OK):
+        raise PermissionError(f"cannot write {text}: no permission")
 
 
 @torch.no_grad()

@@ -60,7 +60,8 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
         with open(user_path(path), encoding="utf-8", newline="") as file:
             lines = list(csv.reader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"cannot read log {path}: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot read log {path}: {reason}") from None
     if not lines or lines[0][:1] != ["iteration"]:
         raise ValueError(
             f"{path} is not a log of `issp train`: the first column is not `iteration`"

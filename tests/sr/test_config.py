@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from issp.sr import builders, config
-from issp.utils.errors import ConfigError
+from issp.utils.errors import ConfigError, OutOfMemoryError
 
 yaml = pytest.importorskip("yaml", reason="PyYAML reads the configuration files")
 
@@ -299,6 +299,24 @@ def test_the_network_and_the_scale_must_agree(tree):
     tree["datasets"]["train"]["gt_size"] = 96
     with pytest.raises(ValueError, match="upscale is 4 but scale is 2"):
         builders.network(config.parse(tree))
+    tree["network_g"] = {"type": "edsr-tiny", "upscale": 4}  # also of a network by its name
+    with pytest.raises(ValueError, match="upscale is 4 but scale is 2"):
+        builders.network(config.parse(tree))
+
+
+def test_a_network_that_no_memory_holds_names_the_remedy(tree):
+    tree["network_g"] |= {"type": "EDSR", "num_feat": 1_000_000}
+    sentence = "the machine has not enough memory: make network_g smaller"
+    with pytest.raises(OutOfMemoryError, match=sentence):
+        builders.network(config.parse(tree))
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "/tmp", "."])
+def test_the_name_of_a_validation_set_is_a_folder_name(tree, name):
+    """Its images go to visualization/<name>."""
+    tree["datasets"]["val"] = {"name": name, "dataroot_gt": "images"}
+    with pytest.raises(ConfigError, match="datasets.val.name must be a plain folder name"):
+        config.parse(tree)
 
 
 @pytest.mark.parametrize(

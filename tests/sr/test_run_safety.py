@@ -285,6 +285,19 @@ def test_files_in_the_place_of_logs_are_refused_before_anything_is_written(tree,
     assert contents(stopped_run) == before
 
 
+@pytest.mark.parametrize("name", ["models", "log", "training_states", "log/train.log"])
+def test_a_place_without_permission_is_refused_before_anything_is_written(
+    tree, stopped_run, monkeypatch, name
+):
+    access, place = os.access, stopped_run / name
+    denied = lambda path, mode: Path(path) != place.absolute() and access(path, mode)  # noqa: E731
+    monkeypatch.setattr(os, "access", denied)  # root has every permission
+    before = contents(stopped_run)
+    with pytest.raises(PermissionError, match=f"cannot write .*{name}: no permission"):
+        run(tree, resume=True)
+    assert contents(stopped_run) == before
+
+
 @pytest.mark.parametrize("second", ["kept", "4.state"])
 def test_a_full_disk_is_named_and_the_state_before_is_intact(tree, monkeypatch, second):
     changes = {**SHORT, "logger__save_checkpoint_freq": 2}

@@ -112,7 +112,7 @@ def read_record(run: Run, file: str, columns: Sequence[str], key: str) -> Record
     rows: dict[str, Rows] = {}
     stages: dict[str | None, int] = {}
     for row in logging.read_csv(path):
-        _check_row(row, columns, path)
+        check_row(row, columns, path)
         kept = {column: row[column] for column in ("iteration", *columns)}
         rows.setdefault(str(row["layer"]), []).append(kept)
         stages[row.get("stage")] = row["iteration"]
@@ -124,7 +124,8 @@ def read_record(run: Run, file: str, columns: Sequence[str], key: str) -> Record
     return Record(run.label, freeze if freeze and freeze <= max(stages.values()) else None, rows)
 
 
-def _check_row(row: Mapping[str, Any], columns: Iterable[str], path: Path) -> None:
+def check_row(row: Mapping[str, Any], columns: Iterable[str], path: Path) -> None:
+    """Refuses a row of a log of layers that has no layer, or no number in one of the columns."""
     for column in ("layer", *columns):
         if column not in row:
             raise ValueError(f"{path} has no column {column}: it is no log of layers")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from issp.sr import config, logging
-from issp.sr.plots import drawing
+from issp.sr.plots import drawing, records
 from issp.utils.files import user_path
 
 
@@ -132,7 +132,7 @@ def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     figure = drawing.new_figure(8, height)
     axis = figure.subplots()
     for key, color, size in (("selected", drawing.ORANGE, 0.8), ("zeros", drawing.BLUE, 0.45)):
-        shares = [100 * row[key] / row["weights"] for row in rows]
+        shares = [100 * row[key] / max(1, row["weights"]) for row in rows]
         axis.barh(range(len(rows)), shares, size, color=color, label=f"{key} (% of weights)")
     axis.set_yticks(range(len(rows)), names, fontsize=7)
     axis.invert_yaxis()
@@ -193,6 +193,7 @@ def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
 
     Raises:
         FileNotFoundError: the folder is not one of a run.
+        ValueError: a log is damaged, or has no rows.
     """
     folder = user_path(folder)
     log = folder / "log"
@@ -200,9 +201,10 @@ def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
         raise FileNotFoundError(f"{folder} is not a run of `issp train`: it has no log/train.csv")
     out = folder / "visualization" if out is None else user_path(out)
     written = [out / "curves.png"]
-    training, freeze = logging.read_csv(log / "train.csv"), _freeze_of(folder / "config.yml")
+    training, freeze = _training_rows(log / "train.csv"), _freeze_of(folder / "config.yml")
+    pruned = _layer_rows(log / "layers.csv", ("weights", "selected", "zeros"))
+    recorded = _layer_rows(log / "gradients.csv", ("norm", "variance"))
     curves(training, written[0], title=folder.name, freeze=freeze)
-    pruned, recorded = (_rows(log / name) for name in ("layers.csv", "gradients.csv"))
     if pruned:
         written.append(out / "layers.png")
         layers(pruned, written[-1])
@@ -218,5 +220,28 @@ def _freeze_of(path: Path) -> int | None:
     return section.get("freeze_iter") if isinstance(section, dict) else None
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return logging.read_csv(path) if path.is_file() else []
+def _training_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of train.csv.
+
+    Raises:
+        ValueError: it is another log, or has text in the place of a number.
+    """
+    rows = logging.read_csv(path)
+    for row in rows:
+        if "stage" not in row:
+            raise ValueError(f"{path} has no column stage: it is no log of a training")
+        for name in set(row) - {"stage"}:
+            if isinstance(row[name], str):
+                raise ValueError(
+                    f"{path} is damaged: {name} at iteration {row['iteration']} is {row[name]!r}, "
+                    "no number; remove that row"
+                )
+    return rows
+
+
+def _layer_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a log of layers, if there is one; `columns` hold numbers."""
+    rows = logging.read_csv(path) if path.is_file() else []
+    for row in rows:
+        records.check_row(row, columns, path)
+    return rows
