@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from issp.sr.study.plan import Study
@@ -19,7 +21,7 @@ EXAMPLE = (
 )
 
 _OPTIONS = ("out", "workers", "threads")  # of which a continued study needs the same
-_PROBE_SECONDS = 3.0  # for each network and method, in a dry run
+_ENOUGH = 3.0  # seconds for each network and method, in a dry run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,13 +74,27 @@ def _run(study: Study, args: argparse.Namespace, threads: int) -> int:
             workers=args.workers,
             threads=threads,
             command=shlex.join(["issp", "study", args.study, *given]),
-            say=lambda line: print(line, flush=True),
-            show=progress,
+            say=_while_shown(lambda line: print(line, flush=True)),
+            show=_while_shown(progress),
         )
         failed = runner.run(study, options)
     for name, text in failed.items():
         print(f"failed: {name}: {text}", file=sys.stderr)
     return max(int(bool(failed)), _report(study))
+
+
+def _while_shown(show: Callable[..., None]) -> Callable[..., None]:
+    """As `show`; when nobody reads the output any more, the study goes on without."""
+
+    def shown(*args: Any) -> None:
+        try:
+            show(*args)
+        except OSError:
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):  # what is printed later, Python's flush included
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    return shown
 
 
 def _report(study: Study) -> int:
@@ -118,7 +134,7 @@ def _list(study: Study, workers: int, threads: int) -> int:
             continue
         if kind not in speed:
             print(f"timing {' '.join(map(str, kind))} on {device} ...", file=sys.stderr, flush=True)
-            speed[kind] = seconds_per_iteration(run.config, device, enough=_PROBE_SECONDS)
+            speed[kind] = seconds_per_iteration(run.config, device, probe=100, enough=_ENOUGH)
         done = folder.iteration(run)
         seconds = speed[kind] * (iterations - done)
         total += seconds

@@ -21,9 +21,9 @@ from issp.utils.errors import ConfigError
 from issp.utils.files import user_path
 from issp.utils.text import suggest
 
-# Keys of `sparsity` that belong to a method, and those that the grid and the base decide for all.
+# Keys of `sparsity` that belong to a method, and those that the base decides for all.
 _OF_METHOD = ("method", "shrink", "options")
-_OF_STUDY = ("ratio", "freeze_iter", "from_zeros")
+_OF_STUDY = ("freeze_iter", "from_zeros")
 BASELINE = "bicubic"  # in the place of a method: scored once for each scale
 
 
@@ -77,7 +77,8 @@ class Run:
 
     Attributes:
         method, scale, seed, network: its place in the grid.
-        sparsity: share of each layer's weights that are pruned; 0 for dense training.
+        sparsity: the ratio of its place, also where the method has another of its own; 0 for dense
+            training.
         config: what `issp.sr.train.train` gets; its name is that of the run.
     """
 
@@ -229,7 +230,7 @@ def _run(base: Config, root: Path, place: dict[str, Any], settings: dict[str, An
     if place["network"]:
         tree["network_g"] = {"type": place["network"]}
     network, seed = tree["network_g"]["type"], place["seed"]
-    share = _share(tree["sparsity"])
+    share = _share(tree["sparsity"], place["ratio"])
     level = f"_{share:g}" if share else ""
     tree["name"] = f"{network}_x{place['scale']}_{place['method']}{level}_seed{seed}"
     tree["manual_seed"] = seed
@@ -249,16 +250,16 @@ def _sparsity(base: dict[str, Any], place: dict[str, Any], settings: dict[str, A
     other = kind != base["method"]
     section = {k: v for k, v in base.items() if not (other and k in _OF_METHOD)}
     section |= {"method": kind, "ratio": place["ratio"], **settings}
-    if section.get("keep"):
+    if section.get("keep") and "ratio" not in settings:
         del section["ratio"]
     return section
 
 
-def _share(sparsity: dict[str, Any]) -> float:
-    keep = sparsity.get("keep")
-    if keep:
-        return 1 - keep["n"] / keep["of"]
-    return sparsity["ratio"] if METHODS[sparsity["method"]].prunes else 0.0
+def _share(sparsity: dict[str, Any], ratio: float | None) -> float:
+    """What a run is compared at; the base's pattern where neither base nor grid has a ratio."""
+    if not METHODS[sparsity["method"]].prunes:
+        return 0.0
+    return 1 - sparsity["keep"]["n"] / sparsity["keep"]["of"] if ratio is None else ratio
 
 
 def _set_scale(tree: dict[str, Any], base: Config, scale: int) -> None:

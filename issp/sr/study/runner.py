@@ -163,9 +163,13 @@ class _Work:
                 for index in range(min(self.options.workers, len(self.pending))):
                     self._start(index)
                 self._loop(stop)
-            finally:
-                for worker in self.workers:  # a process without a run writes nothing
+            except KeyboardInterrupt:  # the second one: nothing more is saved
+                for worker in self.workers:
                     worker.process.kill()
+                raise
+            finally:
+                for worker in self.workers:
+                    worker.process.terminate()
                     worker.process.wait()
         if stop.signal:
             stopped = StudyInterrupted(

@@ -110,10 +110,20 @@ def test_a_method_keeps_its_own_settings_and_gets_those_of_no_other(tree, tmp_pa
     assert all(section.freeze_iter == 30 for section in sections.values())
 
 
-def test_a_pattern_gives_the_sparsity_of_its_run(tree, tmp_path):
-    tree["methods"] = {"two": {"method": "iht", "keep": {"n": 2, "of": 4}}}
-    (run,) = load(tree, tmp_path, grid={"method": "two"}).runs
-    assert run.sparsity == 0.5 and run.config.sparsity.ratio is None
+def test_a_method_with_a_target_of_its_own_is_compared_at_the_ratio_of_its_place(tree, tmp_path):
+    tree["methods"] = {"two": {"method": "iht", "keep": {"n": 2, "of": 4}}, "iht": {"ratio": 0.75}}
+    two, iht = load(tree, tmp_path, grid={"method": ["two", "iht"], "ratio": 0.8}).runs
+    assert two.sparsity == iht.sparsity == 0.8
+    assert two.config.sparsity.ratio is None and two.config.sparsity.keep.n == 2
+    assert iht.config.sparsity.ratio == 0.75
+
+
+def test_a_base_of_a_pattern_has_the_sparsity_of_the_pattern(tree, tmp_path):
+    tree["base"]["sparsity"]["keep"] = {"n": 2, "of": 4}
+    (run,) = load(tree, tmp_path, grid={"method": "iht"}).runs
+    assert run.sparsity == 0.5 and run.name == "EDSR_x2_iht_0.5_seed3"
+    with pytest.raises(ConfigError, match="ratio beside keep"):
+        load(tree, tmp_path, grid={}, methods={"iss-p": {"ratio": 0.8}})
 
 
 def test_dense_training_is_one_run_with_the_stages_of_the_others(tree, tmp_path):
