@@ -65,6 +65,7 @@ class StudyFile(Section):
 
     out: FilePath | None = None
     base: dict[str, Any] | str = {}
+    set: dict[str, Any] = {}
     grid: Point = Point()
     exclude: list[Point] = []
     methods: dict[str, dict[str, Any]] = {}
@@ -143,6 +144,8 @@ def load(path: str | Path, out: str | None = None) -> Study:
     file = config.validated(StudyFile, config.load_yaml(path))
     if isinstance(file.base, str):
         file.base = config.load_yaml(path.parent / user_path(file.base))
+    for key, value in file.set.items():
+        config.set_key(file.base, key, value)
     if not file.test:
         raise ConfigError("test names no set: write such as `test: {Set5: benchmarks/Set5}`")
     begun = path.parent if path.name == "study.yml" and (path.parent / "runs").is_dir() else None

@@ -40,7 +40,10 @@ def write(folder: StudyFolder) -> Path:
 def _text(folder: StudyFolder, rows: Sequence[Result]) -> str:
     runs = folder.study.runs
     finished = [run for run in runs if folder.is_finished(run)]
-    parts = [f"# {folder.study.source.stem}", f"{len(finished)} of {len(runs)} runs are finished."]
+    parts = [
+        f"# {folder.path.resolve().name}",
+        f"{len(finished)} of {len(runs)} runs are finished.",
+    ]
     missing = [run.name for run in runs if run not in finished]
     if missing:
         parts.append(f"Not finished: {', '.join(missing)}.")

@@ -52,6 +52,20 @@ def test_an_axis_that_is_left_out_has_the_value_of_the_base(tree, tmp_path):
     assert run.name == "EDSR_x2_iht_0.7_seed3"
 
 
+def test_a_base_in_another_file_is_found_beside_the_study_and_may_be_changed(tree, tmp_path):
+    base = {**tree["base"], "name": "alone"}
+    write(base, tmp_path / "base.yml")
+    changes = {"logger.grad_stats_freq": 5, "train.optim_g.lr": 2e-3}
+    study = load(tree, tmp_path, base="base.yml", set=changes)
+    for run in study.runs:
+        assert run.config.logger.grad_stats_freq == 5 and run.config.train.optim_g.lr == 2e-3
+        assert run.config.train.total_iter == 60
+    # The file that a study keeps needs no other.
+    (tmp_path / "base.yml").unlink()
+    kept = write(study.file.model_dump(exclude_none=True), tmp_path / "kept" / "study.yml")
+    assert [run.config for run in plan.load(kept).runs] == [run.config for run in study.runs]
+
+
 def test_excluded_combinations_are_no_runs(tree, tmp_path):
     grid = {"method": ["iss-p", "iht"], "ratio": [0.8, 0.9], "seed": [0, 1]}
     exclude = [{"method": "iht", "ratio": 0.9}, {"seed": [1], "ratio": [0.8]}]
@@ -172,6 +186,8 @@ def test_test_sets_are_folders_or_entries_of_datasets(tree, tmp_path):
             {"base__train__total_itr": 3},
             r"base: unknown key train\.total_itr: did you mean",
         ),
+        ({"set": {"train.totl_iter": 3}}, r"base: unknown key train\.totl_iter: did you mean"),
+        ({"set": {"scale.x": 3}}, r"scale\.x: scale is not a section"),
         ({"base__path": {"resume_state": "x"}}, r"base has path\.resume_state: drop it"),
         ({"base": "nowhere.yml"}, r"cannot read configuration .*nowhere\.yml"),
         ({"out": ""}, r"out"),

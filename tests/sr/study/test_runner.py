@@ -1,5 +1,6 @@
 """A study survives kills at any moment, has equal budgets and goes on past a run that fails."""
 
+import errno
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import pytest
 
 from issp.sr import builders, config, evaluate, logging, results
 from issp.sr.data import EvalDataset, PairedFolder
+from issp.sr.study import runner
 from tests.sr.study.files import (
     FREEZE,
     TOTAL,
@@ -199,6 +201,33 @@ def test_a_worker_that_is_killed_fails_its_run_and_is_replaced(training_photos, 
     assert process.returncode == 1
     assert re.search(r"failed: EDSR_x2_\S+: its process ended with status -9", text), text
     assert len(list(out.glob("runs/EDSR*/results.csv"))) == 5
+
+
+def test_a_study_goes_on_when_nobody_reads_its_output(whole, training_photos, tmp_path):
+    tree = tree_of_study(training_photos, tmp_path)
+    path, out = write(tree, tmp_path / "study.yml"), tmp_path / "out"
+    process = start(path)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=SECONDS) == 0
+    assert (out / "report.md").is_file()
+    assert_same_studies(whole, out)
+
+
+def test_runs_are_saved_when_the_study_itself_fails(training_photos, tmp_path, monkeypatch):
+    tree = tree_of_study(training_photos, tmp_path)
+    tree["base"]["train"]["total_iter"] = 100_000
+    tree["base"]["logger"]["save_checkpoint_freq"] = 100_000
+    path, out = write(tree, tmp_path / "study.yml"), tmp_path / "out"
+
+    def fail_once_a_run_is_under_way(self):
+        if any(len(logging.read_csv(log)) > 3 for log in out.glob("runs/*/log/train.csv")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runner._Work, "_show", fail_once_a_run_is_under_way)
+    assert study(path) == 2
+    (state,) = out.glob("runs/*/training_states/*.state")
+    assert 0 < int(state.stem) < 100_000
 
 
 def test_a_second_study_in_the_folder_is_refused_while_the_first_runs(training_photos, tmp_path):
