@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +56,34 @@ def read_csv(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file cannot be read or is not a log.
     """
+    return list(iterate_csv(path))
+
+
+def iterate_csv(
+    path: str | Path, columns: Collection[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of `read_csv` one after the other: a log of layers may be larger than the memory.
+
+    Args:
+        path: of the log.
+        columns: that are read, beside the iteration; None: all.
+    """
     try:
         with open(user_path(path), encoding="utf-8", newline="") as file:
-            lines = list(csv.reader(file))
+            lines = csv.reader(file)
+            header = next(lines, [])
+            if header[:1] != ["iteration"]:
+                raise ValueError(
+                    f"{path} is not a log of `issp train`: the first column is not `iteration`"
+                )
+            wanted = [i for i, name in enumerate(header) if columns is None or name in columns]
+            for line in lines:
+                iteration = _value(line[0]) if len(line) == len(header) else None
+                if isinstance(iteration, int):
+                    yield {"iteration": iteration, **{header[i]: _value(line[i]) for i in wanted}}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot read log {path}: {reason}") from None
-    if not lines or lines[0][:1] != ["iteration"]:
-        raise ValueError(
-            f"{path} is not a log of `issp train`: the first column is not `iteration`"
-        )
-    header = lines[0]
-    rows = [
-        dict(zip(header, map(_value, line), strict=True))
-        for line in lines[1:]
-        if len(line) == len(header)
-    ]
-    return [row for row in rows if isinstance(row["iteration"], int)]
 
 
 def _value(text: str) -> Any:

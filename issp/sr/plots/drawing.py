@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,41 +52,40 @@ def draw_line(axis: Any, rows: Sequence[dict[str, Any]], key: str, **style: Any)
 
 
 def mark_hidden(
-    axis: Any, rows: Sequence[dict[str, Any]], key: str, lowest: float, label: str = ""
+    axis: Any, x: Sequence[float], y: Sequence[float], lowest: float, label: str = ""
 ) -> bool:
     """Triangles at the edge of the axis for values that it does not show.
 
     Args:
         axis: over iterations.
-        rows, key: the values.
+        x, y: the points, [n].
         lowest: the axis shows what is at least that.
         label: of both edges in the legend; "": how many there are and their extreme.
 
     Returns:
         Whether there are any.
     """
-    below = [r for r in rows if r[key] < lowest]
-    above = [r for r in rows if not math.isfinite(r[key])]
+    iterations, values = np.asarray(x), np.asarray(y, dtype=np.float64)
+    below, above = values < lowest, ~np.isfinite(values)
     for edge, marker, hidden, extreme, where in (
-        (0.0, "v", below, min, "below: down to"),
-        (1.0, "^", above, max, "above: up to"),
+        (0.0, "v", below, np.min, "below: down to"),
+        (1.0, "^", above, np.max, "above: up to"),
     ):
-        if not hidden:
+        if not hidden.any():
             continue
-        values = [row[key] for row in hidden]
-        if any(map(math.isnan, values)):
-            where, values = "not finite, such as", [math.nan]
+        most = extreme(values[hidden])
         axis.plot(
-            [row["iteration"] for row in hidden],
-            [edge] * len(hidden),
+            iterations[hidden],
+            np.full(hidden.sum(), edge),
             marker,
             transform=axis.get_xaxis_transform(),
             clip_on=False,
             color=RED,
             markersize=6,
-            label=label or f"{len(hidden)} {where} {extreme(values):.4g}",
+            label=label
+            or f"{hidden.sum()} {'not finite:' if np.isnan(most) else where} {most:.4g}",
         )
-    return bool(below or above)
+    return bool(below.any() or above.any())
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Style:
     hatch: str
     offset: float  # of the markers, as a share of their distance
 
-    def line(self, x: Sequence[float]) -> dict[str, Any]:
+    def line(self, x: np.ndarray) -> dict[str, Any]:
         """Options of `Axes.plot`: about eight markers, so that dense lines can be told apart."""
         every = max(1, len(x) // 8)
         return {
@@ -128,25 +126,18 @@ def series_style(i: int) -> Style:
 
 
 def draw_series(
-    axis: Any,
-    rows: Sequence[dict[str, Any]],
-    key: str,
-    style: Style,
-    label: str,
-    average: Average,
+    axis: Any, x: np.ndarray, y: np.ndarray, style: Style, label: str, average: Average
 ) -> None:
     """One of several lines over the iterations: the running average, and the values behind it."""
-    x = np.array([row["iteration"] for row in rows])
-    y = np.array([row[key] for row in rows], dtype=np.float64)
     window = len(y) // AVERAGED_SHARE
     if window > 1:
         axis.plot(x, y, color=style.color, linewidth=0.5, alpha=0.3, zorder=1)
     axis.plot(x, running(average, y, window), label=plain(label), **style.line(x))
 
 
-def average_note(rows: Sequence[Sequence[dict[str, Any]]], average: Average) -> str:
-    """What `draw_series` has done with these series, for the legend; "" if nothing."""
-    if max(map(len, rows), default=0) // AVERAGED_SHARE <= 1:
+def average_note(longest: int, average: Average) -> str:
+    """What `draw_series` has done with series of at most this length, for the legend."""
+    if longest // AVERAGED_SHARE <= 1:
         return ""
     return f"thick: running {average} over 1/{AVERAGED_SHARE} of a run's values"
 

@@ -78,20 +78,21 @@ def draw_dynamics(
 
 def _pruning_record(run: records.Run) -> records.Record:
     """The flips of a run in its pruning stage, without those of the first selection."""
-    if run.settings is not None and run.settings.sparsity is None:
+    if not run.prunes:
         raise ValueError(f"{run.label} is a dense run, which has no masks: leave it out")
     file = "masks.csv"
     if not (run.log / file).is_file() and (run.log / "layers.csv").is_file():
         file = "layers.csv"  # that has them at checkpoints
     record = records.read_record(run, file, ["flips"], _KEY)
     last = record.freeze or record.last
-    kept = {
-        layer: [row for row in rows if 1 < row["iteration"] <= last]
-        for layer, rows in record.rows.items()
-    }
-    if not any(kept.values()):
+    kept = {}
+    for layer, series in record.layers.items():
+        in_stage = (series["iteration"] > 1) & (series["iteration"] <= last)
+        if in_stage.any():
+            kept[layer] = {column: values[in_stage] for column, values in series.items()}
+    if not kept:
         raise ValueError(f"{run.label} recorded no flips in its pruning stage: use --set {_KEY}")
-    return replace(record, rows={layer: rows for layer, rows in kept.items() if rows})
+    return replace(record, layers=kept)
 
 
 def _papers_layers(order: Sequence[str], recorded: Sequence[str], base: int) -> list[str]:
@@ -119,8 +120,9 @@ def _activity(
     """The means of a run up to the iteration `last`."""
     means = {}
     for layer in common:
-        flips = [row["flips"] for row in record.rows[layer] if row["iteration"] <= last]
-        if not flips:
+        series = record.layers[layer]
+        flips = series["flips"][series["iteration"] <= last]
+        if not len(flips):
             raise ValueError(
                 f"{record.label} recorded {layer} after iteration {last} only, where another run "
                 "ends: let that one go on, or leave it out"
@@ -148,8 +150,8 @@ def _figure(
         axis = figure.add_subplot(grid[i // columns, i % columns])
         for number, record in enumerate(recorded):
             style = drawing.series_style(number)
-            rows = record.rows[layer]
-            drawing.draw_series(axis, rows, "flips", style, record.label, "mean")
+            x, y = record.layers[layer]["iteration"], record.layers[layer]["flips"]
+            drawing.draw_series(axis, x, y, style, record.label, "mean")
         axis.set_yscale("symlog", linthresh=1)
         axis.set_ylim(0, max(10, axis.get_ylim()[1]))  # ticks also where nothing flips
         axis.yaxis.set_major_formatter("{x:g}")
@@ -157,7 +159,8 @@ def _figure(
         axis.set(ylabel="flips per iteration", xlabel="iteration of the pruning stage")
     last = min(record.last for record in recorded)
     _draw_bars(figure.add_subplot(grid[-1, :]), activities, last)
-    note = drawing.average_note([rows for r in recorded for rows in r.rows.values()], "mean")
+    longest = max(len(r.layers[layer]["flips"]) for r in recorded for layer in chosen)
+    note = drawing.average_note(longest, "mean")
     drawing.legend_below(figure, _WIDTH, note)
     return figure
 

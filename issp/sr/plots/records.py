@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from issp.nn import names, selection
-from issp.sr import builders, config, logging
+from issp.pruning.methods import METHODS
+from issp.sr import builders, config
+from issp.utils import csv_log
+from issp.utils.errors import ConfigError
 from issp.utils.files import user_path
 
 MOST_LAYERS = 24  # in one picture
 
-Rows = list[dict[str, Any]]  # "iteration" and the columns that were read
+Series = dict[str, np.ndarray]  # "iteration" [n] int64, and the columns that were read [n] float64
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,14 @@ class Run:
     log: Path
     settings: config.Config | None
 
+    @property
+    def prunes(self) -> bool:
+        """It has masks, as far as is known."""
+        if self.settings is None:
+            return True
+        sparsity = self.settings.sparsity
+        return sparsity is not None and METHODS[sparsity.method].prunes
+
 
 @dataclass(frozen=True)
 class Record:
@@ -41,17 +54,17 @@ class Record:
     Attributes:
         label: name of the run in the picture.
         freeze: iteration that fixed the mask; None for dense training, and before it happened.
-        rows: by layer, in the order of the iterations.
+        layers: their values, in the order of the iterations.
     """
 
     label: str
     freeze: int | None
-    rows: dict[str, Rows]
+    layers: dict[str, Series]
 
     @property
     def last(self) -> int:
         """The last iteration that was recorded."""
-        return max(rows[-1]["iteration"] for rows in self.rows.values())
+        return max(int(series["iteration"][-1]) for series in self.layers.values())
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,11 @@ def read_run(label: str, folder: str | Path) -> Run:
     """
     folder = user_path(folder)
     if (folder / "config.yml").is_file():
-        settings = config.parse(config.load_yaml(folder / "config.yml"))
-        return Run(label, folder / "log", settings)
+        tree = config.load_yaml(folder / "config.yml")
+        try:
+            return Run(label, folder / "log", config.parse(tree))
+        except ConfigError as error:
+            raise ConfigError(f"{folder / 'config.yml'}: {error}") from None
     if any((folder / name).is_file() for name in ("gradients.csv", "masks.csv")):
         return Run(label, folder, None)
     raise FileNotFoundError(f"{folder} is not a run of `issp train`: it has no config.yml")
@@ -109,19 +125,27 @@ def read_record(run: Run, file: str, columns: Sequence[str], key: str) -> Record
     path = run.log / file
     if not path.is_file():
         raise FileNotFoundError(f"{run.label} has no {path}: train it with --set {key}")
-    rows: dict[str, Rows] = {}
+    cells: dict[str, dict[str, array]] = {}
     stages: dict[str | None, int] = {}
-    for row in logging.read_csv(path):
+    for row in csv_log.iterate_csv(path, ("layer", "stage", *columns)):
         check_row(row, columns, path)
-        kept = {column: row[column] for column in ("iteration", *columns)}
-        rows.setdefault(str(row["layer"]), []).append(kept)
+        layer = cells.setdefault(str(row["layer"]), {name: array("d") for name in columns})
+        layer.setdefault("iteration", array("q")).append(row["iteration"])
+        for column in columns:
+            layer[column].append(row[column])
         stages[row.get("stage")] = row["iteration"]
-    if not rows:
+    if not cells:
         raise ValueError(f"{path} has no rows yet: let the run go on for a while")
     freeze = stages.get("pruning") if "fine-tuning" in stages else None
     if run.settings is not None:
-        freeze = run.settings.freeze_iter
-    return Record(run.label, freeze if freeze and freeze <= max(stages.values()) else None, rows)
+        freeze = run.settings.freeze_iter if run.prunes else None
+    if freeze and freeze > max(stages.values()):
+        freeze = None
+    layers = {
+        layer: {column: np.array(values) for column, values in found.items()}
+        for layer, found in cells.items()
+    }
+    return Record(run.label, freeze or None, layers)
 
 
 def check_row(row: Mapping[str, Any], columns: Iterable[str], path: Path) -> None:
@@ -140,7 +164,7 @@ def check_row(row: Mapping[str, Any], columns: Iterable[str], path: Path) -> Non
 def read_network(run: Run, record: Record) -> Network:
     """The layers of a run's network, without weights; without a configuration, of its log."""
     if run.settings is None:
-        order = list(record.rows)
+        order = list(record.layers)
         return Network(order, {}, {part for name in order for part in _with_containers(name)})
     with torch.device("meta"):
         modules = names.named_modules(builders.network(run.settings, pretrained=False))
@@ -206,7 +230,7 @@ def common_layers(records: Sequence[Record], networks: Sequence[Network]) -> lis
     common = [
         name
         for name in networks[0].order
-        if all(name in record.rows for record in records)
+        if all(name in record.layers for record in records)
         and len({network.shape(name) for network in networks} - {""}) <= 1
     ]
     if not common:
@@ -221,11 +245,11 @@ def check_layers(
     """Refuses a layer that a run did not record, or that has another shape in it."""
     for layer in layers:
         for record, network in zip(records, networks, strict=True):
-            if layer not in record.rows:
-                some = ", ".join(list(record.rows)[:3])
+            if layer not in record.layers:
+                some = ", ".join(list(record.layers)[:3])
                 raise ValueError(
                     f"{record.label} did not record the layer {layer}; it recorded "
-                    f"{len(record.rows)}: {some}{', ...' * (len(record.rows) > 3)}"
+                    f"{len(record.layers)}: {some}{', ...' * (len(record.layers) > 3)}"
                 )
             first, shape = networks[0].shape(layer), network.shape(layer)
             if first and shape and first != shape:

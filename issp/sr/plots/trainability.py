@@ -5,11 +5,11 @@ Source: figure 1 of the supplement (docs/method.md, section 1.6).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from issp.sr.plots import drawing, records
@@ -53,7 +53,8 @@ def draw_trainability(
         line[0].set_title(records.describe(layer, networks[0], index_base), fontsize=9, loc="left")
     for axis in axes[-1]:
         axis.set_xlabel("iteration")
-    note = drawing.average_note([rows for r in recorded for rows in r.rows.values()], "median")
+    longest = max(len(r.layers[layer]["norm"]) for r in recorded for layer in chosen)
+    note = drawing.average_note(longest, "median")
     drawing.legend_below(figure, width=10, note=note)
     drawing.write(figure, path)
     return chosen
@@ -74,19 +75,19 @@ def _middle_layers(
 
 def _draw_panel(axis: Any, recorded: Sequence[records.Record], layer: str, column: str) -> None:
     axis.set_yscale("log")
-    rows = [row for record in recorded for row in record.rows[layer]]
     freezes = [record.freeze for record in recorded]
     for i, record in enumerate(recorded):
-        style = drawing.series_style(i)
         label = record.label
         if record.freeze and len(set(freezes)) > 1:
             label += f" (frozen at {record.freeze})"
-        drawing.draw_series(axis, record.rows[layer], column, style, label, "median")
-    # A logarithmic axis has no place for zero: a layer without gradient.
-    positive = [row[column] for row in rows if 0 < row[column] < math.inf]
-    lowest = min(positive, default=1)
-    drawing.mark_hidden(
-        axis, rows, column, lowest, "zero (at the bottom) or not finite (at the top)"
+        series, style = record.layers[layer], drawing.series_style(i)
+        drawing.draw_series(axis, series["iteration"], series[column], style, label, "median")
+    x, y = (
+        np.concatenate([record.layers[layer][key] for record in recorded])
+        for key in ("iteration", column)
     )
+    # A logarithmic axis has no place for zero: a layer without gradient.
+    lowest = min(y[(y > 0) & np.isfinite(y)], default=1.0)
+    drawing.mark_hidden(axis, x, y, lowest, "zero (at the bottom) or not finite (at the top)")
     drawing.mark_freezes(axis, freezes)
     axis.set_ylabel(COLUMNS[column])

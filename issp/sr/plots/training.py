@@ -84,9 +84,8 @@ def gradients(
                 axis, layer_rows, key, label=name if is_labelled else None, color=color
             )
         # A logarithmic axis has no place for zero: a layer without gradient.
-        drawing.mark_hidden(
-            axis, rows, key, lowest=min((r[key] for r in rows if r[key] > 0), default=1)
-        )
+        x, y = [row["iteration"] for row in rows], [row[key] for row in rows]
+        drawing.mark_hidden(axis, x, y, lowest=min((v for v in y if v > 0), default=1))
     axes[0].set(ylabel="norm of the gradient")
     axes[1].set(ylabel="variance of its magnitudes")
     axes[0].legend(title="first and last layer", fontsize=8, loc="upper right")
@@ -168,7 +167,8 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
     finite = [row["psnr"] for row in scored if math.isfinite(row["psnr"])]
     lowest = max([*finite, bicubic or -math.inf], default=0) - 4
     axis.set_ylim(bottom=max(axis.get_ylim()[0], lowest))
-    hidden = drawing.mark_hidden(axis, scored, "psnr", axis.get_ylim()[0])
+    x, y = [row["iteration"] for row in scored], [row["psnr"] for row in scored]
+    hidden = drawing.mark_hidden(axis, x, y, axis.get_ylim()[0])
     if soft or bicubic is not None or hidden:
         axis.legend(fontsize=8, loc="best")
     axis.set_ylabel("PSNR (dB)")

@@ -95,6 +95,7 @@ def test_flips_at_checkpoints_where_masks_were_not_recorded(run, drawn, tmp_path
     "options, said",
     [
         ({"freeze": 0}, "a is a dense run, which has no masks"),
+        ({"sparsity": "method: dense, "}, "a is a dense run, which has no masks"),
         ({"iterations": [1]}, "a recorded no flips in its pruning stage: use --set logger.mask_"),
         ({"iterations": [25, 30]}, "a recorded no flips in its pruning stage"),
         ({"iterations": []}, "masks.csv has no rows yet"),

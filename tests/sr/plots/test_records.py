@@ -13,6 +13,14 @@ def read(run, columns=("norm",)):
     return records.read_record(run, "gradients.csv", columns, KEY)
 
 
+def plain(record):
+    """Layer -> column -> values."""
+    return {
+        layer: {column: values.tolist() for column, values in series.items()}
+        for layer, series in record.layers.items()
+    }
+
+
 def network_of(folder):
     run = records.read_run("a", folder)
     return records.read_network(run, records.Record("a", None, {}))
@@ -24,9 +32,9 @@ def test_rows_by_layer_and_the_freeze_of_the_configuration(tmp_path):
     path = run.log / "gradients.csv"
     write_log(path, GRADIENTS, gradients("xy", (5, 25), lambda layer, i: values[layer, i]))
     record = read(run)
-    assert record.rows == {
-        "x": [{"iteration": 5, "norm": 1.5}, {"iteration": 25, "norm": 3.5}],
-        "y": [{"iteration": 5, "norm": 2.5}, {"iteration": 25, "norm": 4.5}],
+    assert plain(record) == {
+        "x": {"iteration": [5, 25], "norm": [1.5, 3.5]},
+        "y": {"iteration": [5, 25], "norm": [2.5, 4.5]},
     }
     assert (record.freeze, record.last) == (20, 25)
     write_log(path, GRADIENTS, gradients("x", (19,)))
@@ -50,10 +58,9 @@ def test_the_columns_before_the_stage_was_recorded(tmp_path):
     rows = [(i, "x", 1.0, 2.0, 3.0, 4.0) for i in (5, 25)]
     write_log(run.log / "gradients.csv", columns, rows)
     record = read(run, ("norm", "variance"))
-    assert record.freeze == 20 and record.rows["x"][1] == {
-        "iteration": 25,
-        "norm": 1.0,
-        "variance": 2.0,
+    assert record.freeze == 20
+    assert plain(record) == {
+        "x": {"iteration": [5, 25], "norm": [1.0, 1.0], "variance": [2.0, 2.0]}
     }
 
 
@@ -112,8 +119,8 @@ def test_excluded_layers_have_no_index(tmp_path):
 def test_layers_that_runs_have_in_common(tmp_path):
     folders = make_run(tmp_path / "a", EDSR), make_run(tmp_path / "b", SWINIR)
     networks = [network_of(folder) for folder in folders]
-    first = records.Record("a", None, {"conv_first": [], "conv_last": []})
-    second = records.Record("b", None, {"conv_first": []})
+    first = records.Record("a", None, {"conv_first": {}, "conv_last": {}})
+    second = records.Record("b", None, {"conv_first": {}})
     assert records.common_layers([first, second], [networks[0]] * 2) == ["conv_first"]
     with pytest.raises(ValueError, match="b did not record the layer conv_last; it recorded 1: co"):
         records.check_layers(["conv_last"], [first, second], [networks[0]] * 2)
@@ -149,7 +156,21 @@ def test_a_log_cut_in_the_middle_of_a_row(tmp_path):
     path = write_log(run.log / "gradients.csv", GRADIENTS, gradients("x", (5, 10)))
     text = path.read_text()
     path.write_text(text[:-20])
-    assert [row["iteration"] for row in read(run).rows["x"]] == [5]
+    assert plain(read(run)) == {"x": {"iteration": [5], "norm": [1.0]}}
+
+
+@pytest.mark.parametrize("sparsity, prunes", [("ratio: 0.5, ", True), ("method: dense, ", False)])
+def test_a_dense_run_has_no_freeze(tmp_path, sparsity, prunes):
+    run = records.read_run("a", make_run(tmp_path / "a", sparsity=sparsity))
+    write_log(run.log / "gradients.csv", GRADIENTS, gradients("x", (5, 25)))
+    assert run.prunes == prunes and read(run).freeze == (20 if prunes else None)
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    folder = make_run(tmp_path / "a")
+    (folder / "config.yml").write_text("name: a\nscale: 1\nnetwork_g: {type: EDSR}\n")
+    with pytest.raises(ValueError, match="a/config.yml: scale is 1"):
+        records.read_run("a", folder)
 
 
 def test_what_is_no_run_or_recorded_nothing(tmp_path):
