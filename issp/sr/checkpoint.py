@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from issp.deploy import pack
 from issp.nn import names
 from issp.pruning import summary
-from issp.sr import file_kinds, models
+from issp.sr import checksums, file_kinds, models
 from issp.sr.models.derived import replace_derived
 from issp.sr.random_state import random_state, set_random_state
 from issp.sr.tensor_files import (
@@ -221,7 +221,12 @@ def sparsity(model: nn.Module) -> dict[str, Any]:
 
 def write_state(state: dict[str, Any], path: str | os.PathLike) -> None:
     """Writes a training state: tensors and plain values in dicts and lists."""
-    atomic_write(path, lambda file: torch.save(state, file))
+
+    def write(file: BinaryIO) -> None:
+        torch.save(state, file)
+        checksums.seal_archive(file)
+
+    atomic_write(path, write)
 
 
 def _rebuild(

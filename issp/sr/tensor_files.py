@@ -6,18 +6,16 @@ import json
 import os
 import pickle
 import re
-import zipfile
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from issp.sr import file_kinds
+from issp.sr import checksums, file_kinds
 from issp.utils.errors import import_optional
 from issp.utils.files import user_path
 
 _METADATA_KEY = "issp"
-_CHUNK = 1 << 20  # bytes
 
 
 def read_state(path: str | os.PathLike) -> dict[str, Any]:
@@ -32,8 +30,12 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
     if file_kinds.is_safetensors(path):
         raise ValueError(f"{path} is a safetensors file, which holds a model and no training state")
     try:
-        if file_kinds.is_zip(path):
-            _check_sums(path)
+        is_sealed = file_kinds.is_zip(path) and checksums.check_archive(path)
+    except MemoryError:
+        raise
+    except Exception:  # damaged bytes surface as any kind of error in zipfile
+        raise damaged(path) from None
+    try:
         with open(path, "rb") as file:  # given a name, torch would go by its ending
             content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -45,6 +47,8 @@ def read_state(path: str | os.PathLike) -> dict[str, Any]:
             ) from None
         raise damaged(path) from None
     except Exception:  # damaged bytes surface as any kind of error in the unpickler
+        if is_sealed:
+            raise  # such as too little memory: the file is whole
         raise damaged(path) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of tensors")
@@ -64,7 +68,11 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
         content = path.read_bytes()  # safetensors itself opens no name that is not UTF-8
         tensors = safetensors_torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        metadata = json.loads(header.get("__metadata__", {}).get(_METADATA_KEY, "{}"))
+        texts = header.get("__metadata__", {})
+        checksums.check_safetensors(content, texts)
+        metadata = json.loads(texts.get(_METADATA_KEY, "{}"))
+    except MemoryError:
+        raise
     except Exception:  # damaged bytes surface as any kind of error in the reader
         raise damaged(path) from None
     if not isinstance(metadata, dict):
@@ -75,8 +83,9 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
 def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
     """The content of a file that `read_safetensors` reads."""
     safetensors_torch = import_optional("safetensors.torch", "safetensors", "model files")
-    text = json.dumps(metadata)
-    return safetensors_torch.save(tensors, {"format": "pt", _METADATA_KEY: text})
+    texts = {"format": "pt", _METADATA_KEY: json.dumps(metadata)}
+    texts[checksums.METADATA_KEY] = checksums.UNSEALED
+    return checksums.seal_safetensors(safetensors_torch.save(tensors, texts))
 
 
 def check_kind(path: str | os.PathLike) -> None:
@@ -98,17 +107,3 @@ def is_plain(value: Tensor) -> bool:
 def damaged(path: str | os.PathLike) -> ValueError:
     """The error for a file whose content cannot be read."""
     return ValueError(f"{path} is damaged or cut short: copy it again, or use another file")
-
-
-def _check_sums(path: str | os.PathLike) -> None:
-    """Reads an archive against its check sums, which torch does not look at.
-
-    Raises:
-        Any error of zipfile: a part differs from its check sum; 0 stands for none.
-    """
-    with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
-            if part.CRC:
-                with archive.open(part) as file:
-                    while file.read(_CHUNK):
-                        pass

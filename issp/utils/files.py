@@ -54,12 +54,24 @@ def atomic_write(
             if durable:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            if durable:
+                _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         # torch.save hides the OSError of a full disk behind an error of its own.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise _cannot_write(path, cause) from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Waits until the names in a folder are on disk, where the system can do that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def append_text(path: str | os.PathLike, text: str) -> None:
@@ -92,7 +104,7 @@ def _temporary_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     while True:
         temporary = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
-            with open(temporary, "wb") as file:
+            with open(temporary, "w+b") as file:
                 lock(file.fileno())
                 if not temporary.exists():
                     continue  # another process tidied up between the two lines above
