@@ -24,12 +24,7 @@ from issp.pruning.recorder import Recorder, choose_layers
 from issp.sr import checkpoint, data, evaluate, models
 from issp.sr.config import Config, EvalData, Scheduler, TrainData
 from issp.sr.config import Keep as KeepSection
-from issp.utils.errors import (
-    ConfigError,
-    OutOfMemoryError,
-    explain_out_of_memory,
-    first_line,
-)
+from issp.utils.errors import ConfigError, explain_out_of_memory, first_line
 from issp.utils.text import suggest
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
@@ -93,8 +88,6 @@ def network(config: Config, pretrained: bool = True) -> models.SuperResolver:
     try:
         with explain_out_of_memory("make network_g smaller"):
             model = _untrained_network(config)
-    except OutOfMemoryError:
-        raise
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         # Values of network_g that are of the wrong type or sign surface anywhere in torch.
         raise ConfigError(f"network_g: {first_line(error)}") from error

@@ -90,6 +90,8 @@ def explain_out_of_memory(remedy: str) -> Iterator[None]:
 
     try:
         yield
+    except OutOfMemoryError:
+        raise  # its remedy is the nearer one
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"the GPU has not enough memory: {remedy}") from error
     except MemoryError as error:

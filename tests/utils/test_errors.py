@@ -32,6 +32,15 @@ def test_a_failed_allocation_names_the_remedy(error, subject):
         raise error
 
 
+def test_the_nearest_remedy_for_a_failed_allocation_is_kept():
+    with (
+        pytest.raises(errors.OutOfMemoryError, match="^the machine has not enough memory: inner$"),
+        errors.explain_out_of_memory("outer"),
+        errors.explain_out_of_memory("inner"),
+    ):
+        raise MemoryError
+
+
 def test_an_error_is_quoted_without_the_frames_of_native_code():
     assert errors.first_line(RuntimeError("overflow\nframe #0: ...")) == "overflow"
     assert errors.first_line(ZeroDivisionError()) == "ZeroDivisionError"
