@@ -24,7 +24,7 @@ EXAMPLE = (
 _MILESTONES = (0.5, 0.8, 0.9, 0.95)
 _BETAS = (0.9, 0.99)  # the paper's
 
-_METHODS = "iss-p (default), iht, iss-r, l1, scratch, srp, assl, dense"
+_METHODS = "iss-p (default), iht, iss-r, l1, scratch, srp, assl, sls, dense"
 # flag: (key, type, help)
 _FLAGS: dict[str, tuple[str, Any, str]] = {
     "--name": ("name", str, "results go to experiments/NAME"),

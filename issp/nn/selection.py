@@ -173,13 +173,18 @@ def _pattern_reason(layer: Layer) -> str:
     keep = layer.target
     if not isinstance(keep, Keep):
         return ""
-    reason = _layout_reason(layer.module, keep) or indivisible_reason(layer.weight, keep)
+    reason = undivided_reason(layer, keep)
     if reason and keep.tail != "dense":
         raise ValueError(
             f'{layer.name}: {reason}; Keep(..., tail="dense") leaves such layers dense, or name '
             "them in exclude= or overrides="
         )
     return f"stays dense: {reason}" if reason else ""
+
+
+def undivided_reason(layer: Layer, keep: Keep) -> str:
+    """Why a pattern finds no groups in a layer's weight, or ""."""
+    return _layout_reason(layer.module, keep) or indivisible_reason(layer.weight, keep)
 
 
 def _layout_reason(module: nn.Module, keep: Keep) -> str:

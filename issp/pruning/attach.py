@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -47,12 +48,13 @@ def attach(
         opt: its optimizer, or a list: then a weight is shrunk after its own optimizer's step, and
             the first one counts the steps. Wrappers (Lookahead, SAM, accelerate, Fabric) are seen
             through. None: call `pruner.step()` yourself.
-        sparsity: share of each layer's weights to prune, 0..1; without it 0.95, or where the
-            schedule ends. Counts follow `issp.num_pruned`.
+        sparsity: share of each layer's weights to prune, 0..1; without it 0.95 (SLS: 0.9375), or
+            where the schedule ends. Counts follow `issp.num_pruned`.
         shrink: factor alpha of ISS-P in 0..1, without it 0.95; other methods have none.
         method: a name, or one of the classes of `issp.methods` with its options: "iss-p", "iht",
-            "iss-r", "iss-r-stale", "l1", "scratch", "srp", "assl", "dense". "l1" and "scratch" fix
-            the masks at once, so load pretrained weights before. See docs/method.md, section 2.4.
+            "iss-r", "iss-r-stale", "l1", "scratch", "srp", "assl", "sls", "dense". "l1" and
+            "scratch" fix the masks at once, so load pretrained weights before. See docs/method.md,
+            section 2.4.
         types: module classes whose `weight` is pruned.
         exclude: name patterns: globs, or "re:" and a regular expression, for whole module names. A
             container stands for everything inside it.
@@ -100,10 +102,15 @@ def attach(
                 f"{chosen.name} prunes nothing: drop sparsity, pattern, overrides and schedule"
             )
         sparsity = 0.0
-    sparsity = final_sparsity(sparsity, schedule, freeze_at, from_zeros)
+    default = chosen.default_sparsity if sparsity is None and schedule is None else sparsity
+    sparsity = final_sparsity(default, schedule, freeze_at, from_zeros)
     target = sparsity if pattern is None else pattern
     _check_method(chosen, target, overrides, schedule)
+    if chosen.skips_undivided:
+        target, overrides = _skipping(target), {n: _skipping(x) for n, x in overrides.items()}
     layers = select(model, types, exclude, overrides, target)
+    if not from_zeros:
+        chosen.prepare(model, layers)
     unpruned = unpruned_weights(model, exclude, layers)
     pruner = Pruner(
         model,
@@ -152,6 +159,10 @@ def _check_method(
         isinstance(x, Keep) for x in (target, *overrides.values())
     ):
         raise ValueError(f"an N:M pattern has no meaning for {method.name}: pass a sparsity")
+
+
+def _skipping(target: float | Keep) -> float | Keep:
+    return dataclasses.replace(target, tail="dense") if isinstance(target, Keep) else target
 
 
 def _as_tuple(value: Any) -> Any:

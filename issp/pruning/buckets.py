@@ -534,9 +534,12 @@ class WeightBuckets:
         for bucket in self:
             layers = [layer for layer in bucket.layers if layer.name in masks]
             if layers:
+                before = dict(zip([x.name for x in bucket.layers], bucket.masks(), strict=True))
                 chosen = WeightBucket(layers, bucket.optimizer)
                 chosen.set_masks([masks[layer.name] for layer in layers])
-                bucket.load_layer_states(chosen.layer_states())
+                flips = {x.name: int((masks[x.name] ^ before[x.name]).sum()) for x in layers}
+                states = chosen.layer_states().items()
+                bucket.load_layer_states({n: x._replace(flips=flips[n]) for n, x in states})
 
     def apply_masks(self, buckets: Iterable[WeightBucket]) -> None:
         """Writes zeros into pruned weights and their optimizer moments."""

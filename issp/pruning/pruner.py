@@ -231,6 +231,9 @@ class Pruner:
         self._refresh()
         step = self._running_step(index)
         if not (self.frozen or self.method.ranks_after(step)):
+            for bucket in self._buckets:
+                if bucket.optimizer == index:
+                    bucket.state.flips.zero_()
             return PruneStep((), self.method.factor, self.frozen)
         if not (self.frozen or is_skipped(found_inf)):
             self._set_ratio(step)
@@ -314,6 +317,7 @@ class Pruner:
             self._start_method()
         if self.frozen:
             self._buckets.fix_masks(self._ema)
+            self.method.detach()
 
     def _check_open(self) -> None:
         if self._stage == "final":
@@ -347,6 +351,7 @@ class Pruner:
             )
         self._warn_of_replaced()
         self._refresh()
+        self.method.before_freeze()
         self._buckets.fix_masks(self._ema)
         self._stage, self._pruning_steps = "frozen", count
         self.method.after_freeze()
@@ -465,7 +470,7 @@ class Pruner:
         if self._hook:
             self._hooks.warn_if_missing(self._buckets.optimizers)
         self._warn_of_replaced()
-        return summaries.summary(self._title(), self._buckets, self._unpruned)
+        return summaries.summary(self._title(), self._buckets, self._unpruned, self.method.notes())
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs besides model and optimizer; loads weights_only."""

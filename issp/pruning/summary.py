@@ -67,17 +67,23 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.detach().permute(by_stride(x)).contiguous()
 
 
-def summary(title: str, buckets: WeightBuckets, unpruned: Mapping[str, str]) -> Summary:
+def summary(
+    title: str,
+    buckets: WeightBuckets,
+    unpruned: Mapping[str, str],
+    remarks: Mapping[str, str] | None = None,
+) -> Summary:
     """Counts what is in the masks and weights now, not what was asked for.
 
     Args:
         title: first line.
         buckets: of the layers.
         unpruned: see `Summary`.
+        remarks: by layer, what the method says of it.
     """
     flips, thresholds = buckets.column(WeightBucket.flips), buckets.column(WeightBucket.thresholds)
     selected = buckets.column(lambda bucket: [int((~mask).sum()) for mask in bucket.masks()])
-    rows, notes = [], buckets.notes()
+    rows, notes = [], {**(remarks or {}), **buckets.notes()}
     counts = zeros([layer.weight for layer in buckets.layers])
     for layer, count in zip(buckets.layers, counts, strict=True):
         row = Row(
@@ -102,7 +108,7 @@ class Row:
         target: sparsity, or the N:M pattern.
         selected: weights that the current mask marks as unimportant.
         zeros: weights that are exactly 0; before the freeze soft shrinkage leaves few or none.
-        note: why the layer is not pruned yet, "" when it is.
+        note: why the layer is not pruned yet; when it is, what the method says of it, or "".
         tied_to: first name of the same weight, when this is another one.
     """
 

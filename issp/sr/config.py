@@ -506,7 +506,7 @@ class Sparsity(Section):
         if not self.from_zeros:
             self.freeze_iter = self.freeze_iter or 100_000
             if made.prunes:
-                self.ratio = None if self.keep else self.ratio or 0.95
+                self.ratio = None if self.keep else self.ratio or made.default_sparsity
             if "shrink" in made.options() and self.shrink is None:
                 self.shrink = 0.95
         return self

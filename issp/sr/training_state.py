@@ -22,7 +22,8 @@ _BEST = ("best.psnr", "best.iteration", "best.scored_on")
 _MOST = 2**53  # of a count
 # Where tensors stand, and where each of their numbers is finite in a run that can go on.
 _TENSORS = re.compile(
-    r"(model|ema|optimizer\.state|random)\..+|pruner\.layers\..+\.(mask|threshold)|meter\.loss"
+    r"(model|ema|optimizer\.state|random)\..+|pruner\.layers\..+\.(mask|threshold)"
+    r"|pruner\.method_state\..+|meter\.loss"
 )
 _FINITE = re.compile(r"(model|ema|optimizer|meter)\..+")
 

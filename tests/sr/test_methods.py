@@ -21,6 +21,8 @@ def settings(name, photos, root):
     tree = tree_of(photos, root)
     ratio = {} if name == "dense" else {"ratio": 0.8}
     tree["sparsity"] = {"method": name, "freeze_iter": FREEZE, **ratio}
+    if name == "sls":  # of 8 features; the cost is high enough for 6 iterations
+        tree["sparsity"]["options"] = {"of": 8, "weight": 1.0, "epoch": 2, "lr": 0.3}
     return tree
 
 
@@ -40,7 +42,7 @@ def test_a_break_changes_no_bit(name, at, photos, tmp_path, monkeypatch):
     assert rows[-1][0] == TOTAL
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].prunes])
+@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].prunes and n != "sls"])
 def test_the_saved_network_has_the_zeros_and_packs(name, photos, tmp_path):
     _, folder = run(settings(name, photos, tmp_path), train__ema_decay=0.0)
     model = issp.load(folder / "models" / "net_g_latest.safetensors").eval()
@@ -48,6 +50,25 @@ def test_the_saved_network_has_the_zeros_and_packs(name, photos, tmp_path):
         if isinstance(module, torch.nn.Conv2d):
             zeros = int((module.weight == 0).sum())
             assert zeros == issp.num_pruned(module.weight.numel(), 0.8), layer
+    check_pack(model)
+
+
+def test_sls_saves_its_patterns_within_the_budget_and_packs(photos, tmp_path):
+    _, folder = run(settings("sls", photos, tmp_path), train__ema_decay=0.0)
+    model = issp.load(folder / "models" / "net_g_latest.safetensors").eval()
+    kept = {}
+    for layer, module in model.named_modules():
+        if isinstance(module, torch.nn.Conv2d):
+            counts = (module.weight != 0).sum(1).unique().tolist()  # 8 inputs: one group
+            assert len(counts) == 1, layer
+            kept[layer] = counts[0]
+    assert (kept.pop("conv_first"), kept.pop("conv_last")) == (3, 8), "they stay dense"
+    share = {layer: 4 if layer == "upsample.0" else 1 for layer in kept}  # of the MACs
+    assert sum(kept[x] / 8 * share[x] for x in kept) <= 0.2 * sum(share.values())
+    check_pack(model)
+
+
+def check_pack(model):
     x = torch.rand(1, 3, 12, 12)
     with torch.no_grad():
         expected = model(x)

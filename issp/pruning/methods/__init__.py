@@ -18,14 +18,15 @@ from issp.pruning.methods.iss_p import ISSP
 from issp.pruning.methods.iss_r import ISSR, StaleISSR
 from issp.pruning.methods.l1 import L1
 from issp.pruning.methods.scratch import Scratch
+from issp.pruning.methods.sls import SLS
 from issp.pruning.methods.srp import SRP
 from issp.utils.text import suggest
 
-_CLASSES = (ISSP, IHT, ISSR, StaleISSR, L1, Scratch, SRP, ASSL, Dense)
+_CLASSES = (ISSP, IHT, ISSR, StaleISSR, L1, Scratch, SRP, ASSL, SLS, Dense)
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}
 
-__all__ = ["ASSL", "IHT", "ISSP", "ISSR", "L1", "METHODS", "SRP", "Dense", "Method", "Scratch"]
-__all__ += ["Setting", "StaleISSR", "create"]
+__all__ = ["ASSL", "IHT", "ISSP", "ISSR", "L1", "METHODS", "SLS", "SRP", "Dense", "Method"]
+__all__ += ["Scratch", "Setting", "StaleISSR", "create"]
 
 
 def create(method: str | Method, **options: Any) -> Method:

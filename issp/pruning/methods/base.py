@@ -6,11 +6,13 @@ The pruner counts the steps, ranks the weights, keeps the masks, and at the free
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
+
+from issp.nn.selection import Layer
 
 if TYPE_CHECKING:  # buckets.py and the methods would import each other
     from issp.pruning.buckets import WeightBucket, WeightBuckets
@@ -44,8 +46,9 @@ class Method:
         ranks: weights are ranked in the steps that `ranks_after` names; otherwise the index sets
             come from `start`, and a schedule of the sparsity has no meaning.
         penalizes: `penalty` has values.
-        has_loss: `loss` has values.
         takes_patterns: the method has a meaning within N:M patterns.
+        skips_undivided: a layer that a pattern does not divide stays dense, with every `tail`.
+        default_sparsity: where the user names none.
     """
 
     name: ClassVar[str] = ""
@@ -53,15 +56,28 @@ class Method:
     fixes_masks: ClassVar[bool] = False
     ranks: ClassVar[bool] = True
     penalizes: ClassVar[bool] = False
-    has_loss: ClassVar[bool] = False
     takes_patterns: ClassVar[bool] = True
+    skips_undivided: ClassVar[bool] = False
+    default_sparsity: ClassVar[float] = 0.95
     # Where the method works, once it does.
     setting: Setting | None = field(default=None, init=False, repr=False, compare=False)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether `loss` has values."""
+        return False
 
     @property
     def factor(self) -> float:
         """What the unimportant weights are multiplied by after every step."""
         return 1.0
+
+    def prepare(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        """Called by `attach` with the layers and their targets; may leave some dense.
+
+        Raises:
+            ValueError: targets that have no meaning here, or no layer is left.
+        """
 
     def start(self, setting: Setting) -> None:
         """Called when the pruner is attached, reattached or has found further layers to prune.
@@ -70,6 +86,9 @@ class Method:
             ValueError: the method does not suit the model.
         """
         self.setting = setting
+
+    def before_freeze(self) -> None:
+        """Called before the masks are fixed, for the last time that they may change."""
 
     def after_freeze(self) -> None:
         """Called once the masks are fixed and the weights are masked."""
@@ -95,6 +114,10 @@ class Method:
 
     def detach(self) -> None:
         """Takes back what the method has changed in the modules."""
+
+    def notes(self) -> dict[str, str]:
+        """What the summary says of a layer, by name."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What the method has learned, besides masks: numbers, text and tensors."""

@@ -1,0 +1,386 @@
+"""SLS: N of every M input channels, with N learned for each layer on a budget of computations.
+
+The weights of a group of M consecutive input channels are ordered by magnitude, anew at the start
+of every epoch; unit j of a layer are the weights of rank j in their groups. A layer keeps its first
+unit and those whose priority is above 0.5 (priority_scores.py), so N is their number. The gradient
+passes from these decisions to the priorities as if they were equal. The forward pass uses the
+masked weights (masked_weight.py). The others have no gradient and keep their values, with which
+they may come back in a later epoch.
+
+The loss gets weight * c * cost, where cost is the sum of N / M * MACs over the layers, and c grows
+while dense / cost rises too little. Once the cost is within the budget the scores are fixed.
+
+Source: docs/method.md, section 4 (Oh et al., "Attentive Fine-Grained Structured Sparsity for Image
+Restoration", CVPR 2022).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from issp.nn.names import named_modules
+from issp.nn.selection import Layer, undivided_reason
+from issp.ops.keep import Keep
+from issp.pruning.methods.base import Method, Setting
+from issp.pruning.methods.masked_weight import MaskedWeight
+from issp.pruning.methods.priority_scores import PriorityScores
+
+# The authors' iterations per epoch and learning rate, taken over for a pruning stage of that many
+# steps. A shorter stage has as many epochs, and the scores can go as far.
+_EPOCH, _LR, _STAGE = 1000, 1e-4, 100_000
+_MOST_LR = 0.05
+_ROUNDING = 1 + 1e-9
+
+
+@dataclass
+class SLS(Method):
+    """Learns N of every `of` for each layer, or keeps the N of the pattern that `attach` is given.
+
+    With a sparsity s the budget is a share 1 - s of the MACs of the covered layers. With a pattern
+    `Keep(n, of)` nothing is learned: N = n. Covered are layers whose input channels divide into
+    groups, without the network's first and last layer; the others stay dense.
+
+    At the freeze the mask is that of the latest epoch. If the budget is not reached by then, the
+    units of the lowest priorities are dropped, and a warning says so.
+
+    Under a GradScaler the scores' gradients have its scale, which Adam's steps hardly depend on.
+    Several ranks use their mean gradient; their crops must be of one size.
+
+    Args:
+        of: M, weights in a group, 2..256; a pattern has its own.
+        epoch: steps between two orderings. None: 1000, or a hundredth of `freeze_at`.
+        lr: Adam's learning rate for the scores. None: 1e-4, or 10 / `freeze_at`, at most 0.05.
+        weight: of the cost, which is in MACs per image.
+        growth: factor of c.
+        threshold: c grows after two epochs if dense / cost at the end of the second is not this
+            much above that at the end of the first.
+
+    Raises:
+        ValueError: a number outside its range.
+    """
+
+    name: ClassVar[str] = "sls"
+    ranks: ClassVar[bool] = False
+    default_sparsity: ClassVar[float] = 1 - 2 / 32
+    skips_undivided: ClassVar[bool] = True
+
+    of: int = 32
+    epoch: int | None = None
+    lr: float | None = None
+    weight: float = 1e-10
+    growth: float = 1.2
+    threshold: float = 0.2
+
+    # None: N is that of the patterns.
+    _budget: float | None = field(default=None, init=False, repr=False, compare=False)
+    _masked: dict[str, MaskedWeight] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    # By layer, bool [of] on the CPU.
+    _kept: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # None: nothing is learned.
+    _scores: PriorityScores | None = field(default=None, init=False, repr=False, compare=False)
+    _learns: bool = field(default=False, init=False, repr=False, compare=False)
+    _coefficient: float = field(default=1.0, init=False, repr=False, compare=False)
+    # dense / cost at the end of the epochs since c was looked at.
+    _gains: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
+    # By layer, ranks and outputs for masked weights that `start` is still to make.
+    _loaded: dict[str, tuple[Tensor, list[Any]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.of <= 256 or self.of != int(self.of):
+            raise ValueError(f"of is {self.of}: it must be a whole number in 2..256")
+        if self.epoch is not None and (self.epoch < 1 or self.epoch != int(self.epoch)):
+            raise ValueError(f"epoch is {self.epoch}: it must be a whole number of steps from 1")
+        for name in ("lr", "weight", "threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name} is {value}: it must be a number from 0")
+        if not 1.0 <= self.growth < float("inf"):
+            raise ValueError(f"growth is {self.growth}: it must be a number from 1")
+
+    @property
+    def has_loss(self) -> bool:
+        return self._budget is not None
+
+    # Which layers.
+
+    def prepare(self, model: nn.Module, layers: Sequence[Layer]) -> None:
+        targets = {x.target for x in layers if isinstance(x.target, Keep) or x.target != 0}
+        ratios = [x for x in targets if not isinstance(x, Keep)]
+        if len(targets) > 1 and ratios:
+            raise ValueError(
+                "sls takes one sparsity, the budget of all layers, or N:M patterns, not several "
+                "sparsities or both: exclude single layers to leave them dense"
+            )
+        for target in targets:
+            self._check_target(target)
+        types = tuple({type(layer.module) for layer in layers})
+        names = [name for name, m in named_modules(model).items() if isinstance(m, types)]
+        for layer in layers:
+            layer.dense = layer.dense or self._dense_reason(layer, names[0], names[-1])
+        if all(layer.dense for layer in layers):
+            raise ValueError(
+                f"sls covers no layer: {layers[len(layers) // 2].name}, as all others, "
+                f"{layers[len(layers) // 2].dense}; choose another `of`"
+            )
+        self._budget = 1 - ratios[0] if ratios else None
+
+    def _check_target(self, target: float | Keep) -> None:
+        if isinstance(target, Keep):
+            if target.v != 1 or target.layout != "channels" or not 2 <= target.of <= 256:
+                raise ValueError(
+                    f"sls groups up to 256 input channels of one output: {target} has no meaning"
+                )
+        elif (1 - target) * self.of * _ROUNDING < 1:
+            raise ValueError(
+                f"sparsity is {target}: sls keeps at least 1 of {self.of}, so that it must be at "
+                f"most {1 - 1 / self.of:.6g}"
+            )
+
+    def _dense_reason(self, layer: Layer, first: str, last: str) -> str:
+        names = {layer.name, *layer.aliases}
+        if first in names or last in names:
+            return f"stays dense: it is the network's {'first' if first in names else 'last'} layer"
+        if layer.target == 0:
+            return "stays dense: its sparsity is 0"
+        keep = Keep(1, of=self._of(layer))
+        reason = undivided_reason(layer, keep)
+        return f"stays dense: {reason}" if reason else ""
+
+    def _of(self, layer: Layer) -> int:
+        return layer.target.of if isinstance(layer.target, Keep) else self.of
+
+    # The run.
+
+    def start(self, setting: Setting) -> None:
+        super().start(setting)
+        at = setting.freeze_at
+        self._epoch = self.epoch or (_EPOCH if at is None else max(1, at * _EPOCH // _STAGE))
+        self._lr = _LR if at is None else min(_MOST_LR, _LR * _STAGE / at)
+        self._lr = self._lr if self.lr is None else self.lr
+        if not self._kept:
+            self._begin(setting.buckets.prunable)
+        modules = named_modules(setting.model)
+        for layer in setting.buckets.prunable:
+            if layer.name in setting.buckets.active:
+                self._mask(layer, [modules[name] for name in (layer.name, *layer.aliases)])
+        self._show(setting.buckets.unranked())
+
+    def _begin(self, layers: Sequence[Layer]) -> None:
+        """All units at first, or those of the patterns."""
+        for layer in layers:
+            n = layer.target.n if isinstance(layer.target, Keep) else self.of
+            place = torch.arange(self._of(layer), dtype=torch.int64, device="cpu")
+            self._kept[layer.name] = place < n
+        if self._budget is not None:
+            device = layers[0].weight.device
+            self._scores = PriorityScores(list(self._kept), self.of, self._lr, device)
+            self._learns = True
+
+    def _mask(self, layer: Layer, modules: list[nn.Module]) -> None:
+        """Lets the modules of a layer use its masked weight, with the ranks that it has."""
+        masked = self._masked.get(layer.name)
+        if masked is None:
+            masked = self._masked[layer.name] = MaskedWeight(layer, modules, self._of(layer))
+        elif masked.modules != modules:  # of a copy
+            masked.detach()
+            masked.modules = modules
+        if layer.name in self._loaded:
+            masked.ranks, masked.outputs = self._loaded.pop(layer.name)
+        learned = self._scores if self._learns else None
+        masked.priorities = learned.priorities[layer.name] if learned else None
+        masked.keep(self._kept[layer.name])
+        masked.attach()
+
+    def _show(self, names: Collection[str]) -> None:
+        """Gives the pruner the masks of some layers."""
+        assert self.setting is not None
+        for name in names:
+            self._masked[name].keep(self._kept[name])
+        self.setting.buckets.set_masks({name: self._masked[name].kept for name in names})
+
+    def after_step(self, step: int) -> None:
+        assert self.setting is not None
+        if step == 1:
+            self._name_unmasked()
+        changed = self._learn()
+        if step % self._epoch == 0 and step != self.setting.freeze_at:
+            for masked in self._masked.values():
+                masked.rank()
+            changed = list(self._masked)
+            self._anneal()
+        if changed:
+            self._show(changed)
+
+    def _name_unmasked(self) -> None:
+        """Warns of layers whose weights something else than their own call uses."""
+        names = [name for name, masked in self._masked.items() if not any(masked.outputs)]
+        if names:
+            warnings.warn(
+                f"sls masks a layer when it is called, and the first step has not called "
+                f"{', '.join(names)}: if something else uses the weights, exclude them",
+                stacklevel=2,
+            )
+
+    def _learn(self) -> list[str]:
+        """Moves the scores; returns the layers whose units have changed."""
+        if self._scores is None or not self._learns:
+            return []
+        self._scores.step()
+        kept = self._scores.kept()
+        changed = [name for name in self._masked if not torch.equal(kept[name], self._kept[name])]
+        self._kept = kept
+        if self._is_within_budget():
+            self._fix_scores()
+        return changed
+
+    def _fix_scores(self) -> None:
+        self._learns = False
+        for masked in self._masked.values():
+            masked.priorities = None
+
+    def _anneal(self) -> None:
+        """At the end of an epoch: c grows if the cost falls too slowly."""
+        if not self._learns:
+            return
+        self._gains.append(1 / self._share())
+        if len(self._gains) == 2:
+            if self._gains[1] - self._gains[0] < self.threshold:
+                self._coefficient *= self.growth
+            self._gains = []
+
+    def loss(self) -> Tensor | None:
+        called = any(any(masked.outputs) for masked in self._masked.values())
+        if self._scores is None or not self._learns or not called:
+            return None
+        macs, numbers = self._macs(), self._scores.numbers()
+        per_unit = [macs.get(name, 0.0) / self.of for name in self._kept]
+        costs = torch.tensor(per_unit, dtype=numbers.dtype, device=numbers.device)
+        return self.weight * self._coefficient * (costs * numbers).sum()
+
+    # The budget.
+
+    def _macs(self) -> dict[str, float]:
+        """By layer, for one image; a layer that nothing has called is taken for one of the largest.
+
+        Windows of an image count as images in some layers' outputs: the smallest first dimension of
+        all is the batch.
+        """
+        seen = {name: [x for x in m.outputs if x] for name, m in self._masked.items()}
+        batch = min((size for outputs in seen.values() for _, size in outputs), default=1)
+        places = {name: sum(n for n, _ in outputs) / batch for name, outputs in seen.items()}
+        most = max(places.values(), default=0) or 1
+        return {n: m.layer.weight.numel() * (places[n] or most) for n, m in self._masked.items()}
+
+    def _share(self) -> float:
+        """The cost as a share of that of the dense layers."""
+        macs = self._macs()
+        cost = sum(x * int(self._kept[name].sum()) / self.of for name, x in macs.items())
+        return cost / sum(macs.values())
+
+    def _is_within_budget(self) -> bool:
+        assert self._budget is not None
+        return self._share() <= self._budget * _ROUNDING
+
+    def before_freeze(self) -> None:
+        if self._scores is None or self._is_within_budget():
+            return
+        share = self._share()
+        order = [
+            (p, -unit, name)
+            for name in self._masked
+            for unit, p in enumerate(self._scores.priorities[name].tolist(), start=1)
+            if self._kept[name][unit]
+        ]
+        for _, unit, name in sorted(order):
+            if self._is_within_budget():
+                break
+            self._kept[name][-unit] = False
+        self._fix_scores()
+        self._show(list(self._masked))
+        warnings.warn(
+            f"sls has {share:.4g} of the dense cost at the freeze, and the budget is "
+            f"{self._budget:.4g}: it drops the units of the lowest priorities; train longer before "
+            "the freeze, or raise weight or lr",
+            stacklevel=3,
+        )
+
+    def after_freeze(self) -> None:
+        self.detach()
+        self._masked = {}
+
+    def detach(self) -> None:
+        for masked in self._masked.values():
+            masked.detach()
+
+    def notes(self) -> dict[str, str]:
+        """By layer "keeps 2 of 32"."""
+        return {
+            name: f"keeps {int(kept.sum())} of {len(kept)}" for name, kept in self._kept.items()
+        }
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"kept": {name: x.clone() for name, x in self._kept.items()}}
+        if self._masked:  # not any more once the masks are fixed
+            state["ranks"] = {n: m.ranks.contiguous().clone() for n, m in self._masked.items()}
+            state["outputs"] = {n: list(m.outputs) for n, m in self._masked.items()}
+            if self._scores is not None:
+                state["scores"], state["learns"] = self._scores.state_dict(), self._learns
+                state["coefficient"], state["gains"] = self._coefficient, list(self._gains)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if not self._is_sound(state):
+            raise ValueError("the state of sls in the pruner's state is damaged or of other layers")
+        self._kept = {name: state["kept"][name].cpu().clone() for name in self._kept}
+        if "ranks" not in state:
+            self.after_freeze()
+            return
+        self._loaded = {
+            n: (x.clone(), list(state["outputs"][n])) for n, x in state["ranks"].items()
+        }
+        if self._scores is not None:
+            self._scores.load_state_dict(state["scores"])
+            self._learns = state["learns"]
+            self._coefficient, self._gains = state["coefficient"], list(state["gains"])
+
+    def _is_sound(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state has the form of those of this run."""
+        form: dict[str, Any] = {"kept": self._kept}
+        if "ranks" in state:
+            assert self.setting is not None
+            prunable = self.setting.buckets.prunable
+            ranks = {x.name: torch.empty_like(x.weight, dtype=torch.uint8) for x in prunable}
+            outputs = state.get("outputs")
+            if not isinstance(state["ranks"], Mapping) or not isinstance(outputs, Mapping):
+                return False
+            form["ranks"] = {name: x for name, x in ranks.items() if name in state["ranks"]}
+            form["outputs"] = {name: [] for name in form["ranks"]}
+            if self._scores is not None:
+                form |= {"scores": self._scores.state_dict(), "learns": True}
+                form |= {"coefficient": 1.0, "gains": []}
+        return _is_alike(state, form)
+
+
+def _is_alike(actual: object, expected: object) -> bool:
+    """Whether nested values have the same keys, types, and shapes and dtypes of tensors."""
+    if isinstance(expected, Mapping):
+        return (
+            isinstance(actual, Mapping)
+            and actual.keys() == expected.keys()
+            and all(_is_alike(actual[key], expected[key]) for key in expected)
+        )
+    if isinstance(expected, Tensor) and isinstance(actual, Tensor):
+        return (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    return type(actual) is type(expected)
