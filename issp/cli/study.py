@@ -98,12 +98,12 @@ def _while_shown(show: Callable[..., None]) -> Callable[..., None]:
 
 
 def _report(study: Study) -> int:
-    from issp.sr.study import report
+    from issp.sr.study import plan, report
     from issp.sr.study.folder import StudyFolder
 
     folder = StudyFolder(study)
     folder.check()
-    if not (study.out / "runs").is_dir():
+    if not (study.out / plan.RUNS).is_dir():
         raise ValueError(f"the study in {study.out} has not begun: start without --report")
     print(f"see {report.write(folder)}")
     return 0

@@ -9,12 +9,12 @@ from issp.sr import config, results
 from issp.sr.config import Config
 from issp.sr.results import Result
 from issp.sr.run_folder import RunFolder
-from issp.sr.study.plan import Run, Study
+from issp.sr.study.plan import RUNS, Run, Study
 from issp.sr.study.scoring import missing_sets
 from issp.utils.errors import ConfigError, import_optional
 from issp.utils.files import atomic_write
 
-RUNS, STUDY_FILE = "runs", "study.yml"
+STUDY_FILE = "study.yml"
 # Keys that may differ when a study goes on: they do not change what is learned.
 _FREE = ("device", "num_gpu", "path.experiments_root", "logger.")
 _FREE += ("datasets.train.num_worker_per_gpu", "datasets.train.pin_memory")
@@ -64,7 +64,7 @@ class StudyFolder:
 
     def run(self, run: Run) -> RunFolder:
         """The folder of a run."""
-        return RunFolder(self.path / RUNS / run.name)
+        return RunFolder(run.config.folder)
 
     def is_finished(self, run: Run) -> bool:
         """Whether a run is trained and scored on every set."""

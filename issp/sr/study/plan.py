@@ -24,6 +24,7 @@ from issp.utils.text import suggest
 # Keys of `sparsity` that belong to a method, and those that the base decides for all.
 _OF_METHOD = ("method", "shrink", "options")
 _OF_STUDY = ("freeze_iter", "from_zeros")
+RUNS = "runs"  # folder of the runs in that of a study
 BASELINE = "bicubic"  # in the place of a method: scored once for each scale
 
 
@@ -117,12 +118,14 @@ class Study:
     @property
     def baselines(self) -> list[Run]:
         """Bicubic interpolation at every scale."""
-        of_scale = {run.scale: run.config for run in self.runs}
-        return [
-            Run(BASELINE, None, scale, None, "", settings.model_copy(update={"name": name}))
-            for scale, settings in of_scale.items()
-            for name in [f"{BASELINE}_x{scale}"]
-        ]
+        found = []
+        for scale, settings in {run.scale: run.config for run in self.runs}.items():
+            root = settings.path.model_copy(
+                update={"experiments_root": str(self.out / "baselines")}
+            )
+            update = {"name": f"{BASELINE}_x{scale}", "path": root}
+            found.append(Run(BASELINE, None, scale, None, "", settings.model_copy(update=update)))
+        return found
 
     @property
     def test(self) -> dict[str, EvalData]:
@@ -148,9 +151,9 @@ def load(path: str | Path, out: str | None = None) -> Study:
         config.set_key(file.base, key, value)
     if not file.test:
         raise ConfigError("test names no set: write such as `test: {Set5: benchmarks/Set5}`")
-    begun = path.parent if path.name == "study.yml" and (path.parent / "runs").is_dir() else None
+    begun = path.parent if path.name == "study.yml" and (path.parent / RUNS).is_dir() else None
     folder = user_path(out or begun or file.out or Path("studies", path.stem))
-    return Study(path, file, folder, _runs(file, folder / "runs"))
+    return Study(path, file, folder, _runs(file, folder / RUNS))
 
 
 def _runs(file: StudyFile, root: Path) -> list[Run]:
