@@ -225,6 +225,21 @@ def test_a_dry_run_lists_the_runs_and_needs_no_images(tree, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_committed_study_has_all_methods_and_two_at_other_ratios():
+    study = plan.load(ROOT / "configs" / "study_cpu.yml")
+    places = {(run.method, run.sparsity, run.seed) for run in study.runs}
+    at_95 = {"iss-p", "iht", "iss-r", "l1", "scratch", "srp", "assl", "sls"}
+    expected = {(method, 0.95) for method in at_95} | {("dense", 0)}
+    expected |= {(method, ratio) for method in ("iss-p", "iht") for ratio in (0.9, 0.99)}
+    assert places == {(*place, seed) for place in expected for seed in (0, 1)}
+    for run in study.runs:
+        assert (run.config.freeze_iter, run.config.train.total_iter) == (8000, 16000)
+        assert run.config.milestones == [4000, 6400, 7200, 7600]
+        assert run.config.train.optim_g.lr == 5e-4 and run.config.train.scheduler.gamma == 0.5
+        images = run.config.train_data
+        assert (images.gt_size, images.batch_size_per_gpu) == (40, 8)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_the_networks_of_the_studies_are_those_of_their_bases(path):
