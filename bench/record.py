@@ -2,8 +2,9 @@
 
 One network trains by issp.optim.Adam; recorders of gradients, of masks and of both record some of
 its iterations, in another order each round. First the recorded values are compared with torch's.
-Whole iterations vary by more than a recorder costs, so the recorder is timed inside them as well;
-that time includes the rows that it writes to disk, and on a GPU is that of the host.
+Whole iterations vary by more than a recorder costs, so the recorder is timed inside them as well,
+by the clock and by the CPU time of the process, which other processes do not lengthen. Both include
+the rows that it writes to disk, and on a GPU are those of the host.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +38,7 @@ VARIANTS = {
     "masks": ("masks",),
     "gradients and masks": ("gradients", "masks"),
 }
-_DEFAULT_SIZE = {"cpu": (2, 32), "cuda": (16, 48)}  # batch, patch in LR pixels
+_DEFAULT_SIZE = {"cpu": (4, 48), "cuda": (16, 48)}  # batch, patch in LR pixels
 # On a GPU a clock between single iterations would wait for it in each.
 _CHUNK = {"cpu": 1, "cuda": 20}
 _SETTLE = 20  # iterations before the first timed one
@@ -50,29 +51,34 @@ class Variant:
     Args:
         recorder: None: nothing.
         iteration: round -> seconds per iteration.
-        own: seconds of the recorder in all its iterations.
+        own: seconds of the recorder in all its iterations, by the clock.
+        own_cpu, cpu: CPU seconds of the recorder, and of all its iterations.
         count: of these iterations.
     """
 
     recorder: issp.Recorder | None
     iteration: dict[int, float] = field(default_factory=dict)
     own: float = 0.0
+    own_cpu: float = 0.0
+    cpu: float = 0.0
     count: int = 0
 
     def step(self) -> None:
         """Records the iteration, timed."""
         self.count += 1
         if self.recorder is not None:
-            begin = time.perf_counter()
-            self.recorder.step()
-            self.own += time.perf_counter() - begin
+            self._timed(self.recorder.step)
 
     def flush(self) -> None:
         """Writes the last rows; their time counts."""
         if self.recorder is not None:
-            begin = time.perf_counter()
-            self.recorder.flush()
-            self.own += time.perf_counter() - begin
+            self._timed(self.recorder.flush)
+
+    def _timed(self, call: Callable[[], None]) -> None:
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        call()
+        self.own_cpu += time.process_time() - begin_cpu
+        self.own += time.perf_counter() - begin
 
 
 @dataclass
@@ -113,8 +119,8 @@ class Training:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m bench record`."""
     parser.add_argument("--model", default="edsr-baseline", choices=models.names())
-    parser.add_argument("--batch", type=int, help="images; default 16 on a GPU, else 2")
-    parser.add_argument("--patch", type=int, help="LR pixels; default 48 on a GPU, else 32")
+    parser.add_argument("--batch", type=int, help="images; default 16 on a GPU, else 4")
+    parser.add_argument("--patch", type=int, help="LR pixels; default 48")
     options.add_arguments(parser, "of timed iterations, default 120 (quick: 10)")
 
 
@@ -168,7 +174,7 @@ def measure(title: str, training: Training, seconds: float, device: str) -> Tabl
         "Medians; ratios to the iteration without are taken round by round. Every iteration is "
         "recorded, of every layer; an interval of N costs the N-th part.",
         f"Recorder: mean per iteration; {weights * 4 / 1e6:.3g} MB of gradients, and as much of "
-        "weights, are read, rows are written to disk. The share is of the median without.",
+        "weights, are read, rows are written to disk. Shares are of the iteration without.",
         "The recorded values of one iteration were compared with torch's before.",
     ]
     return _table(f"{title}: {layers} layers, {weights} weights, {size}", machine, variants, notes)
@@ -206,12 +212,13 @@ def _time(training: Training, variants: Sequence[Variant], seconds: float, chunk
         batches = [training.next_batch() for _ in range(chunk)]
         for variant in order.sample(list(variants), len(variants)):
             _synchronize(training.model)
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), time.process_time()
             for batch in batches:
                 training.iterate(batch)
                 variant.step()
             _synchronize(training.model)
             variant.iteration[number] = (time.perf_counter() - begin) / chunk
+            variant.cpu += time.process_time() - begin_cpu
         number += 1
 
 
@@ -237,6 +244,8 @@ def _table(title: str, machine: str, variants: dict[str, Variant], notes: Sequen
             cells["quartiles"] = f"{low:.4g} to {high:.4g}"
             cells["own"] = variant.own / variant.count
             cells["share"] = cells["own"] / typical
+            cells["own cpu"] = variant.own_cpu / variant.count
+            cells["cpu share"] = variant.own_cpu / (base.cpu / base.count * variant.count)
         rows.append(Row(cells, {"iteration": list(variant.iteration.values())}))
     columns = [
         Column("what", "recorded"),
@@ -245,6 +254,8 @@ def _table(title: str, machine: str, variants: dict[str, Variant], notes: Sequen
         Column("quartiles", "quartiles"),
         Column("own", "recorder", "ms"),
         Column("share", "of iteration", format=percent),
+        Column("own cpu", "recorder CPU", "ms"),
+        Column("cpu share", "of CPU time", format=percent),
         Column("runs", "iterations"),
     ]
     return Table(title, machine, columns, rows, list(notes))

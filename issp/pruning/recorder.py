@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from issp import ops
 from issp.nn.selection import Layer, match_names, select
 from issp.pruning.buckets import WeightBucket
-from issp.pruning.memory_order import memory_order, permuted
+from issp.pruning.memory_order import memory_order, pointers
 from issp.pruning.prune_step import prunes_within_step
 from issp.pruning.pruner import Pruner
 from issp.pruning.summary import in_memory_order
@@ -99,6 +99,7 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @torch.no_grad()
     def step(self) -> None:
         """Records the latest optimizer step, if it is due; the hook calls it.
 
@@ -249,6 +250,8 @@ class _Part:
     ) -> None:
         self._bucket, self._layers, self._numbers = bucket, layers, numbers
         self._orders = [memory_order(layer.weight) for layer in layers]
+        self._pointers: list[int] = []  # of the weights that the views are of
+        self._views: list[Tensor] = []
         self._places = list(range(len(layers)))
         self._index: Tensor | None = None  # the places, on the device; None: the whole bucket
         self._optimizer: Optimizer | None = None
@@ -264,30 +267,33 @@ class _Part:
 
     def gradients(self) -> list[_Samples]:
         """Norm, variance, mean, deviation of the gradients that there are."""
-        by_kind: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[Tensor]]] = {}
+        numbers, views = [], []
         for number, weight, order in zip(self._numbers, self._weights(), self._orders, strict=True):
             grad = weight.grad
             if grad is not None:
-                numbers, grads = by_kind.setdefault((grad.device, grad.dtype), ([], []))
                 numbers.append(number)
-                grads.append(_contiguous(grad, order))
-        scale, samples = self._grad_scale(), []
-        for (device, _), (numbers, grads) in by_kind.items():
-            values = ops.magnitude_statistics(grads)
+                views.append(_contiguous(grad, order))
+        kinds, scale, samples = [(x.device, x.dtype) for x in views], self._grad_scale(), []
+        for kind in dict.fromkeys(kinds):
+            chosen = [i for i, own in enumerate(kinds) if own == kind]
+            values = ops.magnitude_statistics([views[i] for i in chosen])
             if scale is not None:
-                divisor = scale.to(device, torch.float64)
+                divisor = scale.to(kind[0], torch.float64)
                 values /= divisor
                 values[:, 1] /= divisor  # a variance is of the square
-            samples.append(_Samples(numbers, values.unbind(1)))
+            samples.append(_Samples([numbers[i] for i in chosen], values.unbind(1)))
         return samples
 
     def masks(self) -> list[_Samples]:
         """Flips, threshold, zeros."""
         if self._bucket is None:
             return []
-        weights = zip(self._weights(), self._orders, strict=True)
-        zeros = ops.count_zeros([_contiguous(weight, order) for weight, order in weights])
-        state = self._bucket.state
+        weights = self._weights()
+        present = pointers(weights)
+        if present != self._pointers:
+            views = [_contiguous(x.detach(), y) for x, y in zip(weights, self._orders, strict=True)]
+            self._views, self._pointers = views, present
+        zeros, state = ops.count_zeros(self._views), self._bucket.state
         return [
             _Samples(self._numbers, (self._pick(state.flips), self._pick(state.thresholds), zeros))
         ]
@@ -313,7 +319,7 @@ def _contiguous(x: Tensor, order: list[int] | None) -> Tensor:
     """A weight or its gradient as the ops take it; copied only where memory has another order."""
     if x.is_sparse:
         x = x.to_dense()
-    view = permuted(x.detach(), order or None)
+    view = x.permute(order) if order else x
     return view if view.is_contiguous() else in_memory_order(x)
 
 
