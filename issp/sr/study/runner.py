@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import queue
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,11 +19,13 @@ import torch
 
 from issp.sr import builders, config
 from issp.sr.interrupt import Interrupted, StopRequest
+from issp.sr.logging.progress import fit
 from issp.sr.logging.text import TextLog
 from issp.sr.study.folder import StudyFolder
 from issp.sr.study.plan import Run, Study
 
 _SECONDS = 0.2  # between two looks at signals
+_BESIDE = 26  # columns for a bar, the share and the time that is left
 
 
 class StudyInterrupted(Interrupted):
@@ -269,9 +272,10 @@ class _Work:
         work = sum(cost * (1 - self.before[name]) for name, cost in costs.items())
         done = sum(cost * (self.done[name] - self.before[name]) for name, cost in costs.items())
         current = [worker.run for worker in self.workers if worker.run]
-        names = ", ".join(f"{run.name} {100 * self.done[run.name]:.0f} %" for run in current)
-        total = len(self.study.runs)
-        self.options.show(done, work, f"{len(self.finished)} of {total} runs; {names}")
+        parts = [f"{len(self.finished)} of {len(self.study.runs)} runs"]
+        parts += [f"| {run.name} {100 * self.done[run.name]:.0f} %" for run in current]
+        columns = shutil.get_terminal_size((120, 24)).columns - _BESIDE
+        self.options.show(done, work, fit(parts, max(columns, len(parts[0]))))
 
     def _say(self, line: str) -> None:
         self.log.add(line)
