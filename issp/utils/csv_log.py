@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -87,7 +86,11 @@ def iterate_csv(
 
 
 def _value(text: str) -> Any:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text or None
+    try:  # twice as fast as contextlib.suppress, and a log of layers has millions of cells
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text or None

@@ -1,5 +1,6 @@
 """What a run reports: times, and CSV files across versions."""
 
+import math
 import os
 import time
 
@@ -9,6 +10,7 @@ from torch import nn
 
 import issp
 from issp.sr import logging
+from issp.utils import csv_log
 
 
 @pytest.fixture
@@ -88,3 +90,13 @@ def test_what_is_not_a_log_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"train\.csv( is not a log of `issp train`|: )"):
         logging.read_csv(path)
+
+
+def test_rows_of_some_columns(tmp_path):
+    path = tmp_path / "log.csv"
+    path.write_text("iteration,layer,norm,std\n1,a,-2,nan\nx,a,3,4\n2,b,5\n3,c,1e-5,\n")
+    rows = list(csv_log.iterate_csv(path, ("std", "layer")))
+    assert [row["layer"] for row in rows] == ["a", "c"] and rows[1]["std"] is None
+    assert rows[0].keys() == {"iteration", "layer", "std"} and math.isnan(rows[0]["std"])
+    whole = logging.read_csv(path)
+    assert [row["norm"] for row in whole] == [-2, 1e-5] and isinstance(whole[0]["norm"], int)

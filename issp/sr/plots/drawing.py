@@ -15,6 +15,7 @@ from issp.utils.files import atomic_write
 # Dense lines of several runs hide each other; their running averages, over this part of the values
 # of a run, do not.
 AVERAGED_SHARE = 30
+MOST_BEHIND = 4  # series whose values are drawn behind their averages: more would be a blot
 Average = Literal["mean", "median"]
 
 BLUE, ORANGE, GREY, RED = "#1f5fa8", "#d9731a", "#777777", "#b02a30"
@@ -126,11 +127,19 @@ def series_style(i: int) -> Style:
 
 
 def draw_series(
-    axis: Any, x: np.ndarray, y: np.ndarray, style: Style, label: str, average: Average
+    axis: Any, x: np.ndarray, y: np.ndarray, number: int, label: str, average: Average
 ) -> None:
-    """One of several lines over the iterations: the running average, and the values behind it."""
-    window = len(y) // AVERAGED_SHARE
-    if window > 1:
+    """One of several lines over the iterations: the running average, and the values behind it.
+
+    Args:
+        axis: over iterations.
+        x, y: the values, [n].
+        number: of the series; from `MOST_BEHIND` on its values are left out.
+        label: in the legend.
+        average: that is drawn in place of many values.
+    """
+    window, style = len(y) // AVERAGED_SHARE, series_style(number)
+    if window > 1 and number < MOST_BEHIND:
         axis.plot(x, y, color=style.color, linewidth=0.5, alpha=0.3, zorder=1)
     axis.plot(x, running(average, y, window), label=plain(label), **style.line(x))
 

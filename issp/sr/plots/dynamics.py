@@ -5,6 +5,7 @@ Source: figure 2 of the supplement (docs/method.md, section 1.6).
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,9 +150,8 @@ def _figure(
     for i, layer in enumerate(chosen):
         axis = figure.add_subplot(grid[i // columns, i % columns])
         for number, record in enumerate(recorded):
-            style = drawing.series_style(number)
             x, y = record.layers[layer]["iteration"], record.layers[layer]["flips"]
-            drawing.draw_series(axis, x, y, style, record.label, "mean")
+            drawing.draw_series(axis, x, y, number, record.label, "mean")
         axis.set_yscale("symlog", linthresh=1)
         axis.set_ylim(0, max(10, axis.get_ylim()[1]))  # ticks also where nothing flips
         axis.yaxis.set_major_formatter("{x:g}")
@@ -174,9 +174,8 @@ def _draw_bars(axis: Any, activities: Sequence[Activity], last: int) -> None:
         if activity.share is not None:
             text += f" ({100 * activity.share:.3g} % of the weights)"
         axis.bar_label(bar, [text], padding=4, fontsize=8)
-    axis.set_yticks(
-        range(len(activities)), [drawing.plain(a.label) for a in activities], fontsize=8
-    )
+    names = [drawing.plain(textwrap.fill(activity.label, 24)) for activity in activities]
+    axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.4 * max(a.total for a in activities) or 1)
     axis.set_xlabel(f"mean flips per iteration up to {last}, all recorded layers together")

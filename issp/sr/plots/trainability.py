@@ -80,8 +80,8 @@ def _draw_panel(axis: Any, recorded: Sequence[records.Record], layer: str, colum
         label = record.label
         if record.freeze and len(set(freezes)) > 1:
             label += f" (frozen at {record.freeze})"
-        series, style = record.layers[layer], drawing.series_style(i)
-        drawing.draw_series(axis, series["iteration"], series[column], style, label, "median")
+        series = record.layers[layer]
+        drawing.draw_series(axis, series["iteration"], series[column], i, label, "median")
     x, y = (
         np.concatenate([record.layers[layer][key] for record in recorded])
         for key in ("iteration", column)

@@ -128,6 +128,14 @@ def test_many_values_are_averaged_over_a_window_and_stay_behind(run, drawn):
     assert drawn[0].legends[0].get_title().get_text().startswith("thick: running median over 1/30")
 
 
+def test_the_values_of_few_runs_stay_behind(run, drawn):
+    folder = run("a", iterations=range(1, 91))
+    plots.draw_trainability({f"run {i}": folder for i in range(6)}, "x.png", ["1"])
+    axis = drawn[0].axes[0]
+    behind = [line for line in axis.lines if line.get_label().startswith("_child")]
+    assert len(series(axis)) == 6 and len(behind) == 4 == drawing.MOST_BEHIND
+
+
 def test_running_averages_leave_nan_out():
     values = np.array([1.0, math.nan, 5.0, math.nan, math.nan, math.nan])
     mean = drawing.running("mean", values, 3)
