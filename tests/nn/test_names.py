@@ -96,6 +96,7 @@ def test_name_patterns_may_be_read_from_a_wrapped_model(pattern):
     model = network()
     pruner = issp.attach(nn.DataParallel(model), sparsity=0.5, exclude=pattern)
     assert list(pruner.masks()) == ["0"]
+    pruner.detach()
     pruner = issp.attach(nn.DataParallel(model), sparsity=0.5, overrides={pattern: 0.25})
     assert pruner.summary().rows[1].target == 0.25
 

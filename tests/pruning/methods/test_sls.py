@@ -431,6 +431,52 @@ def test_a_layer_that_joins_late_is_within_the_budget(late):
     assert sum(numbers(pruner).values()) <= 12
 
 
+RANKS = """
+import os, sys, torch, torch.distributed as dist, issp
+from issp import methods
+from tests.pruning.methods.runs import batch, network
+child = os.fork()
+rank = 0 if child else 1
+dist.init_process_group("gloo", init_method="file://{store}", rank=rank, world_size=2)
+model = network()
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.Adam(parallel.parameters(), lr=1e-2)
+method = methods.SLS(of=8, epoch=5, lr=0.05, weight=1e-4)
+pruner = issp.attach(parallel, optimizer, 0.7, method=method, freeze_at=24)
+assert not any("module" in name for name in pruner.masks())
+first = None
+for step in range(26):
+    x = batch(2 * step + rank)
+    loss = (parallel(x) - x.mean(1, keepdim=True)).square().mean() + pruner.loss()
+    optimizer.zero_grad()
+    loss.backward()
+    priorities = pruner.method._scores.priorities.values()
+    own = None if step else torch.stack([p.grad for p in priorities])
+    optimizer.step()
+    if step == 0:
+        scores = [torch.empty_like(own) for _ in range(2)]
+        dist.all_gather(scores, own)
+        assert not torch.equal(*scores), "the ranks have gradients of their own"
+    masks = torch.cat([m.flatten() for m in pruner.masks().values()]).to(torch.uint8)
+    both = [torch.empty_like(masks) for _ in range(2)]
+    dist.all_gather(both, masks)
+    assert torch.equal(*both), step
+    first = masks if first is None else first
+assert pruner.frozen and not torch.equal(first, masks)
+dist.destroy_process_group()
+if not child:
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
+def test_ranks_learn_the_same_masks(tmp_path, fresh_python):
+    done = fresh_python.run(RANKS.replace("{store}", str(tmp_path / "store")))
+    assert done.returncode == 0, done.stderr
+
+
 # Refusals.
 
 
