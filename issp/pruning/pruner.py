@@ -231,9 +231,8 @@ class Pruner:
         self._refresh()
         step = self._running_step(index)
         if not (self.frozen or self.method.ranks_after(step)):
-            for bucket in self._buckets:
-                if bucket.optimizer == index:
-                    bucket.state.flips.zero_()
+            for bucket in self._buckets if index == 0 else ():
+                bucket.state.flips.zero_()
             return PruneStep((), self.method.factor, self.frozen)
         if not (self.frozen or is_skipped(found_inf)):
             self._set_ratio(step)

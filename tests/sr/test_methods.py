@@ -68,6 +68,15 @@ def test_sls_saves_its_patterns_within_the_budget_and_packs(photos, tmp_path):
     check_pack(model)
 
 
+def test_uniform_sls_is_a_pattern_of_the_configuration(photos, tmp_path):
+    tree = settings("sls", photos, tmp_path)
+    tree["sparsity"] = {"method": "sls", "freeze_iter": FREEZE, "keep": {"n": 3, "of": 8}}
+    model, _ = run(tree, train__ema_decay=0.0)
+    kept = (model.upsample[0].weight != 0).sum(1)
+    assert kept.unique().tolist() == [3]
+    assert int((model.conv_last.weight == 0).sum()) == 0
+
+
 def check_pack(model):
     x = torch.rand(1, 3, 12, 12)
     with torch.no_grad():

@@ -44,7 +44,7 @@ class SLS(Method):
 
     With a sparsity s the budget is a share 1 - s of the MACs of the covered layers. With a pattern
     `Keep(n, of)` nothing is learned: N = n. Covered are layers whose input channels divide into
-    groups, without the network's first and last layer; the others stay dense.
+    groups, without the first and the last of the model; the others stay dense.
 
     At the freeze the mask is that of the latest epoch. If the budget is not reached by then, the
     units of the lowest priorities are dropped, and a warning says so.
@@ -239,7 +239,7 @@ class SLS(Method):
         kept = self._scores.kept()
         changed = [name for name in self._masked if not torch.equal(kept[name], self._kept[name])]
         self._kept = kept
-        if self._is_within_budget():
+        if changed and self._is_within_budget():
             self._fix_scores()
         return changed
 
@@ -367,10 +367,22 @@ class SLS(Method):
                 return False
             form["ranks"] = {name: x for name, x in ranks.items() if name in state["ranks"]}
             form["outputs"] = {name: [] for name in form["ranks"]}
+            modules = {x.name: 1 + len(x.aliases) for x in prunable}
+            if not all(_are_outputs(x, modules.get(name)) for name, x in outputs.items()):
+                return False
             if self._scores is not None:
                 form |= {"scores": self._scores.state_dict(), "learns": True}
                 form |= {"coefficient": 1.0, "gains": []}
         return _is_alike(state, form)
+
+
+def _are_outputs(found: object, modules: int | None) -> bool:
+    """Whether these are the outputs of so many modules."""
+    return (
+        isinstance(found, list)
+        and len(found) == modules
+        and all(x is None or (len(x) == 2 and min(x) > 0) for x in found)
+    )
 
 
 def _is_alike(actual: object, expected: object) -> bool:

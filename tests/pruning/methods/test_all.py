@@ -172,6 +172,15 @@ def test_one_method_serves_several_pruners():
     assert pruners[0].method.limit == 0.25
 
 
+def test_a_method_that_has_learned_begins_anew_elsewhere():
+    model = network()
+    method = methods.StaleISSR(limit=0.5, interval=1, delta=0.125)
+    optimizer, pruner = attached(method, model, torch.optim.SGD)
+    train(model, optimizer, 2, pruner)
+    _, other = attached(pruner.method, network())
+    assert other.method.state_dict() == {"lambdas": {}} != pruner.method.state_dict()
+
+
 def test_shrink_belongs_to_iss_p():
     assert attached("iss-p", network(), shrink=0.9)[1].method.factor == 0.9
     with pytest.warns(UserWarning, match='method "iht" does not use shrink'):

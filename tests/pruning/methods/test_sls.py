@@ -547,6 +547,8 @@ def damage(key, value):
         damage("ranks", 3),
         damage("outputs", None),
         damage("outputs/after", 3),
+        damage("outputs/after", [None, None]),
+        damage("outputs/after", [(3, 0)]),
         damage("scores/scores", torch.ones(5, 6)),
         damage("scores/steps", 0.5),
         damage("scores/names", None),
