@@ -14,17 +14,19 @@ _MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def scores(results: Sequence[Result], path: str | Path, channel: str = "y") -> None:
-    """PSNR of every seed as a small mark, and their mean as a large one.
+    """PSNR of every seed as a small mark, and their mean as a large one; a line for bicubic.
 
     Args:
-        results: of one study; bicubic interpolation is left out.
+        results: of one study.
         path: PNG to write.
         channel: "y" or "rgb".
 
     Raises:
         ValueError: there is nothing to draw.
     """
-    rows = [row for row in results if row.channel == channel and row.arch]
+    of_channel = [row for row in results if row.channel == channel]
+    rows = [row for row in of_channel if row.arch]
+    bicubic = {(row.scale, row.set): row.psnr for row in of_channel if not row.arch}
     if not rows:
         raise ValueError(f"{path}: no run has scores yet; let the study go on for a while")
     kinds = list(dict.fromkeys((row.arch, row.scale) for row in rows))
@@ -38,6 +40,8 @@ def scores(results: Sequence[Result], path: str | Path, channel: str = "y") -> N
         for axis, name in zip(line, sets, strict=True):
             own = [r for r in rows if (r.arch, r.scale, r.set) == (arch, scale, name)]
             _draw(axis, own, methods, levels)
+            if (scale, name) in bicubic:
+                axis.axvline(bicubic[scale, name], color="0.4", linestyle=":", label="bicubic")
             axis.set_title(f"{arch} x{scale}, {name}", fontsize=9)
             axis.set_xlabel(f"PSNR ({'Y' if channel == 'y' else 'RGB'}), dB", fontsize=8)
             axis.tick_params(labelsize=8)
@@ -48,8 +52,9 @@ def scores(results: Sequence[Result], path: str | Path, channel: str = "y") -> N
         for axis in axes.flat
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 4, "fontsize": 8}
-    figure.legend(handles.values(), handles.keys(), title="small marks: seeds", **place)
+    place: dict[str, Any] = {"loc": "outside lower center", "ncols": 5, "fontsize": 8}
+    place |= {"title": "small marks: seeds", "title_fontsize": 8}
+    figure.legend(handles.values(), handles.keys(), **place)
     write(figure, path)
 
 

@@ -60,21 +60,24 @@ def _circumstances(folder: StudyFolder, finished: Sequence[Run]) -> list[str]:
     """Budgets, machines and revisions, as the run folders record them."""
     if not finished:
         return []
-    budgets, machines = dict[str, list[str]](), dict[str, list[str]]()
+    budgets, machines, revisions = (dict[str, list[str]]() for _ in range(3))
     for run in finished:
         path = folder.run(run).path
         recorded = config.parse(config.load_yaml(path / "config.yml"))
         budgets.setdefault(budget(recorded), []).append(run.name)
         facts = json.loads((path / "log" / "environment.json").read_text(encoding="utf-8"))
         machines.setdefault(_machine(facts), []).append(run.name)
-    return [_listed("Every run", budgets), _listed("Computed on", machines)]
+        revisions.setdefault(facts["git"] or "unknown", []).append(run.name)
+    described = {"Budget of every run": budgets, "Computed on": machines, "Revision": revisions}
+    return [_listed(subject, texts) for subject, texts in described.items()]
 
 
 def _listed(subject: str, facts: dict[str, list[str]]) -> str:
-    """One sentence, or one for each group of runs where they differ."""
+    """One sentence, or where the runs differ a list."""
     if len(facts) == 1:
         return f"{subject}: {next(iter(facts))}."
-    return "\n".join(f"* {', '.join(runs)}: {text}." for text, runs in facts.items())
+    lines = [f"* {text}: {', '.join(runs)}" for text, runs in facts.items()]
+    return "\n".join([f"{subject}, which differs:", "", *lines])
 
 
 def budget(settings: Config) -> str:
@@ -97,8 +100,7 @@ def _machine(facts: dict[str, Any]) -> str:
     device = f"{gpu['name']}, " if gpu else ""
     return (
         f"{device}{cpu['name']}, {cpu['threads']} of {cpu['cores']} threads, denormal numbers "
-        f"{cpu['denormals']}, torch {facts['torch']}, issp {facts['issp']}, revision "
-        f"{facts['git'] or 'unknown'}"
+        f"{cpu['denormals']}, torch {facts['torch']}, issp {facts['issp']}"
     )
 
 

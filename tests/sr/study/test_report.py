@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,7 @@ from issp.sr.results import Result
 from issp.sr.run_folder import RunFolder
 from issp.sr.study import plan, report
 from issp.sr.study.folder import StudyFolder
+from issp.utils.environment import git_revision
 from issp.utils.errors import ConfigError
 from tests.sr.study.files import study_tree, write
 
@@ -79,11 +81,13 @@ def test_the_report_has_means_spreads_and_what_is_missing(finished):
 def test_the_report_says_the_budget_the_machine_and_the_revision_once(finished):
     text = report.write(finished).read_text()
     assert (
-        "Every run: 30 pruning and 30 fine-tuning iterations of 2 patches of 8 x 8 low-resolution "
-        "pixels of photos, Adam at 0.001 and from 0.001 to 0.00025 in fine-tuning (MultiStepLR, "
+        "Budget of every run: 30 pruning and 30 fine-tuning iterations of 2 patches of 8 x 8 "
+        "low-resolution pixels of photos, Adam at 0.001 and from 0.001 to 0.00025 in fine-tuning (MultiStepLR, "
         "times 0.5 after 2, 4)." in text
     )
-    assert re.search(r"^Computed on: .*threads.*denormal.*torch.*revision", text, re.MULTILINE)
+    assert re.search(r"^Computed on: .*threads.*denormal.*torch", text, re.MULTILINE)
+    revision = git_revision(Path(report.__file__).parent) or "unknown"
+    assert f"\nRevision: {revision}.\n" in text
 
 
 def test_the_report_names_runs_of_another_budget(finished):
@@ -92,8 +96,11 @@ def test_the_report_names_runs_of_another_budget(finished):
     tree["train"]["total_iter"] = 70
     path.write_text(config.dump(config.parse(tree)))
     text = report.write(finished).read_text()
-    assert "* EDSR_x2_iht_0.8_seed0: 30 pruning and 40 fine-tuning iterations" in text
-    assert "* EDSR_x2_iss-p_0.8_seed0, EDSR_x2_iss-p_0.8_seed1: 30 pruning and 30" in text
+    _, first, second = text.split("Budget of every run, which differs:\n\n")[1].split("* ", 2)
+    assert first.startswith("30 pruning and 30 fine-tuning")
+    assert first.endswith(": EDSR_x2_iss-p_0.8_seed0, EDSR_x2_iss-p_0.8_seed1\n")
+    assert second.startswith("30 pruning and 40 fine-tuning")
+    assert second.split("\n")[0].endswith(": EDSR_x2_iht_0.8_seed0")
 
 
 def test_report_alone_trains_nothing(finished, tmp_path, capsys):
