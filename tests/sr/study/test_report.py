@@ -82,8 +82,8 @@ def test_the_report_says_the_budget_the_machine_and_the_revision_once(finished):
     text = report.write(finished).read_text()
     assert (
         "Budget of every run: 30 pruning and 30 fine-tuning iterations of 2 patches of 8 x 8 "
-        "low-resolution pixels of photos, Adam at 0.001 and from 0.001 to 0.00025 in fine-tuning (MultiStepLR, "
-        "times 0.5 after 2, 4)." in text
+        "low-resolution pixels of photos, Adam at 0.001 and from 0.001 to 0.00025 in fine-tuning "
+        "(MultiStepLR, times 0.5 after 2, 4)." in text
     )
     assert re.search(r"^Computed on: .*threads.*denormal.*torch", text, re.MULTILINE)
     revision = git_revision(Path(report.__file__).parent) or "unknown"
