@@ -22,15 +22,16 @@ class ConfigError(UserError, ValueError):
 
 
 class MissingPackageError(UserError, ImportError):
-    """A package that the extra `train` installs is not there.
+    """A package that an extra installs is not there.
 
     Args:
         purpose: what needs it, in the plural: the subject of the sentence.
         package: name that pip knows, such as "PyYAML".
+        extra: of issp, which installs it.
     """
 
-    def __init__(self, purpose: str, package: str) -> None:
-        super().__init__(f'{purpose} need {package}: pip install "issp[train]"')
+    def __init__(self, purpose: str, package: str, extra: str = "train") -> None:
+        super().__init__(f'{purpose} need {package}: pip install "issp[{extra}]"')
 
 
 class BackendError(UserError, RuntimeError):
