@@ -302,6 +302,7 @@ def test_both_optimizers_end_with_the_same_bits():
 # Resume and copies.
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("stop", [3, 12, FREEZE - 1, FREEZE + 3])
 @pytest.mark.parametrize("kind", [torch.optim.Adam, issp.optim.Adam])
 @pytest.mark.parametrize("arguments", [LEARNED, UNIFORM])
@@ -349,6 +350,7 @@ def test_an_earlier_state_can_be_loaded_again():
         assert_bitwise_equal(weight.detach(), end[layer], layer)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("at", [3, 12, FREEZE + 1])
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_copies_and_pickles_go_on_alike(how, at):
