@@ -25,12 +25,16 @@ class SavedState:
     Args:
         path: of the file.
 
+    Attributes:
+        damaged: later states that `find` could not read -> why.
+
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is damaged.
     """
 
     def __init__(self, path: Path):
         self.path, self._content = path, checkpoint.read_state(path)
+        self.damaged: dict[Path, str] = {}
         with self._explained():
             training_state.check(self._content)
 
@@ -41,11 +45,12 @@ class SavedState:
         Args:
             config: its `path.resume_state` is begun from, unless `resume` finds a later one.
             folder: of the run.
-            resume: continue from the latest state of the folder.
+            resume: continue from the latest state of the folder, or, where that is damaged, from
+                the latest one before it that is not.
 
         Raises:
             FileNotFoundError: there is no state to resume from.
-            ValueError: the state is damaged; an earlier one is named.
+            ValueError: the state is damaged, and so are all before it.
         """
         explicit = config.path.resume_state
         path = folder.latest_state() if resume else None
@@ -56,16 +61,23 @@ class SavedState:
             )
         if path is None:
             return None
-        try:
-            return cls(path)
-        except ValueError as error:
-            earlier = folder.state_before(path) if resume else None
-            if earlier is None:
-                raise
-            raise ValueError(
-                f"{error}; instead of --resume, --set path.resume_state={earlier} continues from "
-                "the state before"
-            ) from None
+        return cls._latest_whole(path, folder) if resume and folder.holds(path) else cls(path)
+
+    @classmethod
+    def _latest_whole(cls, latest: Path, folder: RunFolder) -> SavedState:
+        damaged: dict[Path, str] = {}
+        path: Path | None = latest
+        while path is not None:
+            try:
+                saved = cls(path)
+            except ValueError as error:
+                damaged[path] = str(error)
+                path = folder.state_before(path)
+            else:
+                saved.damaged = damaged
+                return saved
+        others = f"; the states before it are damaged too ({len(damaged) - 1})"
+        raise ValueError(damaged[latest] + others * (len(damaged) > 1))
 
     def load_model(self, model: nn.Module) -> None:
         """Restores the weights: before a pruner is attached, which may ask for their zeros.

@@ -127,6 +127,10 @@ class RunFolder:
             path.replace(path.with_name(f"{path.name}.old"))
         return later
 
+    def set_aside_damaged(self, path: Path) -> None:
+        """Renames a state to <iteration>.state.damaged, so that no start reads it again."""
+        path.replace(path.with_name(f"{path.name}.damaged"))
+
     def _states(self) -> list[Path]:
         files = self.states.glob("*.state") if self.states.is_dir() else []
         return sorted((f for f in files if f.stem.isdigit()), key=lambda f: int(f.stem))

@@ -6,6 +6,7 @@ import contextlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,13 @@ from issp.sr.data import EvalDataset, TrainLoader, write_image
 from issp.sr.interrupt import Interrupted, StopRequest
 from issp.sr.resume import SavedState
 from issp.sr.run_folder import RunFolder
-from issp.utils.errors import NonFiniteLossError
+from issp.utils.errors import (
+    NonFiniteLossError,
+    OutOfMemoryError,
+    explain_out_of_memory,
+    one_line,
+)
+from issp.utils.files import atomic_write
 
 VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim", "exact", "model")
 LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", "threshold")
@@ -120,6 +127,7 @@ class TrainingRun:
         if saved and self.folder.holds(saved.path):
             preflight.check_logs(self.folder, CSV_LOGS)
             self.folder.reopen(self.config)
+            notes += [self._set_aside(path, why, saved) for path, why in saved.damaged.items()]
             old = self.folder.set_aside_after(start)
             notes += [f"{old[-1]} is kept as {old[-1].name}.old" if old else None]
             notes += [self._check_best()]
@@ -149,27 +157,42 @@ class TrainingRun:
         self.best, self._is_pending = Best(**state["best"]), state["pending"]
         return state["iteration"]
 
-    def _check_best(self) -> str | None:
-        """Sets a best model aside that is not the state's, or whose score is of other images.
+    def _set_aside(self, damaged: Path, why: str, saved: SavedState) -> str:
+        self.folder.set_aside_damaged(damaged)
+        return f"{why}; it is kept as {damaged.name}.damaged, and {saved.path.name} is resumed"
 
-        The next validation then writes one, so that file and score belong together, and scores
-        are compared with those of the same images.
+    def _check_best(self) -> str | None:
+        """Sets a best model aside that is damaged or not the state's, or of other images' score.
+
+        The model of the best iteration takes its place, if it is there. Otherwise the next
+        validation writes one, so that file and score belong together, and scores are compared with
+        those of the same images.
         """
         path = self.folder.models / "net_g_best.safetensors"
-        found: dict[str, Any] = {}
-        if path.is_file():
-            with contextlib.suppress(ValueError):  # a damaged file is not the state's either
-                found = checkpoint.read_tensors(path)[1]
-        reason = "of another end of this run"
-        if (found.get("psnr"), found.get("iteration")) == (self.best.psnr, self.best.iteration):
-            if not self.validation or self.best.scored_on in ("", self._scored_on()):
-                return None
-            reason = "the best on other validation images, or by another crop border or channel"
-        self.best = Best()
-        if not path.is_file():
+        is_comparable = not self.validation or self.best.scored_on in ("", self._scored_on())
+        is_best = self._is_best(path)
+        if is_best and is_comparable:
             return None
-        path.replace(path.with_name(f"{path.name}.old"))
-        return f"{path} is {reason}: it is kept as {path.name}.old"
+        note = None
+        if path.is_file():
+            ending, reason = "old", "of another end of this run"
+            if is_best:
+                reason = "the best on other validation images, or by another crop border or channel"
+            elif not _facts(path):
+                ending, reason = "damaged", "damaged or cut short"
+            path.replace(path.with_name(f"{path.name}.{ending}"))
+            note = f"{path} is {reason}: it is kept as {path.name}.{ending}"
+        copy = self.folder.models / f"net_g_{self.best.iteration}.safetensors"
+        if is_comparable and self._is_best(copy):
+            atomic_write(path, copy.read_bytes())
+            return note and f"{note}, and {copy.name} takes its place"
+        self.best = Best()
+        return note
+
+    def _is_best(self, path: Path) -> bool:
+        """Whether a model file is whole and the one that `best` names."""
+        facts = _facts(path)
+        return (facts.get("psnr"), facts.get("iteration")) == (self.best.psnr, self.best.iteration)
 
     def _scored_on(self) -> str:
         """What the PSNR of the best model is of."""
@@ -250,7 +273,7 @@ class TrainingRun:
             scores: dict[str, float] = {}
             if validates:
                 with self.meter.paused():
-                    scores = self.validate(iteration)
+                    scores = self._validate_or_go_on(iteration)
             self._flush_recorders()
             row = {**self.row(iteration), **scores}
             self._is_pending = False
@@ -288,6 +311,31 @@ class TrainingRun:
             }
         return row
 
+    def _validate_or_go_on(self, iteration: int) -> dict[str, float]:
+        """`validate`; where it fails the state is saved and the training goes on without scores.
+
+        Raises:
+            OSError, ValueError, OutOfMemoryError: it failed after the last iteration; a resumed run
+                repeats it. Or the state cannot be saved.
+        """
+        try:
+            with explain_out_of_memory("use smaller validation images"):
+                columns = self.validate(iteration)
+        except (OSError, ValueError, OutOfMemoryError) as error:
+            if iteration == self.config.train.total_iter:
+                raise
+            self.save_state(iteration)
+            self.progress.write_line(
+                f"the validation of iteration {iteration} failed, its state is saved and the "
+                f"training goes on: {one_line(error)}"
+            )
+            return {}
+        if self.is_final_form and columns["psnr"] > self.best.psnr:
+            self._save_model("best", iteration, psnr=columns["psnr"])
+            # After it: a run resumed here writes it again.
+            self.best = Best(columns["psnr"], iteration, self._scored_on())
+        return columns
+
     def validate(self, iteration: int) -> dict[str, float]:
         """Scores every validation set; returns columns of the training log, of the first set.
 
@@ -306,10 +354,6 @@ class TrainingRun:
                 named = {name + ending: x for name, x in values.items() for ending in endings}
                 self.tensorboard.add({"iteration": iteration, **named}, prefix=f"{score.name}/")
             columns |= {f"psnr{ending}": scores[0].psnr for ending in endings}
-        if self.is_final_form and columns["psnr"] > self.best.psnr:
-            self._save_model("best", iteration, psnr=columns["psnr"])
-            # After it: a run resumed here writes it again.
-            self.best = Best(columns["psnr"], iteration, self._scored_on())
         return columns
 
     def _scored_models(self, iteration: int) -> dict[str, tuple[str, ...]]:
@@ -350,7 +394,9 @@ class TrainingRun:
 
     def save(self, iteration: int) -> None:
         """Writes the model of this iteration and the state to resume from."""
-        self._save_model(str(iteration), iteration)
+        is_best = self.best.iteration == iteration
+        score = {"psnr": self.best.psnr} if is_best else {}
+        self._save_model(str(iteration), iteration, **score)
         if self.pruner is not None:
             for r in self.pruner.summary().rows:
                 cells = (iteration, r.name, r.numel, r.selected, r.zeros, r.flips, r.threshold)
@@ -380,7 +426,7 @@ class TrainingRun:
         if self.pruner is not None:
             self.pruner.finalize()
         path = self.folder.models / "net_g_latest.safetensors"
-        if self._is_complete and path.is_file():
+        if self._is_complete and _facts(path).get("iteration") == self._saved:
             self.progress.write_line(f"{self.folder.path}: finished already, see {path}")
             return self.eval_model
         self._save_model("latest", self._saved)
@@ -400,6 +446,14 @@ class TrainingRun:
             self.tensorboard.close()
         self.progress.close()
         self.folder.release()
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What a model file says of itself; {} if it is absent or damaged."""
+    try:
+        return checkpoint.read_tensors(path)[1]
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _moments(config: Config) -> tuple[str, ...]:

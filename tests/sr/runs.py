@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from issp import data
-from issp.sr import config, logging
+from issp.sr import checkpoint, config, logging
 from issp.sr.train import train
 
 TOTAL, FREEZE = 12, 6
@@ -91,3 +91,17 @@ def assert_equal(a, b, path="state"):
         assert torch.equal(a.nan_to_num(-1.0), b.nan_to_num(-1.0)) or a.numel() == 0, path
     else:
         assert a == b or (a != a and b != b), path
+
+
+def assert_same_logs(folder, expected, names=("train", "validation", "layers", "gradients")):
+    """All rows of two runs, times aside, and the state that they end with."""
+    for name in names:
+        rows = [
+            [{k: v for k, v in row.items() if k not in ("seconds", "update_share")} for row in log]
+            for log in map(
+                logging.read_csv, (p / "log" / f"{name}.csv" for p in (folder, expected))
+            )
+        ]
+        assert rows[0] == rows[1], name
+    last = [path / "training_states" / f"{TOTAL}.state" for path in (folder, expected)]
+    assert_equal(*map(checkpoint.read_state, last))

@@ -162,22 +162,62 @@ def test_models(photos, tmp_path, capsys, kind, form):
     assert loaded or not FULL
 
 
-def test_a_damaged_latest_state_names_the_one_before_and_how_to_continue(run, tmp_path, capsys):
-    folder, config = copied(run, tmp_path / "cut")
-    state, earlier = (folder / "training_states" / f"{i}.state" for i in (2, 1))
-    state.write_bytes(state.read_bytes()[:-100])
-    assert cli.main(["train", str(config), "--resume", "--quiet"]) == 2
-    remedy = f"--set path.resume_state={earlier}"
-    assert (
-        f"2.state is damaged or cut short: copy it again, or use another file; instead of "
-        f"--resume, {remedy} continues from the state before" in capsys.readouterr().err
-    )
-    assert cli.main(["train", str(config), *remedy.split(), "--quiet"]) == 0
+def flip(file):
+    """Damages one bit of a file, in the middle of its tensors."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def final(folder):
+    return issp.load(folder / "models" / "net_g_latest.safetensors").state_dict()
+
+
+@pytest.mark.parametrize("damage_file", [flip, lambda file: file.write_bytes(b"")])
+def test_a_damaged_state_is_set_aside_and_the_one_before_is_resumed(
+    run, tmp_path, capsys, damage_file
+):
     whole, config = copied(run, tmp_path / "whole")
     assert cli.main(["train", str(config), "--resume", "--quiet"]) == 0
-    latest = "models/net_g_latest.safetensors"
-    continued, expected = (issp.load(place / latest).state_dict() for place in (folder, whole))
-    assert all(torch.equal(continued[name], expected[name]) for name in expected)
+    folder, config = copied(run, tmp_path / "damaged")
+    state, earlier = (folder / "training_states" / f"{i}.state" for i in (2, 1))
+    damage_file(state)
+    spoilt = state.read_bytes()
+    assert cli.main(["train", str(config), "--resume"]) == 0
+    output = capsys.readouterr()
+    line = r"2\.state is damaged or .*; it is kept as 2\.state\.damaged, and 1\.state is resumed"
+    for text in (output.out + output.err, (folder / "log" / "train.log").read_text()):
+        assert len(re.findall(line, text)) == 1, text
+    assert state.with_name("2.state.damaged").read_bytes() == spoilt
+    assert sorted(f.name for f in state.parent.iterdir()) == [
+        "1.state", "2.state", "2.state.damaged", "3.state"
+    ]  # fmt: skip
+    assert earlier.is_file() and all(
+        torch.equal(a, b)
+        for a, b in zip(final(folder).values(), final(whole).values(), strict=True)
+    )
+
+
+def test_a_damaged_state_that_is_named_is_refused(run, tmp_path, capsys):
+    folder, config = copied(run, tmp_path)
+    state = folder / "training_states" / "2.state"
+    flip(state)
+    before = contents(folder)
+    assert cli.main(["train", str(config), "--set", f"path.resume_state={state}", "--quiet"]) == 2
+    assert f"{state} is damaged or cut short" in capsys.readouterr().err
+    assert contents(folder) == before
+
+
+def test_states_that_are_all_damaged_are_refused_and_stay(run, tmp_path, capsys):
+    folder, config = copied(run, tmp_path)
+    for state in folder.glob("training_states/*.state"):
+        flip(state)
+    before = contents(folder)
+    assert cli.main(["train", str(config), "--resume", "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "2.state is damaged or cut short" in error
+    assert "; the states before it are damaged too (1)" in error and error.count("\n") == 1
+    assert contents(folder) == before
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "pth", "BasicSR", "text"])

@@ -17,7 +17,16 @@ from issp.sr import checkpoint, evaluate, logging, preflight
 from issp.sr.data import datasets
 from issp.sr.interrupt import Interrupted, StopRequest
 from issp.utils.errors import ConfigError, NonFiniteLossError
-from tests.sr.runs import FREEZE, TOTAL, assert_equal, draw_photos, log, run, stop_at
+from tests.sr.runs import (
+    FREEZE,
+    TOTAL,
+    assert_equal,
+    assert_same_logs,
+    draw_photos,
+    log,
+    run,
+    stop_at,
+)
 
 pytest.importorskip("PIL", reason="the training images are files")
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
@@ -71,42 +80,85 @@ def test_a_training_image_in_memory_is_checked_before_anything_is_written(tree, 
     assert not (tmp_path / "experiments").exists()
 
 
-@pytest.mark.parametrize("iteration", [3, FREEZE, TOTAL])
-def test_a_failing_validation_saves_the_state_first(tree, monkeypatch, iteration):
-    whole, expected = run(tree, name="whole", logger__grad_stats_freq=3)
-    calls, of_set = itertools.count(), evaluate.evaluate
-    # The first is the check before the run. While pruning, two models are scored: soft and masked.
-    failing = {3: 1, FREEZE: 3, TOTAL: 5}[iteration]
+FAULTS = {
+    "image": OSError(errno.EIO, "Input/output error", "set/a.png"),
+    "content": ValueError("set/a.png is damaged"),
+    "GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+}
+
+
+def fail_validation(patch, iteration, error):
+    """Every validation after an iteration fails, after the first model of it was scored."""
+    advance, of_set = logging.Progress.advance, evaluate.evaluate
+    calls = {}
+
+    def count(self, done):
+        advance(self, done)
+        calls[done] = 0
 
     def fail_later(*args, **kwargs):
-        if next(calls) == failing:
-            raise OSError(errno.EIO, "Input/output error", "set/a.png")
+        last = max(calls, default=None)
+        if last is not None:
+            calls[last] += 1
+        if last == iteration and calls[last] == (2 if iteration < FREEZE else 1):
+            raise error
         return of_set(*args, **kwargs)
 
+    patch.setattr(logging.Progress, "advance", count)
+    patch.setattr(evaluate, "evaluate", fail_later)
+
+
+@pytest.mark.parametrize(
+    "iteration, fault", [(3, "image"), (FREEZE, "content"), (9, "CPU"), (3, "GPU")]
+)
+def test_a_failing_validation_costs_itself_and_not_the_run(tree, monkeypatch, iteration, fault):
+    whole, expected = run(tree, name="whole")
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "evaluate", fail_later)
+        fail_validation(patch, iteration, FAULTS[fault])
+        model, folder = run(tree)
+    assert_equal(model.state_dict(), whole.state_dict())
+    assert states(folder) == sorted([f"{iteration}.state", f"{TOTAL}.state"])
+    said = (folder / "log" / "train.log").read_text()
+    line = f"the validation of iteration {iteration} failed, its state is saved and the training"
+    assert said.count(line) == 1
+    scored, all_scored = (
+        logging.read_csv(f / "log" / "validation.csv") for f in (folder, expected)
+    )
+    others = [row for row in all_scored if row["iteration"] != iteration]
+    assert [row for row in scored if row["iteration"] != iteration] == others
+    made = len(scored) - len(others)
+    assert made == (1 if iteration < FREEZE else 0), "the masked model was scored, the soft one not"
+    assert {i: p for i, p in log(folder, "iteration", "psnr") if i != iteration} == {
+        i: p for i, p in log(expected, "iteration", "psnr") if i != iteration
+    }
+    # From the saved state the validation is made up for.
+    state = folder / "training_states" / f"{iteration}.state"
+    again, folder = run(tree, path__resume_state=str(state))
+    assert_equal(again.state_dict(), whole.state_dict())
+    assert_same_logs(folder, expected, ("train", "validation"))
+
+
+def test_a_failing_validation_at_the_end_is_repeated_by_the_resumed_run(tree, monkeypatch):
+    """The run would have no score otherwise."""
+    whole, expected = run(tree, name="whole")
+    with monkeypatch.context() as patch:
+        fail_validation(patch, TOTAL, FAULTS["image"])
         with pytest.raises(OSError, match=r"set/a\.png"):
-            run(tree, logger__grad_stats_freq=3)
-    assert states(folder_of(tree)) == [f"{iteration}.state"]
+            run(tree)
+    assert states(folder_of(tree)) == [f"{TOTAL}.state"]
     text = (folder_of(tree) / "log" / "train.log").read_text()
-    assert f"the state of iteration {iteration} is saved; continue with: issp train " in text
-    resumed, folder = run(tree, resume=True, logger__grad_stats_freq=3)
+    assert f"the state of iteration {TOTAL} is saved; continue with: issp train " in text
+    resumed, folder = run(tree, resume=True)
     assert_equal(resumed.state_dict(), whole.state_dict())
-    assert_same_logs(folder, expected)
+    assert_same_logs(folder, expected, ("train", "validation", "layers"))
 
 
-def assert_same_logs(folder, expected):
-    """All rows of two runs, times aside, and the state that they end with."""
-    for name in ("train", "validation", "layers", "gradients"):
-        rows = [
-            [{k: v for k, v in row.items() if k not in ("seconds", "update_share")} for row in log]
-            for log in map(
-                logging.read_csv, (p / "log" / f"{name}.csv" for p in (folder, expected))
-            )
-        ]
-        assert rows[0] == rows[1], name
-    last = [path / "training_states" / f"{TOTAL}.state" for path in (folder, expected)]
-    assert_equal(*map(checkpoint.read_state, last))
+def test_a_bug_in_a_validation_ends_the_run_after_its_state_is_saved(tree, monkeypatch):
+    fail_validation(monkeypatch, 3, RuntimeError("a bug"))
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tree)
+    assert states(folder_of(tree)) == ["3.state"]
 
 
 def test_a_signal_during_a_long_validation_does_not_wait_for_its_end(tree, monkeypatch):
@@ -211,7 +263,10 @@ def test_the_best_model_and_its_score_belong_together_after_a_resume(tree, fate)
     said = (folder / "log" / "train.log").read_text().splitlines()
     last = [line for line in said if "best: " in line][-1]
     assert last.endswith(f"{metadata['psnr']:.2f} dB at iteration {metadata['iteration']}")
-    assert best.with_name(f"{best.name}.old").is_file() == (fate in ("damaged", "abandoned"))
+    endings = {"damaged": ["damaged"], "abandoned": ["old"]}.get(fate, [])
+    assert [
+        e for e in ("old", "damaged") if best.with_name(f"{best.name}.{e}").is_file()
+    ] == endings
 
 
 @pytest.mark.parametrize(
@@ -267,6 +322,40 @@ def test_a_state_without_the_name_of_its_images_keeps_its_best_model(tree):
     before, changes = best.read_bytes(), {"train__optim_g__lr": 0.0, "train__ema_decay": 0}
     run(tree, resume=True, train__total_iter=TOTAL + 3, **changes)
     assert best.read_bytes() == before and not best.with_name(f"{best.name}.old").exists()
+
+
+@pytest.mark.parametrize("fate", ["gone", "damaged", "overwritten"])
+def test_the_model_of_the_best_iteration_takes_the_place_of_a_best_one_that_is_lost(tree, fate):
+    _, folder = run(tree, logger__save_checkpoint_freq=3, train__ema_decay=0)
+    best = folder / "models" / "net_g_best.safetensors"
+    before = checkpoint.read_tensors(best)
+    if fate == "gone":
+        best.unlink()
+    elif fate == "damaged":
+        best.write_bytes(best.read_bytes()[:-50] + bytes(50))
+    else:  # by a run that was killed before it saved the state of that iteration
+        checkpoint.save(checkpoint.load(best), best, psnr=99.0, iteration=TOTAL + 1)
+    # Nothing is learned any more: a search that began anew would find another best one.
+    changes = {"train__optim_g__lr": 0.0, "train__ema_decay": 0}
+    run(tree, resume=True, train__total_iter=TOTAL + 3, **changes)
+    assert_equal(checkpoint.read_tensors(best), before)
+    said = (folder / "log" / "train.log").read_text()
+    place = f"net_g_{before[1]['iteration']}.safetensors takes its place"
+    assert said.count(place) == (fate != "gone")
+    assert best.with_name(f"{best.name}.damaged").is_file() == (fate == "damaged")
+
+
+def test_a_latest_model_of_an_earlier_end_is_not_taken_for_that_of_this(tree):
+    """The process was killed between the last state of a longer run and its model."""
+    model, folder = run(tree, train__total_iter=TOTAL + 3)
+    run(tree, name="shorter")
+    latest = "models/net_g_latest.safetensors"
+    shutil.copy(folder.with_name("shorter") / latest, folder / latest)
+    run(tree, resume=True, train__total_iter=TOTAL + 3)
+    assert_equal(checkpoint.load(folder / latest).state_dict(), model.state_dict())
+    (folder / latest).write_bytes((folder / latest).read_bytes()[:-1])
+    run(tree, resume=True, train__total_iter=TOTAL + 3)
+    assert_equal(checkpoint.load(folder / latest).state_dict(), model.state_dict())
 
 
 FOREIGN = ("train.csv", "validation.csv", "layers.csv", "gradients.csv", "train.log", "tensorboard")

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,25 @@ def test_a_file_is_written_whole_and_its_folder_made(tmp_path, content, durable)
     atomic_write(path, content, durable)
     assert path.read_bytes() == b"new"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_content_and_then_name_are_on_disk_before_the_next_file(tmp_path, monkeypatch, durable):
+    """A run removes old states once a new one is written, which a power failure must not undo."""
+    fsync, replace, done = os.fsync, os.replace, []
+
+    def record_fsync(descriptor):
+        done.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def record_replace(*paths):
+        done.append("replace")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "replace", record_replace)
+    atomic_write(tmp_path / "file", b"new", durable)
+    assert done == (["file", "replace", "folder"] if durable else ["replace"])
 
 
 def test_a_full_disk_leaves_the_old_file_and_names_the_remedy(tmp_path, monkeypatch):

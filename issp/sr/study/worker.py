@@ -123,4 +123,7 @@ def _run(job: dict[str, Any], events: _Events) -> None:
 
 
 def _is_trained(model: Path, total: int) -> bool:
-    return model.is_file() and checkpoint.read_tensors(model)[1].get("iteration") == total
+    try:
+        return checkpoint.read_tensors(model)[1].get("iteration") == total
+    except (FileNotFoundError, ValueError):  # a damaged one is written again
+        return False
