@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 _SERVER = """
 import json, os, sys, traceback, warnings
-import torch
+import PRELOADED
 
 def run(asked):
     for number, name in ((1, "stdout"), (2, "stderr")):
@@ -41,11 +41,15 @@ for line in sys.stdin:
 
 
 class ForkServer:
-    """`run` is `subprocess.run([sys.executable, "-c", code])` without the import of torch."""
+    """`run` is `subprocess.run([sys.executable, "-c", code])` without the import of torch.
 
-    def __init__(self) -> None:
+    Args:
+        preloaded: what else the programs need not import, in place of torch.
+    """
+
+    def __init__(self, preloaded: str = "torch") -> None:
         self._server = subprocess.Popen(
-            [sys.executable, "-c", _SERVER],
+            [sys.executable, "-c", _SERVER.replace("PRELOADED", preloaded)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,
