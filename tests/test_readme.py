@@ -23,6 +23,7 @@ from torch import nn
 
 import issp
 from issp import cli
+from tests.integrations import basicsr_model
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
@@ -43,10 +44,15 @@ def sections(name):
     return {title: body for title, _, body in parts if blocks(body, "python")}
 
 
-def run_section(name, title, namespace):
-    """Runs the Python blocks of a section in order, under the document's line numbers."""
+def run_section(name, title, namespace, containing=""):
+    """Runs the Python blocks of a section in order, under the document's line numbers.
+
+    Only those with the text `containing`.
+    """
     text = (ROOT / name).read_text(encoding="utf-8")
-    for block in blocks(sections(name)[title], "python"):
+    chosen = [block for block in blocks(sections(name)[title], "python") if containing in block]
+    assert chosen
+    for block in chosen:
         tree = ast.parse(block)
         ast.increment_lineno(tree, text[: text.index(block)].count("\n"))
         exec(compile(tree, name, "exec"), namespace)
@@ -189,7 +195,10 @@ CHECKS = {
 
 
 def test_every_snippet_is_checked():
-    assert {(name, title) for name in OWN for title in sections(name)} == CHECKS.keys()
+    found = {(name, title) for name in OWN for title in sections(name)}
+    assert found == CHECKS.keys() | {("docs/usage.md", "Frameworks")}
+    snippets = blocks(sections("docs/usage.md")["Frameworks"], "python")
+    assert [sum(name in snippet for name in FRAMEWORKS) for snippet in snippets] == [1] * 4
 
 
 @pytest.mark.parametrize("name, title", CHECKS)
@@ -201,6 +210,115 @@ def test_snippets(name, title, folder, capsys):
         issp.attach(namespace["model"], sparsity=0.9).finalize()
     run_section(name, title, namespace)
     CHECKS[name, title](namespace, capsys.readouterr().out)
+
+
+# A text in the snippet of each framework.
+FRAMEWORKS = (
+    "issp.integrations.lightning",
+    "issp.integrations.transformers",
+    "issp.integrations.accelerate",
+    "PrunedSRModel",
+)
+
+
+def lightning_module():
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = issp.models.build("edsr-tiny", scale=2, num_block=1)
+
+        def training_step(self, batch, _):
+            return (self.net(batch[0]) - batch[1]).abs().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=2e-4)
+
+    return Module()
+
+
+def language_model():
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("package", ["lightning", "transformers", "accelerate"])
+def test_snippets_of_frameworks(package, folder, capsys):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+    namespace = {**stand_ins(), "steps": 6}
+    if package == "lightning":
+        namespace["lightning_module"] = lightning_module()
+        namespace["loader"] = torch.utils.data.DataLoader(batches(3), batch_size=None)
+    if package == "transformers":
+        namespace["language_model"] = language_model()
+        tokens = torch.randint(1, 50, (48, 8))
+        namespace["dataset"] = [{"input_ids": x, "labels": int(x[0]) % 2} for x in tokens]
+    run_section("docs/usage.md", "Frameworks", namespace, f"issp.integrations.{package}")
+    printed = capsys.readouterr().out
+    if package == "lightning":
+        assert_sparse(namespace["lightning_module"].net, 0.95)
+        assert "iss-p, step 6, final" in printed
+    if package == "transformers":
+        assert_sparse(namespace["language_model"].bert, 0.95)
+        assert Path("run/sparse/model.safetensors").is_file()
+    if package == "accelerate":
+        assert_sparse(namespace["model"], 0.95)
+        assert Path("state/custom_checkpoint_0.pkl").is_file()
+
+
+def train_in_basicsr(namespace, first, last, resume=None):
+    """What BasicSR's train.py does with the model of the snippet."""
+    options = {
+        "train": {"sparsity": {"sparsity": 0.95, "freeze_at": 4}},
+        "path": {"training_states": "states", "models": "models"},
+        "rank": 0,
+    }
+    model = namespace["PrunedSRModel"](options)
+    if resume is not None:
+        saved = torch.load(f"models/net_g_{resume}.pth")
+        model.net_g.load_state_dict(saved["params"])
+        model.net_g_ema.load_state_dict(saved["params_ema"])
+        model.resume_training(torch.load(f"states/{resume}.state"))
+    torch.manual_seed(2)
+    for current_iter, (model.lq, model.gt) in enumerate(batches(8), 1):
+        if first < current_iter <= last:
+            model.optimize_parameters(current_iter)
+            model.save(0, current_iter)
+    model.save(-1, -1)
+    return model
+
+
+def test_recipe_for_basicsr(folder, monkeypatch):
+    """On a stand-in with BasicSR's methods, since the package needs torchvision."""
+    modules = basicsr_model.modules(lambda: issp.models.build("edsr-tiny", scale=2, num_block=1))
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    Path("states").mkdir()
+    Path("models").mkdir()
+    namespace = {}
+    run_section("docs/usage.md", "Frameworks", namespace, "PrunedSRModel")
+    whole = train_in_basicsr(namespace, 0, 8)
+    for net in (whole.net_g, whole.net_g_ema):
+        assert_sparse(net, 0.95)
+    assert whole.pruner.step_count == 8 and not Path("states/-1.pruner").exists()
+    saved = torch.load("models/net_g_latest.pth")["params"]
+    for step in (2, 6):
+        train_in_basicsr(namespace, 0, step)
+        resumed = train_in_basicsr(namespace, step, 8, resume=step)
+        for name, x in resumed.net_g.state_dict().items():
+            assert torch.equal(x, saved[name]), name
+        for name, x in resumed.net_g_ema.state_dict().items():
+            assert torch.equal(x, whole.net_g_ema.state_dict()[name]), name
 
 
 def commands():
