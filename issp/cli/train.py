@@ -190,7 +190,7 @@ def _defaults(args: argparse.Namespace) -> dict[str, Any]:
         tree["datasets"]["train"]["type"] = "SamplePhotographs"
         if not args.val:
             tree["datasets"]["val"] = {"name": "samples", "type": "SamplePhotographs"}
-    if flags["--sparsity"] is not None or flags["--method"] is not None:
+    if flags["--sparsity"] is not None or flags["--method"] == "dense":
         tree["sparsity"] = {"freeze_iter": max(1, iters // 2)}
     tree["train"] = {"scheduler": {"milestones": list(_MILESTONES)}}
     if flags["--optimizer"] != "SGD":
