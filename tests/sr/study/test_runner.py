@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import signal
 import time
 
@@ -137,6 +138,16 @@ def test_a_finished_study_trains_and_scores_nothing_again(whole, capsys):
     assert study(whole / "study.yml") == 0
     assert "6 runs, 6 are finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_damaged_model_of_a_trained_run_is_written_again_from_its_state(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    model = sorted(out.glob("runs/*/models/net_g_latest.safetensors"))[0]
+    model.write_bytes(model.read_bytes()[:-1])
+    (model.parent.parent / results.FILE_NAME).unlink()  # killed before it was scored
+    assert study(out / "study.yml") == 0
+    assert_same_studies(whole, out)
 
 
 def test_all_runs_have_the_same_budget(whole):
