@@ -16,6 +16,7 @@ from issp import cli, data
 from issp.sr import checkpoint, evaluate, logging, preflight
 from issp.sr.data import datasets
 from issp.sr.interrupt import Interrupted, StopRequest
+from issp.sr.run_folder import RunFolder
 from issp.utils.errors import ConfigError, NonFiniteLossError
 from tests.sr.runs import (
     FREEZE,
@@ -27,6 +28,7 @@ from tests.sr.runs import (
     run,
     stop_at,
 )
+from tests.utils.disk import full_disk
 
 pytest.importorskip("PIL", reason="the training images are files")
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
@@ -408,6 +410,27 @@ def test_a_full_disk_is_named_and_the_state_before_is_intact(tree, monkeypatch, 
     assert states(folder_of(tree)) == ["2.state", "4.state"]
     whole, _ = run(tree, name="whole", **changes)
     (folder_of(tree) / "training_states" / second).unlink(missing_ok=True)
+    resumed, _ = run(tree, resume=True, **changes)
+    assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+def test_a_disk_that_gets_full_within_a_state_leaves_the_one_before(tree, monkeypatch):
+    changes = {**SHORT, "logger__save_checkpoint_freq": 2, "logger__keep_training_states": 1}
+    whole, _ = run(tree, name="whole", **changes)
+    save = RunFolder.save_state
+
+    def full(self, state, keep):
+        with monkeypatch.context() as patch:
+            if state["iteration"] >= 4:
+                full_disk(patch, after=5000)
+            return save(self, state, keep)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_state", full)
+        with pytest.raises(OSError, match=r"cannot write .*4\.state: No space .*the disk is full"):
+            run(tree, **changes)
+    folder = folder_of(tree) / "training_states"
+    assert [path.name for path in folder.iterdir()] == ["2.state"]
     resumed, _ = run(tree, resume=True, **changes)
     assert_equal(resumed.state_dict(), whole.state_dict())
 
