@@ -85,6 +85,15 @@ def test_resumes_with_equal_bits(name, step, tmp_path):
         assert torch.equal(kept, mask)
 
 
+def test_a_state_is_not_loaded_past_a_pruner_that_comes_later(tmp_path):
+    Loop("iss-p").train(last=3, folder=tmp_path)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = Net()
+    accelerator.prepare(model, optimizer_of(model))
+    with pytest.raises(RuntimeError, match="does not match the number of registered objects"):
+        accelerator.load_state(str(tmp_path / "3"))
+
+
 def test_reduced_precision_on_a_cpu():
     loop = Loop("iss-r", mixed_precision="bf16")
     loop.train()

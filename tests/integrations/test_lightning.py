@@ -1,6 +1,7 @@
 """The callback in Lightning's own trainer, against a plain loop, bit for bit."""
 
 import csv
+import os
 
 import pytest
 import torch
@@ -298,6 +299,33 @@ def test_one_process_of_ddp():
     callback = PruningCallback(module="net", **arguments("assl"))
     module, _ = fit(callback, strategy="ddp", devices=1, use_distributed_sampler=False)
     assert_same(module.net, train_plainly("assl")[0])
+
+
+class SavedByRank(pl.Callback):
+    """Writes each rank's masks and weights, before the processes end."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def on_train_end(self, trainer, pl_module):
+        (pruner,) = [x.pruner for x in trainer.callbacks if isinstance(x, PruningCallback)]
+        state = {"masks": pruner.masks(), "weights": pl_module.net.state_dict()}
+        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+@pytest.mark.parametrize("name", ["iss-p", "assl"])
+def test_two_processes_of_ddp(name, tmp_path):
+    """Each has half of a batch of four: the masks are equal on both, and so are the weights."""
+    callback = PruningCallback(module="net", **arguments(name))
+    fit(callback, strategy="ddp_fork", devices=2, callbacks=[SavedByRank(tmp_path)])
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    for key in ("masks", "weights"):
+        assert first[key].keys() == second[key].keys()
+        assert all(torch.equal(x, second[key][name]) for name, x in first[key].items())
+    for name, kept in first["masks"].items():
+        assert torch.equal(first["weights"][f"{name}.weight"] != 0, kept)
+        assert int((~kept).sum()) == issp.num_pruned(kept.numel(), 0.8)
 
 
 def test_the_trainer_of_pytorch_lightning():
