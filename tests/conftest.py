@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import issp
+from issp.utils import denormals
 from tests.deploy.networks import cache_fixture, net_fixture, timed_fixture
 from tests.processes import ForkServer
 from tests.tiers import mark_full
@@ -46,6 +47,12 @@ def _restore_cpu_capability():
     yield
     if best:
         torch.ops.issp._cpu_capability(best)
+
+
+@pytest.fixture(autouse=True)
+def _keep_denormals(monkeypatch):
+    """Flushing denormals is for good: the worker threads of this process must not inherit it."""
+    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
 
 
 @pytest.fixture(scope="module")

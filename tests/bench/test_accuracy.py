@@ -11,7 +11,6 @@ import bench
 from bench import accuracy
 from issp import Keep, data
 from issp.sr import builders, demo
-from issp.utils import denormals
 
 pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
@@ -26,7 +25,6 @@ def small(monkeypatch):
     monkeypatch.setattr(data, "sample_photographs", lambda split: photographs)
     monkeypatch.setattr(demo, "PATCH", 16)
     monkeypatch.setattr(demo, "BATCH", 2)
-    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

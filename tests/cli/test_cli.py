@@ -22,11 +22,6 @@ pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
 
 
-@pytest.fixture(autouse=True)
-def _float_mode_stays(monkeypatch):
-    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos")

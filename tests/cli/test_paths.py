@@ -11,14 +11,9 @@ import pytest
 import issp
 from issp import cli, data
 from issp.sr import config
-from issp.utils import denormals, errors
+from issp.utils import errors
 
 pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
-
-
-@pytest.fixture(autouse=True)
-def _float_mode_stays(monkeypatch):
-    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
 
 
 @pytest.fixture
@@ -193,6 +188,7 @@ def test_the_suffix_of_results_may_be_empty(home):
     assert os.listdir("out") == ["a.png"]
 
 
+@pytest.mark.full
 def test_names_that_are_not_utf8(home):
     """In the terminal of a user, which refuses text that it cannot show."""
     strange = os.fsdecode(b"caf\xe9 set")

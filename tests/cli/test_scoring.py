@@ -9,14 +9,8 @@ import torch
 import issp
 from issp import cli, data
 from issp.sr import evaluate, results
-from issp.utils import denormals
 
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
-
-
-@pytest.fixture(autouse=True)
-def _float_mode_stays(monkeypatch):
-    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
 
 
 @pytest.fixture(scope="module")

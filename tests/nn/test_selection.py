@@ -137,6 +137,7 @@ def test_patterns_refuse_weights_without_input_channels_in_dimension_1(module):
         issp.attach(model, types=types, pattern=Keep(2, of=4))
     pruner = issp.attach(model, types=types, pattern=Keep(2, of=4, tail="dense"))
     assert pruner.summary().rows[0].note.startswith("stays dense: a pattern groups input channels")
+    pruner.detach()
     flat = issp.attach(model, types=types, pattern=Keep(2, of=4, layout="flat"))
     flat.finalize()
     assert (module.weight.detach().view(-1, 4) != 0).sum(1).tolist() == [2] * (

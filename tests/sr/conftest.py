@@ -13,10 +13,7 @@ def training_photos(tmp_path_factory):
 
 @pytest.fixture
 def tree(training_photos, tmp_path, monkeypatch):
-    from issp.utils import denormals
     from tests.sr.runs import tree_of
 
-    # Flushing denormals is for good: the worker threads of this process must not inherit it.
-    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
     monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "cache"))
     return tree_of(training_photos, tmp_path / "experiments")

@@ -31,11 +31,6 @@ class Started(BaseException):
     """The first batch was asked for: everything before the training went well."""
 
 
-@pytest.fixture(autouse=True)
-def _float_mode_stays(monkeypatch):
-    monkeypatch.setattr(denormals, "flush_denormals", lambda: True)
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hr")

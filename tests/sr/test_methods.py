@@ -26,6 +26,7 @@ def settings(name, photos, root):
     return tree
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("at", [FREEZE - 2, FREEZE + 2])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_break_changes_no_bit(name, at, photos, tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ def attached(name, model, kind=torch.optim.Adam, **arguments):
     return optimizer, issp.attach(model, optimizer, method=name, **arguments)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", [torch.optim.Adam, issp.optim.Adam])
 @pytest.mark.parametrize("name", PRUNING)
 def test_ends_with_the_exact_count_of_zeros(name, kind):
@@ -46,6 +47,7 @@ def test_both_optimizers_end_with_the_same_bits(name):
         assert_bitwise_equal(b, a, f"{name}: {layer}")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("stop", [7, FREEZE + 3])
 @pytest.mark.parametrize("name", ALL)
 def test_resumes_to_the_same_bits(name, stop):
