@@ -67,6 +67,7 @@ def test_help_of_every_figure_has_an_example_that_parses(name, capsys):
     assert name in module.EXAMPLE or name == "curves"
 
 
+@pytest.mark.full
 def test_without_a_figure_it_draws_curves(here, capsys):
     for words in (["runs/a"], ["curves", "runs/a"], ["--debug", "runs/a"], ["-o", "out", "runs/a"]):
         assert command(*words) == 0

@@ -275,6 +275,7 @@ def test_compiles_to_one_graph(mask):
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.full
 def test_inductor_compiles_an_ste_mask():
     layer, x = NMConv2d(8, 6, 3, keep=KEEP, mask="sr-ste"), CONV()
     compiled = torch.compile(copy.deepcopy(layer), fullgraph=True)

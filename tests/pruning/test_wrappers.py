@@ -429,6 +429,7 @@ def test_pruners_of_different_weights_may_share_a_model_and_a_lost_one_is_in_nob
 BY_HAND = {"hook=False": {"hook": False}, "no optimizer": {}, "hooked": {"hook": True}}
 
 
+@pytest.mark.sampled(most=2)
 @pytest.mark.parametrize(
     "first, second",
     [

@@ -438,6 +438,7 @@ def test_a_pth_that_names_its_architecture_needs_no_more(tmp_path, described):
     assert again.scale == 3
 
 
+@pytest.mark.sampled(most=3)
 @pytest.mark.parametrize("arch", ["edsr-tiny", "swinir-light"])
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_the_shapes_tell_the_scale(tmp_path, arch, scale):

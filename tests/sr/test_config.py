@@ -332,6 +332,7 @@ def test_a_device_that_is_not_there_is_named(name, said):
         builders.device(name)
 
 
+@pytest.mark.full
 def test_pydantic_is_named_where_it_is_missing():
     code = "import sys; sys.modules['pydantic'] = None; import issp.sr.config"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

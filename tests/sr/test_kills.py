@@ -160,6 +160,7 @@ def test_fifty_kills_lose_nothing_and_change_no_bit(server, often, kind, kills):
             break
 
 
+@pytest.mark.full
 def test_a_few_kills_lose_nothing_and_change_no_bit(server, often):
     most = start(server, often, "whole")
     kinds = ("write", "moment")

@@ -74,6 +74,7 @@ def raising(monkeypatch, when):
     monkeypatch.setattr(evaluate, "evaluate", fail)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ema", [0, 0.9])
 @pytest.mark.parametrize("failing", [None, 2, 3])  # the first is before the first iteration
 def test_no_weight_is_touched_also_where_the_validation_fails(tree, monkeypatch, ema, failing):
@@ -109,6 +110,7 @@ def test_no_weight_is_touched_also_where_the_validation_fails(tree, monkeypatch,
     assert said.count("no such image") == (failing is not None)
 
 
+@pytest.mark.full
 def test_a_run_that_failed_while_masked_goes_on_as_one_that_did_not(tree, monkeypatch):
     whole, expected = run(tree, name="whole")
     with monkeypatch.context() as patch:
@@ -122,6 +124,7 @@ def test_a_run_that_failed_while_masked_goes_on_as_one_that_did_not(tree, monkey
         assert (folder / "log" / name).read_bytes() == (expected / "log" / name).read_bytes()
 
 
+@pytest.mark.full
 def test_the_soft_model_need_not_be_scored(tree):
     both = run(tree, name="both")[1]
     _, folder = run(tree, val__soft=False, val__save_img=True)
@@ -133,6 +136,7 @@ def test_the_soft_model_need_not_be_scored(tree):
     assert f"PSNR {rows[3]['psnr_masked']:.2f} dB masked  selected" in text
 
 
+@pytest.mark.full
 def test_pictures_are_those_of_the_masked_model(tree):
     pictures = {}
     for soft in (True, False):
@@ -152,6 +156,7 @@ def test_a_model_that_is_masked_already_is_scored_once(tree, ema, models):
     assert row["iteration"] == 3 and (row["psnr"] == row["psnr_masked"]) == (ema == 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sparsity", [None, {"method": "dense", "freeze_iter": FREEZE}])
 def test_a_dense_run_says_so(tree, sparsity):
     _, folder = run(tree, sparsity=sparsity)

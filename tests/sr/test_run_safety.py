@@ -111,6 +111,7 @@ def fail_validation(patch, iteration, error):
     patch.setattr(evaluate, "evaluate", fail_later)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "iteration, fault", [(3, "image"), (FREEZE, "content"), (9, "CPU"), (3, "GPU")]
 )
@@ -271,6 +272,7 @@ def test_the_best_model_and_its_score_belong_together_after_a_resume(tree, fate)
     ] == endings
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "change", ["none", "folder", "images", "other set", "border", "channel", "LR"]
 )

@@ -50,6 +50,7 @@ def test_a_script_that_imports_issp_has_the_ops():
     assert "soft_shrink_" in run("import issp, torch; print(torch.ops.issp.soft_shrink_)")
 
 
+@pytest.mark.full
 def test_the_command_limits_spinning_unless_the_user_chose():
     code = COMMAND + "import os, io, contextlib\n"
     code += "with contextlib.redirect_stdout(io.StringIO()): cli.main(['info'])\n"
@@ -60,6 +61,7 @@ def test_the_command_limits_spinning_unless_the_user_chose():
     assert run("import issp, os; print('GOMP_SPINCOUNT' in os.environ)").strip() == "False"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_the_command_keeps_freed_memory_unless_the_user_chose():
     code = COMMAND + "import io, contextlib, mmap, numpy, re\n"

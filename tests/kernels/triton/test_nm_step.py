@@ -72,6 +72,7 @@ class Pair:
             actual.copy_(expected)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     DEVICE == "cuda", reason="the order of programs can be set in the interpreter only"
 )
@@ -97,6 +98,7 @@ def test_the_order_of_the_programs_does_not_matter(monkeypatch, seed):
     assert any(order != sorted(order) for order in orders.values())
 
 
+@pytest.mark.full
 def test_counts_that_select_nothing_or_are_out_of_range():
     pair = Pair()
     pair.step()

@@ -116,6 +116,7 @@ def test_candidates_up_to_the_capacity_of_their_region(excess):
     assert not neighbour.any()
 
 
+@pytest.mark.full
 def test_the_last_tie_lies_in_a_group_of_tiles():
     """A wide bracket leaves 7 bits of a candidate for 140 tiles: two tiles share a number."""
     n = 140 * TILE

@@ -47,6 +47,7 @@ def test_the_box_of_original_and_results_with_both_scores(images, drawn):
     assert drawn[0].get_supxlabel() == "x2; PSNR on Y"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("count", [0, 1, 4, 13])
 @pytest.mark.parametrize("box", [(0, 0, 80, 8), (0, 0, 8, 60), BOX], ids=["wide", "high", "mixed"])
 def test_no_text_covers_another_panel(images, drawn, count, box):

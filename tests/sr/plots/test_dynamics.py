@@ -63,6 +63,7 @@ def test_means_end_where_the_shortest_run_ends(run, drawn):
         plots.draw_dynamics({"sparse": sparse, "late": late}, "x.png", ["1"])
 
 
+@pytest.mark.full
 def test_the_papers_layers_or_some_over_the_depth(run, drawn):
     found = plots.draw_dynamics({"a": run("a")}, "x.png")
     assert list(found[0].layers) == ["conv_first", "body.0.conv1", "conv_after_body", "conv_last"]

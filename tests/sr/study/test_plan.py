@@ -214,6 +214,7 @@ def test_missing_images_are_named_before_anything_is_written(tree, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.full
 def test_a_dry_run_lists_the_runs_and_needs_no_images(tree, tmp_path, capsys):
     assert cli.main(["study", str(write(tree, tmp_path / "study.yml")), "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
