@@ -7,8 +7,8 @@ passes from these decisions to the priorities as if they were equal. The forward
 masked weights (masked_weight.py). The others have no gradient and keep their values, with which
 they may come back in a later epoch.
 
-The loss gets weight * c * cost, where cost is the sum of N / M * MACs over the layers, and c grows
-while dense / cost rises too little. Once the cost is within the budget the scores are fixed.
+The loss gets a term of the cost (mac_budget.py), which lowers the priorities. Once the cost is
+within the budget the scores are fixed.
 
 Source: docs/method.md, section 4 (Oh et al., "Attentive Fine-Grained Structured Sparsity for Image
 Restoration", CVPR 2022).
@@ -28,6 +28,7 @@ from issp.nn.names import named_modules
 from issp.nn.selection import Layer, undivided_reason
 from issp.ops.keep import Keep
 from issp.pruning.methods.base import Method, Setting
+from issp.pruning.methods.mac_budget import MacBudget, leaves_a_unit
 from issp.pruning.methods.masked_weight import MaskedWeight
 from issp.pruning.methods.priority_scores import PriorityScores
 
@@ -35,7 +36,6 @@ from issp.pruning.methods.priority_scores import PriorityScores
 # steps. A shorter stage has as many epochs, and the scores can go as far.
 _EPOCH, _LR, _STAGE = 1000, 1e-4, 100_000
 _MOST_LR = 0.05
-_ROUNDING = 1 + 1e-9
 
 
 @dataclass
@@ -78,7 +78,7 @@ class SLS(Method):
     threshold: float = 0.2
 
     # None: N is that of the patterns.
-    _budget: float | None = field(default=None, init=False, repr=False, compare=False)
+    _budget: MacBudget | None = field(default=None, init=False, repr=False, compare=False)
     _masked: dict[str, MaskedWeight] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -87,9 +87,6 @@ class SLS(Method):
     # None: nothing is learned.
     _scores: PriorityScores | None = field(default=None, init=False, repr=False, compare=False)
     _learns: bool = field(default=False, init=False, repr=False, compare=False)
-    _coefficient: float = field(default=1.0, init=False, repr=False, compare=False)
-    # dense / cost at the end of the epochs since c was looked at.
-    _gains: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
     # By layer, ranks and outputs for masked weights that `start` is still to make.
     _loaded: dict[str, tuple[Tensor, list[Any]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
@@ -132,7 +129,8 @@ class SLS(Method):
                 f"sls covers no layer: {layers[len(layers) // 2].name}, as all others, "
                 f"{layers[len(layers) // 2].dense}; choose another `of`"
             )
-        self._budget = 1 - ratios[0] if ratios else None
+        if ratios:
+            self._budget = MacBudget(1 - ratios[0], self.weight, self.growth, self.threshold)
 
     def _check_target(self, target: float | Keep) -> None:
         if isinstance(target, Keep):
@@ -140,7 +138,7 @@ class SLS(Method):
                 raise ValueError(
                     f"sls groups up to 256 input channels of one output: {target} has no meaning"
                 )
-        elif (1 - target) * self.of * _ROUNDING < 1:
+        elif not leaves_a_unit(target, self.of):
             raise ValueError(
                 f"sparsity is {target}: sls keeps at least 1 of {self.of}, so that it must be at "
                 f"most {1 - 1 / self.of:.6g}"
@@ -217,7 +215,8 @@ class SLS(Method):
             for masked in self._masked.values():
                 masked.rank()
             changed = list(self._masked)
-            self._anneal()
+            if self._budget is not None and self._learns:
+                self._budget.anneal(self._masked, self._kept)
         if changed:
             self._show(changed)
 
@@ -233,13 +232,13 @@ class SLS(Method):
 
     def _learn(self) -> list[str]:
         """Moves the scores; returns the layers whose units have changed."""
-        if self._scores is None or not self._learns:
+        if self._budget is None or self._scores is None or not self._learns:
             return []
         self._scores.step()
         kept = self._scores.kept()
         changed = [name for name in self._masked if not torch.equal(kept[name], self._kept[name])]
         self._kept = kept
-        if changed and self._is_within_budget():
+        if changed and self._budget.is_met(self._masked, self._kept):
             self._fix_scores()
         return changed
 
@@ -248,71 +247,18 @@ class SLS(Method):
         for masked in self._masked.values():
             masked.priorities = None
 
-    def _anneal(self) -> None:
-        """At the end of an epoch: c grows if the cost falls too slowly."""
-        if not self._learns:
-            return
-        self._gains.append(1 / self._share())
-        if len(self._gains) == 2:
-            if self._gains[1] - self._gains[0] < self.threshold:
-                self._coefficient *= self.growth
-            self._gains = []
-
     def loss(self) -> Tensor | None:
         called = any(any(masked.outputs) for masked in self._masked.values())
-        if self._scores is None or not self._learns or not called:
+        if self._budget is None or self._scores is None or not self._learns or not called:
             return None
-        macs, numbers = self._macs(), self._scores.numbers()
-        per_unit = [macs.get(name, 0.0) / self.of for name in self._kept]
-        costs = torch.tensor(per_unit, dtype=numbers.dtype, device=numbers.device)
-        return self.weight * self._coefficient * (costs * numbers).sum()
-
-    # The budget.
-
-    def _macs(self) -> dict[str, float]:
-        """By layer, for one image; a layer that nothing has called is taken for one of the largest.
-
-        Windows of an image count as images in some layers' outputs: the smallest first dimension of
-        all is the batch.
-        """
-        seen = {name: [x for x in m.outputs if x] for name, m in self._masked.items()}
-        batch = min((size for outputs in seen.values() for _, size in outputs), default=1)
-        places = {name: sum(n for n, _ in outputs) / batch for name, outputs in seen.items()}
-        most = max(places.values(), default=0) or 1
-        return {n: m.layer.weight.numel() * (places[n] or most) for n, m in self._masked.items()}
-
-    def _share(self) -> float:
-        """The cost as a share of that of the dense layers."""
-        macs = self._macs()
-        cost = sum(x * int(self._kept[name].sum()) / self.of for name, x in macs.items())
-        return cost / sum(macs.values())
-
-    def _is_within_budget(self) -> bool:
-        assert self._budget is not None
-        return self._share() <= self._budget * _ROUNDING
+        return self._budget.loss(self._masked, self._kept, self._scores.numbers())
 
     def before_freeze(self) -> None:
-        if self._scores is None or self._is_within_budget():
+        if self._budget is None or self._scores is None:
             return
-        share = self._share()
-        order = [
-            (p, -unit, name)
-            for name in self._masked
-            for unit, p in enumerate(self._scores.priorities[name].tolist(), start=1)
-            if self._kept[name][unit]
-        ]
-        for _, unit, name in sorted(order):
-            if self._is_within_budget():
-                break
-            self._kept[name][-unit] = False
-        self._fix_scores()
-        self._show(list(self._masked))
-        warnings.warn(
-            f"sls has {share:.4g} of the dense cost at the freeze, and the budget is "
-            f"{self._budget:.4g}: it drops the units of the lowest priorities; train longer before "
-            "the freeze, or raise weight or lr",
-            stacklevel=3,
-        )
+        if self._budget.enforce(self._masked, self._kept, self._scores.priorities):
+            self._fix_scores()
+            self._show(list(self._masked))
 
     def after_freeze(self) -> None:
         self.detach()
@@ -335,9 +281,10 @@ class SLS(Method):
         if self._masked:  # not any more once the masks are fixed
             state["ranks"] = {n: m.ranks.contiguous().clone() for n, m in self._masked.items()}
             state["outputs"] = {n: list(m.outputs) for n, m in self._masked.items()}
-            if self._scores is not None:
+            if self._budget is not None and self._scores is not None:
                 state["scores"], state["learns"] = self._scores.state_dict(), self._learns
-                state["coefficient"], state["gains"] = self._coefficient, list(self._gains)
+                state["coefficient"] = self._budget.coefficient
+                state["gains"] = list(self._budget.gains)
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -350,10 +297,11 @@ class SLS(Method):
         self._loaded = {
             n: (x.clone(), list(state["outputs"][n])) for n, x in state["ranks"].items()
         }
-        if self._scores is not None:
+        if self._budget is not None and self._scores is not None:
             self._scores.load_state_dict(state["scores"])
             self._learns = state["learns"]
-            self._coefficient, self._gains = state["coefficient"], list(state["gains"])
+            self._budget.coefficient = state["coefficient"]
+            self._budget.gains = list(state["gains"])
 
     def _is_sound(self, state: Mapping[str, Any]) -> bool:
         """Whether a state has the form of those of this run."""

@@ -160,7 +160,8 @@ def test_the_cost_is_that_of_the_units():
         model(torch.rand(1, 3, 12, 12))
     assert pruner.loss().item() == 0.5 * 5 * 576 * 36, "validation does not count"
     pruner.method._kept["after"][3:] = False
-    assert pruner.method._share() == pytest.approx((4 + 3 / 8) / 5)
+    used = pruner.method._budget.used(pruner.method._masked, pruner.method._kept)
+    assert used == pytest.approx((4 + 3 / 8) / 5)
 
 
 def test_it_reaches_the_budget_and_then_fixes_the_scores():
@@ -190,10 +191,10 @@ def test_the_coefficient_grows_while_the_cost_falls_too_slowly():
     seen = []
     for step in range(4 * EPOCH):
         train(model, optimizer, 1, pruner, first=step)
-        seen.append(pruner.method._coefficient)
+        seen.append(pruner.method._budget.coefficient)
     assert seen == [1.0] * 9 + [2.0] * 10 + [4.0]
     before = pruner.loss().item()
-    pruner.method._coefficient = 1.0
+    pruner.method._budget.coefficient = 1.0
     assert before == 4 * pruner.loss().item()
 
 
@@ -201,7 +202,7 @@ def test_the_coefficient_stays_while_the_cost_falls():
     model = network()
     optimizer, pruner = attached(model, options={"epoch": 2, "threshold": 0.0}, sparsity=0.7)
     while pruner.loss().requires_grad or pruner.step_count < 3:
-        assert pruner.method._coefficient == 1.0
+        assert pruner.method._budget.coefficient == 1.0
         train(model, optimizer, 1, pruner, first=pruner.step_count)
     assert pruner.step_count < FREEZE
 
@@ -611,7 +612,7 @@ def test_the_default_is_2_of_32():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 64), nn.Linear(64, 4))
     pruner = issp.attach(model, torch.optim.SGD(model.parameters(), lr=0.1), method="sls")
-    assert pruner.method._budget == 2 / 32
+    assert pruner.method._budget.share == 2 / 32
     assert pruner.summary().rows[1].target == 0.9375
 
 
