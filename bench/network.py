@@ -35,8 +35,8 @@ from bench.sparse import measure as sparse_measure
 from bench.sparse.calls import DTYPES
 from bench.sparse.forms import nm_pattern
 from bench.sparse.layers import Layer
-from issp.deploy import autotune
-from issp.deploy import report as pack_report
+from issp.nn import autotune
+from issp.nn import report as layer_report
 from issp.ops.keep import Keep
 from issp.sr import checkpoint, models
 from issp.utils.errors import InaccurateLayerError
@@ -119,7 +119,7 @@ class PackedNetwork:
     sparsity: float
     weights: int
     kept: int
-    layers: pack_report.PackReport
+    layers: layer_report.LayerReport
     task: Task
     shares: TimeShares | None = None
 

@@ -15,7 +15,7 @@ from issp.utils.files import atomic_write, user_path
 from issp.utils.text import suggest, table
 
 if TYPE_CHECKING:
-    from issp.deploy.report import Line
+    from issp.nn.report import Line
     from issp.sr.costs import Costs, Latency, LayerCost
     from issp.sr.models import SuperResolver
 

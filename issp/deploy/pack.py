@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from issp.deploy import autotune, paths
-from issp.deploy.report import Line, PackReport
-from issp.nn import module_swap, selection
-from issp.nn.convert import NO_ZEROS, dense_reason, from_dense
+from issp.deploy import paths
+from issp.nn import autotune, module_swap, selection
+from issp.nn.convert import NO_ZEROS, from_dense
+from issp.nn.layer_inputs import (
+    DenseLayer,
+    LayerInput,
+    layer_inputs,
+    measurement_key,
+    shape_text,
+    unsupported_reason,
+)
 from issp.nn.layers import SparseLayer
 from issp.nn.names import unwrap
+from issp.nn.report import LayerReport, Line
 from issp.ops.keep import Keep
-from issp.ops.validation import DTYPES
 from issp.utils.errors import InaccurateLayerError
 
 # Rows that may share positions, tried in this order, by device.
@@ -30,29 +36,6 @@ MAX_FILL = 1.25
 CHECK_CROP = 24
 # Timing of the whole model, once with and once without its sparse layers.
 _ROUNDS, _MIN_ROUNDS, _SECONDS = 7, 3, 5.0
-
-DenseLayer = nn.Conv2d | nn.Linear
-
-
-@dataclass(frozen=True)
-class LayerInput:
-    """What a layer is applied to in the example."""
-
-    shape: tuple[int, ...]
-    channels_last: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, x: Tensor) -> LayerInput:
-        """That of a tensor."""
-        channels_last = x.dim() == 4 and not x.is_contiguous()
-        channels_last = channels_last and x.is_contiguous(memory_format=torch.channels_last)
-        return cls(tuple(x.shape), channels_last, x.dtype)
-
-    def random(self, device: torch.device) -> Tensor:
-        """Random numbers of this shape, memory format and dtype."""
-        x = torch.randn(self.shape, dtype=torch.float32, device=device).to(self.dtype)
-        return x.to(memory_format=torch.channels_last) if self.channels_last else x
 
 
 @torch.inference_mode(False)
@@ -67,7 +50,7 @@ def pack(
     Every Conv2d and Linear whose weight has zeros is timed on the shapes that it meets in the
     example: dense, channels_last, and sparse in each form that its zeros allow. It stays dense
     where sparse is not clearly faster. Choices are remembered per machine and shape, see
-    `issp.deploy.autotune`. At last the whole model is timed, packed and dense in turn: where packed
+    `issp.nn.autotune`. At last the whole model is timed, packed and dense in turn: where packed
     measures slower, the model stays dense and the choices of its layers are forgotten.
 
     Hooks on calls are transferred and are not called while a layer is timed alone; a layer with
@@ -95,7 +78,7 @@ def pack(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, not {type(model).__name__}")
     model = unwrap(model)
-    if isinstance(getattr(model, "report", None), PackReport):
+    if isinstance(getattr(model, "report", None), LayerReport):
         model = unpack(model)
     if hasattr(model, "report"):
         raise ValueError('the model has an attribute "report" already: rename it')
@@ -111,7 +94,7 @@ def pack(
     for old, new in replacements.items():
         module_swap.transfer_hooks(old, new)
         modes[new] = modes[old]
-    report = PackReport(lines, autotune.machine(_device(root)))
+    report = LayerReport(lines, autotune.machine(_device(root)))
     if replacements:
         report.whole = keep_if_faster(root, replacements, args)
         if report.whole.name == "dense":
@@ -133,7 +116,8 @@ def _pack_layers(
 ) -> tuple[list[Line], dict[nn.Module, nn.Module]]:
     """The report's line of every layer, and layer -> what replaces it."""
     patterns = _patterns(model, keep)
-    inputs = _layer_inputs(model, args)
+    with torch.no_grad():
+        inputs = layer_inputs(model, args)
     lines: list[Line] = []
     replacements: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
@@ -200,26 +184,6 @@ def _patterns(
     return patterns
 
 
-@torch.no_grad()
-def _layer_inputs(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, list[LayerInput]]:
-    """The distinct inputs of each layer in the example."""
-    inputs: dict[nn.Module, list[LayerInput]] = {}
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x = LayerInput.of(args[0] if args else kwargs["input"])
-        seen = inputs.setdefault(module, [])
-        if x not in seen:
-            seen.append(x)
-
-    with contextlib.ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                handle = module.register_forward_pre_hook(note, with_kwargs=True)
-                hooks.enter_context(handle)
-        model(*args)
-    return inputs
-
-
 def keep_if_faster(
     root: nn.Sequential, replacements: Mapping[nn.Module, nn.Module], args: tuple[Any, ...]
 ) -> autotune.Choice:
@@ -272,8 +236,8 @@ def pack_layer(
     cache: autotune.Cache,
 ) -> tuple[Line, nn.Module | None]:
     """A layer's line of the report, and what replaces it; None: it stays as it is."""
-    line = Line(name or "(model)", _shape(module, inputs), None)
-    line.reason = _unsupported_reason(module, inputs)
+    line = Line(name or "(model)", shape_text(module, inputs), None)
+    line.reason = unsupported_reason(module, inputs)
     if line.reason:
         return line, None
     weight = module.weight.detach()
@@ -292,7 +256,11 @@ def pack_layer(
     if isinstance(module, nn.Linear) and keep in (None, Keep(2, of=4)):
         two_four = paths.two_four(module, samples[0])
         sparse |= {} if two_four is None else {"torch 2:4": two_four}
-    line.key = _key(module, inputs, sparse)
+    shares = {
+        form: m.values.numel() / weight.numel() if isinstance(m, SparseLayer) else 0.5
+        for form, m in sparse.items()
+    }
+    line.key = measurement_key(module, inputs, shares)
     choice = autotune.choose(
         line.key,
         {form: partial(_run, m, samples) for form, m in dense.items()},
@@ -306,31 +274,6 @@ def pack_layer(
     if choice.name in sparse:
         _check_accuracy(name, module, sparse[choice.name], samples[0])
     return line, {**dense, **sparse}[choice.name]
-
-
-def _unsupported_reason(module: DenseLayer, inputs: Sequence[LayerInput]) -> str:
-    """Why a layer cannot have a sparse form at all, or ""."""
-    reason = dense_reason(module)
-    if reason:
-        return reason
-    dtype = module.weight.dtype
-    if dtype not in DTYPES:
-        return f"its weight is {dtype}"
-    if not inputs:
-        return "the example does not reach it"
-    if any(0 in x.shape for x in inputs):
-        return "its input is empty: pass an example that is not"
-    device = module.weight.device.type
-    if any(_computed(x.dtype, device) != _computed(dtype, device) for x in inputs):
-        return f"its input is not {dtype} as its weight is"
-    return ""
-
-
-def _computed(dtype: torch.dtype, device: str) -> torch.dtype:
-    """What torch.autocast makes of the dtype of a layer's input or weight."""
-    if dtype == torch.float64 or not torch.is_autocast_enabled(device):
-        return dtype
-    return torch.get_autocast_dtype(device)
 
 
 def _sparse_forms(
@@ -356,32 +299,6 @@ def _sparse_forms(
 def _run(module: nn.Module, samples: Sequence[Tensor]) -> None:
     for x in samples:
         module(x)
-
-
-def _size(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _shape(module: DenseLayer, inputs: Sequence[LayerInput]) -> str:
-    return _size(module.weight.shape) + "".join(f" on {_size(x.shape)}" for x in inputs)
-
-
-def _key(module: DenseLayer, inputs: Sequence[LayerInput], sparse: Mapping[str, nn.Module]) -> str:
-    """All that the times of a layer depend on, as text."""
-    parts = [f"{type(module).__name__} {_size(module.weight.shape)} forward"]
-    if isinstance(module, nn.Conv2d):
-        parts += [f"{name} {getattr(module, name)}" for name in ("stride", "padding", "dilation")]
-    parts.append("bias" if module.bias is not None else "no bias")
-    for x in inputs:
-        parts.append(f"x {_size(x.shape)} {x.dtype}" + " channels_last" * x.channels_last)
-    device, numel = module.weight.device.type, module.weight.numel()
-    if torch.is_autocast_enabled(device):
-        parts.append(f"autocast {torch.get_autocast_dtype(device)}")
-    for name, form in sparse.items():
-        # Two digits: layers that differ in a handful of weights share a measurement.
-        share = form.values.numel() / numel if isinstance(form, SparseLayer) else 0.5
-        parts.append(f"{name} keeps {share:.2g}")
-    return ", ".join(parts)
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from issp.deploy import autotune
 from issp.deploy.pack import pack
-from issp.deploy.report import PackReport
+from issp.nn import autotune
 from issp.nn.names import named_tensors
+from issp.nn.report import LayerReport
 from issp.sr.models import SuperResolver
 
 OUTPUT = (720, 1280)  # height and width of the result for which papers count
@@ -89,7 +89,7 @@ class Latency:
 
     dense: float
     packed: float
-    report: PackReport
+    report: LayerReport
 
 
 def default_size(model: SuperResolver) -> tuple[int, int]:

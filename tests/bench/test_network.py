@@ -17,7 +17,7 @@ from bench.harness.errors import ParityError
 from bench.network import DenseNetwork, NetworkTimes, PackedNetwork, TimeShares
 from bench.sparse import calls
 from issp import models, num_pruned
-from issp.deploy import report as pack_report
+from issp.nn import report as layer_report
 from tests.sr.networks import small_edsr, small_swinir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -87,7 +87,7 @@ class TestCheck:
     def test_a_packed_network_passes(self, make, v, timed, tmp_path):
         model, x = make().eval(), torch.rand(1, 3, 16, 16)
         network.prune(model, 0.75, v)
-        cache = issp.deploy.autotune.Cache(tmp_path / "choices.json")
+        cache = issp.nn.autotune.Cache(tmp_path / "choices.json")
         packed = issp.pack(model, x, cache=cache)
         assert any(line.is_sparse for line in packed.report.lines)
         network.check("tiny", model, packed, x)
@@ -128,10 +128,10 @@ class TestTimeShares:
     def test_time_is_shared_out_by_what_packing_chose(self, monkeypatch):
         model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
         lines = [
-            pack_report.Line("0", "4x4", 0.5, choice="rows"),
-            pack_report.Line("2", "4x4", 0.5, choice="dense"),
+            layer_report.Line("0", "4x4", 0.5, choice="rows"),
+            layer_report.Line("2", "4x4", 0.5, choice="dense"),
         ]
-        model.report = pack_report.PackReport(lines, "machine")
+        model.report = layer_report.LayerReport(lines, "machine")
         # A clock that layers advance, and nothing else.
         now = [0.0]
         monkeypatch.setattr(network.time, "perf_counter", lambda: now[0])
@@ -150,10 +150,10 @@ class TestTimeShares:
 
 def packed_row(v: int, sparsity: float, seconds: float) -> PackedNetwork:
     lines = [
-        pack_report.Line(name, "8x8", sparsity, choice=choice)
+        layer_report.Line(name, "8x8", sparsity, choice=choice)
         for name, choice in (("a", "rows"), ("b", "dense"), ("c", "rows v=4"))
     ]
-    layers = pack_report.PackReport(lines, "machine")
+    layers = layer_report.LayerReport(lines, "machine")
     task = timing.Task(lambda: None, lambda: None, samples={"warm": [seconds] * 5})
     return PackedNetwork(v, sparsity, 2000, 100, layers, task, TimeShares(0.5, 0.2, 0.3))
 
@@ -218,7 +218,7 @@ class TestTable:
 
     def test_a_network_that_stays_dense_says_why(self):
         times = self.times()
-        times.packed[0].layers.whole = issp.deploy.autotune.Choice(
+        times.packed[0].layers.whole = issp.nn.autotune.Choice(
             "packed", {"packed": 1.0, "dense": 2.0}
         )
         notes = [n for n in network.notes(times, FAST) if "left it dense" in n]
@@ -319,7 +319,7 @@ class TestCommand:
         def wrong(model, example, cache):
             packed = copy.deepcopy(model)
             packed.conv_last.weight.data *= 1.01
-            packed.report = pack_report.PackReport([], "machine")
+            packed.report = layer_report.LayerReport([], "machine")
             return packed
 
         monkeypatch.setattr(issp, "pack", wrong)

@@ -5,7 +5,7 @@ import pytest
 
 from issp import cli, data
 from issp.cli import cache as cache_command
-from issp.deploy.autotune import Cache, Choice
+from issp.nn.autotune import Cache, Choice
 from issp.utils.files import lock
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import issp
-from issp.deploy import autotune
+from issp.nn import autotune
 
 
 def prune_(model: nn.Module, sparsity: float = 0.9) -> nn.Module:

@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import issp
-from issp.deploy import autotune, pack
+from issp.deploy import pack
+from issp.nn import autotune
+from issp.nn.layer_inputs import LayerInput, layer_inputs
 from tests.asserts import assert_bitwise_equal
 from tests.deploy.networks import (
     EXAMPLE,
@@ -147,8 +149,8 @@ class TestResults:
             def forward(self, x):
                 return self.linear(input=x)
 
-        inputs = pack._layer_inputs(net := Named(), (torch.randn(4, 8),))
-        assert inputs == {net.linear: [pack.LayerInput((4, 8), False, torch.float32)]}
+        inputs = layer_inputs(net := Named(), (torch.randn(4, 8),))
+        assert inputs == {net.linear: [LayerInput((4, 8), False, torch.float32)]}
 
     def test_copies_and_pickles(self, net, cache, timed):
         packed = issp.pack(net.eval(), torch.randn(EXAMPLE), cache=cache)
@@ -179,7 +181,7 @@ class TestModes:
         assert {p.dtype for p in packed.parameters()} == {torch.float32}
 
     def test_a_layer_of_another_dtype_than_its_input_is_named(self, cache, timed):
-        inputs = [pack.LayerInput((4, 8), False, torch.float64)]
+        inputs = [LayerInput((4, 8), False, torch.float64)]
         layer = prune_(nn.Linear(8, 8))
         for enabled in (False, True):
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):

@@ -1,11 +1,11 @@
-"""The report of `issp.pack`: what computes each layer now, and the reason."""
+"""What computes each layer of a model now, and the reason: the report of `issp.pack`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from issp.deploy.autotune import Choice
+from issp.nn.autotune import Choice
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Line:
 
 
 @dataclass
-class PackReport:
+class LayerReport:
     """The lines of all layers; called without arguments, the report as text.
 
     Attributes:
@@ -84,12 +84,15 @@ class PackReport:
         count = f"{len(sparse)} of {len(self.lines)} layers are sparse"
         if self.whole is None:
             return f"{count}: the model computes as before."
-        packed, dense = (self.whole.microseconds[name] for name in ("packed", "dense"))
-        times = f"{_time(packed / 1e3)} ms, dense {_time(dense / 1e3)} ms"
-        if self.whole.name == "packed":
-            return f"{count}; the whole model takes {times}, {dense / packed:.2f} times as fast."
+        times = self.whole.microseconds
+        dense = times["dense"]
+        sparse_time = next(time for name, time in times.items() if name != "dense")
+        text = f"{_time(sparse_time / 1e3)} ms, dense {_time(dense / 1e3)} ms"
+        if self.whole.name != "dense":
+            gain = f"{dense / sparse_time:.2f} times as fast"
+            return f"{count}; the whole model takes {text}, {gain}."
         return (
-            f"The model is dense throughout: with its sparse layers it would take {times}. Its "
+            f"The model is dense throughout: with its sparse layers it would take {text}. Its "
             "layers are measured again the next time."
         )
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from issp.deploy import autotune
-from issp.deploy.autotune import Cache, Choice, choose, decide
+from issp.nn import autotune
+from issp.nn.autotune import Cache, Choice, choose, decide
 from tests.utils.disk import full_disk
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -321,7 +321,7 @@ class TestFile:
     @pytest.mark.full
     def test_processes_that_write_at_once_lose_nothing(self, cache):
         script = (
-            "import sys; from issp.deploy.autotune import Cache, Choice\n"
+            "import sys; from issp.nn.autotune import Cache, Choice\n"
             "for j in range(20): Cache(sys.argv[1]).put('m', f'{sys.argv[2]} {j}', "
             "Choice('dense', {'dense': 1.0}))"
         )
