@@ -34,6 +34,8 @@ try:
         StrictBool,
         Tag,
         ValidationError,
+        ValidationInfo,
+        field_validator,
         model_validator,
     )
     from pydantic_core import PydanticCustomError
@@ -49,6 +51,11 @@ def _number_from_text(value: Any) -> Any:
         except ValueError:
             return value
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _with_numbers(value: dict[str, Any]) -> dict[str, Any]:
+    """The values of a section of other names, whose numbers YAML 1.1 may have read as text."""
+    return {k: _number_from_text(v) if isinstance(v, str) else v for k, v in value.items()}
 
 
 def _listed(value: Any) -> Any:
@@ -474,11 +481,18 @@ Target = Annotated[
 ]
 
 
+def _check_method(name: str) -> str:
+    if name not in methods.METHODS:
+        raise ValueError(f"is {name!r}: {suggest(name, methods.METHODS)}")
+    return name
+
+
 class Sparsity(Section):
     """`sparsity`: what `issp.attach` gets. The section's absence means dense training."""
 
-    method: str = "iss-p"
-    options: dict[str, Any] = {}  # of the method, see `issp.methods`
+    method: Annotated[str, AfterValidator(_check_method)] = "iss-p"
+    # Of the method, see `issp.methods`.
+    options: Annotated[dict[str, Any], AfterValidator(_with_numbers)] = {}
     ratio: Annotated[Number, AfterValidator(_check_ratio)] | None = None
     shrink: Annotated[Number, _between(0, 1)] | None = None
     freeze_iter: Annotated[Integer, _between(1)] | None = None
@@ -486,6 +500,18 @@ class Sparsity(Section):
     overrides: dict[str, Target] = {}
     keep: Keep | None = None
     from_zeros: StrictBool = False
+
+    @field_validator("options")
+    @classmethod
+    def _check_options(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "shrink" in options:
+            raise ValueError("has shrink: write it as sparsity.shrink")
+        try:
+            if "method" in info.data:  # otherwise it is unknown, which is said of the method
+                methods.create(info.data["method"], **options)
+        except (ValueError, TypeError) as error:
+            raise PydanticCustomError("option", "{text}", {"text": str(error)}) from None
+        return options
 
     @model_validator(mode="after")
     def _check_together(self) -> Sparsity:
@@ -495,8 +521,6 @@ class Sparsity(Section):
             raise ValueError(f"from_zeros keeps the zeros that the weights have: drop {given[0]}")
         if self.keep and self.ratio is not None:
             raise ValueError("has ratio beside keep, the N:M pattern of all layers: drop one")
-        if "shrink" in self.options:
-            raise ValueError("options has shrink: write it as sparsity.shrink")
         made = methods.create(self.method, **self.options)
         if self.shrink is not None and "shrink" not in made.options():
             raise ValueError(f"has shrink, but method {self.method} does not use it: drop it")
@@ -521,7 +545,7 @@ def _folder_name(value: str) -> str:
 def _with_type(value: dict[str, Any]) -> dict[str, Any]:
     if not value.get("type"):
         raise ValueError("has no type: name a network, such as `type: SwinIR`")
-    return {k: _number_from_text(v) if isinstance(v, str) else v for k, v in value.items()}
+    return _with_numbers(value)
 
 
 def _gpus(value: int | str) -> int | str:

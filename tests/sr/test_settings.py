@@ -163,14 +163,29 @@ def test_the_sparsity_of_a_single_layer_has_the_same_bounds():
         ({"method": "iht", "shrink": 0.95, "freeze_iter": 9}, "method iht does not use it"),
         ({"method": "dense", "ratio": 0.9}, "has ratio, but method dense prunes nothing"),
         ({"method": "srp", "options": {"limt": 1}}, "no option \"limt\": did you mean 'limit'"),
-        ({"method": "srp", "options": {"limit": 0}}, "limit is 0"),
-        ({"method": "iss-p", "options": {"shrink": 0.9}}, "write it as sparsity.shrink"),
-        ({"method": "iss-q"}, 'no method "iss-q": did you mean \'iss-'),
+        ({"method": "srp", "options": {"limit": 0}}, "^sparsity.options: limit is 0"),
+        ({"method": "srp", "options": {"limit": "high"}}, "^sparsity.options: limit is 'high'"),
+        (
+            {"method": "srp", "options": {"constrained": 3}},
+            "^sparsity.options: constrained must be a name pattern or several",
+        ),
+        (
+            {"method": "iss-p", "options": {"shrink": 0.9}},
+            "^sparsity.options has shrink: write it as sparsity.shrink",
+        ),
+        ({"method": "iss-q"}, "^sparsity.method is 'iss-q': did you mean 'iss-"),
+        ({"method": "iss-q", "options": {"a": 1}}, "^sparsity.method is 'iss-q'"),
     ],
 )
 def test_settings_of_pruning_that_contradict_are_refused(section, part):
     with pytest.raises(ConfigError, match=part):
         parsed(sparsity=section)
+
+
+def test_options_of_a_method_may_be_numbers_that_yaml_reads_as_text():
+    section = {"method": "assl", "freeze_iter": 9}
+    section["options"] = {"weight": "1e-8", "constrained": "body.*"}
+    assert parsed(sparsity=section).sparsity.options == {"weight": 1e-8, "constrained": "body.*"}
 
 
 @pytest.mark.parametrize(

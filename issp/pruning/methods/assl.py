@@ -27,7 +27,8 @@ from issp import ops
 from issp.nn.selection import Layer
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.methods.base import Setting
-from issp.pruning.methods.constraints import constrained_groups
+from issp.pruning.methods.constraints import check_constrained, constrained_groups
+from issp.pruning.methods.options import check_number, whole_number
 from issp.pruning.methods.penalty import PenaltyMethod
 
 # The authors' stages: 17 260 steps of alignment, the penalty of a layer grows for 100 020, then the
@@ -50,7 +51,8 @@ class ASSL(PenaltyMethod):
         example: an input of the model, for graphs that torch.fx cannot trace.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: no number, or one outside its range.
+        TypeError: `constrained` or `example` of a wrong kind.
     """
 
     name: ClassVar[str] = "assl"
@@ -70,12 +72,11 @@ class ASSL(PenaltyMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0.0 <= self.weight < float("inf"):
-            raise ValueError(f"weight is {self.weight}: it must be a number from 0")
-        steps = self.align_steps
-        if steps is not None and (steps < 0 or steps != int(steps)):
-            raise ValueError(f"align_steps is {steps}: it must be a whole number from 0")
-        self._align_steps = _ALIGN_STEPS if steps is None else int(steps)
+        check_number("weight", self.weight, 0)
+        if self.align_steps is not None:
+            self.align_steps = whole_number("align_steps", self.align_steps, 0)
+        self._align_steps = _ALIGN_STEPS if self.align_steps is None else self.align_steps
+        check_constrained(self)
 
     def start(self, setting: Setting) -> None:
         groups = constrained_groups(self, setting)

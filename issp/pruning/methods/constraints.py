@@ -21,6 +21,20 @@ class Constrained(Protocol):
     example: Tensor | None
 
 
+def check_constrained(method: Constrained) -> None:
+    """Refuses options of a wrong kind.
+
+    Raises:
+        TypeError: one of them.
+    """
+    given = method.constrained
+    patterns = given if isinstance(given, list | tuple) else [given]
+    if given is not None and not all(isinstance(one, str) for one in patterns):
+        raise TypeError(f"constrained must be a name pattern or several, not {given!r}")
+    if not isinstance(method.example, Tensor | None):
+        raise TypeError(f"example must be a tensor, not {method.example!r}")
+
+
 def constrained_groups(method: Constrained, setting: Setting) -> list[list[Layer]]:
     """Layers of one shape and one target, in the model's order; groups of one are left out.
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from issp.pruning.methods.base import Method
+from issp.pruning.methods.options import check_number
 
 
 @dataclass
@@ -18,20 +19,17 @@ class ISSP(Method):
     """Multiplies the unimportant weights by alpha after every step.
 
     Args:
-        shrink: alpha, 0..1.
+        shrink: alpha, 0..1; 0 is hard thresholding.
 
     Raises:
-        ValueError: a factor outside 0..1.
+        ValueError: no number in 0..1.
     """
 
     name: ClassVar[str] = "iss-p"
     shrink: float = 0.95
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.shrink <= 1.0:
-            raise ValueError(
-                f"shrink is {self.shrink}: it must lie in 0..1 (0 is hard thresholding)"
-            )
+        check_number("shrink", self.shrink, 0, most=1)
 
     @property
     def factor(self) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from issp.pruning.methods.base import Method, Setting
+from issp.pruning.methods.options import check_number, whole_number
 
 _DELTA = 1e-4  # the authors', where it is not known when the masks will be fixed
 
@@ -25,7 +26,7 @@ class PenaltyMethod(Method):
             or 1e-4 where `freeze_at` is not given.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: no number, or one outside its range.
     """
 
     penalizes: ClassVar[bool] = True
@@ -37,12 +38,10 @@ class PenaltyMethod(Method):
     delta: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.limit < float("inf"):
-            raise ValueError(f"limit is {self.limit}: it must be a number above 0")
-        if self.interval < 1 or self.interval != int(self.interval):
-            raise ValueError(f"interval is {self.interval}: it must be a whole number from 1")
-        if self.delta is not None and not 0.0 < self.delta < float("inf"):
-            raise ValueError(f"delta is {self.delta}: it must be a number above 0")
+        check_number("limit", self.limit, 0, above=True)
+        self.interval = whole_number("interval", self.interval, 1)
+        if self.delta is not None:
+            check_number("delta", self.delta, 0, above=True)
         self._delta = _DELTA if self.delta is None else self.delta
 
     def start(self, setting: Setting) -> None:

@@ -30,6 +30,7 @@ from issp.ops.keep import Keep
 from issp.pruning.methods.base import Method, Setting
 from issp.pruning.methods.mac_budget import MacBudget, leaves_a_unit
 from issp.pruning.methods.masked_weight import MaskedWeight
+from issp.pruning.methods.options import check_number, whole_number
 from issp.pruning.methods.priority_scores import PriorityScores
 
 # The authors' iterations per epoch and learning rate, taken over for a pruning stage of that many
@@ -62,7 +63,7 @@ class SLS(Method):
             much above that at the end of the first.
 
     Raises:
-        ValueError: a number outside its range.
+        ValueError: no number, or one outside its range.
     """
 
     name: ClassVar[str] = "sls"
@@ -93,16 +94,14 @@ class SLS(Method):
     )
 
     def __post_init__(self) -> None:
-        if not 2 <= self.of <= 256 or self.of != int(self.of):
-            raise ValueError(f"of is {self.of}: it must be a whole number in 2..256")
-        if self.epoch is not None and (self.epoch < 1 or self.epoch != int(self.epoch)):
-            raise ValueError(f"epoch is {self.epoch}: it must be a whole number of steps from 1")
-        for name in ("lr", "weight", "threshold"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value < float("inf"):
-                raise ValueError(f"{name} is {value}: it must be a number from 0")
-        if not 1.0 <= self.growth < float("inf"):
-            raise ValueError(f"growth is {self.growth}: it must be a number from 1")
+        self.of = whole_number("of", self.of, 2, 256)
+        if self.epoch is not None:
+            self.epoch = whole_number("epoch", self.epoch, 1)
+        if self.lr is not None:
+            check_number("lr", self.lr, 0)
+        check_number("weight", self.weight, 0)
+        check_number("growth", self.growth, 1)
+        check_number("threshold", self.threshold, 0)
 
     @property
     def has_loss(self) -> bool:

@@ -20,7 +20,8 @@ from torch import Tensor
 from issp.nn.selection import Layer
 from issp.pruning.buckets import smallest
 from issp.pruning.methods.base import Setting
-from issp.pruning.methods.constraints import constrained_groups
+from issp.pruning.methods.constraints import check_constrained, constrained_groups
+from issp.pruning.methods.options import whole_number
 from issp.pruning.methods.penalty import PenaltyMethod
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ class SRP(PenaltyMethod):
         constrained: name patterns of the layers that share sets; None: those directly before a
             residual addition, from the model's graph.
         example: an input of the model, for graphs that torch.fx cannot trace.
+
+    Raises:
+        ValueError: no number, or one outside its range.
+        TypeError: `constrained` or `example` of a wrong kind.
     """
 
     name: ClassVar[str] = "srp"
@@ -46,6 +51,12 @@ class SRP(PenaltyMethod):
     seed: int | None = None
     constrained: str | Sequence[str] | None = None
     example: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seed is not None:
+            self.seed = whole_number("seed", self.seed, -(2**63), 2**63 - 1)
+        check_constrained(self)
 
     def start(self, setting: Setting) -> None:
         super().start(setting)

@@ -156,7 +156,8 @@ def test_unknown_names_and_options_are_refused():
 @pytest.mark.parametrize(
     "make, sentence",
     [
-        (lambda: methods.ISSP(1.5), "shrink is 1.5"),
+        (lambda: methods.ISSP(1.5), "shrink is 1.5: it must be a number in 0..1"),
+        (lambda: methods.SRP(seed=2**63), "seed is 9223372036854775808"),
         (lambda: methods.SRP(limit=0), "limit is 0"),
         (lambda: methods.ISSR(interval=0), "interval is 0"),
         (lambda: methods.ISSR(delta=-1.0), "delta is -1"),
@@ -165,6 +166,23 @@ def test_unknown_names_and_options_are_refused():
 def test_options_outside_their_range_are_refused(make, sentence):
     with pytest.raises(ValueError, match=sentence):
         make()
+
+
+@pytest.mark.parametrize("value", ["x", True, [1], float("nan"), float("inf"), {}])
+def test_options_of_a_wrong_kind_are_refused_by_name(value):
+    options = [(cls, option) for cls in METHODS.values() for option in cls().options()]
+    assert len(options) > 25
+    for cls, option in options:
+        if (option, value) != ("constrained", "x"):
+            with pytest.raises((ValueError, TypeError), match=rf"^{option} (is|must be) .*\S$"):
+                cls(**{option: value})
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    made = methods.SRP(interval=20.0, seed=3.0), methods.SLS(of=16.0, epoch=2.0)
+    assert [type(x) for x in (made[0].interval, made[0].seed, made[1].of, made[1].epoch)] == [
+        int
+    ] * 4
 
 
 def test_one_method_serves_several_pruners():
