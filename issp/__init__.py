@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from issp.pruning import methods
     from issp.pruning.attach import attach
     from issp.pruning.pruner import Pruner
+    from issp.pruning.rank_check import RankCheck, check_ranks
     from issp.pruning.recorder import Recorder
     from issp.pruning.schedules import Constant, Cubic, Linear
     from issp.sr.checkpoint import load, save
@@ -30,7 +31,9 @@ _LAZY = {
     "num_pruned": "issp.ops.pruning",
     "attach": "issp.pruning.attach",
     "Pruner": "issp.pruning.pruner",
+    "RankCheck": "issp.pruning.rank_check",
     "Recorder": "issp.pruning.recorder",
+    "check_ranks": "issp.pruning.rank_check",
     "Constant": "issp.pruning.schedules",
     "Cubic": "issp.pruning.schedules",
     "Linear": "issp.pruning.schedules",
@@ -48,8 +51,8 @@ _APPLICATION = ("builders", "checkpoint", "config", "evaluate", "train")
 _MODULES.update((name, f"issp.sr.{name}") for name in _APPLICATION)
 
 __all__ = ["backends", "data", "methods", "metrics", "models", "nn", "ops", "optim"]
-__all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "Recorder", "attach", "num_pruned"]
-__all__ += ["info", "load", "pack", "save", "unpack"]
+__all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "RankCheck", "Recorder", "attach"]
+__all__ += ["check_ranks", "info", "load", "num_pruned", "pack", "save", "unpack"]
 
 
 def __getattr__(name: str) -> Any:

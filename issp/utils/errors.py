@@ -42,6 +42,10 @@ class NonFiniteLossError(UserError, RuntimeError):
     """The training loss became NaN or infinite."""
 
 
+class DivergedRanksError(UserError, RuntimeError):
+    """The processes of one distributed training do not train the same network."""
+
+
 class InaccurateLayerError(UserError, RuntimeError):
     """A sparse layer computes something else than the dense one."""
 

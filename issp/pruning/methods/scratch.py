@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 
 from issp.nn.names import unwrap
 from issp.pruning.methods.base import Method, Setting
@@ -24,7 +25,7 @@ class Scratch(Method):
 
     Where the model has a method `reset_parameters` it draws all parameters, as the networks of
     `issp.models` do; otherwise the `reset_parameters` of every layer to prune draws that layer.
-    torch's random state goes on behind the draw.
+    torch's random state goes on behind the draw. With several ranks all take the draw of rank 0.
     """
 
     name: ClassVar[str] = "scratch"
@@ -45,6 +46,7 @@ class Scratch(Method):
         for reset in self._resets(self.setting).values():
             if reset is not None:
                 reset()
+        _share_draw(self.setting)
         self.setting.buckets.apply_masks(self.setting.buckets)
 
     @staticmethod
@@ -54,3 +56,10 @@ class Scratch(Method):
             return {"the model": whole}
         layers = setting.buckets.prunable
         return {x.name: getattr(x.module, "reset_parameters", None) for x in layers}
+
+
+def _share_draw(setting: Setting) -> None:
+    """Gives all ranks the parameters of rank 0: their random generators need not agree."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for p in unwrap(setting.model).parameters():
+            dist.broadcast(p.data, src=0)
