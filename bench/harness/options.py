@@ -12,7 +12,7 @@ import torch
 
 from bench.harness.table import Table
 from issp import ops
-from issp.utils.files import atomic_write, user_path
+from issp.utils.files import atomic_write, check_file, user_path
 
 NO_CUDA = "torch sees no CUDA device: use --device cpu"
 
@@ -74,10 +74,12 @@ def folders_exist(*paths: Path | None) -> None:
 
     Raises:
         ValueError: a path lies in no folder.
+        OSError: see `check_file`.
     """
     for path in filter(None, paths):
         if not path.parent.is_dir():
             raise ValueError(f"the folder of {path} does not exist: create {path.parent}")
+        check_file(path)
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -8,11 +8,11 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from issp.utils.files import user_path
+from issp.utils.files import check_file, user_path
 from issp.utils.text import duration
 
 if TYPE_CHECKING:
@@ -93,6 +93,27 @@ def file_identity(path: Path) -> tuple[int, int] | Path:
     except OSError:
         return path
     return about.st_dev, about.st_ino
+
+
+def check_output(
+    option: str, path: Path, read: Iterable[str | os.PathLike] = (), what: str = "what is read"
+) -> None:
+    """Refuses a file that cannot be written, or in whose place is one that is read.
+
+    Args:
+        option: that names it.
+        path: of the file.
+        read: the files that are read.
+        what: they are.
+
+    Raises:
+        OSError: see `check_file`.
+        ValueError: it would overwrite one of them.
+    """
+    check_file(path)
+    identities = {file_identity(user_path(file)) for file in read}
+    if path.exists() and file_identity(path) in identities:
+        raise ValueError(f"{option} {path} would overwrite {what}: choose another file")
 
 
 # Folders inside a data set, whose name says nothing about the set.

@@ -66,7 +66,7 @@ def main(args: argparse.Namespace) -> int:
 
     size = _size(args.size)
     if args.csv:
-        _check_csv(args)
+        common.check_output("--csv", user_path(args.csv), [args.model], "the model")
     model = _model(args)
     found = costs.of_model(model, size or costs.default_size(model))
     measured = None
@@ -95,15 +95,6 @@ def _size(text: str | None) -> tuple[int, int] | None:
     if not match or not all(1 <= int(side) <= 100_000 for side in match.groups()):
         raise ValueError(f"--size is {text!r}: write height and width of the input, such as 64x64")
     return int(match[1]), int(match[2])
-
-
-def _check_csv(args: argparse.Namespace) -> None:
-    """Refuses --csv where it would overwrite the model or cannot be written."""
-    out = user_path(args.csv)
-    if out.exists() and common.file_identity(out) == common.file_identity(user_path(args.model)):
-        raise ValueError(f"--csv {out} would overwrite the model: choose another file")
-    if out.is_dir():
-        raise ValueError(f"--csv {out} is a folder: name a file")
 
 
 def _model(args: argparse.Namespace) -> SuperResolver:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+from issp.cli import common
 
 if TYPE_CHECKING:
     from issp.sr.results import Result
@@ -45,6 +46,10 @@ def main(args: argparse.Namespace) -> int:
 
     if not args.results and args.paper is None:
         raise ValueError("give results files of `issp test --csv`, folders of studies, or --paper")
+    out = user_path(args.out) if args.out else None
+    if out:
+        files = args.results + ([args.paper] if isinstance(args.paper, str) else [])
+        common.check_output("--out", out, map(results.results_file, files), "the results")
     own = [row for path in args.results for row in results.read(path)]
     if args.results and not own:
         raise ValueError(f"{', '.join(args.results)}: no result in it; `issp test --csv` adds some")
@@ -54,13 +59,11 @@ def main(args: argparse.Namespace) -> int:
         made = [t for t in made if t.key in wanted]
         if args.paper is not None and not any(row.source for t in made for row in t.rows):
             print("note: --paper has no number for these networks and ratios", file=sys.stderr)
-    out = user_path(args.out) if args.out else None
     by_ending = table_formats.ENDINGS.get(out.suffix.lower()) if out else None
     text = table_formats.FORMATS[args.format or by_ending or "markdown"](made)
     if out is None:
         print(text, end="")
         return 0
-    _check_out(args, out)
     atomic_write(out, text.encode(errors="backslashreplace"))
     print(out)
     return 0
@@ -84,14 +87,3 @@ def _of_paper(args: argparse.Namespace) -> list[Result]:
                 "fill in the column, such as 'paper, table 2'"
             )
     return rows
-
-
-def _check_out(args: argparse.Namespace, out: Path) -> None:
-    """Refuses --out where it would overwrite what is read."""
-    from issp.cli.common import file_identity
-    from issp.sr.results import results_file
-
-    files = args.results + ([args.paper] if isinstance(args.paper, str) else [])
-    for path in files:
-        if out.exists() and file_identity(out) == file_identity(results_file(path)):
-            raise ValueError(f"--out {out} would overwrite the results: choose another file")

@@ -68,6 +68,7 @@ def main(args: argparse.Namespace) -> int:
 
     process.use_large_pages()
     protocol = evaluate.Protocol(args.crop_border, args.channels == "y")
+    _check_csv(args)
     model = common.load_model(args)
     facts = _facts(args, model)
     folders = common.named_folders(args.data)
@@ -105,18 +106,25 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_csv(args: argparse.Namespace) -> None:
+    """Refuses what is no results file, or cannot be written, and options for a missing --csv."""
+    from issp.sr import results
+
+    if args.csv:
+        results.check(args.csv)
+        return
+    for name in ("method", "sparsity", "seed"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} goes into a results file: give --csv FILE")
+
+
 def _facts(args: argparse.Namespace, model: SuperResolver) -> dict[str, Any]:
-    """What --csv says of the model, whose file is checked; empty without --csv."""
+    """What --csv says of the model; empty without --csv."""
     from issp.sr import results
 
     if not args.csv:
-        for name in ("method", "sparsity", "seed"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"--{name} goes into a results file: give --csv FILE")
         return {}
-    facts = results.facts_of_model(model, args.model, args.method, args.sparsity, args.seed)
-    results.add(args.csv, [])  # what is no results file, or cannot be written, is refused now
-    return facts
+    return results.facts_of_model(model, args.model, args.method, args.sparsity, args.seed)
 
 
 def _results(

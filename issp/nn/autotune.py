@@ -24,12 +24,7 @@ import torch
 from issp.ops import backends
 from issp.ops.info import gpu, version
 from issp.utils.environment import cpu_name
-from issp.utils.files import atomic_write, cache_folder, user_path
-
-try:
-    import fcntl
-except ImportError:  # no such locks on this system, see `Cache.put`
-    fcntl = None  # type: ignore[assignment]
+from issp.utils.files import atomic_write, cache_folder, exclusive, user_path
 
 _FORMAT = 2
 _MARGIN = 0.03  # a gain below this is a tie
@@ -148,10 +143,7 @@ class Cache:
 
     def _change(self, change: Callable[[dict[str, dict[str, Any]]], None]) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path.with_name(f".{self.path.name}.lock"), "w") as lock:
-                if fcntl:
-                    fcntl.flock(lock, fcntl.LOCK_EX)
+            with exclusive(self.path):
                 machines = self._read()
                 change(machines)
                 content = {"format": _FORMAT, "machines": machines}

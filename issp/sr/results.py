@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from issp.sr import checkpoint
-from issp.utils.files import atomic_write, user_path
+from issp.utils.files import atomic_write, check_file, exclusive, user_path
 from issp.utils.text import suggest
 
 if TYPE_CHECKING:
@@ -149,15 +149,30 @@ def write(path: str | os.PathLike, results: Iterable[Result]) -> None:
     atomic_write(path, buffer.getvalue().encode(errors="backslashreplace"))
 
 
+def check(path: str | os.PathLike) -> None:
+    """Refuses a file that `add` could not go on with; writes nothing.
+
+    Raises:
+        OSError, ValueError: as `read`, and `check_file`.
+    """
+    path = results_file(path)
+    check_file(path)
+    if path.exists():
+        read(path)
+
+
 def add(path: str | os.PathLike, results: Iterable[Result]) -> None:
     """Adds rows to a results file, which is made when absent; a row of the same model is replaced.
+
+    Several processes may add rows at once.
 
     Raises:
         OSError, ValueError: as `read` and `write`; an older file is left as it was.
     """
     path = results_file(path)
-    rows = {result.identity: result for result in (read(path) if path.exists() else [])}
-    write(path, (rows | {result.identity: result for result in results}).values())
+    with exclusive(path):
+        rows = {result.identity: result for result in (read(path) if path.exists() else [])}
+        write(path, (rows | {result.identity: result for result in results}).values())
 
 
 def _check_header(path: Path, header: list[str]) -> None:

@@ -38,11 +38,13 @@ def atomic_write(
             the new one. False: only other processes are protected.
 
     Raises:
-        OSError: the file cannot be written (full disk, no permission); what was there is intact.
+        OSError: the file cannot be written (full disk, no permission, a folder or a device is in
+            its place); what was there is intact.
         ValueError: `path` begins with `~` and the home folder is unknown.
     """
     path = user_path(path)
     try:
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
         with _temporary_file(path) as (temporary, file):
@@ -59,9 +61,17 @@ def atomic_write(
     except (OSError, RuntimeError) as error:
         # torch.save hides the OSError of a full disk behind an error of its own.
         cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or cause.errno is None:  # it is a sentence already
             raise
         raise _cannot_write(path, cause) from None
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuses a folder, and a device or a pipe, in whose place a file would be put."""
+    if path.is_dir():
+        raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise OSError(f"cannot write {path}: it is a device or a pipe; name a file")
 
 
 def _sync_folder(folder: Path) -> None:
@@ -146,6 +156,55 @@ def lock(descriptor: int) -> bool:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
     return False
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Waits until no other process is changing a file: its content may be read, then written.
+
+    All who change it have to ask for this. The lock is a file beside it, removed at the end; the
+    folder is made when absent. Where the system has no locks nothing is waited for.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    name = os.fsdecode(os.fsencode(path.name)[:_LONGEST_NAME])
+    place = path.with_name(f".{name}.lock")
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(place, "w")  # noqa: SIM115
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        with file:
+            if fcntl:
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(place, file.fileno()):
+                continue  # who had the lock has removed it: others begin with a new one
+            try:
+                yield
+            finally:
+                place.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def check_file(path: Path) -> None:
+    """Refuses a file that `atomic_write` could not write; makes nothing.
+
+    Raises:
+        OSError: a folder or a device is in its place, or `check_folder` refuses its folder.
+    """
+    _check_replaceable(path)
+    check_folder(path.parent)
 
 
 def check_folder(folder: Path) -> None:

@@ -74,7 +74,9 @@ def test_latency_dense_and_packed(model, tmp_path, capsys, monkeypatch):
 def test_wrong_input_is_one_sentence(model, tmp_path, capsys):
     def refused(*arguments):
         assert cli.main(["cost", *map(str, arguments)]) == 2
-        lines = capsys.readouterr().err.splitlines()
+        printed = capsys.readouterr()
+        assert not printed.out, "nothing is counted that cannot be written"
+        lines = printed.err.splitlines()
         (message,) = [line for line in lines if not line.startswith("note: ")]  # of a busy machine
         assert message.startswith("issp cost: error: ")
         return message
@@ -92,5 +94,7 @@ def test_wrong_input_is_one_sentence(model, tmp_path, capsys):
     assert "is an architecture: drop --arch" in refused("edsr-tiny", "--arch", "edsr-l")
     assert "--threads is 0" in refused(model, "--threads", 0)
     assert "device 'tpu' is unknown" in refused("edsr-tiny", "--device", "tpu")
-    assert "is a folder: name a file" in refused(model, "--csv", tmp_path)
+    assert "it is a folder; name a file" in refused(model, "--csv", tmp_path)
+    (tmp_path / "file").touch()
+    assert "file is a file; choose a folder" in refused(model, "--csv", tmp_path / "file" / "x.csv")
     assert "would overwrite the model" in refused(model, "--csv", model)

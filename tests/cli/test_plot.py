@@ -82,6 +82,22 @@ def test_without_a_figure_it_draws_curves(here, capsys):
     assert command("./dynamics") == 0
 
 
+@pytest.mark.parametrize("figure", ["curves", "trainability", "dynamics", "crops"])
+def test_where_nothing_can_be_written_is_refused_before_anything_is_drawn(
+    here, capsys, figure, monkeypatch
+):
+    monkeypatch.setattr(drawing, "new_figure", lambda *_: pytest.fail("drawn"))
+    words = [figure, "runs/a", "runs/b", "-o", "x2.safetensors/made"]
+    if figure == "crops":
+        words[1:3] = ["--images", "images/photo.png", "--box", "10,4,40,24", "--scale", "2"]
+    assert "x2.safetensors is a file; choose a folder" in refused(capsys, *words)
+
+
+def test_a_run_that_cannot_be_read_stops_the_pictures_of_all(here, capsys):
+    assert "is not a run of `issp train`" in refused(capsys, "runs/a", "runs/absent", "-o", "made")
+    assert not (here / "made").exists()
+
+
 def test_misspelt_figures_and_options(here, capsys):
     assert "unknown figure 'dynamcis': did you mean 'dynamics'?" in refused(capsys, "dynamcis", "a")
     assert "RUN" in refused(capsys)
@@ -195,7 +211,10 @@ def test_what_crops_refuses(here, capsys):
         ((*photo, *box, *model, "--scale", "4"), "x2.safetensors is a x2 model: drop --scale 4"),
         ((*photo, *box, "--models", "nothing.safetensors"), "nothing.safetensors"),
         ((*photo, *box, *model, "./x2.safetensors"), "are both called 'x2': write NAME=FILE"),
-        ((*photo, *box, *model, "-o", "images/photo.png"), "photo.png is a file that is read"),
+        (
+            (*photo, *box, *model, "-o", "images/photo.png"),
+            "photo.png would overwrite an image or a model",
+        ),
         ((*photo, *box, *model, "--threads", "0"), "--threads is 0"),
         (("crops", "--images", "images", *box, *model), "holds 2 images: name one file, such as"),
         (("crops", "--images", "no.png", *box, *model), "there is no image no.png"),

@@ -95,5 +95,7 @@ def test_wrong_input_is_one_sentence(scores, capsys, tmp_path):
     assert "would overwrite" in refused(capsys, study, "-o", study / "results.csv")
     assert scores.read_bytes() == before
     assert "cannot write" in refused(capsys, scores, "-o", "/proc/x/t.md")
+    assert "scores.csv is a file; choose a folder" in refused(capsys, scores, "-o", scores / "t.md")
+    assert "it is a folder; name a file" in refused(capsys, scores, "-o", study)
     assert cli.main(["table", str(scores), "--format", "html"]) == 2
     assert "unknown --format 'html'" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Results files: what is written is read, what is damaged is named, older rows stay."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -65,6 +67,20 @@ def test_a_damaged_row_is_named_with_its_line(tmp_path, line, sentence):
     with pytest.raises(ValueError, match="r.csv, line 3") as error:
         results.read(path)
     assert sentence in str(error.value)
+
+
+def test_rows_that_are_added_at_once_are_all_there(tmp_path, monkeypatch):
+    def slow_read(path, read=results.read):
+        rows = read(path)
+        time.sleep(0.01)  # long enough for the others to read the same rows
+        return rows
+
+    monkeypatch.setattr(results, "read", slow_read)
+    path, seeds = tmp_path / "new" / "results.csv", range(12)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: results.add(path, [replace(ROW, seed=seed)]), seeds))
+    assert sorted(row.seed for row in results.read(path)) == list(seeds)
+    assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

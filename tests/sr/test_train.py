@@ -242,11 +242,11 @@ def test_what_cannot_be_recorded_is_refused_before_anything_is_written(tree, cha
 def test_the_plot_shows_gradients_where_they_are(tree):
     pytest.importorskip("matplotlib", reason="plots are matplotlib's")
     _, folder = run(tree, logger__grad_stats_freq=2)
-    pictures = plots.of_run(folder)
+    pictures = plots.draw_logs(plots.read_logs(folder))
     assert [p.name for p in pictures] == ["curves.png", "layers.png", "gradients.png"]
     (folder / "log" / "gradients.csv").unlink()
     pictures[-1].unlink()
-    assert "gradients.png" not in [p.name for p in plots.of_run(folder)]
+    assert "gradients.png" not in [p.name for p in plots.draw_logs(plots.read_logs(folder))]
     assert not pictures[-1].exists()
 
 

@@ -177,6 +177,60 @@ def test_a_file_that_was_tidied_up_before_its_lock_is_begun_again(tmp_path, monk
     assert os.listdir(tmp_path) == ["file"]
 
 
+# Adds 1 to the number in a file, many times.
+_COUNTER = """
+import pathlib, runpy, sys
+
+files = runpy.run_path(sys.argv[1])
+path = pathlib.Path(sys.argv[2])
+for _ in range(40):
+    with files["exclusive"](path):
+        number = int(path.read_text()) if path.exists() else 0
+        files["atomic_write"](path, str(number + 1).encode(), durable=False)
+"""
+
+
+def test_no_change_of_a_file_by_several_processes_is_lost(tmp_path):
+    path = tmp_path / "number"
+    command = [sys.executable, "-c", _COUNTER, files.__file__, str(path)]
+    processes = [subprocess.Popen(command) for _ in range(4)]
+    assert [process.wait() for process in processes] == [0] * 4
+    assert path.read_text() == "160"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_holder_of_a_lock_left_is_used_again(tmp_path):
+    (tmp_path / ".number.lock").touch()
+    with pytest.raises(ZeroDivisionError), files.exclusive(tmp_path / "number"):
+        assert (tmp_path / ".number.lock").exists()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_a_device_and_a_pipe_are_not_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for path, kind in (
+        (tmp_path / "folder", "a folder"),
+        (tmp_path / "pipe", "a device or a pipe"),
+        (Path(os.devnull), "a device or a pipe"),
+    ):
+        for refuse in (files.check_file, lambda path: atomic_write(path, b"new")):
+            with pytest.raises(OSError, match=f"^cannot write {path}: it is {kind}; name a file$"):
+                refuse(path)
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+def test_a_file_that_could_not_be_written_is_named_before(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write into .*file/below: .*file is a file; choose"):
+        files.check_file(tmp_path / "file" / "below" / "new")
+    files.check_file(tmp_path / "a" / "b" / "new")
+    files.check_file(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_cache_folder_is_the_given_one_or_the_users(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("ISSP_CACHE", "~/mine")

@@ -150,10 +150,8 @@ def _check_outputs(args: argparse.Namespace, jobs: list[Job], files: dict[str, s
     if len({job.path for job in jobs}) < len(jobs):
         raise ValueError(f"--out {args.out} is one file for {len(jobs)} figures: name a folder")
     read = {path for job in jobs for path in job.pairs.paths(job.index)} | set(files.values())
-    identities = {common.file_identity(user_path(path)) for path in read}
     for job in jobs:
-        if job.path.exists() and common.file_identity(job.path) in identities:
-            raise ValueError(f"--out: {job.path} is a file that is read: choose another name")
+        common.check_output("--out", job.path, read, "an image or a model that is read")
 
 
 def _compute(

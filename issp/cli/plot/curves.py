@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from issp.utils.files import check_folder, user_path
 
 HELP = "PSNR, loss, rate, flips, thresholds, gradients and sparsity per layer; `issp plot RUN`"
 EXAMPLE = "issp plot experiments/tiny -o pictures"
@@ -27,8 +28,16 @@ def main(args: argparse.Namespace) -> int:
     from issp.cli import common
     from issp.sr import plots
 
-    for name, run in common.named_paths(args.runs, "DIR").items():
-        out = args.out and (Path(args.out) / name if len(args.runs) > 1 else args.out)
-        for path in plots.of_run(run, out):
+    runs = common.named_paths(args.runs, "DIR")
+    out = user_path(args.out) if args.out else None
+    places = {
+        name: out / (name if len(runs) > 1 else "") if out else user_path(run) / "visualization"
+        for name, run in runs.items()
+    }
+    logs = {name: plots.read_logs(run) for name, run in runs.items()}
+    for place in places.values():
+        check_folder(place)
+    for name in runs:
+        for path in plots.draw_logs(logs[name], places[name]):
             print(path)
     return 0

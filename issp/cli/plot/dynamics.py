@@ -26,6 +26,7 @@ def main(args: argparse.Namespace) -> int:
     from issp.utils.text import table
 
     path = common.picture_path(args.out, "dynamics.png")
+    common.check_output("--out", path)
     folders = common.named_paths(args.runs, "DIR")
     found = plots.draw_dynamics(folders, path, args.layers, args.index_base)
     print(f"{path}\n\nmean flips per iteration of the pruning stage:\n")

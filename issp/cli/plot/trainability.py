@@ -25,6 +25,7 @@ def main(args: argparse.Namespace) -> int:
     from issp.sr import plots
 
     path = common.picture_path(args.out, "trainability.png")
+    common.check_output("--out", path)
     folders = common.named_paths(args.runs, "DIR")
     plots.draw_trainability(folders, path, args.layers, args.index_base)
     print(path)

@@ -4,7 +4,7 @@ from issp.sr.plots.dynamics import Activity, draw_dynamics
 from issp.sr.plots.sheets import Panel, busiest, comparison
 from issp.sr.plots.study import scores
 from issp.sr.plots.trainability import draw_trainability
-from issp.sr.plots.training import curves, gradients, layers, of_run
+from issp.sr.plots.training import RunLogs, curves, draw_logs, gradients, layers, read_logs
 
-__all__ = ["Activity", "Panel", "busiest", "comparison", "curves", "draw_dynamics"]
-__all__ += ["draw_trainability", "gradients", "layers", "of_run", "scores"]
+__all__ = ["Activity", "Panel", "RunLogs", "busiest", "comparison", "curves", "draw_dynamics"]
+__all__ += ["draw_logs", "draw_trainability", "gradients", "layers", "read_logs", "scores"]

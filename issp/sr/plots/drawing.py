@@ -45,11 +45,9 @@ def plain(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-def draw_line(axis: Any, rows: Sequence[dict[str, Any]], key: str, **style: Any) -> None:
+def draw_line(axis: Any, x: Sequence[float], y: Sequence[float], **style: Any) -> None:
     """A line, with its points where there are few: a line of one point would not be seen."""
-    marker = "." if len(rows) <= 20 else None
-    x, y = [row["iteration"] for row in rows], [row[key] for row in rows]
-    axis.plot(x, y, linewidth=1.2, marker=marker, **style)
+    axis.plot(x, y, linewidth=1.2, marker="." if len(x) <= 20 else None, **style)
 
 
 def mark_hidden(

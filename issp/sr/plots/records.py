@@ -125,6 +125,31 @@ def read_record(run: Run, file: str, columns: Sequence[str], key: str) -> Record
     path = run.log / file
     if not path.is_file():
         raise FileNotFoundError(f"{run.label} has no {path}: train it with --set {key}")
+    layers, stages = read_layers(path, columns)
+    if not layers:
+        raise ValueError(f"{path} has no rows yet: let the run go on for a while")
+    freeze = stages.get("pruning") if "fine-tuning" in stages else None
+    if run.settings is not None:
+        freeze = run.settings.freeze_iter if run.prunes else None
+    if freeze and freeze > max(stages.values()):
+        freeze = None
+    return Record(run.label, freeze or None, layers)
+
+
+def read_layers(
+    path: Path, columns: Sequence[str]
+) -> tuple[dict[str, Series], dict[str | None, int]]:
+    """The values of each layer in a log, and the last iteration of each stage.
+
+    The log is read row by row: that of a long run is larger than what is kept of it.
+
+    Args:
+        path: of the log.
+        columns: that are kept, numbers.
+
+    Raises:
+        ValueError: a column is missing, or a cell is not a number.
+    """
     cells: dict[str, dict[str, array]] = {}
     stages: dict[str | None, int] = {}
     for row in csv_log.iterate_csv(path, ("layer", "stage", *columns)):
@@ -134,18 +159,11 @@ def read_record(run: Run, file: str, columns: Sequence[str], key: str) -> Record
         for column in columns:
             layer[column].append(row[column])
         stages[row.get("stage")] = row["iteration"]
-    if not cells:
-        raise ValueError(f"{path} has no rows yet: let the run go on for a while")
-    freeze = stages.get("pruning") if "fine-tuning" in stages else None
-    if run.settings is not None:
-        freeze = run.settings.freeze_iter if run.prunes else None
-    if freeze and freeze > max(stages.values()):
-        freeze = None
     layers = {
         layer: {column: np.array(values) for column, values in found.items()}
         for layer, found in cells.items()
     }
-    return Record(run.label, freeze or None, layers)
+    return layers, stages
 
 
 def check_row(row: Mapping[str, Any], columns: Iterable[str], path: Path) -> None:

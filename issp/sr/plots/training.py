@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from issp.sr import config, logging
 from issp.sr.plots import drawing, records
+from issp.utils import csv_log
 from issp.utils.files import user_path
 
 
@@ -31,8 +35,7 @@ def curves(
     Raises:
         ValueError: there is nothing to draw.
     """
-    if not rows:
-        raise ValueError(f"{path}: the log has no rows yet; let the run go on for a while")
+    _refuse_empty(rows, path)
     pruned = any(row.get("flips") is not None for row in rows)
     figure = drawing.new_figure(8, 9 if pruned else 6)
     heights = [2, 1, 1, 1, 1] if pruned else [2, 1, 1]
@@ -47,14 +50,14 @@ def curves(
         axes[3].set_ylim(0, max(10, axes[3].get_ylim()[1]))  # ticks also where nothing flips
         _line(axes[4], rows, "threshold", "mean threshold |w|")
         axes[4].set_ylim(bottom=0)
-    _against_iterations(axes, rows, rows, freeze)
-    figure.suptitle(title or "training", fontsize=11)
+    _against_iterations(axes, rows[-1]["iteration"], rows, freeze)
+    figure.suptitle(drawing.plain(title) or "training", fontsize=11)
     figure.align_ylabels(list(axes))
     drawing.write(figure, path)
 
 
 def gradients(
-    rows: Sequence[dict[str, Any]],
+    recorded: Mapping[str, records.Series],
     training: Sequence[dict[str, Any]],
     path: str | Path,
     freeze: int | None = None,
@@ -62,46 +65,40 @@ def gradients(
     """Norm and variance of every layer's gradient against iterations, coloured by depth.
 
     Args:
-        rows: of gradients.csv.
+        recorded: by layer "iteration", "norm" and "variance" of gradients.csv.
         training: of train.csv, for the freeze.
         path, freeze: see `curves`.
     """
-    if not rows:
+    if not recorded:
         raise ValueError(f"{path}: no gradients have been recorded yet")
-    by_layer: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_layer.setdefault(str(row["layer"]), []).append(row)
     figure = drawing.new_figure(8, 6)
     from matplotlib import colormaps
 
     axes = figure.subplots(2, 1, sharex=True)
     for axis, key in zip(axes, ("norm", "variance"), strict=True):
         axis.set_yscale("log")
-        for i, (name, layer_rows) in enumerate(by_layer.items()):
-            is_labelled = i in (0, len(by_layer) - 1)
-            color = colormaps["viridis"](0.9 * i / max(1, len(by_layer) - 1))
-            drawing.draw_line(
-                axis, layer_rows, key, label=name if is_labelled else None, color=color
-            )
+        for i, (name, series) in enumerate(recorded.items()):
+            label = drawing.plain(name) if i in (0, len(recorded) - 1) else None
+            color = colormaps["viridis"](0.9 * i / max(1, len(recorded) - 1))
+            drawing.draw_line(axis, series["iteration"], series[key], label=label, color=color)
         # A logarithmic axis has no place for zero: a layer without gradient.
-        x, y = [row["iteration"] for row in rows], [row[key] for row in rows]
-        drawing.mark_hidden(axis, x, y, lowest=min((v for v in y if v > 0), default=1))
+        x = np.concatenate([series["iteration"] for series in recorded.values()])
+        y = np.concatenate([series[key] for series in recorded.values()])
+        drawing.mark_hidden(axis, x, y, lowest=min(y[y > 0], default=1.0))
     axes[0].set(ylabel="norm of the gradient")
     axes[1].set(ylabel="variance of its magnitudes")
     axes[0].legend(title="first and last layer", fontsize=8, loc="upper right")
-    _against_iterations(axes, rows, training, freeze)
+    last = max(int(series["iteration"][-1]) for series in recorded.values())
+    _against_iterations(axes, last, training, freeze)
     figure.align_ylabels(list(axes))
     drawing.write(figure, path)
 
 
 def _against_iterations(
-    axes: Any,
-    rows: Sequence[dict[str, Any]],
-    training: Sequence[dict[str, Any]],
-    freeze: int | None,
+    axes: Any, last: int, training: Sequence[dict[str, Any]], freeze: int | None
 ) -> None:
-    """The style of all plots over the iterations of `rows`; marks the freeze if it has happened."""
-    last = max(row["iteration"] for row in [*rows, *training])
+    """The style of all plots up to the iteration `last`; marks the freeze if it has happened."""
+    last = max([last, *(row["iteration"] for row in training)])
     if freeze is None and any(row["stage"] == "fine-tuning" for row in training):
         freeze = max((r["iteration"] for r in training if r["stage"] == "pruning"), default=None)
     if freeze is not None and freeze > last:
@@ -121,12 +118,10 @@ def _against_iterations(
 
 
 def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
-    """Sparsity of every layer, from the latest of the `rows` of layers.csv; see `curves`."""
+    """Sparsity of every layer, from `rows` of layers.csv of one iteration; see `curves`."""
     if not rows:
         raise ValueError(f"{path}: the run has written no checkpoint yet")
-    latest = rows[-1]["iteration"]
-    rows = [row for row in rows if row["iteration"] == latest]
-    names = [str(row["layer"]) for row in rows]
+    names = [drawing.plain(str(row["layer"])) for row in rows]
     height = min(max(2.0, 0.22 * len(rows) + 1.2), 60)
     figure = drawing.new_figure(8, height)
     axis = figure.subplots()
@@ -136,7 +131,7 @@ def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
     axis.set_yticks(range(len(rows)), names, fontsize=7)
     axis.invert_yaxis()
     axis.set_xlim(0, 100)
-    axis.set_title(f"sparsity per layer at iteration {latest}", fontsize=11)
+    axis.set_title(f"sparsity per layer at iteration {rows[0]['iteration']}", fontsize=11)
     axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.6 / height), ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     drawing.write(figure, path)
@@ -175,42 +170,70 @@ def _psnr(axis: Any, rows: Sequence[dict[str, Any]], bicubic: float | None) -> N
 
 
 def _line(axis: Any, rows: Sequence[dict[str, Any]], key: str, label: str) -> None:
-    drawing.draw_line(
-        axis, [row for row in rows if row.get(key) is not None], key, color=drawing.BLUE
-    )
+    points = [(row["iteration"], row[key]) for row in rows if row.get(key) is not None]
+    drawing.draw_line(axis, [x for x, _ in points], [y for _, y in points], color=drawing.BLUE)
     axis.set_ylabel(label)
 
 
-def of_run(folder: str | Path, out: str | Path | None = None) -> list[Path]:
+@dataclass(frozen=True)
+class RunLogs:
+    """What the pictures of one run show.
+
+    Attributes:
+        folder: experiments/<name>.
+        training: rows of train.csv, at least one.
+        freeze: `sparsity.freeze_iter` of its configuration.
+        sparsity: rows of layers.csv of its latest iteration.
+        gradients: see `gradients`; empty where none were recorded.
+    """
+
+    folder: Path
+    training: list[dict[str, Any]]
+    freeze: int | None
+    sparsity: list[dict[str, Any]]
+    gradients: dict[str, records.Series]
+
+
+def read_logs(folder: str | Path) -> RunLogs:
+    """Reads the logs of a run.
+
+    Raises:
+        FileNotFoundError: the folder is not one of a run.
+        ValueError: a log is damaged, or there is nothing to draw yet.
+    """
+    folder = user_path(folder)
+    log = folder / "log"
+    if not (log / "train.csv").is_file():
+        raise FileNotFoundError(f"{folder} is not a run of `issp train`: it has no log/train.csv")
+    training, freeze = _training_rows(log / "train.csv"), _freeze_of(folder / "config.yml")
+    recorded: dict[str, records.Series] = {}
+    if (log / "gradients.csv").is_file():
+        recorded, _ = records.read_layers(log / "gradients.csv", ("norm", "variance"))
+    return RunLogs(folder, training, freeze, _latest_rows(log / "layers.csv"), recorded)
+
+
+def draw_logs(logs: RunLogs, out: str | Path | None = None) -> list[Path]:
     """Draws curves.png, for a pruned run layers.png, and gradients.png where they were recorded.
 
     Args:
-        folder: experiments/<name>.
+        logs: of the run.
         out: folder for the pictures; None: visualization inside the run's.
 
     Returns:
         The pictures written.
 
     Raises:
-        FileNotFoundError: the folder is not one of a run.
-        ValueError: a log is damaged, or has no rows.
+        OSError: the folder cannot be written.
     """
-    folder = user_path(folder)
-    log = folder / "log"
-    if not (log / "train.csv").is_file():
-        raise FileNotFoundError(f"{folder} is not a run of `issp train`: it has no log/train.csv")
-    out = folder / "visualization" if out is None else user_path(out)
+    out = logs.folder / "visualization" if out is None else user_path(out)
     written = [out / "curves.png"]
-    training, freeze = _training_rows(log / "train.csv"), _freeze_of(folder / "config.yml")
-    pruned = _layer_rows(log / "layers.csv", ("weights", "selected", "zeros"))
-    recorded = _layer_rows(log / "gradients.csv", ("norm", "variance"))
-    curves(training, written[0], title=folder.name, freeze=freeze)
-    if pruned:
+    curves(logs.training, written[0], title=logs.folder.name, freeze=logs.freeze)
+    if logs.sparsity:
         written.append(out / "layers.png")
-        layers(pruned, written[-1])
-    if recorded:
+        layers(logs.sparsity, written[-1])
+    if logs.gradients:
         written.append(out / "gradients.png")
-        gradients(recorded, training, written[-1], freeze)
+        gradients(logs.gradients, logs.training, written[-1], logs.freeze)
     return written
 
 
@@ -224,9 +247,10 @@ def _training_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of train.csv.
 
     Raises:
-        ValueError: it is another log, or has text in the place of a number.
+        ValueError: it is another log, has text in the place of a number, or no rows.
     """
     rows = logging.read_csv(path)
+    _refuse_empty(rows, path)
     for row in rows:
         if "stage" not in row:
             raise ValueError(f"{path} has no column stage: it is no log of a training")
@@ -239,9 +263,18 @@ def _training_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _layer_rows(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a log of layers, if there is one; `columns` hold numbers."""
-    rows = logging.read_csv(path) if path.is_file() else []
-    for row in rows:
-        records.check_row(row, columns, path)
+def _refuse_empty(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
+    if not rows:
+        raise ValueError(f"{path}: the log has no rows yet; let the run go on for a while")
+
+
+def _latest_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of layers.csv of its latest iteration, if there is such a log."""
+    rows: list[dict[str, Any]] = []
+    columns = ("layer", "weights", "selected", "zeros")
+    for row in csv_log.iterate_csv(path, columns) if path.is_file() else ():
+        records.check_row(row, columns[1:], path)
+        if rows and rows[0]["iteration"] != row["iteration"]:
+            rows = []
+        rows.append(row)
     return rows

@@ -12,7 +12,7 @@ from issp.sr.run_folder import RunFolder
 from issp.sr.study.plan import RUNS, Run, Study
 from issp.sr.study.scoring import missing_sets
 from issp.utils.errors import ConfigError, import_optional
-from issp.utils.files import atomic_write
+from issp.utils.files import atomic_write, check_folder
 
 STUDY_FILE = "study.yml"
 # Keys that may differ when a study goes on: they do not change what is learned.
@@ -34,7 +34,9 @@ class StudyFolder:
 
         Raises:
             ConfigError: it holds something else, another run, or a run of other settings.
+            OSError: see `check_folder`.
         """
+        check_folder(self.path)
         begun = (self.path / STUDY_FILE).exists()
         if self.path.exists() and not begun and any(self.path.iterdir()):
             raise ConfigError(f"{self.path} holds other files: choose another --out")

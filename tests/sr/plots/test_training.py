@@ -1,7 +1,9 @@
 """The plots of a run: the freeze where it happened, and no point cut without a mark."""
 
 import math
+import tracemalloc
 
+import numpy as np
 import pytest
 
 from issp.sr import plots
@@ -54,6 +56,11 @@ def marks(axis):
     )
 
 
+def series(iterations, values):
+    x, y = np.array(iterations), np.array(values)
+    return {"iteration": x, "norm": y, "variance": y}
+
+
 def test_the_freeze_is_marked_where_it_happened(drawn):
     rows = [row(100, "pruning"), row(200), row(300)]
     assert freeze_lines(drawn(plots.curves, rows, freeze=150)) == [[150]] * 5
@@ -61,8 +68,7 @@ def test_the_freeze_is_marked_where_it_happened(drawn):
     # Not before it has happened.
     assert freeze_lines(drawn(plots.curves, rows[:1], freeze=150)) == [[]] * 5
     assert freeze_lines(drawn(plots.curves, rows[:1])) == [[]] * 5
-    gradient = {"iteration": 140, "layer": "a", "norm": 1.0, "variance": 1.0}
-    figure = drawn(plots.gradients, [gradient, {**gradient, "iteration": 160}], rows, freeze=150)
+    figure = drawn(plots.gradients, {"a": series([140, 160], [1.0, 1.0])}, rows, freeze=150)
     assert freeze_lines(figure) == [[150]] * 2
 
 
@@ -117,13 +123,10 @@ def test_a_log_of_an_earlier_version_has_soft_scores_alone_before_the_freeze(dra
 
 
 def test_a_layer_without_gradient_is_marked(drawn):
-    rows = [
-        {"iteration": i, "layer": name, "norm": norm, "variance": norm}
-        for i in (5, 10, 400)
-        for name, norm in (("a", 1.0), ("b", 0.0 if i == 10 else 0.5))
-    ]
+    iterations = [5, 10, 400]
+    recorded = {"a": series(iterations, [1.0] * 3), "b": series(iterations, [0.5, 0.0, 0.5])}
     # The rows of gradients go further than the last row of the training log.
-    figure = drawn(plots.gradients, rows, [row(100)])
+    figure = drawn(plots.gradients, recorded, [row(100)])
     for axis in figure.axes:
         assert marks(axis) == [10] and shown(axis, 400, 1.0) and shown(axis, 5, 0.5)
 
@@ -134,11 +137,38 @@ def test_a_single_row_is_visible(drawn):
         assert line.get_marker() not in ("None", None, "") and shown(axis, 7, line.get_ydata()[0])
 
 
+def test_logs_are_read_row_by_row_and_only_what_is_drawn_is_kept(tmp_path):
+    """A long run has millions of rows: 1e5 iterations of 100 layers, recorded every 10th."""
+    log = tmp_path / "log"
+    log.mkdir()
+    (log / "train.csv").write_text("iteration,stage,psnr\n9000,pruning,30\n")
+    count = 300
+    with open(log / "gradients.csv", "w") as file:
+        file.write("iteration,stage,layer,norm,variance,mean,deviation\n")
+        for i in range(1, count + 1):
+            file.writelines(f"{i},pruning,body.{j},{i + j},0.5,0.25,0.125\n" for j in range(20))
+    with open(log / "layers.csv", "w") as file:
+        file.write("iteration,layer,weights,selected,zeros,flips,threshold\n")
+        for i in range(1, count + 1):
+            file.writelines(f"{i},body.{j},9,{j % 9},0,3,0.1\n" for j in range(20))
+    tracemalloc.start()
+    logs = plots.read_logs(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # Three numbers of 8 bytes for each row, twice while lists become arrays.
+    assert peak < 2.5 * 24 * 20 * count + 65536, "a row as a dict takes 400 bytes"
+    assert list(logs.gradients) == [f"body.{j}" for j in range(20)]
+    assert logs.gradients["body.3"]["norm"][-1] == count + 3
+    assert logs.gradients["body.3"].keys() == {"iteration", "norm", "variance"}
+    assert [row["selected"] for row in logs.sparsity] == [j % 9 for j in range(20)]
+    assert {row["iteration"] for row in logs.sparsity} == {count}
+
+
 @pytest.mark.parametrize(
     "draw, missing",
     [
         (plots.curves, "the log has no rows yet"),
-        (lambda rows, path: plots.gradients(rows, [], path), "no gradients have been recorded"),
+        (lambda _, path: plots.gradients({}, [], path), "no gradients have been recorded"),
         (plots.layers, "no checkpoint yet"),
     ],
     ids=["curves", "gradients", "layers"],

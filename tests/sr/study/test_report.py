@@ -148,6 +148,15 @@ def test_a_folder_of_other_files_is_refused(tree, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("option", [(), ("--dry-run",), ("--report",)])
+def test_a_folder_that_cannot_be_made_is_refused_first(tree, tmp_path, capsys, option):
+    (tmp_path / "file").touch()
+    file, out = write(tree, tmp_path / "study.yml"), tmp_path / "file" / "out"
+    assert cli.main(["study", str(file), "-o", str(out), *option]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("file is a file; choose a folder\n") and error.count("\n") == 1
+
+
 def test_a_study_goes_on_where_its_folder_was_moved(finished, tmp_path):
     finished.path.rename(tmp_path / "moved")
     study = plan.load(tmp_path / "moved" / "study.yml")
