@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from issp.nn.autotune import Choice
+from issp.utils.text import cell
 
 
 @dataclass
@@ -75,7 +76,7 @@ class LayerReport:
         """A markdown table with a line per layer, and a sentence on the whole model."""
         head = ["layer", "shape", "sparsity", "form", "us sparse", "us dense", "choice", "why"]
         rows = [head, ["---", "---", *["---:"] * 4, "---", "---"], *map(_cells, self.lines)]
-        text = ["| " + " | ".join(cells) + " |" for cells in rows]
+        text = ["| " + " | ".join(map(cell, cells)) + " |" for cells in rows]
         return "\n".join([*text, "", self.summary(), self.machine])
 
     def summary(self) -> str:

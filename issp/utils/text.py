@@ -13,9 +13,10 @@ def suggest(name: object, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
 
 
-def _printable(text: str) -> str:
-    """Text in one line: line ends, tabs and bytes that are not UTF-8 (in names) are escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def cell(text: str) -> str:
+    """Text of a name as one cell of a markdown table: in one line, and `|` does not end it."""
+    escaped = {"|": r"\|"}
+    return "".join(escaped.get(c, c) if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -25,12 +26,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         header: names of the columns.
         rows: cells, as many as the header has.
     """
-    lines = [[_printable(cell) for cell in line] for line in (header, *rows)]
+    lines = [[cell(entry) for entry in line] for line in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
     def text(line: Sequence[str]) -> str:
         cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        cells += [entry.rjust(width) for entry, width in zip(line[1:], widths[1:], strict=True)]
         return "| " + " | ".join(cells) + " |"
 
     dashes = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]

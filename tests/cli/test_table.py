@@ -39,6 +39,13 @@ def test_files_and_folders_of_studies_make_one_set_of_tables(scores, capsys):
     assert "| ISS-P   |    x2 |     **28.50** |    **0.8500** |" in table
 
 
+def test_a_bar_in_a_name_does_not_end_its_cell(tmp_path, capsys):
+    odd = Result(**(vars(L1) | {"method": "a|b", "set": "Set|5"}))
+    results.write(tmp_path / "odd.csv", [odd])
+    header, _, row = (x for x in run(capsys, tmp_path / "odd.csv").out.splitlines() if "|" in x)
+    assert r" Set\|5 PSNR " in header and row.startswith(r"| a\|b ")
+
+
 def test_the_papers_numbers_beside(scores, capsys):
     text = run(capsys, scores, "--paper").out
     assert text.count("### ") == 1  # not the paper's other tables

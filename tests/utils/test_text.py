@@ -20,3 +20,13 @@ def test_columns_are_aligned():
 def test_a_cell_stays_in_its_line():
     lines = table(["a"], [["new\nline\t"], ["lat\udce9"], ["ünï"]]).splitlines()
     assert lines[2:] == [r"| new\nline\t |", r"| lat\udce9   |", "| ünï         |"]
+
+
+def test_a_bar_does_not_end_a_cell():
+    lines = table(["set | PSNR", "b"], [["a|b", "1"], ["||", "|"]]).splitlines()
+    assert lines == [
+        r"| set \| PSNR |  b |",
+        r"| ----------- | -: |",
+        r"| a\|b        |  1 |",
+        r"| \|\|        | \| |",
+    ]
