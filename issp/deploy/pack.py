@@ -25,6 +25,7 @@ from issp.nn.layer_inputs import (
 from issp.nn.layers import SparseLayer
 from issp.nn.names import unwrap
 from issp.nn.report import LayerReport, Line
+from issp.nn.sharding import check_whole
 from issp.ops.keep import Keep
 from issp.utils.errors import InaccurateLayerError
 
@@ -77,6 +78,7 @@ def pack(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, not {type(model).__name__}")
+    check_whole(model)
     model = unwrap(model)
     if isinstance(getattr(model, "report", None), LayerReport):
         model = unpack(model)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from issp.nn import module_swap, selection
+from issp.nn import module_swap, selection, sharding
 from issp.nn.layers import NMConv2d, NMLinear, SparseConv2d, SparseLayer, SparseLinear
 from issp.nn.names import named_modules
 from issp.ops.keep import Keep
@@ -45,6 +45,7 @@ def convert(
     """
     if keep is not None and (sparsity is not None or v != 1):
         raise ValueError("keep says what is kept: leave sparsity and v out")
+    sharding.check_whole(model)
     sparse: dict[str, SparseLayer] = {}
     dense: dict[str, str] = {}
     for layer in selection.select(model, (nn.Conv2d, nn.Linear), exclude, {}, 0.0):

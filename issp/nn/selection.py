@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from issp.nn import sharding
 from issp.nn.names import named_modules, plain_pattern
 from issp.ops import validation
 from issp.ops.keep import Keep
@@ -65,6 +66,7 @@ def select(
             does not divide its weight, unless its tail is "dense".
     """
     _check_parallel(model)
+    sharding.reshard(sharding.fsdp_modules(model))
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     for value in (sparsity, *overrides.values()):
         if not isinstance(value, Keep) and not 0.0 <= value <= 1.0:
@@ -139,7 +141,8 @@ def _check_parallel(model: nn.Module) -> None:
         if any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__):
             raise ValueError(
                 "the model is wrapped in FullyShardedDataParallel, where every rank has shards of "
-                "the weights and would select within them: use DistributedDataParallel"
+                "the weights and would select within them: use fully_shard, or "
+                "DistributedDataParallel"
             )
         for hook, *_ in getattr(module, "_comm_hooks", None) or ():
             if "post_localSGD" in getattr(hook, "__name__", ""):
@@ -290,11 +293,13 @@ def weight_of(name: str, module: nn.Module) -> nn.Parameter:
         )
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(f"{name} is not initialized: run the model once before attaching")
-    if hasattr(weight, "device_mesh") or getattr(weight, "_fsdp_flattened", False):
+    if getattr(weight, "_fsdp_flattened", False):
         raise ValueError(
-            f"{name} is sharded ({'fully_shard' if hasattr(weight, 'device_mesh') else 'FSDP'}): "
-            "selecting over shards is not supported; use DistributedDataParallel, or exclude it"
+            f"{name} is sharded (FSDP), in pieces that are no rows: use fully_shard or "
+            "DistributedDataParallel, or exclude it"
         )
+    if sharding.is_sharded(weight) and (problem := sharding.unsupported_sharding(weight)):
+        raise ValueError(f"{name} {problem}, or exclude it")
     if weight.dtype not in validation.DTYPES:
         raise ValueError(f"{name} has a weight of {weight.dtype}: exclude it")
     if weight.device.type == "meta":

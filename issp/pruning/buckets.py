@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from issp import ops
+from issp.nn import sharding
 from issp.nn.names import named_modules
 from issp.nn.selection import Layer
 from issp.ops import ShrinkState, reference
@@ -133,7 +134,7 @@ class WeightBucket:
             final: sparsity of the schedule at its end; the target of a layer is scaled by
                 ratio / final.
         """
-        counts = {size: _count(*size, ratio, final) for size in set(self._sizes)}
+        counts = {size: num_selected(*size, ratio, final) for size in set(self._sizes)}
         k = [counts[size] for size in self._sizes]
         if k != self.k:
             self.state.set_k(k)
@@ -146,6 +147,15 @@ class WeightBucket:
             found_inf = found_inf.to(device, non_blocking=True)
         weights = self.selection_views(self.contiguous_views(self.current_weights()))
         ops.soft_shrink_(weights, self.state, factor, found_inf)
+
+    def shrink_iterates(
+        self, optimizers: Sequence[Any], factor: float, found_inf: Tensor | None
+    ) -> None:
+        """Shrinks what schedule-free optimizers keep beside weights that have just been shrunk."""
+        found = list(iterates(optimizers, self.weights))
+        kept = self.masks() if found else []
+        for t, x in found:
+            shrink(x, kept[t], factor, found_inf)
 
     def regularize(self, lambdas: Sequence[float] | Sequence[Tensor], scale: Tensor | None) -> None:
         """Adds an L2 penalty to the gradients: g += lambda * w where the mask says unimportant.
@@ -220,10 +230,10 @@ class WeightBucket:
                     tensor.masked_fill_(~kept[t].to(tensor.device), 0)
 
     def _is_regular(self, tensors: list[Tensor]) -> bool:
-        """Whether the tensors have the device and the memory orders of the weights."""
+        """Whether the tensors are whole, with the device and the memory orders of the weights."""
         device = self.state.k.device
         return all(
-            x.device == device and v.is_contiguous()
+            x.device == device and v.is_contiguous() and not sharding.is_sharded(x)
             for x, v in zip(tensors, self.contiguous_views(tensors), strict=True)
         )
 
@@ -235,6 +245,10 @@ class WeightBucket:
             for mask, order, shape in masks
         ]
 
+    def num_pruned(self) -> list[int]:
+        """How many weights of each layer the masks prune; waits for the device."""
+        return [int((~mask).sum()) for mask in self.masks()]
+
     def thresholds(self) -> list[float]:
         """Magnitude of the last selected weight of each layer; waits for the device."""
         return self.state.thresholds.tolist()
@@ -242,6 +256,10 @@ class WeightBucket:
     def flips(self) -> list[int]:
         """Mask bits of each layer that the latest step changed; waits for the device."""
         return self.state.flips.tolist()
+
+    def clear_flips(self) -> None:
+        """Sets the counts of flips to 0, without waiting for the device."""
+        self.state.flips.zero_()
 
     def set_masks(self, masks: Sequence[Tensor]) -> None:
         """Sets masks as if a step had selected them: bool in the weights' shapes, True = kept."""
@@ -274,12 +292,7 @@ class WeightBucket:
             ValueError: a weight has another shape than its state; nothing has been changed.
         """
         own = {t: states[x.name] for t, x in enumerate(self.layers) if x.name in states}
-        for t, state in own.items():
-            if self._shapes[t] != state.shape:
-                raise ValueError(
-                    f"{self.layers[t].name}: the mask has shape {state.shape} but the weight "
-                    f"{self._shapes[t]}: attach anew"
-                )
+        self._check_shapes(own)
         words = self.state.packed.split(self._num_words)
         for t, state in own.items():
             packed, order = state.mask.to(self.state.k.device), self._orders[t]
@@ -292,12 +305,16 @@ class WeightBucket:
             self.k[t] = state.k
         self._set_k(self.k)
 
+    def _check_shapes(self, states: Mapping[int, LayerState]) -> None:
+        for t, state in states.items():
+            if self._shapes[t] != state.shape:
+                raise ValueError(
+                    f"{self.layers[t].name}: the mask has shape {state.shape} but the weight "
+                    f"{self._shapes[t]}: attach anew"
+                )
+
     def _set_k(self, k: list[int]) -> None:
-        """Takes over counts; masks from elsewhere may prune any number of an N:M weight."""
-        self.k = [
-            keep.pruned(numel) if keep is not None and count else count
-            for count, keep, numel in zip(k, self._patterns, self.state.numels, strict=True)
-        ]
+        self.k = with_patterns(k, self._patterns, self.state.numels)
         self.state.set_k(self.k)
 
 
@@ -329,6 +346,7 @@ class WeightBuckets:
         layers: all layers to prune, in the model's order.
         optimizers: may be empty; then requiring a gradient is enough.
         wrappers: optimizers around them that keep weights or moments of their own.
+        sharded: makes the bucket of some DTensors from layers and the number of the optimizer.
 
     Attributes:
         prunable: the layers that are not marked dense.
@@ -339,9 +357,13 @@ class WeightBuckets:
     """
 
     def __init__(
-        self, layers: list[Layer], optimizers: list[Optimizer], wrappers: list[Any]
+        self,
+        layers: list[Layer],
+        optimizers: list[Optimizer],
+        wrappers: list[Any],
+        sharded: Callable[[Sequence[Layer], int], WeightBucket],
     ) -> None:
-        self.layers = layers
+        self.layers, self._sharded = layers, sharded
         self.prunable = [layer for layer in layers if not layer.dense]
         self.optimizers, self.wrappers = optimizers, wrappers
         self.active: set[str] = set()
@@ -417,18 +439,30 @@ class WeightBuckets:
         """
         active = self.active if active is None else active
         owners = self._owners()
-        parts: dict[tuple[Owner, torch.device, torch.dtype], list[Layer]] = {}
+        parts: dict[tuple[Owner, Any, torch.device, torch.dtype], list[Layer]] = {}
         for layer in self.prunable:
-            owner = owners[layer.name]
+            owner, weight = owners[layer.name], layer.weight
             if owner is not None or layer.name in active:
-                key = (owner or Owner(0, None), layer.weight.device, layer.weight.dtype)
+                owner = owner or Owner(0, None)
+                mesh = getattr(weight, "device_mesh", None)
+                if mesh is not None:
+                    owner = Owner(owner.optimizer, None)  # no optimizer prunes shards in its step
+                key = (owner, mesh, weight.device, weight.dtype)
                 parts.setdefault(key, []).append(layer)
         if all(owner is None for owner in owners.values()):
+            if any(sharding.is_sharded(layer.weight) for layer in self.prunable):
+                raise ValueError(
+                    "no weight to prune is trained: fully_shard replaces the parameters, so build "
+                    "the optimizer after it, and attach with that one (or call reattach(opt))"
+                )
             raise ValueError(
                 "no weight to prune is trained: the weights must require gradients and be in the "
                 "optimizer (of a copied model, pass its own optimizer)"
             )
-        buckets = [WeightBucket(layers, *owner) for (owner, _, _), layers in parts.items()]
+        buckets = [
+            WeightBucket(layers, *owner) if mesh is None else self._sharded(layers, owner.optimizer)
+            for (owner, mesh, _, _), layers in parts.items()
+        ]
         for bucket in buckets:
             bucket.load_layer_states(states)
         self._buckets = buckets
@@ -516,7 +550,7 @@ class WeightBuckets:
 
     def unranked(self) -> set[str]:
         """Names of the active layers that no step has selected yet and that have no other masks."""
-        ranked = self.column(WeightBucket.is_ranked)
+        ranked = self.column(lambda bucket: bucket.is_ranked())
         return {name for name, is_ranked in ranked.items() if not is_ranked}
 
     def rank(self, names: Collection[str]) -> None:
@@ -524,7 +558,7 @@ class WeightBuckets:
         for bucket in self:
             layers = [layer for layer in bucket.layers if layer.name in names]
             if layers:
-                ranking = WeightBucket(layers, bucket.optimizer)
+                ranking = type(bucket)(layers, bucket.optimizer)
                 ranking.set_ratio(1.0, 1.0)
                 ranking.shrink(1.0)
                 bucket.load_layer_states(ranking.layer_states())
@@ -535,7 +569,7 @@ class WeightBuckets:
             layers = [layer for layer in bucket.layers if layer.name in masks]
             if layers:
                 before = dict(zip([x.name for x in bucket.layers], bucket.masks(), strict=True))
-                chosen = WeightBucket(layers, bucket.optimizer)
+                chosen = type(bucket)(layers, bucket.optimizer)
                 chosen.set_masks([masks[layer.name] for layer in layers])
                 flips = {x.name: int((masks[x.name] ^ before[x.name]).sum()) for x in layers}
                 states = chosen.layer_states().items()
@@ -573,10 +607,7 @@ class WeightBuckets:
     ) -> None:
         """Shrinks what schedule-free optimizers keep beside weights that have just been shrunk."""
         for bucket in buckets:
-            found = list(iterates(self._optimizers_of(bucket), bucket.weights))
-            kept = bucket.masks() if found else []
-            for t, x in found:
-                shrink(x, kept[t], factor, found_inf)
+            bucket.shrink_iterates(self._optimizers_of(bucket), factor, found_inf)
 
     def _optimizers_of(self, bucket: WeightBucket) -> list[Any]:
         """The optimizer of a bucket, and the wrappers around all of them."""
@@ -592,7 +623,7 @@ def smallest(layer: Layer, scores: Tensor) -> Tensor:
         scores: [...] float32 in the weight's shape; the smallest magnitudes are pruned.
     """
     keep = layer.target if isinstance(layer.target, Keep) else None
-    k = [_count(layer.target, scores.numel(), 1.0, 1.0)]
+    k = [num_selected(layer.target, scores.numel(), 1.0, 1.0)]
     state = ShrinkState([scores], k, [keep])
     ops.soft_shrink_([scores], state, 1.0)
     return state.masks()[0]
@@ -611,12 +642,23 @@ def _regular_grad(weight: Tensor) -> Tensor:
     return regular
 
 
-def _count(target: float | Keep, numel: int, ratio: float, final: float) -> int:
+def num_selected(target: float | Keep, numel: int, ratio: float, final: float) -> int:
+    """How many of a layer's weights are selected where the schedule is at `ratio` of `final`."""
     if isinstance(target, Keep):
         # A pattern has no stages in between: it holds as soon as anything is pruned.
         return target.pruned(numel) if ratio > 0 else 0
     # Not target * (ratio / final) throughout: its rounding error could cost or add one weight.
     return ops.num_pruned(numel, ratio if target == final else target * (ratio / final))
+
+
+def with_patterns(
+    k: Sequence[int], patterns: Sequence[Keep | None], numels: Sequence[int]
+) -> list[int]:
+    """Counts as the ops take them: masks from elsewhere may prune any number of an N:M weight."""
+    return [
+        keep.pruned(numel) if keep is not None and count else count
+        for count, keep, numel in zip(k, patterns, numels, strict=True)
+    ]
 
 
 def _is_flattened(layer: Layer, order: list[int] | None) -> bool:

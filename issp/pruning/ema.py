@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from issp.nn import sharding
 from issp.nn.names import matched
 from issp.nn.selection import Layer
 
@@ -36,6 +37,7 @@ class EMAWeights:
         """The averaged weight of every layer, in their order."""
         source = self._source
         if isinstance(source, nn.Module):
+            sharding.reshard(sharding.fsdp_modules(source))
             source = dict(source.named_parameters(remove_duplicate=False))
         names = [f"{layer.name}.weight" if layer.name else "weight" for layer in layers]
         by_name, averages = matched(source, names), []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from issp.nn import sharding
 from issp.nn.selection import Layer
 from issp.pruning import methods
 from issp.pruning import state as saved_state
@@ -20,6 +21,7 @@ from issp.pruning.ema import EMAWeights
 from issp.pruning.hooks import Hooks, Work
 from issp.pruning.prune_step import PruneStep
 from issp.pruning.schedules import Schedule
+from issp.pruning.shards import ShardedBucket
 from issp.pruning.step_counter import StepCounter, is_skipped
 from issp.pruning.wrappers import see_through
 
@@ -46,7 +48,9 @@ class Pruner:
         hook: bool,
     ) -> None:
         self.method = method
-        self._model, self._buckets = model, WeightBuckets(layers, optimizers, wrappers)
+        self._model = model
+        self._buckets = WeightBuckets(layers, optimizers, wrappers, ShardedBucket)
+        self._fsdp_modules = sharding.fsdp_modules(model)
         self._unpruned = unpruned
         self._schedule, self._freeze_at, self._ema, self._hook = schedule, freeze_at, ema, hook
         self._stage = "pruning"  # then "frozen", then "final"
@@ -81,6 +85,7 @@ class Pruner:
             self.freeze()
 
     def _start_method(self) -> None:
+        methods.check_shards(self.method, self._buckets.prunable)
         self.method.start(methods.Setting(self._model, self._buckets, self._freeze_at))
 
     def __repr__(self) -> str:
@@ -183,9 +188,15 @@ class Pruner:
         """
         layers = [layer for bucket in self._buckets for layer in bucket.layers]
         kept = [mask for bucket in self._buckets for mask in bucket.masks()]
+        fsdp_modules = self._fsdp_modules
+        if ema is not None:
+            fsdp_modules = sharding.fsdp_modules(ema) if isinstance(ema, nn.Module) else []
+        sharding.reshard(fsdp_modules)
         weights = [layer.weight.data for layer in layers]
         if ema is not None:
-            weights = EMAWeights(ema, layers).tensors(layers)
+            averages = EMAWeights(ema, layers)
+            self._buckets.check_maskable(averages)
+            weights = averages.tensors(layers)
         saved = [weight.clone() for weight in weights]
         with torch.no_grad():
             try:
@@ -195,6 +206,7 @@ class Pruner:
             finally:
                 for weight, values in zip(weights, saved, strict=True):
                     weight.copy_(values)
+                sharding.reshard(fsdp_modules)
 
     def step(self, found_inf: Tensor | None = None) -> None:
         """One step by hand, for loops without the hook; call it after the optimizer's step.
@@ -232,7 +244,7 @@ class Pruner:
         step = self._running_step(index)
         if not (self.frozen or self.method.ranks_after(step)):
             for bucket in self._buckets if index == 0 else ():
-                bucket.state.flips.zero_()
+                bucket.clear_flips()
             return PruneStep((), self.method.factor, self.frozen)
         if not (self.frozen or is_skipped(found_inf)):
             self._set_ratio(step)
@@ -253,14 +265,14 @@ class Pruner:
         if self.frozen:
             self._buckets.apply_masks(remaining)
             for bucket in remaining:
-                bucket.state.flips.zero_()
+                bucket.clear_flips()
         else:
             for bucket in remaining:
                 bucket.shrink(self.method.factor, found_inf)
             if not self.method.ranks_after(self._running_step(index)):
                 for bucket in self._buckets:
                     if bucket.optimizer == index:
-                        bucket.state.flips.zero_()
+                        bucket.clear_flips()
             if self.method.factor != 1.0:
                 self._buckets.shrink_iterates(remaining, self.method.factor, found_inf)
         if index == 0:
@@ -307,6 +319,7 @@ class Pruner:
             )
 
     def _refresh(self) -> None:
+        sharding.reshard(self._fsdp_modules)
         if self._buckets.refresh():
             self._after_rebuild()
 
@@ -363,7 +376,7 @@ class Pruner:
             ValueError: no weight of the pruned layers is zero.
         """
         kept = {layer.name: layer.weight.detach() != 0 for layer in self._buckets.prunable}
-        if all(bool(mask.all()) for mask in kept.values()):
+        if not any(summaries.zeros([layer.weight for layer in self._buckets.prunable])):
             raise ValueError(
                 "from_zeros: no weight to prune is zero; load the sparse weights before attaching"
             )
@@ -420,15 +433,20 @@ class Pruner:
             RuntimeError: the pruner is finalized.
         """
         self._check_open()
+        fsdp_modules = sharding.fsdp_modules(self._model if model is None else model)
+        sharding.reshard(fsdp_modules)
         before = self._buckets.optimizers, self._buckets.wrappers
         after = before if opt is None else see_through(opt)
         self._buckets.rebind(model, *after)
         try:
+            if not self.frozen:
+                methods.check_shards(self.method, self._buckets.prunable)
             self._hooks.check(after[0] if self._hook else [], self._work())
         except ValueError:
             self._buckets.rebind(None if model is None else self._model, *before)
             raise
         self._model = self._model if model is None else model
+        self._fsdp_modules = fsdp_modules
         self._after_rebuild()
         self._hooks.detach()
         self._attach_hooks()
@@ -452,23 +470,24 @@ class Pruner:
         """Layer name -> bool tensor in the weight's shape, True = kept; at first all are."""
         return summaries.by_name(
             self._buckets,
-            WeightBucket.masks,
+            lambda bucket: bucket.masks(),
             lambda layer: torch.ones_like(layer.weight, dtype=torch.bool),
         )
 
     def thresholds(self) -> dict[str, float]:
         """Layer name -> magnitude of the last selected weight; NaN before the first selection."""
-        return summaries.by_name(self._buckets, WeightBucket.thresholds, lambda _: float("nan"))
+        return summaries.by_name(self._buckets, lambda b: b.thresholds(), lambda _: float("nan"))
 
     def flips(self) -> dict[str, int]:
         """Layer name -> mask bits that the latest step changed."""
-        return summaries.by_name(self._buckets, WeightBucket.flips, lambda _: 0)
+        return summaries.by_name(self._buckets, lambda b: b.flips(), lambda _: 0)
 
     def summary(self) -> summaries.Summary:
         """Counts per layer, taken from the masks and weights as they are now; `print` it."""
         if self._hook:
             self._hooks.warn_if_missing(self._buckets.optimizers)
         self._warn_of_replaced()
+        sharding.reshard(self._fsdp_modules)
         return summaries.summary(self._title(), self._buckets, self._unpruned, self.method.notes())
 
     def state_dict(self) -> dict[str, Any]:
@@ -492,6 +511,7 @@ class Pruner:
             ValueError: the state belongs to other layers or settings; nothing has been changed.
         """
         self._check_open()
+        sharding.reshard(self._fsdp_modules)
         configuration = self._configuration() if strict else {}
         layer_states = saved_state.unpack(state, self._buckets.layers, configuration)
         self._buckets.check_maskable(self._ema)

@@ -19,6 +19,7 @@ from torch import Tensor
 from issp.ops.schemas import mask_words
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.pruner import Pruner
+from issp.pruning.shards import ShardedBucket
 from issp.utils.errors import DivergedRanksError
 
 _MULTIPLIERS = (0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64)  # SplitMix64's, signed
@@ -118,8 +119,10 @@ def _bucket_hashes(bucket: WeightBucket) -> list[int]:
     """The hash of a layer: the sum of its words, each mixed with its place.
 
     DistributedDataParallel requires one memory order on all ranks, so the words are taken as they
-    are packed.
+    are packed. Ranks that have shards select together: only their counts can differ.
     """
+    if isinstance(bucket, ShardedBucket):
+        return bucket.k
     words = bucket.state.packed
     ends = list(accumulate(map(mask_words, bucket.state.numels)))
     last = torch.tensor(ends, dtype=torch.int64, device=words.device) - 1

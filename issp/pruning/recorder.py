@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from issp import ops
 from issp.nn.selection import Layer, match_names, select
+from issp.nn.sharding import is_sharded
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.memory_order import memory_order, pointers
 from issp.pruning.prune_step import prunes_within_step
@@ -76,6 +77,12 @@ class Recorder:
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every}: it must be a whole number of iterations from 1 on")
         self._layers = choose_layers(source, layers, index_base)
+        for layer in self._layers:
+            if is_sharded(layer.weight):
+                raise ValueError(
+                    f"{layer.name} is sharded, and a record is of whole layers: record a run "
+                    "under DistributedDataParallel, which has the same masks"
+                )
         self._pruner, self._every = pruner, every
         if upto is None:
             upto = 0 if pruner is None else pruner.step_count

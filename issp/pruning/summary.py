@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from issp import ops
+from issp.nn import sharding
 from issp.nn.selection import Layer
 from issp.ops.keep import Keep
 from issp.ops.validation import pruning as checks
@@ -43,7 +44,11 @@ def by_name(
 
 
 def zeros(tensors: Sequence[Tensor]) -> list[int]:
-    """Exact zeros of each tensor, of either sign; reads once and waits once per device."""
+    """Exact zeros of each tensor, of either sign; reads once and waits once per device.
+
+    Those of sharded tensors are summed over all ranks, which must call it with the same ones.
+    """
+    sharded, tensors = tensors, list(map(sharding.local, tensors))
     by_device: dict[torch.device, list[int]] = {}
     for i, x in enumerate(tensors):
         if x.numel():
@@ -53,7 +58,7 @@ def zeros(tensors: Sequence[Tensor]) -> list[int]:
         counts = ops.count_zeros([in_memory_order(tensors[i]) for i in indices]).tolist()
         for i, count in zip(indices, counts, strict=True):
             result[i] = count
-    return result
+    return sharding.sum_over_shards(sharded, result)
 
 
 def in_memory_order(x: Tensor) -> Tensor:
@@ -81,8 +86,9 @@ def summary(
         unpruned: see `Summary`.
         remarks: by layer, what the method says of it.
     """
-    flips, thresholds = buckets.column(WeightBucket.flips), buckets.column(WeightBucket.thresholds)
-    selected = buckets.column(lambda bucket: [int((~mask).sum()) for mask in bucket.masks()])
+    flips = buckets.column(lambda bucket: bucket.flips())
+    thresholds = buckets.column(lambda bucket: bucket.thresholds())
+    selected = buckets.column(lambda bucket: bucket.num_pruned())
     rows, notes = [], {**(remarks or {}), **buckets.notes()}
     counts = zeros([layer.weight for layer in buckets.layers])
     for layer, count in zip(buckets.layers, counts, strict=True):

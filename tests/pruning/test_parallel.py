@@ -47,21 +47,14 @@ def test_fsdp1_is_refused(original):
         attach(model, sgd(wrapped.parameters()))
 
 
-def test_fully_shard_is_refused():
-    model = shard(net())
-    with pytest.raises(ValueError, match="0 is sharded \\(fully_shard\\)"):
-        attach(model, sgd(model.parameters()))
-
-
 @pytest.mark.parametrize(
     ("wrap", "sentence"),
     [
-        (shard, "0 is sharded \\(fully_shard\\)"),
         (lambda m: fsdp(m, use_orig_params=True), "0 is sharded \\(FSDP\\)"),
         (fsdp, "0 has no parameter `weight` \\(parametrized, sharded"),
         (lambda m: nn.utils.parametrizations.weight_norm(m[0]), "0 has no parameter `weight`"),
     ],
-    ids=["fully_shard", "FSDP1 of original parameters", "FSDP1", "parametrized"],
+    ids=["FSDP1 of original parameters", "FSDP1", "parametrized"],
 )
 def test_weights_that_are_taken_away_after_attach_are_refused(wrap, sentence):
     model = net()
@@ -72,6 +65,22 @@ def test_weights_that_are_taken_away_after_attach_are_refused(wrap, sentence):
         with pytest.raises(ValueError, match=sentence):
             act()
     assert pruner.step_count == 0 and not pruner.frozen
+
+
+def test_an_optimizer_from_before_fully_shard_is_refused():
+    model = net()
+    opt = sgd(model.parameters())
+    pruner = attach(model, opt)
+    shard(model)
+    sentence = "fully_shard replaces the parameters, so build the optimizer after it"
+    for act in (opt.step, pruner.freeze, lambda: attach(model, opt)):
+        with pytest.raises(ValueError, match=sentence):
+            act()
+    assert pruner.step_count == 0 and not pruner.frozen
+    opt = sgd(model.parameters())
+    pruner.reattach(opt)
+    opt.step()
+    assert pruner.step_count == 1
 
 
 def test_optimizers_of_torch_that_work_per_rank_are_refused():

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from issp.pruning.methods.assl import ASSL
-from issp.pruning.methods.base import Method, Setting
+from issp.pruning.methods.base import Method, Setting, check_shards
 from issp.pruning.methods.dense import Dense
 from issp.pruning.methods.iht import IHT
 from issp.pruning.methods.iss_p import ISSP
@@ -25,7 +25,7 @@ _CLASSES = (ISSP, IHT, ISSR, StaleISSR, L1, Scratch, SRP, ASSL, SLS, Dense)
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _CLASSES}
 
 __all__ = ["ASSL", "IHT", "ISSP", "ISSR", "L1", "METHODS", "SLS", "SRP", "Dense", "Method"]
-__all__ += ["Scratch", "Setting", "StaleISSR", "create"]
+__all__ += ["Scratch", "Setting", "StaleISSR", "check_shards", "create"]
 
 
 def create(method: str | Method, **options: Any) -> Method:

@@ -6,13 +6,14 @@ The pruner counts the steps, ranks the weights, keeps the masks, and at the free
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from issp.nn.selection import Layer
+from issp.nn.sharding import is_sharded
 
 if TYPE_CHECKING:  # buckets.py and the methods would import each other
     from issp.pruning.buckets import WeightBucket, WeightBuckets
@@ -47,6 +48,7 @@ class Method:
             come from `start`, and a schedule of the sparsity has no meaning.
         penalizes: `penalty` has values.
         takes_patterns: the method has a meaning within N:M patterns.
+        takes_shards: the method has a meaning where each rank has rows of a weight (fully_shard).
         skips_undivided: a layer that a pattern does not divide stays dense, with every `tail`.
         default_sparsity: where the user names none.
     """
@@ -57,6 +59,7 @@ class Method:
     ranks: ClassVar[bool] = True
     penalizes: ClassVar[bool] = False
     takes_patterns: ClassVar[bool] = True
+    takes_shards: ClassVar[bool] = False
     skips_undivided: ClassVar[bool] = False
     default_sparsity: ClassVar[float] = 0.95
     # Where the method works, once it does.
@@ -135,3 +138,13 @@ class Method:
     def options(self) -> dict[str, Any]:
         """The options by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+
+def check_shards(method: Method, layers: Iterable[Layer]) -> None:
+    """Refuses sharded layers for a method that needs whole weights."""
+    for layer in layers:
+        if not (layer.dense or method.takes_shards) and is_sharded(layer.weight):
+            raise ValueError(
+                f"{method.name} needs whole weights, and {layer.name} is sharded: use iss-p, iht "
+                "or l1 with fully_shard, or DistributedDataParallel"
+            )

@@ -13,5 +13,6 @@ class Dense(Method):
     """Prunes nothing; the stages, schedules and records are those of the other methods."""
 
     name: ClassVar[str] = "dense"
+    takes_shards: ClassVar[bool] = True
     ranks: ClassVar[bool] = False
     prunes: ClassVar[bool] = False

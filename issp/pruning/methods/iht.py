@@ -18,6 +18,7 @@ class IHT(Method):
     """Writes zeros into the unimportant weights after every step."""
 
     name: ClassVar[str] = "iht"
+    takes_shards: ClassVar[bool] = True
 
     @property
     def factor(self) -> float:

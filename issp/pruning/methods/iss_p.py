@@ -26,6 +26,7 @@ class ISSP(Method):
     """
 
     name: ClassVar[str] = "iss-p"
+    takes_shards: ClassVar[bool] = True
     shrink: float = 0.95
 
     def __post_init__(self) -> None:

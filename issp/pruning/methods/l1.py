@@ -16,4 +16,5 @@ class L1(Method):
     """Fixes the masks at once, by magnitude; the kept weights go on from their values."""
 
     name: ClassVar[str] = "l1"
+    takes_shards: ClassVar[bool] = True
     fixes_masks: ClassVar[bool] = True
