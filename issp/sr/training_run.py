@@ -312,15 +312,20 @@ class TrainingRun:
         return row
 
     def _validate_or_go_on(self, iteration: int) -> dict[str, float]:
-        """`validate`; where it fails the state is saved and the training goes on without scores.
+        """`validate`; where it fails the state is saved and the training goes on.
+
+        Returns:
+            The columns of `validate`. Where the soft model fails those of the masked one, which was
+            scored before it and is in validation.csv.
 
         Raises:
             OSError, ValueError, OutOfMemoryError: it failed after the last iteration; a resumed run
                 repeats it. Or the state cannot be saved.
         """
+        columns: dict[str, float] = {}
         try:
             with explain_out_of_memory("use smaller validation images"):
-                columns = self.validate(iteration)
+                self.validate(iteration, columns)
         except (OSError, ValueError, OutOfMemoryError) as error:
             if iteration == self.config.train.total_iter:
                 raise
@@ -329,20 +334,19 @@ class TrainingRun:
                 f"the validation of iteration {iteration} failed, its state is saved and the "
                 f"training goes on: {one_line(error)}"
             )
-            return {}
+            return columns
         if self.is_final_form and columns["psnr"] > self.best.psnr:
             self._save_model("best", iteration, psnr=columns["psnr"])
             # After it: a run resumed here writes it again.
             self.best = Best(columns["psnr"], iteration, self._scored_on())
         return columns
 
-    def validate(self, iteration: int) -> dict[str, float]:
-        """Scores every validation set; returns columns of the training log, of the first set.
+    def validate(self, iteration: int, columns: dict[str, float]) -> None:
+        """Scores every validation set; `columns` of the training log get those of the first set.
 
         While the network is pruned the masked model is scored, then the soft one. Best-model
         tracking starts when the mask is frozen; before that the pruned weights are not zero yet.
         """
-        columns: dict[str, float] = {}
         for model, endings in self._scored_models(iteration).items():
             is_masked = model == "masked"
             with self.pruner.masked(self.ema) if is_masked else contextlib.nullcontext():
@@ -354,7 +358,6 @@ class TrainingRun:
                 named = {name + ending: x for name, x in values.items() for ending in endings}
                 self.tensorboard.add({"iteration": iteration, **named}, prefix=f"{score.name}/")
             columns |= {f"psnr{ending}": scores[0].psnr for ending in endings}
-        return columns
 
     def _scored_models(self, iteration: int) -> dict[str, tuple[str, ...]]:
         """The models to score -> endings of their columns: "" as it is, "_masked" with the mask.

@@ -135,6 +135,11 @@ def test_a_failing_validation_costs_itself_and_not_the_run(tree, monkeypatch, it
     assert {i: p for i, p in log(folder, "iteration", "psnr") if i != iteration} == {
         i: p for i, p in log(expected, "iteration", "psnr") if i != iteration
     }
+    # Both logs have the masked model's score and neither has the soft one's.
+    (row,) = [row for row in logging.read_csv(folder / "log" / "train.csv")
+              if row["iteration"] == iteration]  # fmt: skip
+    masked = [r["psnr"] for r in scored if (r["iteration"], r["model"]) == (iteration, "masked")]
+    assert row["psnr"] is None and [row["psnr_masked"]] == (masked or [None])
     # From the saved state the validation is made up for.
     state = folder / "training_states" / f"{iteration}.state"
     again, folder = run(tree, path__resume_state=str(state))
