@@ -298,6 +298,15 @@ def train_in_basicsr(namespace, first, last, resume=None):
     return model
 
 
+def test_the_example_of_the_papers_numbers_makes_tables(folder, capsys):
+    (text,) = blocks((ROOT / "docs" / "formats.md").read_text(encoding="utf-8"), "csv")
+    (folder / "typed.csv").write_text(text)
+    assert cli.main(["table", "--paper", "typed.csv"]) == 0
+    tables = capsys.readouterr().out
+    assert [f"(the paper's table {n})" in tables for n in (1, 2, 3)] == [True] * 3
+    assert all(score in tables for score in ("25.92", "28.40", "26.32", "0.7260", "misprints"))
+
+
 def test_recipe_for_basicsr(folder, monkeypatch):
     """On a stand-in with BasicSR's methods, since the package needs torchvision."""
     modules = basicsr_model.modules(lambda: issp.models.build("edsr-tiny", scale=2, num_block=1))

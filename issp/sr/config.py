@@ -414,6 +414,8 @@ class Logger(Section):
     save_checkpoint_freq: Annotated[Integer, _between(1)] = 5000
     use_tb_logger: StrictBool = True
     keep_training_states: Annotated[Integer, _between(1)] = 2
+    # Of net_g_<iteration>, beside the best and the latest model; None: all, as BasicSR.
+    keep_models: Annotated[Integer, _between(1)] | None = None
     # Iterations between the rows of gradients.csv and of masks.csv; 0: none.
     grad_stats_freq: Annotated[Integer, _between(0)] = 0
     mask_stats_freq: Annotated[Integer, _between(0)] = 0

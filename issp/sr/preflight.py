@@ -123,8 +123,11 @@ def check_disk(config: Config, model: nn.Module, states: int, start: int, say: S
     # A tenth for masks, indices and the archives around the tensors.
     size = 1.1 * sum(t.numel() * t.element_size() for t in model.state_dict().values())
     often = config.logger.save_checkpoint_freq
-    models = math.ceil((config.train.total_iter - start) / often) + 2  # latest and best
-    # A new state is complete before an old one goes.
+    models = math.ceil((config.train.total_iter - start) / often)
+    # A new model or state is complete before an old one goes.
+    if config.logger.keep_models is not None:
+        models = min(models, config.logger.keep_models + 1)
+    models += 2  # latest and best
     needed = size * (models + states * (config.logger.keep_training_states + 1))
     place = config.folder
     while not place.exists():
@@ -138,7 +141,8 @@ def check_disk(config: Config, model: nn.Module, states: int, start: int, say: S
     if free < needed:
         say(
             f"{place} has {_bytes(free)} free and the checkpoints will take "
-            f"{_bytes(needed)}: free space or use a larger logger.save_checkpoint_freq"
+            f"{_bytes(needed)}: free space, use a larger logger.save_checkpoint_freq or "
+            "logger.keep_models: 1"
         )
 
 

@@ -117,6 +117,13 @@ class RunFolder:
                 old.unlink(missing_ok=True)
         return path
 
+    def drop_models(self, iteration: int, keep: int) -> None:
+        """Removes the models of iterations up to this one, but for the latest `keep` of them."""
+        files = self.models.glob("net_g_*.safetensors")
+        found = {int(n): f for f in files if (n := f.stem.removeprefix("net_g_")).isdigit()}
+        for old in sorted(n for n in found if n <= iteration)[:-keep]:
+            found[old].unlink(missing_ok=True)
+
     def set_aside_after(self, iteration: int) -> list[Path]:
         """Renames states of later iterations to <iteration>.state.old; returns their paths before.
 

@@ -405,6 +405,8 @@ class TrainingRun:
                 cells = (iteration, r.name, r.numel, r.selected, r.zeros, r.flips, r.threshold)
                 self.layers.add(dict(zip(LAYER_COLUMNS, cells, strict=True)))
         self.save_state(iteration)
+        if self.config.logger.keep_models is not None:
+            self.folder.drop_models(iteration, self.config.logger.keep_models)
 
     def save_state(self, iteration: int) -> None:
         """Writes the state to resume from, and before it all rows of its past."""

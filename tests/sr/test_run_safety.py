@@ -442,6 +442,26 @@ def test_a_disk_that_gets_full_within_a_state_leaves_the_one_before(tree, monkey
     assert_equal(resumed.state_dict(), whole.state_dict())
 
 
+def test_models_of_old_checkpoints_go_where_that_is_asked_for(tree):
+    def models(folder):
+        names = sorted(path.name for path in (folder / "models").glob("*.safetensors"))
+        return [name.removeprefix("net_g_").removesuffix(".safetensors") for name in names]
+
+    often = {"logger__save_checkpoint_freq": 2, "logger__keep_training_states": 9}
+    whole, folder = run(tree, name="all", **often)
+    assert models(folder) == ["10", "12", "2", "4", "6", "8", "best", "latest"]
+    model, folder = run(tree, **often, logger__keep_models=2)
+    assert models(folder) == ["10", "12", "best", "latest"]
+    assert_equal(model.state_dict(), whole.state_dict())
+    # Back at an earlier state, the models of the iterations that it gives up are not the latest.
+    state = folder / "training_states" / "4.state"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 8)
+        with pytest.raises(Interrupted):
+            run(tree, **often, logger__keep_models=1, path__resume_state=str(state))
+    assert [n for n in models(folder) if n.isdigit()] == ["10", "12", "8"]
+
+
 def test_too_little_space_is_said_before_the_run(tree, tmp_path, monkeypatch):
     def free(size):
         usage = types.SimpleNamespace(free=size)

@@ -241,6 +241,8 @@ def _run(base: Config, root: Path, place: dict[str, Any], settings: dict[str, An
     tree["name"] = f"{network}_x{place['scale']}_{place['method']}{level}_seed{seed}"
     tree["manual_seed"] = seed
     tree["path"]["experiments_root"] = str(root)
+    # The report is of the latest models: those of every checkpoint would fill the disk.
+    tree["logger"].setdefault("keep_models", 1)
     try:
         settings = config.parse(tree)
     except ConfigError as error:

@@ -52,6 +52,12 @@ def test_an_axis_that_is_left_out_has_the_value_of_the_base(tree, tmp_path):
     assert run.name == "EDSR_x2_iht_0.7_seed3"
 
 
+def test_runs_keep_the_models_that_the_report_needs_unless_the_base_says_more(tree, tmp_path):
+    assert {run.config.logger.keep_models for run in load(tree, tmp_path).runs} == {1}
+    tree["base"]["logger"]["keep_models"] = 7
+    assert {run.config.logger.keep_models for run in load(tree, tmp_path).runs} == {7}
+
+
 def test_a_base_in_another_file_is_found_beside_the_study_and_may_be_changed(tree, tmp_path):
     base = {**tree["base"], "name": "alone"}
     write(base, tmp_path / "base.yml")
