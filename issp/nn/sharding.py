@@ -45,7 +45,7 @@ def unsupported_sharding(weight: Any) -> str:
         )
     if type(placements[0]) is not Shard or placements[0].dim != 0:
         return (
-            f"is distributed as {placements[0]}: shards are selected over where they are rows of "
+            f"is distributed as {placements[0]!r}: shards are selected over where they are rows of "
             "the weight, Shard(dim=0), as fully_shard makes them without shard_placement_fn"
         )
     if weight.device.type not in (mesh.device_type, "meta"):

@@ -109,8 +109,8 @@ def attach(
     if chosen.skips_undivided:
         target, overrides = _skipping(target), {n: _skipping(x) for n, x in overrides.items()}
     layers = select(model, types, exclude, overrides, target)
+    methods.check_shards(chosen, layers)
     if not from_zeros:
-        methods.check_shards(chosen, layers)
         chosen.prepare(model, layers)
     unpruned = unpruned_weights(model, exclude, layers)
     pruner = Pruner(

@@ -49,7 +49,7 @@ class Pruner:
     ) -> None:
         self.method = method
         self._model = model
-        self._buckets = WeightBuckets(layers, optimizers, wrappers, ShardedBucket)
+        self._buckets = WeightBuckets(layers, optimizers, wrappers, self._sharded_bucket)
         self._fsdp_modules = sharding.fsdp_modules(model)
         self._unpruned = unpruned
         self._schedule, self._freeze_at, self._ema, self._hook = schedule, freeze_at, ema, hook
@@ -84,8 +84,11 @@ class Pruner:
         if self.method.fixes_masks:
             self.freeze()
 
+    def _sharded_bucket(self, layers: Sequence[Layer], optimizer: int) -> WeightBucket:
+        methods.check_shards(self.method, layers)
+        return ShardedBucket(layers, optimizer)
+
     def _start_method(self) -> None:
-        methods.check_shards(self.method, self._buckets.prunable)
         self.method.start(methods.Setting(self._model, self._buckets, self._freeze_at))
 
     def __repr__(self) -> str:
@@ -439,8 +442,6 @@ class Pruner:
         after = before if opt is None else see_through(opt)
         self._buckets.rebind(model, *after)
         try:
-            if not self.frozen:
-                methods.check_shards(self.method, self._buckets.prunable)
             self._hooks.check(after[0] if self._hook else [], self._work())
         except ValueError:
             self._buckets.rebind(None if model is None else self._model, *before)
