@@ -26,6 +26,7 @@ from issp.nn.layers import SparseLayer
 from issp.nn.names import unwrap
 from issp.nn.report import LayerReport, Line
 from issp.nn.sharding import check_whole
+from issp.nn.sparse_training import SparseTrainingLayer, to_dense_
 from issp.ops.keep import Keep
 from issp.utils.errors import InaccurateLayerError
 
@@ -80,7 +81,8 @@ def pack(
         raise TypeError(f"model must be a torch module, not {type(model).__name__}")
     check_whole(model)
     model = unwrap(model)
-    if isinstance(getattr(model, "report", None), LayerReport):
+    trains_sparse = any(isinstance(module, SparseTrainingLayer) for module in model.modules())
+    if trains_sparse or isinstance(getattr(model, "report", None), LayerReport):
         model = unpack(model)
     if hasattr(model, "report"):
         raise ValueError('the model has an attribute "report" already: rename it')
@@ -136,7 +138,7 @@ def _pack_layers(
 
 def is_packed(model: nn.Module) -> bool:
     """Whether a model has layers that `unpack` would change."""
-    return any(isinstance(module, (SparseLayer, *_PATHS)) for module in model.modules())
+    return any(isinstance(module, (SparseLayer, *_IN_PLACE)) for module in model.modules())
 
 
 @torch.inference_mode(False)
@@ -157,13 +159,17 @@ def unpack(model: nn.Module) -> nn.Module:
                     dense[child] = child.to_dense()
                     module_swap.transfer_hooks(child, dense[child])
                 parent._modules[attribute] = dense[child]
-            elif isinstance(child, _PATHS):
-                paths.restore_(child)
+    for module in root.modules():
+        if isinstance(module, _PATHS):
+            paths.restore_(module)
+        elif isinstance(module, SparseTrainingLayer):
+            to_dense_(module)
     root[0].__dict__.pop("report", None)
     return root[0]
 
 
 _PATHS = (paths.ChannelsLastConv2d, paths.TwoFourLinear)
+_IN_PLACE = (*_PATHS, SparseTrainingLayer)
 
 
 def _device(model: nn.Module) -> str:
@@ -200,16 +206,7 @@ def keep_if_faster(
         The choice between "packed" and "dense", with the times of the whole model: the one with the
         smaller median.
     """
-    children = [
-        (parent, attribute, child)
-        for parent in root.modules()
-        for attribute, child in parent._modules.items()
-        if child is not None and child in replacements
-    ]
-
-    def swap(packed: bool) -> None:
-        for parent, attribute, child in children:
-            parent._modules[attribute] = replacements[child] if packed else child
+    swap = module_swap.swapper(root, replacements)
 
     @torch.no_grad()
     def run(packed: bool) -> None:

@@ -59,19 +59,20 @@ def layer_inputs(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, lis
     return inputs
 
 
-def unsupported_reason(module: DenseLayer, inputs: Sequence[LayerInput]) -> str:
+def unsupported_reason(module: nn.Module, inputs: Sequence[LayerInput]) -> str:
     """Why a layer cannot have a sparse form at all, or ""."""
     reason = dense_reason(module)
     if reason:
         return reason
-    dtype = module.weight.dtype
+    weight = module.get_parameter("weight")
+    dtype = weight.dtype
     if dtype not in DTYPES:
         return f"its weight is {dtype}"
     if not inputs:
         return "the example does not reach it"
     if any(0 in x.shape for x in inputs):
         return "its input is empty: pass an example that is not"
-    device = module.weight.device.type
+    device = weight.device.type
     if any(_computed(x.dtype, device) != _computed(dtype, device) for x in inputs):
         return f"its input is not {dtype} as its weight is"
     return ""
@@ -84,9 +85,11 @@ def _computed(dtype: torch.dtype, device: str) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def shape_text(module: DenseLayer, inputs: Sequence[LayerInput]) -> str:
+def shape_text(module: nn.Module, inputs: Sequence[LayerInput]) -> str:
     """The shape of a layer's weight and of what it is applied to."""
-    return _size(module.weight.shape) + "".join(f" on {_size(x.shape)}" for x in inputs)
+    return _size(module.get_parameter("weight").shape) + "".join(
+        f" on {_size(x.shape)}" for x in inputs
+    )
 
 
 def measurement_key(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from issp.nn import selection, ste
 from issp.nn.leaf import Leaf
+from issp.nn.padding import numeric_padding
+from issp.nn.recording import is_recorded_for_torch
 from issp.ops import num_pruned, reference, sparse, validation
 from issp.ops.formats import (
     NMTensor,
@@ -168,7 +170,7 @@ class SparseLayer(Leaf):
         The input of a convolution may be [C, H, W], as for torch's.
         """
         x = input  # torch's layers take it by this name
-        if _is_recorded_for_torch():
+        if is_recorded_for_torch():
             warnings.warn(_DENSE_INSTEAD, RuntimeWarning, stacklevel=2)
             weight = self._constant_weight()
             return sparse.apply_epilogue(self._dense_op(x, weight), residual, self.activation)
@@ -321,18 +323,7 @@ class Conv2dMixin(SparseLayer):
     def _copy_sizes(self, layer: nn.Module) -> None:
         """Copies the sizes; the padding in numbers, where torch also takes "valid" and "same"."""
         super()._copy_sizes(layer)
-        if layer.padding == "valid":
-            self.padding = (0, 0)
-        elif layer.padding == "same":
-            height, width = (
-                d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)
-            )
-            if height % 2 or width % 2:
-                raise ValueError(
-                    f'{type(self).__name__}: padding "same" of the kernel {self.kernel_size} is '
-                    "not the same on both sides: leave the layer dense"
-                )
-            self.padding = (height // 2, width // 2)
+        self.padding = numeric_padding(layer)
 
     def _geometry(self) -> dict[str, tuple[int, int]]:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
@@ -593,13 +584,6 @@ class SparseConv2d(RowsMixin, Conv2dMixin):
         sizes = (in_channels, out_channels, kernel_size, stride, padding, dilation)
         layer = nn.Conv2d(*sizes, groups, bias, padding_mode, device, dtype)
         self._init_from(layer, v, sparsity, mask, activation, decay)
-
-
-def _is_recorded_for_torch() -> bool:
-    """Whether torch.jit or ONNX, which have none of our ops, record what is computed now."""
-    return torch._C._get_tracing_state() is not None or (
-        torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    )
 
 
 def _check_has_memory(weight: Tensor) -> None:

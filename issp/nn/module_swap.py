@@ -7,14 +7,14 @@ they are registered in, so that the handles which registered them still remove t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 
 from issp.nn.layers import STORED, NMConv2d, SparseLayer, SparseLinear
 
-_CALLS = (
+CALLS = (
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_backward_pre_hooks", "_backward_hooks"),
@@ -56,7 +56,7 @@ def replacement_blocker(layer: nn.Module) -> str:
 
 def transfer_hooks(old: nn.Module, new: nn.Module) -> None:
     """Gives `new`, which replaces `old`, its hooks on calls and its user's attributes."""
-    for name in (*_CALLS, "_is_full_backward_hook"):
+    for name in (*CALLS, "_is_full_backward_hook"):
         setattr(new, name, getattr(old, name))
     for name in user_attributes(old):
         setattr(new, name, vars(old)[name])
@@ -65,14 +65,35 @@ def transfer_hooks(old: nn.Module, new: nn.Module) -> None:
 @contextmanager
 def without_hooks(layer: nn.Module) -> Iterator[None]:
     """Removes the layer's hooks on calls for as long as the context lasts."""
-    before = {name: getattr(layer, name) for name in _CALLS}
-    for name in _CALLS:
+    before = {name: getattr(layer, name) for name in CALLS}
+    for name in CALLS:
         setattr(layer, name, OrderedDict())
     try:
         yield
     finally:
         for name, hooks in before.items():
             setattr(layer, name, hooks)
+
+
+def swapper(root: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Callable[[bool], None]:
+    """A function that puts modules in their places: the replacements (True), or those before.
+
+    Args:
+        root: holds them, at any depth and under any number of names.
+        replacements: module -> what replaces it.
+    """
+    children = [
+        (parent, attribute, child)
+        for parent in root.modules()
+        for attribute, child in parent._modules.items()
+        if child is not None and child in replacements
+    ]
+
+    def swap(replaced: bool) -> None:
+        for parent, attribute, child in children:
+            parent._modules[attribute] = replacements[child] if replaced else child
+
+    return swap
 
 
 def user_attributes(layer: nn.Module) -> list[str]:

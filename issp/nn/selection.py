@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from issp.nn import sharding
 from issp.nn.names import named_modules, plain_pattern
+from issp.nn.sparse_training import SparseTrainingLayer, dense_shape
 from issp.ops import validation
 from issp.ops.keep import Keep
 
@@ -42,6 +43,11 @@ class Layer:
         """The parameter as it is now: `model.to` and loading may have replaced it."""
         return weight_of(self.name, self.module)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the dense weight, also where the layer trains its kept values alone."""
+        return dense_shape(self.module)
+
 
 def select(
     model: nn.Module,
@@ -67,6 +73,7 @@ def select(
     """
     _check_parallel(model)
     sharding.reshard(sharding.fsdp_modules(model))
+    _check_dense(model)
     exclude = [exclude] if isinstance(exclude, str) else list(exclude)
     for value in (sparsity, *overrides.values()):
         if not isinstance(value, Keep) and not 0.0 <= value <= 1.0:
@@ -133,6 +140,15 @@ def unpruned_weights(
         for key, p in module._parameters.items()
         if p is not None and "weight" in key and p.dim() > 1 and id(p) not in selected
     }
+
+
+def _check_dense(model: nn.Module) -> None:
+    """Refuses layers that train sparse, whose weights hold the kept values alone."""
+    if any(isinstance(module, SparseTrainingLayer) for module in model.modules()):
+        raise ValueError(
+            "the model trains sparse by pruner.freeze(accelerate=...): call finalize() of that "
+            "pruner before attaching another"
+        )
 
 
 def _check_parallel(model: nn.Module) -> None:

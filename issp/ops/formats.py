@@ -387,11 +387,20 @@ def pack_entries(
         entries: how many are kept, where that is known: then no device is waited for, and
             torch.compile knows every size.
     """
+    block, column, crow_indices = positions_of(kept, entries)
+    values = _blocks(weight, weight.shape[0] // kept.shape[0])[block, :, column]
+    return values.contiguous(), column.int(), crow_indices
+
+
+def positions_of(kept: Tensor, entries: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The block row and the column of each entry, int64 [E], and crow_indices.
+
+    Args:
+        kept, entries: see `pack_entries`.
+    """
     if entries is None:
         block, column = kept.nonzero(as_tuple=True)
     else:
         block, column = torch.nonzero_static(kept, size=entries).t().contiguous()
     rows = torch.arange(kept.shape[0] + 1, device=kept.device)
-    crow_indices = torch.searchsorted(block, rows, out_int32=True)
-    values = _blocks(weight, weight.shape[0] // kept.shape[0])[block, :, column]
-    return values.contiguous(), column.int(), crow_indices
+    return block, column, torch.searchsorted(block, rows, out_int32=True)

@@ -368,6 +368,7 @@ class WeightBuckets:
         self.optimizers, self.wrappers = optimizers, wrappers
         self.active: set[str] = set()
         self._buckets: list[WeightBucket] = []
+        self._released: list[WeightBucket] = []
         self.rebuild({})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -440,16 +441,17 @@ class WeightBuckets:
         active = self.active if active is None else active
         owners = self._owners()
         parts: dict[tuple[Owner, Any, torch.device, torch.dtype], list[Layer]] = {}
+        released = {layer.name for bucket in self._released for layer in bucket.layers}
         for layer in self.prunable:
             owner, weight = owners[layer.name], layer.weight
-            if owner is not None or layer.name in active:
+            if layer.name not in released and (owner is not None or layer.name in active):
                 owner = owner or Owner(0, None)
                 mesh = getattr(weight, "device_mesh", None)
                 if mesh is not None:
                     owner = Owner(owner.optimizer, None)  # no optimizer prunes shards in its step
                 key = (owner, mesh, weight.device, weight.dtype)
                 parts.setdefault(key, []).append(layer)
-        if all(owner is None for owner in owners.values()):
+        if not released and all(owner is None for owner in owners.values()):
             if any(sharding.is_sharded(layer.weight) for layer in self.prunable):
                 raise ValueError(
                     "no weight to prune is trained: fully_shard replaces the parameters, so build "
@@ -466,7 +468,23 @@ class WeightBuckets:
         for bucket in buckets:
             bucket.load_layer_states(states)
         self._buckets = buckets
-        self.active = {layer.name for bucket in buckets for layer in bucket.layers}
+        self.active = {layer.name for bucket in buckets for layer in bucket.layers} | released
+
+    def release(self, names: Collection[str]) -> None:
+        """Leaves layers with fixed masks to their sparse form; what is known of them stays."""
+        states = self.layer_states()
+        for bucket in self:
+            layers = [layer for layer in bucket.layers if layer.name in names]
+            if layers:
+                released = WeightBucket(layers, bucket.optimizer, bucket.param_group)
+                released.load_layer_states(states)
+                self._released.append(released)
+        self.rebuild(states)
+
+    def take_back(self) -> None:
+        """Ends `release`; the layers must be dense again."""
+        states, self._released = self.layer_states(), []
+        self.rebuild(states)
 
     def rebind(
         self, model: nn.Module | None, optimizers: list[Optimizer], wrappers: list[Any]
@@ -503,11 +521,15 @@ class WeightBuckets:
 
     def layer_states(self) -> dict[str, LayerState]:
         """Copies of masks, counts and thresholds of every active layer."""
-        return {name: x for bucket in self for name, x in bucket.layer_states().items()}
+        return {name: x for bucket in self.all() for name, x in bucket.layer_states().items()}
 
     def column(self, read: Callable[[WeightBucket], Iterable[T]]) -> dict[str, T]:
         """By name of the active layers what `read` returns of a bucket's layers, in their order."""
-        return {x.name: v for b in self for x, v in zip(b.layers, read(b), strict=True)}
+        return {x.name: v for b in self.all() for x, v in zip(b.layers, read(b), strict=True)}
+
+    def all(self) -> list[WeightBucket]:
+        """The buckets, and those of layers that train their kept weights alone."""
+        return [*self._buckets, *self._released]
 
     def notes(self) -> dict[str, str]:
         """For every layer that is not active, why not."""

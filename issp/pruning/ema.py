@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from issp.nn import sharding
-from issp.nn.names import matched
+from issp.nn.names import matched, named_modules
 from issp.nn.selection import Layer
 
 
@@ -32,6 +32,25 @@ class EMAWeights:
             )
         self._source = source
         self.tensors(layers)
+
+    def module(self, layer: Layer) -> nn.Module:
+        """The layer of the average.
+
+        Raises:
+            ValueError: the average is a dict, or its layer is of another class.
+        """
+        if not isinstance(self._source, nn.Module):
+            raise ValueError(
+                "freeze(accelerate=...) makes the layers of the average sparse as well: pass a "
+                "module to attach as ema, such as torch's AveragedModel, not a dict"
+            )
+        module = matched(named_modules(self._source), [layer.name]).get(layer.name)
+        if type(module) is not type(layer.module):
+            raise ValueError(
+                f"freeze(accelerate=...): the average has a {type(module).__name__} for "
+                f"{layer.name}, which is a {type(layer.module).__name__}"
+            )
+        return module
 
     def tensors(self, layers: Sequence[Layer]) -> list[Tensor]:
         """The averaged weight of every layer, in their order."""

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from issp.nn import sharding
+from issp.nn.report import LayerReport
 from issp.nn.selection import Layer
+from issp.pruning import acceleration as accelerating
 from issp.pruning import methods
 from issp.pruning import state as saved_state
 from issp.pruning import summary as summaries
+from issp.pruning.acceleration import Acceleration, Recorded
 from issp.pruning.buckets import WeightBucket, WeightBuckets
 from issp.pruning.ema import EMAWeights
 from issp.pruning.hooks import Hooks, Work
@@ -62,6 +65,8 @@ class Pruner:
         self._inspected: set[int] = set()  # optimizers whose state has been looked at
         self._loss_taken: bool | None = None  # None: no step has looked at it yet
         self._penalized = False  # since the latest step
+        self._acceleration: Acceleration | None = None
+        self._recorded: Recorded | None = None  # of the state that was loaded
         self._buckets.warn_missing()
         self._buckets.check_maskable(ema)
         self._attach_hooks()
@@ -347,12 +352,41 @@ class Pruner:
                 bucket.set_ratio(ratio, final)
             self._ratio = ratio
 
-    def freeze(self) -> None:
+    def freeze(self, accelerate: Any = None) -> None:
         """Fixes the masks of the last selection; weights, moments and EMA are masked from now on.
 
         Before the first step a selection with the full sparsity is made. A second call has no
-        effect.
+        effect but that of `accelerate`.
+
+        Args:
+            accelerate: input of the model (or a tuple of its arguments), shaped as in training, to
+                train the kept weights alone from now on. Each layer is timed on it, forward and
+                backward, and so is the whole model; what is not faster stays dense (see
+                `acceleration`). Parameters stay the same objects, but hold the kept values, and so
+                do moments and EMA; all that is saved stays dense. Call it between two steps, under
+                the autocast of training.
+
+        Raises:
+            ValueError: an optimizer or an average that cannot follow; nothing has been changed.
         """
+        if accelerate is not None and self._acceleration is None:
+            self._check_open()
+            accelerating.check(self._buckets, self._ema)
+        self._freeze()
+        if accelerate is not None and self._acceleration is None:
+            self._refresh()
+            chosen = accelerating.choose(self._model, self._buckets, accelerate, self._recorded)
+            self._accelerate(*chosen)
+
+    def _accelerate(self, recorded: Recorded, report: LayerReport) -> None:
+        self._acceleration = Acceleration(self._model, self._buckets, self._ema, recorded, report)
+
+    @property
+    def acceleration(self) -> LayerReport | None:
+        """What each layer's training takes, sparse and dense, if `freeze` was to accelerate it."""
+        return None if self._acceleration is None else self._acceleration.report
+
+    def _freeze(self) -> None:
         if self.frozen:
             return
         count = self.step_count
@@ -397,6 +431,9 @@ class Pruner:
         if self._stage != "final":
             if self.frozen:
                 self._warn_of_replaced()
+            if self._acceleration is not None:
+                self._acceleration.end()
+                self._acceleration = None
             self.freeze()
             self._refresh()
             self._buckets.fix_masks(self._ema)
@@ -448,6 +485,8 @@ class Pruner:
             raise
         self._model = self._model if model is None else model
         self._fsdp_modules = fsdp_modules
+        if self._acceleration is not None:
+            self._acceleration.follow(self._model)
         self._after_rebuild()
         self._hooks.detach()
         self._attach_hooks()
@@ -499,7 +538,11 @@ class Pruner:
             "step_count": self.step_count,
             "layers": saved_state.pack(self._buckets.layer_states()),
             **({"method_state": learned} if (learned := self.method.state_dict()) else {}),
+            **({"acceleration": recorded.state()} if (recorded := self._recorded_now()) else {}),
         }
+
+    def _recorded_now(self) -> Recorded | None:
+        return self._recorded if self._acceleration is None else self._acceleration.recorded
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
         """Restores what `state_dict` returned, in a pruner attached with the same arguments.
@@ -513,6 +556,13 @@ class Pruner:
         """
         self._check_open()
         sharding.reshard(self._fsdp_modules)
+        if self._acceleration is not None:
+            raise RuntimeError(
+                "layers train sparse, by the masks as they are: load the state into a new pruner, "
+                "before freeze(accelerate=...)"
+            )
+        names = [layer.name for layer in self._buckets.layers]
+        recorded = Recorded.of(state.get("acceleration"), names)
         configuration = self._configuration() if strict else {}
         layer_states = saved_state.unpack(state, self._buckets.layers, configuration)
         self._buckets.check_maskable(self._ema)
@@ -522,6 +572,7 @@ class Pruner:
         self._stage = "pruning" if state["stage"] == "pruning" else "frozen"
         self._counter.set(state["step_count"])
         self._pruning_steps = self._counter.known
+        self._recorded = recorded
         self._after_rebuild()
 
     def _configuration(self) -> dict[str, object]:

@@ -39,7 +39,8 @@ class Recorder:
 
     Values stay on the device and are read in blocks: no step waits for a GPU. `close()`, or the end
     of a `with` block, writes the last one. A layer has rows once it is active and has a gradient;
-    a step that AMP skips has none. With several optimizers the masks are those of each one's
+    a step that AMP skips has none. Of a layer that trains its kept weights alone, those are the
+    gradient. With several optimizers the masks are those of each one's
     latest step. With several ranks, record on one.
 
     Args:
@@ -150,7 +151,7 @@ class Recorder:
         """Follows buckets that were formed anew: layers have joined, or weights have moved."""
         if self._pruner is None:
             return
-        buckets = list(self._pruner.buckets)
+        buckets = self._pruner.buckets.all()
         same = len(buckets) == len(self._buckets) and all(map(operator.is_, buckets, self._buckets))
         if same:
             return
@@ -300,10 +301,18 @@ class _Part:
         if present != self._pointers:
             views = [_contiguous(x.detach(), y) for x, y in zip(weights, self._orders, strict=True)]
             self._views, self._pointers = views, present
-        zeros, state = ops.count_zeros(self._views), self._bucket.state
+        zeros, state = ops.count_zeros(self._views) + self._not_stored(), self._bucket.state
         return [
             _Samples(self._numbers, (self._pick(state.flips), self._pick(state.thresholds), zeros))
         ]
+
+    def _not_stored(self) -> Tensor | int:
+        """Zeros of each layer that a layer which trains sparse does not store."""
+        counts = [
+            torch.Size(layer.shape).numel() - weight.numel()
+            for layer, weight in zip(self._layers, self._weights(), strict=True)
+        ]
+        return torch.tensor(counts, device=self._weights()[0].device) if any(counts) else 0
 
     def _pick(self, values: Tensor) -> Tensor:
         """A copy of the layers' values among those of the bucket."""

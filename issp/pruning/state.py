@@ -90,7 +90,7 @@ def unpack(
             f"the pruner's state was saved with {name} {actual}, but here it is {expected}: attach "
             "with the same arguments, or load with strict=False"
         )
-    shapes = {layer.name: tuple(layer.weight.shape) for layer in layers}
+    shapes = {layer.name: layer.shape for layer in layers}
     entries = _by_layer(saved["layers"], layers)
     return {name: _layer_state(name, entry, shapes) for name, entry in entries.items()}
 

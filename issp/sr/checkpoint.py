@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from issp.deploy import pack
 from issp.nn import names
+from issp.nn.sparse_training import dense_weight
 from issp.pruning import summary
 from issp.sr import checksums, file_kinds, models
 from issp.sr.models.derived import replace_derived
@@ -213,7 +214,8 @@ def sparsity(model: nn.Module) -> dict[str, Any]:
     Returns:
         weights, zeros (numbers) and ratio (zeros / weights).
     """
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    weights = [dense_weight(layer) for layer in layers]
     total = sum(w.numel() for w in weights)
     zeros = sum(summary.zeros(weights))
     return {"weights": total, "zeros": zeros, "ratio": zeros / total if total else 0.0}
