@@ -16,6 +16,7 @@ BENCHMARKS = {
     "step": "the fused step (select, shrink, mask, flips)",
     "optim": "optimizer update and pruning in one pass",
     "train": "whole training iterations, dense and pruned",
+    "finetune": "fine-tuning iterations that train the kept weights alone",
     "record": "what recording gradients and masks costs an iteration",
     "conv": "sparse convolutions, forward and training step",
     "matmul": "sparse linear layers, forward and training step",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +59,13 @@ def layer_inputs(model: nn.Module, args: tuple[Any, ...]) -> dict[nn.Module, lis
     return inputs
 
 
-def unsupported_reason(module: nn.Module, inputs: Sequence[LayerInput]) -> str:
-    """Why a layer cannot have a sparse form at all, or ""."""
+def unsupported_reason(module: nn.Module, inputs: Sequence[LayerInput] | None = None) -> str:
+    """Why a layer cannot have a sparse form at all, or "".
+
+    Args:
+        module: the layer.
+        inputs: what it is applied to; None: that is not known.
+    """
     reason = dense_reason(module)
     if reason:
         return reason
@@ -68,6 +73,8 @@ def unsupported_reason(module: nn.Module, inputs: Sequence[LayerInput]) -> str:
     dtype = weight.dtype
     if dtype not in DTYPES:
         return f"its weight is {dtype}"
+    if inputs is None:
+        return ""
     if not inputs:
         return "the example does not reach it"
     if any(0 in x.shape for x in inputs):
@@ -87,9 +94,8 @@ def _computed(dtype: torch.dtype, device: str) -> torch.dtype:
 
 def shape_text(module: nn.Module, inputs: Sequence[LayerInput]) -> str:
     """The shape of a layer's weight and of what it is applied to."""
-    return _size(module.get_parameter("weight").shape) + "".join(
-        f" on {_size(x.shape)}" for x in inputs
-    )
+    weight = cast(Tensor, module.weight)  # a tensor that is computed, where it is parametrized
+    return _size(weight.shape) + "".join(f" on {_size(x.shape)}" for x in inputs)
 
 
 def measurement_key(

@@ -83,8 +83,10 @@ class LayerReport:
         """One sentence on the whole model."""
         sparse = [line for line in self.lines if line.is_sparse]
         count = f"{len(sparse)} of {len(self.lines)} layers are sparse"
-        if self.whole is None:
+        if not sparse and self.whole is None:
             return f"{count}: the model computes as before."
+        if self.whole is None:
+            return f"{count}."
         times = self.whole.microseconds
         dense = times["dense"]
         sparse_time = next(time for name, time in times.items() if name != "dense")

@@ -204,7 +204,7 @@ def to_sparse_(layer: nn.Conv2d | nn.Linear, positions: KeptPositions) -> None:
     """
     kind = SparseTrainingConv2d if isinstance(layer, nn.Conv2d) else SparseTrainingLinear
     layer.positions = positions  # type: ignore[assignment]
-    layer.__class__ = kind  # type: ignore[assignment]
+    layer.__class__ = kind
     replace_data_(layer.get_parameter("weight"), positions.gather)
 
 

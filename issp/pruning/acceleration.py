@@ -181,17 +181,21 @@ def choose(
     Args:
         model: as it trains.
         buckets: of a pruner whose masks are fixed.
-        example: input of the model, or a tuple of its arguments, as in training.
+        example: input of the model, or a tuple of its arguments, as in training; or True: every
+            layer that can train sparse does, and nothing is measured.
         known: from a saved state; a resumed run goes on with the same bits.
         cache: of choices; None: the user's.
     """
-    args = example if isinstance(example, tuple) else (example,)
     device = next(model.parameters()).device.type
     machine = autotune.machine(device)
-    if known is not None and known.machine == machine:
-        return known, LayerReport([], machine)
-    cache = autotune.Cache() if cache is None else cache
     layers = masked_layers(buckets)
+    if known is not None and known.machine == machine:
+        return known, layer_choice.all_that_can(layers, known.rows)[1]
+    if example is True:
+        rows, report = layer_choice.all_that_can(layers)
+        return Recorded(machine, rows), report
+    args = example if isinstance(example, tuple) else (example,)
+    cache = autotune.Cache() if cache is None else cache
 
     def measure() -> tuple[dict[str, int], LayerReport]:
         return layer_choice.choose(model, layers, args, cache)

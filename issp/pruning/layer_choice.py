@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -54,11 +55,12 @@ def choose(
         root = nn.Sequential(copy.deepcopy(unwrap(model)))
         modules, inputs = named_modules(root[0]), layer_inputs(root[0], args)
         lines: list[Line] = []
+        measured: dict[str, autotune.Choice] = {}
         sparse: dict[str, tuple[int, nn.Module]] = {}
         for layer in layers:
             module = modules[layer.name]
             with module_swap.without_hooks(module):
-                line, chosen = _choose(layer, module, inputs.get(module, []), cache)
+                line, chosen = _choose(layer, module, inputs.get(module, []), cache, measured)
             lines.append(line)
             if chosen is not None:
                 sparse[layer.name] = chosen
@@ -74,10 +76,43 @@ def choose(
     return {name: v for name, (v, _) in sparse.items()}, report
 
 
+def all_that_can(
+    layers: Sequence[MaskedLayer], recorded: Mapping[str, int] | None = None
+) -> tuple[dict[str, int], LayerReport]:
+    """As `choose`, of every layer that can train sparse, or of recorded ones; nothing is timed."""
+    rows: dict[str, int] = {}
+    lines: list[Line] = []
+    for layer in layers:
+        module, mask = layer.layer.module, layer.mask
+        line = Line(layer.name or "(model)", shape_text(module, []), None)
+        line.reason = layer.dense or unsupported_reason(module)
+        if not line.reason and recorded is not None:
+            line.reason = "as before the break"
+            if layer.name in recorded:
+                rows[layer.name] = recorded[layer.name]
+        elif not line.reason:
+            line.reason = "not timed"
+            *_, (_, rows[layer.name]) = _forms(layer)
+        if layer.name in rows:
+            line.sparsity = 1 - int(mask.sum()) / mask.numel()
+            line.choice = _form_name(rows[layer.name])
+        lines.append(line)
+    device = layers[0].mask.device.type if layers else "cpu"
+    return rows, LayerReport(lines, autotune.machine(device))
+
+
 def _choose(
-    layer: MaskedLayer, module: nn.Module, inputs: Sequence[LayerInput], cache: autotune.Cache
+    layer: MaskedLayer,
+    module: nn.Module,
+    inputs: Sequence[LayerInput],
+    cache: autotune.Cache,
+    measured: dict[str, autotune.Choice],
 ) -> tuple[Line, tuple[int, nn.Module] | None]:
-    """A layer's line of the report; v and the sparse layer where that is faster."""
+    """A layer's line of the report; v and the sparse layer where that is faster.
+
+    Layers of one key are timed once, also where a busy machine keeps the cache from taking it: a
+    network of both kinds in turn would convert its images between them.
+    """
     line = Line(layer.name or "(model)", shape_text(module, inputs), None)
     # Of the layer itself: a copy has lost the hooks of its parameters.
     line.reason = layer.dense or unsupported_reason(layer.layer.module, inputs)
@@ -94,24 +129,36 @@ def _choose(
     sparse = {name: partial(_pass, form, samples[False]) for name, (_, form) in forms.items()}
     share = int(mask.sum()) / mask.numel()
     line.key = measurement_key(module, inputs, dict.fromkeys(forms, share), _PASSES)
-    choice = autotune.choose(line.key, dense, sparse, mask.device.type, cache)
+    choice = measured.get(line.key)
+    if choice is None:
+        choice = autotune.choose(line.key, dense, sparse, mask.device.type, cache)
+        measured[line.key] = choice
     line.record(choice, list(sparse))
     return line, forms.get(choice.name)
 
 
 def _sparse_forms(layer: MaskedLayer, module: DenseLayer) -> dict[str, tuple[int, nn.Module]]:
     """Name of each form -> v, and a layer of that form."""
-    shared = layer.target.v if isinstance(layer.target, Keep) else 1
     forms: dict[str, tuple[int, nn.Module]] = {}
-    for v in dict.fromkeys((1, shared)):
-        try:
-            positions = KeptPositions(layer.mask, v)
-        except ValueError:  # a mask from elsewhere: its rows do not share their positions
-            continue
+    for name, v in _forms(layer):
         sparse = copy.deepcopy(module)
-        to_sparse_(sparse, positions)
-        forms[f"rows v={v}" if v > 1 else "rows"] = (v, sparse)
+        to_sparse_(sparse, KeptPositions(layer.mask, v))
+        forms[name] = (v, sparse)
     return forms
+
+
+def _forms(layer: MaskedLayer) -> list[tuple[str, int]]:
+    """Name and v of each form that a mask allows."""
+    forms = [(_form_name(1), 1)]
+    if isinstance(layer.target, Keep) and layer.target.v > 1:
+        with contextlib.suppress(ValueError):  # a mask from elsewhere
+            KeptPositions(layer.mask, layer.target.v)
+            forms.append((_form_name(layer.target.v), layer.target.v))
+    return forms
+
+
+def _form_name(v: int) -> str:
+    return f"rows v={v}" if v > 1 else "rows"
 
 
 def _in_format(module: DenseLayer, channels_last: bool) -> DenseLayer:

@@ -364,7 +364,7 @@ class Pruner:
                 backward, and so is the whole model; what is not faster stays dense (see
                 `acceleration`). Parameters stay the same objects, but hold the kept values, and so
                 do moments and EMA; all that is saved stays dense. Call it between two steps, under
-                the autocast of training.
+                the autocast of training. True: every layer that can, without timing any.
 
         Raises:
             ValueError: an optimizer or an average that cannot follow; nothing has been changed.
@@ -561,10 +561,9 @@ class Pruner:
                 "layers train sparse, by the masks as they are: load the state into a new pruner, "
                 "before freeze(accelerate=...)"
             )
-        names = [layer.name for layer in self._buckets.layers]
-        recorded = Recorded.of(state.get("acceleration"), names)
         configuration = self._configuration() if strict else {}
         layer_states = saved_state.unpack(state, self._buckets.layers, configuration)
+        recorded = Recorded.of(state.get("acceleration"), list(layer_states))
         self._buckets.check_maskable(self._ema)
         if strict or "method_state" in state:
             self.method.load_state_dict(saved_state.method_state(state))

@@ -489,6 +489,12 @@ def _check_method(name: str) -> str:
     return name
 
 
+def _check_accelerate(value: Any) -> bool | str:
+    if value is True or value is False or value == "auto":
+        return value
+    raise ValueError(f"is {value!r}: it must be true, false or auto")
+
+
 class Sparsity(Section):
     """`sparsity`: what `issp.attach` gets. The section's absence means dense training."""
 
@@ -502,6 +508,7 @@ class Sparsity(Section):
     overrides: dict[str, Target] = {}
     keep: Keep | None = None
     from_zeros: StrictBool = False
+    accelerate: Annotated[bool | str, BeforeValidator(_check_accelerate)] = False
 
     @field_validator("options")
     @classmethod
@@ -526,6 +533,8 @@ class Sparsity(Section):
         made = methods.create(self.method, **self.options)
         if self.shrink is not None and "shrink" not in made.options():
             raise ValueError(f"has shrink, but method {self.method} does not use it: drop it")
+        if not made.prunes and self.accelerate:
+            raise ValueError(f"has accelerate, but method {self.method} prunes nothing: drop it")
         if not made.prunes and given and given != ["freeze_iter"]:
             key = next(key for key in given if key != "freeze_iter")
             raise ValueError(f"has {key}, but method {self.method} prunes nothing: drop it")

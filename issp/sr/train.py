@@ -97,7 +97,8 @@ def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
 
             with run.saved_on_failure(iteration - 1):
                 batch = next(run.batches)
-                lq = batch["lq"].to(device, non_blocking=True, memory_format=torch.channels_last)
+                lq = batch["lq"].to(device, non_blocking=True, memory_format=run.memory_format)
+                run.accelerate(lq)  # where a resumed run is frozen already
                 gt = batch["gt"].to(device, non_blocking=True)
                 loss = loss_function(model(lq), gt)
                 if run.pruner is not None and run.pruner.method.has_loss:
@@ -106,6 +107,7 @@ def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
                 loss.backward()
             optimizer.step()  # the pruner acts here: shrink up to freeze_iter, mask afterwards
             update_ema(run.ema, model, config.train.ema_decay)
+            run.accelerate(lq)
             run.meter.add(loss)
             run.progress.advance(iteration)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from issp.pruning.pruner import Pruner
 from issp.pruning.recorder import Recorder
@@ -82,6 +82,7 @@ class TrainingRun:
         self.recorders: list[Recorder] = []
         self._saved = 0  # iteration of the latest state
         self._is_pending = False  # the iteration that a state ends with was not validated yet
+        self._is_accelerated = self._trains_sparse = False
         self._is_complete = False  # there is nothing left to train
 
     @property
@@ -241,6 +242,27 @@ class TrainingRun:
                             f"continue with: {self.resume_command}"
                         )
             raise
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Of the images that the network gets: that of most of its layers."""
+        return torch.contiguous_format if self._trains_sparse else torch.channels_last
+
+    def accelerate(self, example: Tensor) -> None:
+        """Trains the kept weights alone, once the masks are fixed and if the run is to do so.
+
+        Args:
+            example: a batch of LR images.
+        """
+        wanted = self.config.sparsity is not None and self.config.sparsity.accelerate
+        if not wanted or self.pruner is None or self._is_accelerated or not self.pruner.frozen:
+            return
+        with self.meter.paused():
+            self.pruner.freeze(accelerate=True if wanted is True else example)
+        report, self._is_accelerated = self.pruner.acceleration, True
+        assert report is not None
+        self._trains_sparse = any(line.is_sparse for line in report.lines)
+        self.progress.write_line(f"training: {report.summary()}")
 
     def catch_up(self, iteration: int) -> None:
         """Logs and validates the iteration that a state ends with, where that has not happened."""

@@ -370,6 +370,14 @@ class TestPruner:
         assert "sparse takes 1.25 times as long" in lines["0"].reason
         assert "1 of 3 layers are sparse" in pruner.acceleration()
 
+    def test_every_layer_that_can_trains_sparse_where_nothing_is_to_be_timed(self, times):
+        times["rows"] = 9.0
+        model, opt, pruner = setup()
+        pruner.freeze(accelerate=True)
+        assert sparse_names(model) == ["0", "2.0", "4"] and times["measured"] == []
+        assert "3 of 3 layers are sparse." in pruner.acceleration()
+        train(model, opt, [3])
+
     def test_the_model_stays_dense_where_it_is_slower_as_a_whole(self, times):
         times["sparse"] = 9.0
         model, opt, pruner = setup()

@@ -161,7 +161,9 @@ def test_fifty_kills_lose_nothing_and_change_no_bit(server, often, kind, kills):
 
 
 @pytest.mark.full
-def test_a_few_kills_lose_nothing_and_change_no_bit(server, often):
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_a_few_kills_lose_nothing_and_change_no_bit(server, often, accelerate):
+    often["sparsity"]["accelerate"] = accelerate
     most = start(server, often, "whole")
     kinds = ("write", "moment")
     folder, killed = survive(server, often, "run", random.Random(2), kinds, most, 2)
