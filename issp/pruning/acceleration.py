@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from issp.nn import autotune
 from issp.nn.report import LayerReport
 from issp.nn.selection import Layer
+from issp.nn.sharding import is_sharded
 from issp.nn.sparse_training import (
     KeptPositions,
     SparseTrainingLayer,
@@ -159,9 +160,14 @@ def check(buckets: WeightBuckets, ema: EMAWeights | None) -> None:
     """Refuses what sparse fine-tuning cannot follow, before anything is measured or changed.
 
     Raises:
-        ValueError: an optimizer or an average of another kind.
+        ValueError: an optimizer or an average of another kind, or weights in shards.
     """
     check_elementwise(buckets.optimizers, buckets.wrappers)
+    if any(is_sharded(layer.weight) for layer in buckets.prunable):
+        raise ValueError(
+            "freeze(accelerate=...) needs whole weights, but fully_shard has distributed them: "
+            "freeze without accelerate, or train with DistributedDataParallel"
+        )
     if ema is not None:
         for layer in buckets.prunable:
             ema.module(layer)
