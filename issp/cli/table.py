@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from issp.cli import common
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from issp.sr.results import Result
 
 HELP = "tables of PSNR and SSIM in the layout of the paper's, from results files and studies"
@@ -47,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
     if not args.results and args.paper is None:
         raise ValueError("give results files of `issp test --csv`, folders of studies, or --paper")
     out = user_path(args.out) if args.out else None
+    form = args.format or _form_of(out)
     if out:
         files = args.results + ([args.paper] if isinstance(args.paper, str) else [])
         common.check_output("--out", out, map(results.results_file, files), "the results")
@@ -59,14 +62,23 @@ def main(args: argparse.Namespace) -> int:
         made = [t for t in made if t.key in wanted]
         if args.paper is not None and not any(row.source for t in made for row in t.rows):
             print("note: --paper has no number for these networks and ratios", file=sys.stderr)
-    by_ending = table_formats.ENDINGS.get(out.suffix.lower()) if out else None
-    text = table_formats.FORMATS[args.format or by_ending or "markdown"](made)
+    text = table_formats.FORMATS[form](made)
     if out is None:
         print(text, end="")
         return 0
     atomic_write(out, text.encode(errors="backslashreplace"))
     print(out)
     return 0
+
+
+def _form_of(out: Path | None) -> str:
+    """The form that the ending of --out asks for; markdown where it has none."""
+    from issp.sr.table_formats import ENDINGS
+
+    suffix = out.suffix.lower() if out else ""
+    if suffix and suffix not in ENDINGS:
+        raise ValueError(f"--out {out}: give --format, or an ending of {', '.join(ENDINGS)}")
+    return ENDINGS.get(suffix, "markdown")
 
 
 def _of_paper(args: argparse.Namespace) -> list[Result]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
@@ -81,8 +80,12 @@ class Result:
             raise ValueError(f"scale is {self.scale}: it must be 1 or more")
         _check_share("sparsity", self.sparsity)
         _check_share("zeros", self.zeros)
-        if math.isnan(self.psnr):
-            raise ValueError("psnr is nan: it must be a number")
+        if not self.psnr >= 0:  # NaN is refused as well
+            raise ValueError(f"psnr is {self.psnr}: it must be a number from 0, or inf")
+        for name, least in (("images", 1), ("crop_border", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}: it must be {least} or more")
         if self.ssim is not None and not -1 <= self.ssim <= 1:
             raise ValueError(f"ssim is {self.ssim}: it must be from -1 to 1")
 

@@ -29,7 +29,8 @@ def atomic_write(
 ) -> None:
     """Writes a file beside its place and moves it there once it is complete.
 
-    What writers that were killed left in the folder is removed.
+    Through a link the file behind it is written. What writers that were killed left in the folder
+    is removed.
 
     Args:
         path: of the file; its folder is made when absent.
@@ -45,6 +46,7 @@ def atomic_write(
     path = user_path(path)
     try:
         _check_replaceable(path)
+        path = path.resolve() if path.is_symlink() else path
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(path.parent)
         with _temporary_file(path) as (temporary, file):
@@ -67,11 +69,13 @@ def atomic_write(
 
 
 def _check_replaceable(path: Path) -> None:
-    """Refuses a folder, and a device or a pipe, in whose place a file would be put."""
+    """Refuses a folder, and what is not a file, in whose place one would be put."""
     if path.is_dir():
         raise IsADirectoryError(f"cannot write {path}: it is a folder; name a file")
     if path.exists() and not path.is_file():
         raise OSError(f"cannot write {path}: it is a device or a pipe; name a file")
+    if path.is_symlink() and not path.exists():
+        raise OSError(f"cannot write {path}: it is a link to nothing; name a file")
 
 
 def _sync_folder(folder: Path) -> None:

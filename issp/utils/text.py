@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 def suggest(name: object, known: Iterable[str]) -> str:
     """The end of an error sentence: the known name nearest to `name`, or all of them."""
     known = list(known)
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    lower = {one.lower(): one for one in reversed(known)}
+    close = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.5)
+    return f"did you mean {lower[close[0]]!r}?" if close else f"known: {', '.join(known)}"
 
 
 def cell(text: str) -> str:

@@ -75,6 +75,7 @@ def test_a_fuller_file_of_the_papers_numbers(scores, capsys, tmp_path):
         ("t.tex", [], "% \\usepackage{booktabs}"),
         ("t.csv", [], "arch,sparsity"),
         ("t.csv", ["--format", "latex"], "% \\usepackage{booktabs}"),
+        ("t.txt", ["--format", "markdown"], "### swinir-light"),
     ],
 )
 def test_the_ending_chooses_the_form(scores, capsys, tmp_path, name, arguments, beginning):
@@ -104,5 +105,7 @@ def test_wrong_input_is_one_sentence(scores, capsys, tmp_path):
     assert "cannot write" in refused(capsys, scores, "-o", "/proc/x/t.md")
     assert "scores.csv is a file; choose a folder" in refused(capsys, scores, "-o", scores / "t.md")
     assert "it is a folder; name a file" in refused(capsys, scores, "-o", study)
+    ending = "t.pdf: give --format, or an ending of .md, .tex, .csv"
+    assert ending in refused(capsys, scores, "-o", tmp_path / "t.pdf")
     assert cli.main(["table", str(scores), "--format", "html"]) == 2
     assert "unknown --format 'html'" in capsys.readouterr().err

@@ -53,10 +53,11 @@ def test_adding_replaces_the_row_of_the_same_model_alone(tmp_path):
         ("iss-p,a,2,0.9,one,S,y,30,0.9", "seed is 'one'"),
         ("iss-p,a,2,0.9,1,,y,30,0.9", "set is empty"),
         (",a,2,0.9,1,S,y,30,0.9", "method is empty"),
-        ("iss-p,a,2,0.9,1,S,Y,30,0.9", "channel is 'Y': known: y, rgb"),
+        ("iss-p,a,2,0.9,1,S,Y,30,0.9", "channel is 'Y': did you mean 'y'?"),
         ("iss-p,a,2,0.9,1,S,luma,30,0.9", "channel is 'luma': known: y, rgb"),
         ("iss-p,a,2,0.9,1,S,y,,0.9", "psnr is '': it must be a number"),
         ("iss-p,a,2,0.9,1,S,y,nan,0.9", "psnr is nan"),
+        ("iss-p,a,2,0.9,1,S,y,-inf,0.9", "psnr is -inf: it must be a number from 0, or inf"),
         ("iss-p,a,2,0.9,1,S,y,30,90", "ssim is 90.0"),
         ("iss-p,a,2,0.9,1,S,y,30", "has 8 values for 9 columns"),
     ],
@@ -67,6 +68,12 @@ def test_a_damaged_row_is_named_with_its_line(tmp_path, line, sentence):
     with pytest.raises(ValueError, match="r.csv, line 3") as error:
         results.read(path)
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(("column", "value"), [("images", 0), ("images", -3), ("crop_border", -2)])
+def test_counts_that_are_impossible_are_refused(column, value):
+    with pytest.raises(ValueError, match=f"{column} is {value}: it must be [01] or more"):
+        replace(ROW, **{column: value})
 
 
 def test_rows_that_are_added_at_once_are_all_there(tmp_path, monkeypatch):

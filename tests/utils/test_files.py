@@ -210,7 +210,9 @@ def test_what_a_killed_holder_of_a_lock_left_is_used_again(tmp_path):
 def test_a_folder_a_device_and_a_pipe_are_not_replaced(tmp_path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("absent")
     for path, kind in (
+        (tmp_path / "link", "a link to nothing"),
         (tmp_path / "folder", "a folder"),
         (tmp_path / "pipe", "a device or a pipe"),
         (Path(os.devnull), "a device or a pipe"),
@@ -219,7 +221,17 @@ def test_a_folder_a_device_and_a_pipe_are_not_replaced(tmp_path):
             with pytest.raises(OSError, match=f"^cannot write {path}: it is {kind}; name a file$"):
                 refuse(path)
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "pipe"]
+
+
+def test_a_link_stays_and_the_file_behind_it_is_written(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("old")
+    (tmp_path / "link").symlink_to(Path("other", "file"))
+    atomic_write(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "other" / "file").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 2 and len(list((tmp_path / "other").iterdir())) == 1
 
 
 def test_a_file_that_could_not_be_written_is_named_before(tmp_path):

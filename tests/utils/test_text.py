@@ -8,6 +8,11 @@ def test_the_nearest_name_or_all_of_them():
     assert suggest("xyz", ["train", "test"]) == "known: train, test"
 
 
+def test_names_are_compared_without_their_case():
+    assert suggest("EDSR-L", ["edsr-tiny", "edsr-l"]) == "did you mean 'edsr-l'?"
+    assert suggest("swinir", ["EDSR", "SwinIR"]) == "did you mean 'SwinIR'?"
+
+
 def test_columns_are_aligned():
     assert table(["a", "bb"], [["long", "1"], ["x", "22"]]).splitlines() == [
         "| a    | bb |",

@@ -13,6 +13,7 @@ import numpy as np
 from issp.sr import config, logging
 from issp.sr.plots import drawing, records
 from issp.utils import csv_log
+from issp.utils.errors import ConfigError
 from issp.utils.files import user_path
 
 
@@ -114,7 +115,7 @@ def _against_iterations(
         axes[1].annotate("mask frozen", (freeze, 1.0), xytext=(4, -10), **place, **text)
     axes[-1].set_xlabel("iteration")
     # A little beyond the last iteration, so that its point is whole.
-    axes[-1].set_xlim(left=0, right=1.01 * last)
+    axes[-1].set_xlim(left=0, right=1.01 * max(1, last))
 
 
 def layers(rows: Sequence[dict[str, Any]], path: str | Path) -> None:
@@ -240,7 +241,12 @@ def draw_logs(logs: RunLogs, out: str | Path | None = None) -> list[Path]:
 def _freeze_of(path: Path) -> int | None:
     """`sparsity.freeze_iter` of a run's configuration; None where there is none."""
     section = config.load_yaml(path).get("sparsity") if path.is_file() else None
-    return section.get("freeze_iter") if isinstance(section, dict) else None
+    freeze = section.get("freeze_iter") if isinstance(section, dict) else None
+    if not isinstance(freeze, int | None):
+        raise ConfigError(
+            f"{path}: sparsity.freeze_iter is {freeze!r}: it must be a whole number of iterations"
+        )
+    return freeze
 
 
 def _training_rows(path: Path) -> list[dict[str, Any]]:

@@ -201,8 +201,8 @@ def _check_names(file: StudyFile) -> None:
             _check_known(network, models.names(), "network")
 
 
-def _check_known(name: str, known: Any, place: str) -> None:
-    if name not in known:
+def _check_known(name: Any, known: Any, place: str) -> None:
+    if not isinstance(name, str) or name not in known:
         raise ConfigError(f"{place}: {name!r} is unknown: {suggest(name, known)}")
 
 

@@ -31,6 +31,15 @@ def write_logs(folder, logs):
         (folder / "log" / f"{name}.csv").write_text(text)
 
 
+@pytest.mark.parametrize("freeze", ["soon", "[1]", "2.5"])
+def test_a_freeze_that_is_no_iteration_is_named(tmp_path, capsys, freeze):
+    write_logs(tmp_path, {})
+    (tmp_path / "config.yml").write_text(f"sparsity: {{freeze_iter: {freeze}}}\n")
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    assert "config.yml: sparsity.freeze_iter is " in capsys.readouterr().err
+    assert not (tmp_path / "visualization").exists()
+
+
 @pytest.mark.parametrize("name", LOGS)
 def test_a_damaged_log_is_named(tmp_path, capsys, name):
     logs, sentence = LOGS[name]

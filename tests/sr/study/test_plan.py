@@ -183,6 +183,7 @@ def test_test_sets_are_folders_or_entries_of_datasets(tree, tmp_path):
             r"unknown key exclude\[0\]\.methd: did you mean",
         ),
         ({"methods": {"a": {}}}, r"methods\.a: 'a' is unknown"),
+        ({"methods": {"a": {"method": ["iht"]}}}, r"methods\.a: \['iht'\] is unknown"),
         ({"methods": {"iht": {"freeze_iter": 3}}}, r"methods\.iht has freeze_iter: it is the same"),
         ({"methods": {"iht": {"shrnk": 3}}}, r"iht_0\.8_seed0: unknown key sparsity\.shrnk"),
         ({"test": {}}, r"test names no set"),
