@@ -124,6 +124,9 @@ def check_pruning(namespace, printed):
     checkpoint, pruner = namespace["checkpoint"], namespace["pruner"]
     assert checkpoint["pruner"]["step_count"] == pruner.step_count == 2
     assert namespace["masks"].keys() == prunable(namespace["model"]).keys()
+    assert "of 20 layers are sparse" in printed or "The model is dense throughout" in printed
+    assert namespace["fine_tuner"].step_count == 4
+    assert_sparse(namespace["net"], 0.95)
 
 
 def check_recorder(namespace, printed):
