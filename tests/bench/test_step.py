@@ -13,7 +13,7 @@ from bench.harness import bandwidth, settings, timing
 from bench.harness.memory import peak_bytes
 from bench.harness.step_table import Entry, make
 from bench.harness.workload import Workload
-from issp import num_pruned, ops
+from issp import models, num_pruned, ops
 from issp.sr import shapes
 from issp.utils import files
 
@@ -73,7 +73,6 @@ class TestShapes:
     @pytest.mark.parametrize("model", ["swinir-light", "edsr-baseline"])
     @pytest.mark.parametrize("scale", shapes.SCALES)
     def test_order_is_the_networks(self, model, scale):
-        models = pytest.importorskip("issp.models", reason="the networks are not installed")
         kinds = (torch.nn.Conv2d, torch.nn.Linear)
         net = models.build(model, scale)
         actual = [tuple(m.weight.shape) for m in net.modules() if isinstance(m, kinds)]

@@ -19,7 +19,7 @@ from tests.integrations.loops import (
 )
 
 accelerate = pytest.importorskip("accelerate", reason="Accelerate is not installed")
-attach = pytest.importorskip("issp.integrations.accelerate").attach
+from issp.integrations.accelerate import attach  # noqa: E402
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("one_thread")]
 

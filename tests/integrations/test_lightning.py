@@ -23,7 +23,7 @@ from tests.integrations.loops import (
 )
 
 pl = pytest.importorskip("lightning.pytorch", reason="Lightning is not installed")
-PruningCallback = pytest.importorskip("issp.integrations.lightning").PruningCallback
+from issp.integrations.lightning import PruningCallback  # noqa: E402
 
 pytestmark = [
     pytest.mark.full,

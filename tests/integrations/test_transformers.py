@@ -25,7 +25,7 @@ from tests.integrations.loops import (
 
 transformers = pytest.importorskip("transformers", reason="Transformers is not installed")
 pytest.importorskip("accelerate", reason="Accelerate is not installed")
-PruningCallback = pytest.importorskip("issp.integrations.transformers").PruningCallback
+from issp.integrations.transformers import PruningCallback  # noqa: E402
 
 pytestmark = [pytest.mark.full, pytest.mark.usefixtures("one_thread")]
 
