@@ -156,11 +156,11 @@ class Acceleration:
         replace_data_(conv.get_parameter("weight"), change)
 
 
-def check(buckets: WeightBuckets, ema: EMAWeights | None) -> None:
+def check(model: nn.Module, buckets: WeightBuckets, ema: EMAWeights | None) -> None:
     """Refuses what sparse fine-tuning cannot follow, before anything is measured or changed.
 
     Raises:
-        ValueError: an optimizer or an average of another kind, or weights in shards.
+        ValueError: an optimizer, an average or a wrapper of another kind, or weights in shards.
     """
     check_elementwise(buckets.optimizers, buckets.wrappers)
     if any(is_sharded(layer.weight) for layer in buckets.prunable):
@@ -171,6 +171,7 @@ def check(buckets: WeightBuckets, ema: EMAWeights | None) -> None:
     if ema is not None:
         for layer in buckets.prunable:
             ema.module(layer)
+    data_parallel.wrappers_of(model.modules())
 
 
 def choose(

@@ -371,7 +371,7 @@ class Pruner:
         """
         if accelerate is not None and self._acceleration is None:
             self._check_open()
-            accelerating.check(self._buckets, self._ema)
+            accelerating.check(self._model, self._buckets, self._ema)
         self._freeze()
         if accelerate is not None and self._acceleration is None:
             self._refresh()
