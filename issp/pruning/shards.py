@@ -21,7 +21,7 @@ from issp.ops.keep import Keep
 from issp.pruning.buckets import WeightBucket, num_selected, with_patterns
 from issp.pruning.iterates import iterates, shrink
 from issp.pruning.moments import MaskTargets
-from issp.pruning.shard_selection import count_selected
+from issp.pruning.shard_selection import Span, count_selected
 from issp.pruning.state import LayerState
 
 
@@ -80,15 +80,22 @@ class ShardedBucket(WeightBucket):
         self._row_numels = [torch.Size(shape[1:]).numel() for shape in self._shapes]
         # DTensor splits the rows as torch.chunk does.
         self._chunks = [-(-shape[0] // self._mesh.size()) for shape in self._shapes]
+        self._spans = [self._span(t) for t in range(len(self.layers))]
         self._patterns = [x.target if isinstance(x.target, Keep) else None for x in layers]
         self._check_patterns()
         self.k = [0] * len(self.layers)
-        self._k = torch.zeros(len(self.layers), dtype=torch.int64, device=first.device)
-        self._local_k = self._k.clone()
+        self._device = first.device
+        self._local_k = torch.zeros(len(self.layers), dtype=torch.int64, device=self._device)
         # Numbers of the layers whose shard here is not empty, and of those that are ranked jointly.
         self._present = [t for t, w in enumerate(self.weights) if local(w).numel()]
         self._joint = [t for t, keep in enumerate(self._patterns) if keep is None]
         self._local = self._local_bucket()
+
+    def _span(self, t: int) -> Span:
+        """The elements of weight `t` that this rank has."""
+        numel = self.weights[t].numel()
+        start = min(self._mesh.get_local_rank() * self._chunks[t] * self._row_numels[t], numel)
+        return Span(start, start + local(self.weights[t]).numel(), numel)
 
     def _local_bucket(self) -> WeightBucket | None:
         if not self._present:
@@ -150,7 +157,6 @@ class ShardedBucket(WeightBucket):
         if k == self.k:
             return
         self.k = k
-        self._k.copy_(torch.tensor(k, dtype=torch.int64, device="cpu"))
         # Groups of a pattern lie within a shard; the counts of all others follow in each step.
         numels = [local(w).numel() for w in self.weights]
         self._local_k.copy_(
@@ -160,9 +166,12 @@ class ShardedBucket(WeightBucket):
     @torch.no_grad()
     def shrink(self, factor: float, found_inf: Tensor | None = None) -> None:
         """Selects anew over all shards and shrinks the own ones; all ranks must call it."""
-        if self._joint:
-            shards = [local(self.weights[t]) for t in self._joint]
-            self._local_k[self._joint] = count_selected(shards, self._k[self._joint], self._group)
+        joint = [t for t in self._joint if self.k[t]]
+        if joint:
+            shards = [local(self.weights[t]) for t in joint]
+            spans = [self._spans[t] for t in joint]
+            k = [self.k[t] for t in joint]
+            self._local_k[joint] = count_selected(shards, spans, k, self._group)
         if self._local is not None:
             self._local.state.k.copy_(self._local_k[self._present])
             self._local.shrink(factor, found_inf)
@@ -256,7 +265,7 @@ class ShardedBucket(WeightBucket):
     def _thresholds(self) -> Tensor:
         """The largest local ones by key, [T]: NaN is above all others, as in a single process."""
         dtype = self.weights[0].dtype
-        keys = torch.zeros(len(self.layers), dtype=torch.int64, device=self._k.device)
+        keys = torch.zeros(len(self.layers), dtype=torch.int64, device=self._device)
         if self._local is not None:
             keys[self._present] = reference.key(self._local.state.thresholds).long()
         torch.distributed.all_reduce(keys, torch.distributed.ReduceOp.MAX, group=self._group)
@@ -264,7 +273,7 @@ class ShardedBucket(WeightBucket):
 
     def flips(self) -> list[int]:
         """See `WeightBucket`; a reduction."""
-        flips = torch.zeros_like(self._k)
+        flips = torch.zeros_like(self._local_k)
         if self._local is not None:
             flips[self._present] = self._local.state.flips
         return self._sum(flips).tolist()
@@ -285,7 +294,7 @@ class ShardedBucket(WeightBucket):
         if is_sharded(mask):
             return local(mask)
         start = min(self._mesh.get_local_rank() * self._chunks[t], mask.shape[0])
-        return mask[start : start + self._chunks[t]].to(self._k.device)
+        return mask[start : start + self._chunks[t]].to(self._device)
 
     def layer_states(self) -> dict[str, LayerState]:
         """States of the whole weights by layer name, on every rank; a gathering."""
@@ -300,7 +309,7 @@ class ShardedBucket(WeightBucket):
     def _gathered_masks(self) -> list[Tensor]:
         """The flat masks of the whole weights, by one gathering of their bits."""
         sizes = [rows * n for rows, n in zip(self._chunks, self._row_numels, strict=True)]
-        padded = torch.zeros(sum(sizes), dtype=torch.bool, device=self._k.device)
+        padded = torch.zeros(sum(sizes), dtype=torch.bool, device=self._device)
         for part, mask in zip(padded.split(sizes), self._local_masks(), strict=True):
             part[: mask.numel()] = mask.flatten()
         words = reference.pack(padded)
@@ -319,7 +328,7 @@ class ShardedBucket(WeightBucket):
         counts, shards = list(self.k), {}
         for t, state in own.items():
             numel = self.weights[t].numel()
-            kept = reference.unpack(state.mask.to(self._k.device), numel).view(self._shapes[t])
+            kept = reference.unpack(state.mask.to(self._device), numel).view(self._shapes[t])
             shard = self._rows(t, kept)
             # One rank has the flips of all, so that their sum is right.
             flips = state.flips if self._mesh.get_local_rank() == 0 else 0

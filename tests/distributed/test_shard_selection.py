@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from issp.ops import reference
 from issp.pruning import shard_selection
-from issp.pruning.shard_selection import count_selected
+from issp.pruning.shard_selection import Span, count_selected
 from tests.distributed.ranks import needs_gloo, run_ranks
 
 pytestmark = needs_gloo
@@ -29,46 +29,54 @@ def compare(dtype):
     """(the counts of this rank, those of the reference) for several k of all weights at once."""
     rank, world, results = dist.get_rank(), dist.get_world_size(), []
     weights = whole_weights(dtype)
-    shards = []
+    shards, spans = [], []
     for weight in weights:
         rows = -(-len(weight) // world)
-        shards.append([weight[r * rows : (r + 1) * rows] for r in range(world)])
+        parts = [weight[r * rows : (r + 1) * rows] for r in range(world)]
+        shards.append(parts)
+        start = sum(part.numel() for part in parts[:rank])
+        spans.append(Span(start, start + parts[rank].numel(), weight.numel()))
     for share in (0.0, 0.01, 0.3, 0.5, 0.77, 0.95, 1.0):
-        k = [round(share * w.numel()) for w in weights]
-        actual = count_selected([s[rank].contiguous() for s in shards], torch.tensor(k), None)
+        k = [max(1, round(share * w.numel())) for w in weights]
+        actual = count_selected([s[rank] for s in shards], spans, k, None)
         expected = []
-        for weight, parts, count in zip(weights, shards, k, strict=True):
+        for weight, span, count in zip(weights, spans, k, strict=True):
             chosen = reference.selected(weight.flatten(), count)
-            start = sum(part.numel() for part in parts[:rank])
-            expected.append(int(chosen[start : start + parts[rank].numel()].sum()))
+            expected.append(int(chosen[span.start : span.stop].sum()))
         results.append((actual.tolist(), expected))
     return results
 
 
-def compare_all(block):
-    shard_selection._BLOCK = block
+def compare_all(bits):
+    shard_selection._DIGIT = bits
     return {str(dtype): compare(dtype) for dtype in DTYPES}
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("block", [1, 1 << 22], ids=["one weight a block", "one block"])
-def test_counts_are_those_of_the_selection_of_the_whole_weights(world, block):
-    for by_dtype in run_ranks(compare_all, world, block):
+@pytest.mark.parametrize("bits", [8, 2])
+def test_counts_are_those_of_the_selection_of_the_whole_weights(world, bits):
+    for by_dtype in run_ranks(compare_all, world, bits):
         for dtype, pairs in by_dtype.items():
             for actual, expected in pairs:
                 assert actual == expected, dtype
 
 
-def count_collectives():
+def count_collectives(layers):
     calls = []
     for name in ("all_reduce", "all_gather"):
         function = getattr(dist, name)
         setattr(dist, name, lambda *a, _f=function, _n=name, **kw: (calls.append(_n), _f(*a, **kw)))
-    weights = [torch.randn(4, 4) for _ in range(50)]
-    count_selected(weights, torch.full((50,), 7), None)
+    size, rank, world = 10_000, dist.get_rank(), dist.get_world_size()
+    span = Span(size * rank, size * (rank + 1), size * world)
+    generator = torch.Generator().manual_seed(rank)
+    weights = [torch.randn(100, 100, generator=generator) for _ in range(layers)]
+    k = [int(0.9 * span.numel)] * layers
+    count_selected(weights, [span] * layers, k, None)
     return calls
 
 
-def test_a_bucket_of_float32_needs_four_collectives():
-    for calls in run_ranks(count_collectives, 2):
-        assert calls == ["all_reduce"] * 3 + ["all_gather"]
+@pytest.mark.parametrize(("layers", "reductions"), [(1, 3), (40, 4)])
+def test_all_layers_share_the_collectives(layers, reductions):
+    """One more digit: of 40 layers some have thresholds that lie further apart."""
+    for calls in run_ranks(count_collectives, 2, layers):
+        assert calls == ["all_reduce"] * reductions + ["all_gather"]
