@@ -50,6 +50,8 @@ def main(args: argparse.Namespace) -> int:
     """
     from issp.sr.study import plan
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("a study trains in processes of its own: start it without torchrun")
     cores = os.cpu_count() or 1
     for option in ("workers", "threads"):
         value = getattr(args, option)

@@ -16,7 +16,8 @@ EXAMPLE = (
     "issp train --model edsr-tiny --scale 2 --hr photos/ --val Set5=benchmarks/Set5\n"
     "             --sparsity 0.9 --iters 2000 --freeze-at 1000 --batch 16 --patch 96 --name tiny\n"
     "  issp train configs/train_issp_swinir_light_x4.yml --set train.optim_g.lr=1e-4\n"
-    "  issp train experiments/tiny/config.yml --resume"
+    "  issp train experiments/tiny/config.yml --resume\n"
+    "  torchrun --nproc_per_node=4 -m issp train CONFIG.yml    (a process for each of 4 GPUs)"
 )
 
 # The paper's milestones as shares of the fine-tuning stage: 250k, 400k, ... of 500k. They stay
@@ -86,6 +87,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Trains; the final model is experiments/NAME/models/net_g_latest.safetensors."""
+    from issp.sr import distributed
+
+    try:
+        with distributed.joined() as ranks:
+            args.quiet = args.quiet or not ranks.is_main
+            _train(args)
+    except distributed.OtherRankEnded as end:
+        return end.status
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
     from issp.sr import config
     from issp.utils.errors import explain_out_of_memory
 
@@ -98,9 +111,9 @@ def main(args: argparse.Namespace) -> int:
     from issp.sr.train import train
 
     with explain_out_of_memory("use a smaller --batch or --patch"):
-        name_crowding(args)
+        if not args.quiet:
+            name_crowding(args)
         train(settings, resume=args.resume, quiet=args.quiet)
-    return 0
 
 
 def _follow_moved_run(tree: dict[str, Any], path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 import random
 from collections.abc import Callable
 from itertools import accumulate
@@ -29,28 +28,6 @@ from issp.utils.text import suggest
 
 ARCHITECTURES = ("EDSR", "SwinIR", "CAT")
 Pairs = data.PairedFolder | data.PairedArrays
-
-
-def check_one_process(config: Config) -> None:
-    """Refuses what asks for several processes: ranks are not built, and each would train alone.
-
-    Raises:
-        ConfigError: num_gpu above 1, `dist: true`, or a launcher such as torchrun.
-    """
-    gpus, crops = config.num_gpu, config.train_data.batch_size_per_gpu
-    if gpus != "auto" and gpus > 1:
-        raise ConfigError(
-            f"num_gpu is {gpus}, but a training runs on one device: for the same batch set num_gpu "
-            f"to 1 and datasets.train.batch_size_per_gpu to {gpus * crops}"
-        )
-    if config.dist:
-        raise ConfigError("dist is true, but a training runs in one process: set it to false")
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        raise ConfigError(
-            f"a launcher started {world} processes (WORLD_SIZE), but a training runs in one: "
-            "start it without torchrun"
-        )
 
 
 def device(name: str) -> torch.device:
@@ -131,8 +108,8 @@ def pairs(entry: TrainData | EvalData, scale: int) -> Pairs:
     )
 
 
-def loader(config: Config, pin_memory: bool) -> data.TrainLoader:
-    """Training batches."""
+def loader(config: Config, pin_memory: bool, rank: int = 0, world: int = 1) -> data.TrainLoader:
+    """Training batches, of this rank among `world`."""
     entry = config.train_data
     dataset = data.TrainDataset(
         pairs(entry, config.scale),
@@ -147,6 +124,8 @@ def loader(config: Config, pin_memory: bool) -> data.TrainLoader:
         dataset,
         entry.batch_size_per_gpu,
         enlarge_ratio=entry.dataset_enlarge_ratio,
+        rank=rank,
+        world=world,
         num_workers=entry.num_worker_per_gpu,
         pin_memory=pin_memory and entry.pin_memory,
         shuffle=entry.use_shuffle,
@@ -191,9 +170,19 @@ def optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def pruner(
-    config: Config, model: nn.Module, opt: torch.optim.Optimizer, ema: nn.Module | None
+    config: Config,
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    ema: nn.Module | None,
+    seed: int | None = None,
 ) -> Pruner | None:
-    """`issp.attach` with the `sparsity` section; None for dense training."""
+    """`issp.attach` with the `sparsity` section; None for dense training.
+
+    Args:
+        config: of the run.
+        model, opt, ema: what is trained.
+        seed: for methods that draw, where the configuration names none; None: torch's.
+    """
     section = config.sparsity
     if section is None:
         return None
@@ -201,11 +190,15 @@ def pruner(
     if section.keep:
         # First, so that the user's own name patterns win over it.
         overrides = {"*": pruning_target(section.keep)} | overrides
-    shrink = {} if section.shrink is None else {"shrink": section.shrink}
+    options = dict(section.options)
+    if section.shrink is not None:
+        options["shrink"] = section.shrink
+    if seed is not None and "seed" in methods.create(section.method).options():
+        options.setdefault("seed", seed)
     return attach(
         model,
         opt,
-        method=methods.create(section.method, **section.options, **shrink),
+        method=methods.create(section.method, **options),
         sparsity=section.ratio,
         exclude=section.exclude,
         overrides=overrides,

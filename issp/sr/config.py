@@ -572,13 +572,14 @@ _MODEL_TYPES = ("SRModel", "SwinIRModel", "CATModel", "CATModle")
 class Config(Section):
     """A whole training run."""
 
-    IGNORED_KEYS = ("dist_params", "find_unused_parameters")
+    IGNORED_KEYS = ("dist_params",)
 
     name: Annotated[str, AfterValidator(_folder_name)] = ""
     model_type: Annotated[str, _one_of(*_MODEL_TYPES)] = "SRModel"
     scale: Annotated[Integer, _between(2)] = 0
     num_gpu: Annotated[Any, BeforeValidator(_number_from_text), AfterValidator(_gpus)] = "auto"
     dist: StrictBool = False
+    find_unused_parameters: StrictBool = False
     is_train: StrictBool = True
     manual_seed: Annotated[Integer, _SEEDS] = 0
     device: str = "auto"

@@ -1,7 +1,8 @@
 """Stopping between iterations: a signal is kept until the state is saved.
 
-A second Ctrl-C acts at once. SIGTERM and SIGHUP may arrive several times: a closed terminal and its
-shell both send one, and job schedulers repeat theirs. SIGUSR1 is what schedulers send as a warning.
+A second Ctrl-C acts at once, but for processes of torchrun. SIGTERM and SIGHUP may arrive several
+times: a closed terminal and its shell both send one, and job schedulers repeat theirs. SIGUSR1 is
+what schedulers send as a warning.
 """
 
 from __future__ import annotations
@@ -28,10 +29,14 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """A context in which `signal` is the first of `_SIGNALS` that has arrived; 0: none."""
+    """A context in which `signal` is the first of `_SIGNALS` that has arrived; 0: none.
 
-    def __init__(self) -> None:
-        self.signal = 0
+    Args:
+        from_launcher: a second Ctrl-C changes nothing, because torchrun repeats the first one.
+    """
+
+    def __init__(self, from_launcher: bool = False) -> None:
+        self.signal, self._from_launcher = 0, from_launcher
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -50,6 +55,6 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT and not self._from_launcher:
             raise KeyboardInterrupt
         self.signal = self.signal or number

@@ -146,12 +146,21 @@ def check_disk(config: Config, model: nn.Module, states: int, start: int, say: S
         )
 
 
-def idle_gpus(config: Config, device: torch.device) -> str | None:
-    """A line about GPUs that `num_gpu: auto` would take in BasicSR."""
+def idle_gpus(config: Config, device: torch.device, processes: int = 1) -> str | None:
+    """A line about GPUs that `num_gpu: auto` would take in BasicSR.
+
+    Args:
+        config: of the run.
+        device: of this process.
+        processes: of the training, each with a device.
+    """
     count = torch.cuda.device_count()
-    if device.type != "cuda" or count < 2 or config.num_gpu != "auto":
+    if device.type != "cuda" or count < 2 or config.num_gpu != "auto" or processes > 1:
         return None
-    return f"num_gpu is auto, but a training runs on one device: {device}, one of {count} GPUs"
+    return (
+        f"num_gpu is auto, but one process was started: it trains on {device}, one of {count} "
+        f"GPUs; torchrun --nproc_per_node={count} -m issp train uses all"
+    )
 
 
 def lost_zeros(config: Config, model: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 Two stages, as in the paper: up to iteration K_p (`sparsity.freeze_iter`) the pruner re-selects and
 shrinks after every optimizer step, at a constant learning rate; then the mask is fixed and the
 sparse network is fine-tuned with a decaying one. Without a `sparsity` section it is plain training.
+Processes that torchrun started train together, each on its share of every batch.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import copy
 import torch
 from torch import nn
 
-from issp.sr import builders, logging
+from issp.pruning.rank_check import RankCheck
+from issp.sr import builders, distributed, logging
 from issp.sr.config import Config
+from issp.sr.distributed import OtherRankEnded, Ranks
 from issp.sr.resume import SavedState
 from issp.sr.run_folder import RunFolder
 from issp.sr.training_run import TrainingRun
@@ -45,12 +48,18 @@ def train(
         NonFiniteLossError: the loss became NaN or infinite.
         ValueError, OSError: bad input, a full disk; from the second iteration on the state has been
             saved, if it could be.
+        OtherRankEnded: of several processes another one has raised the error.
     """
-    builders.check_one_process(config)
+    with distributed.joined() as ranks:
+        return _train(config, resume, progress or logging.Progress(quiet), ranks)
+
+
+def _train(config: Config, resume: bool, progress: logging.Progress, ranks: Ranks) -> nn.Module:
+    ranks.check(config)
     # Before the first parallel operation, because worker threads inherit the mode.
     flushed = denormals.flush_denormals()
     builders.seed_everything(config.manual_seed)
-    device = builders.device(config.device)
+    device = ranks.device(config.device)
     saved = SavedState.find(config, RunFolder(config.folder), resume)
     model = builders.network(config, pretrained=saved is None)
     if saved:
@@ -58,19 +67,22 @@ def train(
     model = model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model) if config.train.ema_decay > 0 else None
     optimizer = builders.optimizer(config, model)
-    pruner = builders.pruner(config, model, optimizer, ema)
+    seed = config.manual_seed if ranks.world > 1 else None
+    pruner = builders.pruner(config, model, optimizer, ema, seed)
     update_ema(ema, model, 0.0)  # the pruner may have drawn weights anew
-    meter = logging.AverageMeter(device)
+    meter = logging.AverageMeter(device, ranks.rank, ranks.gather if ranks.world > 1 else None)
+    pinned = device.type == "cuda"
     run = TrainingRun(
         config,
         model=model,
         ema=ema,
         optimizer=optimizer,
         pruner=pruner,
-        batches=builders.loader(config, pin_memory=device.type == "cuda"),
+        batches=builders.loader(config, pinned, ranks.rank, ranks.world),
         meter=meter,
         validation=builders.validation_sets(config),
-        progress=progress or logging.Progress(quiet),
+        progress=progress if ranks.is_main else logging.Progress(quiet=True),
+        ranks=ranks,
     )
     meter.timer.watch(optimizer)
     try:
@@ -79,6 +91,8 @@ def train(
             run.progress.write_line(
                 "denormal numbers are not flushed to zero in all threads: steps may be slower"
             )
+        if pruner is not None:
+            RankCheck(pruner)
         _iterate(run, device, start)
         return run.finish()
     finally:
@@ -86,7 +100,8 @@ def train(
 
 
 def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
-    config, model, optimizer = run.config, run.model, run.optimizer
+    config, model, optimizer, ranks = run.config, run.model, run.optimizer, run.ranks
+    parallel = ranks.distribute(model, config.find_unused_parameters)
     total, loss_function = config.train.total_iter, builders.loss(config)
     run.meter.begin()
     with run.stop as stop:
@@ -95,29 +110,35 @@ def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = builders.learning_rate(config, iteration)
 
-            with run.saved_on_failure(iteration - 1):
+            ranks.seed(config.manual_seed, iteration)
+            with run.saved_on_failure(iteration - 1), ranks.attended():
                 batch = next(run.batches)
+                agreed = ranks.agree(stop.signal)
                 lq = batch["lq"].to(device, non_blocking=True, memory_format=run.memory_format)
                 run.accelerate(lq)  # where a resumed run is frozen already
                 gt = batch["gt"].to(device, non_blocking=True)
-                loss = loss_function(model(lq), gt)
+                loss = loss_function(parallel(lq), gt)
                 if run.pruner is not None and run.pruner.method.has_loss:
                     loss = loss + run.pruner.loss()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-            optimizer.step()  # the pruner acts here: shrink up to freeze_iter, mask afterwards
+            with ranks.attended():
+                optimizer.step()  # the pruner acts here: shrink up to freeze_iter, mask afterwards
             update_ema(run.ema, model, config.train.ema_decay)
             run.accelerate(lq)
             run.meter.add(loss)
             run.progress.advance(iteration)
 
             # Read once, so that a signal during logging stops the next iteration.
-            stopping = stop.signal != 0
+            stopping = (stop.signal if ranks.world == 1 else agreed) != 0
             with run.saved_on_failure(iteration):
                 run.record()
                 run.after(iteration, stopping)
             if stopping and iteration < total:
+                stop.signal = ranks.agree(agreed) or stop.signal  # rank 0 has saved by now
                 end = run.interrupted(iteration)
+                if not ranks.is_main:
+                    raise OtherRankEnded(str(end), end.status)
                 run.progress.record(f"{type(end).__name__}: {end}")
                 raise end
 

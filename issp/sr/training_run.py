@@ -18,10 +18,12 @@ from issp.pruning.recorder import Recorder
 from issp.sr import builders, checkpoint, evaluate, logging, preflight, results
 from issp.sr.config import Config
 from issp.sr.data import EvalDataset, TrainLoader, write_image
+from issp.sr.distributed import Ranks
 from issp.sr.interrupt import Interrupted, StopRequest
 from issp.sr.resume import SavedState
 from issp.sr.run_folder import RunFolder
 from issp.utils.errors import (
+    ConfigError,
     NonFiniteLossError,
     OutOfMemoryError,
     explain_out_of_memory,
@@ -59,6 +61,8 @@ class TrainingRun:
             pruner may be None.
         validation: name -> images.
         progress: shows what happens.
+        ranks: this process among those of the training. Rank 0 has the folder, the logs and the
+            validation; the others only keep their part of what is trained.
         best: the best validation so far.
     """
 
@@ -71,14 +75,15 @@ class TrainingRun:
     meter: logging.AverageMeter
     validation: dict[str, EvalDataset]
     progress: logging.Progress
+    ranks: Ranks = field(default_factory=Ranks)
     best: Best = field(default_factory=Best)
 
     def __post_init__(self) -> None:
         self.folder = RunFolder(self.config.folder)
         recorded = shlex.quote(str(self.config.folder / "config.yml"))
-        self.resume_command = f"issp train {recorded} --resume"
+        self.resume_command = f"{self.ranks.command} train {recorded} --resume"
         self.tensorboard: logging.TensorBoardLog | None = None
-        self.stop = StopRequest()
+        self.stop = StopRequest(from_launcher=self.ranks.world > 1)
         self.recorders: list[Recorder] = []
         self._saved = 0  # iteration of the latest state
         self._is_pending = False  # the iteration that a state ends with was not validated yet
@@ -109,16 +114,31 @@ class TrainingRun:
 
         Returns:
             The last iteration done: 0 for a new run.
+
+        Raises:
+            ConfigError: the ranks have found different states, or something cannot be used.
         """
-        if self.folder.path.is_dir():
+        if self.ranks.is_main and self.folder.path.is_dir():
             self.folder.claim()
         start = self._restore(saved) if saved else 0
         self._saved = start
         self._is_complete = start >= self.config.train.total_iter and not self._is_pending
-        if self._is_complete:
-            return start  # and config.yml stays that of the run
+        # If the run is complete, config.yml stays that of the run.
+        if self.ranks.is_main and not self._is_complete:
+            self._prepare(saved, start)
+        starts = self.ranks.gather(torch.tensor(start, dtype=torch.int64, device="cpu")).tolist()
+        if len(set(starts)) > 1:
+            raise ConfigError(
+                f"the ranks resume from the iterations {', '.join(map(str, starts))}: give all "
+                f"machines the same folder {self.folder.path}"
+            )
+        return start
+
+    def _prepare(self, saved: SavedState | None, start: int) -> None:
+        """Checks what can be checked, then makes or reopens the folder and opens the logs."""
         notes = [None if saved else preflight.lost_zeros(self.config, self.model)]
-        notes += [preflight.idle_gpus(self.config, next(self.model.parameters()).device)]
+        device = next(self.model.parameters()).device
+        notes += [preflight.idle_gpus(self.config, device, self.ranks.world)]
         builders.check_recorded_layers(self.config, self.pruner or self.model)
         states = 1 + (self.ema is not None) + len(_moments(self.config))
         preflight.check_disk(self.config, self.model, states, start, notes.append)
@@ -148,7 +168,6 @@ class TrainingRun:
         self._open_logs(start)
         for note in filter(None, notes):
             self.progress.write_line(note)
-        return start
 
     def _restore(self, saved: SavedState) -> int:
         saved.load_model(self.model)  # again: the pruner may have drawn weights when attached
@@ -232,7 +251,7 @@ class TrainingRun:
         except NonFiniteLossError:
             raise  # such a state is of no use
         except Exception as error:  # not handled: it goes on once the work is safe
-            if iteration > self._saved:
+            if self.ranks.is_main and iteration > self._saved:
                 with contextlib.suppress(OSError):
                     self.save_state(iteration)
                     self.progress.record(f"{type(error).__name__}: {error}")
@@ -290,7 +309,14 @@ class TrainingRun:
         last, freezes = iteration == total, iteration == config.freeze_iter
         is_due = iteration % config.val.val_freq == 0 or last or freezes
         validates = bool(self.validation) and is_due
-        if iteration % config.logger.print_freq == 0 or validates or last or freezes:
+        logs = iteration % config.logger.print_freq == 0 or validates or last or freezes
+        saves = iteration % config.logger.save_checkpoint_freq == 0 or last or stopping
+        if logs or saves:
+            self.meter.gather()
+        if not self.ranks.is_main:
+            self._follow(logs)
+            return
+        if logs:
             self.meter.check()
             scores: dict[str, float] = {}
             if validates:
@@ -308,10 +334,16 @@ class TrainingRun:
                     "the weights are zero; from here on PSNR is the sparse model's"
                 )
         self._is_pending = False
-        if iteration % config.logger.save_checkpoint_freq == 0 or last or stopping:
+        if saves:
             self.meter.check()  # or states of NaN would push the good ones out
             with self.meter.paused():
                 self.save(iteration)
+
+    def _follow(self, logs: bool) -> None:
+        """What `after` does on the other ranks."""
+        self._is_pending = False
+        if logs:
+            self.meter.take()
 
     def interrupted(self, iteration: int) -> Interrupted:
         """The end of a run that was asked to stop after this iteration."""
@@ -452,6 +484,8 @@ class TrainingRun:
         """Finalizes the pruner and writes net_g_latest, unless an earlier start has done so."""
         if self.pruner is not None:
             self.pruner.finalize()
+        if not self.ranks.is_main:
+            return self.eval_model
         path = self.folder.models / "net_g_latest.safetensors"
         if self._is_complete and _facts(path).get("iteration") == self._saved:
             self.progress.write_line(f"{self.folder.path}: finished already, see {path}")

@@ -23,7 +23,7 @@ _MOST = 2**53  # of a count
 # Where tensors stand, and where each of their numbers is finite in a run that can go on.
 _TENSORS = re.compile(
     r"(model|ema|optimizer\.state|random)\..+|pruner\.layers\..+\.(mask|threshold)"
-    r"|pruner\.method_state\..+|meter\.loss"
+    r"|pruner\.method_state\..+|meter\.(loss|ranks)"
 )
 _FINITE = re.compile(r"(model|ema|optimizer|meter)\..+")
 

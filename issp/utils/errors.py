@@ -46,6 +46,10 @@ class DivergedRanksError(UserError, RuntimeError):
     """The processes of one distributed training do not train the same network."""
 
 
+class LostRankError(UserError, RuntimeError):
+    """A process of a distributed training has ended without saying why."""
+
+
 class InaccurateLayerError(UserError, RuntimeError):
     """A sparse layer computes something else than the dense one."""
 

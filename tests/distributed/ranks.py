@@ -28,7 +28,7 @@ needs_gloo = pytest.mark.skipif(
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(
     ["torch._inductor", "torch.distributed.checkpoint", "issp.pruning.attach", "issp.optim"]
-    + ["tests.distributed.ranks"]
+    + ["issp.sr.train", "tests.distributed.ranks"]
 )
 
 
@@ -37,7 +37,11 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0
+    function: Callable[..., Any],
+    world: int,
+    *args: Any,
+    timeout: float = 60.0,
+    launched: bool = False,
 ) -> list[Any]:
     """Runs `function(*args)` in `world` processes of one gloo process group.
 
@@ -46,6 +50,8 @@ def run_ranks(
         world: number of processes.
         *args: what pickle takes.
         timeout: seconds until all are ended, their tracebacks shown.
+        launched: no process group is there, but the environment that torchrun gives its processes;
+            a process that SIGKILL ends returns None.
 
     Returns:
         What each rank returned (tensors and plain values), in the order of the ranks.
@@ -55,25 +61,30 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        # Its host is none of the ranks, as with torchrun.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        environment = {"MASTER_PORT": str(store.port)} if launched else None
+        # Not daemons, which may have no processes of their own.
         ranks = [
             _processes.Process(
-                target=_run, args=(folder, rank, world, timeout, function, args), daemon=True
+                target=_run, args=(folder, rank, world, timeout, environment, function, args)
             )
             for rank in range(world)
         ]
         for process in ranks:
             process.start()
         try:
-            _wait(ranks, folder, timeout)
+            _wait(ranks, folder, timeout, -signal.SIGKILL if launched else 0)
         finally:
             for process in ranks:
                 process.kill()
                 process.join()
-        return [torch.load(folder / f"{r}.result", weights_only=False) for r in range(world)]
+        results = [folder / f"{rank}.result" for rank in range(world)]
+        return [torch.load(x, weights_only=False) if x.exists() else None for x in results]
 
 
-def _wait(ranks: list[Any], folder: Path, timeout: float) -> None:
-    """Returns once all ranks have ended with status 0."""
+def _wait(ranks: list[Any], folder: Path, timeout: float, expected: int) -> None:
+    """Returns once all ranks have ended with status 0 or the expected one."""
     deadline = time.monotonic() + timeout
     while running := {rank: p for rank, p in enumerate(ranks) if p.exitcode is None}:
         left = deadline - time.monotonic()
@@ -81,7 +92,7 @@ def _wait(ranks: list[Any], folder: Path, timeout: float) -> None:
             stacks = _stacks(running, folder)
             raise RankError(f"ranks {sorted(running)} hang after {timeout:g} s:\n{stacks}")
         connection.wait([p.sentinel for p in running.values()], left)
-        if any(process.exitcode for process in ranks):
+        if any(process.exitcode not in (None, 0, expected) for process in ranks):
             time.sleep(0.5)  # the one that failed first may be the next to end
             raise RankError(_reason(ranks, folder))
 
@@ -109,6 +120,7 @@ def _run(
     rank: int,
     world: int,
     timeout: float,
+    environment: dict[str, str] | None,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -121,6 +133,10 @@ def _run(
         torch.use_deterministic_algorithms(True, warn_only=True)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         try:
+            if environment is not None:
+                os.environ |= _torchrun(rank, world) | environment
+                torch.save(function(*args), folder / f"{rank}.result")
+                os._exit(0)  # whatever groups an error has left
             # Longer than the run: a lost rank shows as the error of its own.
             dist.init_process_group(
                 "gloo",
@@ -129,11 +145,20 @@ def _run(
                 world_size=world,
                 timeout=timedelta(seconds=2 * timeout),
             )
-            result = function(*args)
-            torch.save(result, folder / f"{rank}.result")
+            torch.save(function(*args), folder / f"{rank}.result")
             dist.barrier()  # or a rank that is done early would take the connection away
             dist.destroy_process_group()
         except BaseException:
             (folder / f"{rank}.error").write_text(traceback.format_exc())
             os._exit(1)
         faulthandler.unregister(signal.SIGUSR2)
+
+
+def _torchrun(rank: int, world: int) -> dict[str, str]:
+    """What torchrun sets; the store is its own, not that of rank 0."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    return {
+        **{name: str(value) for name, value in numbers.items()},
+        "MASTER_ADDR": "127.0.0.1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }

@@ -7,6 +7,8 @@ import torch
 
 from issp import data
 from issp.sr import builders, config, preflight
+from issp.sr.distributed import Ranks
+from issp.sr.train import train
 from issp.utils.errors import ConfigError
 
 yaml = pytest.importorskip("yaml", reason="PyYAML reads the configuration files")
@@ -215,24 +217,29 @@ def test_what_is_not_built_is_refused(key, value, part):
         parsed(**{key: value})
 
 
-def test_several_processes_are_refused_before_they_share_a_folder(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    # The authors' files say two and four GPUs; such a file parses and names the equal batch.
+def test_the_authors_files_name_several_gpus():
+    """They parse; one process names the equal batch."""
     with pytest.raises(ConfigError, match=r"num_gpu is 4.*batch_size_per_gpu to 12"):
-        builders.check_one_process(parsed(num_gpu=4))
-    with pytest.raises(ConfigError, match="dist is true"):
-        builders.check_one_process(parsed(dist=True))
+        Ranks().check(parsed(num_gpu=4))
     for harmless in ({"num_gpu": 1}, {"num_gpu": "auto"}, {"num_gpu": 0}, {"dist": False}):
-        builders.check_one_process(parsed(**harmless))
+        Ranks().check(parsed(**harmless))
+
+
+def test_processes_that_nobody_numbers_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="2 processes"):
-        builders.check_one_process(parsed())
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, but 'RANK' is not as torchrun sets"):
+        train(parsed())
 
 
 def test_num_gpu_auto_says_that_other_gpus_are_idle(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     line = preflight.idle_gpus(parsed(num_gpu="auto"), torch.device("cuda:0"))
-    assert line == "num_gpu is auto, but a training runs on one device: cuda:0, one of 8 GPUs"
+    assert line == (
+        "num_gpu is auto, but one process was started: it trains on cuda:0, one of 8 GPUs; "
+        "torchrun --nproc_per_node=8 -m issp train uses all"
+    )
+    assert preflight.idle_gpus(parsed(num_gpu="auto"), torch.device("cuda:0"), 2) is None
     assert preflight.idle_gpus(parsed(num_gpu=1), torch.device("cuda:0")) is None
     assert preflight.idle_gpus(parsed(num_gpu="auto"), torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

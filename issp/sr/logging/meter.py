@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from issp.utils.errors import NonFiniteLossError
 
@@ -58,10 +59,19 @@ class StepTimer:
 
 
 class AverageMeter:
-    """Mean loss and time per iteration between two rows of the log."""
+    """Mean loss and time per iteration between two rows of the log.
 
-    def __init__(self, device: torch.device):
+    Args:
+        device: of the losses.
+        rank, gather: this process among several, and what gives the [world] values of a scalar.
+    """
+
+    def __init__(
+        self, device: torch.device, rank: int = 0, gather: Callable[[Tensor], Tensor] | None = None
+    ):
         self.timer = StepTimer(device)
+        self._rank, self._gather = rank, gather
+        self._ranks: Tensor | None = None  # sums of all ranks, once they have been gathered
         # On the device and in double precision: adding a loss never waits for the GPU.
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._count = 0
@@ -75,8 +85,14 @@ class AverageMeter:
     def add(self, loss: torch.Tensor) -> None:
         """Counts one iteration."""
         self._loss += loss.detach()
+        self._ranks = None
         self._count += 1
         self._timed += 1
+
+    def gather(self) -> None:
+        """Gathers the sums of all ranks, for a row or a state; each of them calls it."""
+        if self._gather is not None:
+            self._ranks = self._gather(self._loss)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -91,7 +107,8 @@ class AverageMeter:
         Raises:
             NonFiniteLossError: it is NaN or infinite.
         """
-        loss = self._loss.item() / max(self._count, 1)
+        total = self._loss if self._ranks is None else self._ranks.mean()
+        loss = total.item() / max(self._count, 1)
         if not math.isfinite(loss):
             raise NonFiniteLossError(
                 f"the loss became {loss}: start again with a lower learning rate, or resume from "
@@ -113,15 +130,19 @@ class AverageMeter:
             "update_share": self.timer.take() / elapsed,
         }
         self._loss.zero_()
+        self._ranks = None if self._ranks is None else torch.zeros_like(self._ranks)
         self._count = self._timed = 0
         self._start = time.perf_counter()
         return row
 
     def state_dict(self) -> dict[str, Any]:
-        """Sum and count of the losses since the last row."""
-        return {"loss": self._loss.cpu(), "count": self._count}
+        """Sum and count of the losses since the last row; the sums of all ranks, if gathered."""
+        ranks = {} if self._ranks is None else {"ranks": self._ranks}
+        return {"loss": self._loss.cpu(), "count": self._count, **ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave; times start anew."""
-        self._loss.copy_(state["loss"])
+        ranks = state.get("ranks")
+        own = ranks is not None and self._rank < len(ranks)
+        self._loss.copy_(ranks[self._rank] if own else state["loss"])
         self._count = state["count"]
