@@ -343,6 +343,7 @@ def commands():
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[:60])
 def test_commands_exist(words, capsys):
     check = {"make": make, "pip": pip, "issp": issp_command, "python": python, "bash": bash}
+    check["torchrun"] = lambda words, _: issp_command(words[words.index("-m") + 1 :], capsys)
     tool = "bash" if words[0].endswith(".sh") else words[0]
     assert tool in check, f"no check for {words[0]}"
     check[tool](words, capsys)
