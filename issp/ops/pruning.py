@@ -243,9 +243,20 @@ def apply_masks_(tensors: list[Tensor], state: ShrinkState) -> None:
     sets = max(1, len(tensors) // len(state.numels))
     if _numels(tensors, "tensors") != state.numels * sets:
         raise ValueError("tensors must have the sizes of the state's weights, in the same order")
-    _apply_masks(tensors, state.packed, sets)
+    write_zeros_(tensors, state)
     if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version(tensors)
+        torch.autograd.graph.increment_version(tensors[len(state.numels) :])
+
+
+@torch.no_grad()
+def write_zeros_(tensors: list[Tensor], state: ShrinkState) -> None:
+    """`apply_masks_` for every step: of tensors whose sizes have been compared before.
+
+    It counts up the versions of the first list alone: autograd sees weights, not moments.
+    """
+    _apply_masks(tensors, state.packed, len(tensors) // len(state.numels))
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors[: len(state.numels)])
 
 
 @torch.no_grad()

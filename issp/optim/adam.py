@@ -78,14 +78,13 @@ class _AdamStep(FusedStep):
         self, group: dict[str, Any], plan: FusedStepPlan, grads: list[Tensor], prune_args: PruneArgs
     ) -> None:
         step_args = self._step_args(group, plan)
-        state = plan.state_tensors
         beta1, beta2 = group["betas"]
         args = AdamArgs(
             weights=plan.weight_views(),
             grads=grads,
-            exp_avgs=plan.contiguous_views(state["exp_avg"]),
-            exp_avg_sqs=plan.contiguous_views(state["exp_avg_sq"]),
-            steps=state["step"],
+            exp_avgs=plan.state_views("exp_avg"),
+            exp_avg_sqs=plan.state_views("exp_avg_sq"),
+            steps=plan.state_tensors["step"],
             lr=step_args.lr,
             beta1=beta1,
             beta2=beta2,

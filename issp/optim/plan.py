@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,23 +12,17 @@ from torch import Tensor
 from issp.ops.validation.pruning import check_no_overlap, numbered
 from issp.optim.arguments import PruneState, no_state
 from issp.pruning.buckets import WeightBucket
-from issp.pruning.memory_order import memory_order, permuted, pointers
+from issp.pruning.memory_order import ContiguousViews, memory_order, permuted, same_objects
 
 GRAD_DTYPES = (torch.float32, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
 
 
 _kind = operator.attrgetter("shape", "dtype", "device", "layout")
-_grad_kind = operator.attrgetter("dtype", "layout")
 
 
 class UnsupportedByFusedOp(Exception):
     """The op does not take these tensors; the message says why."""
-
-
-def same_objects(left: Iterable[object], right: Iterable[object]) -> bool:
-    """Whether two equally long sequences hold the very same objects."""
-    return all(map(operator.is_, left, right))
 
 
 class FusedStepPlan:
@@ -74,14 +68,13 @@ class FusedStepPlan:
             raise UnsupportedByFusedOp("a weight is a view with gaps or overlaps in memory")
         self._all_contiguous = not any(self._orders)
         _check_grads(self.weights)
-        self._grad_kinds = list(map(_grad_kind, self.grads()))
+        self._copies_grads: bool | None = None  # the first gradients decide
+        self._views = ContiguousViews(self._orders, bucket.flattened if pruned and bucket else ())
         self.prune_state = self._prune_state()
         # What the plan depends on; see `is_current`.
         self._params = list(params)
         self._untrained = [p for p in params if p.grad is None]
         self._bucket_version = 0 if bucket is None else bucket.version
-        self._outside_bucket = [w for w in self.weights if id(w) not in in_bucket]
-        self._pointers = pointers(self._outside_bucket)
 
     def _prune_state(self) -> dict[str, Any]:
         if self.bucket is None or not self.prunes_all:
@@ -96,18 +89,16 @@ class FusedStepPlan:
     ) -> bool:
         """Whether nothing has changed that the plan was made from, the optimizer's state aside.
 
-        That is: the bucket, the parameters, their memory (of the pruned ones the bucket compares
-        it), which of them have gradients, and of which dtype and layout. The memory order of the
-        gradients is none of it, see `grad_views`.
+        That is: the bucket with the memory of its weights, the parameters, and which of them have
+        gradients. Dtype, layout and memory order of gradients and of weights that are not pruned
+        are left to the op: it refuses what does not fit, and the plan is made anew.
         """
         return (
             self.bucket is bucket
             and (bucket is None or self._bucket_version == bucket.version)
             and len(self._params) == len(params)
             and same_objects(self._params, params)
-            and pointers(self._outside_bucket) == self._pointers
             and len(grads) == len(self.weights)
-            and list(map(_grad_kind, grads)) == self._grad_kinds
             and all(p.grad is None for p in self._untrained)
         )
 
@@ -116,9 +107,14 @@ class FusedStepPlan:
         return [grad for w in self.weights if (grad := w.grad) is not None]
 
     def grad_views(self, grads: list[Tensor]) -> list[Tensor]:
-        """The gradients as the op takes them; those in another memory order are copied."""
+        """The gradients as the op takes them; those in another memory order are copied.
+
+        If the first ones need no copy, the op is left to refuse later ones that do.
+        """
         views = self.contiguous_views(grads)
-        if all(map(Tensor.is_contiguous, views)):
+        if self._copies_grads is None:
+            self._copies_grads = not all(map(Tensor.is_contiguous, views))
+        if not self._copies_grads:
             return views
         return self.contiguous_views(
             [
@@ -142,11 +138,11 @@ class FusedStepPlan:
 
     def weight_views(self) -> list[Tensor]:
         """The weights as the op takes them: contiguous, N:M weights as their pattern reads them."""
-        views = self.contiguous_views(self.weights)
-        if self.bucket is None or not self.prunes_all:
-            return views
-        pruned = views[: self.num_pruned]
-        return self.bucket.selection_views(pruned) + views[self.num_pruned :]
+        return self._views.of(self.weights)
+
+    def state_views(self, name: str) -> list[Tensor]:
+        """An entry of all states as the op takes it."""
+        return self._state_views[name].of(self.state_tensors[name])
 
     def bind_states(self, states: list[dict[str, Any]], names: Sequence[str]) -> None:
         """Takes the optimizer's dicts, one per weight, and the entries that the op takes."""
@@ -154,6 +150,7 @@ class FusedStepPlan:
         self.state_tensors: dict[str, list[Any]] = {
             name: [state.get(name) for state in states] for name in names
         }
+        self._state_views = {name: ContiguousViews(self._orders) for name in names}
         columns = list(self.state_tensors.values())
         self.lookups: list[tuple[Any, ...]] = list(
             zip([state.get for state in states], *columns, strict=True)

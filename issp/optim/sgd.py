@@ -49,17 +49,19 @@ class SGD(FusedStep, torch.optim.SGD):
     ) -> None:
         buffers: list[Any] = plan.state_tensors.get(_BUFFER, [])
         is_empty = [False] * len(buffers)
+        views = plan.state_views(_BUFFER) if buffers and not plan.has_empty_states else buffers
         if plan.has_empty_states:
             is_empty = [buffer is None for buffer in buffers]
             buffers = [
                 torch.empty_like(weight) if buffer is None else buffer
                 for buffer, weight in zip(buffers, plan.weights, strict=True)
             ]
+            views = plan.contiguous_views(buffers)
         step_args = self._step_args(group, plan)
         args = SGDArgs(
             weights=plan.weight_views(),
             grads=grads,
-            momentum_buffers=plan.contiguous_views(buffers) if buffers else [],
+            momentum_buffers=views,
             first=is_empty,
             lr=step_args.lr,
             momentum=group["momentum"],

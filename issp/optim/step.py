@@ -15,9 +15,11 @@ from issp.ops.arguments import PruneArgs
 from issp.ops.validation.pruning import DTYPES
 from issp.optim.arguments import StepArgs
 from issp.optim.loading import StateForm, check_state
-from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp, same_objects
+from issp.optim.plan import FusedStepPlan, UnsupportedByFusedOp
 from issp.pruning.buckets import WeightBucket
+from issp.pruning.memory_order import same_objects
 from issp.pruning.prune_step import BeginStep, PruneStep
+from issp.pruning.untraced import untraced
 
 T = TypeVar("T")
 
@@ -77,6 +79,7 @@ class FusedStep(Optimizer):
     _plans: dict[int, FusedStepPlan]
     _fallback_reasons: dict[int, str]
     _state_dicts: list[dict[str, Any]]
+    _step_and_prune: Callable[[], None]  # set by `attach_pruner`
 
     def _forget_plans(self) -> None:
         self._plans, self._fallback_reasons, self._state_dicts = {}, {}, []
@@ -128,6 +131,7 @@ class FusedStep(Optimizer):
         if self._begin_step is not None:
             return False
         self._begin_step, self._remaining = begin_step, None
+        self._step_and_prune = untraced(self._fused_step)
         return True
 
     def detach_pruner(self) -> None:
@@ -184,13 +188,18 @@ class FusedStep(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._remaining = None
-        if self._begin_step is None or torch.compiler.is_compiling():
+        if self._begin_step is None:
             self._torch_step(self.param_groups)
         else:
-            prune_step = self._begin_step(getattr(self, "found_inf", None))
-            self._deferred = prune_step.deferred
-            self._remaining = self._update(prune_step)
+            self._step_and_prune()
         return loss
+
+    def _fused_step(self) -> None:
+        """The step of an optimizer that a pruner is attached to."""
+        assert self._begin_step is not None
+        prune_step = self._begin_step(getattr(self, "found_inf", None))
+        self._deferred = prune_step.deferred
+        self._remaining = self._update(prune_step)
 
     def _check_graph_capture(self) -> None:
         """Torch's refusal to be captured in a graph; SGD has none."""
@@ -242,40 +251,52 @@ class FusedStep(Optimizer):
         reason = self._fallback_reason(group)
         if not reason:
             try:
-                plan, grads = self._current_plan(number, group, prune_step.bucket_of(number))
-                if plan.weights:
-                    self._run(group, plan, grads, prune_step)
-                return plan
+                return self._run_plan(number, group, prune_step)
             except UnsupportedByFusedOp as error:
                 reason = str(error)
         self._plans.pop(number, None)
         self._fallback_reasons[number] = reason
         return None
 
-    def _current_plan(
-        self, number: int, group: dict[str, Any], bucket: WeightBucket | None
-    ) -> tuple[FusedStepPlan, list[Tensor]]:
-        """The plan of a group, made anew if something has changed, and its gradients."""
-        params, plan = group["params"], self._plans.get(number)
-        grads = [] if plan is None else plan.grads()
-        if not (
-            plan is not None
-            and plan.is_current(params, grads, bucket)
-            and self._states_are_current(group, plan)
-        ):
-            plan = FusedStepPlan(params, bucket)
-            device = plan.weights[0].device.type if plan.weights else "cpu"
-            if self._op in backends.by_reference(device):
-                raise UnsupportedByFusedOp(f"the slow reference would serve {self._op} on {device}")
-            self._init_states(group, plan)
-            self._plans[number] = plan
-            self._fallback_reasons.pop(number, None)
+    def _run_plan(self, number: int, group: dict[str, Any], prune_step: PruneStep) -> FusedStepPlan:
+        """Steps one group by its plan, which is made anew if something has changed."""
+        params, bucket = group["params"], prune_step.bucket_of(number)
+        plan = self._plans.get(number)
+        if plan is not None:
             grads = plan.grads()
-        return plan, plan.grad_views(grads)
+            if plan.is_current(params, grads, bucket) and self._states_are_current(group, plan):
+                try:
+                    self._run(group, plan, grads, prune_step)
+                    return plan
+                except (TypeError, ValueError):
+                    pass  # refused before anything was modified: what the op checks has changed
+        plan = self._new_plan(number, group, bucket)
+        grads = plan.grads()
+        try:
+            self._run(group, plan, grads, prune_step)
+        except ValueError:
+            plan.check_grads_apart(grads)  # looked for only where the op has refused something
+            raise
+        return plan
+
+    def _new_plan(
+        self, number: int, group: dict[str, Any], bucket: WeightBucket | None
+    ) -> FusedStepPlan:
+        plan = FusedStepPlan(group["params"], bucket)
+        device = plan.weights[0].device.type if plan.weights else "cpu"
+        if self._op in backends.by_reference(device):
+            raise UnsupportedByFusedOp(f"the slow reference would serve {self._op} on {device}")
+        self._init_states(group, plan)
+        self._plans[number] = plan
+        self._fallback_reasons.pop(number, None)
+        return plan
 
     def _run(
         self, group: dict[str, Any], plan: FusedStepPlan, grads: list[Tensor], prune_step: PruneStep
     ) -> None:
+        if not plan.weights:
+            return
+        grads = plan.grad_views(grads)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None:
             found_inf = found_inf.to(plan.weights[0].device, torch.float32, non_blocking=True)
@@ -286,11 +307,7 @@ class FusedStep(Optimizer):
             frozen=prune_step.frozen,
             bracket=True,
         )
-        try:
-            self._launch(group, plan, grads, prune_args)
-        except ValueError:
-            plan.check_grads_apart(grads)  # looked for only where the op has refused something
-            raise
+        self._launch(group, plan, grads, prune_args)
         torch.autograd.graph.increment_version(plan.weights)
 
     def _step_args(self, group: dict[str, Any], plan: FusedStepPlan) -> StepArgs:

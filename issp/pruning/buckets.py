@@ -16,15 +16,24 @@ from issp.nn.names import named_modules
 from issp.nn.selection import Layer
 from issp.ops import ShrinkState, reference
 from issp.ops.keep import Keep
+from issp.ops.pruning import write_zeros_
 from issp.ops.schemas import mask_words
 from issp.pruning.ema import EMAWeights
 from issp.pruning.iterates import iterates, shrink
-from issp.pruning.memory_order import inverse, memory_order, pointers
+from issp.pruning.memory_order import (
+    ContiguousViews,
+    inverse,
+    memory_order,
+    pointers,
+    same_objects,
+)
 from issp.pruning.moments import MaskTargets, OptimizerMoments, look_up
 from issp.pruning.prune_step import prunes_within_step
 from issp.pruning.state import LayerState
 
 T = TypeVar("T")
+# Of so many weights the memory is compared in every step; of more, of a part of them by turns.
+_COMPARED = 64
 
 
 class WeightBucket:
@@ -37,14 +46,18 @@ class WeightBucket:
             matter, because the optimizer does not prune within its step.
 
     Attributes:
-        weights: as they were when their memory was last another one.
+        weights: as `refresh` has found them.
+        flattened: which of them the selection takes as [O, kh * kw * I], see `selection_views`.
         version: how often `refresh` has accepted other memory.
         state: masks, counts and thresholds, as the ops take them.
+        is_one_call: its step is one call of an op, which writes nothing if it refuses a weight.
 
     Raises:
         ValueError: a weight that no permutation of its dimensions makes contiguous, or an N:M one
             in an order other than contiguous and channels_last.
     """
+
+    is_one_call = True
 
     def __init__(
         self, layers: Sequence[Layer], optimizer: int, param_group: int | None = None
@@ -53,13 +66,14 @@ class WeightBucket:
         self._parameter_dicts = [layer.module._parameters for layer in layers]
         self._orders = [_memory_order(layer) for layer in layers]
         self._patterns = [x.target if isinstance(x.target, Keep) else None for x in layers]
-        self._flattened = [
+        self.flattened = [
             _is_flattened(x, order) for x, order in zip(layers, self._orders, strict=True)
         ]
         self._all_contiguous = not any(self._orders)
-        self._any_flattened = any(self._flattened)
+        self._any_flattened = any(self.flattened)
         self.weights = self.current_weights()
-        self.version = 0
+        self._views = ContiguousViews(self._orders, self.flattened)
+        self.version = self._part = 0
         self._pointers = pointers(self.weights)
         self._shapes = [tuple(w.shape) for w in self.weights]
         self._sizes = [(x.target, w.numel()) for x, w in zip(layers, self.weights, strict=True)]
@@ -101,11 +115,15 @@ class WeightBucket:
             return views
         with torch.no_grad():
             return [
-                v.flatten(1) if flat else v for v, flat in zip(views, self._flattened, strict=True)
+                v.flatten(1) if flat else v for v, flat in zip(views, self.flattened, strict=True)
             ]
 
-    def refresh(self) -> bool:
+    def refresh(self, exact: bool = True) -> bool:
         """Accepts weights whose memory is another than before, if the state suits them.
+
+        Args:
+            exact: False: of many weights the memory of some is compared, of others the next time.
+                The ops use the memory that a weight has, and refuse what the state does not suit.
 
         Returns:
             False if it does not: another device, dtype, shape or memory order.
@@ -114,10 +132,14 @@ class WeightBucket:
             ValueError: a weight that cannot be pruned any more: sharded since, or replaced.
         """
         weights = self.current_weights()
-        present = pointers(weights)
-        if present == self._pointers:
+        part = slice(None)
+        if not exact and same_objects(weights, self.weights):
+            part = self._next_part()
+        if pointers(weights[part]) == self._pointers[part]:
+            self.weights = weights
             return True
         weights = [layer.weight for layer in self.layers]
+        present = pointers(weights)
         kinds = [(w.dtype, tuple(w.shape)) for w in weights]
         expected = [(self.state.thresholds.dtype, shape) for shape in self._shapes]
         if kinds != expected or not self._is_regular(weights):
@@ -125,6 +147,11 @@ class WeightBucket:
         self.weights, self._pointers = weights, present
         self.version += 1
         return True
+
+    def _next_part(self) -> slice:
+        parts = 1 + (len(self.weights) - 1) // _COMPARED
+        self._part = (self._part + 1) % parts
+        return slice(self._part, None, parts)
 
     def set_ratio(self, ratio: float, final: float) -> None:
         """Sets how many weights are selected; the device is written only when a number changes.
@@ -141,12 +168,14 @@ class WeightBucket:
             self.k = k
 
     def shrink(self, factor: float, found_inf: Tensor | None = None) -> None:
-        """Selects anew and shrinks; the device skips it where `found_inf` is not 0."""
+        """Selects anew and shrinks the weights that the latest `refresh` has found.
+
+        The device skips it where `found_inf` is not 0.
+        """
         device = self.state.k.device
         if found_inf is not None and found_inf.device != device:
             found_inf = found_inf.to(device, non_blocking=True)
-        weights = self.selection_views(self.contiguous_views(self.current_weights()))
-        ops.soft_shrink_(weights, self.state, factor, found_inf)
+        ops.soft_shrink_(self._views.of(self.weights), self.state, factor, found_inf)
 
     def shrink_iterates(
         self, optimizers: Sequence[Any], factor: float, found_inf: Tensor | None
@@ -189,14 +218,23 @@ class WeightBucket:
                 weight.grad += penalty if scale is None else penalty * scale.to(weight.device)
 
     def mask_targets(
-        self, optimizers: Sequence[Any], averages: list[Tensor] | None = None
+        self,
+        optimizers: Sequence[Any],
+        averages: list[Tensor] | None = None,
+        exact: bool = True,
     ) -> MaskTargets:
         """What `apply_masks` writes: weights, the optimizers' moments, one average per weight.
+
+        Args:
+            optimizers: the states of these.
+            averages: one per weight.
+            exact: see `OptimizerMoments.targets`.
 
         Raises:
             ValueError: an average that cannot be masked.
         """
-        targets = self._moments.targets(optimizers, self.current_weights(), self._orders)
+        weights = self.current_weights()
+        targets = self._moments.targets(optimizers, weights, self._orders, exact)
         if averages is None:
             return targets
         targets = targets.copy()
@@ -221,8 +259,7 @@ class WeightBucket:
 
     def apply_masks(self, targets: MaskTargets) -> None:
         """Writes zeros where the mask says pruned, in one call if memory orders allow."""
-        views = [view for tensors in targets.lists for view in self.contiguous_views(tensors)]
-        ops.apply_masks_(views, self.state)
+        write_zeros_(targets.views(), self.state)
         if targets.irregular:
             kept = self.masks()
             with torch.no_grad():
@@ -380,14 +417,17 @@ class WeightBuckets:
     def __len__(self) -> int:
         return len(self._buckets)
 
-    def refresh(self) -> bool:
+    def refresh(self, exact: bool = True) -> bool:
         """Notices weights that moved (device, dtype, memory) or have come to be trained.
+
+        Args:
+            exact: see `WeightBucket.refresh`.
 
         Returns:
             Whether the buckets were formed anew.
         """
         # A list: every bucket is refreshed, also behind the first one that does not suit.
-        if all([bucket.refresh() for bucket in self._buckets]) and not self._newly_trainable():
+        if all([x.refresh(exact) for x in self._buckets]) and not self._newly_trainable():
             return False
         self.rebuild(self.layer_states())
         return True
@@ -597,19 +637,26 @@ class WeightBuckets:
                 states = chosen.layer_states().items()
                 bucket.load_layer_states({n: x._replace(flips=flips[n]) for n, x in states})
 
-    def apply_masks(self, buckets: Iterable[WeightBucket]) -> None:
-        """Writes zeros into pruned weights and their optimizer moments."""
-        for bucket, tensors in self._mask_targets(buckets, None):
+    def apply_masks(self, buckets: Iterable[WeightBucket], exact: bool = True) -> None:
+        """Writes zeros into pruned weights and their optimizer moments.
+
+        Args:
+            buckets: those of the weights.
+            exact: see `OptimizerMoments.targets`.
+        """
+        for bucket, tensors in self._mask_targets(buckets, None, exact):
             bucket.apply_masks(tensors)
 
     def _mask_targets(
-        self, buckets: Iterable[WeightBucket], ema: EMAWeights | None
+        self, buckets: Iterable[WeightBucket], ema: EMAWeights | None, exact: bool = True
     ) -> list[tuple[WeightBucket, MaskTargets]]:
         return [
             (
                 bucket,
                 bucket.mask_targets(
-                    self._optimizers_of(bucket), None if ema is None else ema.tensors(bucket.layers)
+                    self._optimizers_of(bucket),
+                    None if ema is None else ema.tensors(bucket.layers),
+                    exact,
                 ),
             )
             for bucket in buckets

@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from issp.pruning.buckets import WeightBucket
 from issp.pruning.prune_step import PruneStep, PruningOptimizer, prunes_within_step
+from issp.pruning.untraced import untraced
 from issp.pruning.wrappers import (
     changes_weights_afterwards,
     has_own_state,
@@ -117,12 +118,14 @@ class Hooks:
                 if handles is self._handles:
                     self._after_step(index, optimizer)
 
-            return fire
+            return untraced(fire)
 
         handles += [opt.register_step_post_hook(hook(i)) for i, opt in enumerate(optimizers)]
         if work.penalize is not None:
             self._pre_handles = [
-                opt.register_step_pre_hook(functools.partial(self._before_step, handles, i))
+                opt.register_step_pre_hook(
+                    untraced(functools.partial(self._before_step, handles, i))
+                )
                 for i, opt in enumerate(optimizers)
             ]
         self._handles, self._hooked, self._work = handles, list(optimizers), work
@@ -136,7 +139,7 @@ class Hooks:
         # One hook for the process, never removed: the garbage collector could remove it while torch
         # iterates over its table of hooks.
         if not _global_handles:
-            _global_handles.append(register_optimizer_step_post_hook(_after_any_step))
+            _global_handles.append(register_optimizer_step_post_hook(untraced(_after_any_step)))
         _watchers.add(self)
 
     def check(self, optimizers: Sequence[Optimizer], work: Work) -> None:
@@ -219,6 +222,8 @@ class Hooks:
 
     def _outermost(self, running: Sequence[Optimizer]) -> Optimizer | None:
         """The outermost wrapper of the running step that may change the weights afterwards."""
+        if len(running) < 2:
+            return None
         assert self._work is not None
         for one in reversed(running[1:]):
             if (
@@ -238,6 +243,8 @@ class Hooks:
         remaining = None if attached is None else attached.take_remaining()
         if running is None:
             return
+        if not running:
+            self._check_compiled()
         # GradScaler sets the overflow flag of fused optimizers as an attribute.
         found_inf = getattr(optimizer, "found_inf", None)
         wrapper = self._outermost(running)
@@ -252,6 +259,14 @@ class Hooks:
             ):
                 self._work.wrappers.append(one)
 
+    def _check_compiled(self) -> None:
+        """Refuses wrappers in a compiled step, where nothing tells whose step is running."""
+        for one in [] if self._work is None else self._work.wrappers:
+            raise ValueError(
+                f"torch.compile(opt.step) hides when the step of {type(one).__name__} around the "
+                "pruned optimizer ends: compile the model, and let the optimizer step as it is"
+            )
+
     def after_other_step(self, optimizer: Optimizer) -> None:
         """After the step of any optimizer: does what waits for it, or warns that hooks lack."""
         if not self._hooked or any(one is optimizer for one in self._hooked):
@@ -263,6 +278,8 @@ class Hooks:
 
     def _take_waiting(self, optimizer: Optimizer) -> list[_Step]:
         """The steps whose work waits for the end of this optimizer's."""
+        if not self._pending:
+            return []
         waiting = {i: flag for i, (one, flag) in self._pending.items() if one is optimizer}
         self._pending = {i: x for i, x in self._pending.items() if i not in waiting}
         return [(index, flag, None) for index, flag in waiting.items()]
@@ -349,7 +366,8 @@ def _stacklevel_outside_torch() -> int:
     """
     level, frame = 2, sys._getframe(2)
     while frame.f_back is not None and (
-        frame.f_code.co_filename.startswith(_TORCH) or frame.f_globals.get("__name__") == __name__
+        frame.f_code.co_filename.startswith(_TORCH)
+        or frame.f_globals.get("__name__", "").startswith(__package__)
     ):
         level, frame = level + 1, frame.f_back
     return level

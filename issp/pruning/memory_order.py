@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +26,49 @@ def by_stride(x: Tensor) -> list[int]:
 def pointers(tensors: Iterable[Tensor]) -> list[int]:
     """Where the tensors lie: equal lists mean that nothing has moved."""
     return list(map(Tensor.data_ptr, tensors))
+
+
+def same_objects(left: Iterable[object], right: Iterable[object]) -> bool:
+    """Whether two equally long sequences hold the very same objects."""
+    return all(map(operator.is_, left, right))
+
+
+class ContiguousViews:
+    """Tensors as the ops take them, for every step: contiguous (channels_last is permuted).
+
+    Views are kept as long as the permuted tensors lie where they lay. Copies come without.
+
+    Args:
+        orders: of each tensor, as `memory_order` gives it.
+        flattened: which of the permuted tensors the op takes as [O, rest]; empty: none.
+    """
+
+    def __init__(self, orders: Sequence[list[int] | None], flattened: Sequence[bool] = ()) -> None:
+        self._orders, self._flattened = orders, flattened
+        self._permuted = [t for t, order in enumerate(orders) if order is not None]
+        self._views: list[Tensor] = []
+        self._pointers: list[int] = []
+
+    def __reduce__(self) -> tuple[type[ContiguousViews], tuple[Any, ...]]:
+        return ContiguousViews, (self._orders, self._flattened)
+
+    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The views of these tensors."""
+        if not self._permuted:
+            return tensors
+        present = pointers([tensors[t] for t in self._permuted])
+        if present != self._pointers:
+            self._views = [self._view(t, tensors[t]) for t in self._permuted]
+            self._pointers = present
+        views = list(tensors)
+        for t, view in zip(self._permuted, self._views, strict=True):
+            views[t] = view
+        return views
+
+    @torch.no_grad()
+    def _view(self, t: int, x: Tensor) -> Tensor:
+        view = permuted(x, self._orders[t])
+        return view.flatten(1) if t < len(self._flattened) and self._flattened[t] else view
 
 
 def permuted(x: Tensor, order: list[int] | None) -> Tensor:

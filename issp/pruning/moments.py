@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from issp.ops.validation.pruning import DTYPES
-from issp.pruning.memory_order import permuted, pointers
+from issp.pruning.memory_order import ContiguousViews, permuted, pointers, same_objects
+
+_values = operator.methodcaller("values")
 
 
 class MaskTargets:
@@ -30,6 +33,14 @@ class MaskTargets:
         self.lists: list[list[Tensor]] = [weights]
         self.irregular: list[tuple[int, Tensor]] = []
         self._orders = orders
+        self._views: list[ContiguousViews] = []
+
+    def views(self) -> list[Tensor]:
+        """The tensors of all lists as the op takes them."""
+        while len(self._views) < len(self.lists):
+            self._views.append(ContiguousViews(self._orders))
+        pairs = zip(self._views, self.lists, strict=True)
+        return list(chain.from_iterable(views.of(tensors) for views, tensors in pairs))
 
     def copy(self) -> MaskTargets:
         """The same tensors, for more to be added."""
@@ -81,31 +92,61 @@ class OptimizerMoments:
 
     def __init__(self) -> None:
         self._targets: MaskTargets | None = None
-        self._entries: list[Tensor | None] = []
+        self._states: list[list[Any]] = []  # of each optimizer: the entries of its state
+        self._dicts: list[Any] = []  # those entries that belong to the weights
+        self._entries: list[Any] = []
+        self._tensors: list[Any] = []  # without numbers, which may be others in every step
         self._pointers: list[list[int]] = []
 
     def __reduce__(self) -> tuple[type[OptimizerMoments], tuple[()]]:
         return OptimizerMoments, ()  # a copy looks its own optimizer's moments up
 
     def targets(
-        self, optimizers: Sequence[Any], weights: list[Tensor], orders: Sequence[list[int] | None]
+        self,
+        optimizers: Sequence[Any],
+        weights: list[Tensor],
+        orders: Sequence[list[int] | None],
+        exact: bool = True,
     ) -> MaskTargets:
-        """The weights and their moments; arguments as for `look_up`."""
-        dicts = _states(optimizers, weights)
-        entries = [
-            x for d in chain(*dicts) for x in d.values() if x is None or isinstance(x, Tensor)
-        ]
+        """The weights and their moments.
+
+        Args:
+            optimizers, weights, orders: as for `look_up`.
+            exact: False: the tensors are compared, not where they lie; the op uses the memory that
+                they have, and refuses what does not suit it.
+        """
+        targets = self._targets
         if (
-            self._targets is None
-            or len(entries) != len(self._entries)
-            or any(a is not b for a, b in zip(entries, self._entries, strict=True))
-            or [pointers(tensors) for tensors in self._targets.lists] != self._pointers
-            or any(a is not b for a, b in zip(weights, self._targets.lists[0], strict=True))
+            targets is None
+            or not same_objects(weights, targets.lists[0])
+            or not self._are_current(optimizers)
+            or (exact and list(map(pointers, targets.lists)) != self._pointers)
         ):
-            self._targets, _ = look_up(optimizers, weights, orders)
-            self._entries = entries
-            self._pointers = [pointers(tensors) for tensors in self._targets.lists]
-        return self._targets
+            targets, _ = look_up(optimizers, weights, orders)
+            self._states = [list(opt.state.values()) for opt in optimizers]
+            self._dicts = list(chain(*_states(optimizers, weights)))
+            self._entries = list(chain.from_iterable(map(_values, self._dicts)))
+            self._tensors = _without_numbers(self._entries)
+            self._targets, self._pointers = targets, list(map(pointers, targets.lists))
+        return targets
+
+    def _are_current(self, optimizers: Sequence[Any]) -> bool:
+        """Whether the states hold the entries, and these the tensors, that they have held."""
+        if len(optimizers) != len(self._states):
+            return False
+        for optimizer, known in zip(optimizers, self._states, strict=True):
+            state = optimizer.state
+            if len(state) != len(known) or not same_objects(state.values(), known):
+                return False
+        entries = list(chain.from_iterable(map(_values, self._dicts)))
+        if len(entries) == len(self._entries) and same_objects(entries, self._entries):
+            return True
+        tensors = _without_numbers(entries)
+        return len(tensors) == len(self._tensors) and same_objects(tensors, self._tensors)
+
+
+def _without_numbers(entries: Iterable[Any]) -> list[Any]:
+    return [x for x in entries if x is None or isinstance(x, Tensor)]
 
 
 def look_up(

@@ -15,7 +15,7 @@ from issp.nn import sharding
 from issp.nn.report import LayerReport
 from issp.nn.selection import Layer
 from issp.pruning import acceleration as accelerating
-from issp.pruning import methods
+from issp.pruning import capture, methods
 from issp.pruning import state as saved_state
 from issp.pruning import summary as summaries
 from issp.pruning.acceleration import Acceleration, Recorded
@@ -67,8 +67,10 @@ class Pruner:
         self._penalized = False  # since the latest step
         self._acceleration: Acceleration | None = None
         self._recorded: Recorded | None = None  # of the state that was loaded
+        self._captured: list[WeightBucket] = []  # their memory is that of a CUDA graph as well
         self._buckets.warn_missing()
         self._buckets.check_maskable(ema)
+        self._prepare_capture()
         self._attach_hooks()
         for index in range(len(optimizers)):
             self._name_unmasked(index)
@@ -241,14 +243,21 @@ class Pruner:
         self._callbacks.append(callback)
         return lambda: self._callbacks.remove(callback)
 
-    def _begin_step(self, index: int, found_inf: Tensor | None, deferred: str = "") -> PruneStep:
-        """What is to be done in a step of optimizer `index`, with the counts of that step set."""
+    def _begin_step(
+        self, index: int, found_inf: Tensor | None, deferred: str = "", exact: bool = True
+    ) -> PruneStep:
+        """What is to be done in a step of optimizer `index`, with the counts of that step set.
+
+        exact: see `WeightBucket.refresh`.
+        """
         self._check_open()
         if deferred and not self.frozen:
             return PruneStep((), self.method.factor, self.frozen, deferred)
-        if index == 0:
+        if self._is_capturing():
+            self._begin_capture()
+        elif index == 0:
             self._counter.synchronize()
-        self._refresh()
+        self._refresh(exact)
         step = self._running_step(index)
         if not (self.frozen or self.method.ranks_after(step)):
             for bucket in self._buckets if index == 0 else ():
@@ -268,15 +277,18 @@ class Pruner:
             if is_skipped(found_inf):
                 return
             found_inf = None
-        if remaining is None:
-            remaining = self._begin_step(index, found_inf).buckets
+        # One call of an op: if it refuses weights that have moved, nothing has been written yet.
+        is_one_call = remaining is None and [x.is_one_call for x in self._buckets] == [True]
+        try:
+            remaining = self._prune(index, found_inf, remaining, exact=not is_one_call)
+        except (TypeError, ValueError):
+            if not is_one_call:
+                raise
+            remaining = self._prune(index, found_inf, None, exact=True)
         if self.frozen:
-            self._buckets.apply_masks(remaining)
             for bucket in remaining:
                 bucket.clear_flips()
         else:
-            for bucket in remaining:
-                bucket.shrink(self.method.factor, found_inf)
             if not self.method.ranks_after(self._running_step(index)):
                 for bucket in self._buckets:
                     if bucket.optimizer == index:
@@ -291,8 +303,61 @@ class Pruner:
                 callback(self)
         self._name_unmasked(index)
 
+    def _prepare_capture(self) -> None:
+        for device in {bucket.weights[0].device for bucket in self._buckets}:
+            if capture.can_capture(device):
+                self._counter.prepare(device)
+
+    def _is_capturing(self) -> bool:
+        """Whether the step is captured in a CUDA graph."""
+        return any(capture.is_capturing(bucket.weights[0].device) for bucket in self._buckets)
+
+    def _begin_capture(self) -> None:
+        """Refuses to capture what would be wrong in a replay.
+
+        Raises:
+            RuntimeError: Python decides something in every step, or has to see the step itself.
+        """
+        capture.check_local(self._buckets)
+        capture.check_callbacks(self._callbacks)
+        if not self.frozen:
+            capture.check_settled(self.method, self._schedule, self._freeze_at, self._counter.known)
+        self._captured = list(self._buckets)
+
+    def _warn_of_captured(self) -> None:
+        """Says that a captured step does not follow what changes now."""
+        if self._captured:
+            warnings.warn(
+                "a CUDA graph that was captured before replays the pruner's step as it was then: "
+                "capture it anew",
+                stacklevel=3,
+            )
+
+    def _prune(
+        self,
+        index: int,
+        found_inf: Tensor | None,
+        remaining: Sequence[WeightBucket] | None,
+        exact: bool,
+    ) -> Sequence[WeightBucket]:
+        """Shrinks or masks the buckets that remain, all of the optimizer's if None; returns them.
+
+        exact: see `WeightBucket.refresh`.
+        """
+        if remaining is None:
+            remaining = self._begin_step(index, found_inf, exact=exact).buckets
+        if self.frozen:
+            self._buckets.apply_masks(remaining, exact)
+        else:
+            for bucket in remaining:
+                bucket.shrink(self.method.factor, found_inf)
+        return remaining
+
     def _count_step(self, found_inf: Tensor | None) -> None:
         """Counts a step of the first optimizer, and lets the method act on it."""
+        if self._is_capturing():
+            self._counter.add_captured(found_inf)
+            return
         step = self._counter.known + 1
         self._counter.add(found_inf)
         self._penalized = False
@@ -326,12 +391,14 @@ class Pruner:
                 stacklevel=2,
             )
 
-    def _refresh(self) -> None:
+    def _refresh(self, exact: bool = True) -> None:
         sharding.reshard(self._fsdp_modules)
-        if self._buckets.refresh():
+        if self._buckets.refresh(exact):
             self._after_rebuild()
 
     def _after_rebuild(self) -> None:
+        self._warn_of_captured()
+        self._prepare_capture()
         self._ratio = None
         if self._stage == "pruning":
             self._start_method()
@@ -400,6 +467,7 @@ class Pruner:
             )
         self._warn_of_replaced()
         self._refresh()
+        self._warn_of_captured()
         self.method.before_freeze()
         self._buckets.fix_masks(self._ema)
         self._stage, self._pruning_steps = "frozen", count
@@ -592,4 +660,4 @@ class Pruner:
 
     def __getstate__(self) -> dict[str, Any]:
         self._counter.synchronize()
-        return {**self.__dict__, "_callbacks": []}
+        return {**self.__dict__, "_callbacks": [], "_captured": []}

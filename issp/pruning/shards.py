@@ -67,6 +67,8 @@ class ShardedBucket(WeightBucket):
         ValueError: an N:M pattern whose groups would be on several ranks.
     """
 
+    is_one_call = False
+
     def __init__(self, layers: Sequence[Layer], optimizer: int) -> None:
         self.layers, self.optimizer, self.param_group = list(layers), optimizer, None
         self._parameter_dicts = [layer.module._parameters for layer in layers]
@@ -126,8 +128,8 @@ class ShardedBucket(WeightBucket):
     def _kinds_of(self, weights: Sequence[Any]) -> list[tuple[Any, ...]]:
         return [(getattr(w, "device_mesh", None), w.shape, w.dtype, w.device.type) for w in weights]
 
-    def refresh(self) -> bool:
-        """See `WeightBucket`.
+    def refresh(self, exact: bool = True) -> bool:
+        """See `WeightBucket`; always exact, so that all ranks come to the same answer.
 
         Raises:
             ValueError: a weight is no DTensor any more.
@@ -139,7 +141,7 @@ class ShardedBucket(WeightBucket):
                     f"{layer.name} is not sharded any more (a forward pass was interrupted, or it "
                     "was replaced): run the model once, or call reattach(opt, model)"
                 )
-        # What all ranks see alike: they must come to the same answer.
+        # What all ranks see alike.
         if self._kinds_of(weights) != self._kinds:
             return False
         if any(a is not b for a, b in zip(weights, self.weights, strict=True)):
@@ -199,13 +201,13 @@ class ShardedBucket(WeightBucket):
         return [_LocalStates(optimizer, weights) for optimizer in optimizers]
 
     def mask_targets(
-        self, optimizers: Sequence[Any], averages: list[Tensor] | None = None
+        self, optimizers: Sequence[Any], averages: list[Tensor] | None = None, exact: bool = True
     ) -> MaskTargets:
         """See `WeightBucket`; the targets are shards."""
         shards = None if averages is None else self._local_averages(averages)
         if self._local is None:
             return MaskTargets([], [])
-        return self._local.mask_targets(self._local_states(optimizers), shards)
+        return self._local.mask_targets(self._local_states(optimizers), shards, exact)
 
     def check_averages(self, averages: list[Tensor]) -> None:
         """Raises ValueError for an average that cannot be masked."""

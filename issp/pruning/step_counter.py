@@ -10,12 +10,30 @@ class StepCounter:
     """The number of optimizer steps that AMP did not skip.
 
     Attributes:
-        known: the count without the newest step, as long as its overflow flag has not been read.
+        known: the count without the newest step, as long as its overflow flag has not been read,
+            and without replays of CUDA graphs since the latest `synchronize`.
+        captured: whether a step has been captured in a CUDA graph.
     """
 
     def __init__(self) -> None:
         self.known = 0
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+        self._replays: Tensor | None = None  # on the device: steps that graphs have replayed
+        self._replays_known = 0
+        self.captured = False
+
+    def prepare(self, device: torch.device) -> None:
+        """Allocates, before any capture, what a captured step counts its replays in."""
+        if self._replays is None or self._replays.device != device:
+            self.synchronize()
+            self._replays = torch.zeros((), dtype=torch.int64, device=device)
+            self._replays_known = 0
+
+    def add_captured(self, found_inf: Tensor | None) -> None:
+        """Lets every replay of the step that is being captured count itself, on the device."""
+        assert self._replays is not None
+        self._replays += 1 if found_inf is None else (found_inf.view(()) == 0)
+        self.captured = True
 
     def add(self, found_inf: Tensor | None) -> None:
         """Counts a step, unless AMP's overflow flag is not 0.
@@ -36,12 +54,16 @@ class StepCounter:
             self._pending = (flag, copied)
 
     def synchronize(self) -> int:
-        """The count; waits for the newest step."""
+        """The count; waits for the newest step, and for replays of captured ones."""
         if self._pending is not None:
             flag, copied = self._pending
             self._pending = None
             copied.synchronize()
             self.known += int(flag.item() == 0)
+        if self.captured and self._replays is not None:
+            replays = int(self._replays.item())
+            self.known += replays - self._replays_known
+            self._replays_known = replays
         return self.known
 
     @property

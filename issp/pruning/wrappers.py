@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 # torch runs the hooks of every optimizer in this function, which it wraps around `step`.
@@ -153,6 +152,8 @@ def runs_hooks(optimizer: Any) -> bool:
 def running_steps() -> list[Optimizer] | None:
     """The optimizers whose `step` is running, the innermost first; None in a dry run of torch's.
 
+    torch.compile replaces the code of a step: of a compiled one nothing is found.
+
     A dry run takes a step with a learning rate of 0, only to create the optimizer's state.
 
     Looked up in the stack, since a counter would be wrong after a step that has raised.
@@ -160,8 +161,6 @@ def running_steps() -> list[Optimizer] | None:
     Raises:
         ValueError: one of them, or a wrapper without hooks, cannot be followed.
     """
-    if torch.compiler.is_compiling():
-        return []
     steps: list[Optimizer] = []
     in_two_steps, frame = [], sys._getframe(1)
     while frame is not None:
