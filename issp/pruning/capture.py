@@ -20,9 +20,9 @@ def can_capture(device: torch.device) -> bool:
     return device.type in DEVICES
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether a graph is being captured on the device's current stream."""
-    return can_capture(device) and torch.cuda.is_current_stream_capturing()
+def is_capturing() -> bool:
+    """Whether a graph is being captured on the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def check_settled(

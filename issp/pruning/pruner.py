@@ -253,7 +253,7 @@ class Pruner:
         self._check_open()
         if deferred and not self.frozen:
             return PruneStep((), self.method.factor, self.frozen, deferred)
-        if self._is_capturing():
+        if capture.is_capturing():
             self._begin_capture()
         elif index == 0:
             self._counter.synchronize()
@@ -308,10 +308,6 @@ class Pruner:
             if capture.can_capture(device):
                 self._counter.prepare(device)
 
-    def _is_capturing(self) -> bool:
-        """Whether the step is captured in a CUDA graph."""
-        return any(capture.is_capturing(bucket.weights[0].device) for bucket in self._buckets)
-
     def _begin_capture(self) -> None:
         """Refuses to capture what would be wrong in a replay.
 
@@ -355,7 +351,7 @@ class Pruner:
 
     def _count_step(self, found_inf: Tensor | None) -> None:
         """Counts a step of the first optimizer, and lets the method act on it."""
-        if self._is_capturing():
+        if capture.is_capturing():
             self._counter.add_captured(found_inf)
             return
         step = self._counter.known + 1

@@ -39,7 +39,7 @@ class Graph(TorchDispatchMode):
         """Records what is called within; `tensors` and what they hold are as before afterwards."""
         before = [(x, x.detach().clone()) for x in tensors]
         with monkeypatch.context() as patch:
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            patch.setattr(capture, "is_capturing", lambda: True)
             with self:
                 yield
         with torch.no_grad():
@@ -59,4 +59,3 @@ class Graph(TorchDispatchMode):
 def on_cpu(monkeypatch):
     """Lets the pruner take the CPU for a device with graphs."""
     monkeypatch.setattr(capture, "DEVICES", ("cpu",))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
