@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import issp
@@ -18,6 +20,38 @@ pytestmark = [needs_gloo, pytest.mark.full]
 
 def sgd(params):
     return torch.optim.SGD(params, 0.1, momentum=0.9)
+
+
+def gradients_of_fully_shard():
+    """Its own backward pass; the mean over two ranks of equal gradients is exact."""
+    twins = Twins(sgd, sparsity=0.7, freeze_at=4)
+    for step in range(6):
+        for model, opt in zip((twins.sharded, twins.whole), twins.opts, strict=True):
+            opt.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(2, 3, 6, 6, generator=generator)
+            model(x).square().mean().backward()
+            opt.step()
+        twins.assert_equal()
+
+
+def precision_of_the_forward_pass():
+    """The weights that are pruned are the float32 shards, not their copies in bfloat16."""
+    model = shard(net(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    opt = sgd(model.parameters())
+    pruner = attach(model, opt, sparsity=0.7, freeze_at=3)
+    for _ in range(3):
+        opt.zero_grad()
+        forward(model).backward()
+        opt.step()
+        with torch.no_grad():
+            forward(model)
+    model.reshard()
+    for row in pruner.summary().rows:
+        weight = model.get_submodule(row.name).weight
+        assert weight.dtype == torch.float32
+        zeros = int((weight.detach().full_tensor() == 0).sum())
+        assert row.zeros == zeros == row.selected == issp.num_pruned(row.numel, 0.7)
 
 
 def schedules_and_stages():
@@ -36,6 +70,11 @@ def schedules_and_stages():
     twins.assert_equal()
     assert model is twins.sharded
     assert forward(model).item() == pytest.approx(forward(twins.whole).item())
+    plain = net()
+    options = StateDictOptions(full_state_dict=True)
+    plain.load_state_dict(get_model_state_dict(model, options=options))
+    for a, b in zip(plain.parameters(), twins.whole.parameters(), strict=True):
+        assert_same_bits(a, b)
 
 
 def masks_fixed_at_once():
@@ -295,6 +334,8 @@ def two_optimizers_and_a_plain_dtensor():
 
 
 SCENARIOS = (
+    gradients_of_fully_shard,
+    precision_of_the_forward_pass,
     schedules_and_stages,
     masks_fixed_at_once,
     masks_are_dtensors,
