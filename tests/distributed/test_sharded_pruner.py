@@ -35,6 +35,30 @@ def gradients_of_fully_shard():
         twins.assert_equal()
 
 
+def steps_within_the_backward_pass():
+    """An optimizer per parameter, which steps as soon as its gradient is there."""
+    whole = net()
+    sharded, pruners = shard(copy.deepcopy(whole)), []
+    for model in (sharded, whole):
+        opts = {p: torch.optim.SGD([p], 0.1) for p in model.parameters()}
+        pruners.append(attach(model, list(opts.values()), sparsity=0.5))
+
+        def step(p, opts=opts):
+            opts[p].step()
+            opts[p].zero_grad()
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        for seed in range(3):
+            x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+            model(x).square().mean().backward()
+    sharded.reshard()
+    for a, b in zip(sharded.parameters(), whole.parameters(), strict=True):
+        assert_same_bits(a, b)
+    assert pruners[0].thresholds() == pruners[1].thresholds()
+    assert pruners[0].step_count == pruners[1].step_count == 3
+
+
 def precision_of_the_forward_pass():
     """The weights that are pruned are the float32 shards, not their copies in bfloat16."""
     model = shard(net(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
@@ -335,6 +359,7 @@ def two_optimizers_and_a_plain_dtensor():
 
 SCENARIOS = (
     gradients_of_fully_shard,
+    steps_within_the_backward_pass,
     precision_of_the_forward_pass,
     schedules_and_stages,
     masks_fixed_at_once,
