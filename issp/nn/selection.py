@@ -154,7 +154,13 @@ def _check_dense(model: nn.Module) -> None:
 def _check_parallel(model: nn.Module) -> None:
     """Refuses wrappers under which every rank would select for itself."""
     for module in model.modules():
-        if any(c.__name__ == "FullyShardedDataParallel" for c in type(module).__mro__):
+        names = {c.__name__ for c in type(module).__mro__}
+        if "DeepSpeedEngine" in names:
+            raise ValueError(
+                "the model is in DeepSpeedEngine, whose optimizer updates flat copies of the "
+                "weights: use DistributedDataParallel or fully_shard"
+            )
+        if "FullyShardedDataParallel" in names:
             raise ValueError(
                 "the model is wrapped in FullyShardedDataParallel, where every rank has shards of "
                 "the weights and would select within them: use fully_shard, or "

@@ -30,6 +30,9 @@ _REFUSED = {
     "selection: use DistributedDataParallel with its gradient averaging alone",
     "ZeroRedundancyOptimizer": "keeps the moments of each weight on one rank, where the others "
     "cannot mask them: give every rank the whole optimizer",
+    # The base of DeepSpeed's optimizers.
+    "DeepSpeedOptimizer": "updates flat copies of the weights that the pruner does not reach: use "
+    "DistributedDataParallel or fully_shard",
 }
 
 

@@ -216,3 +216,38 @@ def test_a_pruner_whose_weights_are_gone_disturbs_no_other_optimizer():
     opt.step()
     sgd(nn.Linear(2, 2).parameters()).step()
     assert again.step_count == 1 and pruner.step_count == 0
+
+
+class DeepSpeedOptimizer:
+    """As in deepspeed.runtime.base_optimizer: a plain class around the user's optimizer."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+
+    def step(self):
+        self.optimizer.step()
+
+
+class DeepSpeedZeroOptimizer(DeepSpeedOptimizer):
+    pass
+
+
+class DeepSpeedEngine(nn.Module):
+    """As in deepspeed.runtime.engine: the user's model is its attribute `module`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+
+def test_deepspeed_is_refused():
+    model = net()
+    inner = sgd(model.parameters())
+    optimizer = DeepSpeedZeroOptimizer(inner)
+    with pytest.raises(ValueError, match="DeepSpeedOptimizer updates flat copies of the weights"):
+        attach(model, optimizer)
+    with pytest.raises(ValueError, match="the model is in DeepSpeedEngine, whose optimizer"):
+        attach(DeepSpeedEngine(model), inner)
+    attach(model, inner)
+    with pytest.raises(ValueError, match="DeepSpeedOptimizer updates flat copies of the weights"):
+        optimizer.step()
