@@ -17,6 +17,7 @@ BENCHMARKS = {
     "optim": "optimizer update and pruning in one pass",
     "train": "whole training iterations, dense and pruned",
     "finetune": "fine-tuning iterations that train the kept weights alone",
+    "whole-run": "whole trainings of two stages beside dense ones: seconds and PSNR",
     "record": "what recording gradients and masks costs an iteration",
     "conv": "sparse convolutions, forward and training step",
     "matmul": "sparse linear layers, forward and training step",
@@ -41,7 +42,7 @@ def parse(argv: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         if name in argv[:1]:
-            module = importlib.import_module(f"bench.{name}")
+            module = importlib.import_module(f"bench.{name.replace('-', '_')}")
             command.description, command.epilog = module.__doc__, module.EXAMPLE
             module.add_arguments(command)
     return module, parser.parse_args(argv)

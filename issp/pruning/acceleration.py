@@ -183,7 +183,7 @@ def choose(
 ) -> tuple[Recorded, LayerReport]:
     """Which layers are to train sparse: measured now, or as recorded on this machine before.
 
-    With several ranks, rank 0 measures and the others follow it.
+    With several ranks, rank 0 decides and the others follow it.
 
     Args:
         model: as it trains.
@@ -193,22 +193,21 @@ def choose(
         known: from a saved state; a resumed run goes on with the same bits.
         cache: of choices; None: the user's.
     """
-    device = next(model.parameters()).device.type
-    machine = autotune.machine(device)
     layers = masked_layers(buckets)
-    if known is not None and known.machine == machine:
-        return known, layer_choice.all_that_can(layers, known.rows)[1]
-    if example is True:
-        rows, report = layer_choice.all_that_can(layers)
+
+    def decide() -> tuple[Recorded, LayerReport]:
+        machine = autotune.machine(next(model.parameters()).device.type)
+        if known is not None and known.machine == machine:
+            rows, report = layer_choice.all_that_can(layers, known.rows)
+        elif example is True:
+            rows, report = layer_choice.all_that_can(layers)
+        else:
+            args = example if isinstance(example, tuple) else (example,)
+            own_cache = autotune.Cache() if cache is None else cache
+            rows, report = layer_choice.choose(model, layers, args, own_cache)
         return Recorded(machine, rows), report
-    args = example if isinstance(example, tuple) else (example,)
-    cache = autotune.Cache() if cache is None else cache
 
-    def measure() -> tuple[dict[str, int], LayerReport]:
-        return layer_choice.choose(model, layers, args, cache)
-
-    rows, report = _on_rank_0(measure)
-    return Recorded(machine, rows), report
+    return _on_rank_0(decide)
 
 
 def masked_layers(buckets: WeightBuckets) -> list[MaskedLayer]:
@@ -239,13 +238,13 @@ def _reason(layer: Layer, unmasked: Sequence[str]) -> str:
 
 
 def _on_rank_0(
-    measure: Callable[[], tuple[dict[str, int], LayerReport]],
-) -> tuple[dict[str, int], LayerReport]:
+    decide: Callable[[], tuple[Recorded, LayerReport]],
+) -> tuple[Recorded, LayerReport]:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
-        return measure()
+        return decide()
     if distributed.get_world_size() == 1:
-        return measure()
-    result: list[Any] = [measure() if distributed.get_rank() == 0 else None]
+        return decide()
+    result: list[Any] = [decide() if distributed.get_rank() == 0 else None]
     distributed.broadcast_object_list(result, src=0)
     return result[0]

@@ -441,6 +441,7 @@ class Pruner:
             chosen = accelerating.choose(self._model, self._buckets, accelerate, self._recorded)
             self._accelerate(*chosen)
 
+    @torch.inference_mode(False)
     def _accelerate(self, recorded: Recorded, report: LayerReport) -> None:
         self._acceleration = Acceleration(self._model, self._buckets, self._ema, recorded, report)
 
