@@ -326,7 +326,7 @@ class Pruner:
             warnings.warn(
                 "a CUDA graph that was captured before replays the pruner's step as it was then: "
                 "capture it anew",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _prune(
@@ -460,7 +460,7 @@ class Pruner:
             warnings.warn(
                 f"frozen at step {count}, before the schedule ends at step "
                 f"{self._schedule.end}: the sparsity stays at {self._schedule(count):.4g}",
-                stacklevel=2,
+                stacklevel=3,
             )
         self._warn_of_replaced()
         self._refresh()

@@ -19,7 +19,7 @@ def test_the_table_has_counts_and_memory(capsys, tmp_path):
         step = int(row[1])
         assert (int(row[2]) == full) == (step >= 40)
         assert int(row[3]) == (full if step >= 100 else 0)
-        assert (row[4] == "-") == (step < 40)
+        assert (row[4] == "-") == (step <= 40)
         assert float(row[5]) > 0
 
 
