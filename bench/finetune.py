@@ -168,6 +168,7 @@ def _adam(model: nn.Module) -> torch.optim.Optimizer:
 def _gradients(model: nn.Module, example: Tensor, pruner: issp.Pruner) -> Tensor:
     """All gradients of kept weights in a row, of a small part of the example."""
     model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)  # of dropped paths
     model(example[:1, :, :24, :24].contiguous()).square().mean().backward()
     masks = pruner.masks()
     parts = []
