@@ -36,10 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of each worker (default: cores / workers)"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--dry-run", action="store_true", help="list the runs and estimate their time"
     )
-    parser.add_argument("--report", action="store_true", help="make the report anew, train nothing")
+    instead.add_argument(
+        "--report", action="store_true", help="make the report anew, train nothing"
+    )
 
 
 def main(args: argparse.Namespace) -> int:

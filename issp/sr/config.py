@@ -58,7 +58,7 @@ def _with_numbers(value: dict[str, Any]) -> dict[str, Any]:
     return {k: _number_from_text(v) if isinstance(v, str) else v for k, v in value.items()}
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
     """A single value as a list of one."""
     return value if isinstance(value, list | tuple) else [value]
 
@@ -99,10 +99,10 @@ Integer = Annotated[int, Field(strict=True), BeforeValidator(_number_from_text)]
 Number = Annotated[
     float, Field(strict=True, allow_inf_nan=False), BeforeValidator(_number_from_text)
 ]
-Periods = Annotated[list[Annotated[Integer, _between(1)]], BeforeValidator(_listed)]
-RestartWeights = Annotated[list[Annotated[Number, _between(0)]], BeforeValidator(_listed)]
-Numbers = Annotated[list[Number], BeforeValidator(_listed)]
-Texts = Annotated[list[str], BeforeValidator(_listed)]
+Periods = Annotated[list[Annotated[Integer, _between(1)]], BeforeValidator(listed)]
+RestartWeights = Annotated[list[Annotated[Number, _between(0)]], BeforeValidator(listed)]
+Numbers = Annotated[list[Number], BeforeValidator(listed)]
+Texts = Annotated[list[str], BeforeValidator(listed)]
 FilePath = Annotated[str, AfterValidator(lambda path: str(user_path(path)))]
 
 
@@ -121,7 +121,7 @@ def _check_layer(value: Any) -> int | str:
     return value
 
 
-Layers = Annotated[list[Annotated[Any, AfterValidator(_check_layer)]], BeforeValidator(_listed)]
+Layers = Annotated[list[Annotated[Any, AfterValidator(_check_layer)]], BeforeValidator(listed)]
 
 
 class Section(BaseModel):
@@ -334,7 +334,7 @@ class Scheduler(TypedSection):
     IDLE = ([], 0.5, [1.0], 0.0)  # the defaults, which earlier revisions wrote to config.yml
 
     type: Annotated[str, _one_of(*TYPE_OPTIONS)] = "MultiStepLR"
-    milestones: Annotated[list[Milestone], BeforeValidator(_listed)] | None = None
+    milestones: Annotated[list[Milestone], BeforeValidator(listed)] | None = None
     gamma: Annotated[Number, _between(0)] | None = None
     periods: Periods | None = None
     restart_weights: RestartWeights | None = None

@@ -80,6 +80,7 @@ class Result:
             raise ValueError(f"scale is {self.scale}: it must be 1 or more")
         _check_share("sparsity", self.sparsity)
         _check_share("zeros", self.zeros)
+        self._check_reference()
         if not self.psnr >= 0:  # NaN is refused as well
             raise ValueError(f"psnr is {self.psnr}: it must be a number from 0, or inf")
         for name, least in (("images", 1), ("crop_border", 0)):
@@ -88,6 +89,13 @@ class Result:
                 raise ValueError(f"{name} is {value}: it must be {least} or more")
         if self.ssim is not None and not -1 <= self.ssim <= 1:
             raise ValueError(f"ssim is {self.ssim}: it must be from -1 to 1")
+
+    def _check_reference(self) -> None:
+        """Refuses what would pass for bicubic interpolation or a dense network, and is none."""
+        if self.method == "bicubic" and self.arch:
+            raise ValueError(f"method is bicubic, but {self.arch} is a network: name its method")
+        if self.method == "dense" and self.sparsity:
+            raise ValueError(f"method is dense, but sparsity is {self.sparsity:g}: name another")
 
     @property
     def identity(self) -> tuple[Any, ...]:
@@ -238,18 +246,19 @@ def facts_of_model(
     saved = saved if isinstance(saved, dict) else {}
     said = {name: saved[name] for name, kind in _FACTS.items() if isinstance(saved.get(name), kind)}
     zeros = checkpoint.sparsity(model)["ratio"]
+    found = 0.0 if zeros < _FEW_ZEROS else round(zeros, 2)
     facts = {
-        "method": method or said.get("method") or ("dense" if zeros < _FEW_ZEROS else ""),
+        "method": method or said.get("method") or ("" if found else "dense"),
         "arch": model.arch,
         "scale": model.scale,
-        "sparsity": said.get("ratio", round(zeros, 2)) if sparsity is None else sparsity,
+        "sparsity": said.get("ratio", found) if sparsity is None else sparsity,
         "seed": said.get("seed") if seed is None else seed,
         "zeros": zeros,
         "model": file,
     }
     if not facts["method"]:
         raise ValueError(f"{file} does not say how it was pruned: give --method, such as iss-p")
-    _check_share("sparsity", facts["sparsity"])
+    Result(**facts, set="any", channel="y", psnr=0.0, ssim=None)  # refuses what is not possible
     return facts
 
 

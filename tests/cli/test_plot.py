@@ -207,6 +207,7 @@ def test_what_crops_refuses(here, capsys):
         ((*photo, "--box", "1,2,3", *model), "must be four whole numbers"),
         ((*photo, "--box", "10,4,80,24", *model), "does not lie in photo, which is 70 x 50 pixels"),
         ((*photo, *box), "without --models, bicubic needs --scale"),
+        ((*photo, *box, "--scale", "2", "--tile", "9"), "--tile is about models: give --models"),
         ((*photo, *box, *model, "x4.safetensors"), "different scales (x2 x2, x4 x4)"),
         ((*photo, *box, *model, "--scale", "4"), "x2.safetensors is a x2 model: drop --scale 4"),
         ((*photo, *box, "--models", "nothing.safetensors"), "nothing.safetensors"),

@@ -125,6 +125,10 @@ def test_rows_for_tables_are_refused_before_anything_is_computed(model, urban, t
     assert "does not say how it was pruned" in refused(tmp_path / "half.safetensors", *csv)
     assert "sparsity is 95.0: it must be a share" in refused(model, *csv, "--sparsity", 95)
     assert "--seed goes into a results file: give --csv FILE" in refused(model, "--seed", 1)
+    bicubic = "method is bicubic, but edsr-tiny is a network: name its method"
+    assert bicubic in refused(model, *csv, "--method", "bicubic")
+    sparse = [tmp_path / "half.safetensors", *csv, "--method", "dense"]
+    assert "method is dense, but sparsity is " in refused(*sparse)
     assert "there is no folder" in refused(model, *csv, "--data", tmp_path / "absent")
     assert not (tmp_path / "new.csv").exists()
     (tmp_path / "notes.csv").write_text("a,b\n")

@@ -114,6 +114,9 @@ def _scale(args: argparse.Namespace, models: dict[str, SuperResolver]) -> int:
     scales = {name: model.scale for name, model in models.items()}
     if not scales and args.scale is None:
         raise ValueError("without --models, bicubic needs --scale")
+    for option, default in (("arch", None), ("tile", None), ("device", "auto")):
+        if not scales and getattr(args, option) != default:
+            raise ValueError(f"--{option} is about models: give --models, or drop it")
     if len(set(scales.values())) > 1:
         listed = ", ".join(f"{name} x{scale}" for name, scale in scales.items())
         raise ValueError(f"the models have different scales ({listed}): draw those of one scale")

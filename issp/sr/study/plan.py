@@ -32,10 +32,6 @@ def _folder_of_images(value: Any) -> Any:
     return {"dataroot_gt": value} if isinstance(value, str) else value
 
 
-def _listed(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
-
-
 def _without_twins(values: list[Any]) -> list[Any]:
     twin = next((v for v in values if values.count(v) > 1), None)
     if twin is not None:
@@ -44,7 +40,7 @@ def _without_twins(values: list[Any]) -> list[Any]:
 
 
 T = TypeVar("T")
-Values = Annotated[list[T], BeforeValidator(_listed), AfterValidator(_without_twins)]
+Values = Annotated[list[T], BeforeValidator(config.listed), AfterValidator(_without_twins)]
 
 
 class Point(Section):

@@ -148,6 +148,11 @@ def test_a_folder_of_other_files_is_refused(tree, tmp_path, capsys):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
+def test_a_dry_run_and_a_report_at_once_are_refused(capsys):
+    assert cli.main(["study", "any.yml", "--dry-run", "--report"]) == 2
+    assert "--report: not allowed with argument --dry-run" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", [(), ("--dry-run",), ("--report",)])
 def test_a_folder_that_cannot_be_made_is_refused_first(tree, tmp_path, capsys, option):
     (tmp_path / "file").touch()
