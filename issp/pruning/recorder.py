@@ -312,7 +312,8 @@ class _Part:
             torch.Size(layer.shape).numel() - weight.numel()
             for layer, weight in zip(self._layers, self._weights(), strict=True)
         ]
-        return torch.tensor(counts, device=self._weights()[0].device) if any(counts) else 0
+        device = self._weights()[0].device
+        return torch.tensor(counts, dtype=torch.int64, device=device) if any(counts) else 0
 
     def _pick(self, values: Tensor) -> Tensor:
         """A copy of the layers' values among those of the bucket."""

@@ -186,11 +186,11 @@ def validate_slowly(tree, stops):
     dist.init_process_group = lambda **kwargs: initialise(**kwargs, timeout=timedelta(seconds=1))
     validate = TrainingRun.validate
 
-    def slow(self, iteration):
+    def slow(self, iteration, *columns):
         time.sleep(2.5)
         if stops and iteration == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        return validate(self, iteration)
+        return validate(self, iteration, *columns)
 
     TrainingRun.validate = slow
     return start(tree)

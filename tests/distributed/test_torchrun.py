@@ -73,7 +73,8 @@ def test_a_bad_setting_is_one_line(tree, tmp_path):
         _, err = process.communicate(timeout=SECONDS)
     assert process.returncode != 0
     assert len(told(err)) == 1 and "no multiple of 7" in told(err)[0], err
-    assert err.count("exitcode  : 2 ") == 2, "both end with the status of bad input"
+    # torchrun may end the second rank before it has found the same.
+    assert err.count("exitcode  : 2 ") >= 1, "the status of bad input"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

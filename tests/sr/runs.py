@@ -102,6 +102,6 @@ def assert_same_logs(folder, expected, names=("train", "validation", "layers", "
                 logging.read_csv, (p / "log" / f"{name}.csv" for p in (folder, expected))
             )
         ]
-        assert rows[0] == rows[1], name
+        assert repr(rows[0]) == repr(rows[1]), name  # NaN is not equal to itself
     last = [path / "training_states" / f"{TOTAL}.state" for path in (folder, expected)]
     assert_equal(*map(checkpoint.read_state, last))
