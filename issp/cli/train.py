@@ -17,7 +17,7 @@ EXAMPLE = (
     "             --sparsity 0.9 --iters 2000 --freeze-at 1000 --batch 16 --patch 96 --name tiny\n"
     "  issp train configs/train_issp_swinir_light_x4.yml --set train.optim_g.lr=1e-4\n"
     "  issp train experiments/tiny/config.yml --resume\n"
-    "  torchrun --nproc_per_node=4 -m issp train CONFIG.yml    (a process for each of 4 GPUs)"
+    "  torchrun --nproc_per_node=4 -m issp train CONFIG.yml  # a process for each of 4 GPUs"
 )
 
 # The paper's milestones as shares of the fine-tuning stage: 250k, 400k, ... of 500k. They stay
