@@ -2,7 +2,7 @@
 
 Copies of one network train side by side on the same batches, in another order each round, by
 torch's fused Adam: dense in both memory formats and under bfloat16 autocast, and with fixed masks
-after `pruner.freeze(accelerate=example)`, each layer as it was measured here. The yardstick is the
+after `pruner.freeze(accelerate=example)`, each layer as it was measured here. The baseline is the
 fastest float32 dense one of the same round.
 """
 

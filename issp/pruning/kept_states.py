@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -58,10 +58,19 @@ def change_states(
     """Replaces what the optimizers keep for each element of a layer's weight, in its shape now."""
     for optimizer in optimizers:
         # `state` is a defaultdict: asking with [] would create an entry.
-        state = optimizer.state.get(layer.weight, {})
-        for name, x in state.items():
-            if isinstance(x, Tensor) and x.shape == layer.weight.shape:
-                state[name] = change(x)
+        state = optimizer.state.get(layer.weight)
+        if state:
+            state.update(_changed(state, layer.weight.shape, change))
+
+
+def _changed(
+    state: Mapping[str, Any], shape: Sequence[int], change: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """The state of a weight, its tensors of that shape changed."""
+    return {
+        name: change(x) if isinstance(x, Tensor) and x.shape == shape else x
+        for name, x in state.items()
+    }
 
 
 class DenseStateDicts:
@@ -95,12 +104,7 @@ class DenseStateDicts:
         states = dict(saved["state"])
         for number, positions, values in self._numbered(optimizer):
             if number in states:
-                states[number] = {
-                    name: positions.expand(x)
-                    if isinstance(x, Tensor) and x.shape == values.shape
-                    else x
-                    for name, x in states[number].items()
-                }
+                states[number] = _changed(states[number], values.shape, positions.expand)
         return {**saved, "state": states}
 
     def _gather(self, optimizer: Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
@@ -112,12 +116,7 @@ class DenseStateDicts:
         for index, positions, _ in self._numbered(optimizer):
             number = numbers[index] if index < len(numbers) else None
             if isinstance(states.get(number), dict):
-                states[number] = {
-                    name: positions.gather(x)
-                    if isinstance(x, Tensor) and x.shape == positions.shape
-                    else x
-                    for name, x in states[number].items()
-                }
+                states[number] = _changed(states[number], positions.shape, positions.gather)
         return {**saved, "state": states}
 
     def _numbered(self, optimizer: Optimizer) -> Iterator[tuple[int, KeptPositions, Tensor]]:
