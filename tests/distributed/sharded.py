@@ -86,6 +86,15 @@ class Twins:
             for opt in self.opts:
                 opt.step()
 
+    def prune_and_freeze(self) -> None:
+        """Three steps and the freeze, compared after each."""
+        for _ in range(3):
+            self.step()
+            self.assert_equal()
+        for pruner in self.pruners:
+            pruner.freeze()
+        self.assert_equal()
+
     def assert_equal(self) -> None:
         """Weights, moments, masks, thresholds, flips, counts and states have the same bits."""
         self.sharded.reshard()

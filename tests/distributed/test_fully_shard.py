@@ -41,12 +41,7 @@ OPTIMIZERS = {
 def train(name):
     for settings in ({"sparsity": 0.5}, {"method": "iht", "sparsity": 0.8}):
         twins = Twins(**OPTIMIZERS[name], **settings)
-        for _ in range(3):
-            twins.step()
-            twins.assert_equal()
-        for pruner in twins.pruners:
-            pruner.freeze()
-        twins.assert_equal()
+        twins.prune_and_freeze()
         twins.step(3)
         twins.assert_equal()
 

@@ -147,12 +147,7 @@ def masks_are_dtensors():
 def every_dtype():
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         twins = Twins(sgd, lambda dtype=dtype: aligned_net().to(dtype), sparsity=0.8)
-        for _ in range(3):
-            twins.step()
-            twins.assert_equal()
-        for pruner in twins.pruners:
-            pruner.freeze()
-        twins.assert_equal()
+        twins.prune_and_freeze()
 
 
 def no_copy_outlives_a_change():
@@ -228,11 +223,7 @@ def averages_are_masked():
 def patterns_within_the_rows_of_a_rank():
     for keep in (issp.Keep(2, of=4), issp.Keep(1, of=8, layout="flat")):
         twins = Twins(sgd, aligned_net, pattern=keep)
-        for _ in range(3):
-            twins.step()
-            twins.assert_equal()
-        for pruner in twins.pruners:
-            pruner.freeze()
+        twins.prune_and_freeze()
         twins.step()
         twins.assert_equal()
     twins = Twins(sgd, aligned_net, sparsity=0.5, overrides={"1": issp.Keep(2, of=4)})
