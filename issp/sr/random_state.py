@@ -14,12 +14,17 @@ _MT19937_WORDS = 624
 def random_state() -> dict[str, Any]:
     """The state of every random generator of the process."""
     kind, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
+    return {
+        **torch_random_state(),
         "python": list(random.getstate()[1]),
         "gauss": random.getstate()[2],
         "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
     }
+
+
+def torch_random_state() -> dict[str, Any]:
+    """The part of `random_state` that a forward pass changes; it is cheap to take."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state

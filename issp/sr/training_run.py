@@ -20,6 +20,7 @@ from issp.sr.config import Config
 from issp.sr.data import EvalDataset, TrainLoader, write_image
 from issp.sr.distributed import Ranks
 from issp.sr.interrupt import Interrupted, StopRequest
+from issp.sr.random_state import torch_random_state
 from issp.sr.resume import SavedState
 from issp.sr.run_folder import RunFolder
 from issp.utils.errors import (
@@ -243,9 +244,12 @@ class TrainingRun:
     def saved_on_failure(self, iteration: int) -> Iterator[None]:
         """Saves the state when what is inside fails: a damaged image, a validation, a full disk.
 
+        A resumed run repeats it, with the same batch and the same random numbers.
+
         Args:
             iteration: the last one done; the state is of its end.
         """
+        batches, random = self.batches.state_dict(), torch_random_state()
         try:
             yield
         except NonFiniteLossError:
@@ -253,7 +257,7 @@ class TrainingRun:
         except Exception as error:  # not handled: it goes on once the work is safe
             if self.ranks.is_main and iteration > self._saved:
                 with contextlib.suppress(OSError):
-                    self.save_state(iteration)
+                    self.save_state(iteration, batches, random)
                     self.progress.record(f"{type(error).__name__}: {error}")
                     if not isinstance(error, Interrupted):
                         self.progress.write_line(
@@ -462,15 +466,27 @@ class TrainingRun:
         if self.config.logger.keep_models is not None:
             self.folder.drop_models(iteration, self.config.logger.keep_models)
 
-    def save_state(self, iteration: int) -> None:
-        """Writes the state to resume from, and before it all rows of its past."""
+    def save_state(
+        self,
+        iteration: int,
+        batches: dict[str, Any] | None = None,
+        random: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes the state to resume from, and before it all rows of its past.
+
+        Args:
+            iteration: the last one done.
+            batches, random: the loader's state and parts of `checkpoint.random_state` at its end;
+                None: they are as they were then.
+        """
         self._flush_recorders()
         state: dict[str, Any] = {"iteration": iteration, "pending": self._is_pending}
         state["ema_decay"] = self.config.train.ema_decay
         for name in ("model", "ema", "optimizer", "pruner", "batches", "meter"):
             part = getattr(self, name)
             state[name] = None if part is None else part.state_dict()
-        state |= {"best": vars(self.best), "random": checkpoint.random_state()}
+        state["batches"] = batches or state["batches"]
+        state |= {"best": vars(self.best), "random": checkpoint.random_state() | (random or {})}
         self.folder.save_state(state, keep=self.config.logger.keep_training_states)
         self._saved = iteration
 

@@ -158,7 +158,9 @@ def kill_rank_1(rank, iteration):
 
 
 @pytest.mark.parametrize("hook", [fail_rank_1, kill_rank_1])
-def test_a_rank_that_fails_ends_all_with_one_error_and_the_state_is_saved(tree, hook):
+def test_a_rank_that_fails_ends_all_with_one_error_and_the_state_is_saved(tree, tmp_path, hook):
+    whole = {**tree, "path": {"experiments_root": str(tmp_path / "whole")}}
+    expected = run_ranks(start, 2, whole, launched=True)[0]
     first, second = run_ranks(start, 2, tree, hook, launched=True)
     if hook is fail_rank_1:
         assert first == ("OtherRankEnded", "rank 1: ValueError: image 1.png is damaged")
@@ -167,8 +169,10 @@ def test_a_rank_that_fails_ends_all_with_one_error_and_the_state_is_saved(tree, 
         assert first[0] == "LostRankError" and second is None
         assert first[1].startswith("another rank has ended without a word")
     assert states(tree) in ([6], [7])  # rank 1 may be gone before the others' seventh step
-    resumed, _ = run_ranks(start, 2, tree, None, True, launched=True)
-    assert isinstance(resumed, dict) and states(tree)[-1] == TOTAL
+    for resumed in run_ranks(start, 2, tree, None, True, launched=True):
+        for name in expected:
+            assert_bitwise_equal(resumed[name], expected[name], name)
+    assert states(tree)[-1] == TOTAL
 
 
 def test_a_rank_that_refuses_its_settings_ends_all(tree):

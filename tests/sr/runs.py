@@ -93,7 +93,9 @@ def assert_equal(a, b, path="state"):
         assert a == b or (a != a and b != b), path
 
 
-def assert_same_logs(folder, expected, names=("train", "validation", "layers", "gradients")):
+def assert_same_logs(
+    folder, expected, names=("train", "validation", "layers", "gradients"), last=TOTAL
+):
     """All rows of two runs, times aside, and the state that they end with."""
     for name in names:
         rows = [
@@ -103,5 +105,5 @@ def assert_same_logs(folder, expected, names=("train", "validation", "layers", "
             )
         ]
         assert repr(rows[0]) == repr(rows[1]), name  # NaN is not equal to itself
-    last = [path / "training_states" / f"{TOTAL}.state" for path in (folder, expected)]
-    assert_equal(*map(checkpoint.read_state, last))
+    states = [path / "training_states" / f"{last}.state" for path in (folder, expected)]
+    assert_equal(*map(checkpoint.read_state, states))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from issp import cli, data
-from issp.sr import checkpoint, evaluate, logging, preflight
+from issp.sr import builders, checkpoint, evaluate, logging, preflight
 from issp.sr.data import datasets
 from issp.sr.interrupt import Interrupted, StopRequest
 from issp.sr.run_folder import RunFolder
@@ -214,6 +214,47 @@ def test_a_damaged_training_image_saves_the_state_first(tree, tmp_path, monkeypa
     assert saved == ([f"{first // 2}.state"] if first >= 2 else []), "the last whole iteration"
     resumed, _ = run(tree, resume=bool(saved), **changes)
     assert_equal(resumed.state_dict(), whole.state_dict())
+
+
+DROPS_PATHS = {
+    **{"type": "SwinIR", "upsampler": "pixelshuffledirect", "embed_dim": 8, "depths": [2, 2]},
+    **{"num_heads": [2, 2], "window_size": 4, "img_size": 8, "mlp_ratio": 2},
+    "drop_path_rate": 0.5,
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("network", ["EDSR", "SwinIR"])
+def test_an_iteration_that_fails_is_repeated_with_its_batch(tree, monkeypatch, network, workers):
+    """SwinIR has drawn which paths it drops when the backward pass fails."""
+    changes = {**SHORT, "datasets__train__num_worker_per_gpu": workers}
+    if network == "SwinIR":
+        changes["network_g"] = DROPS_PATHS
+    whole, expected = run(tree, name="whole", **changes)
+    numbers = itertools.count(1)
+
+    def fail_in_the_fifth(gradient):
+        if next(numbers) == 5:
+            raise MemoryError("no memory for a gradient")
+
+    def failing(config):
+        function = builders_loss(config)
+
+        def loss(output, target):
+            output.register_hook(fail_in_the_fifth)
+            return function(output, target)
+
+        return loss
+
+    builders_loss = builders.loss
+    with monkeypatch.context() as patch:
+        patch.setattr(builders, "loss", failing)
+        with pytest.raises(MemoryError, match="no memory for a gradient"):
+            run(tree, **changes)
+    assert states(folder_of(tree)) == ["4.state"]
+    resumed, folder = run(tree, resume=True, **changes)
+    assert_equal(resumed.state_dict(), whole.state_dict())
+    assert_same_logs(folder, expected, ("train",), SHORT["train__total_iter"])
 
 
 def test_a_loss_that_is_not_finite_leaves_no_state_to_resume_from(tree):
