@@ -1,13 +1,13 @@
 """The callback in Lightning's own trainer, against a plain loop, bit for bit."""
 
 import csv
-import os
 
 import pytest
 import torch
 from torch import nn
 
 import issp
+from tests.distributed.ranks import needs_gloo, run_ranks
 from tests.integrations.loops import (
     METHODS,
     RESUMED,
@@ -295,36 +295,35 @@ def test_zeros_and_flips_are_logged(tmp_path):
     assert float(rows[-1]["pruning/net/flips"]) == 0
 
 
-def test_one_process_of_ddp():
-    callback = PruningCallback(module="net", **arguments("assl"))
-    module, _ = fit(callback, strategy="ddp", devices=1, use_distributed_sampler=False)
-    assert_same(module.net, train_plainly("assl")[0])
-
-
-class SavedByRank(pl.Callback):
-    """Writes each rank's masks and weights, before the processes end."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def on_train_end(self, trainer, pl_module):
-        (pruner,) = [x.pruner for x in trainer.callbacks if isinstance(x, PruningCallback)]
-        state = {"masks": pruner.masks(), "weights": pl_module.net.state_dict()}
-        torch.save(state, self.folder / f"{trainer.global_rank}.pt")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
-@pytest.mark.parametrize("name", ["iss-p", "assl"])
-def test_two_processes_of_ddp(name, tmp_path):
-    """Each has half of a batch of four: the masks are equal on both, and so are the weights."""
+def fit_under_ddp(name, devices):
+    """In a process that torchrun has started: step count, masks and weights."""
     callback = PruningCallback(module="net", **arguments(name))
-    fit(callback, strategy="ddp_fork", devices=2, callbacks=[SavedByRank(tmp_path)])
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for key in ("masks", "weights"):
-        assert first[key].keys() == second[key].keys()
-        assert all(torch.equal(x, second[key][name]) for name, x in first[key].items())
-    for name, kept in first["masks"].items():
-        assert torch.equal(first["weights"][f"{name}.weight"] != 0, kept)
+    sampler = {"use_distributed_sampler": devices > 1}
+    module, _ = fit(callback, strategy="ddp", devices=devices, **sampler)
+    torch.distributed.barrier()
+    return callback.pruner.step_count, callback.pruner.masks(), module.net.state_dict()
+
+
+@needs_gloo
+def test_one_process_of_ddp():
+    ((steps, _, weights),) = run_ranks(fit_under_ddp, 1, "assl", 1, timeout=240, launched=True)
+    assert steps == STEPS
+    for name, weight in train_plainly("assl")[0].state_dict().items():
+        assert torch.equal(weights[name], weight), name
+
+
+@needs_gloo
+@pytest.mark.parametrize("name", ["iss-p", "assl"])
+def test_two_processes_of_ddp(name):
+    """Each has half of a batch of four: the masks are equal on both, and so are the weights."""
+    first, second = run_ranks(fit_under_ddp, 2, name, 2, timeout=240, launched=True)
+    assert first[0] == second[0] == STEPS
+    for one, other in zip(first[1:], second[1:], strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(x, other[key]) for key, x in one.items())
+    _, masks, weights = first
+    for layer, kept in masks.items():
+        assert torch.equal(weights[f"{layer}.weight"] != 0, kept)
         assert int((~kept).sum()) == issp.num_pruned(kept.numel(), 0.8)
 
 
