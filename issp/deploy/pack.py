@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from issp.deploy import paths
+from issp.deploy.fused_forward import FusedProgram, fused_programs, remove_
 from issp.nn import autotune, module_swap, selection
 from issp.nn.convert import NO_ZEROS, from_dense
 from issp.nn.layer_inputs import (
@@ -100,7 +101,13 @@ def pack(
         modes[new] = modes[old]
     report = LayerReport(lines, autotune.machine(_device(root)))
     if replacements:
-        report.whole = keep_if_faster(root, replacements, args)
+        for module in root.modules():
+            if type(module) is nn.PixelShuffle:
+                module.__class__ = paths.WholeRowsPixelShuffle
+        swap = module_swap.swapper(root, replacements)
+        swap(True)
+        programs = fused_programs(root[0], args)
+        report.whole = keep_if_faster(root, swap, programs, args)
         if report.whole.name == "dense":
             cache.forget(report.machine, [line.key for line in lines if line.choice != "dense"])
             for line in lines:
@@ -164,11 +171,12 @@ def unpack(model: nn.Module) -> nn.Module:
             paths.restore_(module)
         elif isinstance(module, SparseTrainingLayer):
             to_dense_(module)
+        remove_(module)
     root[0].__dict__.pop("report", None)
     return root[0]
 
 
-_PATHS = (paths.ChannelsLastConv2d, paths.TwoFourLinear)
+_PATHS = (paths.ChannelsLastConv2d, paths.TwoFourLinear, paths.WholeRowsPixelShuffle)
 _IN_PLACE = (*_PATHS, SparseTrainingLayer)
 
 
@@ -193,24 +201,32 @@ def _patterns(
 
 
 def keep_if_faster(
-    root: nn.Sequential, replacements: Mapping[nn.Module, nn.Module], args: tuple[Any, ...]
+    root: nn.Sequential,
+    swap: Callable[[bool], None],
+    programs: Sequence[FusedProgram],
+    args: tuple[Any, ...],
 ) -> autotune.Choice:
     """Replaces the layers unless the model is slower with the new ones.
 
     Args:
         root: holds the model as its only child.
-        replacements: layer -> what replaces it.
+        swap: replaces the layers (True), or takes them back.
+        programs: of modules with new layers.
         args: the arguments of the example.
 
     Returns:
         The choice between "packed" and "dense", with the times of the whole model: the one with the
         smaller median.
     """
-    swap = module_swap.swapper(root, replacements)
+
+    def use(packed: bool) -> None:
+        swap(packed)
+        for program in programs:
+            program.install(packed)
 
     @torch.no_grad()
     def run(packed: bool) -> None:
-        swap(packed)
+        use(packed)
         root[0](*args)
 
     choice = autotune.measure(
@@ -223,7 +239,7 @@ def keep_if_faster(
     )
     # Layer by layer, sparse has won already: packed on a tie, and no margin in favour of either.
     choice = replace(choice, name=min(("packed", "dense"), key=choice.microseconds.__getitem__))
-    swap(choice.name == "packed")
+    use(choice.name == "packed")
     return choice
 
 

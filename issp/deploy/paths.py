@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from issp.nn.leaf import Leaf
+from issp.nn.pixel_shuffle import PixelShuffle
 from issp.ops import semi_structured
+
+
+class WholeRowsPixelShuffle(PixelShuffle):
+    """torch's PixelShuffle of a packed model, which `restore_` makes torch's own again."""
+
 
 _Path = TypeVar("_Path", "ChannelsLastConv2d", "TwoFourLinear")
 
@@ -73,8 +79,11 @@ def two_four(module: nn.Linear, x: Tensor) -> TwoFourLinear | None:
     return _copy_as(module, TwoFourLinear, weight)
 
 
-def restore_(module: ChannelsLastConv2d | TwoFourLinear) -> None:
+def restore_(module: ChannelsLastConv2d | TwoFourLinear | WholeRowsPixelShuffle) -> None:
     """Makes a layer of this file torch's own again, in place."""
+    if isinstance(module, WholeRowsPixelShuffle):
+        module.__class__ = nn.PixelShuffle  # type: ignore[assignment]
+        return
     module.__dict__.pop("_compressed", None)
     kind = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
     module.__class__ = kind  # type: ignore[assignment]

@@ -164,29 +164,35 @@ class SparseLayer(Leaf):
             entries = pack_entries(self.weight, self._kept(self.weight), self._num_kept)
         return reference.to_dense(*entries, torch.Size(self.shape[1:]).numel()).view(self.shape)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
         """activation(W input + bias) + residual; fused where no gradient is wanted.
 
-        The input of a convolution may be [C, H, W], as for torch's.
+        Args:
+            input: of a convolution [C, H, W] too, as for torch's.
+            residual: of the result's shape.
+            activation: "none", "relu" or "gelu"; default: the layer's.
         """
         x = input  # torch's layers take it by this name
+        activation = self.activation if activation is None else activation
         if is_recorded_for_torch():
             warnings.warn(_DENSE_INSTEAD, RuntimeWarning, stacklevel=2)
             weight = self._constant_weight()
-            return sparse.apply_epilogue(self._dense_op(x, weight), residual, self.activation)
+            return sparse.apply_epilogue(self._dense_op(x, weight), residual, activation)
         if self.mask == "fixed":
-            return self._forward_op(x, self, residual, self.activation)
+            return self._forward_op(x, self, residual, activation)
         kept = self._kept(self.weight)
         entries = pack_entries(self.weight, kept, self._num_kept)
         rows = SparseRows.from_unchecked(*entries, self.shape)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return self._forward_op(x, rows, residual, self.activation)
+            return self._forward_op(x, rows, residual, activation)
         y = self._forward_op(x, rows, None, "none")
         decayed = kept if self.mask == "sr-ste" else None
         y = ste.StraightThrough.apply(
             y, self.weight, x.detach(), decayed, self.decay, self._geometry()
         )
-        return sparse.apply_epilogue(y, residual, self.activation)
+        return sparse.apply_epilogue(y, residual, activation)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in the layer's place."""

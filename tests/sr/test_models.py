@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from issp import models
+from issp.nn.pixel_shuffle import PixelShuffle
 from issp.sr.models import SwinIR
-from issp.sr.models.layers import DropPath, PixelShuffle, merge, partition, shift_mask
+from issp.sr.models.layers import DropPath, merge, partition, shift_mask
 from tests.sr.networks import (
     SMALL,
     build_on_meta,

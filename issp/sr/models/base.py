@@ -102,6 +102,30 @@ def _jsonable(value):
     return [_jsonable(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
+def check_image(x: Tensor, kind: str, channels: int, multiple: int) -> None:
+    """Refuses what a network cannot super-resolve.
+
+    Args:
+        x: must be [N, channels, H, W], with H and W multiples of `multiple`.
+        kind: the network's name.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"{kind} takes images [N, {channels}, H, W], got shape {tuple(x.shape)}")
+    height, width = x.shape[-2:]
+    if height % multiple or width % multiple:
+        raise ValueError(
+            f"{kind} needs height and width to be multiples of {multiple}, got "
+            f"{height}x{width}: use issp.models.upscale, which pads and crops"
+        )
+
+
+# Traced as one operation: a traced image has no size yet.
+fx.wrap("check_image")
+
+
 class SuperResolver(nn.Module):
     """Base class: subtracts the mean and scales to the image range, then undoes both.
 
@@ -146,8 +170,7 @@ class SuperResolver(nn.Module):
         Raises:
             ValueError: wrong number of dimensions, channels, or a size that needs padding.
         """
-        if not isinstance(x, fx.Proxy):  # a traced image has no size yet
-            self._check_input(x)
+        check_image(x, type(self).__name__, self.channels, self.pad_multiple)
         # Filled on the device: a buffer would be an entry of the state_dict and would be lost by
         # to_empty(), and CUDA graphs refuse a copy from the host.
         planes = [x.new_full((1, 1, 1, 1), m) for m in self.mean]
@@ -170,16 +193,3 @@ class SuperResolver(nn.Module):
     def restore(self, x: Tensor) -> Tensor:
         """The network between the subtraction of the mean and its addition."""
         raise NotImplementedError
-
-    def _check_input(self, x: Tensor) -> None:
-        kind, multiple = type(self).__name__, self.pad_multiple
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"{kind} takes images [N, {self.channels}, H, W], got shape {tuple(x.shape)}"
-            )
-        height, width = x.shape[-2:]
-        if height % multiple or width % multiple:
-            raise ValueError(
-                f"{kind} needs height and width to be multiples of {multiple}, got "
-                f"{height}x{width}: use issp.models.upscale, which pads and crops"
-            )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from issp.nn.leaf import Leaf
+from issp.nn.pixel_shuffle import PixelShuffle
 from issp.utils.text import suggest
 
 Size = tuple[int, int]
@@ -38,27 +38,6 @@ class Upsample(nn.Sequential):
         for factor in factors:
             steps += [conv3x3(num_feat, factor**2 * num_feat), PixelShuffle(factor)]
         super().__init__(*steps)
-
-
-class PixelShuffle(Leaf, nn.PixelShuffle):
-    """torch's layer, bit for bit, but two to four times as fast on a CPU.
-
-    torch copies element by element and lets each thread map its pages; a copy of the permuted
-    tensor goes through whole rows. Images in channels_last order and on a GPU take torch's way, and
-    so do compiled and exported networks, which other software reads.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        side = self.upscale_factor
-        is_captured = torch.jit.is_tracing() or torch.compiler.is_compiling()
-        if is_captured or not (input.dim() == 4 and input.is_contiguous() and input.is_cpu):
-            return F.pixel_shuffle(input, side)
-        batch, channels, height, width = input.shape
-        if channels % (side * side):
-            return F.pixel_shuffle(input, side)  # which refuses it
-        out = channels // (side * side)
-        y = input.view(batch, out, side, side, height, width).permute(0, 1, 4, 2, 5, 3)
-        return y.reshape(batch, out, height * side, width * side)
 
 
 class Mlp(nn.Module):

@@ -1,0 +1,143 @@
+"""Modules that compute by another program, in which layers do what lies between them too."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, SupportsIndex
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph_module import _format_import_block
+from torch.package import sys_importer
+
+from issp.deploy.fusion import fuse
+from issp.deploy.tracing import Trace, has_hooks, same_result, trace_parts
+from issp.nn.layers import SparseLayer
+
+_TOLERANCE = 1e-2  # of rounding in 16 bits; a program that computes something else is far off
+
+
+class FusedProgram:
+    """A program that computes what a module's `forward` computes.
+
+    Args:
+        graph: the program; its modules are children of `module`.
+        module: whose `forward` it can take the place of, see `install`.
+        containers: modules whose `forward` the graph has taken up.
+        has_gradient: otherwise it is not used where a gradient may be wanted.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        module: nn.Module,
+        containers: Sequence[nn.Module],
+        has_gradient: bool = True,
+    ) -> None:
+        self.module, self.containers, self.has_gradient = module, tuple(containers), has_gradient
+        code = graph.python_code("self")
+        # As text, which can be copied and pickled: the names are modules and functions.
+        self._source = f"{_format_import_block(code.globals, sys_importer)}\n{code.src}"
+        self._compiled: Callable[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._compiled is None:
+            names: dict[str, Any] = {}
+            exec(self._source, names)  # torch.fx wrote it, as for its own GraphModule
+            self._compiled = names["forward"]
+        return self._compiled(self.module, *args, **kwargs)
+
+    def is_valid(self, args: Iterable[Any]) -> bool:
+        """Whether it computes the same as the module's own `forward` now.
+
+        Not in training mode, under torch.autocast, where torch records or compiles the model,
+        where an argument wants a gradient (which activation checkpointing computes from another
+        forward pass), nor while somebody has hooks on a module whose `forward` it has taken up.
+        """
+        if self.module.training or torch.compiler.is_compiling():
+            return False
+        if torch._C._get_tracing_state() is not None:
+            return False
+        if not self.has_gradient and torch.is_grad_enabled():
+            return False
+        for x in args:
+            if isinstance(x, fx.Proxy):
+                return False
+            if isinstance(x, Tensor) and (
+                x.requires_grad or torch.is_autocast_enabled(x.device.type)
+            ):
+                return False
+        return not any(map(has_hooks, self.containers))
+
+    def install(self, installed: bool = True) -> None:
+        """Lets the module compute by this program where that is valid, or no longer."""
+        remove_(self.module)
+        if installed:
+            own: Any = type(self.module)
+            self.module.__class__ = _fused_class(own)
+            self.module._fused_program = self  # type: ignore[assignment]
+
+
+class FusedForward:
+    """Mixed into the class of a module that has a `FusedProgram`."""
+
+    _own_class: Any
+    _fused_program: FusedProgram
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        # The class is made here and has no name to be found by.
+        return _blank, (self._own_class,), self.__dict__
+
+
+@functools.cache
+def _fused_class(own: Any) -> Any:
+    """The class of a module of class `own` while it has a program; it has the same name."""
+
+    @functools.wraps(own.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        program = self._fused_program
+        if program.is_valid((*args, *kwargs.values())):
+            return program(*args, **kwargs)
+        return own.forward(self, *args, **kwargs)
+
+    names = {"forward": forward, "_own_class": own, "__module__": own.__module__}
+    return type(own.__name__, (FusedForward, own), names)
+
+
+def _blank(own: Any) -> nn.Module:
+    return object.__new__(_fused_class(own))
+
+
+def remove_(module: Any) -> None:
+    """Gives a module its own class back."""
+    if isinstance(module, FusedForward):
+        module.__class__ = module._own_class
+        del module._fused_program
+
+
+@torch.no_grad()
+def fused_programs(root: nn.Module, args: tuple[Any, ...]) -> list[FusedProgram]:
+    """Programs of the parts of a model in which sparse layers can do more than they do now.
+
+    Args:
+        root: in evaluation mode, with its sparse layers.
+        args: of an example, on which a program must give the same result.
+    """
+    programs = []
+    for trace in trace_parts(root, args, lambda m: isinstance(m, SparseLayer)):
+        graph = fuse(trace)
+        if graph is not None:
+            program = FusedProgram(graph, trace.module, trace.containers)
+            if _is_same(program, trace):
+                programs.append(program)
+    return programs
+
+
+def _is_same(program: FusedProgram, trace: Trace) -> bool:
+    """Whether the program gives the module's own result on the example, up to rounding."""
+    own = type(trace.module).forward(trace.module, *trace.args, **trace.kwargs)
+    return same_result(program(*trace.args, **trace.kwargs), own, _TOLERANCE)
