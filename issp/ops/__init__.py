@@ -21,15 +21,26 @@ from issp.ops.pruning import (
     soft_shrink_,
 )
 from issp.ops.sparse import nm_conv2d, nm_matmul, nm_pack, sparse_conv2d, sparse_matmul, sparse_pack
+from issp.ops.tiles import (
+    TiledImage,
+    TiledWeight,
+    from_tiles,
+    tiled_conv2d,
+    tiles_supported,
+    to_tiles,
+)
 
 __all__ = [
     "Keep",
     "NMTensor",
     "ShrinkState",
     "SparseRows",
+    "TiledImage",
+    "TiledWeight",
     "adam_soft_shrink_",
     "apply_masks_",
     "count_zeros",
+    "from_tiles",
     "magnitude_statistics",
     "magnitude_threshold",
     "nm_conv2d",
@@ -44,6 +55,9 @@ __all__ = [
     "sparse_conv2d",
     "sparse_matmul",
     "sparse_pack",
+    "tiled_conv2d",
+    "tiles_supported",
+    "to_tiles",
 ]
 
 backends.register()

@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from issp.ops import reference, schemas
-from issp.ops.validation import PRUNING_OPS, SPARSE_OPS
+from issp.ops.validation import PRUNING_OPS, SPARSE_OPS, TILED_OPS
 from issp.utils.errors import BackendError
 
 NAMES = ("reference", "cpp", "triton", "cuda")
-_CHECKS = PRUNING_OPS | SPARSE_OPS
+_ON_GPU = PRUNING_OPS | SPARSE_OPS  # the tiled ops are for CPUs
+_CHECKS = _ON_GPU | TILED_OPS
 _LIBRARIES = {"cpp": "_C", "cuda": "_CUDA"}
 
 _active: dict[str, str] = {}
@@ -52,16 +53,18 @@ def implementations(name: str) -> dict[str, Callable]:
     if name == "reference":
         # In place on leaves that require gradients, as the native ops.
         in_place = {op: torch.no_grad()(getattr(reference, op)) for op in PRUNING_OPS}
-        table = {**{op: getattr(reference, op) for op in SPARSE_OPS}, **in_place}
+        others = {op: getattr(reference, op) for op in SPARSE_OPS | TILED_OPS}
+        table = {**others, **in_place}
         return {op: _checked(check, table[op]) for op, check in _CHECKS.items()}
     if name == "triton":
         table = _import_triton().implementations()
-        return {op: _checked(check, table[op]) for op, check in _CHECKS.items()}
+        return {op: _checked(check, table[op]) for op, check in _ON_GPU.items()}
     if name not in _active.values():
         raise RuntimeError(
             f"back end {name} is not active here: {_problems.get(name, 'not loaded')}"
         )
-    return {op: getattr(torch.ops.issp, op).default for op in _CHECKS}
+    ops = _CHECKS if name == "cpp" else _ON_GPU
+    return {op: getattr(torch.ops.issp, op).default for op in ops}
 
 
 def _checked(check: Callable, call: Callable) -> Callable:

@@ -6,4 +6,5 @@ It takes the arguments of the op schemas and does not check them; `issp.ops.back
 from issp.ops.reference.auxiliary import *  # noqa: F403
 from issp.ops.reference.pruning import *  # noqa: F403
 from issp.ops.reference.sparse import *  # noqa: F403
+from issp.ops.reference.tiles import *  # noqa: F403
 from issp.ops.reference.updates import *  # noqa: F403

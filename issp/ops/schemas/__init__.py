@@ -2,3 +2,4 @@
 
 from issp.ops.schemas.pruning import *  # noqa: F403
 from issp.ops.schemas.sparse import *  # noqa: F403
+from issp.ops.schemas.tiles import *  # noqa: F403

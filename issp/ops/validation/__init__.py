@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from issp.ops.validation import pruning, sparse, updates
+from issp.ops.validation import pruning, sparse, tiles, updates
 from issp.ops.validation.pruning import *  # noqa: F403
 from issp.ops.validation.sparse import *  # noqa: F403
+from issp.ops.validation.tiles import *  # noqa: F403
 from issp.ops.validation.updates import *  # noqa: F403
 
 # Name of each op -> its check, which takes the arguments of the op's schema.
@@ -30,6 +31,12 @@ SPARSE_OPS: dict[str, Callable[..., None]] = {
     "sparse_conv2d_values_grad": sparse.check_sparse_conv2d_values_grad,
     "sparse_matmul": sparse.check_sparse_matmul,
     "sparse_matmul_values_grad": sparse.check_sparse_matmul_values_grad,
+}
+TILED_OPS: dict[str, Callable[..., None]] = {
+    "to_tiles": tiles.check_to_tiles,
+    "from_tiles": tiles.check_from_tiles,
+    "tiled_conv2d": tiles.check_tiled_conv2d,
+    "tiled_conv2d_out": tiles.check_tiled_conv2d_out,
 }
 
 

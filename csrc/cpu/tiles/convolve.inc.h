@@ -1,0 +1,411 @@
+// Convolution, conversion and epilogue of tile_kernels.h for one instruction set, ISSP_ISA. The
+// includer defines what differs: kFlush (whether denormals must be flushed by hand), fma, scale_by,
+// pack (two vectors of 16 floats to 16 pairs of bfloat16) and interleave (of two lines of pairs).
+
+namespace issp::ISSP_ISA {
+namespace {
+
+#define ISSP_INLINE ISSP_TARGET inline __attribute__((always_inline))
+
+ISSP_INLINE void load(F16& to, const void* from) {
+  std::memcpy(&to, from, sizeof(to));
+}
+ISSP_INLINE void load(U16& to, const void* from) {
+  std::memcpy(&to, from, sizeof(to));
+}
+ISSP_INLINE void store(void* to, const U16& from) {
+  std::memcpy(to, &from, sizeof(from));
+}
+
+// Zero of the same sign for denormals.
+ISSP_INLINE void flush(F16& x) {
+  if (!kFlush) return;
+  U16 bits = U16(x);
+  bits = ((bits & 0x7f800000u) == 0u) ? (bits & 0x80000000u) : bits;
+  x = F16(bits);
+}
+
+ISSP_INLINE void split(const U16& pairs, F16& first, F16& second) {
+  first = F16(pairs << 16);
+  second = F16(pairs & 0xffff0000u);
+}
+
+// x * Phi(x), as gelu of sparse/sparse_kernels.cpp.
+ISSP_INLINE void gelu(F16& x) {
+  const F16 zero = {};
+  F16 t = x * 0.70710678118654752f;
+  t = t < zero - 4.0f ? zero - 4.0f : t > zero + 4.0f ? zero + 4.0f : t;
+  const F16 s = t * t;
+  F16 p = s * -2.72614225801306e-10f + 2.77068142495902e-08f;
+  p = p * s + -2.10102402082508e-06f;
+  p = p * s + -5.69250639462346e-05f;
+  p = p * s + -7.34990630326855e-04f;
+  p = p * s + -2.95459980854025e-03f;
+  p = p * s + -1.60960333262415e-02f;
+  F16 q = s * -1.45660718464996e-05f + -2.13374055278905e-04f;
+  q = q * s + -1.68282697438203e-03f;
+  q = q * s + -7.37332916720468e-03f;
+  q = q * s + -1.42647390514189e-02f;
+  x = 0.5f * x * (1.0f + t * p / q);
+  flush(x);
+}
+
+template <TileActivation activation>
+ISSP_INLINE void finish(F16& sum, float bias, float scale) {
+  sum += bias;
+  flush(sum);
+  if (activation == TileActivation::kRelu) sum = sum < F16{} ? F16{} : sum;
+  if (activation == TileActivation::kGelu) gelu(sum);
+  scale_by(sum, scale);
+}
+
+// Sets the lanes from `count` on to zero.
+ISSP_INLINE void keep_first(U16& pairs, int count) {
+  const U16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  pairs = lanes < uint32_t(count) ? pairs : U16{};
+}
+
+// The block's rows of one pixel tile, without shuffle: a line of pairs per two rows.
+template <TileActivation activation>
+ISSP_TARGET void write_lines(const TiledConv& conv, int64_t block, const PixelTile& tile,
+                             const float* sums) {
+  const TileEpilogue& by = conv.epilogue;
+  const int64_t plane_bytes = by.to.plane_bytes(), first = block * conv.v / 2;
+  const int64_t at = by.to.row(tile.image, tile.y) + (first + 1) * plane_bytes + 4 * tile.x;
+  const int64_t planes = std::min<int64_t>(conv.v / 2, by.to.planes() - first);
+  const float* bias = by.bias + block * conv.v;
+  char* out = by.out + at;
+  const char* residual = by.residual ? by.residual + at : nullptr;
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    F16 even, odd = {};
+    load(even, sums + 32 * plane);
+    finish<activation>(even, bias[2 * plane], by.scale);
+    const bool both = block * conv.v + 2 * plane + 1 < by.rows;
+    if (both) {
+      load(odd, sums + 32 * plane + 16);
+      finish<activation>(odd, bias[2 * plane + 1], by.scale);
+    }
+    if (residual) {
+      U16 pairs;
+      F16 first_of, second_of;
+      load(pairs, residual + plane * plane_bytes);
+      split(pairs, first_of, second_of);
+      flush(first_of);
+      flush(second_of);
+      even += first_of;
+      if (both) odd += second_of;
+    }
+    U16 line;
+    pack(even, odd, line);
+    if (tile.count < kTilePixels) keep_first(line, tile.count);
+    store(out + plane * plane_bytes, line);
+  }
+}
+
+// The same with PixelShuffle(2): 16 pixels of eight rows are two lines in each of two rows of a
+// plane.
+template <TileActivation activation>
+ISSP_TARGET void write_doubled(const TiledConv& conv, int64_t block, const PixelTile& tile,
+                               const float* sums) {
+  const TileEpilogue& by = conv.epilogue;
+  const int64_t plane_bytes = by.to.plane_bytes(), first = block * conv.v / 8;
+  const int64_t planes = std::min<int64_t>(conv.v / 8, by.to.planes() - first);
+  for (int64_t plane = 0; plane < planes; ++plane) {
+    const float* bias = by.bias + block * conv.v + 8 * plane;
+    const bool both = block * conv.v + 8 * plane + 7 < by.rows;
+    for (int64_t i = 0; i < 2; ++i) {
+      U16 lines[2];
+      for (int64_t j = 0; j < 2; ++j) {
+        const int64_t row = 2 * i + j;
+        F16 even, odd = {};
+        load(even, sums + 16 * (8 * plane + row));
+        finish<activation>(even, bias[row], by.scale);
+        if (both) {
+          load(odd, sums + 16 * (8 * plane + 4 + row));
+          finish<activation>(odd, bias[4 + row], by.scale);
+        }
+        pack(even, odd, lines[j]);
+        if (tile.count < kTilePixels) keep_first(lines[j], tile.count);
+      }
+      char* out = by.out + by.to.row(tile.image, 2 * tile.y + i) +
+                  (first + plane + 1) * plane_bytes + 8 * tile.x;
+      interleave(lines[0], lines[1]);
+      store(out, lines[0]);
+      store(out + 64, lines[1]);
+    }
+  }
+}
+
+// The same with any shuffle: every pixel of a row goes to a place of its own.
+template <TileActivation activation>
+ISSP_TARGET void write_scattered(const TiledConv& conv, int64_t block, const PixelTile& tile,
+                                 const float* sums) {
+  const TileEpilogue& by = conv.epilogue;
+  const int64_t r = by.shuffle, begin = block * conv.v;
+  const int64_t end = std::min(begin + conv.v, by.rows);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t channel = row / (r * r), i = row / r % r, j = row % r;
+    F16 sum;
+    load(sum, sums + 16 * (row - begin));
+    finish<activation>(sum, by.bias[row], by.scale);
+    U16 line;
+    pack(sum, sum, line);
+    char* out = by.out + by.to.row(tile.image, tile.y * r + i) +
+                (channel / 2 + 1) * by.to.plane_bytes() + 4 * (tile.x * r + j) + 2 * (channel % 2);
+    for (int k = 0; k < tile.count; ++k) {
+      const uint16_t value = uint16_t(line[k]);
+      std::memcpy(out + 4 * r * k, &value, 2);
+    }
+  }
+}
+
+template <TileActivation activation>
+ISSP_TARGET void write(const TiledConv& conv, int64_t block, const PixelTile& tile,
+                       const float* sums) {
+  if (conv.epilogue.shuffle == 1) return write_lines<activation>(conv, block, tile, sums);
+  // Blocks of 16 rows hold whole pairs of channels.
+  if (conv.epilogue.shuffle == 2) return write_doubled<activation>(conv, block, tile, sums);
+  write_scattered<activation>(conv, block, tile, sums);
+}
+
+using Write = void (*)(const TiledConv&, int64_t, const PixelTile&, const float*);
+
+inline Write writer(const TiledConv& conv) {
+  switch (conv.epilogue.activation) {
+    case TileActivation::kRelu: return write<TileActivation::kRelu>;
+    case TileActivation::kGelu: return write<TileActivation::kGelu>;
+    default: return write<TileActivation::kNone>;
+  }
+}
+
+// Rows of pixels of two channels to pairs. `second` may be null: zeros.
+template <typename T>
+ISSP_TARGET void pack_row(T type, const char* first, const char* second, int64_t stride,
+                          int64_t width, int64_t pitch, char* out) {
+  using Bits = typename T::Bits;
+  for (int64_t x = 0; x < pitch; x += kTilePixels) {
+    F16 even = {}, odd = {};
+    const int64_t count = std::min(kTilePixels, width - x);
+    for (int64_t i = 0; i < count; ++i) {
+      even[i] = float(widen(type, reinterpret_cast<const Bits*>(first)[(x + i) * stride]));
+    }
+    for (int64_t i = 0; second && i < count; ++i) {
+      odd[i] = float(widen(type, reinterpret_cast<const Bits*>(second)[(x + i) * stride]));
+    }
+    U16 line;
+    pack(even, odd, line);
+    store(out + 4 * x, line);
+  }
+}
+
+template <typename T>
+ISSP_TARGET void pack_image_row(T type, const PlainImage& x, const TileLayout& to, int64_t image,
+                                int64_t y, char* out) {
+  constexpr int64_t size = sizeof(typename T::Bits);
+  const char* row = x.data + size * (image * x.image + y * x.row);
+  char* line = out + to.row(image, y);
+  for (int64_t plane = 0; plane < to.planes(); ++plane) {
+    const char* first = row + size * 2 * plane * x.channel;
+    const char* second = 2 * plane + 1 < to.channels ? first + size * x.channel : nullptr;
+    pack_row(type, first, second, x.pixel, to.width, to.pitch(),
+             line + (plane + 1) * to.plane_bytes());
+  }
+}
+
+ISSP_TARGET inline void to_tiles(const PlainImage& x, const TileLayout& to, int64_t image,
+                                 int64_t y, char* out) {
+  for_dtype(x.dtype, [&](auto type) { pack_image_row(type, x, to, image, y, out); });
+}
+
+template <typename T>
+ISSP_TARGET void unpack_image_row(T type, const char* data, const TileLayout& from, int64_t image,
+                                  int64_t y, const PlainImage& to) {
+  using Bits = typename T::Bits;
+  Bits* const row = reinterpret_cast<Bits*>(to.data) + image * to.image + y * to.row;
+  for (int64_t channel = 0; channel < from.channels; ++channel) {
+    const char* line = data + from.row(image, y) + (channel / 2 + 1) * from.plane_bytes();
+    for (int64_t x = 0; x < from.width; ++x) {
+      uint16_t bits;
+      std::memcpy(&bits, line + 4 * x + 2 * (channel % 2), 2);
+      row[channel * to.channel + x * to.pixel] = narrowed(type, bits);
+    }
+  }
+}
+
+ISSP_TARGET inline void from_tiles(const char* data, const TileLayout& from, int64_t image,
+                                   int64_t y, const PlainImage& to) {
+  for_dtype(to.dtype, [&](auto type) { unpack_image_row(type, data, from, image, y, to); });
+}
+
+// A position is 16 * plane + tap. Plane 0 is the plane of zeros, which padded entries read at the
+// middle tap alone: the other taps of the first row lie outside of the memory.
+ISSP_TARGET inline bool translate(const int32_t* positions, int64_t count, int64_t planes,
+                                  int64_t taps, int32_t plane_bytes, int32_t row_bytes,
+                                  int32_t* offsets) {
+  const int32_t middle = int32_t(taps / 2), down = taps == 9 ? row_bytes : 0;
+  const int32_t right = taps == 9 ? 4 : 0, last = int32_t(planes), all = int32_t(taps);
+  int32_t wrong = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t plane = positions[i] >> 4, tap = positions[i] & 15;
+    const int32_t dy = (tap * 11) >> 5, dx = tap - 3 * dy;
+    wrong |= (plane < 0) | (plane > last) | (tap >= all) | ((plane == 0) & (tap != middle));
+    offsets[i] = plane * plane_bytes + (dy - 1) * down + (dx - 1) * right;
+  }
+  return !wrong;
+}
+
+#if ISSP_AMX
+
+// Tile registers: sums 0 .. G * M - 1, then M of weights, the last one of pixels.
+template <int N>
+ISSP_INLINE void zero_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(N));
+}
+template <int N>
+ISSP_INLINE void load_tile(const void* from) {
+  asm volatile("tileloadd (%1,%2,1), %%tmm%c0" ::"i"(N), "r"(from), "r"(64L) : "memory");
+}
+template <int N>
+ISSP_INLINE void store_tile(void* to) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,1)" ::"i"(N), "r"(to), "r"(64L) : "memory");
+}
+template <int Sum, int Weights, int Pixels>
+ISSP_INLINE void multiply_tiles() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Weights), "i"(Pixels));
+}
+
+ISSP_INLINE void copy_lines(const char* input, const int32_t* offsets, char* ring) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kTileEntries; ++i) {
+    const __m512i line = _mm512_loadu_si512(input + offsets[i]);
+    _mm512_store_si512(ring + 64 * i, line);
+  }
+}
+
+// G pixel tiles and blocks of 16 * M rows. The lines of K tile k + kAhead are copied while K tile k
+// is multiplied: a tile load waits for stores that are not in the cache yet.
+template <int G, int M>
+struct Group {
+  static constexpr int kAhead = (3 + G - 1) / G, kSlots = kAhead + 1;
+
+  struct Memory {
+    alignas(64) char ring[kSlots][G][1024];
+    alignas(64) float sums[G][M * 256];
+  };
+
+  template <int... I>
+  ISSP_INLINE static void clear(std::integer_sequence<int, I...>) {
+    (zero_tile<I>(), ...);
+  }
+  template <int... I>
+  ISSP_INLINE static void load_weights(const uint16_t* values, std::integer_sequence<int, I...>) {
+    (load_tile<G * M + I>(values + 512 * I), ...);
+  }
+  template <int g, int... I>
+  ISSP_INLINE static void multiply_pixels(std::integer_sequence<int, I...>) {
+    (multiply_tiles<g * M + I, G * M + I, 7>(), ...);
+  }
+  template <int g, int... I>
+  ISSP_INLINE static void store_sums(float* sums, std::integer_sequence<int, I...>) {
+    (store_tile<g * M + I>(sums + 256 * I), ...);
+  }
+  template <int g>
+  ISSP_INLINE static void step(const char* input, const int32_t* ahead, char (*filled)[1024],
+                               const char (*current)[1024]) {
+    copy_lines(input, ahead, filled[g]);
+    load_tile<7>(current[g]);
+    multiply_pixels<g>(std::make_integer_sequence<int, M>());
+  }
+  template <int... g>
+  ISSP_INLINE static void steps(const PixelTile* tiles, const int32_t* ahead, char (*filled)[1024],
+                                const char (*current)[1024], std::integer_sequence<int, g...>) {
+    (step<g>(tiles[g].input, ahead, filled, current), ...);
+  }
+  template <int... g>
+  ISSP_INLINE static void store_all(Memory& memory, std::integer_sequence<int, g...>) {
+    (store_sums<g>(memory.sums[g], std::make_integer_sequence<int, M>()), ...);
+  }
+
+  ISSP_TARGET static void run(const TiledConv& conv, const PixelTile* tiles) {
+    using Tiles = std::make_integer_sequence<int, G>;
+    Memory memory;
+    const Write write = writer(conv);
+    const int32_t* ahead = conv.offsets;
+    int filled = 0;
+    for (; filled < kAhead; ++filled, ahead += kTileEntries) {
+      for (int g = 0; g < G; ++g) copy_lines(tiles[g].input, ahead, memory.ring[filled][g]);
+    }
+    const uint16_t* values = conv.values;
+    int current = 0;
+    for (int64_t block = 0; block < conv.blocks; ++block) {
+      clear(std::make_integer_sequence<int, G * M>());
+      for (int32_t k = conv.starts[block]; k < conv.starts[block + 1]; ++k) {
+        load_weights(values, std::make_integer_sequence<int, M>());
+        steps(tiles, ahead, memory.ring[filled], memory.ring[current], Tiles());
+        values += 512 * M;
+        ahead += kTileEntries;
+        filled = filled + 1 == kSlots ? 0 : filled + 1;
+        current = current + 1 == kSlots ? 0 : current + 1;
+      }
+      store_all(memory, Tiles());
+      for (int g = 0; g < G; ++g) write(conv, block, tiles[g], memory.sums[g]);
+    }
+  }
+};
+
+ISSP_TARGET inline void convolve(const TiledConv& conv, const PixelTile* tiles, int count) {
+  if (conv.v == 32)
+    return count == 2 ? Group<2, 2>::run(conv, tiles) : Group<1, 2>::run(conv, tiles);
+  switch (count) {
+    case 1: return Group<1, 1>::run(conv, tiles);
+    case 2: return Group<2, 1>::run(conv, tiles);
+    case 3: return Group<3, 1>::run(conv, tiles);
+    case 4: return Group<4, 1>::run(conv, tiles);
+    case 5: return Group<5, 1>::run(conv, tiles);
+    default: return Group<6, 1>::run(conv, tiles);
+  }
+}
+
+#else
+
+ISSP_TARGET inline void multiply_block(const TiledConv& conv, int64_t block, const PixelTile& tile,
+                                       float* sums) {
+  for (int row = 0; row < conv.v; ++row) {
+    F16 sum = {};
+    for (int32_t k = conv.starts[block]; k < conv.starts[block + 1]; ++k) {
+      const uint16_t* weights = conv.values + 32 * (int64_t(k) * conv.v + row);
+      F16 even = {}, odd = {};
+      for (int64_t i = 0; i < kTileEntries; ++i) {
+        U16 pairs;
+        F16 first, second;
+        load(pairs, tile.input + conv.offsets[kTileEntries * k + i]);
+        split(pairs, first, second);
+        fma(widen(BFloat16{}, weights[2 * i]), first, even);
+        fma(widen(BFloat16{}, weights[2 * i + 1]), second, odd);
+      }
+      even += odd;
+      flush(even);
+      sum += even;
+      flush(sum);
+    }
+    std::memcpy(sums + 16 * row, &sum, sizeof(sum));
+  }
+}
+
+ISSP_TARGET inline void convolve(const TiledConv& conv, const PixelTile* tiles, int count) {
+  const Write write = writer(conv);
+  alignas(64) float sums[16 * kMaxBlock];
+  for (int tile = 0; tile < count; ++tile) {
+    for (int64_t block = 0; block < conv.blocks; ++block) {
+      multiply_block(conv, block, tiles[tile], sums);
+      write(conv, block, tiles[tile], sums);
+    }
+  }
+}
+
+#endif
+
+#undef ISSP_INLINE
+
+}  // namespace
+}  // namespace issp::ISSP_ISA

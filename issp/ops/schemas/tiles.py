@@ -1,0 +1,92 @@
+"""The op schemas: convolution of bfloat16 images that stay in the tile layout of matrix engines.
+
+Tile layout of an image with C channels: bfloat16 [N, H + 2, P + 1, pitch, 2], P = ceil(C / 2)
+    data[n, y + 1, p + 1, x, i] is channel 2p + i at (y, x). Zeros: the rows 0 and H + 1, plane 0,
+    the pixels from W on (at least 16), and the second channel of the last plane where C is odd.
+    pitch: `pitch_of`. For inference on CPUs with AMX; elsewhere the same bits, slowly.
+Weight [O, I, k, k], k = 1 or 3, as blocks of v = 16 or 32 output rows that share their positions
+    tile_starts   int32 [ceil(O / v) + 1], ascending from 0 to T: the K tiles of each block.
+    positions     int32 [T, 16]: 16 * (p + 1) + ky * k + kx, a pair of channels at one tap. Entries
+                  that only fill up a K tile read plane 0 at the middle tap (k * k // 2).
+    values        bfloat16 [T, v / 16, 16, 32]: of 16 rows, the pairs of the K tile's 16 entries.
+Arithmetic: float32, rounded to nearest even; denormal operands and results count as zero of the
+    same sign. For each K tile, in order,
+        even = fma(weight, pixel, even) over the first channels of the 16 entries, in order, from 0
+        odd  = the same over their second channels
+        sum  = sum + (even + odd)
+    then y = activation(sum + bias) * scale + residual, each operation rounded once, and y rounded
+    to bfloat16. relu keeps NaN and -0. The bits are the same on every back end and for any number
+    of threads; only gelu (by erf) may differ by rounding, between the reference and the others.
+    Pixels outside of the image are zeros, whatever lies in memory behind them.
+geometry: channels of x, width of x, O, k, shuffle. torch.nn.PixelShuffle(shuffle) comes last; a
+    residual is refused with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from issp.ops.schemas.pruning import library, one_device
+
+LANES = 16  # pixels of a tile, and entries of a K tile
+
+# x [N, C, H, W] float32, float16 or bfloat16, of any strides -> data.
+library.define("to_tiles(Tensor x) -> Tensor")
+# data -> [N, C, H, W], contiguous.
+library.define("from_tiles(Tensor data, SymInt channels, SymInt width, ScalarType dtype) -> Tensor")
+_CONV = (
+    "Tensor x, Tensor values, Tensor positions, Tensor tile_starts, Tensor? bias, "
+    "Tensor? residual, SymInt[] geometry, str activation, float scale"
+)
+# bias: float32 [O]. residual: the data of an image like the result.
+library.define(f"tiled_conv2d({_CONV}) -> Tensor")
+# The same into the data of an image like the result, whose zeros are kept. `out` may be the
+# residual, and overlaps nothing else.
+library.define(f"tiled_conv2d_out({_CONV}, Tensor(a!) out) -> ()")
+# The kernels in use on the CPU: amx, avx512 or scalar; `want` selects them, for tests.
+library.define('_tile_capability(str want="") -> str')
+
+
+def pitch_of(width: int) -> int:
+    """Pixels between the planes of a tiled image: whole lines, one of zeros at least."""
+    lines = (width + LANES - 1) // LANES + 1
+    # One more where 8 divides it, which would map the planes to few sets of a cache: without a
+    # comparison, so that the width may be a symbol.
+    return LANES * (lines + (8 - lines % 8) // 8)
+
+
+def tiled_shape(batch: int, channels: int, height: int, width: int) -> tuple[int, ...]:
+    """The shape of an image's data in the tile layout."""
+    return (batch, height + 2, (channels + 1) // 2 + 1, pitch_of(width), 2)
+
+
+def result_shape(x: Tensor, geometry: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the data of a convolution's result."""
+    _, width, rows, _, shuffle = geometry
+    height = x.shape[1] - 2
+    return tiled_shape(x.shape[0], rows // shuffle**2, height * shuffle, width * shuffle)
+
+
+@torch.library.register_fake("issp::to_tiles", lib=library)
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(tiled_shape(*x.shape), dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("issp::from_tiles", lib=library)
+def _(data: Tensor, channels: int, width: int, dtype: torch.dtype) -> Tensor:
+    return data.new_empty((data.shape[0], channels, data.shape[1] - 2, width), dtype=dtype)
+
+
+@torch.library.register_fake("issp::tiled_conv2d", lib=library)
+def _(x: Tensor, *args: Any) -> Tensor:
+    one_device(x, *args[:5])
+    return x.new_empty(result_shape(x, args[5]))
+
+
+@torch.library.register_fake("issp::tiled_conv2d_out", lib=library)
+def _(x: Tensor, *args: Any) -> None:
+    one_device(x, *args[:5], args[8])
