@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, SupportsIndex
 
 import torch
@@ -11,11 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block
 from torch.package import sys_importer
 
-from issp.deploy.fusion import fuse
-from issp.deploy.tracing import Trace, has_hooks, same_result, trace_parts
-from issp.nn.layers import SparseLayer
-
-_TOLERANCE = 1e-2  # of rounding in 16 bits; a program that computes something else is far off
+from issp.deploy.tracing import has_hooks
 
 
 class FusedProgram:
@@ -24,7 +20,7 @@ class FusedProgram:
     Args:
         graph: the program; its modules are children of `module`.
         module: whose `forward` it can take the place of, see `install`.
-        containers: modules whose `forward` the graph has taken up.
+        passed: modules that the program does not call, though `forward` does.
         has_gradient: otherwise it is not used where a gradient may be wanted.
     """
 
@@ -32,10 +28,10 @@ class FusedProgram:
         self,
         graph: fx.Graph,
         module: nn.Module,
-        containers: Sequence[nn.Module],
+        passed: Iterable[nn.Module],
         has_gradient: bool = True,
     ) -> None:
-        self.module, self.containers, self.has_gradient = module, tuple(containers), has_gradient
+        self.module, self.passed, self.has_gradient = module, tuple(passed), has_gradient
         code = graph.python_code("self")
         # As text, which can be copied and pickled: the names are modules and functions.
         self._source = f"{_format_import_block(code.globals, sys_importer)}\n{code.src}"
@@ -56,7 +52,7 @@ class FusedProgram:
 
         Not in training mode, under torch.autocast, where torch records or compiles the model,
         where an argument wants a gradient (which activation checkpointing computes from another
-        forward pass), nor while somebody has hooks on a module whose `forward` it has taken up.
+        forward pass), nor while somebody has hooks on a module that it passes by.
         """
         if self.module.training or torch.compiler.is_compiling():
             return False
@@ -71,15 +67,14 @@ class FusedProgram:
                 x.requires_grad or torch.is_autocast_enabled(x.device.type)
             ):
                 return False
-        return not any(map(has_hooks, self.containers))
+        return not any(module.training or has_hooks(module) for module in self.passed)
 
-    def install(self, installed: bool = True) -> None:
-        """Lets the module compute by this program where that is valid, or no longer."""
+    def install(self) -> None:
+        """Lets the module compute by this program where that is valid."""
         remove_(self.module)
-        if installed:
-            own: Any = type(self.module)
-            self.module.__class__ = _fused_class(own)
-            self.module._fused_program = self  # type: ignore[assignment]
+        own: Any = type(self.module)
+        self.module.__class__ = _fused_class(own)
+        self.module._fused_program = self  # type: ignore[assignment]
 
 
 class FusedForward:
@@ -117,27 +112,3 @@ def remove_(module: Any) -> None:
     if isinstance(module, FusedForward):
         module.__class__ = module._own_class
         del module._fused_program
-
-
-@torch.no_grad()
-def fused_programs(root: nn.Module, args: tuple[Any, ...]) -> list[FusedProgram]:
-    """Programs of the parts of a model in which sparse layers can do more than they do now.
-
-    Args:
-        root: in evaluation mode, with its sparse layers.
-        args: of an example, on which a program must give the same result.
-    """
-    programs = []
-    for trace in trace_parts(root, args, lambda m: isinstance(m, SparseLayer)):
-        graph = fuse(trace)
-        if graph is not None:
-            program = FusedProgram(graph, trace.module, trace.containers)
-            if _is_same(program, trace):
-                programs.append(program)
-    return programs
-
-
-def _is_same(program: FusedProgram, trace: Trace) -> bool:
-    """Whether the program gives the module's own result on the example, up to rounding."""
-    own = type(trace.module).forward(trace.module, *trace.args, **trace.kwargs)
-    return same_result(program(*trace.args, **trace.kwargs), own, _TOLERANCE)

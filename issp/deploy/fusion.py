@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from issp.deploy.tracing import Trace, attribute, shape_of
+from issp.deploy.tracing import Trace, attribute, has_hooks, shape_of
 from issp.nn.layers import SparseLayer
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 _RELU = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADD = {operator.add, torch.add, "add", "__add__", "__radd__"}
 _ADD_INPLACE = {operator.iadd, "add_", "__iadd__"}
+_IN_PLACE = {*_ADD_INPLACE, F.relu_, torch.relu_, "relu_"}
 _MULTIPLY = {operator.mul, torch.mul, torch.multiply, "mul", "multiply", "__mul__", "__rmul__"}
+# Of torch and of issp: another subclass of PixelShuffle may do something else.
+_SHUFFLES = ("torch.", "issp.")
 
 
 @dataclass
@@ -33,6 +37,7 @@ class Step:
         residual: what is added.
         shuffle: the factor of a PixelShuffle.
         fused: the nodes that the step replaces, beside that of the layer.
+        modules: those that the fused nodes call.
     """
 
     node: fx.Node
@@ -42,6 +47,7 @@ class Step:
     residual: fx.Node | None = None
     shuffle: int = 1
     fused: list[fx.Node] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
 
     @property
     def last(self) -> fx.Node:
@@ -67,12 +73,19 @@ def find_step(
         if not _extend(module, step, user, scales, shuffles):
             break
         step.fused.append(user)
+        called = attribute(module, user)
+        step.modules += [] if called is None else [called]
     return step
 
 
 def _extend(module: nn.Module, step: Step, user: fx.Node, scales: bool, shuffles: bool) -> bool:
     """Adds what a node computes to the step, if the layer can compute it as the next thing."""
     plain = step.scale == 1.0 and step.residual is None and step.shuffle == 1
+    called = attribute(module, user)
+    if called is not None and has_hooks(called):
+        return False
+    if isinstance(called, nn.Dropout):  # nothing in evaluation mode
+        return True
     activation = _activation(module, user)
     if activation and plain and step.activation == "none":
         step.activation = activation
@@ -105,7 +118,7 @@ def _activation(module: nn.Module, node: fx.Node) -> str:
 
 def _shuffle(module: nn.Module, node: fx.Node) -> int:
     layer = attribute(module, node)
-    if isinstance(layer, nn.PixelShuffle):
+    if isinstance(layer, nn.PixelShuffle) and type(layer).__module__.startswith(_SHUFFLES):
         return layer.upscale_factor
     if node.op == "call_function" and node.target is F.pixel_shuffle and len(node.args) == 2:
         factor = node.args[1]
@@ -135,60 +148,94 @@ def _residual(last: fx.Node, node: fx.Node) -> fx.Node | None:
     return other
 
 
-def replace_step(graph: fx.Graph, step: Step, make: Callable[[], fx.Node]) -> fx.Node:
-    """Puts a new node in the place of a step's nodes.
+def is_elementwise(module: nn.Module, node: fx.Node) -> bool:
+    """Whether a node adds two results, scales, activates, shuffles or, elsewhere, drops pixels."""
+    known = bool(_activation(module, node) or _shuffle(module, node))
+    called = attribute(module, node)
+    if called is not None:
+        known = (known or isinstance(called, nn.Dropout)) and not has_hooks(called)
+        in_place = getattr(called, "inplace", False)
+    elif node.op in ("call_function", "call_method"):
+        known = known or node.target in _ADD or node.target in _ADD_INPLACE
+        known = known or _factor(node) is not None
+        in_place = node.target in _IN_PLACE or node.kwargs.get("inplace", False)
+    else:
+        return False
+    # What is written in place has been read by others before, in another dtype.
+    first = node.all_input_nodes[:1]
+    return known and not (in_place and any(len(x.users) > 1 for x in first))
+
+
+class Fusion:
+    """A trace in which layers compute what lies between them too.
 
     Args:
-        graph: of the step.
-        step: to be replaced.
-        make: makes the new node; everything that the step reads is computed before it.
+        trace: is left as it is.
+
+    Attributes:
+        graph: the program.
+        modules: that the program does not call, though the model does: nobody may have hooks on
+            them, and all must be in evaluation mode.
+        layers: that have more to compute than before.
     """
-    last = step.last
-    with graph.inserting_before(last):
-        new = make()
-    new.meta = dict(last.meta)
-    last.replace_all_uses_with(new)
-    for node in [*reversed(step.fused), step.node]:
-        graph.erase_node(node)
-    return new
+
+    def __init__(self, trace: Trace) -> None:
+        self.module = trace.module
+        self.graph = copy.deepcopy(trace.graph)
+        self.modules = list(trace.containers)
+        self.layers: list[nn.Module] = []
+
+    def called(self, kind: type[Layer]) -> list[tuple[fx.Node, Layer]]:
+        """The nodes that call a layer of a kind, and the layers."""
+        pairs = [(node, attribute(self.module, node)) for node in self.graph.nodes]
+        return [(node, layer) for node, layer in pairs if isinstance(layer, kind)]
+
+    def replace(self, step: Step, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+        """Puts a call in the place of a step's nodes, where all that the step reads is computed.
+
+        Args:
+            step: of this graph.
+            target: a function, or the name of a layer.
+            args, kwargs: of the call.
+        """
+        last = step.last
+        make = self.graph.call_module if isinstance(target, str) else self.graph.call_function
+        with self.graph.inserting_before(last):
+            new = make(target, args, kwargs)
+        new.meta = dict(last.meta)
+        last.replace_all_uses_with(new)
+        for node in [*reversed(step.fused), step.node]:
+            self.graph.erase_node(node)
+        self.modules += step.modules
+        return new
 
 
-def fuse(trace: Trace) -> fx.Graph | None:
-    """The trace with activations and residual additions in its sparse layers; None: there are none.
+def fuse(trace: Trace) -> Fusion:
+    """Gives activations and residual additions to the sparse layers of a trace.
 
-    A factor before an addition is computed with it.
+    A factor before an addition is then computed with it.
     """
-    graph = copy.deepcopy(trace.graph)
-    changed = False
-    for node in list(graph.nodes):
-        layer = attribute(trace.module, node)
-        if isinstance(layer, SparseLayer) and layer.mask == "fixed" and layer.activation == "none":
-            changed |= _fuse_layer(trace.module, graph, node)
-    if changed:
-        for node in list(graph.nodes):
-            _add_scaled(graph, node)
-    return graph if changed else None
+    fusion = Fusion(trace)
+    for node, layer in fusion.called(SparseLayer):
+        step = find_step(trace.module, node)
+        if step and step.fused and layer.mask == "fixed" and layer.activation == "none":
+            epilogue = {"residual": step.residual, "activation": step.activation}
+            fusion.replace(step, node.target, (step.x,), **epilogue)
+            fusion.layers.append(layer)
+    if fusion.layers:
+        for node in list(fusion.graph.nodes):
+            _add_scaled(fusion, node)
+    return fusion
 
 
-def _fuse_layer(module: nn.Module, graph: fx.Graph, node: fx.Node) -> bool:
-    step = find_step(module, node)
-    if step is None or not step.fused:
-        return False
-    kwargs: dict[str, Any] = {"residual": step.residual, "activation": step.activation}
-    replace_step(graph, step, lambda: graph.call_module(str(node.target), (step.x,), kwargs))
-    return True
-
-
-def _add_scaled(graph: fx.Graph, node: fx.Node) -> None:
+def _add_scaled(fusion: Fusion, node: fx.Node) -> None:
     """Makes x + y * factor one pass over memory, where the node is the product."""
     factor = _factor(node)
     if factor is None or len(node.users) != 1:
         return
     scaled = next(x for x in node.args if isinstance(x, fx.Node))
-    step = Step(node, scaled)
     user = next(iter(node.users))
     other = _residual(node, user)
     if other is not None and user.target not in _ADD_INPLACE:
-        step.fused.append(user)
-        args = (other, scaled)
-        replace_step(graph, step, lambda: graph.call_function(torch.add, args, {"alpha": factor}))
+        step = Step(node, scaled, fused=[user])
+        fusion.replace(step, torch.add, (other, scaled), alpha=factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from issp.deploy import paths
-from issp.deploy.fused_forward import FusedProgram, fused_programs, remove_
+from issp.deploy import derived, paths
+from issp.deploy.derived import DerivedLayer
+from issp.deploy.fused_forward import remove_
+from issp.deploy.parts import DTYPES, in_16_bits
+from issp.deploy.versions import DENSE, SPARSE, Version, Versions
 from issp.nn import autotune, module_swap, selection
 from issp.nn.convert import NO_ZEROS, from_dense
 from issp.nn.layer_inputs import (
@@ -47,6 +50,7 @@ def pack(
     example: Tensor | tuple[Any, ...],
     keep: Keep | Mapping[str, Keep] | None = None,
     cache: autotune.Cache | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """A copy of a model in which every layer with zeros takes its fastest measured path.
 
@@ -68,6 +72,10 @@ def pack(
             `issp.attach`); a layer that does not have it stays dense and the report says why.
             Default: rows that share their zeros are looked for, N:M or not.
         cache: where choices are kept; default: the user's cache folder.
+        dtype: lets parts of the model compute in 16 bits on a CPU, from a part's first layer to its
+            last, where that is fastest; what goes in and comes out keeps its dtype. torch.bfloat16:
+            on matrix engines (AMX), in the layout of `issp.ops.tiles`, where zeros in units of 16
+            or 32 rows x 2 channels count. torch.float16: any zeros. None: the model's own dtype.
 
     Returns:
         The packed copy, in the model's mode (training or not), with `report()`: a text with a line
@@ -88,6 +96,7 @@ def pack(
     if hasattr(model, "report"):
         raise ValueError('the model has an attribute "report" already: rename it')
     args = example if isinstance(example, tuple) else (example,)
+    _check_dtype(dtype, _device(model))
     if _device(model) not in ROWS_PER_BLOCK:
         raise ValueError(f"the model is on {_device(model)}: move it to the CPU or a CUDA device")
     cache = autotune.Cache() if cache is None else cache
@@ -96,21 +105,24 @@ def pack(
     modes = {module: module.training for module in root.modules()}
     root.eval()
     lines, replacements = _pack_layers(root[0], args, keep, cache)
-    for old, new in replacements.items():
+    for module in root.modules():
+        if type(module) is nn.PixelShuffle:
+            module.__class__ = paths.WholeRowsPixelShuffle
+    versions = Versions(root, args)
+    version = versions.make(replacements, SPARSE) if replacements else DENSE
+    if dtype is not None:
+        version = in_16_bits(versions, version, lines, dtype)
+    for old, new in version.replacements.items():
         module_swap.transfer_hooks(old, new)
         modes[new] = modes[old]
-    report = LayerReport(lines, autotune.machine(_device(root)))
-    if replacements:
-        for module in root.modules():
-            if type(module) is nn.PixelShuffle:
-                module.__class__ = paths.WholeRowsPixelShuffle
-        swap = module_swap.swapper(root, replacements)
-        swap(True)
-        programs = fused_programs(root[0], args)
-        report.whole = keep_if_faster(root, swap, programs, args)
+    report = LayerReport(list(lines.values()), autotune.machine(_device(root)))
+    if version.replacements:
+        report.whole = keep_if_faster(versions, version)
         if report.whole.name == "dense":
-            cache.forget(report.machine, [line.key for line in lines if line.choice != "dense"])
-            for line in lines:
+            cache.forget(
+                report.machine, [line.key for line in report.lines if line.choice != "dense"]
+            )
+            for line in report.lines:
                 line.stay_dense()
     for module in root.modules():
         module.training = modes[module]
@@ -124,20 +136,19 @@ def _pack_layers(
     args: tuple[Any, ...],
     keep: Keep | Mapping[str, Keep] | None,
     cache: autotune.Cache,
-) -> tuple[list[Line], dict[nn.Module, nn.Module]]:
-    """The report's line of every layer, and layer -> what replaces it."""
+) -> tuple[dict[nn.Module, Line], dict[nn.Module, nn.Module]]:
+    """Layer -> its line of the report, and layer -> what replaces it."""
     patterns = _patterns(model, keep)
     with torch.no_grad():
         inputs = layer_inputs(model, args)
-    lines: list[Line] = []
+    lines: dict[nn.Module, Line] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             with module_swap.without_hooks(module):
-                line, new = pack_layer(
+                lines[module], new = pack_layer(
                     name, module, inputs.get(module, []), patterns.get(name), cache
                 )
-            lines.append(line)
             if new is not None:
                 replacements[module] = new
     return lines, replacements
@@ -169,6 +180,8 @@ def unpack(model: nn.Module) -> nn.Module:
     for module in root.modules():
         if isinstance(module, _PATHS):
             paths.restore_(module)
+        elif isinstance(module, DerivedLayer):
+            derived.restore_(module)
         elif isinstance(module, SparseTrainingLayer):
             to_dense_(module)
         remove_(module)
@@ -177,7 +190,15 @@ def unpack(model: nn.Module) -> nn.Module:
 
 
 _PATHS = (paths.ChannelsLastConv2d, paths.TwoFourLinear, paths.WholeRowsPixelShuffle)
-_IN_PLACE = (*_PATHS, SparseTrainingLayer)
+_IN_PLACE = (*_PATHS, DerivedLayer, SparseTrainingLayer)
+
+
+def _check_dtype(dtype: torch.dtype | None, device: str) -> None:
+    if dtype not in (None, *DTYPES):
+        known = " or ".join(map(str, DTYPES))
+        raise ValueError(f"dtype is {dtype}: use {known}, or None for the model's own")
+    if dtype is not None and device != "cpu":
+        raise ValueError(f"dtype is for CPUs, and the model is on {device}: convert the model")
 
 
 def _device(model: nn.Module) -> str:
@@ -200,46 +221,24 @@ def _patterns(
     return patterns
 
 
-def keep_if_faster(
-    root: nn.Sequential,
-    swap: Callable[[bool], None],
-    programs: Sequence[FusedProgram],
-    args: tuple[Any, ...],
-) -> autotune.Choice:
-    """Replaces the layers unless the model is slower with the new ones.
-
-    Args:
-        root: holds the model as its only child.
-        swap: replaces the layers (True), or takes them back.
-        programs: of modules with new layers.
-        args: the arguments of the example.
+def keep_if_faster(versions: Versions, version: Version) -> autotune.Choice:
+    """Uses a version unless the model is slower with it.
 
     Returns:
         The choice between "packed" and "dense", with the times of the whole model: the one with the
         smaller median.
     """
-
-    def use(packed: bool) -> None:
-        swap(packed)
-        for program in programs:
-            program.install(packed)
-
-    @torch.no_grad()
-    def run(packed: bool) -> None:
-        use(packed)
-        root[0](*args)
-
     choice = autotune.measure(
-        {"packed": partial(run, True)},
-        {"dense": partial(run, False)},
-        _device(root),
+        {"packed": partial(versions.run, version)},
+        {"dense": partial(versions.run, DENSE)},
+        _device(versions.root),
         rounds=_ROUNDS,
         seconds=_SECONDS,
         min_rounds=_MIN_ROUNDS,
     )
-    # Layer by layer, sparse has won already: packed on a tie, and no margin in favour of either.
+    # Part by part, the version has won already: packed on a tie, and no margin for either.
     choice = replace(choice, name=min(("packed", "dense"), key=choice.microseconds.__getitem__))
-    use(choice.name == "packed")
+    versions.use(version if choice.name == "packed" else DENSE)
     return choice
 
 

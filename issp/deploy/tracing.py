@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from issp.nn.leaf import Leaf
 from issp.nn.module_swap import CALLS
 
-_SHAPE = "issp_shape"
+_SHAPE, _DTYPE = "issp_shape", "issp_dtype"
 
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
@@ -157,18 +157,23 @@ def _trace(
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the shape of every tensor in `node.meta`."""
+    """Runs a graph and notes the shape and dtype of every tensor in `node.meta`."""
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            n.meta[_SHAPE] = tuple(result.shape)
+            n.meta[_SHAPE], n.meta[_DTYPE] = tuple(result.shape), result.dtype
         return result
 
 
 def shape_of(node: object) -> tuple[int, ...] | None:
     """The shape that a node's result has in the example; None where it is no tensor."""
     return node.meta.get(_SHAPE) if isinstance(node, fx.Node) else None
+
+
+def dtype_of(node: fx.Node) -> torch.dtype | None:
+    """The dtype that a node's result has in the example; None where it is no tensor."""
+    return node.meta.get(_DTYPE)
 
 
 def attribute(module: nn.Module, node: fx.Node) -> nn.Module | None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import issp
-from issp.deploy import fusion, tracing
-from issp.deploy.fused_forward import FusedForward
+from issp.deploy import pack as pack_module
+from issp.deploy import tracing
+from issp.deploy.fused_forward import FusedForward, remove_
+from issp.deploy.fusion import fuse
 from issp.deploy.paths import WholeRowsPixelShuffle
 from issp.nn import SparseConv2d
 from issp.nn.pixel_shuffle import PixelShuffle
@@ -25,8 +28,10 @@ X = (2, 4, 9, 7)
 class Block(nn.Module):
     """Two convolutions, and what `between` and `after` make of their results."""
 
-    def __init__(self, between, after):
+    def __init__(self, between, after, **modules):
         super().__init__()
+        for name, module in modules.items():
+            setattr(self, name, module)
         self.conv1, self.conv2 = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
         self.act = nn.ReLU(inplace=True)
         self.between, self.after = between, after
@@ -99,7 +104,7 @@ def calls(module):
 def own_result(module, *args):
     """Of the module without its program."""
     module = copy.deepcopy(module)
-    module._fused_program.install(False)
+    remove_(module)
     return module(*args)
 
 
@@ -165,6 +170,31 @@ class TestWhereTheProgramDoesNotHold:
             packed(torch.randn(X))
         assert seen == [1]
         assert isinstance(packed[0], FusedForward) and not isinstance(packed, FusedForward)
+
+    def test_a_hook_on_a_fused_activation_runs(self, cache, timed):
+        block, seen = Block(lambda b, y: b.act(y), lambda x, y: x + y), []
+        packed = pack(block, cache)
+        assert calls(packed)[0] == "relu"
+        with torch.no_grad():
+            packed(x := torch.randn(X))
+            packed.act.register_forward_hook(lambda *_: seen.append(1))
+            packed(x)
+        assert seen == [1]
+        block.act.register_forward_hook(lambda *_: seen.append(2))
+        again = pack(block, cache)  # and it does not stop the addition
+        assert calls(again) == [None, "x"]
+        seen.clear()
+        with torch.no_grad():
+            again(x)
+        assert seen == [2]
+
+    def test_dropout_that_is_switched_on_by_itself_drops(self, cache, timed):
+        packed = pack(Block(lambda b, y: b.drop(F.relu(y)), last, drop=nn.Dropout(0.5)), cache)
+        assert isinstance(packed, FusedForward)
+        packed.drop.train()
+        with torch.no_grad():
+            x = torch.randn(X)
+            assert not torch.equal(packed(x), packed(x))
 
     def test_hooks_of_layers_see_what_the_layer_gives(self, packed):
         seen = []
@@ -261,21 +291,20 @@ def test_control_flow_leaves_the_children_their_programs(cache, timed):
     assert not isinstance(packed, FusedForward) and isinstance(packed.inner, FusedForward)
     for x in (torch.rand(X), -torch.rand(X)):
         unfused = copy.deepcopy(packed)
-        unfused.inner._fused_program.install(False)
+        remove_(unfused.inner)
         assert_bitwise_equal(packed(x), unfused(x), "the result")
 
 
 @torch.no_grad()
 def test_a_program_that_computes_something_else_is_not_used(cache, timed, monkeypatch):
     def wrong(trace):
-        graph = fuse(trace)
-        output = next(node for node in graph.nodes if node.op == "output")
-        with graph.inserting_before(output):
-            output.args = (graph.call_function(torch.mul, (output.args[0], 1.5)),)
-        return graph
+        fusion = fuse(trace)
+        output = next(node for node in fusion.graph.nodes if node.op == "output")
+        with fusion.graph.inserting_before(output):
+            output.args = (fusion.graph.call_function(torch.mul, (output.args[0], 1.5)),)
+        return fusion
 
-    fuse = fusion.fuse
-    monkeypatch.setattr("issp.deploy.fused_forward.fuse", wrong)
+    monkeypatch.setattr(pack_module, "SPARSE", replace(pack_module.SPARSE, fuse=wrong))
     packed = pack(Block(lambda b, y: F.relu(y), lambda x, y: x + y), cache)
     assert not isinstance(packed, FusedForward)
 

@@ -1,0 +1,109 @@
+"""Layers that compute in the tile layout of matrix engines, and give it to each other."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from issp.deploy.derived import DerivedLayer, derive
+from issp.nn.padding import numeric_padding
+from issp.ops.tiles import TiledImage, TiledWeight, from_tiles, tiled_conv2d, to_tiles
+
+# Tokens of an image without height and width are put in rows of as many pixels.
+_ROW = 64
+
+
+class TiledLayer(DerivedLayer):
+    """A layer in bfloat16. Where a gradient may be wanted, torch computes it.
+
+    Args of a call:
+        input: torch's tensor, then the result is one too; or a `TiledImage`, then it is one.
+        residual, activation, scale, shuffle: see `issp.ops.tiles.tiled_conv2d`.
+    """
+
+    def _make_form(self, weight: Tensor, bias: Tensor | None) -> tuple[TiledWeight, Tensor | None]:
+        return TiledWeight.from_weight(weight, self.v), None if bias is None else bias.float()
+
+    def _compute(self, t: TiledImage, *epilogue: Any) -> TiledImage:
+        return tiled_conv2d(t, *self._derived(), *epilogue)
+
+
+class TiledConv2d(TiledLayer, nn.Conv2d):
+    """A convolution of stride 1 that keeps the size; see `TiledLayer`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | TiledImage,
+        residual: TiledImage | None = None,
+        activation: str = "none",
+        scale: float = 1.0,
+        shuffle: int = 1,
+    ) -> Tensor | TiledImage:
+        if isinstance(input, TiledImage):
+            return self._compute(input, residual, activation, scale, shuffle)
+        if torch.is_grad_enabled() or input.dim() != 4:
+            return super().forward(input)
+        return from_tiles(self._compute(to_tiles(input)), input.dtype)
+
+
+class TiledLinear(TiledLayer, nn.Linear):
+    """A linear layer, of which the tokens are pixels; see `TiledLayer`."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input: Tensor | TiledImage,
+        residual: TiledImage | None = None,
+        activation: str = "none",
+        scale: float = 1.0,
+    ) -> Tensor | TiledImage:
+        if isinstance(input, TiledImage):
+            return self._compute(input, residual, activation, scale)
+        if torch.is_grad_enabled() or not input.numel():
+            return super().forward(input)
+        y = tokens_from_tiles(self._compute(tokens_to_tiles(input)), input, input.dtype)
+        return y
+
+
+def tokens_to_tiles(x: Tensor) -> TiledImage:
+    """Tokens [..., C] as the pixels of images: [N, H, W, C], or rows of pixels."""
+    if x.dim() != 4:
+        tokens = math.prod(x.shape[:-1])
+        width = math.gcd(tokens, _ROW)
+        x = x.reshape(1, tokens // width, width, x.shape[-1])
+    return to_tiles(x.permute(0, 3, 1, 2))
+
+
+def tokens_from_tiles(t: TiledImage, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The pixels of images as tokens, in the shape of `like` but for the last dimension."""
+    pixels = from_tiles(t, dtype).permute(0, 2, 3, 1)
+    return pixels.reshape(*like.shape[:-1], t.channels).contiguous()
+
+
+def tiled_layer(module: nn.Module, v: int) -> TiledConv2d | TiledLinear:
+    """The same layer in the tile layout, with the same parameters.
+
+    Args:
+        module: one without `unsupported_reason`.
+        v: rows of a unit, see `issp.ops.tiles.TiledWeight`.
+    """
+    if isinstance(module, nn.Linear):
+        return derive(module, TiledLinear, v)
+    return derive(module, TiledConv2d, v)
+
+
+def unsupported_reason(module: nn.Module) -> str:
+    """Why a layer cannot compute in the tile layout, or ""."""
+    if type(module) is nn.Linear:
+        return ""
+    if type(module) is not nn.Conv2d:
+        return f"it is a {type(module).__name__}, which may compute something else"
+    kernel = module.kernel_size
+    kept = kernel in ((1, 1), (3, 3)) and numeric_padding(module) == (kernel[0] // 2,) * 2
+    if not kept or module.stride != (1, 1) or module.dilation != (1, 1):
+        return "the tile layout has convolutions of 3x3 and 1x1 that keep the size alone"
+    if module.groups != 1 or module.padding_mode != "zeros":
+        return "the tile layout has neither groups nor other padding than zeros"
+    return ""

@@ -1,0 +1,101 @@
+"""Keeps runs of layers in the tile layout: images are converted where a run begins and ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from issp.deploy.fusion import Fusion, find_step
+from issp.deploy.tiled_layers import (
+    TiledConv2d,
+    TiledLayer,
+    TiledLinear,
+    tokens_from_tiles,
+    tokens_to_tiles,
+)
+from issp.deploy.tracing import Trace, dtype_of
+from issp.ops.tiles import from_tiles, to_tiles
+
+
+def fuse_tiles(trace: Trace) -> Fusion:
+    """Gives the tiled layers of a trace all that they can compute, in one layout."""
+    fusion = Fusion(trace)
+    tiled: dict[fx.Node, bool] = {}  # call -> whether its layer is linear
+    for node, layer in fusion.called(TiledLayer):
+        is_linear = isinstance(layer, TiledLinear)
+        step = find_step(trace.module, node, scales=True, shuffles=not is_linear)
+        if step is None or dtype_of(step.x) not in _CONVERTED:
+            continue
+        epilogue: dict[str, Any] = {"residual": step.residual, "activation": step.activation}
+        epilogue["scale"] = step.scale
+        if isinstance(layer, TiledConv2d):
+            epilogue["shuffle"] = step.shuffle
+        call = fusion.replace(step, node.target, (step.x,), **epilogue)
+        fusion.layers.append(layer)
+        tiled[call] = is_linear
+    _Conversions(fusion.graph, tiled).insert()
+    # What hooks of a layer in the run would see are tiles.
+    fusion.modules += fusion.layers
+    return fusion
+
+
+_CONVERTED = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Conversions:
+    """Converts what calls read and give where the neighbour is not in the same layout.
+
+    Args:
+        graph: of the calls.
+        calls: call of a tiled layer -> whether the layer is linear.
+    """
+
+    def __init__(self, graph: fx.Graph, calls: dict[fx.Node, bool]) -> None:
+        self.graph, self.calls = graph, calls
+        self.converted: dict[tuple[fx.Node, bool], fx.Node] = {}
+        self.tokens: dict[fx.Node, fx.Node] = {}  # call of a linear layer -> tokens of its shape
+
+    def insert(self) -> None:
+        """Inserts all conversions."""
+        for call, is_linear in self.calls.items():
+            tensors = [call.args[0], call.kwargs["residual"]]
+            for value in tensors:
+                if isinstance(value, fx.Node):
+                    source = self._tiles(value, is_linear, call)
+                    call.replace_input_with(value, source)
+            if is_linear:
+                first = tensors[0]
+                assert isinstance(first, fx.Node)
+                self.tokens[call] = self.tokens.get(first, first)
+        # Linear layers first: the tokens whose shape they take may be a convolution's result.
+        for call, is_linear in sorted(self.calls.items(), key=lambda item: not item[1]):
+            self._leave(call, is_linear)
+
+    def _tiles(self, value: fx.Node, is_linear: bool, call: fx.Node) -> fx.Node:
+        if self.calls.get(value) == is_linear:
+            return value
+        key = (value, is_linear)
+        if key not in self.converted:
+            convert = tokens_to_tiles if is_linear else to_tiles
+            with self.graph.inserting_before(call):
+                self.converted[key] = self.graph.call_function(convert, (value,))
+        return self.converted[key]
+
+    def _leave(self, call: fx.Node, is_linear: bool) -> None:
+        conversions = set(self.converted.values())
+        others = [
+            user for user in call.users if user in conversions or self.calls.get(user) != is_linear
+        ]
+        if not others:
+            return
+        with self.graph.inserting_after(call):
+            dtype = dtype_of(call)
+            if is_linear:
+                args = (call, self.tokens[call], dtype)
+                left = self.graph.call_function(tokens_from_tiles, args)
+            else:
+                left = self.graph.call_function(from_tiles, (call, dtype))
+        for user in others:
+            user.replace_input_with(call, left)
