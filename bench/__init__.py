@@ -25,7 +25,7 @@ BENCHMARKS = {
     "upscale": "the command on a photograph: seconds and memory of the whole process",
     "accuracy": "PSNR by N:M pattern: trainings, no times",
     "revisions": "another checkout beside this one: ops, optimizers and the hook, in turn",
-    "overhead": "Python of the hook and of issp.optim per step, beyond the ops",
+    "overhead": "Python per step beyond the ops: the hook, issp.optim, torch's optimizers",
     "long": "100 000 steps: memory, counts, CPU time per step",
     "busy": "the same calls beside processes that never sleep",
     "all": "most of them, each in a process of its own",

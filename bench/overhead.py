@@ -1,8 +1,8 @@
-"""What a step costs in Python beyond the ops: the hook and issp.optim, for many tiny tensors.
+"""What a step costs in Python beyond the ops: hook, issp.optim and torch's, for many tiny tensors.
 
-The ops are replaced by functions that do nothing, and torch's own part, the wrapper around `step`,
-is timed in the same rounds and taken off. Cold: 64 MB are written before each step. Each row has a
-process of its own, since every optimizer's step asks all pruners of a process.
+All ops, torch's as well, are replaced by functions that do nothing, and torch's wrapper around
+`step` is timed in the same rounds and taken off. Cold: 64 MB are written before each step. Each row
+has a process of its own, since every optimizer's step asks all pruners of a process.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import optimizer as torch_optimizer
 
 import issp
 from bench.harness import options
@@ -34,6 +37,8 @@ from issp.utils.files import user_path
 EXAMPLE = "example: python -m bench overhead --tensors 480 --rounds 500"
 ROOT = Path(__file__).resolve().parents[1]
 _OPS = ("soft_shrink_", "adam_soft_shrink_", "sgd_soft_shrink_")
+_OPS_OF_TORCH = ("_foreach_", "_fused_")
+_VERSIONS = "versions of the weights"
 _EVICTED = 64 << 20  # bytes
 
 
@@ -51,12 +56,26 @@ class IdleAdam(torch.optim.Adam):
                 self.state[p] = {"step": torch.zeros(()), **moments}
 
 
-OPTIMIZERS = {
+def _sgd(of: Any, **options: Any) -> Callable[[Any], Any]:
+    return lambda p: of.SGD(p, lr=1e-3, momentum=0.9, **options)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "hook of any optimizer": IdleAdam,
     "issp.optim.Adam": issp.optim.Adam,
-    "issp.optim.SGD": lambda p: issp.optim.SGD(p, lr=1e-3, momentum=0.9),
+    "torch Adam(fused=True)": lambda p: torch.optim.Adam(p, fused=True),
+    "torch Adam(foreach=True)": lambda p: torch.optim.Adam(p, foreach=True),
+    "issp.optim.SGD": _sgd(issp.optim),
+    "torch SGD(fused=True)": _sgd(torch.optim, fused=True),
 }
 STAGES = ("pruning", "frozen")
+_ALONE = "no pruner"
+CASES = [
+    (name, stage)
+    for name in OPTIMIZERS
+    for stage in ([_ALONE] if name.startswith("torch") else []) + list(STAGES)
+    if "foreach" not in name or stage == _ALONE
+] + [(_VERSIONS, _ALONE)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,11 +108,14 @@ def run(args: argparse.Namespace) -> None:
     ]
     title = f"Python per step beyond the op, {args.tensors} tensors in one call"
     table = Table(title, machine_line("cpu"), columns)
-    for name, stage in counted([(n, s) for n in OPTIMIZERS for s in STAGES], "case"):
+    for name, stage in counted(CASES, "case"):
         table.rows.append(Row(_measure_apart(name, stage, args) | {"case": f"{name}, {stage}"}))
     table.notes = [
-        "Beyond the op and torch's own wrapper around step, which ran in turn with it. issp.optim "
-        "reads the gradients and checks the entries of the optimizer's state in it.",
+        "Beyond the ops and torch's own wrapper around step, which ran in turn with it. All "
+        "optimizers read the gradients and the entries of their state in it.",
+        "torch's optimizers, pruning or frozen: with the hook, as issp.optim does all of it alone.",
+        "The versions of weights that autograd compares are counted up by torch's ops in C++ and "
+        "by a call beside ours: left out of all rows but the last.",
         "Cold: 64 MB were written before each step. Calls: of Python's functions, and of C "
         "functions from Python, in one whole step, torch's wrapper included.",
     ]
@@ -115,6 +137,7 @@ def measure(name: str, stage: str, tensors: int, rounds: int) -> dict[str, Any]:
     """The cells of a row, in this process; the ops do nothing from then on."""
     torch.set_num_threads(1)
     alone, step = _steps(name, stage, tensors)
+    alone = _without_hooks(alone)
     evicted = torch.zeros(_EVICTED // 4)
     cells: dict[str, Any] = {"calls": _calls(step)}
     gc.disable()
@@ -139,20 +162,43 @@ def _steps(name: str, stage: str, tensors: int) -> tuple[Any, Any]:
     """The step of an idle optimizer without a pruner, and that of the row."""
     alone = IdleAdam(nn.Linear(4, 4).parameters())
     model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(tensors)))
+    if name == _VERSIONS:
+        weights = list(model.parameters())
+        return (lambda: None), (lambda: torch.autograd.graph.increment_version(weights))
     opt: Any = OPTIMIZERS[name](model.parameters())
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     if isinstance(opt, IdleAdam):
         opt.fill()
-    pruner = issp.attach(model, opt, sparsity=0.5)
+    pruner = None if stage == _ALONE else issp.attach(model, opt, sparsity=0.5)
     opt.step()
-    if stage == "frozen":
+    if pruner is not None and stage == "frozen":
         pruner.freeze()
         opt.step()
+    _replace_ops()
+    return alone.step, opt.step
+
+
+def _replace_ops() -> None:
     for op in _OPS:
         setattr(ops, op, lambda *_: None)
     buckets.write_zeros_ = lambda *_: None  # type: ignore[assignment]
-    return alone.step, opt.step
+    torch.autograd.graph.increment_version = lambda _: None  # type: ignore[assignment]
+    for name in dir(torch):
+        if name.startswith(_OPS_OF_TORCH):
+            setattr(torch, name, lambda first, *_, **__: first)
+
+
+def _without_hooks(step: Callable[[], None]) -> Callable[[], None]:
+    """The step without the hook on all optimizers of the process, which pruners register."""
+
+    def call() -> None:
+        hooks = torch_optimizer._global_optimizer_post_hooks
+        torch_optimizer._global_optimizer_post_hooks = OrderedDict()
+        step()
+        torch_optimizer._global_optimizer_post_hooks = hooks
+
+    return call
 
 
 def _calls(step: Any) -> str:

@@ -44,13 +44,16 @@ class _AdamStep(FusedStep):
 
     def _states_are_current(self, group: dict[str, Any], plan: FusedStepPlan) -> bool:
         # The fastest form: every step runs this loop over every weight.
-        for get, step, exp_avg, exp_avg_sq in plan.lookups:
-            if (
-                get("step") is not step
-                or get("exp_avg") is not exp_avg
-                or get("exp_avg_sq") is not exp_avg_sq
-            ):
-                return False
+        try:
+            for state, step, exp_avg, exp_avg_sq in plan.known_states:
+                if (
+                    state["step"] is not step
+                    or state["exp_avg"] is not exp_avg
+                    or state["exp_avg_sq"] is not exp_avg_sq
+                ):
+                    return False
+        except KeyError:
+            return False
         return True
 
     def _init_states(self, group: dict[str, Any], plan: FusedStepPlan) -> None:

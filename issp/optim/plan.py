@@ -45,7 +45,7 @@ class FusedStepPlan:
             keywords of `PruneArgs`; empty where nothing is pruned.
         states: the optimizer's dict of each weight; empty without state.
         state_tensors: name -> that entry of all `states`, in the order of the weights.
-        lookups: (`get` of its dict, the entries in the order of the names) of each weight.
+        known_states: (its dict, the entries in the order of the names) of each weight.
         has_empty_states: whether an entry is still None.
 
     Raises:
@@ -152,9 +152,7 @@ class FusedStepPlan:
         }
         self._state_views = {name: ContiguousViews(self._orders) for name in names}
         columns = list(self.state_tensors.values())
-        self.lookups: list[tuple[Any, ...]] = list(
-            zip([state.get for state in states], *columns, strict=True)
-        )
+        self.known_states: list[tuple[Any, ...]] = list(zip(states, *columns, strict=True))
         self.has_empty_states = any(entry is None for column in columns for entry in column)
 
     def match_layout_(self, state: dict[str, Any], name: str, t: int) -> None:

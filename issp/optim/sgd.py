@@ -31,7 +31,10 @@ class SGD(FusedStep, torch.optim.SGD):
     def _states_are_current(self, group: dict[str, Any], plan: FusedStepPlan) -> bool:
         if bool(group["momentum"]) != (_BUFFER in plan.state_tensors):
             return False
-        return all([get(_BUFFER) is buffer for get, buffer in plan.lookups])
+        try:
+            return all([state[_BUFFER] is buffer for state, buffer in plan.known_states])
+        except KeyError:  # no buffer yet, or not any more
+            return False
 
     def _init_states(self, group: dict[str, Any], plan: FusedStepPlan) -> None:
         if not group["momentum"]:

@@ -73,7 +73,8 @@ class FusedStep(Optimizer):
 
     _begin_step: BeginStep | None = None
     _remaining: tuple[WeightBucket, ...] | None = None
-    _deferred: str = ""
+    _prune_step: PruneStep | None = None  # of the running or the latest step
+    _is_exact = False  # whether the pruner has compared all memory for it
 
     # Set by torch's constructor through `add_param_group`.
     _plans: dict[int, FusedStepPlan]
@@ -136,7 +137,7 @@ class FusedStep(Optimizer):
 
     def detach_pruner(self) -> None:
         """Ends `attach_pruner`."""
-        self._begin_step = None
+        self._begin_step = self._prune_step = None
 
     def take_remaining(self) -> tuple[WeightBucket, ...] | None:
         """See `issp.pruning.prune_step.PruningOptimizer`."""
@@ -162,7 +163,7 @@ class FusedStep(Optimizer):
         if reason or plan is None:
             return GroupStepInfo(number, fused=False, fallback_reason=reason or "no step yet")
         others = len(plan.weights) - plan.num_pruned
-        reason = self._deferred
+        reason = self._prune_step.deferred if self._prune_step else ""
         if plan.bucket is not None and not plan.prunes_all:
             reason = _SHRUNK_AFTERWARDS
         return GroupStepInfo(number, True, plan.num_pruned, others, fallback_reason=reason)
@@ -196,10 +197,14 @@ class FusedStep(Optimizer):
 
     def _fused_step(self) -> None:
         """The step of an optimizer that a pruner is attached to."""
+        self._begin(exact=len(self._plans) < len(self.param_groups))
+        self._remaining = self._update()
+
+    def _begin(self, exact: bool) -> None:
+        """Asks the pruner what is to be done; see `BeginStep`. New plans need an exact answer."""
         assert self._begin_step is not None
-        prune_step = self._begin_step(getattr(self, "found_inf", None))
-        self._deferred = prune_step.deferred
-        self._remaining = self._update(prune_step)
+        self._prune_step = self._begin_step(getattr(self, "found_inf", None), exact)
+        self._is_exact = exact
 
     def _check_graph_capture(self) -> None:
         """Torch's refusal to be captured in a graph; SGD has none."""
@@ -227,7 +232,7 @@ class FusedStep(Optimizer):
             self.param_groups = all_groups
             self.__dict__.update(scaling)
 
-    def _update(self, prune_step: PruneStep) -> tuple[WeightBucket, ...]:
+    def _update(self) -> tuple[WeightBucket, ...]:
         """Steps every parameter group; returns the buckets that are still to be shrunk."""
         dicts = self._state_dicts
         if len(dicts) != len(self.state) or not same_objects(dicts, self.state.values()):
@@ -235,45 +240,47 @@ class FusedStep(Optimizer):
         completed = []
         for number, group in enumerate(self.param_groups):
             with torch.no_grad():
-                plan = self._update_fused(number, group, prune_step)
+                plan = self._update_fused(number, group)
             if plan is None:
                 self._torch_step([group])
             elif plan.bucket is not None and plan.prunes_all:
                 completed.append(plan.bucket)
         if len(self._state_dicts) != len(self.state):
             self._state_dicts = list(self.state.values())
-        return prune_step.remaining(completed)
+        assert self._prune_step is not None
+        return self._prune_step.remaining(completed)
 
-    def _update_fused(
-        self, number: int, group: dict[str, Any], prune_step: PruneStep
-    ) -> FusedStepPlan | None:
+    def _update_fused(self, number: int, group: dict[str, Any]) -> FusedStepPlan | None:
         """Steps one group by the op; returns its plan, or None if torch must step the group."""
         reason = self._fallback_reason(group)
         if not reason:
             try:
-                return self._run_plan(number, group, prune_step)
+                return self._run_plan(number, group)
             except UnsupportedByFusedOp as error:
                 reason = str(error)
         self._plans.pop(number, None)
         self._fallback_reasons[number] = reason
         return None
 
-    def _run_plan(self, number: int, group: dict[str, Any], prune_step: PruneStep) -> FusedStepPlan:
+    def _run_plan(self, number: int, group: dict[str, Any]) -> FusedStepPlan:
         """Steps one group by its plan, which is made anew if something has changed."""
-        params, bucket = group["params"], prune_step.bucket_of(number)
-        plan = self._plans.get(number)
+        assert self._prune_step is not None
+        bucket, plan = self._prune_step.bucket_of(number), self._plans.get(number)
         if plan is not None:
             grads = plan.grads()
-            if plan.is_current(params, grads, bucket) and self._states_are_current(group, plan):
+            is_current = plan.is_current(group["params"], grads, bucket)
+            if is_current and self._states_are_current(group, plan):
                 try:
-                    self._run(group, plan, grads, prune_step)
+                    self._run(group, plan, grads, self._prune_step)
                     return plan
                 except (TypeError, ValueError):
                     pass  # refused before anything was modified: what the op checks has changed
-        plan = self._new_plan(number, group, bucket)
+        if not self._is_exact:
+            self._begin(exact=True)
+        plan = self._new_plan(number, group, self._prune_step.bucket_of(number))
         grads = plan.grads()
         try:
-            self._run(group, plan, grads, prune_step)
+            self._run(group, plan, grads, self._prune_step)
         except ValueError:
             plan.check_grads_apart(grads)  # looked for only where the op has refused something
             raise

@@ -131,10 +131,8 @@ class WeightBucket:
         Raises:
             ValueError: a weight that cannot be pruned any more: sharded since, or replaced.
         """
-        weights = self.current_weights()
-        part = slice(None)
-        if not exact and same_objects(weights, self.weights):
-            part = self._next_part()
+        weights = self._latest_weights()
+        part = self._next_part() if weights is self.weights and not exact else slice(None)
         if pointers(weights[part]) == self._pointers[part]:
             self.weights = weights
             return True
@@ -147,6 +145,11 @@ class WeightBucket:
         self.weights, self._pointers = weights, present
         self.version += 1
         return True
+
+    def _latest_weights(self) -> list[Tensor]:
+        """`current_weights`, the very list of `refresh` if none has been replaced since."""
+        weights = self.current_weights()
+        return self.weights if same_objects(weights, self.weights) else weights
 
     def _next_part(self) -> slice:
         parts = 1 + (len(self.weights) - 1) // _COMPARED
@@ -228,12 +231,13 @@ class WeightBucket:
         Args:
             optimizers: the states of these.
             averages: one per weight.
-            exact: see `OptimizerMoments.targets`.
+            exact: see `OptimizerMoments.targets`; False: the weights are those that the latest
+                `refresh` has found.
 
         Raises:
             ValueError: an average that cannot be masked.
         """
-        weights = self.current_weights()
+        weights = self._latest_weights() if exact else self.weights
         targets = self._moments.targets(optimizers, weights, self._orders, exact)
         if averages is None:
             return targets
@@ -417,16 +421,22 @@ class WeightBuckets:
     def __len__(self) -> int:
         return len(self._buckets)
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether a step is one call of an op, which writes nothing if it refuses a weight."""
+        return [bucket.is_one_call for bucket in self._buckets] == [True]
+
     def refresh(self, exact: bool = True) -> bool:
         """Notices weights that moved (device, dtype, memory) or have come to be trained.
 
         Args:
-            exact: see `WeightBucket.refresh`.
+            exact: see `WeightBucket.refresh`; False only counts where `is_one_call` holds.
 
         Returns:
             Whether the buckets were formed anew.
         """
         # A list: every bucket is refreshed, also behind the first one that does not suit.
+        exact = exact or not self.is_one_call
         if all([x.refresh(exact) for x in self._buckets]) and not self._newly_trainable():
             return False
         self.rebuild(self.layer_states())
@@ -642,8 +652,9 @@ class WeightBuckets:
 
         Args:
             buckets: those of the weights.
-            exact: see `OptimizerMoments.targets`.
+            exact: see `WeightBucket.mask_targets`; False only counts where `is_one_call` holds.
         """
+        exact = exact or not self.is_one_call
         for bucket, tensors in self._mask_targets(buckets, None, exact):
             bucket.apply_masks(tensors)
 

@@ -31,7 +31,7 @@ from issp.pruning.wrappers import (
 )
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
-_watchers: weakref.WeakSet[Hooks] = weakref.WeakSet()
+_watchers: list[weakref.ref[Hooks]] = []  # every step goes through it: a WeakSet is slower
 _global_handles: list[RemovableHandle] = []
 # Number of the optimizer, AMP's overflow flag, and the buckets that are left: see `Work`.
 _Step = tuple[int, Tensor | None, Sequence[WeightBucket] | None]
@@ -43,7 +43,8 @@ class Work:
 
     Args:
         begin_step: called at the start of a step by optimizers that prune within it, with the
-            number of the optimizer, AMP's overflow flag, and why the step must not prune, or "".
+            number of the optimizer, AMP's overflow flag, why the step must not prune (or ""), and
+            whether it is to be exact, see `BeginStep`.
         penalize: called once before each step of each optimizer, when the gradients are ready, with
             the number and AMP's scale of the gradients (or None); None: nothing is to be done then.
         finish_step: called once after each step of each optimizer, with the number, the flag and
@@ -54,7 +55,7 @@ class Work:
             by those that are seen at work.
     """
 
-    begin_step: Callable[[int, Tensor | None, str], PruneStep]
+    begin_step: Callable[[int, Tensor | None, str, bool], PruneStep]
     penalize: Callable[[int, Tensor | None], None] | None
     finish_step: Callable[[int, Tensor | None, Sequence[WeightBucket] | None], None]
     weights: Callable[[], Iterable[Tensor]]
@@ -140,7 +141,8 @@ class Hooks:
         # iterates over its table of hooks.
         if not _global_handles:
             _global_handles.append(register_optimizer_step_post_hook(untraced(_after_any_step)))
-        _watchers.add(self)
+        if self not in _living():
+            _watchers.append(weakref.ref(self, _watchers.remove))
 
     def check(self, optimizers: Sequence[Optimizer], work: Work) -> None:
         """What `attach` raises, without attaching; hooks of this pruner are in nobody's way."""
@@ -170,14 +172,14 @@ class Hooks:
             )
 
     def _others(self) -> list[Hooks]:
-        return [hooks for hooks in list(_watchers) if hooks is not self]
+        return [hooks for hooks in _living() if hooks is not self]
 
     def _other_pruners(self, optimizer: Optimizer, work: Work) -> list[str]:
         """The other pruners that prune some of the weights in the optimizer's steps."""
         weights = set(map(id, work.weights()))
         return [name for hooks in self._others() if (name := hooks.prunes(optimizer, weights))]
 
-    def _begin(self, index: int, found_inf: Tensor | None) -> PruneStep:
+    def _begin(self, index: int, found_inf: Tensor | None, exact: bool = False) -> PruneStep:
         assert self._work is not None
         running = running_steps()
         if running is None:
@@ -185,7 +187,7 @@ class Hooks:
         else:
             wrapper = self._outermost(running)
             deferred = f"shrunk after the step of {type(wrapper).__name__}" if wrapper else ""
-        return self._work.begin_step(index, found_inf, deferred)
+        return self._work.begin_step(index, found_inf, deferred, exact)
 
     def _before_step(
         self,
@@ -354,8 +356,12 @@ class Hooks:
             )
 
 
+def _living() -> list[Hooks]:
+    return [hooks for ref in list(_watchers) if (hooks := ref()) is not None]
+
+
 def _after_any_step(optimizer: Optimizer, *_: Any) -> None:
-    for hooks in list(_watchers):
+    for hooks in _living():
         hooks.after_other_step(optimizer)
 
 

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from issp.ops.validation.pruning import DTYPES
 from issp.pruning.memory_order import ContiguousViews, permuted, pointers, same_objects
 
-_values = operator.methodcaller("values")
-
 
 class MaskTargets:
     """The tensors that get the masks of some weights, checked before any of them is written.
@@ -33,14 +31,15 @@ class MaskTargets:
         self.lists: list[list[Tensor]] = [weights]
         self.irregular: list[tuple[int, Tensor]] = []
         self._orders = orders
-        self._views: list[ContiguousViews] = []
+        self._views: ContiguousViews | None = None
+        self._in_a_row: list[Tensor] = []
 
     def views(self) -> list[Tensor]:
-        """The tensors of all lists as the op takes them."""
-        while len(self._views) < len(self.lists):
-            self._views.append(ContiguousViews(self._orders))
-        pairs = zip(self._views, self.lists, strict=True)
-        return list(chain.from_iterable(views.of(tensors) for views, tensors in pairs))
+        """The tensors of all lists as the op takes them, one list behind the other."""
+        if self._views is None or len(self._in_a_row) != len(self._orders) * len(self.lists):
+            self._in_a_row = self._tensors()
+            self._views = ContiguousViews(list(self._orders) * len(self.lists))
+        return self._views.of(self._in_a_row)
 
     def copy(self) -> MaskTargets:
         """The same tensors, for more to be added."""
@@ -83,7 +82,7 @@ class MaskTargets:
             and permuted(x, self._orders[t]).is_contiguous()
         )
 
-    def _tensors(self) -> Iterable[Tensor]:
+    def _tensors(self) -> list[Tensor]:
         return [x for tensors in self.lists for x in tensors]
 
 
@@ -92,10 +91,7 @@ class OptimizerMoments:
 
     def __init__(self) -> None:
         self._targets: MaskTargets | None = None
-        self._states: list[list[Any]] = []  # of each optimizer: the entries of its state
-        self._dicts: list[Any] = []  # those entries that belong to the weights
-        self._entries: list[Any] = []
-        self._tensors: list[Any] = []  # without numbers, which may be others in every step
+        self._states: _KnownStates | None = None
         self._pointers: list[list[int]] = []
 
     def __reduce__(self) -> tuple[type[OptimizerMoments], tuple[()]]:
@@ -118,30 +114,60 @@ class OptimizerMoments:
         targets = self._targets
         if (
             targets is None
-            or not same_objects(weights, targets.lists[0])
-            or not self._are_current(optimizers)
+            or self._states is None
+            or not (weights is targets.lists[0] or same_objects(weights, targets.lists[0]))
+            or not self._states.are_current(optimizers)
             or (exact and list(map(pointers, targets.lists)) != self._pointers)
         ):
             targets, _ = look_up(optimizers, weights, orders)
-            self._states = [list(opt.state.values()) for opt in optimizers]
-            self._dicts = list(chain(*_states(optimizers, weights)))
-            self._entries = list(chain.from_iterable(map(_values, self._dicts)))
-            self._tensors = _without_numbers(self._entries)
+            self._states = _KnownStates(optimizers, weights)
             self._targets, self._pointers = targets, list(map(pointers, targets.lists))
         return targets
 
-    def _are_current(self, optimizers: Sequence[Any]) -> bool:
-        """Whether the states hold the entries, and these the tensors, that they have held."""
-        if len(optimizers) != len(self._states):
+
+class _KnownStates:
+    """What the states of optimizers hold for some weights; every step asks whether they still do.
+
+    Args:
+        optimizers, weights: as for `look_up`.
+    """
+
+    def __init__(self, optimizers: Sequence[Any], weights: Sequence[Tensor]) -> None:
+        self._all = [list(opt.state.values()) for opt in optimizers]
+        self._dicts = list(chain(*_states(optimizers, weights)))
+        self._num_entries = sum(map(len, self._dicts))
+        self._columns = [_Column(name, self._dicts) for name in dict.fromkeys(chain(*self._dicts))]
+
+    def are_current(self, optimizers: Sequence[Any]) -> bool:
+        """Whether the states hold the same dicts, and these the same tensors."""
+        if len(optimizers) != len(self._all):
             return False
-        for optimizer, known in zip(optimizers, self._states, strict=True):
+        for optimizer, known in zip(optimizers, self._all, strict=True):
             state = optimizer.state
             if len(state) != len(known) or not same_objects(state.values(), known):
                 return False
-        entries = list(chain.from_iterable(map(_values, self._dicts)))
-        if len(entries) == len(self._entries) and same_objects(entries, self._entries):
-            return True
-        tensors = _without_numbers(entries)
+        return sum(map(len, self._dicts)) == self._num_entries and all(
+            column.is_current() for column in self._columns
+        )
+
+
+class _Column:
+    """The entries of one name in the dicts that have it."""
+
+    def __init__(self, name: str, dicts: Iterable[Mapping[str, Any]]) -> None:
+        self._get = operator.itemgetter(name)
+        self._dicts = [entries for entries in dicts if name in entries]
+        self._entries = list(map(self._get, self._dicts))
+        self._tensors = _without_numbers(self._entries)
+
+    def is_current(self) -> bool:
+        """Whether the dicts hold the same tensors; numbers may be others in every step."""
+        try:
+            if same_objects(map(self._get, self._dicts), self._entries):
+                return True
+            tensors = _without_numbers(map(self._get, self._dicts))
+        except KeyError:
+            return False
         return len(tensors) == len(self._tensors) and same_objects(tensors, self._tensors)
 
 

@@ -10,7 +10,7 @@ A `PruneStep` is never modified. Any other optimizer knows none of this: the hoo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeGuard
 
@@ -48,7 +48,16 @@ class PruneStep:
         return tuple(bucket for bucket in self.buckets if bucket not in completed)
 
 
-BeginStep = Callable[[Tensor | None], PruneStep]
+class BeginStep(Protocol):
+    """What an optimizer calls at the start of its step; again, `exact`, where an op has refused.
+
+    Args:
+        found_inf: AMP's overflow flag, or None.
+        exact: False: weights whose memory has been replaced may go unnoticed, as long as the op
+            refuses what the pruner's state does not suit.
+    """
+
+    def __call__(self, found_inf: Tensor | None, exact: bool = False) -> PruneStep: ...
 
 
 class PruningOptimizer(Protocol):
@@ -58,7 +67,7 @@ class PruningOptimizer(Protocol):
         """Lets a pruner's work be done within the step; one pruner at a time.
 
         Args:
-            begin_step: called at the start of a step with AMP's overflow flag (or None).
+            begin_step: to be called at the start of a step.
 
         Returns:
             False if another pruner is attached already; this one then works in its hook alone.

@@ -248,7 +248,7 @@ class Pruner:
     ) -> PruneStep:
         """What is to be done in a step of optimizer `index`, with the counts of that step set.
 
-        exact: see `WeightBucket.refresh`.
+        exact: see `WeightBuckets.refresh`.
         """
         self._check_open()
         if deferred and not self.frozen:
@@ -277,12 +277,11 @@ class Pruner:
             if is_skipped(found_inf):
                 return
             found_inf = None
-        # One call of an op: if it refuses weights that have moved, nothing has been written yet.
-        is_one_call = remaining is None and [x.is_one_call for x in self._buckets] == [True]
         try:
-            remaining = self._prune(index, found_inf, remaining, exact=not is_one_call)
+            remaining = self._prune(index, found_inf, remaining, exact=False)
         except (TypeError, ValueError):
-            if not is_one_call:
+            # An op that refuses weights that have moved has written nothing yet.
+            if not self._buckets.is_one_call:
                 raise
             remaining = self._prune(index, found_inf, None, exact=True)
         if self.frozen:

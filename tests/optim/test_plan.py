@@ -219,7 +219,7 @@ def test_a_prune_step_is_immutable_and_what_remains_is_taken_once():
     twin.model[2].weight.grad = None
     begun, taken = [], []
     begin, take = twin.opt._begin_step, twin.opt.take_remaining
-    twin.opt._begin_step = lambda found_inf: (begun.append(begin(found_inf)), begun[-1])[1]
+    twin.opt._begin_step = lambda *args: (begun.append(begin(*args)), begun[-1])[1]
     twin.opt.take_remaining = lambda: (taken.append(take()), taken[-1])[1]
     twin.opt.step()
     (prune_step,), (remaining,) = begun, taken
