@@ -76,10 +76,11 @@ void convolve(const TiledConvArgs& args, const ConvTensors& t, float scale, cons
       static_cast<const int32_t*>(t.starts.const_data_ptr()),
       args.blocks,
       args.v,
-      {args.to, static_cast<char*>(out.mutable_data_ptr()),
+      {args.to.planes(), args.to.plane_bytes(), args.to.row_bytes(),
+       static_cast<char*>(out.mutable_data_ptr()),
        t.residual ? static_cast<const char*>(t.residual->const_data_ptr()) : nullptr, bias.data(),
        args.activation, scale, args.rows, args.shuffle}};
-  TiledConvRun(kernels, conv, static_cast<const char*>(t.x.const_data_ptr()), frame)();
+  TiledConvRun(kernels, conv, static_cast<const char*>(t.x.const_data_ptr()), args.to, frame)();
 }
 
 Tensor tiled_conv2d(const Tensor& x, const Tensor& values, const Tensor& positions,

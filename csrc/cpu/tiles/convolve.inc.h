@@ -50,13 +50,13 @@ ISSP_INLINE void gelu(F16& x) {
   flush(x);
 }
 
-template <TileActivation activation>
+template <TileActivation activation, bool kScaled>
 ISSP_INLINE void finish(F16& sum, float bias, float scale) {
   sum += bias;
   flush(sum);
-  if (activation == TileActivation::kRelu) sum = sum < F16{} ? F16{} : sum;
+  if (activation == TileActivation::kRelu) relu(sum);
   if (activation == TileActivation::kGelu) gelu(sum);
-  scale_by(sum, scale);
+  if (kScaled) scale_by(sum, scale);
 }
 
 // Sets the lanes from `count` on to zero.
@@ -65,52 +65,67 @@ ISSP_INLINE void keep_first(U16& pairs, int count) {
   pairs = lanes < uint32_t(count) ? pairs : U16{};
 }
 
-// The block's rows of one pixel tile, without shuffle: a line of pairs per two rows.
-template <TileActivation activation>
-ISSP_TARGET void write_lines(const TiledConv& conv, int64_t block, const PixelTile& tile,
+ISSP_INLINE void add_residual(const char* residual, F16& even, F16& odd) {
+  U16 pairs;
+  F16 first, second;
+  load(pairs, residual);
+  split(pairs, first, second);
+  flush(first);
+  flush(second);
+  even += first;
+  odd += second;
+  flush(even);
+  flush(odd);
+}
+
+// The block's rows of one pixel tile, without shuffle: a line of pairs per two rows. kWhole: all 16
+// pixels and all rows exist.
+template <TileActivation activation, bool kScaled, bool kResidual, bool kWhole>
+ISSP_INLINE void write_lines(const TiledConv& conv, int64_t block, const PixelTile& tile,
                              const float* sums) {
   const TileEpilogue& by = conv.epilogue;
-  const int64_t plane_bytes = by.to.plane_bytes(), first = block * conv.v / 2;
-  const int64_t at = by.to.row(tile.image, tile.y) + (first + 1) * plane_bytes + 4 * tile.x;
-  const int64_t planes = std::min<int64_t>(conv.v / 2, by.to.planes() - first);
-  const float* bias = by.bias + block * conv.v;
+  const int64_t row = block * conv.v, at = tile.output + (row / 2 + 1) * by.plane_bytes;
+  const int64_t plane_bytes = by.plane_bytes, rows = kWhole ? conv.v : by.rows - row;
+  const float *bias = by.bias + row, scale = by.scale;
   char* out = by.out + at;
-  const char* residual = by.residual ? by.residual + at : nullptr;
-  for (int64_t plane = 0; plane < planes; ++plane) {
+  const char* residual = by.residual + (kResidual ? at : 0);
+  for (int64_t i = 0; i < std::min<int64_t>(rows, conv.v); i += 2) {
     F16 even, odd = {};
-    load(even, sums + 32 * plane);
-    finish<activation>(even, bias[2 * plane], by.scale);
-    const bool both = block * conv.v + 2 * plane + 1 < by.rows;
-    if (both) {
-      load(odd, sums + 32 * plane + 16);
-      finish<activation>(odd, bias[2 * plane + 1], by.scale);
+    load(even, sums + 16 * i);
+    finish<activation, kScaled>(even, bias[i], scale);
+    if (kWhole || i + 1 < rows) {
+      load(odd, sums + 16 * (i + 1));
+      finish<activation, kScaled>(odd, bias[i + 1], scale);
     }
-    if (residual) {
-      U16 pairs;
-      F16 first_of, second_of;
-      load(pairs, residual + plane * plane_bytes);
-      split(pairs, first_of, second_of);
-      flush(first_of);
-      flush(second_of);
-      even += first_of;
-      if (both) odd += second_of;
-    }
+    if (kResidual) add_residual(residual, even, odd);
     U16 line;
     pack(even, odd, line);
-    if (tile.count < kTilePixels) keep_first(line, tile.count);
-    store(out + plane * plane_bytes, line);
+    if (!kWhole) keep_first(line, tile.count);
+    store(out, line);
+    out += plane_bytes;
+    residual += kResidual ? plane_bytes : 0;
   }
+}
+
+template <TileActivation activation, bool kScaled, bool kResidual>
+ISSP_TARGET void write_image(const TiledConv& conv, int64_t block, const PixelTile& tile,
+                             const float* sums) {
+  if (tile.count == kTilePixels && (block + 1) * conv.v <= conv.epilogue.rows) {
+    return write_lines<activation, kScaled, kResidual, true>(conv, block, tile, sums);
+  }
+  write_lines<activation, kScaled, kResidual, false>(conv, block, tile, sums);
 }
 
 // The same with PixelShuffle(2): 16 pixels of eight rows are two lines in each of two rows of a
 // plane.
-template <TileActivation activation>
+template <TileActivation activation, bool kScaled>
 ISSP_TARGET void write_doubled(const TiledConv& conv, int64_t block, const PixelTile& tile,
                                const float* sums) {
   const TileEpilogue& by = conv.epilogue;
-  const int64_t plane_bytes = by.to.plane_bytes(), first = block * conv.v / 8;
-  const int64_t planes = std::min<int64_t>(conv.v / 8, by.to.planes() - first);
-  for (int64_t plane = 0; plane < planes; ++plane) {
+  const int64_t first = block * conv.v / 8;
+  const int64_t planes = std::min<int64_t>(conv.v / 8, by.planes - first);
+  char* out = by.out + tile.output + (first + 1) * by.plane_bytes;
+  for (int64_t plane = 0; plane < planes; ++plane, out += by.plane_bytes) {
     const float* bias = by.bias + block * conv.v + 8 * plane;
     const bool both = block * conv.v + 8 * plane + 7 < by.rows;
     for (int64_t i = 0; i < 2; ++i) {
@@ -119,25 +134,23 @@ ISSP_TARGET void write_doubled(const TiledConv& conv, int64_t block, const Pixel
         const int64_t row = 2 * i + j;
         F16 even, odd = {};
         load(even, sums + 16 * (8 * plane + row));
-        finish<activation>(even, bias[row], by.scale);
+        finish<activation, kScaled>(even, bias[row], by.scale);
         if (both) {
           load(odd, sums + 16 * (8 * plane + 4 + row));
-          finish<activation>(odd, bias[4 + row], by.scale);
+          finish<activation, kScaled>(odd, bias[4 + row], by.scale);
         }
         pack(even, odd, lines[j]);
         if (tile.count < kTilePixels) keep_first(lines[j], tile.count);
       }
-      char* out = by.out + by.to.row(tile.image, 2 * tile.y + i) +
-                  (first + plane + 1) * plane_bytes + 8 * tile.x;
       interleave(lines[0], lines[1]);
-      store(out, lines[0]);
-      store(out + 64, lines[1]);
+      store(out + i * by.row_bytes, lines[0]);
+      store(out + i * by.row_bytes + 64, lines[1]);
     }
   }
 }
 
 // The same with any shuffle: every pixel of a row goes to a place of its own.
-template <TileActivation activation>
+template <TileActivation activation, bool kScaled>
 ISSP_TARGET void write_scattered(const TiledConv& conv, int64_t block, const PixelTile& tile,
                                  const float* sums) {
   const TileEpilogue& by = conv.epilogue;
@@ -147,11 +160,11 @@ ISSP_TARGET void write_scattered(const TiledConv& conv, int64_t block, const Pix
     const int64_t channel = row / (r * r), i = row / r % r, j = row % r;
     F16 sum;
     load(sum, sums + 16 * (row - begin));
-    finish<activation>(sum, by.bias[row], by.scale);
+    finish<activation, kScaled>(sum, by.bias[row], by.scale);
     U16 line;
     pack(sum, sum, line);
-    char* out = by.out + by.to.row(tile.image, tile.y * r + i) +
-                (channel / 2 + 1) * by.to.plane_bytes() + 4 * (tile.x * r + j) + 2 * (channel % 2);
+    char* out = by.out + tile.output + i * by.row_bytes + (channel / 2 + 1) * by.plane_bytes +
+                4 * j + 2 * (channel % 2);
     for (int k = 0; k < tile.count; ++k) {
       const uint16_t value = uint16_t(line[k]);
       std::memcpy(out + 4 * r * k, &value, 2);
@@ -159,22 +172,27 @@ ISSP_TARGET void write_scattered(const TiledConv& conv, int64_t block, const Pix
   }
 }
 
-template <TileActivation activation>
-ISSP_TARGET void write(const TiledConv& conv, int64_t block, const PixelTile& tile,
-                       const float* sums) {
-  if (conv.epilogue.shuffle == 1) return write_lines<activation>(conv, block, tile, sums);
-  // Blocks of 16 rows hold whole pairs of channels.
-  if (conv.epilogue.shuffle == 2) return write_doubled<activation>(conv, block, tile, sums);
-  write_scattered<activation>(conv, block, tile, sums);
+using Write = void (*)(const TiledConv&, int64_t, const PixelTile&, const float*);
+
+template <TileActivation activation, bool kScaled>
+Write writer(const TileEpilogue& by) {
+  // Blocks of 16 rows hold whole pairs of channels after PixelShuffle(2).
+  if (by.shuffle == 2) return write_doubled<activation, kScaled>;
+  if (by.shuffle != 1) return write_scattered<activation, kScaled>;
+  return by.residual ? write_image<activation, kScaled, true>
+                     : write_image<activation, kScaled, false>;
 }
 
-using Write = void (*)(const TiledConv&, int64_t, const PixelTile&, const float*);
+template <TileActivation activation>
+Write writer(const TileEpilogue& by) {
+  return by.scale == 1.0f ? writer<activation, false>(by) : writer<activation, true>(by);
+}
 
 inline Write writer(const TiledConv& conv) {
   switch (conv.epilogue.activation) {
-    case TileActivation::kRelu: return write<TileActivation::kRelu>;
-    case TileActivation::kGelu: return write<TileActivation::kGelu>;
-    default: return write<TileActivation::kNone>;
+    case TileActivation::kRelu: return writer<TileActivation::kRelu>(conv.epilogue);
+    case TileActivation::kGelu: return writer<TileActivation::kGelu>(conv.epilogue);
+    default: return writer<TileActivation::kNone>(conv.epilogue);
   }
 }
 
@@ -274,25 +292,31 @@ ISSP_INLINE void multiply_tiles() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sum), "i"(Weights), "i"(Pixels));
 }
 
-ISSP_INLINE void copy_lines(const char* input, const int32_t* offsets, char* ring) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kTileEntries; ++i) {
-    const __m512i line = _mm512_loadu_si512(input + offsets[i]);
-    _mm512_store_si512(ring + 64 * i, line);
-  }
-}
-
-// G pixel tiles and blocks of 16 * M rows. The lines of K tile k + kAhead are copied while K tile k
-// is multiplied: a tile load waits for stores that are not in the cache yet.
+// G pixel tiles and blocks of 16 * M rows. While K tile k is multiplied, the lines of K tile k + 1
+// are copied to the other half of `lines`, which stays in the L1 cache. An entry is copied for all
+// pixel tiles at once, because their lines are neighbours; 16 / G entries per multiplication.
 template <int G, int M>
 struct Group {
-  static constexpr int kAhead = (3 + G - 1) / G, kSlots = kAhead + 1;
-
+  using Half = char[G][64 * kTileEntries];
   struct Memory {
-    alignas(64) char ring[kSlots][G][1024];
+    alignas(64) Half lines[2];
     alignas(64) float sums[G][M * 256];
   };
+  using Tiles = std::make_integer_sequence<int, G>;
+  using Parts = std::make_integer_sequence<int, M>;
 
+  template <int Begin, int End>
+  ISSP_INLINE static void copy_lines(const PixelTile* tiles, const int32_t* offsets, Half& to) {
+#pragma GCC unroll 16
+    for (int i = Begin; i < End; ++i) {
+      const int64_t offset = offsets[i];
+#pragma GCC unroll 8
+      for (int tile = 0; tile < G; ++tile) {
+        const __m512i line = _mm512_loadu_si512(tiles[tile].input + offset);
+        _mm512_store_si512(to[tile] + 64 * i, line);
+      }
+    }
+  }
   template <int... I>
   ISSP_INLINE static void clear(std::integer_sequence<int, I...>) {
     (zero_tile<I>(), ...);
@@ -301,54 +325,49 @@ struct Group {
   ISSP_INLINE static void load_weights(const uint16_t* values, std::integer_sequence<int, I...>) {
     (load_tile<G * M + I>(values + 512 * I), ...);
   }
-  template <int g, int... I>
-  ISSP_INLINE static void multiply_pixels(std::integer_sequence<int, I...>) {
-    (multiply_tiles<g * M + I, G * M + I, 7>(), ...);
+  template <int tile, int... I>
+  ISSP_INLINE static void multiply_tile(std::integer_sequence<int, I...>) {
+    (multiply_tiles<tile * M + I, G * M + I, 7>(), ...);
   }
-  template <int g, int... I>
+  template <int tile>
+  ISSP_INLINE static void step(const PixelTile* tiles, const int32_t* next, const Half& current,
+                               Half& filled) {
+    copy_lines<kTileEntries * tile / G, kTileEntries*(tile + 1) / G>(tiles, next, filled);
+    load_tile<7>(current[tile]);
+    multiply_tile<tile>(Parts());
+  }
+  template <int... tile>
+  ISSP_INLINE static void multiply(const PixelTile* tiles, const int32_t* next, const Half& current,
+                                   Half& filled, std::integer_sequence<int, tile...>) {
+    (step<tile>(tiles, next, current, filled), ...);
+  }
+  template <int tile, int... I>
   ISSP_INLINE static void store_sums(float* sums, std::integer_sequence<int, I...>) {
-    (store_tile<g * M + I>(sums + 256 * I), ...);
+    (store_tile<tile * M + I>(sums + 256 * I), ...);
   }
-  template <int g>
-  ISSP_INLINE static void step(const char* input, const int32_t* ahead, char (*filled)[1024],
-                               const char (*current)[1024]) {
-    copy_lines(input, ahead, filled[g]);
-    load_tile<7>(current[g]);
-    multiply_pixels<g>(std::make_integer_sequence<int, M>());
-  }
-  template <int... g>
-  ISSP_INLINE static void steps(const PixelTile* tiles, const int32_t* ahead, char (*filled)[1024],
-                                const char (*current)[1024], std::integer_sequence<int, g...>) {
-    (step<g>(tiles[g].input, ahead, filled, current), ...);
-  }
-  template <int... g>
-  ISSP_INLINE static void store_all(Memory& memory, std::integer_sequence<int, g...>) {
-    (store_sums<g>(memory.sums[g], std::make_integer_sequence<int, M>()), ...);
+  template <int... tile>
+  ISSP_INLINE static void store_all(Memory& memory, std::integer_sequence<int, tile...>) {
+    (store_sums<tile>(memory.sums[tile], Parts()), ...);
   }
 
   ISSP_TARGET static void run(const TiledConv& conv, const PixelTile* tiles) {
-    using Tiles = std::make_integer_sequence<int, G>;
     Memory memory;
     const Write write = writer(conv);
-    const int32_t* ahead = conv.offsets;
-    int filled = 0;
-    for (; filled < kAhead; ++filled, ahead += kTileEntries) {
-      for (int g = 0; g < G; ++g) copy_lines(tiles[g].input, ahead, memory.ring[filled][g]);
-    }
+    const int32_t* next = conv.offsets;
+    copy_lines<0, kTileEntries>(tiles, next, memory.lines[0]);
     const uint16_t* values = conv.values;
     int current = 0;
     for (int64_t block = 0; block < conv.blocks; ++block) {
       clear(std::make_integer_sequence<int, G * M>());
       for (int32_t k = conv.starts[block]; k < conv.starts[block + 1]; ++k) {
-        load_weights(values, std::make_integer_sequence<int, M>());
-        steps(tiles, ahead, memory.ring[filled], memory.ring[current], Tiles());
+        next += kTileEntries;
+        load_weights(values, Parts());
+        multiply(tiles, next, memory.lines[current], memory.lines[1 - current], Tiles());
         values += 512 * M;
-        ahead += kTileEntries;
-        filled = filled + 1 == kSlots ? 0 : filled + 1;
-        current = current + 1 == kSlots ? 0 : current + 1;
+        current = 1 - current;
       }
       store_all(memory, Tiles());
-      for (int g = 0; g < G; ++g) write(conv, block, tiles[g], memory.sums[g]);
+      for (int tile = 0; tile < G; ++tile) write(conv, block, tiles[tile], memory.sums[tile]);
     }
   }
 };
@@ -360,9 +379,7 @@ ISSP_TARGET inline void convolve(const TiledConv& conv, const PixelTile* tiles, 
     case 1: return Group<1, 1>::run(conv, tiles);
     case 2: return Group<2, 1>::run(conv, tiles);
     case 3: return Group<3, 1>::run(conv, tiles);
-    case 4: return Group<4, 1>::run(conv, tiles);
-    case 5: return Group<5, 1>::run(conv, tiles);
-    default: return Group<6, 1>::run(conv, tiles);
+    default: return Group<4, 1>::run(conv, tiles);
   }
 }
 

@@ -59,8 +59,14 @@ class ZeroFrame {
 class TiledConvRun {
  public:
   // frame: whether `out` is new and needs its zeros.
-  TiledConvRun(const TileKernels& kernels, const TiledConv& conv, const char* x, bool frame)
-      : kernels_(kernels), conv_(conv), x_(x), frame_(frame), row_(tiles_of(conv.from.width)) {}
+  TiledConvRun(const TileKernels& kernels, const TiledConv& conv, const char* x,
+               const TileLayout& to, bool frame)
+      : kernels_(kernels),
+        conv_(conv),
+        x_(x),
+        to_(to),
+        frame_(frame),
+        row_(tiles_of(conv.from.width)) {}
 
   void operator()() const {
     const int64_t tiles = conv_.from.batch * conv_.from.height * row_;
@@ -76,7 +82,7 @@ class TiledConvRun {
 
  private:
   void frame_outer_rows() const {
-    const ZeroFrame frame(conv_.epilogue.to, conv_.epilogue.out);
+    const ZeroFrame frame(to_, conv_.epilogue.out);
     for (int64_t image = 0; image < conv_.from.batch; ++image) frame.outer_rows(image);
   }
 
@@ -86,36 +92,36 @@ class TiledConvRun {
     while (begin < end) {
       const int count = int(std::min<int64_t>(group, end - begin));
       for (int i = 0; i < count; ++i) tiles[i] = tile(begin + i);
-      if (frame_) frame_tiles(tiles, count);
       kernels_.convolve(conv_, tiles, count);
       begin += count;
     }
   }
 
+  // Also writes the zeros behind the tile, in a new image.
   PixelTile tile(int64_t index) const {
     const int64_t x = index % row_ * kTilePixels, y = index / row_ % conv_.from.height;
     const int64_t image = index / row_ / conv_.from.height;
-    return {x_ + conv_.from.row(image, y) + 4 * x, image, y, x,
-            int(std::min(kTilePixels, conv_.from.width - x))};
+    const int64_t count = std::min(kTilePixels, conv_.from.width - x);
+    const int64_t shuffle = conv_.epilogue.shuffle;
+    if (frame_) frame_tile(image, y, x, count);
+    return {x_ + conv_.from.row(image, y) + 4 * x, to_.row(image, y * shuffle) + 4 * x * shuffle,
+            int(count)};
   }
 
-  void frame_tiles(const PixelTile* tiles, int count) const {
-    const TileEpilogue& by = conv_.epilogue;
-    const ZeroFrame frame(by.to, by.out);
-    const bool unpaired = by.shuffle > 1 && by.to.channels % 2;
-    for (int tile = 0; tile < count; ++tile) {
-      const PixelTile& at = tiles[tile];
-      for (int64_t i = 0; i < by.shuffle; ++i) {
-        const int64_t y = at.y * by.shuffle + i;
-        if (at.x + at.count == conv_.from.width) frame.row(at.image, y);
-        if (unpaired) frame.last_plane(at.image, y, at.x * by.shuffle, at.count * by.shuffle);
-      }
+  void frame_tile(int64_t image, int64_t y, int64_t x, int64_t count) const {
+    const ZeroFrame frame(to_, conv_.epilogue.out);
+    const int64_t shuffle = conv_.epilogue.shuffle;
+    for (int64_t row = y * shuffle; row < (y + 1) * shuffle; ++row) {
+      if (x + count == conv_.from.width) frame.row(image, row);
+      if (shuffle > 1 && to_.channels % 2)
+        frame.last_plane(image, row, x * shuffle, count * shuffle);
     }
   }
 
   const TileKernels& kernels_;
   const TiledConv& conv_;
   const char* const x_;
+  const TileLayout to_;
   const bool frame_;
   const int64_t row_;  // tiles in a row
 };

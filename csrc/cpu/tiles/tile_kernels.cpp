@@ -95,6 +95,9 @@ inline void pack(const F16& even, const F16& odd, U16& line) {
   round_upper(high);
   line = (low >> 16) | (high & 0xffff0000u);
 }
+inline void relu(F16& x) {
+  x = x < F16{} ? F16{} : x;
+}
 inline void interleave(U16& first, U16& second) {
   U16 both[2];
   for (int i = 0; i < 16; ++i) {
@@ -128,6 +131,10 @@ ISSP_INLINE void fma(float weight, const F16& pixels, F16& sum) {
 ISSP_INLINE void scale_by(F16& x, float scale) {
   x *= scale;
 }
+// The maximum of two zeros, or of a NaN, is the second operand: NaN and -0 stay.
+ISSP_INLINE void relu(F16& x) {
+  x = F16(_mm512_max_ps(_mm512_setzero_ps(), __m512(x)));
+}
 ISSP_INLINE void pack(const F16& even, const F16& odd, U16& line) {
   U16 low = U16(even), high = U16(odd);
   round_upper(low);
@@ -160,6 +167,7 @@ inline void end() {}
 namespace issp::amx {
 namespace {
 using avx512::kFlush;
+using avx512::relu;
 using avx512::scale_by;
 
 #define ISSP_INLINE ISSP_TARGET inline __attribute__((always_inline))
@@ -169,9 +177,10 @@ ISSP_INLINE void fma(float weight, const F16& pixels, F16& sum) {
 ISSP_INLINE void pack(const F16& even, const F16& odd, U16& line) {
   const __m512i halves = __m512i(_mm512_cvtne2ps_pbh(__m512(odd), __m512(even)));
   // Lane i of the first half and lane i of the second become neighbours.
-  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(halves));
-  const __m512i high = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(halves, 1));
-  line = U16(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  alignas(64) static constexpr uint16_t kNeighbours[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  line = U16(_mm512_permutexvar_epi16(_mm512_load_si512(kNeighbours), halves));
 }
 ISSP_INLINE void interleave(U16& first, U16& second) {
   avx512::interleave(first, second);

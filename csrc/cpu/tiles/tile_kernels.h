@@ -18,24 +18,23 @@
 
 namespace issp {
 
-constexpr int kMaxGroup = 6;   // pixel tiles that one pass over the weight computes
+constexpr int kMaxGroup = 4;   // pixel tiles that one pass over the weight computes
 constexpr int kMaxBlock = 32;  // rows of a block
-// K tiles of offsets behind the last one, which the kernel reads ahead.
-constexpr int kReadAhead = 4;
+constexpr int kReadAhead = 1;  // K tiles of offsets behind the last one
 
 enum class TileActivation { kNone, kRelu, kGelu };
 
 // Up to 16 pixels of one row of the convolution.
 struct PixelTile {
   const char* input;  // the first pixel, in plane 0
-  int64_t image, y, x;
+  int64_t output;     // bytes to the first pixel of the result, in plane 0
   int count;
 };
 
 // y = activation(sum + bias) * scale + residual, shuffled; see tiled_conv2d in
 // issp/ops/schemas/tiles.py.
 struct TileEpilogue {
-  TileLayout to;
+  int64_t planes, plane_bytes, row_bytes;  // of the result
   char* out;
   const char* residual;  // in the layout of `out`; null: none
   const float* bias;     // for every row of every block
