@@ -4,7 +4,8 @@ from bench import main, overhead
 from tests.bench.test_accuracy import cells
 
 
-def test_the_table_has_all_cases(capsys, tmp_path):
+def test_the_table_has_a_row_per_case(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, "CASES", [overhead.CASES[0], overhead.CASES[4]])
     out = tmp_path / "overhead.md"
     assert main(["overhead", "--tensors", "3", "--rounds", "2", "--out", str(out)]) == 0
     shown = capsys.readouterr().out
