@@ -191,26 +191,28 @@ inline std::vector<Item> check_regularize(const std::vector<Tensor>& grads,
 }
 
 // v == 0 means layout "flat".
-inline Pattern check_pattern(const Tensor& weight, int64_t n, int64_t m, int64_t v) {
-  require(n >= 1 && n <= m && v >= 0, "a pattern");
+inline Pattern check_pattern(const Tensor& weight, int64_t n, int64_t m, int64_t v, int64_t c) {
+  require(v >= 0 && c >= 1, "a pattern");
+  if (m != 0) require(n >= 1 && n <= m && n % c == 0 && m % c == 0, "a pattern");
   if (v == 0) {
-    require(weight.numel() % m == 0, "a pattern");
-    return {n, m, 1, 1, weight.numel(), 1};
+    require(c == 1 && m > 0 && weight.numel() % m == 0, "a pattern");
+    return {n, m, 1, 1, weight.numel(), 1, 1};
   }
   require(weight.dim() >= 2, "a pattern");
   const int64_t rows = weight.size(0), channels = weight.size(1);
-  require(channels % m == 0 && rows % v == 0, "a pattern");
-  return {n, m, v, rows, channels, weight.numel() / (rows * channels)};
+  require(channels % (m ? m : c) == 0 && rows % v == 0, "a pattern");
+  return {m ? n : 0, m, v, rows, channels, weight.numel() / (rows * channels), c};
 }
 
 // One pattern per pruned weight (the first `count` weights); empty if all are unstructured.
 inline std::vector<Pattern> check_patterns(const std::vector<Tensor>& weights, size_t count,
                                            const std::vector<int64_t>& patterns) {
-  require(patterns.empty() || patterns.size() == 3 * count, "patterns");
+  require(patterns.empty() || patterns.size() == 4 * count, "patterns");
   std::vector<Pattern> result;
-  for (size_t i = 0; i < patterns.size() / 3; ++i) {
-    const int64_t n = patterns[3 * i], m = patterns[3 * i + 1], v = patterns[3 * i + 2];
-    result.push_back(m ? check_pattern(weights[i], n, m, v) : Pattern{});
+  for (size_t i = 0; i < patterns.size() / 4; ++i) {
+    const int64_t* const by = &patterns[4 * i];
+    const bool plain = by[1] == 0 && by[2] == 0;
+    result.push_back(plain ? Pattern{} : check_pattern(weights[i], by[0], by[1], by[2], by[3]));
   }
   return result;
 }
@@ -220,18 +222,20 @@ inline Pattern at(const std::vector<Pattern>& patterns, size_t i) {
 }
 
 inline void check_rank(int64_t k, const Item& item, const Pattern& by) {
-  if (!by.m) return check_rank(k, item);
-  require(k == 0 || k == by.pruned(), "k");
+  if (by.m) return require(k == 0 || k == by.pruned(), "k");
+  check_rank(k, item);
+  require(!by.is_units() || k % (by.v * by.c) == 0, "k");
 }
 
 inline Item check_nm_prune(const Tensor& weight, int64_t n, int64_t m, int64_t v,
-                           const std::string& layout, double shrink) {
+                           const std::string& layout, double shrink, int64_t c) {
   const std::vector<Item> items = check_tensor_list({weight}, true);
   check_shrink(shrink);
   require(v >= 1, "v");
   const bool flat = layout == "flat";
   require(flat ? v == 1 : layout == "channels", "layout");
-  check_pattern(weight, n, m, flat ? 0 : v);
+  require(m >= 1, "m");
+  check_pattern(weight, n, m, flat ? 0 : v, c);
   return items[0];
 }
 

@@ -28,14 +28,16 @@ struct Item {
   int64_t scratch_start;
 };
 
-// The N:M pattern of a tensor; m == 0: unstructured. Of every m consecutive channels the m - n
-// smallest are pruned. Element (row, channel, kernel) is at (row * channels + channel) * inner +
-// kernel, and v consecutive rows share their positions. Layout "flat" is one row of all elements
-// with inner = 1.
+// The pattern of a tensor: N:M, units, or (m == 0, v * c <= 1) neither. v consecutive rows x c
+// consecutive channels at one kernel position are a unit, whose weights are selected together. N:M:
+// of every m consecutive channels the m - n of the units of the smallest scores are pruned. Element
+// (row, channel, kernel) is at (row * channels + channel) * inner + kernel. Layout "flat" is one
+// row of all elements with inner = 1.
 struct Pattern {
-  int64_t n, m, v, rows, channels, inner;
+  int64_t n, m, v, rows, channels, inner, c;
 
   int64_t pruned() const { return rows * channels * inner / m * (m - n); }
+  bool is_units() const { return m == 0 && v * c > 1; }
 };
 
 inline int64_t mask_total(const std::vector<Item>& items) {

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from issp.deploy.pack import pack, unpack
     from issp.ops import backends
     from issp.ops.info import info
-    from issp.ops.keep import Keep
+    from issp.ops.keep import Keep, Unit
     from issp.ops.pruning import num_pruned
     from issp.pruning import methods
     from issp.pruning.attach import attach
@@ -28,6 +28,7 @@ __version__ = "0.1.0"
 # Module of each public name, imported at first use: `import issp` needs torch and numpy alone.
 _LAZY = {
     "Keep": "issp.ops.keep",
+    "Unit": "issp.ops.keep",
     "num_pruned": "issp.ops.pruning",
     "attach": "issp.pruning.attach",
     "Pruner": "issp.pruning.pruner",
@@ -52,7 +53,7 @@ _MODULES.update((name, f"issp.sr.{name}") for name in _APPLICATION)
 
 __all__ = ["backends", "data", "methods", "metrics", "models", "nn", "ops", "optim"]
 __all__ += ["Constant", "Cubic", "Keep", "Linear", "Pruner", "RankCheck", "Recorder", "attach"]
-__all__ += ["check_ranks", "info", "load", "num_pruned", "pack", "save", "unpack"]
+__all__ += ["Unit", "check_ranks", "info", "load", "num_pruned", "pack", "save", "unpack"]
 
 
 def __getattr__(name: str) -> Any:

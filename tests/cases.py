@@ -199,41 +199,50 @@ def tensors_like(
 
 @dataclass(frozen=True)
 class GroupedCase(Case):
-    """A call with N:M weights; an entry of `patterns` is None where a weight is unstructured."""
+    """A call with N:M weights or units; an entry of `patterns` is None where a weight has neither."""
 
-    patterns: tuple[issp.Keep | None, ...] = ()
+    patterns: tuple[issp.Keep | issp.Unit | None, ...] = ()
 
 
 def grouped(name, *layers, fill="normal", shrink=0.95, selecting=True) -> GroupedCase:
-    """A case of layers (shape, what), where what is a pattern or the k of an unstructured weight.
+    """A case of layers (shape, what): a pattern, k of single weights, or (unit, number of units).
 
     Args:
         selecting: False makes k zero everywhere: nothing is selected.
     """
     shapes = tuple(shape for shape, _ in layers)
-    patterns = tuple(what if isinstance(what, issp.Keep) else None for _, what in layers)
-    k = [
-        what.pruned(torch.Size(shape).numel()) if isinstance(what, issp.Keep) else what
-        for shape, what in layers
-    ]
+    pairs = [_pattern_and_k(torch.Size(shape).numel(), what) for shape, what in layers]
+    patterns, k = (tuple(column) for column in zip(*pairs, strict=True))
     return GroupedCase(
-        name, shapes, tuple(k if selecting else [0] * len(k)), fill, shrink, patterns
+        name, shapes, k if selecting else (0,) * len(k), fill, shrink, patterns
     )
+
+
+def _pattern_and_k(numel, what):
+    if isinstance(what, issp.Keep):
+        return what, what.pruned(numel)
+    return (what[0], what[1] * what[0].size) if isinstance(what, tuple) else (None, what)
 
 
 def _everywhere(keep: issp.Keep) -> GroupedCase:
     """A pattern on 3x3 and 1x1 convolutions and a linear layer, beside one of odd shape."""
     v, of = keep.v, keep.of
     kernels = [(2 * v, of, 3, 3), (v, 3 * of, 1, 1)]
+    if keep.c > 1:
+        kernels += [(3 * v, 5 * of), (v, of, 9, 9), (2 * v, 2 * of, 2, 5)]
     if v == 1:
         kernels += [(5, 2 * of), (3, of, 2, 5)]
-    return grouped(f"{keep.n}:{of} v={v}", *((shape, keep) for shape in kernels))
+    return grouped(keep.name, *((shape, keep) for shape in kernels))
 
 
 _KEEPS = ((1, 1), (2, 4), (1, 4), (2, 8), (1, 10), (1, 16), (1, 20), (2, 32), (4, 4), (3, 7))
 GROUPED = (
     *(_everywhere(issp.Keep(n, of=of)) for n, of in _KEEPS),
     *(_everywhere(issp.Keep(n, of=of, v=v)) for n, of in ((2, 4), (1, 10)) for v in (4, 16)),
+    *(
+        _everywhere(issp.Keep(n, of=of, v=v, c=c))
+        for n, of, v, c in ((2, 32, 16, 2), (2, 8, 1, 2), (8, 24, 4, 4), (6, 6, 2, 3), (4, 4, 1, 4))
+    ),
     *(_everywhere(issp.Keep(n, of=16)) for n in (4, 8, 15)),
     *(_everywhere(issp.Keep(n, of=26)) for n in (9, 12, 20)),  # searched bit by bit
     grouped(
@@ -251,6 +260,10 @@ GROUPED = (
             ((8, 16, 3, 3), issp.Keep(2, of=16, v=4)),
             ((40,), 17),
             ((9, 24), issp.Keep(1, of=24, layout="flat")),
+            ((8, 16, 3, 3), issp.Keep(4, of=16, v=4, c=2)),
+            ((6, 30), issp.Keep(2, of=10, c=2)),
+            ((8, 12, 3, 3), (issp.Unit(4, 2), 61)),
+            ((6, 30), (issp.Unit(1, 2), 50)),
             fill=fill,
             shrink=shrink,
         )
@@ -258,6 +271,25 @@ GROUPED = (
         + (("special", 0.0), ("magnitudes", 0.95), ("magnitudes", 0.0), ("normal", 1.0))
     ),
     grouped("grouped, nothing selected", ((4, 8), issp.Keep(1, of=4)), ((33,), 5), selecting=False),
+)
+UNITS = (
+    grouped(
+        "units",
+        ((32, 64, 3, 3), (issp.Unit(16, 2), 500)),
+        ((32, 6, 5, 5), (issp.Unit(32, 3), 9)),
+        ((7, 22), (issp.Unit(7, 1), 20)),
+        ((5, 14, 9, 9), (issp.Unit(1, 2), 2000)),
+        ((20, 33), (issp.Unit(4, 1), 100)),
+        ((6, 130), (issp.Unit(3, 130), 1)),
+        ((9, 64, 1, 1), (issp.Unit(9, 4), 16)),
+    ),
+    grouped(
+        "units of one, all, none and single weights",
+        ((4, 6, 3), (issp.Unit(1, 1), 41)),
+        ((4, 6, 3), (issp.Unit(2, 2), 18)),
+        ((4, 6, 3), (issp.Unit(2, 2), 0)),
+        ((4, 6, 3), 41),
+    ),
 )
 GROUPED_LARGE = (
     grouped(
@@ -268,5 +300,9 @@ GROUPED_LARGE = (
         ((180, 180, 3, 3), issp.Keep(1, of=10, v=4)),
         ((1000, 900), issp.Keep(1, of=90, layout="flat")),
         ((12, 36), issp.Keep(2, of=4)),
+        ((128, 64, 3, 3), issp.Keep(4, of=64, v=16, c=2)),
+        ((256, 128, 3, 3), (issp.Unit(16, 2), 8000)),
+        ((600, 360), (issp.Unit(1, 2), 90_000)),
+        ((720, 90), (issp.Unit(4, 1), 14_000)),
     ),
 )

@@ -12,9 +12,9 @@ namespace issp {
 namespace {
 
 std::tuple<Tensor, Tensor> nm_prune(const Tensor& weight, int64_t n, int64_t m, int64_t v,
-                                    std::string layout, double shrink) {
-  check_nm_prune(weight, n, m, v, layout, shrink);
-  const Pattern by = check_pattern(weight, n, m, layout == "flat" ? 0 : v);
+                                    std::string layout, double shrink, int64_t c) {
+  check_nm_prune(weight, n, m, v, layout, shrink, c);
+  const Pattern by = check_pattern(weight, n, m, layout == "flat" ? 0 : v, c);
   Tensor out = torch::stable::empty_like(weight);
   std::vector<Item> items;
   append(items, out.mutable_data_ptr(), weight.numel());

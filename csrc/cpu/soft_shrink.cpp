@@ -5,6 +5,7 @@
 #include "checks.h"
 #include "cpu/dtypes.h"
 #include "cpu/nm/tensor_step.h"
+#include "cpu/nm/unit_step.h"
 #include "cpu/prune/tensor_step.h"
 
 namespace issp {
@@ -29,12 +30,18 @@ void soft_shrink_(const std::vector<Tensor>& weights, const Tensor& k, double sh
     auto* const taus = static_cast<typename T::Bits*>(thresholds.mutable_data_ptr());
     const Split split(items, sizeof(typename T::Bits));
     for_each_item(items, split, [&](size_t i, int64_t thread, ThreadGroup threads) {
-      if (counts[i] && at(checked, i).m) {
-        const NmTensorStep<T> item(items[i], checked[i], shrink, threads, nullptr);
-        return item.run(nullptr, params.masks + items[i].mask_start, taus[i], changed[i]);
+      const Pattern by = at(checked, i);
+      int32_t* const mask = params.masks + items[i].mask_start;
+      if (counts[i] && by.m) {
+        const NmTensorStep<T> item(items[i], by, shrink, threads, nullptr);
+        return item.run(nullptr, mask, taus[i], changed[i]);
       }
       const Scratch scratch =
           threads.size > 1 ? state.scratch : state.scratch.slice(thread, split.num_threads());
+      if (counts[i] && by.is_units()) {
+        return UnitTensorStep<T>(items[i], by, shrink, threads, scratch, nullptr)
+            .run(counts[i], mask, taus[i], changed[i]);
+      }
       TensorStep<T>(items[i], params, threads, scratch, nullptr)
           .run(counts[i], taus[i], changed[i], state.predictors[i]);
     });

@@ -8,10 +8,10 @@
 namespace issp {
 
 std::tuple<Tensor, Tensor> nm_prune_cuda(Tensor weight, int64_t n, int64_t m, int64_t v,
-                                         std::string layout, double shrink) {
-  const Item item = check_nm_prune(weight, n, m, v, layout, shrink);
+                                         std::string layout, double shrink, int64_t c) {
+  const Item item = check_nm_prune(weight, n, m, v, layout, shrink, c);
   check_sizes({item});
-  const Pattern pattern = check_pattern(weight, n, m, layout == "flat" ? 0 : v);
+  const Pattern pattern = check_pattern(weight, n, m, layout == "flat" ? 0 : v, c);
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   Tensor pruned = torch::stable::empty_like(weight);
   Tensor mask = torch::stable::new_empty(weight, {mask_words(item.numel)}, ScalarType::Int);

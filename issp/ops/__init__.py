@@ -37,6 +37,7 @@ __all__ = [
     "SparseRows",
     "TiledImage",
     "TiledWeight",
+    "Unit",
     "adam_soft_shrink_",
     "apply_masks_",
     "count_zeros",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from issp.ops import reference, validation
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 from issp.ops.schemas import mask_layout, mask_words, scratch_words
 
 
@@ -37,8 +37,9 @@ class ShrinkState:
         weights: the tensors that every later call will get, in this order: one device, one dtype
             (float32, float16, bfloat16, float64), contiguous, none empty, none overlapping.
         k: how many of the smallest magnitudes to select, one int in 0..n per tensor.
-        patterns: None, or one entry per tensor: None for an unstructured one, `Keep` for N:M. The k
-            of an N:M tensor is 0 or `keep.pruned(numel)`.
+        patterns: None, or one entry per tensor: None for an unstructured one, `Keep` for N:M,
+            `Unit` for units of several weights. The k of an N:M tensor is 0 or
+            `keep.pruned(numel)`, that of a tensor of units a multiple of `unit.size`.
 
     Raises:
         ValueError: wrong number of entries, an impossible k, a pattern that does not divide its
@@ -58,7 +59,7 @@ class ShrinkState:
         self,
         weights: Sequence[Tensor],
         k: Sequence[int],
-        patterns: Sequence[Keep | None] | None = None,
+        patterns: Sequence[Keep | Unit | None] | None = None,
     ) -> None:
         weights = list(weights)
         validation.check_tensor_list(weights, "weights")
@@ -126,10 +127,10 @@ class ShrinkState:
             getattr(self, name).copy_(saved[name])
 
 
-def _numbers(patterns: Sequence[Keep | None] | None) -> list[int]:
+def _numbers(patterns: Sequence[Keep | Unit | None] | None) -> list[int]:
     if patterns is None or not any(patterns):
         return []
-    return [x for keep in patterns for x in (keep.numbers() if keep else (0, 0, 0))]
+    return [x for one in patterns for x in (one.numbers() if one else (0, 0, 0, 0))]
 
 
 def _all_kept(numels: Sequence[int]) -> Tensor:
@@ -180,9 +181,9 @@ def soft_shrink_(
 ) -> None:
     """One ISS-P step in place: the k smallest magnitudes of each tensor are multiplied by `shrink`.
 
-    Of an N:M tensor (`state.patterns`) it is the smallest of every group. Selection is exact (ties:
-    lowest flat index first) and the result bitwise the same on every back end. Updates `state`:
-    thresholds, masks, flips.
+    Of an N:M tensor (`state.patterns`) it is the smallest of every group, of a tensor of units the
+    weights of the units of the smallest L1 norm. Selection is exact (ties: lowest flat index first)
+    and the result bitwise the same on every back end. Updates `state`: thresholds, masks, flips.
 
     Args:
         weights: the tensors `state` was built for.
@@ -343,5 +344,5 @@ def nm_prune(weight: Tensor, keep: Keep, shrink: float = 0.0) -> Tensor:
 @torch.no_grad()
 def nm_prune_with_mask(weight: Tensor, keep: Keep, shrink: float = 0.0) -> tuple[Tensor, Tensor]:
     """As `nm_prune`; returns also the bool mask in the weight's shape, True = kept."""
-    pruned, packed = _nm_prune(weight, keep.n, keep.of, keep.v, keep.layout, shrink)
+    pruned, packed = _nm_prune(weight, keep.n, keep.of, keep.v, keep.layout, shrink, keep.c)
     return pruned, reference.unpack(packed, weight.numel()).view(weight.shape)

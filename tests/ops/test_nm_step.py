@@ -1,19 +1,22 @@
-"""The fused step with N:M patterns on every back end: bitwise equal to the reference."""
+"""The fused step with N:M patterns and units on every back end: bitwise equal to the reference."""
 
 from __future__ import annotations
 
+import functools
+import math
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from torch.library import opcheck
 
 import issp
-from issp import Keep
+from issp import Keep, Unit
 from issp.ops import ShrinkState, reference
 from tests.asserts import assert_bitwise_equal
 from tests.backends import BACK_ENDS, FAST
-from tests.cases import DTYPES, GROUPED, GROUPED_LARGE, grouped
+from tests.cases import DTYPES, GROUPED, GROUPED_LARGE, UNITS, grouped
 from tests.ops.test_parity import STATE, copies
 from tests.ops.test_update_parity import KINDS, check
 from tests.tiers import some
@@ -32,6 +35,8 @@ MIXED = grouped(
     ((8, 16), Keep(1, of=16, v=4)),
     ((37,), 20),
     ((9, 20), Keep(1, of=90, layout="flat")),
+    ((8, 16, 3, 3), Keep(4, of=16, v=4, c=2)),
+    ((8, 12), (Unit(4, 2), 7)),
 )
 
 
@@ -79,7 +84,7 @@ def check_steps(back_end, case, dtype, steps=2):
 CALLS = [
     pytest.param(back_end, case, dtype, id=f"{back_end}-{case.name}-{dtype}")
     for back_end in BACK_ENDS
-    for case in GROUPED
+    for case in GROUPED + UNITS
     for dtype in DTYPES
     if not back_end.interpreted or dtype == torch.float32 or case.name.startswith("grouped")
 ]
@@ -117,9 +122,9 @@ def test_behind_an_update_large(back_end, kind, threads):
 def test_nm_prune(back_end):
     for case in some(GROUPED[2::7] if back_end.interpreted else GROUPED, back_end):
         for w, keep in zip(case.build(torch.float32), case.patterns, strict=True):
-            if keep is None:
+            if not isinstance(keep, Keep):
                 continue
-            call = (keep.n, keep.of, keep.v, keep.layout, case.shrink)
+            call = (keep.n, keep.of, keep.v, keep.layout, case.shrink, keep.c)
             expected, mask = REFERENCE["nm_prune"](w, *call)
             pruned, packed = back_end["nm_prune"](w.to(back_end.device), *call)
             assert_bitwise_equal(pruned.cpu(), expected, f"{back_end}, {keep} of {case.name}")
@@ -129,7 +134,13 @@ def test_nm_prune(back_end):
 @pytest.mark.parametrize("flush", [False, True], ids=["gradual", "flush-to-zero"])
 @pytest.mark.parametrize("back_end", FAST, ids=str)
 def test_bits_do_not_depend_on_the_floating_point_mode(back_end, flush):
-    layers = (((8, 32, 3, 3), Keep(2, of=8)), ((8, 48), Keep(2, of=4, v=4)))
+    layers = (
+        ((8, 32, 3, 3), Keep(2, of=8)),
+        ((8, 48), Keep(2, of=4, v=4)),
+        ((8, 48), Keep(2, of=4, v=2, c=2)),
+        ((8, 32, 3, 3), (Unit(4, 2), 200)),
+        ((8, 30), (Unit(1, 2), 70)),
+    )
     case = grouped("tiny and huge groups", *layers, fill="magnitudes")
     weights = case.build(torch.float32, back_end.device)
     expected = case.build(torch.float32)
@@ -161,7 +172,7 @@ def test_found_inf_leaves_everything_unmodified(back_end):
 def test_an_empty_list_and_no_pattern_at_all_are_the_plain_step(back_end):
     case = grouped("no patterns", ((20, 30), 500), ((65,), 9))
     results = []
-    for patterns in ([], [0, 0, 0] * 2, [3, 0, 7] * 2):
+    for patterns in ([], [0, 0, 0, 0] * 2, [3, 0, 0, 7] * 2):
         weights = case.build(torch.float32, back_end.device)
         state = state_of(case, weights)
         assert state.patterns == []
@@ -176,32 +187,79 @@ def test_an_empty_list_and_no_pattern_at_all_are_the_plain_step(back_end):
 # The reference
 
 
-def brute_force(weight, keep):
-    """Pruned positions of a weight [O, I, kernel], by sorting each group in Python."""
-    pruned = torch.zeros(weight.shape, dtype=torch.bool)
-    rows, channels, kernels = weight.shape
-    for top in range(0, rows, keep.v):
-        for first in range(0, channels, keep.of):
-            for at in range(kernels):
-                block = weight[top : top + keep.v, first : first + keep.of, at].abs()
-                sums = [sum(column[1:], start=column[0]) for column in block.unbind(1)]
-                order = sorted(range(keep.of), key=lambda j: (sums[j].item(), j))
-                for j in order[: keep.of - keep.n]:
-                    pruned[top : top + keep.v, first + j, at] = True
+def unit_norms(weight, v, c):
+    """{(top, first, kernel): L1 norm} of a float weight [O, I, kernel], in numpy float32."""
+    wide = np.abs(weight.float().numpy())
+    norms = {}
+    for top in range(0, len(wide), v):
+        for first in range(0, wide.shape[1], c):
+            for at in range(wide.shape[2]):
+                channels = []
+                for channel in range(first, first + c):
+                    column = wide[top : top + v, channel, at]
+                    channels.append(np.float32(functools.reduce(np.add, column)))
+                norms[top, first, at] = float(functools.reduce(np.add, channels))
+    return norms
+
+
+def by_norm(norms, units):
+    """Units from the smallest; NaN is last, ties in the order of `units`."""
+    return sorted(units, key=lambda unit: (math.isnan(norms[unit]), norms[unit]))
+
+
+def pruned_by_sorting(weight, by, k=0):
+    """Pruned positions of a weight [O, I, kernel], by sorting every group, or all units."""
+    v, c = by.v, by.c
+    norms, pruned = unit_norms(weight, v, c), torch.zeros(weight.shape, dtype=torch.bool)
+    of = weight.shape[1] if isinstance(by, Unit) else by.of
+    groups = {}
+    for top, first, at in norms:
+        group = () if isinstance(by, Unit) else (top, first // of, at)
+        groups.setdefault(group, []).append((top, first, at))
+    for units in groups.values():
+        count = k // by.size if isinstance(by, Unit) else (of - by.n) // c
+        for top, first, at in by_norm(norms, units)[:count]:
+            pruned[top : top + v, first : first + c, at] = True
     return pruned
 
 
-@pytest.mark.parametrize("keep", [Keep(2, of=4), Keep(1, of=6, v=2), Keep(5, of=6, v=3)], ids=str)
-@pytest.mark.parametrize("fill", ["normal", "few"])
-def test_the_reference_prunes_what_sorting_each_group_prunes(keep, fill):
-    (w,) = grouped("groups", ((6, 12, 3), keep), fill=fill).build(torch.float32)
-    expected = brute_force(w, keep)
-    before, state = w.clone(), ShrinkState([w], [keep.pruned(w.numel())], [keep])
-    step(REFERENCE, [w], state, 0.5)
+SORTED = (
+    *(Keep(2, of=4), Keep(1, of=6, v=2), Keep(5, of=6, v=3)),
+    *(Keep(2, of=6, v=2, c=2), Keep(3, of=12, v=3, c=3), Keep(4, of=12, c=4)),
+    *(Unit(2, 2), Unit(3, 4), Unit(6), Unit(1, 3)),
+)
+
+
+@pytest.mark.parametrize("back_end", ["reference", *map(str, FAST)])
+@pytest.mark.parametrize("by", SORTED, ids=str)
+@pytest.mark.parametrize("fill", ["normal", "few", "equal", "special"])
+def test_what_is_pruned_is_what_sorting_prunes(by, fill, back_end):
+    k = 6 * by.size if isinstance(by, Unit) else None
+    layer = ((6, 12, 3), by if k is None else (by, 6))
+    case = grouped("groups", layer, fill=fill)
+    (w,) = case.build(torch.float32)
+    table = next((b for b in FAST if str(b) == back_end), REFERENCE)
+    expected, before, state = pruned_by_sorting(w, by, k), w.clone(), state_of(case, [w])
+    step(table, [w], state, 0.5)
     assert torch.equal(state.masks()[0], ~expected)
-    assert torch.equal(w, torch.where(expected, reference.shrunk(before, 0.5), before))
-    assert state.thresholds.item() == before[expected].abs().max()
-    assert state.flips.item() == keep.pruned(w.numel())
+    after = torch.where(expected, reference.shrunk(before, 0.5), before)
+    assert_bitwise_equal(w, after, f"{by} on {back_end}")
+    largest = reference.key(before)[expected].max()
+    assert reference.key(state.thresholds).item() == largest
+    assert state.flips.item() == expected.sum() == case.k[0]
+
+
+def test_a_sum_of_rows_is_added_before_those_of_other_channels():
+    """(1 + tiny) + tiny loses both of two tiny numbers that are added first to 1 one by one."""
+    tiny = 2.0**-24
+    w = torch.zeros(2, 4)
+    w[:, 0:2] = torch.tensor([[1.0, tiny], [0.0, tiny]])  # 1 + (tiny + tiny) > 1
+    w[0, 2:4] = torch.tensor([1.0, 0.0])
+    state = ShrinkState([w], [4], [Unit(2, 2)])
+    for table in (REFERENCE, *FAST):
+        x = w.clone()
+        step(table, [x], state, 0.0)
+        assert state.masks()[0].tolist() == [[True, True, False, False]] * 2
 
 
 # What is refused
@@ -209,15 +267,24 @@ def test_the_reference_prunes_what_sorting_each_group_prunes(keep, fill):
 
 REFUSED = (
     ([2, 4], "patterns has 2 numbers for 1 pruned weights"),
-    ([2, 4, 1] * 2, "patterns has 6 numbers for 1 pruned weights"),
-    ([2, 3, 1], r"weights\[0\] \(4, 8, 3, 3\) does not divide into groups of m = 3"),
-    ([2, 4, 3], r"weights\[0\] \(4, 8, 3, 3\) does not divide .* v = 3"),
-    ([2, 7, 0], "m = 7 does not divide the 288 elements"),
-    ([0, 4, 1], r"Keep\(0, of=4\): n must lie in 1..of"),
-    ([5, 4, 1], r"Keep\(5, of=4\): n must lie in 1..of"),
-    ([2, -4, 1], r"Keep\(2, of=-4\): n must lie in 1..of"),
-    ([2, 4, -1], r"Keep\(v=-1\): v must be at least 1"),
-    ([1, 4, 1], r"k\[0\] is 144 but weights\[0\] keeps 1 of 4: use 0 or 216"),
+    ([2, 4, 1], "patterns has 3 numbers for 1 pruned weights"),
+    ([2, 4, 1, 1] * 2, "patterns has 8 numbers for 1 pruned weights"),
+    ([2, 3, 1, 1], r"weights\[0\] \(4, 8, 3, 3\) does not divide into groups of m = 3"),
+    ([2, 4, 3, 1], r"weights\[0\] \(4, 8, 3, 3\) does not divide .* v = 3"),
+    ([2, 7, 0, 1], "m = 7 does not divide the 288 elements"),
+    ([0, 4, 1, 1], r"Keep\(0, of=4\): n must lie in 1..of"),
+    ([5, 4, 1, 1], r"Keep\(5, of=4\): n must lie in 1..of"),
+    ([2, -4, 1, 1], r"Keep\(2, of=-4\): n must lie in 1..of"),
+    ([2, 4, -1, 1], r"Keep\(v=-1\): v must be at least 1"),
+    ([1, 4, 1, 1], r"k\[0\] is 144 but weights\[0\] keeps 1 of 4: use 0 or 216"),
+    ([2, 4, 1, 0], r"Keep\(c=0\): c must be at least 1"),
+    ([1, 4, 1, 2], r"Keep\(1, of=4, c=2\): c must divide n and of"),
+    ([2, 8, 0, 2], "has no rows or channels to share a pattern"),
+    ([0, 0, 3, 2], r"weights\[0\] \(4, 8, 3, 3\) does not divide into units of v = 3 .* c = 2"),
+    ([0, 0, 2, 3], r"weights\[0\] \(4, 8, 3, 3\) does not divide into units of v = 2 .* c = 3"),
+    ([0, 0, -1, 2], r"Unit\(-1, 2\): v and c must be at least 1"),
+    ([0, 0, 1, 0], r"Unit\(1, 0\): v and c must be at least 1"),
+    ([0, 0, 4, 8], r"k\[0\] is 144 but weights\[0\] is pruned in units of 4 x 8 weights: use a m"),
 )
 
 
@@ -253,6 +320,12 @@ def test_the_state_refuses_what_does_not_fit():
         ShrinkState([w.view(-1)], [0], [Keep(1, of=4)])
     with pytest.raises(ValueError, match=r"k\[0\] is 5 .* use 0 or 24"):
         ShrinkState([w], [5], [Keep(1, of=4)])
+    with pytest.raises(ValueError, match=r"k\[0\] is 5 .* units of 2 x 2 weights: use a multiple of 4"):
+        ShrinkState([w], [5], [Unit(2, 2)])
+    with pytest.raises(ValueError, match="does not divide into units of v = 3"):
+        ShrinkState([w], [6], [Unit(3, 2)])
+    with pytest.raises(ValueError, match="does not divide into units"):
+        ShrinkState([w.view(-1)], [4], [Unit(2, 2)])
     state = ShrinkState([w], [24], [Keep(1, of=4)])
     with pytest.raises(ValueError, match="use 0 or 24"):
         state.set_k([23])

@@ -43,6 +43,8 @@ struct Scores {
   static Vector keys(const Bits* p) { return key<T>(*p); }
   static Wide magnitude(const Bits* p) { return widen(T{}, typename T::Bits(key<T>(*p))); }
   static Wide sum(Wide a, Wide b) { return a + b; }
+  static Vector as_bits(Wide x) { return bit_as<Vector>(x); }
+  static Wide as_sum(Vector bits) { return bit_as<Wide>(bits); }
   static Vector key_of_sum(Wide sum) {
     using Sum = std::conditional_t<sizeof(Wide) == 8, Float64, Float32>;
     const Vector k = key<Sum>(bit_as<typename Sum::Bits>(sum));
@@ -119,6 +121,8 @@ struct Scores {
     }
   }
   ISSP_AVX2 static Wide sum(Wide a, Wide b) { return _mm256_add_ps(a, b); }
+  ISSP_AVX2 static Vector as_bits(Wide x) { return _mm256_castps_si256(x); }
+  ISSP_AVX2 static Wide as_sum(Vector bits) { return _mm256_castsi256_ps(bits); }
   ISSP_AVX2 static Vector key_of_sum(Wide sum) {
     const __m256i k = Lanes<Float32>::keys(_mm256_castps_si256(sum));
     return pick(greater(k, all(kInfinity<Float32>)), all(Limits<Float32>::magnitude), k);
@@ -201,6 +205,8 @@ struct Scores {
     }
   }
   ISSP_AVX512 static Wide sum(Wide a, Wide b) { return _mm512_add_ps(a, b); }
+  ISSP_AVX512 static Vector as_bits(Wide x) { return _mm512_castps_si512(x); }
+  ISSP_AVX512 static Wide as_sum(Vector bits) { return _mm512_castsi512_ps(bits); }
   ISSP_AVX512 static Vector key_of_sum(Wide sum) {
     const __m512i k = Lanes<Float32>::keys(_mm512_castps_si512(sum));
     return pick(greater(k, all(kInfinity<Float32>)), all(Limits<Float32>::magnitude), k);

@@ -28,7 +28,7 @@ ISSP_TARGET inline Key<T> largest_lane(typename Scores<T>::Vector x) {
   return *std::max_element(lanes, lanes + Scores<T>::width);
 }
 
-// v = 1: the scores are the keys. For 16-bit types the low bits hold the index in the group, so
+// v = c = 1: the scores are the keys. For 16-bit types the low bits hold the index in the group, so
 // that no two scores of a group are equal.
 template <typename T>
 ISSP_TARGET void score(const typename T::Bits* w, int64_t count, const NmScratch<T>& scratch) {
@@ -42,10 +42,38 @@ ISSP_TARGET void score(const typename T::Bits* w, int64_t count, const NmScratch
   }
 }
 
-// v > 1: the scores are the keys of the sums of the magnitudes over the rows.
+// Adds the sums in `bounds` over the channels of each unit; leaves the keys in `scores`.
 template <typename T>
-ISSP_TARGET void score_rows(const typename T::Bits* w, const NmShape& by, int64_t count,
-                            const NmScratch<T>& scratch) {
+ISSP_TARGET void add_channels(const NmShape& by, int64_t units, const NmScratch<T>& scratch) {
+  using S = Scores<T>;
+  using One = scalar::Scores<T>;
+  if (by.inner == 1) {
+    for (int64_t u = 0; u < units; ++u) {
+      const Key<T>* const from = scratch.bounds + u * by.c;
+      auto sum = One::as_sum(from[0]);
+      for (int64_t j = 1; j < by.c; ++j) sum = One::sum(sum, One::as_sum(from[j]));
+      scratch.scores[u] = One::key_of_sum(sum);
+    }
+    return;
+  }
+  // A store may extend beyond its unit's columns, and the next store overwrites that.
+  for (int64_t first = 0; first < units; first += by.inner) {
+    for (int64_t column = 0; column < by.inner; column += S::width) {
+      const Key<T>* const from = scratch.bounds + first * by.c + column;
+      auto sum = S::as_sum(S::load(from));
+      for (int64_t j = 1; j < by.c; ++j) {
+        sum = S::sum(sum, S::as_sum(S::load(from + j * by.inner)));
+      }
+      S::store(scratch.scores + first + column, S::key_of_sum(sum));
+    }
+  }
+}
+
+// v > 1 or c > 1: the scores are the keys of the sums of the magnitudes. First the rows of each
+// channel are added, then the channels of a unit. `count`: elements of a row.
+template <typename T>
+ISSP_TARGET void score_units(const typename T::Bits* w, const NmShape& by, int64_t count,
+                             const NmScratch<T>& scratch) {
   using S = Scores<T>;
   PaddedVector<T> padded;
   for (int64_t i = 0; i < count; i += S::width) {
@@ -55,8 +83,10 @@ ISSP_TARGET void score_rows(const typename T::Bits* w, const NmShape& by, int64_
       if (i % 64 == 0) prefetch(row, 64 * sizeof(*w));
       sum = S::sum(sum, S::magnitude(padded.at(row, count - i)));
     }
-    S::store(scratch.scores + i, S::key_of_sum(sum));
+    by.c == 1 ? S::store(scratch.scores + i, S::key_of_sum(sum))
+              : S::store(scratch.bounds + i, S::as_bits(sum));
   }
+  if (by.c > 1) add_channels<T>(by, count / by.c, scratch);
 }
 
 // The rank-th largest (or smallest) of m vectors, lane by lane; rank <= kRanks. The best values so
@@ -240,6 +270,44 @@ ISSP_TARGET Key<T> drop(const Key<T>* from, const NmShape& by, int64_t count,
   return complete ? result : drop_ties<T>(from, by, count, scratch, result);
 }
 
+// `count` <= 64 bits from bit `at` on.
+inline uint64_t bits_at(const uint64_t* words, int64_t at, int64_t count) {
+  uint64_t bits = words[at / 64] >> (at % 64);
+  if (at % 64 + count > 64) bits |= words[at / 64 + 1] << (64 - at % 64);
+  return count < 64 ? bits & ((uint64_t(1) << count) - 1) : bits;
+}
+
+// A bit per element of a row from a bit per unit: those from bit `first` on. A word of zeros
+// follows.
+inline void spread_bits(const uint64_t* of_units, int64_t first, int64_t count, const NmShape& by,
+                        uint64_t* of_elements) {
+  const int64_t units = count / by.c, words = (count + 63) / 64;
+  std::fill(of_elements, of_elements + words + 1, uint64_t(0));
+  if (by.inner == 1 && by.c == 2) {  // the usual pair of channels
+    for (int64_t word = 0; word < words; ++word) {
+      uint64_t bits =
+          bits_at(of_units, first + 32 * word, std::min<int64_t>(32, units - 32 * word));
+      for (const int shift : {16, 8, 4, 2, 1}) {
+        bits = (bits | bits << shift) & (~uint64_t(0) / ((uint64_t(1) << shift) + 1));
+      }
+      of_elements[word] = bits | bits << 1;
+    }
+    return;
+  }
+  const int64_t run = by.c == 1 ? units : by.inner;
+  for (int64_t unit = 0, at = 0; unit < units; unit += run) {
+    for (int64_t j = 0; j < by.c; ++j) {
+      for (int64_t column = 0; column < run; column += 64) {
+        const int64_t taken = std::min<int64_t>(64, run - column);
+        const uint64_t bits = bits_at(of_units, first + unit + column, taken);
+        of_elements[at / 64] |= bits << (at % 64);
+        if (at % 64 + taken > 64) of_elements[at / 64 + 1] |= bits >> (64 - at % 64);
+        at += taken;
+      }
+    }
+  }
+}
+
 // Prefetches the next chunks while a chunk is shrunk: the other stages touch no memory outside L1.
 // Measured: a step of EDSR-L at 2:32, time relative to an in-place multiplication of the same
 // memory (in brackets: the step of an unstructured layer). Without prefetch 1.84 (1.44); chunks of
@@ -299,35 +367,70 @@ ISSP_TARGET int64_t shrink_dropped(typename T::Bits* w, int64_t numel, int64_t a
   return flips;
 }
 
+// Shrinks the dropped elements of a chunk in all its rows, as `shrink_dropped`.
+template <typename T>
+ISSP_TARGET int64_t shrink_rows(typename T::Bits* w, int64_t numel, int64_t at, int64_t count,
+                                const NmShape& by, const uint64_t* dropped, typename T::Wide shrink,
+                                bool exact, uint64_t* mask, Key<T>* largest) {
+  int64_t flips = 0;
+  for (int64_t r = 0; r < by.v; ++r) {
+    flips +=
+        shrink_dropped<T>(w, numel, at + r * by.row, count, dropped, shrink, exact, mask, largest);
+  }
+  return flips;
+}
+
 // One chunk: `count` elements from `at` on and, for v > 1, the elements below them in the other
 // rows.
 template <typename T>
 ISSP_TARGET int64_t shrink_chunk(typename T::Bits* w, int64_t numel, int64_t at, int64_t count,
                                  const NmShape& by, typename T::Wide shrink,
                                  const NmScratch<T>& scratch, uint64_t* mask, Key<T>& largest) {
-  const bool rows = by.v > 1, small = sizeof(*w) == 2;
+  const bool sums = by.sums(), small = sizeof(*w) == 2;
+  const int64_t units = count / by.c;
   const Key<T>* scores = scratch.scores;
   if constexpr (sizeof(*w) == sizeof(*scores)) {
     // The weights are used as scores if the kernels may read beyond the chunk without leaving the
     // tensor.
-    if (!rows && count % 64 == 0 && numel - at >= count + by.beyond()) scores = w + at;
+    if (!sums && count % 64 == 0 && numel - at >= count + by.beyond()) scores = w + at;
   }
   if (scores == scratch.scores) {
-    rows ? score_rows<T>(w + at, by, count, scratch) : score<T>(w + at, count, scratch);
-    std::fill(scratch.scores + count, scratch.scores + count + 64, Key<T>(0));
+    sums ? score_units<T>(w + at, by, count, scratch) : score<T>(w + at, count, scratch);
+    std::fill(scratch.scores + units, scratch.scores + units + 64, Key<T>(0));
   }
-  by.inner > 1 ? bound_strided<T>(scores, by, count, scratch)
-               : bound_adjacent<T>(scores, by, count, scratch);
-  const Key<T> result = drop<T>(scores, by, count, scratch);
-  const Key<T> max_key = !rows && small ? result >> 16 : result;
-  const bool exact = max_key >= (rows && small ? Key<T>(kInfinity<Float32>) : kInfinity<T>);
-  if (!rows) largest = std::max(largest, max_key);
-  int64_t flips = 0;
-  for (int64_t r = 0; r < by.v; ++r) {
-    flips += shrink_dropped<T>(w, numel, at + r * by.row, count, scratch.dropped, shrink, exact,
-                               mask, rows ? &largest : nullptr);
+  by.inner > 1 ? bound_strided<T>(scores, by, units, scratch)
+               : bound_adjacent<T>(scores, by, units, scratch);
+  const Key<T> result = drop<T>(scores, by, units, scratch);
+  if (by.c > 1) spread_bits(scratch.dropped, 0, count, by, scratch.dropped_elements);
+  const Key<T> max_key = !sums && small ? result >> 16 : result;
+  const bool exact = max_key >= (sums && small ? Key<T>(kInfinity<Float32>) : kInfinity<T>);
+  if (!sums) largest = std::max(largest, max_key);
+  return shrink_rows<T>(w, numel, at, count, by, scratch.dropped_elements, shrink, exact, mask,
+                        sums ? &largest : nullptr);
+}
+
+// The optimizer update of a work unit, if there is one.
+template <typename T>
+ISSP_TARGET void update_work_unit(typename T::Bits* w, int64_t numel, int64_t begin, int64_t end,
+                                  const TensorUpdate* update) {
+  if constexpr (std::is_same_v<T, Float32>) {
+    if (update)
+      ISSP_ISA::update(reinterpret_cast<float*>(w), numel, {begin / 64, (end + 63) / 64}, *update,
+                       nullptr);
   }
-  return flips;
+}
+
+// Calls visit(at, count) for every chunk of a work unit: `count` elements from `at` on, in the
+// first row of a row block.
+template <typename F>
+ISSP_TARGET inline void for_each_chunk(const NmShape& by, int64_t begin, int64_t end,
+                                       const F& visit) {
+  for (int64_t row_block = begin; row_block < end; row_block += by.v * by.row) {
+    const int64_t row = std::min(by.row, end - row_block);
+    for (int64_t at = 0; at < row; at += by.chunk) {
+      visit(row_block + at, std::min(by.chunk, row - at));
+    }
+  }
 }
 
 // Prunes the given work units of a tensor, each after its optimizer update if there is one.
@@ -338,18 +441,44 @@ ISSP_TARGET int64_t nm_shrink(typename T::Bits* w, int64_t numel, const NmShape&
   int64_t flips = 0;
   for (int64_t work_unit = work_units.begin; work_unit < work_units.end; ++work_unit) {
     const int64_t begin = work_unit * by.work_unit, end = std::min(numel, begin + by.work_unit);
-    if constexpr (std::is_same_v<T, Float32>) {
-      if (update)
-        ISSP_ISA::update(reinterpret_cast<float*>(w), numel, {begin / 64, (end + 63) / 64}, *update,
-                         nullptr);
-    }
-    for (int64_t row_block = begin; row_block < end; row_block += by.v * by.row) {
-      const int64_t row = std::min(by.row, end - row_block);
-      for (int64_t at = 0; at < row; at += by.chunk) {
-        flips += shrink_chunk<T>(w, numel, row_block + at, std::min(by.chunk, row - at), by, shrink,
-                                 scratch, mask, *largest);
-      }
-    }
+    update_work_unit<T>(w, numel, begin, end, update);
+    for_each_chunk(by, begin, end, [&](int64_t at, int64_t count) ISSP_TARGET {
+      flips += shrink_chunk<T>(w, numel, at, count, by, shrink, scratch, mask, *largest);
+    });
+  }
+  return flips;
+}
+
+// The scores of the units of the given work units, after the optimizer update if there is one. The
+// unit of element `at` of a row block's first row is number at / (v * c), counted in whole blocks.
+template <typename T>
+ISSP_TARGET void unit_scores(typename T::Bits* w, int64_t numel, const NmShape& by,
+                             Range work_units, const TensorUpdate* update,
+                             const NmScratch<T>& scratch, Key<T>* scores) {
+  for (int64_t work_unit = work_units.begin; work_unit < work_units.end; ++work_unit) {
+    const int64_t begin = work_unit * by.work_unit, end = std::min(numel, begin + by.work_unit);
+    update_work_unit<T>(w, numel, begin, end, update);
+    for_each_chunk(by, begin, end, [&](int64_t at, int64_t count) ISSP_TARGET {
+      score_units<T>(w + at, by, count, scratch);
+      std::copy_n(scratch.scores, count / by.c, scores + by.unit_of(at));
+    });
+  }
+}
+
+// Shrinks the units whose bit is set in `dropped`; otherwise as nm_shrink.
+template <typename T>
+ISSP_TARGET int64_t shrink_units(typename T::Bits* w, int64_t numel, const NmShape& by,
+                                 Range work_units, const uint64_t* dropped, typename T::Wide shrink,
+                                 bool exact, const NmScratch<T>& scratch, uint64_t* mask,
+                                 Key<T>* largest) {
+  int64_t flips = 0;
+  for (int64_t work_unit = work_units.begin; work_unit < work_units.end; ++work_unit) {
+    const int64_t begin = work_unit * by.work_unit, end = std::min(numel, begin + by.work_unit);
+    for_each_chunk(by, begin, end, [&](int64_t at, int64_t count) ISSP_TARGET {
+      spread_bits(dropped, by.unit_of(at), count, by, scratch.dropped_elements);
+      flips += shrink_rows<T>(w, numel, at, count, by, scratch.dropped_elements, shrink, exact,
+                              mask, largest);
+    });
   }
   return flips;
 }

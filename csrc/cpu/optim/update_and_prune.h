@@ -5,6 +5,7 @@
 #include "checks_update.h"
 #include "cpu/dtypes.h"
 #include "cpu/nm/tensor_step.h"
+#include "cpu/nm/unit_step.h"
 #include "cpu/prune/tensor_step.h"
 
 namespace issp {
@@ -79,12 +80,17 @@ inline void shrink_updated(const std::vector<Item>& items, const TensorUpdate* u
   const Split split(items, sizeof(float));
   for_each_item(items, split, [&](size_t i, int64_t thread, ThreadGroup threads) {
     const Pattern by = at(pruning.patterns, i);
+    int32_t* const mask = params.masks + items[i].mask_start;
     if (k[i] && by.m) {
       const NmTensorStep<Float32> item(items[i], by, pruning.shrink, threads, updates + i);
-      return item.run(nullptr, params.masks + items[i].mask_start, taus[i], flips[i]);
+      return item.run(nullptr, mask, taus[i], flips[i]);
     }
     const Scratch scratch =
         threads.size > 1 ? state.scratch : state.scratch.slice(thread, split.num_threads());
+    if (k[i] && by.is_units()) {
+      return UnitTensorStep<Float32>(items[i], by, pruning.shrink, threads, scratch, updates + i)
+          .run(k[i], mask, taus[i], flips[i]);
+    }
     TensorStep<Float32>(items[i], params, threads, scratch, updates + i)
         .run(k[i], taus[i], flips[i], state.predictors[i]);
   });

@@ -104,7 +104,8 @@ std::string cpu_capability(std::string want) {
 #define ISSP_PRUNE_KERNELS(isa)                                              \
   {isa::speculate<T>,       isa::restore<T>,     isa::resolve_candidates<T>, \
    isa::count_less<Key<T>>, isa::count_range<T>, isa::histogram<T>,          \
-   isa::apply<T>,           isa::clear<T>,       isa::nm_shrink<T>}
+   isa::apply<T>,           isa::clear<T>,       isa::nm_shrink<T>,          \
+   isa::unit_scores<T>,     isa::shrink_units<T>}
 
 template <typename T>
 const PruneKernels<T>& prune_kernels(bool exact) {

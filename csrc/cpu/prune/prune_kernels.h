@@ -94,6 +94,11 @@ struct PruneKernels {
   int64_t (*nm_shrink)(Bits* w, int64_t numel, const NmShape& by, Range work_units,
                        const TensorUpdate* update, Wide shrink, const NmScratch<T>& scratch,
                        uint64_t* mask, Key<T>* largest);
+  void (*unit_scores)(Bits* w, int64_t numel, const NmShape& by, Range work_units,
+                      const TensorUpdate* update, const NmScratch<T>& scratch, Key<T>* scores);
+  int64_t (*shrink_units)(Bits* w, int64_t numel, const NmShape& by, Range work_units,
+                          const uint64_t* dropped, Wide shrink, bool exact,
+                          const NmScratch<T>& scratch, uint64_t* mask, Key<T>* largest);
 };
 
 // The optimizer update without a selection. With a mask (a fixed one), the pruned weights and their

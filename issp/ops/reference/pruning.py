@@ -95,12 +95,17 @@ def soft_shrink_(
         return
     starts, _ = mask_layout([w.numel() for w in weights])
     for t, (w, start, count) in enumerate(zip(weights, starts, k.tolist(), strict=True)):
-        n, m, v = pattern_of(patterns, t)
+        n, m, v, c = pattern_of(patterns, t)
         if not (count in (0, w.numel() // m * (m - n)) if m else 0 <= count <= w.numel()):
+            continue
+        if v and not m and count % (v * c):
             continue
         flat = w.view(-1)
         if m and count:
-            chosen = nm_selected(w, n, m, max(1, v), "channels" if v else "flat").view(-1)
+            layout = "channels" if v else "flat"
+            chosen = nm_selected(w, n, m, max(1, v), layout, c).view(-1)
+        elif v and count:
+            chosen = units_selected(w, count, v, c).view(-1)
         else:
             chosen = selected(flat, count)
         mask = masks[start : start + mask_words(w.numel())]
@@ -112,12 +117,12 @@ def soft_shrink_(
         flat.copy_(torch.where(chosen, shrunk(flat, shrink), flat))
 
 
-def pattern_of(patterns: Sequence[int], t: int) -> tuple[int, int, int]:
-    """(n, m, v) of tensor t; m == 0: it is unstructured."""
+def pattern_of(patterns: Sequence[int], t: int) -> tuple[int, int, int, int]:
+    """(n, m, v, c) of tensor t; m == 0: it has no groups, and if v == 0, no units."""
     if not patterns:
-        return 0, 0, 0
-    n, m, v = patterns[3 * t : 3 * t + 3]
-    return n, m, v
+        return 0, 0, 0, 0
+    n, m, v, c = patterns[4 * t : 4 * t + 4]
+    return n, m, v, c
 
 
 def magnitude_threshold(weights: list[Tensor], k: list[int]) -> Tensor:
@@ -139,33 +144,55 @@ def apply_masks_(tensors: list[Tensor], masks: Tensor, sets: int = 1) -> None:
 
 
 def nm_prune(
-    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
+    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0, c: int = 1
 ) -> tuple[Tensor, Tensor]:
     """See `nm_prune` in issp/ops/schemas/pruning.py."""
-    chosen = nm_selected(weight, n, m, v, layout)
+    chosen = nm_selected(weight, n, m, v, layout, c)
     return torch.where(chosen, shrunk(weight, shrink), weight), pack(~chosen.flatten())
 
 
-def nm_selected(weight: Tensor, n: int, m: int, v: int, layout: str) -> Tensor:
+def nm_selected(weight: Tensor, n: int, m: int, v: int, layout: str, c: int = 1) -> Tensor:
     """True, in the weight's shape, for the m - n smallest of every group; see `nm_prune`."""
     if layout == "flat":
-        groups = weight.view(1, -1, m, 1)
+        scores = key(weight).view(1, -1, m, 1)
     else:
-        groups = weight.view(weight.shape[0] // v, v, weight.shape[1] // m, m, -1)
-        groups = groups.permute(0, 2, 4, 3, 1)  # [O/v, I/m, kernel, m, v]
-    score = key(groups[..., 0]) if v == 1 else _l1_key(groups)
-    order = torch.sort(score.reshape(*groups.shape[:-1]), dim=-1, stable=True).indices
-    chosen = torch.zeros(groups.shape[:-1], dtype=torch.bool, device=weight.device)
-    chosen.scatter_(-1, order[..., : m - n], True)
-    if layout == "channels":
-        chosen = chosen[..., None].expand(groups.shape).permute(0, 4, 1, 3, 2)
-    return chosen.reshape(weight.shape).contiguous()
+        scores = unit_scores(weight, v, c)
+        scores = scores.view(len(scores), weight.shape[1] // m, m // c, -1)
+    order = torch.sort(scores, dim=2, stable=True).indices
+    chosen = torch.zeros(scores.shape, dtype=torch.bool, device=weight.device)
+    chosen.scatter_(2, order[:, :, : (m - n) // c], True)
+    return chosen.view(weight.shape) if layout == "flat" else _of_units(chosen, weight, v, c)
 
 
-def _l1_key(groups: Tensor) -> Tensor:
-    """Keys of the |w| summed over the last dimension, one row after the other."""
-    wide = groups.abs() if groups.dtype == torch.float64 else groups.float().abs()
-    total = wide[..., 0].clone()
-    for row in range(1, wide.shape[-1]):
-        total += wide[..., row]
+def units_selected(weight: Tensor, k: int, v: int, c: int) -> Tensor:
+    """True, in the weight's shape, for the k weights of the units of the smallest scores."""
+    scores = unit_scores(weight, v, c).view(-1)
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool, device=weight.device)
+    chosen[torch.sort(scores, stable=True).indices[: k // (v * c)]] = True
+    return _of_units(chosen, weight, v, c)
+
+
+def unit_scores(weight: Tensor, v: int, c: int) -> Tensor:
+    """Keys of the units' summed |w|, integers [O / v, I / c, kernel]; see `nm_prune`."""
+    rows, channels = weight.shape[:2]
+    if v == c == 1:
+        return key(weight).view(rows, channels, -1)
+    wide = weight.abs() if weight.dtype == torch.float64 else weight.float().abs()
+    total = _added(_added(wide.view(rows // v, v, channels // c, c, -1), 1), 2).contiguous()
     return torch.where(total.isnan(), torch.iinfo(INTEGER[total.dtype]).max, key(total))
+
+
+def _added(x: Tensor, dim: int) -> Tensor:
+    """The sum over a dimension, one term after the other."""
+    first, *others = x.unbind(dim)
+    total = first.clone()
+    for term in others:
+        total += term
+    return total
+
+
+def _of_units(chosen: Tensor, weight: Tensor, v: int, c: int) -> Tensor:
+    """What is chosen of the units, for each of their weights, in the weight's shape."""
+    rows, channels = weight.shape[:2]
+    each = chosen.view(rows // v, 1, channels // c, 1, -1)
+    return each.expand(-1, v, -1, c, -1).reshape(weight.shape).contiguous()

@@ -35,11 +35,17 @@ library = torch.library.Library("issp", "DEF")
 # k: int64 [T] in 0..n, checked on the CPU; on a GPU, where a check would wait for the device,
 # a tensor whose k is out of range is left unmodified. scratch: int32 [scratch_words(numels)],
 # zero before its first use, private to the back end; scratch[0] counts searches the bracket missed.
-# patterns: empty, or (n, m, v) of every tensor one behind the other. m == 0: as above. Otherwise
-# N:M over its shape [O, I, ...], as in nm_prune with layout "channels", or with layout "flat" where
-# v == 0: k[t] is 0 (nothing is selected) or numel / m * (m - n) (the m - n smallest of every group
-# are; any other k[t] is out of range). thresholds[t] is then the largest |w| (by key) among the
-# selected before the shrink; shrunk weights, masks and flips are as above.
+# patterns: empty, or (n, m, v, c) of every tensor one behind the other.
+#   m == 0, v == 0: single weights, as above.
+#   m == 0, v > 0: units of v rows x c channels of its shape [O, I, ...], as in nm_prune. A unit's key
+#     is its score there, k[t] is a multiple of v * c, and the k[t] / (v * c) units of the smallest
+#     keys are selected, ties: the lowest unit in the order [O / v, I / c, ...] first. v = c = 1 are
+#     single weights.
+#   m > 0: N:M over its shape [O, I, ...], as in nm_prune with layout "channels", or with layout
+#     "flat" where v == 0: k[t] is 0 (nothing is selected) or numel / m * (m - n) (the m - n smallest
+#     of every group are; any other k[t] is out of range).
+# With units and N:M thresholds[t] is the largest |w| (by key) among the selected before the shrink;
+# shrunk weights, masks and flips are as above.
 library.define(
     "soft_shrink_(Tensor(a!)[] weights, Tensor k, float shrink, Tensor(b!) thresholds, "
     "Tensor(c!) masks, Tensor(d!) flips, Tensor(e!) scratch, Tensor? found_inf=None, "
@@ -103,11 +109,15 @@ library.define("magnitude_statistics(Tensor[] tensors) -> Tensor")
 library.define("count_zeros(Tensor[] tensors) -> Tensor")
 # Keeps the n largest of every m (pruning the m - n smallest keys), returns the tensor with the
 # pruned elements replaced by shrunk(w), and the packed mask. layout "channels": weight [O, I, ...],
-# groups of m consecutive input channels at a fixed kernel position; v consecutive output rows share
-# a pattern, ranked by their summed |w| (added in row order in float32; float64 for float64; a NaN
-# sum ranks largest). layout "flat" (v = 1): groups of m consecutive elements in memory order.
+# groups of m consecutive input channels at a fixed kernel position, in units of v consecutive output
+# rows x c consecutive channels, which are selected together; c divides n and m. A unit's score is
+# its summed |w|, in float32 (float64 for float64): the rows of each channel are added in order, then
+# the channels' sums in order; scores are compared as keys, and a NaN sum ranks largest. With
+# v = c = 1 the score is the key. layout "flat" (v = c = 1): groups of m consecutive elements in
+# memory order.
 library.define(
-    "nm_prune(Tensor weight, int n, int m, int v, str layout, float shrink=0.0) -> (Tensor, Tensor)"
+    "nm_prune(Tensor weight, int n, int m, int v, str layout, float shrink=0.0, int c=1) "
+    "-> (Tensor, Tensor)"
 )
 # Instruction set of the CPU ops: avx512, avx2 or scalar; `want` chooses a lower one, for tests.
 library.define('_cpu_capability(str want="") -> str')
@@ -173,7 +183,7 @@ def _(tensors: list[Tensor]) -> Tensor:
 
 @torch.library.register_fake("issp::nm_prune", lib=library)
 def _(
-    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
+    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0, c: int = 1
 ) -> tuple[Tensor, Tensor]:
     words = mask_words(weight.numel())
     return torch.empty_like(weight), weight.new_empty(words, dtype=torch.int32)

@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 from issp.ops.schemas import mask_layout, mask_words, scratch_words
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -243,7 +243,8 @@ def check_ranks(
 ) -> None:
     """Refuses k unless it is one number in 0..n per tensor.
 
-    That of an N:M tensor must be 0 or all that its pattern prunes.
+    That of an N:M tensor must be 0 or all that its pattern prunes, that of a tensor of units a
+    multiple of a unit's weights.
     """
     if len(k) != len(numels):
         raise ValueError(f"k has {len(k)} entries for {len(numels)} tensors: give one per tensor")
@@ -252,8 +253,13 @@ def check_ranks(
             raise ValueError(
                 f"k[{i}] is {count} but {name}[{i}] has {numel} elements: use 0..{numel}"
             )
-    for i in range(len(patterns) // 3):
-        n, m, _ = patterns[3 * i : 3 * i + 3]
+    for i in range(len(patterns) // 4):
+        n, m, v, c = patterns[4 * i : 4 * i + 4]
+        if v and not m and k[i] % (v * c):
+            raise ValueError(
+                f"k[{i}] is {k[i]} but {name}[{i}] is pruned in units of {v} x {c} weights: use a "
+                f"multiple of {v * c}"
+            )
         if m and k[i] not in (0, numels[i] // m * (m - n)):
             raise ValueError(
                 f"k[{i}] is {k[i]} but {name}[{i}] keeps {n} of {m}: use 0 or "
@@ -263,16 +269,18 @@ def check_ranks(
 
 def check_patterns_divide(weights: Sequence[Tensor], patterns: Sequence[int]) -> None:
     """Refuses the ops' `patterns` where one does not divide its weight."""
-    if patterns and len(patterns) != 3 * len(weights):
+    if patterns and len(patterns) != 4 * len(weights):
         raise ValueError(
-            f"patterns has {len(patterns)} numbers for {len(weights)} pruned weights: give n, m, v "
-            "of each, or none"
+            f"patterns has {len(patterns)} numbers for {len(weights)} pruned weights: give n, m, v, "
+            "c of each, or none"
         )
-    for i in range(len(patterns) // 3):
-        n, m, v = patterns[3 * i : 3 * i + 3]
+    for i in range(len(patterns) // 4):
+        n, m, v, c = patterns[4 * i : 4 * i + 4]
         if m:
-            keep = Keep(n, m, v or 1, "channels" if v else "flat")
+            keep = Keep(n, m, v or 1, "channels" if v else "flat", c=c)
             check_pattern_divides(weights[i], f"weights[{i}]", keep)
+        elif v:
+            check_pattern_divides(weights[i], f"weights[{i}]", Unit(v, c))
 
 
 def check_magnitude_threshold(weights: Sequence[Tensor], k: Sequence[int]) -> None:
@@ -329,16 +337,16 @@ check_count_zeros = partial(check_tensor_list, name="tensors", same_dtype=False,
 
 
 def check_nm_prune(
-    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
+    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0, c: int = 1
 ) -> None:
     """The checks of `nm_prune`; a dimension that the pattern does not divide is an error."""
     check_tensor_list([weight], "weight")
     check_shrink_factor(shrink)
-    check_pattern_divides(weight, "weight", Keep(n, m, v, layout))
+    check_pattern_divides(weight, "weight", Keep(n, m, v, layout, c=c))
 
 
-def check_pattern_divides(weight: Tensor, name: str, keep: Keep) -> None:
-    """Refuses a weight that does not divide into the pattern's groups or exceeds one mask."""
-    keep.check_divides(weight.shape, name)
+def check_pattern_divides(weight: Tensor, name: str, by: Keep | Unit) -> None:
+    """Refuses a weight that does not divide into groups or units or exceeds one mask."""
+    by.check_divides(weight.shape, name)
     if mask_words(weight.numel()) >= 2**31:
         raise ValueError(f"{name} of shape {tuple(weight.shape)} is too large for one packed mask")

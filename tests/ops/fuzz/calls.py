@@ -138,26 +138,38 @@ def _masks(source: random.Random, numels: list[int]) -> Tensor:
     return torch.cat(packed) if packed else torch.zeros(0, dtype=torch.int32)
 
 
-def _pattern(source: random.Random, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """A pattern that divides the shape; (0, 0, 0) where there is none."""
+def _pattern(source: random.Random, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """An N:M pattern that divides the shape."""
     if len(shape) >= 2 and source.random() < 0.5:
         m = source.choice([d for d in (1, 2, 4, 5, 10, 20) if shape[1] % d == 0])
         v = source.choice([d for d in (1, 1, 2, 4) if shape[0] % d == 0])
-        return source.randint(1, m), m, v
+        c = source.choice([d for d in (1, 1, 2, 5) if m % d == 0])
+        return c * source.randint(1, m // c), m, v, c
     numel = math.prod(shape)
     m = source.choice([d for d in (1, 2, 4, 9, 64, numel) if numel % d == 0])
-    return source.randint(1, m), m, 0
+    return source.randint(1, m), m, 0, 1
+
+
+def _unit(source: random.Random, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """A unit that divides the shape; zeros where there is none."""
+    if len(shape) < 2:
+        return 0, 0, 0, 0
+    v = source.choice([d for d in (1, 1, 2, 4, shape[0]) if shape[0] % d == 0])
+    return 0, 0, v, source.choice([d for d in (1, 2, 5, shape[1]) if shape[1] % d == 0])
 
 
 def _counts(source: random.Random, shapes: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
-    """k of every tensor and the patterns: none, or one each, (0, 0, 0) for unstructured ones."""
+    """k of every tensor and the patterns: none, or one each, zeros for single weights."""
     numels = list(map(math.prod, shapes))
     counts = [source.choice((0, n, n // 2, source.randint(0, n))) for n in numels]
     patterns: list[int] = []
     if source.random() < 0.4:
         for i, shape in enumerate(shapes):
-            n, m, v = (0, 0, 0) if source.random() < 0.3 else _pattern(source, shape)
-            patterns += (n, m, v)
+            kind = source.choice((lambda *_: (0, 0, 0, 0), _unit, _pattern, _pattern))
+            n, m, v, c = kind(source, shape)
+            patterns += (n, m, v, c)
+            if not m and v:
+                counts[i] -= counts[i] % (v * c)
             if m:
                 counts[i] = source.choice((0, numels[i] // m * (m - n)))
     return counts, patterns
@@ -223,9 +235,9 @@ def _one_list(source: random.Random) -> list[Any]:
 
 def _nm_prune(source: random.Random) -> list[Any]:
     shape = _shape(source)
-    n, m, v = _pattern(source, shape)
+    n, m, v, c = _pattern(source, shape)
     weight = _values(source, shape, source.choice(DTYPES))
-    return [weight, n, m, v or 1, "channels" if v else "flat", source.choice(SHRINKS)]
+    return [weight, n, m, v or 1, "channels" if v else "flat", source.choice(SHRINKS), c]
 
 
 def _optional_scalar(source: random.Random, dtypes: tuple[torch.dtype, ...]) -> Tensor | None:
