@@ -22,8 +22,7 @@ from torch import nn
 from bench.harness import options
 from bench.harness.machine import machine_line
 from bench.harness.table import Column, Row, Table
-from bench.harness.workload import divides
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 from issp.sr import builders, checkpoint, config, data, demo, evaluate
 from issp.sr.interrupt import Interrupted
 from issp.sr.train import train
@@ -43,12 +42,19 @@ class Variant:
     Attributes:
         name: as printed.
         sparsity: share of the weights of a pruned layer that is pruned; 0: dense.
-        keep: the pattern, None for unstructured weights.
+        keep: the pattern, None without one.
+        unit: what is pruned at a time, None for single weights.
     """
 
     name: str
     sparsity: float = 0.0
     keep: Keep | None = None
+    unit: Unit | None = None
+
+    @property
+    def pattern(self) -> Keep | Unit | None:
+        """What divides the pruned layers, None for single weights."""
+        return self.keep or self.unit
 
 
 @dataclass
@@ -67,8 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pattern",
         nargs="+",
         default=list(PATTERNS),
-        metavar="N:M[:v]",
+        metavar="N:M[:v[xc]]",
         help=f"patterns, also N:M:flat; default {' '.join(PATTERNS)}",
+    )
+    parser.add_argument(
+        "--units",
+        nargs="*",
+        default=[],
+        metavar="VxC",
+        help="also prune units of V rows x C channels to each sparsity, such as 16x2",
     )
     parser.add_argument("--iters", type=int, default=ITERATIONS, help=f"default {ITERATIONS}")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default 0 1 2")
@@ -90,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     seeds = list(dict.fromkeys(args.seeds))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    study = Study(variants(keeps), args.iters)
+    study = Study(variants(keeps, list(map(_unit, args.units))), args.iters)
     try:
         for seed in seeds:
             study.train(seed)
@@ -102,26 +115,37 @@ def run(args: argparse.Namespace) -> None:
     print(study.table().markdown(), flush=True)
 
 
-def variants(keeps: Sequence[Keep]) -> list[Variant]:
-    """The rows: dense, then each sparsity with its unstructured row in front of its patterns."""
+def _unit(text: str) -> Unit:
+    try:
+        return Unit(*map(int, text.split("x")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'unit "{text}": write VxC, such as 16x2') from error
+
+
+def variants(keeps: Sequence[Keep], units: Sequence[Unit] = ()) -> list[Variant]:
+    """The rows: dense, then each sparsity: unstructured, units, its patterns."""
     rows = [Variant("dense")]
     for sparsity in dict.fromkeys(keep.sparsity for keep in keeps):
         rows.append(Variant(_unstructured(sparsity), sparsity))
+        rows += [
+            Variant(f"units {unit.name} {100 * sparsity:.4g} %", sparsity, unit=unit)
+            for unit in dict.fromkeys(units)
+        ]
         rows += [Variant(f"N:M {k.name}", sparsity, k) for k in keeps if k.sparsity == sparsity]
     return rows
 
 
-def stay_dense(model: nn.Module, keeps: Sequence[Keep]) -> list[str]:
-    """The layers that some pattern does not divide.
+def stay_dense(model: nn.Module, patterns: Sequence[Keep | Unit]) -> list[str]:
+    """The layers that some pattern or unit does not divide.
 
     Raises:
         ValueError: these are all layers.
     """
     kinds = nn.Conv2d | nn.Linear
     shapes = {n: m.weight.shape for n, m in model.named_modules() if isinstance(m, kinds)}
-    dense = [n for n, shape in shapes.items() if not all(divides(keep, shape) for keep in keeps)]
+    dense = [n for n, shape in shapes.items() if not all(x.divides(shape) for x in patterns)]
     if len(dense) == len(shapes):
-        names = ", ".join(keep.name for keep in keeps)
+        names = ", ".join(x.name for x in patterns)
         raise ValueError(f"no layer is divided by every pattern ({names}): leave some out")
     return dense
 
@@ -145,7 +169,7 @@ class Study:
         self.machine = machine_line("cpu")
         plain = demo.settings(demo.Options(Path()), "shapes", iterations, None)
         model = builders.network(plain)
-        self.dense = stay_dense(model, [row.keep for row in rows if row.keep])
+        self.dense = stay_dense(model, [row.pattern for row in rows if row.pattern])
         self.weights = sum(
             m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)
         )
@@ -185,8 +209,10 @@ class Study:
             keep = variant.keep
             if keep:
                 settings.sparsity.keep = config.Keep(
-                    n=keep.n, of=keep.of, v=keep.v, layout=keep.layout
+                    n=keep.n, of=keep.of, v=keep.v, layout=keep.layout, c=keep.c
                 )
+            if variant.unit:
+                settings.sparsity.unit = config.Unit(v=variant.unit.v, c=variant.unit.c)
         return settings
 
     def against_unstructured(self, score: Score) -> list[float]:
@@ -212,7 +238,7 @@ class Study:
             cells = {"what": score.variant.name, "kept": score.kept}
             cells |= {f"psnr {seed}": score.psnr[seed] for seed in self.seeds}
             cells |= {"mean": statistics.mean(psnr), "ssim": statistics.mean(ssim)}
-            if score.variant.keep:
+            if score.variant.pattern:
                 apart = self.against_unstructured(score)
                 extremes = f"({signed(min(apart))} to {signed(max(apart))})"
                 cells["against"] = f"{signed(statistics.mean(apart))} {extremes}"
@@ -223,10 +249,12 @@ class Study:
     def _notes(self) -> list[str]:
         sparse = next((x.variant for x in self.scores if x.variant.sparsity), None)
         freeze = self.settings(sparse, 0, Path()).sparsity.freeze_iter if sparse else 0
-        patterns = " ".join(_as_option(x.variant.keep) for x in self.scores if x.variant.keep)
+        patterns = " ".join(x.variant.keep.written for x in self.scores if x.variant.keep)
+        units = dict.fromkeys(x.variant.unit.name for x in self.scores if x.variant.unit)
+        asked = f" --units {' '.join(units)}" if units else ""
         seeds = " ".join(map(str, self.seeds))
         notes = [
-            f"`python -m bench accuracy --pattern {patterns} --iters {self.iterations} "
+            f"`python -m bench accuracy --pattern {patterns}{asked} --iters {self.iterations} "
             f"--seeds {seeds} --threads {torch.get_num_threads()}` repeats it. "
             "PSNR in dB and SSIM: Y channel, mean of "
             f"{', '.join(self.held_out.pairs.names)}, which no training sees.",
@@ -246,9 +274,3 @@ class Study:
                 "them channels_last, so neighbours are the input channels of a kernel position."
             )
         return notes
-
-
-def _as_option(keep: Keep) -> str:
-    """As `Keep.parse` reads it."""
-    last = ":flat" if keep.layout == "flat" else f":{keep.v}" if keep.v > 1 else ""
-    return f"{keep.n}:{keep.of}{last}"

@@ -217,6 +217,18 @@ inline std::vector<Pattern> check_patterns(const std::vector<Tensor>& weights, s
   return result;
 }
 
+// The CUDA ops have none; `share_units` of issp/ops/backends.py sends such calls elsewhere.
+inline std::vector<Pattern> without_units(std::vector<Pattern> patterns) {
+  for (const Pattern& by : patterns) {
+    if (by.is_units()) {
+      refuse(
+          "the CUDA library selects no units of weights: make an issp.ops.ShrinkState with them, ",
+          "then Triton does");
+    }
+  }
+  return patterns;
+}
+
 inline Pattern at(const std::vector<Pattern>& patterns, size_t i) {
   return patterns.empty() ? Pattern{} : patterns[i];
 }

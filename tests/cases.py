@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass, replace
 from functools import cache
@@ -199,9 +200,16 @@ def tensors_like(
 
 @dataclass(frozen=True)
 class GroupedCase(Case):
-    """A call with N:M weights or units; an entry of `patterns` is None where a weight has neither."""
+    """A call with N:M weights or units; `patterns` has None where a weight has neither."""
 
     patterns: tuple[issp.Keep | issp.Unit | None, ...] = ()
+
+
+def without_units(case: GroupedCase) -> GroupedCase:
+    """The case without its units, which the CUDA kernels do not select."""
+    kept = [i for i, by in enumerate(case.patterns) if not isinstance(by, issp.Unit)]
+    columns = {x: tuple(getattr(case, x)[i] for i in kept) for x in ("shapes", "k", "patterns")}
+    return dataclasses.replace(case, **columns)
 
 
 def grouped(name, *layers, fill="normal", shrink=0.95, selecting=True) -> GroupedCase:
@@ -213,9 +221,7 @@ def grouped(name, *layers, fill="normal", shrink=0.95, selecting=True) -> Groupe
     shapes = tuple(shape for shape, _ in layers)
     pairs = [_pattern_and_k(torch.Size(shape).numel(), what) for shape, what in layers]
     patterns, k = (tuple(column) for column in zip(*pairs, strict=True))
-    return GroupedCase(
-        name, shapes, k if selecting else (0,) * len(k), fill, shrink, patterns
-    )
+    return GroupedCase(name, shapes, k if selecting else (0,) * len(k), fill, shrink, patterns)
 
 
 def _pattern_and_k(numel, what):

@@ -35,17 +35,21 @@ from .select import radix_pass
 from .sgd_soft_shrink import sgd
 from .soft_shrink import AXIS, apply, count
 from .tables import TILE, launch
+from .units import LAUNCH as UNIT_LAUNCH
+from .units import UNITS, score, shrink_selected
 from .updates import LAUNCH as UPDATE_LAUNCH
 
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 _BITS = {"float32": "*i32", "float16": "*i16", "bfloat16": "*i16", "float64": "*i64"}
 _VALUES = {"float32": "*fp32", "float16": "*fp16", "bfloat16": "*bf16", "float64": "*fp64"}
 
-# Types of the arguments by name; `bits` stands for a pointer to the weights' bits, and in a sparse
-# op `values` for one to numbers of their dtype, `sums` for one to sums of them.
+# Types of the arguments by name; `bits` stands for a pointer to the weights' bits, `keys` for one
+# to scores, and in a sparse op `values` for one to numbers of their dtype, `sums` for one to sums
+# of them.
 _ARGUMENTS = {
     "rows": "*i64", "tiles": "*i32", "k": "*i64", "radix_state": "*i64", "flips": "*i64",
-    "thresholds": "bits", "patterns": "*i64", "target_offset": "i64",
+    "thresholds": "bits", "patterns": "*i64", "target_offset": "i64", "scores": "keys",
+    "unit_masks": "*i32",
     "masks": "*i32", "scratch": "*i32", "found_inf": "*fp32", "counts": "*i64",
     "sums": "*fp64", "statistics": "*fp64", "state_table": "*i64", "arrivals": "*i32",
     "lr_tensor": "*fp32", "grad_scale": "*fp32",
@@ -77,6 +81,9 @@ def _variants(dtype: str) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
         shape = {"DTYPE": dtype, "POSITIONS": positions, "GROUPS": GROUP_TILE // positions}
         yield shrink_groups, shape | {"INDEX": tl.int32}, group_options(dtype)
     yield shrink_groups, shape | {"INDEX": tl.int64}, group_options(dtype, wide=True)
+    for index in (tl.int32, tl.int64):
+        for kernel in (score, shrink_selected):
+            yield kernel, {"DTYPE": dtype, "UNITS": UNITS, "INDEX": index}, UNIT_LAUNCH
 
 
 _SHOWN = ("PRECISION", "V", "ROWS", "PIXELS")  # constants of a sparse op
@@ -86,7 +93,9 @@ KERNELS = {"step": _variants, "sparse": sparse_variants}
 
 def _source(kernel, constants: dict, dtype: str) -> ASTSource:
     sums = "*fp64" if dtype == "float64" else "*fp32"
-    pointers, types = {"bits": _BITS[dtype], "values": _VALUES[dtype], "sums": sums}, {}
+    keys = "*i64" if dtype == "float64" else "*i32"
+    pointers = {"bits": _BITS[dtype], "values": _VALUES[dtype], "sums": sums, "keys": keys}
+    types = {}
     known = SPARSE_ARGUMENTS if kernel in SPARSE_KERNELS else _ARGUMENTS
     for name in kernel.arg_names:
         kind = "constexpr" if name in constants else known.get(name, "i32")

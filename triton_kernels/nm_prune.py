@@ -19,12 +19,13 @@ def nm_prune(
     v: int,
     layout: str,
     shrink: float = 0.0,
+    c: int = 1,
     *,
     tile: int = TILE,
 ) -> tuple[Tensor, Tensor]:
     """See `nm_prune` in the schemas."""
     out = torch.empty_like(weight)
     masks = torch.zeros(mask_words(weight.numel()), dtype=torch.int32, device=weight.device)
-    pattern = (n, m, 0 if layout == "flat" else v)
+    pattern = (n, m, 0 if layout == "flat" else v, c)
     shrink_all([weight], pattern, None, shrink, None, masks, None, None, out=out, tile=tile)
     return out, masks

@@ -1,10 +1,10 @@
 """N:M tensors of a call in one launch: whole groups per program, selected and shrunk in place.
 
-A program takes GROUPS adjacent groups, in tiles [POSITIONS, GROUPS] of 1024 weights; m and v are
-read per tensor, so that one launch serves all patterns of a model. A group of up to RANKED
-positions is one tile: every score is compared with every other of its group. In a larger group a
-bisection over the range of scores finds the threshold (31 rounds for float32, 15 for 16-bit
-weights, 63 for float64); ties are ranked by position.
+A program takes GROUPS adjacent groups, in tiles [POSITIONS, GROUPS] of 1024 units: weights, or v
+rows x c channels of them. m, v and c are read per tensor, so that one launch serves all patterns of
+a model. A group of up to RANKED positions is one tile: every score is compared with every other of
+its group. In a larger group a bisection over the range of scores finds the threshold (31 rounds for
+float32, 15 for 16-bit weights, 63 for float64); ties are ranked by position.
 
 Traffic per float32 weight: 4 bytes from and 4 to DRAM. A program reads its weights again, from
 the L1 or L2 cache: once for the comparisons (or, in every round, the part of a group beyond one
@@ -41,15 +41,24 @@ RANKED: tl.constexpr = tl.constexpr(32)
 
 
 @triton.jit
-def score_at(source, offsets, valid, v, columns, DTYPE: tl.constexpr):
-    """Keys of the weights at `offsets`; with v > 1 those of |w| summed over v rows in row order."""
-    bits = tl.load(source + offsets, mask=valid, other=0)
-    score = key(bits)
-    if v > 1:
-        total = tl.abs(widen(bits, DTYPE))
-        for row in range(1, v):
-            below = tl.load(source + offsets + row * columns, mask=valid, other=0)
-            total += tl.abs(widen(below, DTYPE))
+def rows_sum(source, offsets, valid, v, columns, DTYPE: tl.constexpr):
+    """|w| at `offsets`, summed over v rows in row order."""
+    total = tl.abs(widen(tl.load(source + offsets, mask=valid, other=0), DTYPE))
+    for row in range(1, v):
+        below = tl.load(source + offsets + row * columns, mask=valid, other=0)
+        total += tl.abs(widen(below, DTYPE))
+    return total
+
+
+@triton.jit
+def score_at(source, offsets, valid, v, columns, c, inner, DTYPE: tl.constexpr):
+    """Keys of the units that begin at `offsets`: of the weight, or of the sums of |w| over v rows
+    of each channel, added in the order of the c channels."""
+    score = key(tl.load(source + offsets, mask=valid, other=0))
+    if v * c > 1:
+        total = rows_sum(source, offsets, valid, v, columns, DTYPE)
+        for channel in range(1, c):
+            total += rows_sum(source, offsets + channel * inner, valid, v, columns, DTYPE)
         if DTYPE == "float64":
             score = tl.where(total != total, 0x7FFFFFFFFFFFFFFF, total.to(tl.int64, bitcast=True))
         else:
@@ -58,21 +67,36 @@ def score_at(source, offsets, valid, v, columns, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def first_of(group, columns, inner, channels, v):
+    """Element of the first row and channel of groups of `channels`, in their order in memory."""
+    group_block = group // inner
+    blocks_per_row = columns // (channels * inner)
+    return (
+        group_block // blocks_per_row * v * columns
+        + group_block % blocks_per_row * channels * inner
+        + group % inner
+    )
+
+
+@triton.jit
 def cut_groups(
-    source, first, valid, m, inner, v, columns, chosen, DTYPE: tl.constexpr, POSITIONS: tl.constexpr
+    source, first, valid, m, v, columns, c, inner, chosen, DTYPE: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """tau and end of every group: selected are scores < tau, and == tau before position end."""
     WIDE: tl.constexpr = DTYPE == "float64"
     SCORE: tl.constexpr = 63 if WIDE else 31
     KEY: tl.constexpr = SCORE if WIDE or DTYPE == "float32" else 15
-    bits = tl.where(v == 1, KEY, SCORE)
+    bits = tl.where(v * c == 1, KEY, SCORE)
+    stride = c * inner
     base = tl.zeros_like(first).to(tl.int64 if WIDE else tl.int32)
     rank = tl.zeros_like(first).to(tl.int32) + chosen
     position = tl.arange(0, POSITIONS)[:, None]
     in_first_tile = valid & (position < m)
     first_scores = score_at(
-        source, first + position.to(first.dtype) * inner, in_first_tile, v, columns, DTYPE
-    )
+        source, first + position.to(first.dtype) * stride, in_first_tile, v, columns, c, inner,
+        DTYPE,
+    )  # fmt: skip
     for round_index in range(bits):
         half = (base * 0 + 1) << (bits - 1 - round_index)
         count = tl.sum(
@@ -80,8 +104,8 @@ def cut_groups(
         )[None, :]
         for start in range(POSITIONS, m, POSITIONS):
             in_group = valid & (start + position < m)
-            offsets = first + (start + position).to(first.dtype) * inner
-            distance = score_at(source, offsets, in_group, v, columns, DTYPE) - base
+            offsets = first + (start + position).to(first.dtype) * stride
+            distance = score_at(source, offsets, in_group, v, columns, c, inner, DTYPE) - base
             count += tl.sum((in_group & (distance >= 0) & (distance < half)).to(tl.int32), 0)[
                 None, :
             ]
@@ -91,10 +115,9 @@ def cut_groups(
     end = tl.zeros_like(rank)
     for start in range(0, m, POSITIONS):
         in_group = valid & (start + position < m)
-        offsets = first + (start + position).to(first.dtype) * inner
-        equal = (in_group & (score_at(source, offsets, in_group, v, columns, DTYPE) == base)).to(
-            tl.int32
-        )
+        offsets = first + (start + position).to(first.dtype) * stride
+        score = score_at(source, offsets, in_group, v, columns, c, inner, DTYPE)
+        equal = (in_group & (score == base)).to(tl.int32)
         last = (equal == 1) & (tl.cumsum(equal, 0) == rank)
         end += tl.sum(tl.where(last, start + position + 1, 0), 0)[None, :]
         rank -= tl.sum(equal, 0)[None, :]
@@ -103,15 +126,18 @@ def cut_groups(
 
 @triton.jit
 def rank_groups(
-    source, first, valid, m, inner, v, columns, chosen, DTYPE: tl.constexpr, POSITIONS: tl.constexpr
+    source, first, valid, m, v, columns, c, inner, chosen, DTYPE: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Which weights of a tile of complete groups are selected."""
+    """Which units of a tile of complete groups are selected."""
     position = tl.arange(0, POSITIONS)[:, None]
     in_group = valid & (position < m)
-    score = score_at(source, first + position.to(first.dtype) * inner, in_group, v, columns, DTYPE)
+    stride = c * inner
+    offsets = first + position.to(first.dtype) * stride
+    score = score_at(source, offsets, in_group, v, columns, c, inner, DTYPE)
     smaller = tl.zeros_like(score).to(tl.int32)
     for j in range(m):
-        other = score_at(source, first + j * inner, valid, v, columns, DTYPE)
+        other = score_at(source, first + j * stride, valid, v, columns, c, inner, DTYPE)
         smaller += ((other < score) | ((other == score) & (j < position))).to(tl.int32)
     return in_group & (smaller < chosen)
 
@@ -167,7 +193,7 @@ def shrink_groups(
     n = n.to(INDEX)
     columns, inner = tl.load(pattern).to(INDEX), tl.load(pattern + 1).to(INDEX)
     m, v = tl.load(pattern + 2).to(tl.int32), tl.load(pattern + 3).to(tl.int32)
-    chosen = tl.load(pattern + 4).to(tl.int32)
+    chosen, c = tl.load(pattern + 4).to(tl.int32), tl.load(pattern + 6).to(tl.int32)
     if k is not None:
         wanted = tl.load(k + t)
         if (wanted != 0) & (wanted != (n // m).to(tl.int64) * chosen):
@@ -177,14 +203,9 @@ def shrink_groups(
     target = pointer(address + target_offset, DTYPE, False)
     words = masks + mask_start(rows, t)
     group = index.to(INDEX) * GROUPS + tl.arange(0, GROUPS)[None, :]
-    valid = group < n // m // v
-    group_block = group // inner
-    blocks_per_row = columns // (m * inner)
-    first = (
-        group_block // blocks_per_row * v * columns
-        + group_block % blocks_per_row * m * inner
-        + group % inner
-    )
+    stride = c * inner
+    valid = group < n // (m * c) // v
+    first = first_of(group, columns, inner, m * c, v)
     position = tl.arange(0, POSITIONS)[:, None]
     LIMIT: tl.constexpr = POSITIONS if POSITIONS < RANKED else RANKED
     ranked = m <= LIMIT
@@ -193,31 +214,31 @@ def shrink_groups(
     pruned_by_rank = tl.zeros([POSITIONS, GROUPS], tl.int1)
     if ranked:
         pruned_by_rank = rank_groups(
-            source, first, valid, m, inner, v, columns, chosen, DTYPE, POSITIONS
+            source, first, valid, m, v, columns, c, inner, chosen, DTYPE, POSITIONS
         )
     else:
-        tau, end = cut_groups(source, first, valid, m, inner, v, columns, chosen, DTYPE, POSITIONS)
+        tau, end = cut_groups(
+            source, first, valid, m, v, columns, c, inner, chosen, DTYPE, POSITIONS
+        )
     tl.debug_barrier()  # every warp has read its groups before a weight is written
     shrink = factor(shrink_high, shrink_low, DTYPE)
     flipped = tl.zeros([GROUPS], tl.int32)
     largest = tl.zeros([POSITIONS, GROUPS], tau.dtype)
     for start in range(0, m, POSITIONS):
         in_group = valid & (start + position < m)
-        offsets = first + (start + position).to(first.dtype) * inner
+        offsets = first + (start + position).to(first.dtype) * stride
         pruned = pruned_by_rank
         if ranked == 0:
-            score = score_at(source, offsets, in_group, v, columns, DTYPE)
+            score = score_at(source, offsets, in_group, v, columns, c, inner, DTYPE)
             pruned = in_group & ((score < tau) | ((score == tau) & (start + position < end)))
-        for row in range(v):
-            row_offsets = offsets + row * columns
-            bits = tl.load(source + row_offsets, mask=in_group, other=0)
+        for i in range(v * c):
+            each = offsets + i // c * columns + i % c * inner
+            bits = tl.load(source + each, mask=in_group, other=0)
             tl.store(
-                target + row_offsets,
-                tl.where(pruned, shrunk(bits, shrink, DTYPE), bits),
-                mask=in_group,
+                target + each, tl.where(pruned, shrunk(bits, shrink, DTYPE), bits), mask=in_group
             )
             largest = tl.maximum(largest, tl.where(pruned, key(bits), 0).to(largest.dtype))
-            flipped += flip_bits(words, row_offsets, in_group, pruned == 0)
+            flipped += flip_bits(words, each, in_group, pruned == 0)
     if index == 0:
         clear_padding(words, n)
     if flips is not None:
@@ -236,23 +257,28 @@ def options(dtype: str, wide: bool = False) -> dict:
     return {"num_warps": 4, "maxnreg": registers, "enable_fp_fusion": False}
 
 
-def grouping(weight: Tensor, n: int, m: int, v: int) -> tuple[int, ...]:
-    """Columns of a row, distance of a group's elements, m, rows of a pattern, selected, groups.
+def grouping(weight: Tensor, n: int, m: int, v: int, c: int) -> tuple[int, ...]:
+    """Columns of a row, distance of a group's channels, units of a group, rows of one, units
+    selected, groups, channels of a unit.
 
     v == 0 is layout "flat": one row of all elements. m == 0: no pattern.
     """
     if m == 0:
         return (0,) * 8
-    inner, columns = 1, weight.numel()
-    if v > 0:
-        inner = columns // (weight.shape[0] * weight.shape[1])
-        columns //= weight.shape[0]
-    return columns, inner, m, max(1, v), m - n, weight.numel() // m // max(1, v), 0, 0
+    columns, inner = rows_of(weight) if v else (weight.numel(), 1)
+    groups = weight.numel() // m // max(1, v)
+    return columns, inner, m // c, max(1, v), (m - n) // c, groups, c, 0
+
+
+def rows_of(weight: Tensor) -> tuple[int, int]:
+    """Columns of a row of a weight [O, I, ...], and the distance of its channels."""
+    columns = weight.numel() // weight.shape[0]
+    return columns, columns // weight.shape[1]
 
 
 def grouped(patterns: Sequence[int], count: int) -> list[int]:
-    """Which of the first `count` tensors have a pattern; `patterns` as in the schemas."""
-    return [t for t in range(count) if patterns and patterns[3 * t + 1]]
+    """Which of the first `count` tensors have an N:M pattern; `patterns` as in the schemas."""
+    return [t for t in range(count) if patterns and patterns[4 * t + 1]]
 
 
 def shrink_all(
@@ -272,7 +298,7 @@ def shrink_all(
 
     Args:
         weights: those that masks and scratch are laid out over.
-        patterns: (n, m, v) of each, m == 0 where it has none.
+        patterns: (n, m, v, c) of each, m == 0 where it has none.
         k, thresholds, flips, scratch: as in soft_shrink_; all None: every group is selected from,
             and only `out` and the masks, zero before, are written.
         out: where the only weight's result goes; None: in place.
@@ -281,7 +307,7 @@ def shrink_all(
     chosen = grouped(patterns, len(weights))
     if not chosen:
         return
-    groupings = [grouping(w, *patterns[3 * t : 3 * t + 3]) for t, w in enumerate(weights)]
+    groupings = [grouping(w, *patterns[4 * t : 4 * t + 4]) for t, w in enumerate(weights)]
     positions = min(128, max(4, *(triton.next_power_of_2(groupings[t][2]) for t in chosen)))
     groups = tile // positions
     table, pattern_table = group_tables(weights, groupings, chosen, groups)

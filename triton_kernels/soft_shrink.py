@@ -61,6 +61,7 @@ from .tables import (
     store_tile,
     tables,
 )
+from .units import in_units, launch_score, launch_shrink, ranks, selection_of
 
 # Along which axis of count's tile a thread counts: the one that Triton gives scattered stores. The
 # other is as correct but passes the tile through shared memory.
@@ -287,15 +288,11 @@ def soft_shrink_(
 ) -> None:
     """See `soft_shrink_` in the schemas. The first call of a run is quicker with bracket=False."""
     dtype = weights[0].dtype
-    grouped_indices = grouped(patterns, len(weights))
-    if grouped_indices:
-        shrink_all(
-            weights, patterns, k, shrink, thresholds, masks, flips, scratch, found_inf,
-            tile=min(tile, GROUP_TILE),
-        )  # fmt: skip
-        if len(grouped_indices) == len(weights):
-            return
-    rest = [t for t in range(len(weights)) if t not in grouped_indices] if grouped_indices else None
+    state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
+    apart = shrink_apart(weights, patterns, *state, bracket, tile)
+    if len(apart) == len(weights):
+        return
+    rest = [t for t in range(len(weights)) if t not in apart] if apart else None
     table = tables(weights, tile, tiles_per_program, rest)
     name = name_of(dtype)
     options = {
@@ -317,3 +314,29 @@ def soft_shrink_(
             table.rows, table.tiles, k, masks, flips, scratch, found_inf, *factors,
             ALIGNED=table.aligned, **options,
         )  # fmt: skip
+
+
+def patterned(patterns: Sequence[int], count: int) -> set[int]:
+    """Which of the first `count` tensors `shrink_apart` prunes."""
+    return {*grouped(patterns, count), *in_units(patterns, count)}
+
+
+def shrink_apart(
+    weights: list[Tensor], patterns: Sequence[int], k: Tensor, shrink: float, thresholds: Tensor,
+    masks: Tensor, flips: Tensor, scratch: Tensor, found_inf: Tensor | None, bracket: bool,
+    tile: int,
+) -> set[int]:  # fmt: skip
+    """Prunes the weights that have an N:M pattern or units; returns which they are."""
+    state = (thresholds, masks, flips, scratch, found_inf)
+    shrink_all(weights, patterns, k, shrink, *state, tile=min(tile, GROUP_TILE))
+    units = in_units(patterns, len(weights))
+    if units:
+        by = selection_of(weights, patterns, units)
+        launch_score(weights, by, found_inf)
+        # A factor of 1 selects and changes no score that matters.
+        soft_shrink_(
+            by.scores, ranks(k, by), 1.0, by.thresholds, by.masks, by.flips, by.scratch,
+            found_inf, bracket, tile=tile,
+        )  # fmt: skip
+        launch_shrink(weights, by, k, shrink, *state)
+    return patterned(patterns, len(weights))

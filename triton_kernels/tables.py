@@ -101,7 +101,7 @@ def tables(
         table = _build(pointers, numels, [-(-n // (tile * count)) for n in numels], count, keep)
         return table._replace(rows=table.rows.to(device), tiles=table.tiles.to(device))
 
-    return _get_or_build(key, device, build)
+    return get_or_build(key, device, build)
 
 
 def group_tables(
@@ -127,7 +127,7 @@ def group_tables(
         table = table._replace(rows=table.rows.to(device), tiles=table.tiles.to(device))
         return table, torch.tensor(patterns, dtype=torch.int64, device="cpu").to(device)
 
-    return _get_or_build((pointers, numels, groups, tuple(patterns), tuple(keep)), device, build)
+    return get_or_build((pointers, numels, groups, tuple(patterns), tuple(keep)), device, build)
 
 
 def uploaded(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -141,10 +141,15 @@ def uploaded(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Ten
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
         return table, torch.zeros(len(rows), dtype=torch.int32, device=device)
 
-    return _get_or_build(tuple(rows), device, build)
+    return get_or_build(tuple(rows), device, build)
 
 
-def _get_or_build(key: tuple, device: torch.device, build: Callable[[], tuple]) -> tuple:
+def get_or_build(key: tuple, device: torch.device, build: Callable[[], tuple]) -> tuple:
+    """What `build` returns, from the cache if that has been built for this key before.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, and it has not.
+    """
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     entry = _captured.get(key) or _cache.get(key)
     if entry is None and capturing:

@@ -16,11 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .apply_masks import pruned_in_tile
-from .nm_shrink import TILE as GROUP_TILE
-from .nm_shrink import grouped, shrink_all
 from .select import radix_search
 from .semantics import factor
-from .soft_shrink import AXIS, apply
+from .soft_shrink import AXIS, apply, patterned, shrink_apart
 from .tables import RECENT, elements_in_tile, launch, split_f64, tables, uploaded
 
 # The interpreter rounds tl.fma twice.
@@ -196,16 +194,16 @@ def launch_update(
         scalars: the optimizer's numbers, each as two int32 (`split_f64`).
         rule: the kernel's constants.
         columns: the further columns of the state table; see `state_rows`.
-        patterns: as in the schemas; a weight with a pattern is only updated here. A separate launch
-            prunes it, which reads and writes the weights once more.
+        patterns: as in the schemas; a weight with a pattern or units is only updated here. Separate
+            launches prune it, which read and write the weights once more.
     """
-    grouped_indices = set() if frozen else set(grouped(patterns, k.numel()))
+    apart = set() if frozen else patterned(patterns, k.numel())
     if frozen:
         tile //= 2  # the masks need the registers of 4 of 8 elements
     table = tables(weights, tile, tiles_per_program)
-    state_table, arrivals = uploaded(state_rows(grads, columns, grouped_indices), weights[0].device)
+    state_table, arrivals = uploaded(state_rows(grads, columns, apart), weights[0].device)
     count = k.numel()
-    rest = [t for t in range(count) if t not in grouped_indices]
+    rest = [t for t in range(count) if t not in apart]
     select = len(rest) > 0 and not frozen
     bits, factors = thresholds.view(torch.int32), split_f64(shrink)
     with torch.cuda.device_of(k):
@@ -225,6 +223,6 @@ def launch_update(
                 ALIGNED=select_table.aligned,
                 **launch("float32", select_table.aligned),
             )  # fmt: skip
-    if grouped_indices:
-        state = (thresholds, masks, flips, scratch, found_inf)
-        shrink_all(weights[:count], patterns, k, shrink, *state, tile=min(tile, GROUP_TILE))
+    if apart:
+        state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
+        shrink_apart(weights[:count], patterns, *state, bracket, tile)

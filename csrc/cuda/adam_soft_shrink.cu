@@ -16,7 +16,8 @@ void adam_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grad
   const Update update = check_adam_soft_shrink(
       weights, grads, exp_avgs, exp_avg_sqs, steps, lr, beta1, beta2, eps, weight_decay, lr_tensor,
       grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);
-  const std::vector<Pattern> checked = check_patterns(weights, update.pruned.size(), patterns);
+  const std::vector<Pattern> checked =
+      without_units(check_patterns(weights, update.pruned.size(), patterns));
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const Optimizer<AdamRule> adam = {{{lr, beta1, beta2, eps, weight_decay, decoupled}},
                                     rate_of(lr, lr_tensor),

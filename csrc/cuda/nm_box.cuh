@@ -64,7 +64,7 @@ template <typename T, typename Update>
 ISSP_DEVICE void read_box(const GroupWork<T, Update>& work, const Box& box) {
   using Bits = typename T::Bits;
   const Grouping& groups = work.entry.groups;
-  if (groups.v == 1) {
+  if (groups.single()) {
 #pragma unroll 1
     for (uint32_t own = thread(); own < box.width; own += Update::kBatch * kThreads) {
       const auto sink = [&](uint32_t i, Bits bits) {
@@ -86,14 +86,19 @@ ISSP_DEVICE void read_box(const GroupWork<T, Update>& work, const Box& box) {
     const uint32_t top = top_of(groups, box, column);
     typename T::Wide sum = 0;
 #pragma unroll 1
-    for (uint32_t row = 0; row < groups.v; row += Update::kBatch) {
-      const uint32_t first = top + row * groups.columns;
-      const auto sink = [&](uint32_t i, Bits bits) {
-        if (Update::kUpdates) store(work.data() + first + i * groups.columns, bits);
-        sum += no_sign(widen(T{}, bits));
-      };
-      work.update.template update_strided<T>(work.entry, work.source(), first, groups.columns,
-                                             groups.v - row, sink, work.shared);
+    for (uint32_t channel = 0; channel < groups.c; ++channel) {
+      typename T::Wide rows = 0;
+#pragma unroll 1
+      for (uint32_t row = 0; row < groups.v; row += Update::kBatch) {
+        const uint32_t first = top + channel * groups.positions + row * groups.columns;
+        const auto sink = [&](uint32_t i, Bits bits) {
+          if (Update::kUpdates) store(work.data() + first + i * groups.columns, bits);
+          rows += no_sign(widen(T{}, bits));
+        };
+        work.update.template update_strided<T>(work.entry, work.source(), first, groups.columns,
+                                               groups.v - row, sink, work.shared);
+      }
+      sum += rows;
     }
     set_score(work.scores(), column, sum_key(sum));
   }
@@ -177,28 +182,33 @@ struct Piece {
 template <typename T, typename Update>
 ISSP_DEVICE uint32_t write_rows(const GroupWork<T, Update>& work, const Box& box,
                                 const Piece& piece, uint32_t word, uint32_t row, Tally<T>& tally) {
-  const uint32_t v = work.entry.groups.v, start = 32 * (word + row) + lane();
+  const Grouping& groups = work.entry.groups;
+  const uint32_t length = box.width * groups.c, start = 32 * (word + row) + lane();
+  const bool single = groups.single();
   const auto inside = [&](uint32_t i) {
     return start + 32 * i >= piece.first && start + 32 * i < piece.end;
   };
   typename T::Bits bits[kWordsAtOnce];
 #pragma unroll
   for (uint32_t i = 0; i < kWordsAtOnce; ++i) {
-    bits[i] = v > 1 && inside(i) ? load(work.source() + start + 32 * i) : typename T::Bits(0);
+    bits[i] = !single && inside(i) ? load(work.source() + start + 32 * i) : typename T::Bits(0);
   }
   // An update of several rows has been written; without one, words that keep all need no write.
-  const bool every = Update::kUpdates ? v == 1 : work.call.source != nullptr;
+  const bool every = Update::kUpdates ? single : work.call.source != nullptr;
   uint32_t mine = 0;
 #pragma unroll
   for (uint32_t i = 0; i < kWordsAtOnce; ++i) {
     uint32_t column = start + 32 * i - piece.first;
-    if (piece.bands) column = column / (v * box.width) * box.width + column % box.width;
+    if (!single) {
+      const uint32_t band = piece.bands ? column / (groups.v * length) : 0;
+      column = band * box.width + groups.column_of(piece.bands ? column % length : column);
+    }
     const bool selected =
         inside(i) && (work.shared.get(kBitArea + column / 32) >> column % 32 & 1u) != 0;
     const uint32_t gone = ballot(selected);
     if (lane() == row + i) mine = gone;
     if (!inside(i)) continue;
-    if (v == 1) bits[i] = without_key<T>(get_score<Key<T>>(work.scores(), column));
+    if (single) bits[i] = without_key<T>(get_score<Key<T>>(work.scores(), column));
     if (selected) {
       work.shrink_to(start + 32 * i, bits[i], tally);
     } else if (every || gone) {  // a sector in part costs as much as a sector
@@ -226,9 +236,9 @@ ISSP_DEVICE void write_chunk(const GroupWork<T, Update>& work, const Box& box, c
 template <typename T, typename Update>
 ISSP_DEVICE void write_box(const GroupWork<T, Update>& work, const Box& box, Tally<T>& tally) {
   const Grouping& groups = work.entry.groups;
-  const bool whole = box.width == groups.columns;  // rows are then one piece of memory
+  const bool whole = box.width == groups.scores();  // rows are then one piece of memory
   const uint32_t pieces = whole ? 1 : groups.v;
-  const uint32_t length = whole ? box.columns() * groups.v : box.width;
+  const uint32_t length = groups.c * (whole ? box.columns() * groups.v : box.width);
   const uint32_t chunks = (length / 32 + 1 + kChunk) / kChunk;
 #pragma unroll 1
   for (uint32_t i = warp(); i < pieces * chunks; i += kWarps) {

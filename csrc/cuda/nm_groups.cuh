@@ -23,16 +23,31 @@ constexpr uint32_t kDirect = 24;
 constexpr uint32_t kScoreWords = 48 * 256 - kSharedWords;
 #endif
 
-// Rows of a tensor of which v share a pattern are a band. A block takes a box: `width` columns of a
-// band, all the groups that begin there, or several bands whole. With v == 1 rows do not matter:
-// all elements are one row. width == 0: a group is too large for a box; a warp takes one.
+// Rows of a tensor of which v share a pattern are a band. c channels of a band at one position are
+// a unit, or one column of scores: a row of `columns` elements has columns / c of those. A block
+// takes a box: `width` columns of scores, all the groups that begin there, or several bands whole.
+// With v == 1 rows do not matter: all elements are one row. width == 0: a group is too large for a
+// box; a warp takes one.
 struct Grouping {
-  uint32_t columns, positions;  // of a row; of a channel: the distance of a group's elements
-  uint32_t m, v, pruned;        // pruned: of m
+  uint32_t columns, positions;  // elements of a row, and of a channel
+  uint32_t m, v, c, pruned;     // m, pruned: units
   uint32_t width, bands;        // of a box
   uint32_t boxes;
 
-  ISSP_DEVICE uint32_t span() const { return m * positions; }  // columns of neighbouring groups
+  // Columns of scores of neighbouring groups, and of a row; elements to the next place of a group.
+  ISSP_DEVICE uint32_t span() const { return m * positions; }
+  ISSP_DEVICE uint32_t scores() const { return columns / c; }
+  ISSP_DEVICE uint32_t stride() const { return c * positions; }
+  // Whether a unit is one weight, whose key is its score.
+  ISSP_DEVICE bool single() const { return v * c == 1; }
+  // The first element of a column of scores, and the column of an element, counted from a channel
+  // at which a unit begins.
+  ISSP_DEVICE uint32_t element_of(uint32_t column) const {
+    return c == 1 ? column : column / positions * stride() + column % positions;
+  }
+  ISSP_DEVICE uint32_t column_of(uint32_t element) const {
+    return c == 1 ? element : element / stride() * positions + element % positions;
+  }
 };
 
 // Words of shared memory: a bit per column that is selected, the cuts, and behind the areas of
@@ -56,14 +71,16 @@ bool fits_box(uint64_t columns, uint32_t m) {
 // cost two atomics.
 template <typename T>
 Grouping grouping_of(const Pattern& by, int64_t numel) {
-  const uint64_t columns = uint64_t(by.v == 1 ? numel : by.channels * by.inner);
-  const uint64_t span = uint64_t(by.m * by.inner), v = uint64_t(by.v);
-  const uint64_t bands = uint64_t(numel) / columns / v, spans = columns / span;
-  Grouping found = {uint32_t(columns),
+  const uint64_t elements = uint64_t(by.v == 1 ? numel : by.channels * by.inner);
+  const uint64_t v = uint64_t(by.v), c = uint64_t(by.c), columns = elements / c;
+  const uint64_t span = uint64_t(by.m / by.c * by.inner);
+  const uint64_t bands = uint64_t(numel) / elements / v, spans = columns / span;
+  Grouping found = {uint32_t(elements),
                     uint32_t(by.inner),
-                    uint32_t(by.m),
+                    uint32_t(by.m / by.c),
                     uint32_t(v),
-                    uint32_t(by.m - by.n),
+                    uint32_t(c),
+                    uint32_t((by.m - by.n) / by.c),
                     0,
                     1,
                     0};
@@ -72,14 +89,14 @@ Grouping grouping_of(const Pattern& by, int64_t numel) {
     found.boxes = uint32_t((groups + kWarps - 1) / kWarps);
     return found;
   }
-  const uint64_t wanted = kTile / (v * span) ? kTile / (v * span) : 1;
+  const uint64_t size = v * c * span, wanted = kTile / size ? kTile / size : 1;
   uint64_t own = wanted < spans ? wanted : spans;
   while (!fits_box<T>(own * span, found.m)) own = (own + 1) / 2;
   if (own < spans) {
-    const uint64_t even = 32 / std::gcd(span, uint64_t(32));
+    const uint64_t even = 32 / std::gcd(c * span, uint64_t(32));
     if (own >= even) own -= own % even;
   } else {
-    while (found.bands < bands && (found.bands + 1) * columns * v <= kTile &&
+    while (found.bands < bands && (found.bands + 1) * elements * v <= kTile &&
            fits_box<T>((found.bands + 1) * columns, found.m)) {
       ++found.bands;
     }
@@ -94,38 +111,40 @@ uint32_t shared_words_of(const Grouping& groups) {
   return kSharedWords + groups.width * groups.bands * kWordsOfScore<T>;
 }
 
-// A block's box: element of its first row's first column; columns of a row and bands that it has.
+// A block's box: element of its first row's first column; columns of scores and bands that it has.
 struct Box {
   uint32_t first, width, bands;
 
   ISSP_DEVICE Box(const Grouping& groups, uint32_t numel, uint32_t number) {
-    const uint32_t per_band = (groups.columns + groups.width - 1) / groups.width;
+    const uint32_t per_band = (groups.scores() + groups.width - 1) / groups.width;
     const uint32_t band = number / per_band * groups.bands;
     const uint32_t column = number % per_band * groups.width;
     const uint32_t left = numel / groups.columns / groups.v - band;
-    first = band * groups.v * groups.columns + column;
-    width = groups.columns - column < groups.width ? groups.columns - column : groups.width;
+    first = band * groups.v * groups.columns + column * groups.c;
+    width = groups.scores() - column < groups.width ? groups.scores() - column : groups.width;
     bands = left < groups.bands ? left : groups.bands;
   }
   ISSP_DEVICE uint32_t columns() const { return width * bands; }
 };
 
-// Element of a column's first row.
+// The first element of a column's unit.
 ISSP_DEVICE uint32_t top_of(const Grouping& groups, const Box& box, uint32_t column) {
-  if (groups.v == 1) return box.first + column;
+  if (groups.single()) return box.first + column;
   const uint32_t band = column / box.width;
-  return box.first + band * groups.v * groups.columns + column % box.width;
+  return box.first + band * groups.v * groups.columns + groups.element_of(column % box.width);
 }
 
 // Element of a group's first place in its first row; groups are numbered as they begin in memory.
 ISSP_DEVICE uint32_t first_of(const Grouping& groups, uint32_t group) {
   const uint32_t position = group % groups.positions, span = group / groups.positions;
-  const uint32_t per_band = groups.columns / groups.span();
-  return span / per_band * groups.v * groups.columns + span % per_band * groups.span() + position;
+  const uint32_t per_band = groups.scores() / groups.span();
+  return span / per_band * groups.v * groups.columns + span % per_band * groups.span() * groups.c +
+         position;
 }
 
-// Scores. With v == 1 a place's score is its key; otherwise the key of |w| summed over v rows in
-// row order, which has 31 bits for 16-bit weights too.
+// Scores. With v == c == 1 a place's score is its key; otherwise the key of |w| summed over the
+// rows of each channel, and then over the channels, in their orders; it has 31 bits for 16-bit
+// weights too.
 ISSP_DEVICE float no_sign(float x) {
   return bit_as<float>(bit_as<uint32_t>(x) & 0x7fffffffu);
 }
@@ -141,7 +160,7 @@ ISSP_DEVICE uint64_t sum_key(double x) {
 
 template <typename T>
 ISSP_DEVICE int score_bits(const Grouping& groups) {
-  return groups.v == 1 ? kKeyBits<T> : 8 * int(sizeof(Key<T>)) - 1;
+  return groups.single() ? kKeyBits<T> : 8 * int(sizeof(Key<T>)) - 1;
 }
 
 // A weight in shared memory: its key, and its sign in the first bit of the key's word.
@@ -187,11 +206,16 @@ struct TensorScores {
   const Grouping& groups;
   uint32_t first;
   ISSP_DEVICE Key<T> operator()(uint32_t place) const {
-    const uint32_t i = first + place * groups.positions;
-    if (groups.v == 1) return key<T>(load(weights + i));
+    const uint32_t i = first + place * groups.stride();
+    if (groups.single()) return key<T>(load(weights + i));
     typename T::Wide sum = 0;
-    for (uint32_t row = 0; row < groups.v; ++row) {
-      sum += no_sign(widen(T{}, load(weights + i + row * groups.columns)));
+    for (uint32_t channel = 0; channel < groups.c; ++channel) {
+      typename T::Wide rows = 0;
+      for (uint32_t row = 0; row < groups.v; ++row) {
+        const uint32_t own = i + channel * groups.positions + row * groups.columns;
+        rows += no_sign(widen(T{}, load(weights + own)));
+      }
+      sum += rows;
     }
     return sum_key(sum);
   }

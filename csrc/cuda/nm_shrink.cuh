@@ -3,8 +3,8 @@
 //
 // Traffic per float32 weight: 4 bytes read and 4 written, 1/8 byte of mask read and, where it
 // changes, written; an optimizer adds its gradient and moments alone, as in resident.cuh. With
-// v > 1 a box's weights are read a second time, out of the L1 or L2 cache, since what stays in
-// shared memory is a score per column.
+// units of several weights a box's weights are read a second time, out of the L1 or L2 cache, since
+// what stays in shared memory is a score per column.
 //
 // A box has a tile's size (tile.cuh: 8192 elements) where groups allow it: 33 KB of scores leave
 // three blocks to an SM, one that reads while others select and write; every thread has 8 loads in
@@ -22,13 +22,17 @@ template <typename T, typename Update>
 ISSP_DEVICE void shrink_group(const GroupWork<T, Update>& work, uint32_t group, Tally<T>& tally) {
   using Bits = typename T::Bits;
   const Grouping& groups = work.entry.groups;
-  const uint32_t first = first_of(groups, group), rows = groups.v;
-  const uint32_t own = first + lane() * groups.positions, stride = 32 * groups.positions;
-  for (uint32_t row = 0; Update::kUpdates && row < rows; ++row) {
+  const uint32_t first = first_of(groups, group), stride = 32 * groups.stride();
+  // The elements of a unit, counted over the rows of its first channel, then of the next.
+  const auto element = [&](uint32_t i) {
+    return i % groups.v * groups.columns + i / groups.v * groups.positions;
+  };
+  const uint32_t size = groups.v * groups.c;
+  for (uint32_t i = 0; Update::kUpdates && i < size; ++i) {
     for (uint32_t place = lane(); place < groups.m; place += 32 * Update::kBatch) {
-      const uint32_t start = first + row * groups.columns + place * groups.positions;
-      const auto sink = [&](uint32_t i, Bits bits) {
-        store(work.data() + start + i * stride, bits);
+      const uint32_t start = first + element(i) + place * groups.stride();
+      const auto sink = [&](uint32_t j, Bits bits) {
+        store(work.data() + start + j * stride, bits);
       };
       work.update.template update_strided<T>(work.entry, work.data(), start, stride,
                                              (groups.m - place + 31) / 32, sink, work.shared);
@@ -44,8 +48,8 @@ ISSP_DEVICE void shrink_group(const GroupWork<T, Update>& work, uint32_t group, 
   for (uint32_t place = lane(); place < groups.m; place += 32) {
     const bool gone = work.pruned && cut.takes(scores(place), place);
 #pragma unroll 1
-    for (uint32_t row = 0; row < rows; ++row) {
-      const uint32_t i = own + (place - lane()) * groups.positions + row * groups.columns;
+    for (uint32_t j = 0; j < size; ++j) {
+      const uint32_t i = first + place * groups.stride() + element(j);
       const Bits bits = load(work.source() + i);
       if (gone) {
         work.shrink_to(i, bits, tally);
@@ -139,7 +143,7 @@ group_kernel(const ISSP_PARAM Table<Capacity, GroupEntry<typename Update::Entry>
   Tally<T> tally;
   if (groups.width == 0) {
     const uint32_t group = number * kWarps + warp();
-    if (group < entry.numel / groups.m / groups.v) shrink_group(work, group, tally);
+    if (group < entry.numel / (groups.m * groups.c) / groups.v) shrink_group(work, group, tally);
   } else {
     const Box box(groups, entry.numel, number);
     read_box(work, box);

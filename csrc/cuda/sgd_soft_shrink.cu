@@ -16,7 +16,8 @@ void sgd_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads
   const Update update = check_sgd_soft_shrink(
       weights, grads, momentum_buffers, first, lr, momentum, dampening, weight_decay, nesterov,
       lr_tensor, grad_scale, k, shrink, thresholds, masks, flips, scratch, found_inf);
-  const std::vector<Pattern> checked = check_patterns(weights, update.pruned.size(), patterns);
+  const std::vector<Pattern> checked =
+      without_units(check_patterns(weights, update.pruned.size(), patterns));
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   const Optimizer<SgdRule> sgd = {{{lr, momentum, dampening, weight_decay, nesterov}},
                                   rate_of(lr, lr_tensor),

@@ -10,7 +10,8 @@ void soft_shrink_cuda(std::vector<Tensor> weights, Tensor k, double shrink, Tens
                       bool bracket, std::vector<int64_t> patterns) {
   const std::vector<Item> items =
       check_soft_shrink(weights, k, shrink, thresholds, masks, flips, scratch, found_inf);
-  const std::vector<Pattern> checked = check_patterns(weights, weights.size(), patterns);
+  const std::vector<Pattern> checked =
+      without_units(check_patterns(weights, weights.size(), patterns));
   const torch::stable::accelerator::DeviceGuard guard(weights[0].get_device_index());
   with_dtype(weights[0].scalar_type(), [&](auto type) {
     using T = decltype(type);

@@ -13,7 +13,7 @@ from issp.nn import sharding
 from issp.nn.names import named_modules, plain_pattern
 from issp.nn.sparse_training import SparseTrainingLayer, dense_shape
 from issp.ops import validation
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 
 # Their weights have no input channels in dimension 1; transposed convolutions say so themselves.
 _NO_INPUTS_IN_DIM_1 = {"Embedding", "EmbeddingBag", "Bilinear", "Conv1D"}  # the last: transformers
@@ -30,6 +30,7 @@ class Layer:
         target: sparsity in 0..1, or the N:M pattern.
         aliases: names of the other modules that share this very parameter.
         dense: why it is left dense, "" when it is pruned.
+        unit: what the sparsity is counted in; None: single weights, or an N:M pattern.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Layer:
     target: float | Keep
     aliases: tuple[str, ...] = ()
     dense: str = ""
+    unit: Unit | None = None
+
+    @property
+    def pattern(self) -> Keep | Unit | None:
+        """The N:M pattern or unit in which its weights are selected; None: one by one."""
+        return self.target if isinstance(self.target, Keep) else self.unit
 
     @property
     def weight(self) -> nn.Parameter:
@@ -55,6 +62,7 @@ def select(
     exclude: str | Iterable[str],
     overrides: Mapping[str, float | Keep],
     sparsity: float | Keep,
+    unit: Unit | None = None,
 ) -> list[Layer]:
     """The layers to prune, in the order of `names.named_modules`, tied weights once.
 
@@ -65,11 +73,12 @@ def select(
             whole name. One that matches a container holds for everything inside it.
         overrides: name pattern -> sparsity in 0..1 or `Keep`; the last match wins.
         sparsity: for all other layers, 0..1 or `Keep`.
+        unit: what a sparsity above 0 is counted in; None: single weights.
 
     Raises:
         ValueError: a name pattern that matches nothing; no layer left; a ratio outside 0..1; tied
-            weights with different targets; a weight that cannot be pruned; an N:M pattern that
-            does not divide its weight, unless its tail is "dense".
+            weights with different targets; a weight that cannot be pruned; an N:M pattern or unit
+            that does not divide its weight, unless its tail is "dense".
     """
     _check_parallel(model)
     sharding.reshard(sharding.fsdp_modules(model))
@@ -107,6 +116,8 @@ def select(
             f"{len(excluded & eligible.keys())} of them are excluded; pass other types"
         )
     for layer in layers:
+        if not isinstance(layer.target, Keep) and layer.target > 0:
+            layer.unit = unit
         layer.dense = _sharing_reason(owners[id(layer.weight)], kept) or _pattern_reason(layer)
     if all(layer.dense for layer in layers):
         raise ValueError(f"no layer to prune: {layers[0].name}, as all others, {layers[0].dense}")
@@ -194,38 +205,39 @@ def _sharing_reason(owners: list[tuple[str, str]], pruned: Collection[str]) -> s
 
 
 def _pattern_reason(layer: Layer) -> str:
-    """Why an N:M layer stays dense, "" if its pattern divides it (or it has none)."""
-    keep = layer.target
-    if not isinstance(keep, Keep):
+    """Why a layer stays dense, "" if its pattern or unit divides it (or it has none)."""
+    by = layer.pattern
+    if by is None:
         return ""
-    reason = undivided_reason(layer, keep)
-    if reason and keep.tail != "dense":
+    reason = undivided_reason(layer, by)
+    if reason and by.tail != "dense":
         raise ValueError(
-            f'{layer.name}: {reason}; Keep(..., tail="dense") leaves such layers dense, or name '
-            "them in exclude= or overrides="
+            f'{layer.name}: {reason}; {type(by).__name__}(..., tail="dense") leaves such layers '
+            "dense, or name them in exclude= or overrides="
         )
     return f"stays dense: {reason}" if reason else ""
 
 
-def undivided_reason(layer: Layer, keep: Keep) -> str:
-    """Why a pattern finds no groups in a layer's weight, or ""."""
-    return _layout_reason(layer.module, keep) or indivisible_reason(layer.weight, keep)
+def undivided_reason(layer: Layer, by: Keep | Unit) -> str:
+    """Why a pattern finds no groups, or a unit no place, in a layer's weight, or ""."""
+    return _layout_reason(layer.module, by) or indivisible_reason(layer.weight, by)
 
 
-def _layout_reason(module: nn.Module, keep: Keep) -> str:
+def _layout_reason(module: nn.Module, by: Keep | Unit) -> str:
     """Why the groups of a pattern would not be input channels of one output, or ""."""
-    if keep.layout == "flat":
+    if isinstance(by, Keep) and by.layout == "flat":
         return ""
     names = {cls.__name__ for cls in type(module).__mro__}
     if getattr(module, "transposed", False) or not names.isdisjoint(_NO_INPUTS_IN_DIM_1):
+        remedy = 'use layout="flat"' if isinstance(by, Keep) else "prune its weights one by one"
         return (
             "a pattern groups input channels in dimension 1 of a weight, and that of a "
-            f'{type(module).__name__} has none there: use layout="flat"'
+            f"{type(module).__name__} has none there: {remedy}"
         )
     groups = getattr(module, "groups", 1)
-    if groups > 1 and getattr(module, "out_channels", 0) // groups % keep.v:
+    if groups > 1 and getattr(module, "out_channels", 0) // groups % by.v:
         return (
-            f"v = {keep.v} output rows would share positions across the {groups} groups of the "
+            f"v = {by.v} output rows would share positions across the {groups} groups of the "
             "convolution, whose inputs differ: choose another v"
         )
     return ""
@@ -242,10 +254,10 @@ def unsupported_reason(module: nn.Module) -> str:
     return ""
 
 
-def indivisible_reason(weight: Tensor, keep: Keep) -> str:
-    """Why a weight [O, I, ...] does not divide into the groups of a pattern, or ""."""
+def indivisible_reason(weight: Tensor, by: Keep | Unit) -> str:
+    """Why a weight [O, I, ...] does not divide into the groups of a pattern or units, or ""."""
     try:
-        validation.check_pattern_divides(weight, "weight", keep)
+        validation.check_pattern_divides(weight, "weight", by)
     except ValueError as error:
         return str(error)
     return ""

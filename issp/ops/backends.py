@@ -31,6 +31,7 @@ _LIBRARIES = {"cpp": "_C", "cuda": "_CUDA"}
 
 _active: dict[str, str] = {}
 _problems: dict[str, str] = {}
+_sharing: set[str] = set()
 
 
 def active(device: str) -> str:
@@ -183,6 +184,41 @@ def _traits_of_gradient(
     x: Tensor, grad: Tensor, col_indices: Tensor, crow_indices: Tensor, v: int, *_: Any
 ) -> tuple[torch.dtype, int]:
     return x.dtype, v
+
+
+def share_units(key: str = "CUDA") -> None:
+    """Sends calls with units to Triton, or to the reference, which says so: CUDA has none.
+
+    `ShrinkState` calls it where it meets the first unit, so that nobody else pays for the detour.
+    """
+    if active(key.lower()) != "cuda" or key in _sharing:
+        return
+    _sharing.add(key)
+    try:
+        table = implementations("triton")
+    except ImportError as error:
+        table = implementations("reference")
+        _fall_back(f"issp runs its slow reference for units of weights on a GPU: {error}")
+    for op in ("soft_shrink_", "adam_soft_shrink_", "sgd_soft_shrink_"):
+        call = _units_or(op, table[op], torch.library.get_kernel(f"issp::{op}", key))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that a kernel is replaced
+            schemas.library.impl(op, call, key, with_keyset=True, allow_override=True)
+
+
+def _units_or(op: str, for_units: Callable, native: Any) -> Callable:
+    arguments = getattr(torch.ops.issp, op).default._schema.arguments
+    defaults = [argument.default_value for argument in arguments]
+
+    def call(keys: Any, *args: Any) -> None:
+        args = (*args, *defaults[len(args) :])
+        patterns = args[-1]
+        if any(m == 0 and v for m, v in zip(patterns[1::4], patterns[2::4], strict=True)):
+            for_units(*args)
+        else:
+            native.call_boxed(keys, *args)
+
+    return call
 
 
 def _choose(device: str, order: tuple[str, ...], forced: str | None) -> None:

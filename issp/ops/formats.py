@@ -245,7 +245,8 @@ class NMTensor(SparseRows):
         col_indices: int32 [E], see `SparseRows`.
         crow_indices: int32 [O / v + 1].
         shape: (O, I) or (O, I, kh, kw); keep.of divides I and keep.v divides O.
-        keep: the pattern, of layout "channels".
+        keep: the pattern, of layout "channels". Of c channels that are kept together each has its
+            entry.
 
     Raises:
         TypeError, ValueError: tensors that do not make a weight of this shape and pattern.
@@ -274,9 +275,12 @@ class NMTensor(SparseRows):
     def from_dense(cls, weight: Tensor, keep: Keep) -> NMTensor:  # type: ignore[override]
         """Stores n positions of every group; where fewer are not zero, the first zeros as well.
 
+        With c > 1 they are n / c units of c channels.
+
         Args:
             weight: [O, I] or [O, I, kh, kw] with at most n positions per group that are not zero
-                in one of its v rows. The values are a copy, without its graph.
+                in one of its v rows or in another channel of their unit. The values are a copy,
+                without its graph.
             keep: the pattern, of layout "channels".
 
         Raises:
@@ -285,9 +289,10 @@ class NMTensor(SparseRows):
         """
         blocks = _blocks(weight, keep.v if isinstance(keep, Keep) else 1)
         check_pattern(weight.shape, keep)
-        grouped = blocks.ne(0).any(1).view(len(blocks), -1, keep.of, _taps(weight.shape))
-        counts = grouped.sum(2, keepdim=True)
-        overfull = (counts > keep.n).flatten(2).any(2)
+        channels = blocks.ne(0).any(1).view(len(blocks), -1, keep.c, _taps(weight.shape))
+        units = channels.any(2).view(len(blocks), -1, keep.of // keep.c, channels.shape[3])
+        counts, n = units.sum(2, keepdim=True), keep.n // keep.c
+        overfull = (counts > n).flatten(2).any(2)
         if overfull.any():
             block, group = overfull.nonzero()[0].tolist()
             raise ValueError(
@@ -295,9 +300,9 @@ class NMTensor(SparseRows):
                 f"first: row {block * keep.v}, channels {group * keep.of}..."
                 f"{group * keep.of + keep.of - 1}): prune first, issp.ops.nm_prune(weight, {keep})"
             )
-        zeros = ~grouped
-        first = zeros & (zeros.cumsum(2) <= keep.n - counts)
-        kept = (grouped | first).view(len(blocks), -1)
+        first = ~units & ((~units).cumsum(2) <= n - counts)
+        kept = (units | first).view(len(blocks), -1, 1, channels.shape[3]).expand_as(channels)
+        kept = kept.reshape(len(blocks), -1)
         return cls(*pack_entries(weight, kept), weight.shape, keep)
 
     @classmethod
@@ -314,8 +319,8 @@ class NMTensor(SparseRows):
         return self.col_indices.view(self.shape[0] // self.v, -1)
 
     def _description(self) -> str:
-        keep = self.keep
-        return f"shape={self.shape}, keep={keep.n}:{keep.of}, v={keep.v}"
+        c = f", c={self.keep.c}" if self.keep.c > 1 else ""
+        return f"shape={self.shape}, keep={self.keep.n}:{self.keep.of}, v={self.keep.v}{c}"
 
 
 def check_pattern(shape: Sequence[int], keep: Keep, name: str = "the weight") -> None:
@@ -344,16 +349,19 @@ def check_rows_per_block(rows: int, v: int, name: str = "the weight") -> None:
 def _check_groups(
     col_indices: Tensor, crow_indices: Tensor, shape: Sequence[int], keep: Keep
 ) -> None:
-    """Refuses positions unless every group of every block row owns exactly n entries."""
+    """Refuses positions unless every group of every block row owns exactly n entries, in units."""
     taps, groups = _taps(shape), shape[1] // keep.of
     block = torch.repeat_interleave(crow_indices.diff().long())
     channel, tap = col_indices.long() // taps, col_indices.long() % taps
     group = (block * groups + channel // keep.of) * taps + tap
     counts = torch.bincount(group, minlength=(shape[0] // keep.v) * groups * taps)
-    if (counts != keep.n).any():
+    unit = (block * (shape[1] // keep.c) + channel // keep.c) * taps + tap
+    channels = torch.bincount(unit)
+    if (counts != keep.n).any() or ((channels != 0) & (channels != keep.c)).any():
+        together = f", {keep.c} together," if keep.c > 1 else ""
         raise ValueError(
-            f"the positions do not keep {keep.n} of every {keep.of} channels in a weight of shape "
-            f"{tuple(shape)}: pack it with issp.ops.nm_pack, or use SparseRows"
+            f"the positions do not keep {keep.n} of every {keep.of} channels{together} in a weight "
+            f"of shape {tuple(shape)}: pack it with issp.ops.nm_pack, or use SparseRows"
         )
 
 

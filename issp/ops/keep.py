@@ -184,6 +184,10 @@ class Unit:
         """As tables print it: "16x2"."""
         return f"{self.v}x{self.c}"
 
+    def divides(self, shape: Sequence[int]) -> bool:
+        """Whether a weight of this shape divides into units."""
+        return len(shape) >= 2 and not (shape[0] % self.v or shape[1] % self.c)
+
     def check_divides(self, shape: Sequence[int], name: str = "the weight") -> None:
         """Refuses a weight that does not divide into units.
 
@@ -195,7 +199,7 @@ class Unit:
             ValueError: the weight does not divide.
         """
         shape = tuple(shape)
-        if len(shape) < 2 or shape[0] % self.v or shape[1] % self.c:
+        if not self.divides(shape):
             raise ValueError(
                 f"{name} {shape} does not divide into units of v = {self.v} output rows x c = "
                 f"{self.c} input channels: choose other numbers or leave the layer dense"

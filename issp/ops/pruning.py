@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from issp.ops import reference, validation
+from issp.ops import backends, reference, validation
 from issp.ops.keep import Keep, Unit
 from issp.ops.schemas import mask_layout, mask_words, scratch_words
 
@@ -68,6 +68,8 @@ class ShrinkState:
         self.patterns = _numbers(patterns)
         validation.check_patterns_divide(weights, self.patterns)
         first = weights[0]
+        if first.is_cuda and any(isinstance(one, Unit) for one in patterns or ()):
+            backends.share_units()
         self.k = torch.empty(len(weights), dtype=torch.int64, device=first.device)
         self.set_k(k)
         self.thresholds = torch.full_like(self.k, float("nan"), dtype=first.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 
 
 def check_kinds(**arguments: Any) -> None:
@@ -30,6 +30,12 @@ def _is_number(value: object) -> bool:
 
 def _is_target(value: object) -> bool:
     return isinstance(value, Keep) or _is_number(value)
+
+
+def _is_unit(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return len(value) == 2 and all(type(x) is int for x in value)
+    return isinstance(value, Unit)
 
 
 def _is_whole(value: Any) -> bool:
@@ -69,6 +75,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "types": (_are_classes, "a module class or several"),
     "exclude": (_are_patterns, "a name pattern or several"),
     "pattern": (_or_none(lambda value: isinstance(value, Keep)), "an issp.Keep"),
+    "unit": (_or_none(_is_unit), "a pair of whole numbers (v, c) or an issp.Unit"),
     "overrides": (_are_overrides, "a dict from name pattern to a number in 0..1 or an issp.Keep"),
     "schedule": (_or_none(_is_schedule), "an issp.Constant, issp.Linear or issp.Cubic"),
     "freeze_at": (_or_none(_is_whole), "a whole number of optimizer steps"),

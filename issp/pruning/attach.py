@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from issp.nn.selection import select, unpruned_weights
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 from issp.pruning import methods
 from issp.pruning.arguments import check_kinds
 from issp.pruning.ema import EMAWeights
@@ -30,6 +30,7 @@ def attach(
     types: type | Sequence[type] = (nn.Conv2d, nn.Linear),
     exclude: str | Iterable[str] = (),
     pattern: Keep | None = None,
+    unit: Unit | Sequence[int] | None = None,
     overrides: Mapping[str, float | Keep] | None = None,
     schedule: Schedule | None = None,
     freeze_at: int | None = None,
@@ -61,6 +62,10 @@ def attach(
         pattern: the N:M pattern of all layers, instead of a sparsity. A layer that it does not
             divide is an error, or with `Keep(..., tail="dense")` stays dense and says so in the
             summary.
+        unit: prunes units of v output rows x c input channels at one kernel position, (v, c) or
+            `issp.Unit`: of a layer's units those of the smallest L1 norm. A sparsity counts units,
+            a `Keep` has its own. A layer that it does not divide is an error, or with
+            `Unit(v, c, tail="dense")` stays dense and says so in the summary.
         overrides: name patterns -> sparsity in 0..1 or `issp.Keep`; the last match wins. A schedule
             scales these ratios too; an N:M pattern holds as soon as the schedule is above 0.
         schedule: `issp.Cubic`, `issp.Linear`, `issp.Constant`, in optimizer steps.
@@ -73,8 +78,8 @@ def attach(
 
     Raises:
         ValueError: a name pattern that matches nothing, no layer to prune, an impossible ratio or
-            schedule, an N:M pattern that does not divide a layer, an optimizer without any of the
-            weights, or with another pruner of them, or one that cannot be followed.
+            schedule, a pattern or unit that does not divide a layer, an optimizer without any of
+            the weights, or with another pruner of them, or one that cannot be followed.
         TypeError: an argument of a wrong kind.
 
     Source: docs/method.md, section 1 (the paper's figure 1).
@@ -89,6 +94,7 @@ def attach(
         types=types,
         exclude=exclude,
         pattern=pattern,
+        unit=unit,
         overrides=overrides,
         schedule=schedule,
         freeze_at=freeze_at,
@@ -97,18 +103,20 @@ def attach(
     if pattern is not None and sparsity is not None:
         raise ValueError(f"sparsity is {sparsity} beside pattern {pattern}: give one of them")
     if not chosen.prunes:
-        if any(x is not None for x in (sparsity, pattern, schedule)) or overrides:
+        if any(x is not None for x in (sparsity, pattern, unit, schedule)) or overrides:
             raise ValueError(
-                f"{chosen.name} prunes nothing: drop sparsity, pattern, overrides and schedule"
+                f"{chosen.name} prunes nothing: drop sparsity, pattern, unit, overrides and "
+                "schedule"
             )
         sparsity = 0.0
     default = chosen.default_sparsity if sparsity is None and schedule is None else sparsity
     sparsity = final_sparsity(default, schedule, freeze_at, from_zeros)
     target = sparsity if pattern is None else pattern
+    units = _unit(unit, pattern, chosen, from_zeros)
     _check_method(chosen, target, overrides, schedule)
     if chosen.skips_undivided:
         target, overrides = _skipping(target), {n: _skipping(x) for n, x in overrides.items()}
-    layers = select(model, types, exclude, overrides, target)
+    layers = select(model, types, exclude, overrides, target, units)
     methods.check_shards(chosen, layers)
     if not from_zeros:
         chosen.prepare(model, layers)
@@ -130,6 +138,24 @@ def attach(
         pruner.detach()
         raise
     return pruner
+
+
+def _unit(
+    unit: Unit | Sequence[int] | None,
+    pattern: Keep | None,
+    method: methods.Method,
+    from_zeros: bool,
+) -> Unit | None:
+    """The unit that the arguments name; refuses one that would have no effect."""
+    if unit is None:
+        return None
+    if pattern is not None:
+        raise ValueError(f"unit is {unit} beside pattern {pattern}: give v and c to the Keep")
+    if from_zeros:
+        raise ValueError("from_zeros takes its masks from the weights' zeros: drop unit")
+    if not method.takes_units:
+        raise ValueError(f"{method.name} prunes single weights: drop unit, or use iss-p or iht")
+    return unit if isinstance(unit, Unit) else Unit(*unit)
 
 
 def _method(method: str | methods.Method, shrink: float | None) -> methods.Method:

@@ -15,7 +15,7 @@ from issp.nn import sharding
 from issp.nn.names import named_modules
 from issp.nn.selection import Layer
 from issp.ops import ShrinkState, reference
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 from issp.ops.pruning import write_zeros_
 from issp.ops.schemas import mask_words
 from issp.pruning.ema import EMAWeights
@@ -37,7 +37,7 @@ _COMPARED = 64
 
 
 class WeightBucket:
-    """Weights that share an optimizer, a device and a dtype, unstructured and N:M ones alike.
+    """Weights that share an optimizer, a device and a dtype, with and without patterns.
 
     Args:
         layers: their order is the order of the state.
@@ -53,8 +53,8 @@ class WeightBucket:
         is_one_call: its step is one call of an op, which writes nothing if it refuses a weight.
 
     Raises:
-        ValueError: a weight that no permutation of its dimensions makes contiguous, or an N:M one
-            in an order other than contiguous and channels_last.
+        ValueError: a weight that no permutation of its dimensions makes contiguous, or one with a
+            pattern or units in an order other than contiguous and channels_last.
     """
 
     is_one_call = True
@@ -65,7 +65,7 @@ class WeightBucket:
         self.layers, self.optimizer, self.param_group = list(layers), optimizer, param_group
         self._parameter_dicts = [layer.module._parameters for layer in layers]
         self._orders = [_memory_order(layer) for layer in layers]
-        self._patterns = [x.target if isinstance(x.target, Keep) else None for x in layers]
+        self._patterns = [x.pattern for x in layers]
         self.flattened = [
             _is_flattened(x, order) for x, order in zip(layers, self._orders, strict=True)
         ]
@@ -76,7 +76,7 @@ class WeightBucket:
         self.version = self._part = 0
         self._pointers = pointers(self.weights)
         self._shapes = [tuple(w.shape) for w in self.weights]
-        self._sizes = [(x.target, w.numel()) for x, w in zip(layers, self.weights, strict=True)]
+        self._sizes = [LayerSize.of(x, w) for x, w in zip(layers, self.weights, strict=True)]
         self.k = [0] * len(self.weights)
         views = self.contiguous_views(self.weights)
         self._view_shapes = [v.shape for v in views]
@@ -108,8 +108,9 @@ class WeightBucket:
     def selection_views(self, views: list[Tensor]) -> list[Tensor]:
         """The contiguous views as the selection takes them.
 
-        An N:M pattern groups input channels, dimension 1 of [O, I, ...]. In a channels_last weight,
-        [O, kh, kw, I] in memory, M of them are adjacent: [O, kh * kw * I] has the same groups.
+        Patterns and units group input channels, dimension 1 of [O, I, ...]. In a channels_last
+        weight, [O, kh, kw, I] in memory, M of them are adjacent: [O, kh * kw * I] has the same
+        groups.
         """
         if not self._any_flattened:
             return views
@@ -164,7 +165,7 @@ class WeightBucket:
             final: sparsity of the schedule at its end; the target of a layer is scaled by
                 ratio / final.
         """
-        counts = {size: num_selected(*size, ratio, final) for size in set(self._sizes)}
+        counts = {size: size.selected(ratio, final) for size in set(self._sizes)}
         k = [counts[size] for size in self._sizes]
         if k != self.k:
             self.state.set_k(k)
@@ -699,12 +700,10 @@ def smallest(layer: Layer, scores: Tensor) -> Tensor:
     """The mask that a layer gets where its weights are ranked by other numbers, True = kept.
 
     Args:
-        layer: its target says how many are pruned, or in which N:M pattern.
+        layer: its target says how many are pruned, and in which pattern or units.
         scores: [...] float32 in the weight's shape; the smallest magnitudes are pruned.
     """
-    keep = layer.target if isinstance(layer.target, Keep) else None
-    k = [num_selected(layer.target, scores.numel(), 1.0, 1.0)]
-    state = ShrinkState([scores], k, [keep])
+    state = ShrinkState([scores], [LayerSize.of(layer, scores).selected(1.0, 1.0)], [layer.pattern])
     ops.soft_shrink_([scores], state, 1.0)
     return state.masks()[0]
 
@@ -722,34 +721,55 @@ def _regular_grad(weight: Tensor) -> Tensor:
     return regular
 
 
-def num_selected(target: float | Keep, numel: int, ratio: float, final: float) -> int:
-    """How many of a layer's weights are selected where the schedule is at `ratio` of `final`."""
-    if isinstance(target, Keep):
-        # A pattern has no stages in between: it holds as soon as anything is pruned.
-        return target.pruned(numel) if ratio > 0 else 0
-    # Not target * (ratio / final) throughout: its rounding error could cost or add one weight.
-    return ops.num_pruned(numel, ratio if target == final else target * (ratio / final))
+class LayerSize(NamedTuple):
+    """What decides how many of a layer's weights are selected."""
+
+    target: float | Keep
+    unit: Unit | None
+    numel: int
+
+    @classmethod
+    def of(cls, layer: Layer, weight: Tensor) -> LayerSize:
+        """That of a layer, with its weight."""
+        return cls(layer.target, layer.unit, weight.numel())
+
+    def selected(self, ratio: float, final: float) -> int:
+        """How many weights are selected where the schedule is at `ratio` of `final`."""
+        target = self.target
+        if isinstance(target, Keep):
+            # A pattern has no stages in between: it holds as soon as anything is pruned.
+            return target.pruned(self.numel) if ratio > 0 else 0
+        # Not target * (ratio / final) throughout: its rounding error could cost or add one weight.
+        share = ratio if target == final else target * (ratio / final)
+        size = self.unit.size if self.unit else 1
+        return ops.num_pruned(self.numel // size, share) * size
 
 
 def with_patterns(
-    k: Sequence[int], patterns: Sequence[Keep | None], numels: Sequence[int]
+    k: Sequence[int], patterns: Sequence[Keep | Unit | None], numels: Sequence[int]
 ) -> list[int]:
-    """Counts as the ops take them: masks from elsewhere may prune any number of an N:M weight."""
+    """Counts as the ops take them: masks from elsewhere may prune any number of weights."""
     return [
-        keep.pruned(numel) if keep is not None and count else count
-        for count, keep, numel in zip(k, patterns, numels, strict=True)
+        by.pruned(numel)
+        if isinstance(by, Keep) and count
+        else -(-count // by.size) * by.size
+        if isinstance(by, Unit)
+        else count
+        for count, by, numel in zip(k, patterns, numels, strict=True)
     ]
 
 
 def _is_flattened(layer: Layer, order: list[int] | None) -> bool:
-    """Whether an N:M weight is channels_last, where the selection reads it as [O, kh * kw * I]."""
-    keep = layer.target
-    if order is None or not isinstance(keep, Keep) or keep.layout == "flat" or order[:2] == [0, 1]:
+    """Whether a weight with a pattern is channels_last: the selection reads [O, kh * kw * I]."""
+    by = layer.pattern
+    if order is None or by is None or order[:2] == [0, 1]:
+        return False
+    if isinstance(by, Keep) and by.layout == "flat":
         return False
     if order[0] != 0 or order[-1] != 1:
         raise ValueError(
             f"{layer.name}: its weight is neither contiguous nor channels_last in memory, so that "
-            "an N:M pattern finds no groups of input channels: replace it by weight.contiguous()"
+            "a pattern finds no groups of input channels: replace it by weight.contiguous()"
         )
     return True
 

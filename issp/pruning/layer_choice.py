@@ -24,7 +24,6 @@ from issp.nn.layer_inputs import (
 from issp.nn.names import named_modules, unwrap
 from issp.nn.report import LayerReport, Line
 from issp.nn.sparse_training import KeptPositions, to_sparse_
-from issp.ops.keep import Keep
 from issp.pruning.masked_layer import MaskedLayer
 
 # Timing of the whole model, once with and once without its sparse layers.
@@ -150,10 +149,11 @@ def _sparse_forms(layer: MaskedLayer, module: DenseLayer) -> dict[str, tuple[int
 def _forms(layer: MaskedLayer) -> list[tuple[str, int]]:
     """Name and v of each form that a mask allows."""
     forms = [(_form_name(1), 1)]
-    if isinstance(layer.target, Keep) and layer.target.v > 1:
+    by = layer.layer.pattern
+    if by is not None and by.v > 1:
         with contextlib.suppress(ValueError):  # a mask from elsewhere
-            KeptPositions(layer.mask, layer.target.v)
-            forms.append((_form_name(layer.target.v), layer.target.v))
+            KeptPositions(layer.mask, by.v)
+            forms.append((_form_name(by.v), by.v))
     return forms
 
 

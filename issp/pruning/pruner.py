@@ -100,7 +100,7 @@ class Pruner:
 
     def __repr__(self) -> str:
         layers = self._buckets.prunable
-        targets = " ".join(dict.fromkeys(summaries.target_text(x.target) for x in layers))
+        targets = " ".join(dict.fromkeys(summaries.target_text(x.target, x.unit) for x in layers))
         return f"Pruner({self._title()}, {len(layers)} layers, target {targets})"
 
     def _title(self) -> str:
@@ -646,7 +646,7 @@ class Pruner:
             **({"options": repr(options)} if (options := self._method_options()) else {}),
             "schedule": repr(self._schedule),
             "freeze_at": self._freeze_at,
-            "targets": {layer.name: repr(layer.target) for layer in self._buckets.layers},
+            "targets": {layer.name: _target_text(layer) for layer in self._buckets.layers},
         }
 
     def _method_options(self) -> dict[str, Any]:
@@ -657,3 +657,8 @@ class Pruner:
     def __getstate__(self) -> dict[str, Any]:
         self._counter.synchronize()
         return {**self.__dict__, "_callbacks": [], "_captured": []}
+
+
+def _target_text(layer: Layer) -> str:
+    """A layer's target as it is saved: two states of different targets do not fit together."""
+    return repr(layer.target) + (f" in {layer.unit!r}" if layer.unit else "")

@@ -18,7 +18,7 @@ from issp.nn.selection import Layer
 from issp.nn.sharding import is_sharded, local, local_like, sum_over_shards
 from issp.ops import reference
 from issp.ops.keep import Keep
-from issp.pruning.buckets import WeightBucket, num_selected, with_patterns
+from issp.pruning.buckets import LayerSize, WeightBucket, with_patterns
 from issp.pruning.iterates import iterates, shrink
 from issp.pruning.moments import MaskTargets
 from issp.pruning.shard_selection import Span, count_selected
@@ -110,6 +110,11 @@ class ShardedBucket(WeightBucket):
         for layer, keep, shape, rows in zip(
             self.layers, self._patterns, self._shapes, self._chunks, strict=True
         ):
+            if layer.unit is not None:
+                raise ValueError(
+                    f"{layer.name} is sharded, and units are not ranked over shards: use a Keep "
+                    "with v and c, or DistributedDataParallel"
+                )
             # The rows of the last rank are the rest: they divide if the whole does.
             if keep is not None and not keep.divides((rows, *shape[1:])):
                 raise ValueError(
@@ -152,7 +157,7 @@ class ShardedBucket(WeightBucket):
     def set_ratio(self, ratio: float, final: float) -> None:
         """See `WeightBucket`; the counts are those of the whole weights."""
         layers = zip(self.layers, self.weights, strict=True)
-        self._set_k([num_selected(x.target, w.numel(), ratio, final) for x, w in layers])
+        self._set_k([LayerSize.of(x, w).selected(ratio, final) for x, w in layers])
 
     def _set_k(self, k: list[int]) -> None:
         k = with_patterns(k, self._patterns, [w.numel() for w in self.weights])

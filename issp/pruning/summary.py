@@ -13,7 +13,7 @@ from torch import Tensor
 from issp import ops
 from issp.nn import sharding
 from issp.nn.selection import Layer
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 from issp.ops.validation import pruning as checks
 from issp.pruning.buckets import WeightBucket, WeightBuckets
 from issp.pruning.memory_order import by_stride
@@ -96,6 +96,7 @@ def summary(
             name=layer.name,
             shape=layer.shape,
             target=layer.target,
+            unit=layer.unit,
             selected=selected.get(layer.name, 0),
             zeros=count + torch.Size(layer.shape).numel() - weight.numel(),
             flips=flips.get(layer.name, 0),
@@ -116,6 +117,7 @@ class Row:
         zeros: weights that are exactly 0; before the freeze soft shrinkage leaves few or none.
         note: why the layer is not pruned yet; when it is, what the method says of it, or "".
         tied_to: first name of the same weight, when this is another one.
+        unit: what the sparsity is counted in, if not in single weights.
     """
 
     name: str
@@ -127,6 +129,7 @@ class Row:
     threshold: float
     note: str = ""
     tied_to: str | None = None
+    unit: Unit | None = None
 
     @property
     def numel(self) -> int:
@@ -193,16 +196,18 @@ class Summary:
         return ("total", str(self.numel), "", *shares, str(self._total("flips")), "", "")
 
 
-def target_text(target: float | Keep) -> str:
-    """A layer's target as in the table: a share, or N:M."""
-    return f"{target.n}:{target.of}" if isinstance(target, Keep) else f"{target:.4g}"
+def target_text(target: float | Keep, unit: Unit | None = None) -> str:
+    """A layer's target as in the table: a share, one of units ("0.9 16x2"), or N:M."""
+    if isinstance(target, Keep):
+        return f"{target.n}:{target.of}"
+    return f"{target:.4g}" + (f" {unit.name}" if unit else "")
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.name or "(model)",
         "x".join(map(str, row.shape)),
-        target_text(row.target),
+        target_text(row.target, row.unit),
         _share(row.selected, row.numel),
         _share(row.zeros, row.numel),
         str(row.flips),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from issp import optim
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 from issp.pruning import methods
 from issp.pruning.attach import attach
 from issp.pruning.pruner import Pruner
@@ -200,6 +200,7 @@ def pruner(
         opt,
         method=methods.create(section.method, **options),
         sparsity=section.ratio,
+        unit=None if section.unit is None else Unit(**dict(section.unit)),
         exclude=section.exclude,
         overrides=overrides,
         freeze_at=section.freeze_iter,

@@ -454,6 +454,23 @@ class Keep(Section):
     v: Integer = 1
     layout: str = "channels"
     tail: str = "error"
+    c: Integer = 1
+
+
+class Unit(Section):
+    """`sparsity.unit`, also written [v, c]."""
+
+    v: Integer = 0
+    c: Integer = 1
+    tail: str = "error"
+
+
+def _as_unit(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    if len(value) != 2:
+        raise ValueError(f"is {value}: write [v, c], output rows and input channels")
+    return dict(zip("vc", value, strict=True))
 
 
 def _kind_of_target(value: Any) -> str:
@@ -507,6 +524,7 @@ class Sparsity(Section):
     exclude: Texts = []
     overrides: dict[str, Target] = {}
     keep: Keep | None = None
+    unit: Annotated[Unit | None, BeforeValidator(_as_unit)] = None
     from_zeros: StrictBool = False
     accelerate: Annotated[bool | str, BeforeValidator(_check_accelerate)] = False
 
@@ -524,7 +542,7 @@ class Sparsity(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Sparsity:
-        pruning = ("ratio", "shrink", "freeze_iter", "keep", "overrides")
+        pruning = ("ratio", "shrink", "freeze_iter", "keep", "unit", "overrides")
         given = [key for key in pruning if getattr(self, key) not in (None, {})]
         if self.from_zeros and given:
             raise ValueError(f"from_zeros keeps the zeros that the weights have: drop {given[0]}")

@@ -1,6 +1,7 @@
 """`python -m bench accuracy`: which rows there are, what each of them trains, and its table."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import bench
 from bench import accuracy
-from issp import Keep, data
+from issp import Keep, Unit, data
 from issp.sr import builders, demo
 
 pytest.importorskip("yaml", reason="runs keep their configuration as YAML")
@@ -49,6 +50,20 @@ def test_every_sparsity_has_its_unstructured_row():
         ("unstructured 50 %", 0.5, None),
         ("N:M 2:4 v=1", 0.5, keeps[1]),
     ]
+
+
+def test_units_stand_behind_the_unstructured_row_of_each_sparsity():
+    rows = accuracy.variants([Keep.parse("2:32:16x2")], [Unit(16, 2), Unit(32, 2), Unit(16, 2)])
+    assert [(v.name, v.sparsity, v.pattern) for v in rows[1:]] == [
+        ("unstructured 93.75 %", 0.9375, None),
+        ("units 16x2 93.75 %", 0.9375, Unit(16, 2)),
+        ("units 32x2 93.75 %", 0.9375, Unit(32, 2)),
+        ("N:M 2:32 v=16 c=2", 0.9375, Keep(2, of=32, v=16, c=2)),
+    ]
+    study = accuracy.Study(accuracy.variants([Keep.parse("2:4")], [Unit(2, 2)]), 10)
+    unit = next(x.variant for x in study.scores if x.variant.unit)
+    assert study.settings(unit, 0, Path()).sparsity.unit.v == 2
+    assert "--pattern 2:4 --units 2x2 --iters 10" in study._notes()[0]
 
 
 def test_layers_that_one_pattern_does_not_divide_are_dense_in_all_rows():
@@ -127,6 +142,7 @@ def test_each_seed_that_is_through_is_written(tmp_path, monkeypatch):
         (("--pattern", "2-4"), 'pattern "2-4": write n:of'),
         (("--pattern", "5:4"), "n must lie in 1..of"),
         (("--pattern", "1:7"), "no layer is divided by every pattern"),
+        (("--units", "16:2"), 'unit "16:2": write VxC, such as 16x2'),
         (("--iters", "0"), "--iters is 0"),
         (("--threads", "0"), "--threads is 0"),
         (("--out", "/nowhere/psnr.md"), "create /nowhere"),

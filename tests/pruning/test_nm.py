@@ -120,7 +120,7 @@ def test_all_layers_share_one_call(monkeypatch):
     pruner = attach(model, adam(model), sparsity=0.9, overrides={"2.0": Keep(2, of=8, v=2)})
     pruner.step()
     assert len(pruner._buckets) == len(calls) == 1
-    assert calls[0][-1] == [0, 0, 0, 2, 8, 2, 0, 0, 0]
+    assert calls[0][-1] == [0, 0, 0, 0, 2, 8, 2, 1, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd, momentum"])
@@ -129,7 +129,7 @@ def test_the_optimizers_take_patterns_into_their_call(kind, last):
     def model():
         return network().to(memory_format=torch.channels_last) if last else network()
 
-    overrides = {"0": Keep(1, of=16), "2": Keep(2, of=32, v=4)}
+    overrides = {"0": Keep(1, of=16), "2": Keep(4, of=64, v=16, c=2)}
     pair = twins(kind, model=model, overrides=overrides, freeze_at=3)
     together(*pair, 5)
     info = pair[1].opt.report[0]
@@ -148,7 +148,11 @@ def test_a_weight_without_gradient_leaves_the_pattern_to_the_hook():
 # Memory
 
 
-@pytest.mark.parametrize("keep", [Keep(2, of=8, v=2), Keep(1, of=4), Keep(3, of=4, v=8)], ids=str)
+@pytest.mark.parametrize(
+    "keep",
+    [*(Keep(2, of=8, v=2), Keep(1, of=4), Keep(3, of=4, v=8)), Keep(2, of=4, v=4, c=2)],
+    ids=str,
+)
 def test_channels_last_weights_have_the_same_groups(keep):
     models = [net(), net().to(memory_format=torch.channels_last)]
     pruners = [attach(m, adam(m), sparsity=0.9, overrides={"2.0": keep}) for m in models]

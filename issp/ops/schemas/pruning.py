@@ -37,13 +37,13 @@ library = torch.library.Library("issp", "DEF")
 # zero before its first use, private to the back end; scratch[0] counts searches the bracket missed.
 # patterns: empty, or (n, m, v, c) of every tensor one behind the other.
 #   m == 0, v == 0: single weights, as above.
-#   m == 0, v > 0: units of v rows x c channels of its shape [O, I, ...], as in nm_prune. A unit's key
-#     is its score there, k[t] is a multiple of v * c, and the k[t] / (v * c) units of the smallest
-#     keys are selected, ties: the lowest unit in the order [O / v, I / c, ...] first. v = c = 1 are
-#     single weights.
+#   m == 0, v > 0: units of v rows x c channels of its shape [O, I, ...], as in nm_prune. A unit's
+#     key is its score there, k[t] is a multiple of v * c, and the k[t] / (v * c) units of the
+#     smallest keys are selected, ties: the lowest unit in the order [O / v, I / c, ...] first.
+#     v = c = 1 are single weights.
 #   m > 0: N:M over its shape [O, I, ...], as in nm_prune with layout "channels", or with layout
-#     "flat" where v == 0: k[t] is 0 (nothing is selected) or numel / m * (m - n) (the m - n smallest
-#     of every group are; any other k[t] is out of range).
+#     "flat" where v == 0: k[t] is 0 (nothing is selected) or numel / m * (m - n) (the m - n
+#     smallest of every group are; any other k[t] is out of range).
 # With units and N:M thresholds[t] is the largest |w| (by key) among the selected before the shrink;
 # shrunk weights, masks and flips are as above.
 library.define(
@@ -109,12 +109,12 @@ library.define("magnitude_statistics(Tensor[] tensors) -> Tensor")
 library.define("count_zeros(Tensor[] tensors) -> Tensor")
 # Keeps the n largest of every m (pruning the m - n smallest keys), returns the tensor with the
 # pruned elements replaced by shrunk(w), and the packed mask. layout "channels": weight [O, I, ...],
-# groups of m consecutive input channels at a fixed kernel position, in units of v consecutive output
-# rows x c consecutive channels, which are selected together; c divides n and m. A unit's score is
-# its summed |w|, in float32 (float64 for float64): the rows of each channel are added in order, then
-# the channels' sums in order; scores are compared as keys, and a NaN sum ranks largest. With
-# v = c = 1 the score is the key. layout "flat" (v = c = 1): groups of m consecutive elements in
-# memory order.
+# groups of m consecutive input channels at a fixed kernel position, in units of v consecutive
+# output rows x c consecutive channels, which are selected together; c divides n and m. A unit's
+# score is its summed |w|, in float32 (float64 for float64): the rows of each channel are added in
+# order, then the channels' sums in order; scores are compared as keys, and a NaN sum ranks largest.
+# With v = c = 1 the score is the key. layout "flat" (v = c = 1): groups of m consecutive elements
+# in memory order.
 library.define(
     "nm_prune(Tensor weight, int n, int m, int v, str layout, float shrink=0.0, int c=1) "
     "-> (Tensor, Tensor)"

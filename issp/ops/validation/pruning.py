@@ -271,8 +271,8 @@ def check_patterns_divide(weights: Sequence[Tensor], patterns: Sequence[int]) ->
     """Refuses the ops' `patterns` where one does not divide its weight."""
     if patterns and len(patterns) != 4 * len(weights):
         raise ValueError(
-            f"patterns has {len(patterns)} numbers for {len(weights)} pruned weights: give n, m, v, "
-            "c of each, or none"
+            f"patterns has {len(patterns)} numbers for {len(weights)} pruned weights: give n, m, "
+            "v, c of each, or none"
         )
     for i in range(len(patterns) // 4):
         n, m, v, c = patterns[4 * i : 4 * i + 4]

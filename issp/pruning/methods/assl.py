@@ -59,6 +59,7 @@ class ASSL(PenaltyMethod):
     ranks: ClassVar[bool] = False
     has_loss: ClassVar[bool] = True
     takes_patterns: ClassVar[bool] = False  # the loss compares weights of a whole layer
+    takes_units: ClassVar[bool] = False
     growth: ClassVar[float] = _GROW_STEPS / _ALL_STEPS
 
     weight: float = 1e-8

@@ -48,6 +48,7 @@ class Method:
             come from `start`, and a schedule of the sparsity has no meaning.
         penalizes: `penalty` has values.
         takes_patterns: the method has a meaning within N:M patterns.
+        takes_units: the method has a meaning where units of several weights are pruned.
         takes_shards: the method has a meaning where each rank has rows of a weight (fully_shard).
         skips_undivided: a layer that a pattern does not divide stays dense, with every `tail`.
         default_sparsity: where the user names none.
@@ -59,6 +60,7 @@ class Method:
     ranks: ClassVar[bool] = True
     penalizes: ClassVar[bool] = False
     takes_patterns: ClassVar[bool] = True
+    takes_units: ClassVar[bool] = True
     takes_shards: ClassVar[bool] = False
     skips_undivided: ClassVar[bool] = False
     default_sparsity: ClassVar[float] = 0.95

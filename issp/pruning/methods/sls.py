@@ -70,6 +70,7 @@ class SLS(Method):
     ranks: ClassVar[bool] = False
     default_sparsity: ClassVar[float] = 1 - 2 / 32
     skips_undivided: ClassVar[bool] = True
+    takes_units: ClassVar[bool] = False
 
     of: int = 32
     epoch: int | None = None
@@ -133,7 +134,7 @@ class SLS(Method):
 
     def _check_target(self, target: float | Keep) -> None:
         if isinstance(target, Keep):
-            if target.v != 1 or target.layout != "channels" or not 2 <= target.of <= 256:
+            if target.v * target.c != 1 or target.layout != "channels" or not 2 <= target.of <= 256:
                 raise ValueError(
                     f"sls groups up to 256 input channels of one output: {target} has no meaning"
                 )

@@ -214,27 +214,29 @@ def unchecked_soft_shrink_(
     )
 
 
-def _pattern(weight: Tensor, n: int, m: int, v: int) -> list[int]:
+def _pattern(weight: Tensor, n: int, m: int, v: int, c: int) -> list[int]:
     """The fields of struct Pattern in csrc/layout.h; v == 0: layout "flat"."""
+    if m == 0 and v * c > 1:
+        raise NotImplementedError("the CUDA kernels select no units of weights: Triton does")
     if v == 0 or m == 0:
-        return [n, m, 1, 1, weight.numel(), 1]
+        return [n, m, 1, 1, weight.numel(), 1, 1]
     rows, channels = weight.shape[:2]
-    return [n, m, v, rows, channels, weight.numel() // (rows * channels)]
+    return [n, m, v, rows, channels, weight.numel() // (rows * channels), c]
 
 
 def _fields(weights: list[Tensor], patterns: Sequence[int]) -> ctypes.Array | None:
     if not patterns:
         return None
     fields = []
-    for t in range(len(patterns) // 3):
-        fields += _pattern(weights[t], *patterns[3 * t : 3 * t + 3])
+    for t in range(len(patterns) // 4):
+        fields += _pattern(weights[t], *patterns[4 * t : 4 * t + 4])
     return (ctypes.c_int64 * len(fields))(*fields)
 
 
-def boxes(weight: Tensor, n: int, m: int, v: int) -> tuple[int, int]:
+def boxes(weight: Tensor, n: int, m: int, v: int, c: int = 1) -> tuple[int, int]:
     """Boxes that an N:M weight takes, and columns of one; 0 columns: a warp takes a group."""
     values = [ctypes.c_uint32() for _ in range(2)]
-    pattern = _fields([weight], (n, m, v))
+    pattern = _fields([weight], (n, m, v, c))
     pointers = map(ctypes.byref, values)
     library(options["small"]).emulator_boxes(
         DTYPE_CODES[weight.dtype], pattern, ctypes.c_int64(weight.numel()), *pointers
@@ -282,10 +284,10 @@ def count_zeros(tensors: list[Tensor]) -> Tensor:
 
 
 def nm_prune(
-    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0
+    weight: Tensor, n: int, m: int, v: int, layout: str, shrink: float = 0.0, c: int = 1
 ) -> tuple[Tensor, Tensor]:
     """See issp/ops/schemas."""
-    validation.check_nm_prune(weight, n, m, v, layout, shrink)
+    validation.check_nm_prune(weight, n, m, v, layout, shrink, c)
     numel = weight.numel()
     pruned, mask = torch.empty_like(weight), torch.empty(mask_words(numel), dtype=torch.int32)
     run(
@@ -293,7 +295,7 @@ def nm_prune(
         DTYPE_CODES[weight.dtype],
         pointer(weight),
         ctypes.c_int64(numel),
-        _fields([weight], (n, m, 0 if layout == "flat" else v)),
+        _fields([weight], (n, m, 0 if layout == "flat" else v, c)),
         ctypes.c_double(shrink),
         pointer(pruned),
         pointer(mask),

@@ -31,11 +31,11 @@ inline std::vector<Item> items_of(void** data, const int64_t* numels, int count)
   return items;
 }
 
-// Six numbers per tensor, the fields of Pattern; null: none has one.
+// Seven numbers per tensor, the fields of Pattern; null: none has one.
 inline std::vector<Pattern> patterns_of(const int64_t* numbers, size_t count) {
   std::vector<Pattern> found;
-  for (const int64_t* x = numbers; x && found.size() < count; x += 6) {
-    found.push_back({x[0], x[1], x[2], x[3], x[4], x[5]});
+  for (const int64_t* x = numbers; x && found.size() < count; x += 7) {
+    found.push_back({x[0], x[1], x[2], x[3], x[4], x[5], x[6]});
   }
   return found;
 }

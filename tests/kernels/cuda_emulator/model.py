@@ -88,14 +88,14 @@ def _reference(weights, k, shrink, thresholds, masks, flips, scratch, found_inf,
         return
     starts, total = mask_layout([w.numel() for w in weights])
     for t, (w, start, end) in enumerate(zip(weights, starts, [*starts[1:], total], strict=True)):
-        n, m, _ = reference.pattern_of(patterns, t)
+        n, m, *_ = reference.pattern_of(patterns, t)
         possible = (0, w.numel() // m * (m - n)) if m else range(w.numel() + 1)
         if int(k[t]) in possible:
             own = scratch_words([w.numel()])
             reference.soft_shrink_(
                 *([w], k[t : t + 1], shrink, thresholds[t : t + 1], masks[start:end]),
                 *(flips[t : t + 1], torch.zeros(own, dtype=torch.int32)),
-                patterns=patterns[3 * t : 3 * t + 3],
+                patterns=patterns[4 * t : 4 * t + 4],
             )
 
 

@@ -20,29 +20,35 @@ from tests.ops.test_update_parity import Training, assert_same
 pytestmark = [cuda_emulator.needs_compiler, pytest.mark.sampled(most=4)]
 REFERENCE = issp.backends.implementations("reference")
 
-# shape, (n, m, v); v == 0: flat. In small shapes a tile has 512 elements, a box at most 1024
+# shape, (n, m, v, c); v == 0: flat. In small shapes a tile has 512 elements, a box at most 1024
 # columns (512 in float64), 8 is the largest group whose elements compare themselves.
 SHAPES = {
-    "whole words, compared": ((8, 40, 3, 3), (2, 4, 1)),
-    "shared words, compared": ((12, 10, 3, 3), (1, 5, 1)),
-    "shared words, by warps": ((11, 90), (1, 90, 1)),
-    "bands in pieces": ((8, 40, 3, 3), (1, 10, 4)),
-    "pieces in shared words": ((6, 35, 3, 3), (2, 7, 3)),
-    "whole bands": ((32, 20), (2, 10, 4)),
-    "whole bands, the last short": ((33, 20), (7, 10, 3)),
-    "a band of many rows": ((64, 60), (1, 10, 32)),
-    "a box above a tile": ((4, 40, 5, 5), (7, 40, 4)),
-    "a group of 1024": ((2, 1024), (5, 1024, 1)),
-    "a warp for a group": ((3, 1024, 2), (1, 1024, 1)),
-    "a warp for a group, several rows": ((6, 1025, 2), (1000, 1025, 3)),
-    "flat": ((30, 33), (2, 33, 0)),
-    "flat, all": ((49, 51), (3, 49 * 51, 0)),
-    "all kept": ((6, 10), (5, 5, 2)),
+    "whole words, compared": ((8, 40, 3, 3), (2, 4, 1, 1)),
+    "shared words, compared": ((12, 10, 3, 3), (1, 5, 1, 1)),
+    "shared words, by warps": ((11, 90), (1, 90, 1, 1)),
+    "bands in pieces": ((8, 40, 3, 3), (1, 10, 4, 1)),
+    "pieces in shared words": ((6, 35, 3, 3), (2, 7, 3, 1)),
+    "whole bands": ((32, 20), (2, 10, 4, 1)),
+    "whole bands, the last short": ((33, 20), (7, 10, 3, 1)),
+    "a band of many rows": ((64, 60), (1, 10, 32, 1)),
+    "a box above a tile": ((4, 40, 5, 5), (7, 40, 4, 1)),
+    "a group of 1024": ((2, 1024), (5, 1024, 1, 1)),
+    "a warp for a group": ((3, 1024, 2), (1, 1024, 1, 1)),
+    "a warp for a group, several rows": ((6, 1025, 2), (1000, 1025, 3, 1)),
+    "flat": ((30, 33), (2, 33, 0, 1)),
+    "flat, all": ((49, 51), (3, 49 * 51, 0, 1)),
+    "all kept": ((6, 10), (5, 5, 2, 1)),
+    "pairs in whole words": ((8, 40, 3, 3), (4, 8, 1, 2)),
+    "pairs in pieces": ((8, 40, 3, 3), (2, 10, 4, 2)),
+    "fives in shared words": ((6, 35, 3, 3), (5, 35, 3, 5)),
+    "pairs in whole bands": ((33, 20), (6, 10, 3, 2)),
+    "pairs by warps": ((12, 60), (2, 60, 1, 2)),
+    "a warp for a group of pairs": ((6, 2050, 2), (1000, 2050, 3, 2)),
 }
 
 
 def pruned_by(shape, pattern) -> int:
-    n, m, _ = pattern
+    n, m, *_ = pattern
     return torch.Size(shape).numel() // m * (m - n)
 
 
@@ -58,12 +64,12 @@ def model_of(*names: str, dtype=torch.float32, seed: int = 0, unstructured: tupl
     for numel in unstructured:
         weights.append(torch.randn(numel, generator=source).to(dtype))
         k.append(numel // 2)
-        patterns += (0, 0, 0)
+        patterns += (0, 0, 0, 0)
     order = torch.randperm(len(weights), generator=source).tolist()
     return Model(
         [weights[i] for i in order],
         [k[i] for i in order],
-        patterns=[x for i in order for x in patterns[3 * i : 3 * i + 3]],
+        patterns=[x for i in order for x in patterns[4 * i : 4 * i + 4]],
     )
 
 
@@ -96,9 +102,17 @@ def test_the_shapes_are_what_they_are_called():
     assert boxes["whole bands, the last short"] == (2, 8 * 20)
     assert boxes["a box above a tile"] == (1, 1000) and boxes["a group of 1024"] == (2, 1024)
     by_warps = {name for name, (_, columns) in boxes.items() if columns == 0}
-    assert by_warps == {"a warp for a group", "a warp for a group, several rows", "flat, all"}
+    assert by_warps == {
+        *("a warp for a group", "a warp for a group, several rows", "flat, all"),
+        "a warp for a group of pairs",
+    }
+    assert boxes["pairs in whole words"] == (10, 144) and boxes["pairs in pieces"] == (8, 45)
+    assert boxes["fives in shared words"] == (2, 63) and boxes["pairs in whole bands"] == (2, 80)
     cuda_emulator.seed(0)
-    for pattern, expected in (((2, 32, 1), 8064), ((2, 32, 4), 2016), ((2, 32, 32), 288)):
+    for pattern, expected in (
+        *(((2, 32, 1), 8064), ((2, 32, 4), 2016), ((2, 32, 32), 288)),
+        *(((2, 32, 16, 2), 144), ((2, 64, 16, 2), 288)),
+    ):
         assert cuda_emulator.boxes(torch.empty(256, 256, 3, 3), *pattern)[1] == expected
     assert cuda_emulator.boxes(torch.empty(1, 1024, 3, 3), 1, 1024, 1) == (1, 9216)
 
@@ -117,6 +131,7 @@ MIXES = (
     ("whole words, compared", "shared words, by warps", "pieces in shared words"),
     ("whole bands, the last short", "a warp for a group", "flat"),
     ("bands in pieces", "shared words, compared", "a band of many rows"),
+    ("pairs in whole words", "fives in shared words", "pairs in whole bands"),
 )
 
 
@@ -204,7 +219,7 @@ def test_weights_need_no_alignment():
             state = issp.ops.ShrinkState([whole[:2900]], [0])
             arguments = (state.thresholds, state.packed, state.flips, state.scratch)
             view = whole[offset : offset + 2900].view(10, 290)
-            op([view], torch.tensor([1450]), 0.95, *arguments, None, True, (5, 10, 2))
+            op([view], torch.tensor([1450]), 0.95, *arguments, None, True, (5, 10, 2, 1))
             results.append(whole)
         assert_bitwise_equal(results[1], results[0], f"weights at offset {offset}")
 
@@ -227,12 +242,13 @@ def test_one_more_launch_for_all_that_have_a_pattern():
 
 # For the optimizers: pruned tensors, of which all but the second have a pattern.
 GROUP = ("whole words, compared", None, "bands in pieces", "a warp for a group", "whole bands")
+GROUP += ("pairs in pieces", "a warp for a group of pairs")
 
 
 def group() -> tuple[Case, list[int]]:
     shapes, k, patterns = [], [], []
     for name in GROUP:
-        shape, pattern = SHAPES[name] if name else ((700,), (0, 0, 0))
+        shape, pattern = SHAPES[name] if name else ((700,), (0, 0, 0, 0))
         shapes.append(shape)
         k.append(pruned_by(shape, pattern) if name else 500)
         patterns += pattern

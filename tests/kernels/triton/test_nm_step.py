@@ -19,13 +19,17 @@ from triton_kernels import nm_shrink, tables  # noqa: E402
 
 pytestmark = pytest.mark.sampled(most=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# shape, (n, m, v): several programs each, groups of less and of more than a tile, two unstructured
+# shape, (n, m, v, c): several programs each, groups of less and of more than a tile, units, and two
+# unstructured
 LAYERS = (
-    ((12, 20, 3), (2, 5, 3)),
-    ((600,), (0, 0, 0)),
-    ((3, 200), (7, 200, 1)),
-    ((10, 40), (1, 40, 0)),
-    ((77,), (0, 0, 0)),
+    ((12, 20, 3), (2, 5, 3, 1)),
+    ((600,), (0, 0, 0, 0)),
+    ((3, 200), (7, 200, 1, 1)),
+    ((10, 40), (1, 40, 0, 1)),
+    ((77,), (0, 0, 0, 0)),
+    ((6, 160, 2), (8, 160, 3, 2)),
+    ((8, 260), (0, 0, 4, 1)),
+    ((6, 80, 3), (0, 0, 3, 2)),
 )
 PATTERNS = [x for _, pattern in LAYERS for x in pattern]
 
@@ -37,7 +41,7 @@ class Pair:
         source = torch.Generator().manual_seed(seed)
         made = [torch.randn(shape, generator=source).to(dtype) for shape, _ in LAYERS]
         pruned = [
-            w.numel() // m * (m - n) if m else w.numel() // 2 for w, (n, m, _) in self.zip(made)
+            w.numel() // m * (m - n) if m else w.numel() // 2 for w, (n, m, *_) in self.zip(made)
         ]
         self.sides = [[w.clone() for w in made], [w.to(DEVICE, copy=True) for w in made]]
         self.states = [ShrinkState(weights, pruned) for weights in self.sides]
@@ -110,12 +114,15 @@ def test_counts_that_select_nothing_or_are_out_of_range():
     # The reference refuses a count that no pattern has; a GPU cannot look, and leaves it alone.
     actual, weights = pair.states[1], pair.sides[1]
     before = [x.clone() for x in (weights[2], actual.thresholds, actual.flips)]
-    actual.k[2] = 3
+    before.append(weights[7].clone())
+    actual.k[2], actual.k[7] = 3, 15
     state = (actual.thresholds, actual.packed, actual.flips, actual.scratch)
     triton_kernels.soft_shrink_(weights, actual.k, 0.95, *state, None, True, PATTERNS)
     assert_bitwise_equal(weights[2], before[0], "the weights of a bad count")
-    for x, y in zip((actual.thresholds, actual.flips), before[1:], strict=True):
-        assert_bitwise_equal(x[2], y[2], "the state of a bad count")
+    assert_bitwise_equal(weights[7], before[3], "the weights of a number that units do not divide")
+    for x, y in zip((actual.thresholds, actual.flips), before[1:3], strict=True):
+        for t in (2, 7):
+            assert_bitwise_equal(x[t], y[t], "the state of a bad count")
 
 
 def test_found_inf_leaves_everything_unmodified():

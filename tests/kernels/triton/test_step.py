@@ -287,11 +287,14 @@ def test_thresholds_and_masks_by_tiles():
         assert_bitwise_equal(x.cpu(), y, f"tensors[{i}]")
 
 
-@pytest.mark.parametrize(("n", "m", "v", "layout"), [(2, 5, 3, "channels"), (1, 20, 1, "flat")])
-def test_nm_patterns_across_tiles(n, m, v, layout):
+@pytest.mark.parametrize(
+    ("n", "m", "v", "layout", "c"),
+    [(2, 5, 3, "channels", 1), (4, 20, 4, "channels", 2), (1, 20, 1, "flat", 1)],
+)
+def test_nm_patterns_across_tiles(n, m, v, layout, c):
     weight = torch.randn(12, 20, 3, 3)
-    actual, mask = triton_kernels.nm_prune(weight.to(DEVICE), n, m, v, layout, 0.5, tile=TILE)
-    expected, expected_mask = reference.nm_prune(weight, n, m, v, layout, 0.5)
+    actual, mask = triton_kernels.nm_prune(weight.to(DEVICE), n, m, v, layout, 0.5, c, tile=TILE)
+    expected, expected_mask = reference.nm_prune(weight, n, m, v, layout, 0.5, c)
     assert_bitwise_equal(actual.cpu(), expected, "pruned")
     assert_bitwise_equal(mask.cpu(), expected_mask, "mask")
 
@@ -312,7 +315,7 @@ def test_every_kernel_compiles_without_spills(capsys):
     rows = [json.loads(line) for line in run.stdout.splitlines()]
     assert {row["target"] for row in rows} == {80, 90, 100}
     names = {row["kernel"] for row in rows}
-    assert names >= {"count", "apply", "radix_pass", "shrink_groups"}
+    assert names >= {"count", "apply", "radix_pass", "shrink_groups", "score", "shrink_selected"}
     assert names >= {"apply_masks", "regularize", "zeros", "parts", "merge", "adam", "sgd"}
     table = {
         f"{row['kernel']} {row['dtype']} sm_{row['target']}": (

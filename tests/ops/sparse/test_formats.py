@@ -68,6 +68,36 @@ def test_groups_with_fewer_weights_are_filled_by_their_first_zeros():
     assert_bitwise_equal(p.to_dense(), weight, "the dense weight")
 
 
+@pytest.mark.parametrize("kernel", [(), (3, 3)], ids=str)
+def test_every_channel_of_a_unit_has_an_entry(kernel):
+    keep = issp.Keep(4, of=8, v=4, c=2)
+    weight = ops.nm_prune(torch.randn(8, 16, *kernel), keep) + 0.0
+    weight[:, ::4] = 0  # a channel of a unit may be zero
+    p = ops.nm_pack(weight, keep)
+    assert_bitwise_equal(p.to_dense(), weight, "the dense weight")
+    taps = torch.Size(kernel).numel()
+    assert p.indices.shape == (2, 8 * taps) and "v=4, c=2" in repr(p)
+    channel, tap = p.indices.long() // taps, p.indices.long() % taps
+    for block in range(2):
+        counts = torch.bincount(channel[block] // 2 * taps + tap[block], minlength=8 * taps)
+        assert set(counts.tolist()) == {0, 2}
+
+
+def test_units_that_are_missing_are_filled_by_the_first_units_of_zeros():
+    weight = torch.zeros(2, 8)
+    weight[0, 5] = 1.0
+    p = NMTensor.from_dense(weight, issp.Keep(4, of=8, c=2))
+    assert p.indices.tolist() == [[0, 1, 4, 5], [0, 1, 2, 3]]
+    assert_bitwise_equal(p.to_dense(), weight, "the dense weight")
+    parts = (p.values, torch.tensor([0, 3, 4, 5, 0, 1, 2, 3], dtype=torch.int32), p.crow_indices)
+    assert NMTensor(*parts, (2, 8), issp.Keep(4, of=8)).keep.c == 1
+    with pytest.raises(ValueError, match="do not keep 4 of every 8 channels, 2 together, in a we"):
+        NMTensor(*parts, (2, 8), issp.Keep(4, of=8, c=2))
+    weight[0, 0] = weight[0, 2] = 1.0
+    with pytest.raises(ValueError, match="1 groups hold more than 4 weights per 8"):
+        NMTensor.from_dense(weight, issp.Keep(4, of=8, c=2))
+
+
 def test_rows_that_share_keep_the_union():
     weight = torch.tensor([[1.0, 0, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0]])
     p = ops.sparse_pack(weight, v=2)
