@@ -155,7 +155,10 @@ def _unit(
         raise ValueError("from_zeros takes its masks from the weights' zeros: drop unit")
     if not method.takes_units:
         raise ValueError(f"{method.name} prunes single weights: drop unit, or use iss-p or iht")
-    return unit if isinstance(unit, Unit) else Unit(*unit)
+    if isinstance(unit, Unit):
+        return unit
+    v, c = unit
+    return Unit(v, c)
 
 
 def _method(method: str | methods.Method, shrink: float | None) -> methods.Method:
