@@ -27,6 +27,7 @@ from .nm_shrink import (
 from .semantics import factor, key, shrunk
 from .tables import (
     INTEGER,
+    SCRATCH_HEADER,
     Tables,
     get_or_build,
     group_tables,
@@ -154,14 +155,14 @@ def selection_of(
             v, c = patterns[4 * t + 2 : 4 * t + 4]
             rows[t] = (columns, inner, mask_starts[i], v, 0, counts[i], c, at[i])
         table, uploaded = group_tables(weights, rows, chosen, UNITS)
-        whole = {"dtype": torch.int64, "device": device}
-        words = {"dtype": torch.int32, "device": device}
         return Selection(
             [buffer[start : start + count] for start, count in zip(at, counts, strict=True)],
             torch.full((len(chosen),), float("nan"), dtype=wide, device=device),
-            torch.zeros(sum(map(mask_words, counts)), **words),
-            torch.zeros(len(chosen), **whole),
-            torch.zeros(64 + sum(map(region_words, counts)), **words),
+            torch.zeros(sum(map(mask_words, counts)), dtype=torch.int32, device=device),
+            torch.zeros(len(chosen), dtype=torch.int64, device=device),
+            torch.zeros(
+                SCRATCH_HEADER + sum(map(region_words, counts)), dtype=torch.int32, device=device
+            ),
             torch.tensor(chosen, dtype=torch.int64, device="cpu").to(device),
             torch.tensor(sizes, dtype=torch.int64, device="cpu").to(device),
             table,
