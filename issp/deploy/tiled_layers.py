@@ -21,7 +21,7 @@ class TiledLayer(DerivedLayer):
 
     Args of a call:
         input: torch's tensor, then the result is one too; or a `TiledImage`, then it is one.
-        residual, activation, scale, shuffle: see `issp.ops.tiles.tiled_conv2d`.
+        residual, activation, scale, shuffle, out: see `issp.ops.tiles.tiled_conv2d`.
     """
 
     def _make_form(self, weight: Tensor, bias: Tensor | None) -> tuple[TiledWeight, Tensor | None]:
@@ -41,9 +41,10 @@ class TiledConv2d(TiledLayer, nn.Conv2d):
         activation: str = "none",
         scale: float = 1.0,
         shuffle: int = 1,
+        out: TiledImage | None = None,
     ) -> Tensor | TiledImage:
         if isinstance(input, TiledImage):
-            return self._compute(input, residual, activation, scale, shuffle)
+            return self._compute(input, residual, activation, scale, shuffle, out)
         if torch.is_grad_enabled() or input.dim() != 4:
             return super().forward(input)
         return from_tiles(self._compute(to_tiles(input)), input.dtype)
@@ -58,9 +59,10 @@ class TiledLinear(TiledLayer, nn.Linear):
         residual: TiledImage | None = None,
         activation: str = "none",
         scale: float = 1.0,
+        out: TiledImage | None = None,
     ) -> Tensor | TiledImage:
         if isinstance(input, TiledImage):
-            return self._compute(input, residual, activation, scale)
+            return self._compute(input, residual, activation, scale, 1, out)
         if torch.is_grad_enabled() or not input.numel():
             return super().forward(input)
         y = tokens_from_tiles(self._compute(tokens_to_tiles(input)), input, input.dtype)

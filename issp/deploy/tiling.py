@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from issp.deploy.tiled_layers import (
     tokens_from_tiles,
     tokens_to_tiles,
 )
-from issp.deploy.tracing import Trace, dtype_of
+from issp.deploy.tracing import Trace, dtype_of, shape_of
 from issp.ops.tiles import from_tiles, to_tiles
 
 
@@ -35,7 +36,9 @@ def fuse_tiles(trace: Trace) -> Fusion:
         call = fusion.replace(step, node.target, (step.x,), **epilogue)
         fusion.layers.append(layer)
         tiled[call] = is_linear
-    _Conversions(fusion.graph, tiled).insert()
+    conversions = _Conversions(fusion.graph, tiled)
+    conversions.insert()
+    _reuse_memory(fusion.graph, {*tiled, *conversions.converted.values()}, tiled)
     # What hooks of a layer in the run would see are tiles.
     fusion.modules += fusion.layers
     return fusion
@@ -80,7 +83,9 @@ class _Conversions:
         if key not in self.converted:
             convert = tokens_to_tiles if is_linear else to_tiles
             with self.graph.inserting_before(call):
-                self.converted[key] = self.graph.call_function(convert, (value,))
+                converted = self.graph.call_function(convert, (value,))
+            converted.meta = dict(value.meta)
+            self.converted[key] = converted
         return self.converted[key]
 
     def _leave(self, call: fx.Node, is_linear: bool) -> None:
@@ -99,3 +104,27 @@ class _Conversions:
                 left = self.graph.call_function(from_tiles, (call, dtype))
         for user in others:
             user.replace_input_with(call, left)
+
+
+def _reuse_memory(graph: fx.Graph, images: Collection[fx.Node], calls: Collection[fx.Node]) -> None:
+    """Lets layers write where an image lies that nobody reads any more: new memory is slow.
+
+    Args:
+        graph: whose values in tiles are used by nobody outside of it.
+        images: all nodes that give an image in tiles.
+        calls: those of layers.
+    """
+    at = {node: i for i, node in enumerate(graph.nodes)}
+    last_use = {image: max(at[user] for user in image.users) for image in images}
+    free: list[fx.Node] = []  # images that lie in different places
+    for node in [node for node in graph.nodes if node in last_use]:
+        if node in calls:
+            residual, x = node.kwargs["residual"], node.args[0]
+            for image in free:
+                is_dead = last_use[image] < at[node]
+                is_dead |= image is residual and image is not x and last_use[image] == at[node]
+                if is_dead and shape_of(image) == shape_of(node):
+                    node.update_kwarg("out", image)
+                    free.remove(image)
+                    break
+        free.append(node)
