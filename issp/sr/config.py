@@ -367,6 +367,9 @@ class Train(Section):
     total_iter: Annotated[Integer, _between(1)] = 0
     warmup_iter: Integer = -1
     ema_decay: Annotated[Number, _between(0, 0.999999)] = 0.0  # 1 would keep the first weights
+    # What several processes have of the network: all of it (DistributedDataParallel), or their
+    # rows of each weight (fully_shard).
+    parallel: Annotated[str, _one_of("ddp", "fsdp")] = "ddp"
     optim_g: Optimizer = _section()
     scheduler: Scheduler = _section()
     pixel_opt: Loss = _section()
@@ -626,6 +629,26 @@ class Config(Section):
             raise ValueError("logger.mask_stats_freq records masks: add a sparsity section")
         if self.sparsity and self.sparsity.from_zeros and not self.path.pretrain_network_g:
             raise ValueError("sparsity.from_zeros needs sparse weights: path.pretrain_network_g")
+        return self
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> Config:
+        """Refuses what needs whole layers where `train.parallel` shards them."""
+        if self.train.parallel != "fsdp":
+            return self
+        remedy = "train with parallel: ddp, whose masks are the same"
+        for key in ("grad_stats_freq", "mask_stats_freq"):
+            if getattr(self.logger, key):
+                raise ValueError(f"logger.{key} records whole layers, not shards: {remedy}")
+        if self.sparsity and self.sparsity.accelerate:
+            raise ValueError(f"sparsity.accelerate needs whole layers, not shards: {remedy}")
+        method = self.sparsity and self.sparsity.method
+        if method and not methods.METHODS[method].takes_shards:
+            known = ", ".join(name for name, one in methods.METHODS.items() if one.takes_shards)
+            raise ValueError(
+                f"sparsity.method {method} needs whole layers, but train.parallel is fsdp: use one "
+                f"of {known}, or parallel: ddp"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,7 +8,6 @@ end in silence: there is one error, whichever rank had it.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import json
 import os
 import warnings
@@ -20,8 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from issp.sr import builders
 from issp.sr.config import Config
@@ -125,17 +123,6 @@ class Ranks:
             )
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
-
-    def distribute(self, model: nn.Module, find_unused: bool) -> nn.Module:
-        """The model whose backward pass takes the mean of the gradients of all ranks."""
-        if self.world == 1:
-            return model
-        # The networks have no buffers that training changes; torch renames the option.
-        known = inspect.signature(DistributedDataParallel.__init__).parameters
-        name = "forward_sync_buffers"
-        options = {name if name in known else "broadcast_buffers": False}
-        with self.attended():
-            return DistributedDataParallel(model, find_unused_parameters=find_unused, **options)
 
     def seed(self, seed: int, iteration: int) -> None:
         """Seeds an iteration of this rank; alone the generators just go on.

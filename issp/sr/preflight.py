@@ -163,6 +163,17 @@ def idle_gpus(config: Config, device: torch.device, processes: int = 1) -> str |
     )
 
 
+def idle_shards(config: Config, processes: int) -> str | None:
+    """A line about settings of parallel training that have no effect on this one."""
+    if config.train.parallel != "fsdp":
+        return None
+    if processes == 1:
+        return "train.parallel is fsdp, but one process was started, which has all weights"
+    if config.find_unused_parameters:
+        return "without effect with train.parallel fsdp: find_unused_parameters"
+    return None
+
+
 def lost_zeros(config: Config, model: nn.Module) -> str | None:
     """A line about zeros of the pretrained weights that the training does not keep."""
     if not config.path.pretrain_network_g or (config.sparsity and config.sparsity.from_zeros):

@@ -13,6 +13,7 @@ import copy
 import torch
 from torch import nn
 
+from issp.nn.sharding import local
 from issp.pruning.rank_check import RankCheck
 from issp.sr import builders, distributed, logging
 from issp.sr.config import Config
@@ -41,7 +42,8 @@ def train(
 
     Returns:
         The final model (the averaged one with `train.ema_decay`), on its device. It is finalized:
-        pruned weights are exact zeros and the hooks are removed.
+        pruned weights are exact zeros and the hooks are removed. With `train.parallel: fsdp` that
+        of rank 0 is whole, and the others have their shards of it.
 
     Raises:
         Interrupted: Ctrl-C, SIGTERM or SIGHUP came; the state has been saved.
@@ -61,6 +63,29 @@ def _train(config: Config, resume: bool, progress: logging.Progress, ranks: Rank
     builders.seed_everything(config.manual_seed)
     device = ranks.device(config.device)
     saved = SavedState.find(config, RunFolder(config.folder), resume)
+    run = _build(config, saved, device, progress, ranks)
+    try:
+        start = run.begin(saved)
+        if not flushed and device.type == "cpu":
+            run.progress.write_line(
+                "denormal numbers are not flushed to zero in all threads: steps may be slower"
+            )
+        if run.trained.pruner is not None:
+            RankCheck(run.trained.pruner)
+        _iterate(run, device, start)
+        return run.finish()
+    finally:
+        run.close()
+
+
+def _build(
+    config: Config,
+    saved: SavedState | None,
+    device: torch.device,
+    progress: logging.Progress,
+    ranks: Ranks,
+) -> TrainingRun:
+    """The run before its first iteration, or with the weights alone of a state."""
     model = builders.network(config, pretrained=saved is None)
     if saved:
         saved.load_model(model)
@@ -70,38 +95,24 @@ def _train(config: Config, resume: bool, progress: logging.Progress, ranks: Rank
     seed = config.manual_seed if ranks.world > 1 else None
     pruner = builders.pruner(config, model, optimizer, ema, seed)
     update_ema(ema, model, 0.0)  # the pruner may have drawn weights anew
-    meter = logging.AverageMeter(device, ranks.rank, ranks.gather if ranks.world > 1 else None)
     pinned = device.type == "cuda"
-    run = TrainingRun(
+    return TrainingRun(
         config,
         model=model,
         ema=ema,
         optimizer=optimizer,
         pruner=pruner,
         batches=builders.loader(config, pinned, ranks.rank, ranks.world),
-        meter=meter,
+        meter=logging.AverageMeter(device, ranks.rank, ranks.gather if ranks.world > 1 else None),
         validation=builders.validation_sets(config),
         progress=progress if ranks.is_main else logging.Progress(quiet=True),
         ranks=ranks,
     )
-    meter.timer.watch(optimizer)
-    try:
-        start = run.begin(saved)
-        if not flushed and device.type == "cpu":
-            run.progress.write_line(
-                "denormal numbers are not flushed to zero in all threads: steps may be slower"
-            )
-        if pruner is not None:
-            RankCheck(pruner)
-        _iterate(run, device, start)
-        return run.finish()
-    finally:
-        run.close()
 
 
 def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
-    config, model, optimizer, ranks = run.config, run.model, run.optimizer, run.ranks
-    parallel = ranks.distribute(model, config.find_unused_parameters)
+    config, ranks, trained = run.config, run.ranks, run.trained
+    optimizer, pruner = trained.optimizer, trained.pruner
     total, loss_function = config.train.total_iter, builders.loss(config)
     run.meter.begin()
     with run.stop as stop:
@@ -112,19 +123,18 @@ def _iterate(run: TrainingRun, device: torch.device, start: int) -> None:
 
             ranks.seed(config.manual_seed, iteration)
             with run.saved_on_failure(iteration - 1), ranks.attended():
-                batch = next(run.batches)
-                agreed = ranks.agree(stop.signal)
+                batch, agreed = run.draw(iteration - 1)
                 lq = batch["lq"].to(device, non_blocking=True, memory_format=run.memory_format)
                 run.accelerate(lq)  # where a resumed run is frozen already
                 gt = batch["gt"].to(device, non_blocking=True)
-                loss = loss_function(parallel(lq), gt)
-                if run.pruner is not None and run.pruner.method.has_loss:
-                    loss = loss + run.pruner.loss()
+                loss = loss_function(trained.forward(lq), gt)
+                if pruner is not None and pruner.method.has_loss:
+                    loss = loss + pruner.loss()
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
             with ranks.attended():
                 optimizer.step()  # the pruner acts here: shrink up to freeze_iter, mask afterwards
-            update_ema(run.ema, model, config.train.ema_decay)
+            update_ema(trained.ema, trained.model, config.train.ema_decay)
             run.accelerate(lq)
             run.meter.add(loss)
             run.progress.advance(iteration)
@@ -151,6 +161,7 @@ def update_ema(ema: nn.Module | None, model: nn.Module, decay: float) -> None:
     """
     if ema is None:
         return
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    averages, values = (list(map(local, x.parameters())) for x in (ema, model))
+    torch._foreach_lerp_(averages, values, 1 - decay)
     for average, value in zip(ema.buffers(), model.buffers(), strict=True):
         average.copy_(value)

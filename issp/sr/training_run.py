@@ -20,6 +20,8 @@ from issp.sr.config import Config
 from issp.sr.data import EvalDataset, TrainLoader, write_image
 from issp.sr.distributed import Ranks
 from issp.sr.interrupt import Interrupted, StopRequest
+from issp.sr.models import SuperResolver
+from issp.sr.parallel import ShardedTrained, Trained
 from issp.sr.random_state import torch_random_state
 from issp.sr.resume import SavedState
 from issp.sr.run_folder import RunFolder
@@ -35,6 +37,8 @@ from issp.utils.files import atomic_write
 VALIDATION_COLUMNS = ("iteration", "stage", "set", "psnr", "ssim", "exact", "model")
 LAYER_COLUMNS = ("iteration", "layer", "weights", "selected", "zeros", "flips", "threshold")
 
+
+_UNREADABLE = 1 << 16  # in the place of a signal
 
 CSV_LOGS = ("train.csv", "validation.csv", "layers.csv", "gradients.csv", "masks.csv")
 
@@ -65,11 +69,14 @@ class TrainingRun:
         ranks: this process among those of the training. Rank 0 has the folder, the logs and the
             validation; the others only keep their part of what is trained.
         best: the best validation so far.
+
+    Attributes:
+        trained: what the iterations change, from `begin` on: the parts above, or shards of them.
     """
 
     config: Config
-    model: nn.Module
-    ema: nn.Module | None
+    model: SuperResolver
+    ema: SuperResolver | None
     optimizer: torch.optim.Optimizer
     pruner: Pruner | None
     batches: TrainLoader
@@ -124,22 +131,39 @@ class TrainingRun:
         start = self._restore(saved) if saved else 0
         self._saved = start
         self._is_complete = start >= self.config.train.total_iter and not self._is_pending
-        # If the run is complete, config.yml stays that of the run.
-        if self.ranks.is_main and not self._is_complete:
-            self._prepare(saved, start)
         starts = self.ranks.gather(torch.tensor(start, dtype=torch.int64, device="cpu")).tolist()
         if len(set(starts)) > 1:
             raise ConfigError(
                 f"the ranks resume from the iterations {', '.join(map(str, starts))}: give all "
                 f"machines the same folder {self.folder.path}"
             )
+        self._distribute(start)
+        # If the run is complete, config.yml stays that of the run.
+        if self.ranks.is_main and not self._is_complete:
+            self._prepare(saved, start)
+        self.ranks.agree(0)  # the others wait for the checks
         return start
+
+    def _distribute(self, start: int) -> None:
+        """Makes `trained` what this rank trains; only rank 0 keeps whole parts beside shards."""
+        config, ranks = self.config, self.ranks
+        trained = Trained(self.model, self.ema, self.optimizer, self.pruner)
+        if ranks.world > 1 and config.train.parallel == "fsdp":
+            trained = ShardedTrained(config, ranks, trained, start)
+            if not ranks.is_main:
+                self.model, self.ema = trained.model, trained.ema
+                self.optimizer, self.pruner = trained.optimizer, trained.pruner
+        else:
+            trained.distribute(ranks, config.find_unused_parameters)
+        self.trained = trained
+        self.meter.timer.watch(trained.optimizer)  # after the pruner, whose hook runs first
 
     def _prepare(self, saved: SavedState | None, start: int) -> None:
         """Checks what can be checked, then makes or reopens the folder and opens the logs."""
         notes = [None if saved else preflight.lost_zeros(self.config, self.model)]
         device = next(self.model.parameters()).device
         notes += [preflight.idle_gpus(self.config, device, self.ranks.world)]
+        notes += [preflight.idle_shards(self.config, self.ranks.world)]
         builders.check_recorded_layers(self.config, self.pruner or self.model)
         states = 1 + (self.ema is not None) + len(_moments(self.config))
         preflight.check_disk(self.config, self.model, states, start, notes.append)
@@ -240,11 +264,37 @@ class TrainingRun:
         if self.tensorboard.unavailable_reason:
             self.progress.write_line(self.tensorboard.unavailable_reason)
 
+    def draw(self, iteration: int) -> tuple[dict[str, Any], int]:
+        """The next batch, and the signal that has come to any rank, or 0.
+
+        Args:
+            iteration: the last one done. Where a rank cannot read its images, rank 0 gets the
+                values of its end while all are there.
+
+        Raises:
+            OSError, ValueError, OtherRankEnded: an image cannot be read, here or elsewhere.
+        """
+        batch, error = {}, None
+        try:
+            batch = next(self.batches)
+        except (OSError, ValueError) as unreadable:
+            error = unreadable
+        agreed = self.ranks.agree(self.stop.signal if error is None else _UNREADABLE)
+        if agreed == _UNREADABLE:
+            self.meter.gather()
+            self.trained.collect(iteration)
+            if error is None:
+                self.ranks.agree(0)  # until the other one has ended, which raises its error here
+        if error is not None:
+            raise error
+        return batch, agreed
+
     @contextlib.contextmanager
     def saved_on_failure(self, iteration: int) -> Iterator[None]:
         """Saves the state when what is inside fails: a damaged image, a validation, a full disk.
 
-        A resumed run repeats it, with the same batch and the same random numbers.
+        A resumed run repeats it, with the same batch and the same random numbers. Shards that have
+        not been collected are not saved.
 
         Args:
             iteration: the last one done; the state is of its end.
@@ -255,7 +305,8 @@ class TrainingRun:
         except NonFiniteLossError:
             raise  # such a state is of no use
         except Exception as error:  # not handled: it goes on once the work is safe
-            if self.ranks.is_main and iteration > self._saved:
+            is_here = self.trained.is_collected(iteration)
+            if self.ranks.is_main and iteration > self._saved and is_here:
                 with contextlib.suppress(OSError):
                     self.save_state(iteration, batches, random)
                     self.progress.record(f"{type(error).__name__}: {error}")
@@ -317,6 +368,7 @@ class TrainingRun:
         saves = iteration % config.logger.save_checkpoint_freq == 0 or last or stopping
         if logs or saves:
             self.meter.gather()
+            self.trained.collect(iteration)
         if not self.ranks.is_main:
             self._follow(logs)
             return
@@ -356,7 +408,7 @@ class TrainingRun:
     def row(self, iteration: int) -> dict[str, Any]:
         """A row of the training log."""
         row: dict[str, Any] = {"iteration": iteration, "stage": self.stage(iteration)}
-        row |= {"lr": self.optimizer.param_groups[0]["lr"], **self.meter.take()}
+        row |= {"lr": self.trained.optimizer.param_groups[0]["lr"], **self.meter.take()}
         if self.pruner is not None:
             summary = self.pruner.summary()
             thresholds = [r.threshold for r in summary.rows]
@@ -482,9 +534,10 @@ class TrainingRun:
         self._flush_recorders()
         state: dict[str, Any] = {"iteration": iteration, "pending": self._is_pending}
         state["ema_decay"] = self.config.train.ema_decay
-        for name in ("model", "ema", "optimizer", "pruner", "batches", "meter"):
+        for name in ("model", "ema", "pruner", "batches", "meter"):
             part = getattr(self, name)
             state[name] = None if part is None else part.state_dict()
+        state["optimizer"] = self.trained.optimizer_state()
         state["batches"] = batches or state["batches"]
         state |= {"best": vars(self.best), "random": checkpoint.random_state() | (random or {})}
         self.folder.save_state(state, keep=self.config.logger.keep_training_states)
@@ -498,6 +551,7 @@ class TrainingRun:
 
     def finish(self) -> nn.Module:
         """Finalizes the pruner and writes net_g_latest, unless an earlier start has done so."""
+        self.trained.finalize()
         if self.pruner is not None:
             self.pruner.finalize()
         if not self.ranks.is_main:

@@ -4,22 +4,28 @@ import os
 import signal
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from issp.sr import checkpoint, config, logging
-from issp.sr.distributed import OtherRankEnded, Ranks
-from issp.sr.interrupt import Interrupted
+from issp.sr import checkpoint, config
+from issp.sr.distributed import Ranks
 from issp.sr.resume import SavedState
-from issp.sr.train import train
 from issp.sr.training_run import TrainingRun
-from issp.utils.errors import ConfigError, LostRankError
+from issp.utils.errors import ConfigError
 from tests.asserts import assert_bitwise_equal
+from tests.distributed.driver import (
+    fail_rank_1,
+    folder_of,
+    kill_rank_1,
+    start,
+    states,
+    stop_rank_1,
+    tree_in,
+)
 from tests.distributed.ranks import needs_gloo, run_ranks
-from tests.sr.runs import FREEZE, TOTAL, assert_same_logs, draw_photos, log, run, tree_of
+from tests.sr.runs import FREEZE, TOTAL, assert_same_logs, log, run
 
 pytest.importorskip("PIL", reason="the training images are files")
 pytest.importorskip("safetensors", reason="models are kept as safetensors")
@@ -29,41 +35,7 @@ pytestmark = needs_gloo
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "cache"))
-    tree = tree_of(draw_photos(tmp_path / "hr"), tmp_path / "experiments")
-    tree["logger"]["print_freq"] = 5
-    return tree
-
-
-def start(tree, hook=None, resume=False):
-    """One rank: the weights that it ends with, or its error.
-
-    Args:
-        tree: of the run.
-        hook: called as hook(rank, iteration) before each optimizer step's iteration is shown.
-        resume: as of `train`.
-    """
-    rank = int(os.environ["RANK"])
-    advance = logging.Progress.advance
-
-    def advance_and_call(self, iteration):
-        advance(self, iteration)
-        if hook is not None:
-            hook(rank, iteration)
-
-    logging.Progress.advance = advance_and_call
-    try:
-        model = train(config.parse(tree), resume=resume, quiet=True)
-    except (Interrupted, OtherRankEnded, LostRankError, ValueError, OSError) as error:
-        return type(error).__name__, str(error)
-    return dict(model.state_dict())
-
-
-def folder_of(tree):
-    return Path(tree["path"]["experiments_root"], tree["name"])
-
-
-def states(tree):
-    return sorted(int(path.stem) for path in folder_of(tree).glob("training_states/*.state"))
+    return tree_in(tmp_path)
 
 
 def test_ranks_share_the_batches_of_one_process(tree, tmp_path):
@@ -80,11 +52,6 @@ def test_ranks_share_the_batches_of_one_process(tree, tmp_path):
     assert [row[0] for row in ours] == [3, 5, 6, 9, 10, 12] == [row[0] for row in theirs]
     for one, other in zip(ours, theirs, strict=True):
         assert [x or 0 for x in one] == pytest.approx([x or 0 for x in other], rel=1e-4)
-
-
-def stop_rank_1(rank, iteration):
-    if rank == 1 and iteration == 4:
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_signal_to_any_rank_saves_once_and_the_run_resumes_to_the_same_bits(tree, tmp_path):
@@ -139,22 +106,6 @@ def test_sparse_fine_tuning_resumes(tree, tmp_path):
     for result in [*expected, *run_ranks(start, 2, tree, None, True, launched=True)]:
         for name in expected[0]:
             assert_bitwise_equal(result[name], expected[0][name], name)
-
-
-def fail_rank_1(rank, iteration):
-    """The second image cannot be read any more, by rank 1 alone."""
-    if rank == 1 and iteration == 7:
-        from issp.sr.data import TrainDataset
-
-        def refuse(self, draws):
-            raise ValueError("image 1.png is damaged")
-
-        TrainDataset.batch = refuse
-
-
-def kill_rank_1(rank, iteration):
-    if rank == 1 and iteration == 7:
-        os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize("hook", [fail_rank_1, kill_rank_1])

@@ -178,6 +178,11 @@ class SuperResolver(nn.Module):
         y = self.restore((x - mean) * self.img_range)
         return y / self.img_range + mean
 
+    @property
+    def body_blocks(self) -> list[nn.Module]:
+        """The repeated parts, from the input on: what `fully_shard` gathers one at a time."""
+        raise NotImplementedError
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws all parameters anew, as the constructor does, on the CPU."""

@@ -75,6 +75,10 @@ class EDSR(SuperResolver):
             resolution *= shuffle.upscale_factor
         return math.ceil(radius + 1 / resolution)
 
+    @property
+    def body_blocks(self) -> list[nn.Module]:
+        return list(self.body)
+
     def own_names(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state_dict of the EDSR authors' PyTorch code under the names here, others unchanged.
 

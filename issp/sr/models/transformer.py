@@ -120,6 +120,10 @@ class WindowTransformer(SuperResolver):
         super().__init__(in_chans, upscale if upsampler else 1, img_range, mean)
         self.upsampler = upsampler or ""
 
+    @property
+    def body_blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
     def _end_body(self, embed_dim: int, resi_connection: str, upsamplers: list[str]) -> None:
         self.norm = nn.LayerNorm(embed_dim)
         self.conv_after_body = layers.residual_conv(embed_dim, resi_connection)
