@@ -22,6 +22,7 @@ from issp.pruning.acceleration import Acceleration, Recorded
 from issp.pruning.buckets import WeightBucket, WeightBuckets
 from issp.pruning.ema import EMAWeights
 from issp.pruning.hooks import Hooks, Work
+from issp.pruning.joint_calls import JointCalls
 from issp.pruning.prune_step import PruneStep
 from issp.pruning.schedules import Schedule
 from issp.pruning.shards import ShardedBucket
@@ -52,6 +53,7 @@ class Pruner:
     ) -> None:
         self.method = method
         self._model = model
+        self._joint_calls = JointCalls()
         self._buckets = WeightBuckets(layers, optimizers, wrappers, self._sharded_bucket)
         self._fsdp_modules = sharding.fsdp_modules(model)
         self._unpruned = unpruned
@@ -93,7 +95,9 @@ class Pruner:
 
     def _sharded_bucket(self, layers: Sequence[Layer], optimizer: int) -> WeightBucket:
         methods.check_shards(self.method, layers)
-        return ShardedBucket(layers, optimizer)
+        bucket = ShardedBucket(layers, optimizer)
+        self._joint_calls.watch(bucket.mesh)
+        return bucket
 
     def _start_method(self) -> None:
         self.method.start(methods.Setting(self._model, self._buckets, self._freeze_at))
@@ -452,6 +456,7 @@ class Pruner:
     def _freeze(self) -> None:
         if self.frozen:
             return
+        self._joint_calls.check("freeze()")
         count = self.step_count
         if self._hook:
             self._hooks.warn_if_missing(self._buckets.optimizers)
@@ -493,6 +498,7 @@ class Pruner:
             The model given to `attach`.
         """
         if self._stage != "final":
+            self._joint_calls.check("finalize()")
             if self.frozen:
                 self._warn_of_replaced()
             if self._acceleration is not None:
@@ -580,14 +586,22 @@ class Pruner:
 
     def thresholds(self) -> dict[str, float]:
         """Layer name -> magnitude of the last selected weight; NaN before the first selection."""
+        self._joint_calls.check("thresholds()")
         return summaries.by_name(self._buckets, lambda b: b.thresholds(), lambda _: float("nan"))
 
     def flips(self) -> dict[str, int]:
         """Layer name -> mask bits that the latest step changed."""
+        self._joint_calls.check("flips()")
         return summaries.by_name(self._buckets, lambda b: b.flips(), lambda _: 0)
 
     def summary(self) -> summaries.Summary:
-        """Counts per layer, taken from the masks and weights as they are now; `print` it."""
+        """Counts per layer, taken from the masks and weights as they are now; `print` it.
+
+        Raises:
+            DivergedRanksError: of ranks that have shards, not all call it; this holds as well for
+                `thresholds`, `flips`, `state_dict`, `freeze` and `finalize`.
+        """
+        self._joint_calls.check("summary()")
         if self._hook:
             self._hooks.warn_if_missing(self._buckets.optimizers)
         self._warn_of_replaced()
@@ -596,6 +610,7 @@ class Pruner:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a bit-exact resume needs besides model and optimizer; loads weights_only."""
+        self._joint_calls.check("state_dict()")
         return {
             **self._configuration(),
             "stage": self._stage,

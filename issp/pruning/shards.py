@@ -63,6 +63,9 @@ class ShardedBucket(WeightBucket):
         layers: their order is the order of the state.
         optimizer: number of the optimizer whose steps prune them.
 
+    Attributes:
+        mesh: the ranks.
+
     Raises:
         ValueError: an N:M pattern whose groups would be on several ranks.
     """
@@ -75,13 +78,13 @@ class ShardedBucket(WeightBucket):
         self.version = 0
         self.weights = self.current_weights()
         first: Any = self.weights[0]
-        self._mesh, self._placements = first.device_mesh, first.placements
-        self._group = self._mesh.get_group()
+        self.mesh, self._placements = first.device_mesh, first.placements
+        self._group = self.mesh.get_group()
         self._kinds = self._kinds_of(self.weights)
         self._shapes = [tuple(w.shape) for w in self.weights]
         self._row_numels = [torch.Size(shape[1:]).numel() for shape in self._shapes]
         # DTensor splits the rows as torch.chunk does.
-        self._chunks = [-(-shape[0] // self._mesh.size()) for shape in self._shapes]
+        self._chunks = [-(-shape[0] // self.mesh.size()) for shape in self._shapes]
         self._spans = [self._span(t) for t in range(len(self.layers))]
         self._patterns = [x.target if isinstance(x.target, Keep) else None for x in layers]
         self._check_patterns()
@@ -96,7 +99,7 @@ class ShardedBucket(WeightBucket):
     def _span(self, t: int) -> Span:
         """The elements of weight `t` that this rank has."""
         numel = self.weights[t].numel()
-        start = min(self._mesh.get_local_rank() * self._chunks[t] * self._row_numels[t], numel)
+        start = min(self.mesh.get_local_rank() * self._chunks[t] * self._row_numels[t], numel)
         return Span(start, start + local(self.weights[t]).numel(), numel)
 
     def _local_bucket(self) -> WeightBucket | None:
@@ -254,7 +257,7 @@ class ShardedBucket(WeightBucket):
         from torch.distributed.tensor import DTensor
 
         return [
-            DTensor.from_local(mask, self._mesh, self._placements, shape=w.shape, stride=w.stride())
+            DTensor.from_local(mask, self.mesh, self._placements, shape=w.shape, stride=w.stride())
             for mask, w in zip(self._local_masks(), self.weights, strict=True)
         ]
 
@@ -300,7 +303,7 @@ class ShardedBucket(WeightBucket):
         """The rows of this rank, of the mask of weight `t`."""
         if is_sharded(mask):
             return local(mask)
-        start = min(self._mesh.get_local_rank() * self._chunks[t], mask.shape[0])
+        start = min(self.mesh.get_local_rank() * self._chunks[t], mask.shape[0])
         return mask[start : start + self._chunks[t]].to(self._device)
 
     def layer_states(self) -> dict[str, LayerState]:
@@ -320,7 +323,7 @@ class ShardedBucket(WeightBucket):
         for part, mask in zip(padded.split(sizes), self._local_masks(), strict=True):
             part[: mask.numel()] = mask.flatten()
         words = reference.pack(padded)
-        gathered = [torch.empty_like(words) for _ in range(self._mesh.size())]
+        gathered = [torch.empty_like(words) for _ in range(self.mesh.size())]
         torch.distributed.all_gather(gathered, words, group=self._group)
         by_rank = [reference.unpack(x, padded.numel()).split(sizes) for x in gathered]
         return [
@@ -338,7 +341,7 @@ class ShardedBucket(WeightBucket):
             kept = reference.unpack(state.mask.to(self._device), numel).view(self._shapes[t])
             shard = self._rows(t, kept)
             # One rank has the flips of all, so that their sum is right.
-            flips = state.flips if self._mesh.get_local_rank() == 0 else 0
+            flips = state.flips if self.mesh.get_local_rank() == 0 else 0
             shards[self.layers[t].name] = state._replace(
                 shape=tuple(shard.shape),
                 k=int((~shard).sum()),

@@ -8,7 +8,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import issp
 from issp.pruning.attach import attach
@@ -348,7 +353,52 @@ def two_optimizers_and_a_plain_dtensor():
     assert pruners[0].thresholds() == pruners[1].thresholds()
 
 
+def columns_of_tensor_parallelism():
+    """ColwiseParallel without `fully_shard`: each rank has rows of the weight and their outputs."""
+
+    def make():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 5), nn.Linear(5, 3))
+
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    models = [make(), make()]
+    plan = {"0": ColwiseParallel(output_layouts=Replicate())}
+    plan |= {"1": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(models[0], mesh, plan)
+    opts = [sgd(m.parameters()) for m in models]
+    pruners = [
+        attach(m, opt, sparsity=0.7, freeze_at=4) for m, opt in zip(models, opts, strict=True)
+    ]
+    for step in range(6):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        for model, opt in zip(models, opts, strict=True):
+            opt.zero_grad()
+            model(x).square().mean().backward()
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            grad = a.grad.full_tensor() if isinstance(a.grad, DTensor) else a.grad
+            torch.testing.assert_close(grad, b.grad, rtol=0, atol=1e-6)
+            b.grad = grad  # products of other shapes are rounded in another way
+        for opt in opts:
+            opt.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_same_bits(a, b)
+    for name, mask in pruners[1].masks().items():
+        assert_same_bits(pruners[0].masks()[name], mask)
+    assert pruners[0].frozen and str(pruners[0].summary()) == str(pruners[1].summary())
+
+
+def other_tensor_parallelism_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    with pytest.raises(ValueError, match="1.* is distributed as Shard.dim=1.*rows of the weight"):
+        attach(model, sgd(model.parameters()))
+    attach(model, sgd(model.parameters()), exclude="1")
+
+
 SCENARIOS = (
+    columns_of_tensor_parallelism,
+    other_tensor_parallelism_is_refused,
     gradients_of_fully_shard,
     steps_within_the_backward_pass,
     precision_of_the_forward_pass,
