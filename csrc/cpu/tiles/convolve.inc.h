@@ -1,34 +1,9 @@
-// Convolution, conversion and epilogue of tile_kernels.h for one instruction set, ISSP_ISA. The
-// includer defines what differs: kFlush (whether denormals must be flushed by hand), fma, scale_by,
-// pack (two vectors of 16 floats to 16 pairs of bfloat16) and interleave (of two lines of pairs).
+// Convolution and epilogue of tile_kernels.h for one instruction set; see vectors.inc.h.
 
 namespace issp::ISSP_ISA {
 namespace {
 
 #define ISSP_INLINE ISSP_TARGET inline __attribute__((always_inline))
-
-ISSP_INLINE void load(F16& to, const void* from) {
-  std::memcpy(&to, from, sizeof(to));
-}
-ISSP_INLINE void load(U16& to, const void* from) {
-  std::memcpy(&to, from, sizeof(to));
-}
-ISSP_INLINE void store(void* to, const U16& from) {
-  std::memcpy(to, &from, sizeof(from));
-}
-
-// Zero of the same sign for denormals.
-ISSP_INLINE void flush(F16& x) {
-  if (!kFlush) return;
-  U16 bits = U16(x);
-  bits = ((bits & 0x7f800000u) == 0u) ? (bits & 0x80000000u) : bits;
-  x = F16(bits);
-}
-
-ISSP_INLINE void split(const U16& pairs, F16& first, F16& second) {
-  first = F16(pairs << 16);
-  second = F16(pairs & 0xffff0000u);
-}
 
 // x * Phi(x), as gelu of sparse/sparse_kernels.cpp.
 ISSP_INLINE void gelu(F16& x) {
@@ -57,12 +32,6 @@ ISSP_INLINE void finish(F16& sum, float bias, float scale) {
   if (activation == TileActivation::kRelu) relu(sum);
   if (activation == TileActivation::kGelu) gelu(sum);
   if (kScaled) scale_by(sum, scale);
-}
-
-// Sets the lanes from `count` on to zero.
-ISSP_INLINE void keep_first(U16& pairs, int count) {
-  const U16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  pairs = lanes < uint32_t(count) ? pairs : U16{};
 }
 
 ISSP_INLINE void add_residual(const char* residual, F16& even, F16& odd) {
@@ -194,65 +163,6 @@ inline Write writer(const TiledConv& conv) {
     case TileActivation::kGelu: return writer<TileActivation::kGelu>(conv.epilogue);
     default: return writer<TileActivation::kNone>(conv.epilogue);
   }
-}
-
-// Rows of pixels of two channels to pairs. `second` may be null: zeros.
-template <typename T>
-ISSP_TARGET void pack_row(T type, const char* first, const char* second, int64_t stride,
-                          int64_t width, int64_t pitch, char* out) {
-  using Bits = typename T::Bits;
-  for (int64_t x = 0; x < pitch; x += kTilePixels) {
-    F16 even = {}, odd = {};
-    const int64_t count = std::min(kTilePixels, width - x);
-    for (int64_t i = 0; i < count; ++i) {
-      even[i] = float(widen(type, reinterpret_cast<const Bits*>(first)[(x + i) * stride]));
-    }
-    for (int64_t i = 0; second && i < count; ++i) {
-      odd[i] = float(widen(type, reinterpret_cast<const Bits*>(second)[(x + i) * stride]));
-    }
-    U16 line;
-    pack(even, odd, line);
-    store(out + 4 * x, line);
-  }
-}
-
-template <typename T>
-ISSP_TARGET void pack_image_row(T type, const PlainImage& x, const TileLayout& to, int64_t image,
-                                int64_t y, char* out) {
-  constexpr int64_t size = sizeof(typename T::Bits);
-  const char* row = x.data + size * (image * x.image + y * x.row);
-  char* line = out + to.row(image, y);
-  for (int64_t plane = 0; plane < to.planes(); ++plane) {
-    const char* first = row + size * 2 * plane * x.channel;
-    const char* second = 2 * plane + 1 < to.channels ? first + size * x.channel : nullptr;
-    pack_row(type, first, second, x.pixel, to.width, to.pitch(),
-             line + (plane + 1) * to.plane_bytes());
-  }
-}
-
-ISSP_TARGET inline void to_tiles(const PlainImage& x, const TileLayout& to, int64_t image,
-                                 int64_t y, char* out) {
-  for_dtype(x.dtype, [&](auto type) { pack_image_row(type, x, to, image, y, out); });
-}
-
-template <typename T>
-ISSP_TARGET void unpack_image_row(T type, const char* data, const TileLayout& from, int64_t image,
-                                  int64_t y, const PlainImage& to) {
-  using Bits = typename T::Bits;
-  Bits* const row = reinterpret_cast<Bits*>(to.data) + image * to.image + y * to.row;
-  for (int64_t channel = 0; channel < from.channels; ++channel) {
-    const char* line = data + from.row(image, y) + (channel / 2 + 1) * from.plane_bytes();
-    for (int64_t x = 0; x < from.width; ++x) {
-      uint16_t bits;
-      std::memcpy(&bits, line + 4 * x + 2 * (channel % 2), 2);
-      row[channel * to.channel + x * to.pixel] = narrowed(type, bits);
-    }
-  }
-}
-
-ISSP_TARGET inline void from_tiles(const char* data, const TileLayout& from, int64_t image,
-                                   int64_t y, const PlainImage& to) {
-  for_dtype(to.dtype, [&](auto type) { unpack_image_row(type, data, from, image, y, to); });
 }
 
 // A position is 16 * plane + tap. Plane 0 is the plane of zeros, which padded entries read at the

@@ -7,8 +7,7 @@
 #include <stdexcept>
 #include <utility>
 
-#include "cpu/dtypes.h"
-#include "cpu/prune/prune_kernels.h"
+#include "semantics.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ISSP_X86 1
@@ -28,15 +27,13 @@
 namespace issp {
 namespace {
 
+using torch::headeronly::ScalarType;
 typedef float F16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 
 // bfloat16 to the elements of an image; bfloat16 is exact in float32.
 inline uint32_t narrowed(Float32, uint16_t bits) {
   return uint32_t(bits) << 16;
-}
-inline uint64_t narrowed(Float64, uint16_t bits) {
-  return bit_as<uint64_t>(double(widen(BFloat16{}, bits)));
 }
 inline uint16_t narrowed(BFloat16, uint16_t bits) {
   return bits;
@@ -107,10 +104,40 @@ inline void interleave(U16& first, U16& second) {
   first = both[0];
   second = both[1];
 }
+template <typename T>
+inline void load_some(T type, const typename T::Bits* from, int64_t count, F16& to) {
+  to = F16{};
+  for (int64_t i = 0; i < count; ++i) to[i] = widen(type, from[i]);
+}
+template <typename T>
+inline void store_some(T type, const F16& from, int64_t count, typename T::Bits* to) {
+  const U16 bits = U16(from);
+  for (int64_t i = 0; i < count; ++i) to[i] = narrowed(type, uint16_t(bits[i] >> 16));
+}
+inline void pack_neighbours(const F16& low, const F16& high, U16& pairs) {
+  U16 halves[2] = {U16(low), U16(high)};
+  for (U16& half : halves) round_upper(half);
+  for (int i = 0; i < 16; ++i) {
+    const U16& half = halves[i / 8];
+    pairs[i] = half[2 * (i % 8)] >> 16 | (half[2 * (i % 8) + 1] & 0xffff0000u);
+  }
+}
+inline void transpose(U16 (&rows)[16]) {
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const uint32_t kept = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = kept;
+    }
+  }
+}
 inline void begin() {}
 inline void end() {}
 }  // namespace
 }  // namespace issp::scalar
+#include "cpu/tiles/vectors.inc.h"
+
+#include "cpu/tiles/convert.inc.h"
 #include "cpu/tiles/convolve.inc.h"
 #undef ISSP_ISA
 #undef ISSP_TARGET
@@ -148,6 +175,65 @@ ISSP_INLINE void interleave(U16& first, U16& second) {
   first = U16(_mm512_permutex2var_epi32(a, low, b));
   second = U16(_mm512_permutex2var_epi32(a, high, b));
 }
+ISSP_INLINE __mmask16 first_lanes(int64_t count) {
+  return __mmask16(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+}
+ISSP_INLINE void load_some(Float32, const uint32_t* from, int64_t count, F16& to) {
+  to = F16(_mm512_maskz_loadu_ps(first_lanes(count), from));
+}
+ISSP_INLINE void load_some(BFloat16, const uint16_t* from, int64_t count, F16& to) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(first_lanes(count), from);
+  to = F16(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+ISSP_INLINE void load_some(Float16, const uint16_t* from, int64_t count, F16& to) {
+  to = F16(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), from)));
+}
+ISSP_INLINE void store_some(Float32, const F16& from, int64_t count, uint32_t* to) {
+  _mm512_mask_storeu_ps(to, first_lanes(count), __m512(from));
+}
+ISSP_INLINE void store_some(BFloat16, const F16& from, int64_t count, uint16_t* to) {
+  const __m256i halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32(__m512i(from), 16));
+  _mm256_mask_storeu_epi16(to, first_lanes(count), halves);
+}
+ISSP_INLINE void store_some(Float16, const F16& from, int64_t count, uint16_t* to) {
+  const __m256i halves = _mm512_cvtps_ph(__m512(from), _MM_FROUND_TO_NEAREST_INT);
+  _mm256_mask_storeu_epi16(to, first_lanes(count), halves);
+}
+ISSP_INLINE void pack_neighbours(const F16& low, const F16& high, U16& pairs) {
+  U16 first = U16(low), second = U16(high);
+  round_upper(first);
+  round_upper(second);
+  const __m256i a = _mm512_cvtepi32_epi16(__m512i(first >> 16));
+  const __m256i b = _mm512_cvtepi32_epi16(__m512i(second >> 16));
+  pairs = U16(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+}
+// 32-bit numbers: first within quarters of four rows, then the quarters.
+ISSP_INLINE void transpose(U16 (&rows)[16]) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(__m512i(rows[i]), __m512i(rows[i + 1]));
+    a[i + 1] = _mm512_unpackhi_epi32(__m512i(rows[i]), __m512i(rows[i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i even_low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88);
+    const __m512i even_high = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+    const __m512i odd_low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+    const __m512i odd_high = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+    rows[i] = U16(_mm512_shuffle_i32x4(even_low, even_high, 0x88));
+    rows[4 + i] = U16(_mm512_shuffle_i32x4(odd_low, odd_high, 0x88));
+    rows[8 + i] = U16(_mm512_shuffle_i32x4(even_low, even_high, 0xdd));
+    rows[12 + i] = U16(_mm512_shuffle_i32x4(odd_low, odd_high, 0xdd));
+  }
+}
 #undef ISSP_INLINE
 inline void begin() {
   _mm_setcsr(kFlushingMode);
@@ -155,6 +241,9 @@ inline void begin() {
 inline void end() {}
 }  // namespace
 }  // namespace issp::avx512
+#include "cpu/tiles/vectors.inc.h"
+
+#include "cpu/tiles/convert.inc.h"
 #include "cpu/tiles/convolve.inc.h"
 #undef ISSP_ISA
 #undef ISSP_TARGET
@@ -167,8 +256,11 @@ inline void end() {}
 namespace issp::amx {
 namespace {
 using avx512::kFlush;
+using avx512::load_some;
 using avx512::relu;
 using avx512::scale_by;
+using avx512::store_some;
+using avx512::transpose;
 
 #define ISSP_INLINE ISSP_TARGET inline __attribute__((always_inline))
 ISSP_INLINE void fma(float weight, const F16& pixels, F16& sum) {
@@ -181,6 +273,9 @@ ISSP_INLINE void pack(const F16& even, const F16& odd, U16& line) {
       0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
   line = U16(_mm512_permutexvar_epi16(_mm512_load_si512(kNeighbours), halves));
+}
+ISSP_INLINE void pack_neighbours(const F16& low, const F16& high, U16& pairs) {
+  pairs = U16(__m512i(_mm512_cvtne2ps_pbh(__m512(high), __m512(low))));
 }
 ISSP_INLINE void interleave(U16& first, U16& second) {
   avx512::interleave(first, second);
@@ -220,6 +315,9 @@ bool is_usable() {
 }
 }  // namespace
 }  // namespace issp::amx
+#include "cpu/tiles/vectors.inc.h"
+
+#include "cpu/tiles/convert.inc.h"
 #include "cpu/tiles/convolve.inc.h"
 #undef ISSP_ISA
 #undef ISSP_AMX
