@@ -117,6 +117,8 @@ def attach(
     if chosen.skips_undivided:
         target, overrides = _skipping(target), {n: _skipping(x) for n, x in overrides.items()}
     layers = select(model, types, exclude, overrides, target, units)
+    if units is not None and not any(layer.unit for layer in layers):
+        raise ValueError("unit has no effect: every layer has a Keep or the sparsity 0, drop it")
     methods.check_shards(chosen, layers)
     if not from_zeros:
         chosen.prepare(model, layers)

@@ -551,7 +551,13 @@ class Sparsity(Section):
             raise ValueError(f"from_zeros keeps the zeros that the weights have: drop {given[0]}")
         if self.keep and self.ratio is not None:
             raise ValueError("has ratio beside keep, the N:M pattern of all layers: drop one")
+        if self.keep and self.unit:
+            raise ValueError(
+                "has unit beside keep, the N:M pattern of all layers: give keep v and c"
+            )
         made = methods.create(self.method, **self.options)
+        if self.unit and made.prunes and not made.takes_units:
+            raise ValueError(f"has unit, but method {self.method} prunes single weights: drop it")
         if self.shrink is not None and "shrink" not in made.options():
             raise ValueError(f"has shrink, but method {self.method} does not use it: drop it")
         if not made.prunes and self.accelerate:

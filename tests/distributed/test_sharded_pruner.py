@@ -244,6 +244,8 @@ def patterns_within_the_rows_of_a_rank():
     model = shard(make(12))
     with pytest.raises(ValueError, match="0: its 12 rows are sharded by 6, which cuts groups of"):
         attach(model, sgd(model.parameters()), pattern=issp.Keep(1, of=2, v=4))
+    with pytest.raises(ValueError, match="0 is sharded, and units are not ranked over shards"):
+        attach(model, sgd(model.parameters()), 0.5, unit=issp.Unit(2, 2, tail="dense"))
 
 
 def loops_by_hand_and_closures():

@@ -92,6 +92,7 @@ def test_layers_that_a_unit_does_not_divide_are_refused_with_the_remedy():
         ({"unit": PAIRS, "method": "assl"}, "assl prunes single weights: drop unit"),
         ({"unit": PAIRS, "method": "sls"}, "sls prunes single weights: drop unit"),
         ({"unit": PAIRS, "method": "dense"}, "dense prunes nothing: drop .* unit"),
+        ({"unit": PAIRS, "overrides": {"*": Keep(1, of=2, tail="dense")}}, "unit has no effect"),
         ({"unit": (0, 2)}, r"Unit\(0, 2\): v and c must be at least 1"),
         ({"unit": (2, 2, 2)}, r"unit must be a pair of whole numbers .*, not \(2, 2, 2\)"),
         ({"unit": 16}, "unit must be a pair of whole numbers"),
@@ -222,6 +223,14 @@ def test_the_driver_reads_a_unit():
     assert section.unit == config.Unit(v=16, c=2) == config.Sparsity(unit={"v": 16, "c": 2}).unit
     with pytest.raises(ValueError, match=r"write \[v, c\]"):
         config.Sparsity(unit=[16])
+    with pytest.raises(ValueError, match="unit beside keep, .* give keep v and c"):
+        config.Sparsity(unit=[16, 2], keep={"n": 2, "of": 4})
+    with pytest.raises(ValueError, match="unit, but method sls prunes single weights: drop it"):
+        config.Sparsity(unit=[16, 2], method="sls")
+    with pytest.raises(ValueError, match="unit, but method dense prunes nothing"):
+        config.Sparsity(unit=[16, 2], method="dense")
+    with pytest.raises(ValueError, match="from_zeros keeps the zeros .* drop unit"):
+        config.Sparsity(unit=[16, 2], from_zeros=True)
     given = config.Sparsity(unit={"v": 2, "c": 2, "tail": "dense"}, ratio=0.9)
     model = net()
     run = type("Run", (), {"sparsity": given})

@@ -490,6 +490,7 @@ def test_ranks_learn_the_same_masks(tmp_path, fresh_python):
         ({"sparsity": 0.5, "overrides": {"after": 0.7}}, "sls takes one sparsity"),
         ({"sparsity": 0.5, "overrides": {"after": issp.Keep(2, of=8)}}, "sls takes one sparsity"),
         ({"pattern": issp.Keep(2, of=8, v=2)}, "sls groups up to 256 input channels of one output"),
+        ({"pattern": issp.Keep(2, of=8, c=2)}, "sls groups up to 256 input channels of one output"),
         ({"pattern": issp.Keep(2, of=8, layout="flat")}, "sls groups up to 256 input channels"),
         ({"pattern": issp.Keep(2, of=32)}, "no layer to prune: head.*groups of m = 32"),
         ({"schedule": issp.Cubic(0, 0.8, begin=0, end=9)}, "schedule has no meaning for sls"),
