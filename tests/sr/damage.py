@@ -111,21 +111,21 @@ def damage_safetensors(content: bytes, rng: random.Random) -> bytes:
     del header["__metadata__"]["checksum"]  # it would notice every change
     if rng.random() < 0.6:
         ours = damage_tree(json.loads(header["__metadata__"]["issp"]), rng)
-        header["__metadata__"]["issp"] = json.dumps(_plain(ours))
+        header["__metadata__"]["issp"] = json.dumps(plain(ours))
     else:
         header = damage_tree(header, rng)
-    text = json.dumps(_plain(header)).encode()
+    text = json.dumps(plain(header)).encode()
     return struct.pack("<Q", len(text)) + text + content[8 + length :]
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
     """What JSON and YAML can hold."""
     if isinstance(tree, dict):
-        return {str(key): _plain(value) for key, value in tree.items()}
+        return {str(key): plain(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return [_plain(value) for value in tree]
+        return [plain(value) for value in tree]
     if isinstance(tree, Tensor):
-        return _plain(tree.tolist())
+        return plain(tree.tolist())
     return tree.decode() if isinstance(tree, bytes) else tree
 
 
@@ -133,4 +133,4 @@ def damage_yaml(text: str, rng: random.Random) -> str:
     """Changes a value of a configuration."""
     import yaml
 
-    return yaml.safe_dump(_plain(damage_tree(yaml.safe_load(text), rng)))
+    return yaml.safe_dump(plain(damage_tree(yaml.safe_load(text), rng)))
