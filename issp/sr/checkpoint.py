@@ -1,8 +1,9 @@
 """Models and training states on disk: complete or absent, readable without unpickling code.
 
 A model is a safetensors file whose metadata holds, as JSON, what rebuilds the network: its
-configuration, scale and sparsity. A training state is a torch file of tensors and plain values,
-read with weights_only=True. BasicSR's .pth files (params, params_ema) are read the same way.
+configuration, scale and sparsity; weights are dense in it, or packed (`issp.deploy.packed_file`).
+A training state is a torch file of tensors and plain values, read with weights_only=True. BasicSR's
+.pth files (params, params_ema) are read the same way.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import json
 import os
 import warnings
 from collections.abc import Iterable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from issp.deploy import pack
+from issp.deploy import pack, packed_file
 from issp.nn import names
+from issp.nn.layers import SparseLayer
+from issp.nn.report import LayerReport
 from issp.nn.sparse_training import dense_weight
+from issp.ops.keep import Keep
 from issp.pruning import summary
 from issp.sr import checksums, file_kinds, models
-from issp.sr.models.derived import replace_derived
+from issp.sr.models.derived import derived_names, replace_derived
 from issp.sr.random_state import random_state, set_random_state
 from issp.sr.tensor_files import (
     check_kind,
@@ -34,41 +38,59 @@ from issp.utils.errors import first_line
 from issp.utils.files import atomic_write, user_path
 
 __all__ = ["load", "load_weights", "random_state", "read_state", "read_tensors", "save"]
-__all__ += ["set_random_state", "sparsity", "write_state"]
+__all__ += ["saved_facts", "set_random_state", "sparsity", "write_state"]
 
 # Entries of a .pth that hold weights. BasicSR's two, the first ones, stand for each other.
 _WEIGHT_KEYS = ("params_ema", "params", "state_dict", "model_state_dict", "model", "net")
-_OWN_METADATA = ("config", "arch", "scale", "sparsity")
+_OWN_METADATA = ("config", "arch", "scale", "sparsity", "packed", "derived")
 _BLOCK_COUNTS = ("num_block", "depths", "depth")  # keys of the networks' configurations
 _MOST_BEYOND_FILE = 2**28  # numbers: masks that a file may leave out
 _UNEXPECTED = "is not in the model"
 _MOST_NAMES = 20  # of tensors, in a sentence
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
-def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike,
+    *,
+    packed: bool | None = None,
+    dtype: torch.dtype | None = None,
+    **extra: Any,
+) -> None:
     """Writes a model as safetensors, with what `load` needs to rebuild it.
 
     Args:
-        model: a network of `issp.models` (it has `.config` and `.scale`), packed or not: the file
-            holds dense weights with their zeros, so that every machine packs them anew. Wrappers
-            (DistributedDataParallel, torch.compile, AveragedModel, ...) are looked through.
+        model: a network of `issp.models` (it has `.config` and `.scale`), or any module that
+            `issp.pack` returned. Wrappers (DistributedDataParallel, torch.compile, AveragedModel,
+            ...) are looked through.
         path: file to write.
+        packed: store the values that are not zero and their positions, for every machine alike;
+            False: dense weights with their zeros. None: what `issp.pack` returned becomes a packed
+            file, any other model a dense one.
+        dtype: of the stored weights of convolutions and linear layers; None: their own.
         **extra: more plain values for the metadata, such as iteration=1000.
 
     Raises:
-        TypeError: the model has no configuration, or an extra value is not plain.
-        ValueError: a layer is parametrized, or an extra value has the name of one of the file's.
+        TypeError: the model has no configuration and is not packed, or an extra value is not plain.
+        ValueError: a layer is parametrized, an extra value has the name of one of the file's, or a
+            weight is too large for the dtype.
         OSError: the file cannot be written; an older file is left as it was.
     """
     if isinstance(model, nn.Module):
         model = names.unwrap(model)
-    if not isinstance(getattr(model, "config", None), dict):
+    if packed is None:
+        packed = isinstance(model, nn.Module) and _is_packed(model)
+    metadata = _architecture(model)
+    if not metadata and not packed:
         raise TypeError(
             f"cannot save {type(model).__name__} with its architecture: it has no .config; "
-            "use torch.save(model.state_dict(), path)"
+            "use torch.save(model.state_dict(), path), or issp.pack it first"
         )
     _check_extra(extra)
-    if pack.is_packed(model):
+    keep = _patterns(model)
+    if _is_packed(model):
         model = pack.unpack(model)
     _check_layers(model)
     # Copies: safetensors refuses tensors that share memory, and tied weights load back equal.
@@ -76,9 +98,50 @@ def save(model: nn.Module, path: str | os.PathLike, **extra: Any) -> None:
         name: value.detach().cpu().contiguous().clone()
         for name, value in names.named_tensors(model).items()
     }
-    metadata: dict[str, Any] = {"config": model.config, "arch": model.arch, "scale": model.scale}
+    if dtype is not None:
+        tensors |= _rounded(model, tensors, dtype)
     metadata |= {"sparsity": sparsity(model), **extra}
+    if packed:
+        derived = derived_names(model)
+        stored = {name: value for name, value in tensors.items() if name not in derived}
+        tensors, metadata["packed"] = packed_file.encode(stored, keep)
+        if derived:
+            metadata["derived"] = sorted({name.rpartition(".")[2] for name in derived})
     atomic_write(path, safetensors_bytes(tensors, metadata))
+
+
+def _is_packed(model: nn.Module) -> bool:
+    """Whether `issp.pack` returned it: also where it has left every layer dense."""
+    return pack.is_packed(model) or isinstance(getattr(model, "report", None), LayerReport)
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    """What rebuilds a network of `issp.models`; nothing of another module."""
+    if not isinstance(getattr(model, "config", None), dict):
+        return {}
+    return {"config": model.config, "arch": model.arch, "scale": model.scale}
+
+
+def _patterns(model: nn.Module) -> dict[str, Keep]:
+    """Name of a weight -> the N:M pattern that its layer is packed with."""
+    layers = {n: m for n, m in names.named_modules(model).items() if isinstance(m, SparseLayer)}
+    patterns = {f"{name}.weight": getattr(layer, "keep", None) for name, layer in layers.items()}
+    return {name: keep for name, keep in patterns.items() if keep is not None}
+
+
+def _rounded(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of convolutions and linear layers in a floating-point dtype."""
+    if dtype not in packed_file.WEIGHT_DTYPES:
+        kinds = ", ".join(str(kind).removeprefix("torch.") for kind in packed_file.WEIGHT_DTYPES)
+        raise ValueError(f"weights cannot be saved as {dtype}: use one of {kinds}")
+    rounded = {}
+    for name, module in names.named_modules(model).items():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = tensors[f"{name}.weight" if name else "weight"]
+            rounded[f"{name}.weight" if name else "weight"] = new = weight.to(dtype)
+            if not torch.equal(new.isfinite(), weight.isfinite()):
+                raise ValueError(f"a weight of {name} is too large for {dtype}: save bfloat16")
+    return rounded
 
 
 def _check_extra(extra: dict[str, Any]) -> None:
@@ -104,25 +167,89 @@ def _check_layers(model: nn.Module) -> None:
             )
 
 
+@overload
 def load(
     path: str | os.PathLike, arch: str | None = None, scale: int | None = None
-) -> models.SuperResolver:
+) -> models.SuperResolver: ...
+
+
+@overload
+def load(path: str | os.PathLike, *, model: _Model) -> _Model: ...
+
+
+@overload
+def load(
+    path: str | os.PathLike,
+    arch: str | None = None,
+    scale: int | None = None,
+    *,
+    model: nn.Module | None = None,
+    example: Tensor | tuple[Any, ...],
+) -> nn.Module: ...
+
+
+def load(
+    path: str | os.PathLike,
+    arch: str | None = None,
+    scale: int | None = None,
+    *,
+    model: nn.Module | None = None,
+    example: Tensor | tuple[Any, ...] | None = None,
+) -> nn.Module:
     """Rebuilds the model in a file.
 
     Args:
-        path: a file of `save`, or BasicSR's .pth (params_ema is preferred to params), which may
-            have entries config, or arch and scale, beside the weights.
+        path: a file of `save`, dense or packed, or BasicSR's .pth (params_ema is preferred to
+            params), which may have entries config, or arch and scale, beside the weights.
         arch: name for `issp.models.build`; needed for files that do not know their architecture.
         scale: as above; None: the one that the shapes of the tensors fit.
+        model: a module of your own, which gets the tensors of the file, in its own dtypes.
+        example: its input, or a tuple of its arguments: the model is packed for it on its device,
+            by `issp.pack`, with the N:M patterns that the file names.
 
     Returns:
-        The model on the CPU in float32, in evaluation mode, whatever torch's defaults are.
+        The model with dense weights and their zeros, in evaluation mode: on the CPU in float32,
+        whatever torch's defaults are, or `model` as it was given; or, with `example`, packed.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is no model, damaged or cut short, or of another architecture.
     """
     tensors, metadata = read_tensors(path)
+    if model is None:
+        model = _built(path, arch, scale, tensors, metadata)
+    elif arch is not None or scale is not None:
+        raise ValueError("the model is given: leave arch and scale out")
+    elif pack.is_packed(model):
+        raise ValueError("the model is packed: give issp.unpack(model), or its dense original")
+    else:
+        tensors = _own_derived(model, metadata) | tensors
+    load_weights(model, tensors, path)
+    model.eval()
+    if example is None:
+        return model
+    first = next((x for x in (example, *example) if isinstance(x, Tensor)), None)
+    keep = {n.rpartition(".")[0]: pattern for n, pattern in metadata.get("packed", {}).items()}
+    return pack.pack(model if first is None else model.to(first.device), example, keep or None)
+
+
+def _own_derived(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Tensor]:
+    """The buffers of a module that a packed file has left out, since they follow from sizes."""
+    left_out = metadata.get("derived")
+    if not isinstance(left_out, list):
+        return {}
+    own = names.named_tensors(model)
+    return {name: value for name, value in own.items() if name.rpartition(".")[2] in left_out}
+
+
+def _built(
+    path: str | os.PathLike,
+    arch: str | None,
+    scale: int | None,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, Any],
+) -> models.SuperResolver:
+    """A network for the tensors of a file, with random weights."""
     with torch.device("cpu"):
         if arch is None and "config" in metadata:
             model = _rebuild(metadata, tensors, path)
@@ -132,15 +259,15 @@ def load(
             model = models.build(arch, scale)
         else:
             raise ValueError(f"{path} does not say its architecture: give its name and scale")
-    model.float()
-    load_weights(model, tensors, path)
-    return model.eval()
+    return model.float()
 
 
 def read_tensors(
     path: str | os.PathLike, key: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a model file by name, and what it says of its architecture (or {}).
+    """The dense tensors of a model file by name, and what it says of its architecture (or {}).
+
+    Of a packed file this has the entry "packed": name of a weight -> its N:M pattern.
 
     What wrappers ("module.", "_orig_mod.", ...) put into the names is taken out; `save` has
     written none of it.
@@ -160,7 +287,9 @@ def read_tensors(
     named = path.suffix.lower() == ".safetensors" and not file_kinds.is_zip(path)
     if named or file_kinds.is_safetensors(path):
         tensors, metadata = read_safetensors(path)
-        names_are_its_own = "config" in metadata
+        names_are_its_own = "config" in metadata or "packed" in metadata
+        if "packed" in metadata:
+            tensors, metadata["packed"] = _unpacked(tensors, metadata["packed"], path)
     else:
         content = read_state(path)
         tensors = _weights_entry(content, path, key)
@@ -172,6 +301,20 @@ def read_tensors(
         return tensors, metadata
     plain.pop("n_averaged", None)  # the counter of torch's AveragedModel
     return plain, metadata
+
+
+def _unpacked(
+    tensors: dict[str, Tensor], header: object, path: str | os.PathLike
+) -> tuple[dict[str, Tensor], dict[str, Keep]]:
+    try:
+        return packed_file.decode(tensors, header)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+
+
+def saved_facts(path: str | os.PathLike) -> dict[str, Any]:
+    """What `save` was given beside the model: iteration, training, ... of a file (or {})."""
+    return {n: value for n, value in read_tensors(path)[1].items() if n not in _OWN_METADATA}
 
 
 def load_weights(

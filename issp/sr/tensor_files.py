@@ -83,7 +83,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[s
 def safetensors_bytes(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bytes:
     """The content of a file that `read_safetensors` reads."""
     safetensors_torch = import_optional("safetensors.torch", "safetensors", "model files")
-    texts = {"format": "pt", _METADATA_KEY: json.dumps(metadata)}
+    texts = {"format": "pt", _METADATA_KEY: json.dumps(metadata, separators=(",", ":"))}
     texts[checksums.METADATA_KEY] = checksums.UNSEALED
     return checksums.seal_safetensors(safetensors_torch.save(tensors, texts))
 

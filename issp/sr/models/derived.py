@@ -62,6 +62,16 @@ def replace_derived(
     return state, conflicts
 
 
+def derived_names(model: nn.Module) -> set[str]:
+    """The names of the derived buffers of a model in its state_dict."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, DerivedBuffers)
+        for name in module.derive("meta")
+    }
+
+
 def is_close(saved: Tensor, derived: Tensor) -> bool:
     """Whether two buffers of whole numbers agree, whatever rounding the saved one went through."""
     if saved.shape != derived.shape or saved.is_complex():
