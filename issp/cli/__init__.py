@@ -29,6 +29,7 @@ COMMANDS = (
     "study",
     "test",
     "upscale",
+    "pack",
     "bench",
     "plot",
     "table",

@@ -219,6 +219,16 @@ def picture_path(out: str | None, name: str) -> Path:
     return path if suffix in _PICTURES and not path.is_dir() else path / name
 
 
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """Height and width that --size gives."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or not all(1 <= int(side) <= 100_000 for side in match.groups()):
+        raise ValueError(f"--size is {text!r}: write height and width of the input, such as 64x64")
+    return int(match[1]), int(match[2])
+
+
 def name_crowding(args: argparse.Namespace) -> None:
     """One line on stderr when threads compete for the cores with other processes."""
     import torch

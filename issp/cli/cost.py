@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +63,7 @@ def main(args: argparse.Namespace) -> int:
     from issp.sr import costs
     from issp.utils.errors import explain_out_of_memory
 
-    size = _size(args.size)
+    size = common.image_size(args.size)
     if args.csv:
         common.check_output("--csv", user_path(args.csv), [args.model], "the model")
     model = _model(args)
@@ -85,16 +84,6 @@ def main(args: argparse.Namespace) -> int:
     if args.csv:
         atomic_write(args.csv, _csv(found, lines, measured).encode(errors="backslashreplace"))
     return 0
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """Height and width that --size gives."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match or not all(1 <= int(side) <= 100_000 for side in match.groups()):
-        raise ValueError(f"--size is {text!r}: write height and width of the input, such as 64x64")
-    return int(match[1]), int(match[2])
 
 
 def _model(args: argparse.Namespace) -> SuperResolver:
