@@ -52,6 +52,25 @@ def test_one_compilation_serves_every_size(packed, backend):
             torch.testing.assert_close(compiled(x), packed(x))
 
 
+@pytest.mark.full
+def test_onnx_gets_the_dense_network_with_its_zeros(packed, tmp_path):
+    """Of every size; onnxruntime rounds sums in another order than torch."""
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name, reason=f"torch's exporter for ONNX needs {name}")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="it runs the exported network")
+    size = {0: Dim("n", max=64), 2: Dim("h", min=4, max=512), 3: Dim("w", min=4, max=512)}
+    example = torch.rand(2, 3, 16, 12)
+    file = str(tmp_path / "m.onnx")
+    dense = issp.unpack(packed)
+    torch.onnx.export(dense, (example,), file, dynamo=True, dynamic_shapes=(size,), verbose=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for n, height, width in SIZES:
+        x = torch.rand(n, 3, height, width)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(y), packed(x), rtol=0, atol=1e-5)
+
+
 def test_torch_fx_traces_the_network(packed):
     traced = torch.fx.symbolic_trace(packed)
     leaves = {
