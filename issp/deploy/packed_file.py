@@ -54,7 +54,7 @@ class _Entry:
     count: int = 0
     rice: int = 0
     bytes: int = 0
-    keep: Mapping[str, int] | None = None
+    keep: Mapping[str, Any] | None = None
 
     @property
     def stored(self) -> int:

@@ -10,12 +10,11 @@ Source: Rice and Plaunt, "Adaptive variable-length coding", 1971; Golomb, 1966.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 MOST_LOW_BITS = 32
 
 
-def encode(positions: NDArray[np.int64]) -> tuple[int, NDArray[np.uint8]]:
+def encode(positions: np.ndarray) -> tuple[int, np.ndarray]:
     """The parameter r that needs the fewest bits, of those that suit the mean gap, and the code.
 
     Args:
@@ -37,7 +36,7 @@ def encode(positions: NDArray[np.int64]) -> tuple[int, NDArray[np.uint8]]:
     return r, np.concatenate(parts)
 
 
-def decode(code: NDArray[np.uint8], r: int, count: int, end: int) -> NDArray[np.int64]:
+def decode(code: np.ndarray, r: int, count: int, end: int) -> np.ndarray:
     """The positions that `encode` was given.
 
     Args:
