@@ -99,7 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", default=default, choices=shapes.MODELS)
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument(
-        "--pattern", metavar="N:M[:v]", help="prune N:M groups, such as 2:4, 1:10:4 or 1:20:flat"
+        "--pattern",
+        metavar="N:M[:v[xc]]",
+        help="prune N:M groups, such as 2:4, 1:10:4, 2:32:16x2 or 1:20:flat",
     )
     parser.add_argument("--settle", type=int, help="untimed steps first, default 200 (quick: 100)")
     parser.add_argument(

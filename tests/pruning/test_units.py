@@ -10,6 +10,8 @@ from torch import nn
 
 import issp
 from issp import Keep, Unit, attach, num_pruned
+from issp.pruning.layer_choice import all_that_can
+from issp.pruning.masked_layer import MaskedLayer
 from issp.sr import builders, config
 from tests.optim.twins import assert_twins, network, together, twins
 from tests.pruning.networks import adam, net, same, step, train, weights
@@ -237,3 +239,11 @@ def test_the_driver_reads_a_unit():
     pruner = builders.pruner(run, model, adam(model), None)
     assert [row.unit for row in pruner.summary().rows] == [PAIRS] * 3
     assert builders.pruning_target(config.Keep(n=2, of=4, v=4, c=2)) == Keep(2, of=4, v=4, c=2)
+
+
+def test_layers_that_train_sparse_share_the_rows_of_a_unit():
+    model = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8))
+    pruner = attach(model, adam(model), 0.75, unit=(4, 2), overrides={"1": Keep(2, of=4)})
+    pruner.step()
+    layers = [MaskedLayer(x, pruner.masks()[x.name]) for x in pruner._buckets.layers]
+    assert all_that_can(layers)[0] == {"0": 4, "1": 1}
