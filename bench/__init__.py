@@ -21,6 +21,7 @@ BENCHMARKS = {
     "record": "what recording gradients and masks costs an iteration",
     "conv": "sparse convolutions, forward and training step",
     "matmul": "sparse linear layers, forward and training step",
+    "tiles": "sparse convolutions in the tile layout (AMX bfloat16)",
     "network": "whole sparse networks, packed by issp.pack",
     "upscale": "the command on a photograph: seconds and memory of the whole process",
     "accuracy": "PSNR by N:M pattern: trainings, no times",

@@ -45,6 +45,7 @@ def main(args: argparse.Namespace) -> int:
         ("processor", f"{cpu['name']}, {cpu['cores']} cores, {cpu['threads']} threads in use"),
         ("features", f"{' '.join(cpu['features'] or ['unknown'])}; torch uses {cpu['torch']}"),
         ("load", f"{_load(cpu)}; waiting threads: {cpu['waiting']}"),
+        ("tiles", f"{cpu['tiles']} kernels (sparse bfloat16 convolution is fast on amx)"),
         ("denormals", f"{cpu['denormals']} (`issp train` flushes them to zero)"),
         ("gpu", gpu_line),
     ]

@@ -60,11 +60,17 @@ def cpu() -> dict[str, Any]:
         "name": environment.cpu_name(),
         "features": environment.cpu_features(_CPU_FEATURES),
         "torch": torch.backends.cpu.get_cpu_capability(),
+        "tiles": tile_kernels(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "denormals": denormals.mode(),
         "waiting": process.waiting(),
     }
+
+
+def tile_kernels() -> str:
+    """What computes in the tile layout: amx, avx512, scalar, or the slow reference."""
+    return torch.ops.issp._tile_capability() if backends.active("cpu") == "cpp" else "reference"
 
 
 def gpu() -> dict[str, Any] | None:

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from issp.ops import backends, validation
+from issp.ops import validation
 from issp.ops.formats import SparseRows
+from issp.ops.info import tile_kernels
 from issp.ops.schemas.tiles import LANES
 from issp.ops.validation import raise_python_error
 
@@ -140,7 +141,7 @@ class TiledWeight:
 
 def tiles_supported() -> bool:
     """Whether this CPU computes in the tile layout on a matrix engine (AMX bfloat16)."""
-    return backends.active("cpu") == "cpp" and torch.ops.issp._tile_capability() == "amx"
+    return tile_kernels() == "amx"
 
 
 def to_tiles(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> TiledImage:

@@ -239,6 +239,7 @@ def test_info(capsys):
     assert cli.main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["backends"]["active"]["cpu"] in ("cpp", "reference")
+    assert facts["cpu"]["tiles"] in ("amx", "avx512", "scalar", "reference")
     assert facts["cpu"]["denormals"] in ("kept", "mixed", "flushed to zero")
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
