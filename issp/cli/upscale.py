@@ -14,12 +14,22 @@ from typing import TYPE_CHECKING, TypeVar
 
 from issp.cli import common
 from issp.utils import process
-from issp.utils.errors import OutOfMemoryError, UserError, explain_out_of_memory, one_line
+from issp.utils.errors import (
+    OutOfMemoryError,
+    UserError,
+    explain_out_of_memory,
+    import_optional,
+    one_line,
+)
 from issp.utils.files import check_folder, user_path
+from issp.utils.text import byte_text, parse_bytes
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from issp.sr.contact_sheet import ContactSheet
+    from issp.sr.memory_limit import MemoryLimit
+    from issp.sr.models import SuperResolver
     from issp.sr.models.tiling import Tiling
 
 HELP = "super-resolve images or folders of images"
@@ -46,6 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=FORMATS, help="of the results (default: png)")
     parser.add_argument("--suffix", help="added to names (default: _x and the scale)")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="most that the process may hold, such as 2G; tiles are cut to suit",
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="WHAT",
+        help="also write a contact sheet (PNG): the results beside bicubic, or beside bicubic "
+        "and the model in a FILE, such as a dense one",
+    )
     parser.add_argument(
         "--skip-existing", action="store_true", help="leave out images whose result is there"
     )
@@ -86,25 +107,30 @@ def main(args: argparse.Namespace) -> int:
 
     process.use_large_pages()
     out = user_path(args.out)
+    memory = _memory(args)
     images = _images(args.images, out)
     model = common.load_model(args)
     upscale.check_channels(model)
     jobs = _jobs(args, images, f"_x{model.scale}" if args.suffix is None else args.suffix)
-    tiling = common.tiling(args, model)
+    sheet, sheet_path = _sheet(args, model, jobs)
+    tiling = None if memory else common.tiling(args, model)
     if args.skip_existing:
         jobs = _waiting(jobs)
     failures = Failures(several=len(images) > 1)
     sizes = _sizes(jobs, model.scale, failures)
     with process.prompt_interrupt():
         network = common.packed(args, model, sum(h * w for h, w in sizes.values()))
+    if memory:
+        tiling, sizes = _tiling_within(memory, model, jobs, sizes, failures)
+    assert tiling is not None  # one of the two has been chosen
     if not tiling.exact and any(tiling.cuts(*size) for size in sizes.values()):
-        print(
-            f"note: tiles of {tiling.tile} pixels overlap by {tiling.overlap}, but the network "
-            "sees further: results may differ a little at their seams; --tile sets their size",
-            file=sys.stderr,
-        )
+        print(_seams_note(tiling, model), file=sys.stderr)
+    run = Run(network, tiling, sizes, failures, bool(memory), sheet)
     with process.prompt_interrupt():
-        _run([job for job in jobs if job.source in sizes], network, tiling, sizes, failures)
+        run.upscale_all([job for job in jobs if job.source in sizes])
+    if sheet is not None and sheet_path and len(sheet):
+        sheet.write(sheet_path)
+        print(f"{sheet_path}  the first {len(sheet)} of {len(jobs)} images side by side")
     if failures.sources:
         print(f"{len(failures.sources)} of {len(jobs)} images failed:", file=sys.stderr)
         print(*failures.sources, sep="\n", file=sys.stderr)
@@ -237,74 +263,183 @@ def _sizes(jobs: Sequence[Job], scale: int, failures: Failures) -> dict[Path, tu
     return {source: size for source, size in sizes.items() if size}
 
 
-def _run(
+def _memory(args: argparse.Namespace) -> int | None:
+    """Bytes that --memory means.
+
+    Raises:
+        ValueError: no size, or beside what it cannot bound.
+    """
+    if args.memory is None:
+        return None
+    try:
+        memory = parse_bytes(args.memory)
+    except ValueError as error:
+        raise ValueError(f"--memory: {error}") from None
+    if args.tile is not None:
+        raise ValueError("--memory chooses the tiles' size, and --tile sets it: drop one of them")
+    if args.device.startswith("cuda"):
+        raise ValueError("--memory bounds the processor's memory: use --tile with --device cuda")
+    args.device = "cpu"  # "auto" could be a GPU
+    return memory
+
+
+def _sheet(
+    args: argparse.Namespace, model: SuperResolver, jobs: Sequence[Job]
+) -> tuple[ContactSheet | None, Path | None]:
+    """The contact sheet that --compare asks for, and its file.
+
+    Raises:
+        ValueError: a model of another scale, or an image is in the sheet's place.
+    """
+    if args.compare is None:
+        return None, None
+    from issp.sr.contact_sheet import ContactSheet
+    from issp.sr.upscale import check_channels
+
+    import_optional("matplotlib", "matplotlib", "the contact sheet")
+    out = user_path(args.out)
+    path = out.with_name(f"{out.stem}_compare.png") if _file_named(args) else out / "compare.png"
+    others: dict[str, nn.Module] = {}
+    if args.compare != "bicubic":
+        other = common.load_file(args.compare, args)
+        if other.scale != model.scale:
+            raise ValueError(
+                f"--compare {args.compare} is a x{other.scale} model and --model a x{model.scale} "
+                "one: compare models of one scale"
+            )
+        check_channels(other)
+        others[Path(args.compare).name] = other
+    common.check_output("--compare: the sheet", path, [job.source for job in jobs], "an image")
+    if path in [job.target for job in jobs]:
+        raise ValueError(f"the sheet of --compare and a result would both become {path}: rename")
+    return ContactSheet(model.scale, Path(args.model).name, others), path
+
+
+def _tiling_within(
+    memory: int,
+    model: SuperResolver,
     jobs: Sequence[Job],
-    network: nn.Module,
-    tiling: Tiling,
     sizes: dict[Path, tuple[int, int]],
     failures: Failures,
-) -> None:
-    """Reads, computes and writes one image after the other."""
-    pixels = [h * w for h, w in (sizes[job.source] for job in jobs)]
-    written = 0
+) -> tuple[Tiling, dict[Path, tuple[int, int]]]:
+    """The largest tiles that suit all images within so many bytes, and the images that do fit."""
+    from issp.sr.memory_limit import MemoryLimit
+    from issp.sr.models import tiling
+
+    process.return_freed_memory()
+    limit = MemoryLimit.of(memory, model)
+    waiting = [job for job in jobs if job.source in sizes]
+    budgets = {
+        job.source: failures.attempt(job, lambda job=job: _budget(limit, job, sizes))
+        for job in waiting
+    }
+    fitting = {source: budget for source, budget in budgets.items() if budget is not None}
+    least = min(fitting.values(), default=limit.least_tile)
+    chosen = tiling.fitting_tiling(model, model.channels, least)
+    return chosen, {source: sizes[source] for source in fitting}
+
+
+def _budget(limit: MemoryLimit, job: Job, sizes: dict[Path, tuple[int, int]]) -> int:
     try:
-        with common.item_progress("images") as progress:
-            for number, job in enumerate(jobs):
-                on_share = functools.partial(
-                    _show_share,
-                    progress,
-                    done=sum(pixels[:number]),
-                    now=pixels[number],
-                    total=sum(pixels),
-                    text=f"{job.source.name} ({number + 1} of {len(jobs)})",
-                )
-                written += _upscale(job, network, tiling, on_share, failures)
-    except KeyboardInterrupt:
-        print(f"{written} of {len(jobs)} images are done", file=sys.stderr)
-        raise
+        return limit.tile_bytes(*sizes[job.source])
+    except UserError as error:
+        raise UserError(f"{job.source}: {error}") from None
+
+
+def _seams_note(chosen: Tiling, model: SuperResolver) -> str:
+    from issp.sr.models import tiling
+
+    exact = tiling.exact_bytes(model, model.channels)
+    remedy = f"; exact ones take {byte_text(exact)} for a tile" if exact else ""
+    return (
+        f"note: tiles of {chosen.tile} pixels overlap by {chosen.overlap}, but the network "
+        f"sees further: results may differ a little at their seams; --tile sets their size{remedy}"
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all images of a command share.
+
+    Attributes:
+        network, tiling: see `issp.sr.upscale`.
+        sizes: of the images that can be upscaled.
+        failures: gets those that cannot.
+        is_bounded: memory that is freed goes back to the system at once.
+        sheet: gets the results; None: nobody asked for one.
+    """
+
+    network: nn.Module
+    tiling: Tiling
+    sizes: dict[Path, tuple[int, int]]
+    failures: Failures
+    is_bounded: bool
+    sheet: ContactSheet | None
+
+    def upscale_all(self, jobs: Sequence[Job]) -> None:
+        """Reads, computes and writes one image after the other."""
+        pixels = [h * w for h, w in (self.sizes[job.source] for job in jobs)]
+        written = 0
+        try:
+            with common.item_progress("images") as progress:
+                for number, job in enumerate(jobs):
+                    on_share = functools.partial(
+                        _show_share,
+                        progress,
+                        done=sum(pixels[:number]),
+                        now=pixels[number],
+                        total=sum(pixels),
+                        text=f"{job.source.name} ({number + 1} of {len(jobs)})",
+                    )
+                    written += self._upscale(job, on_share)
+        except KeyboardInterrupt:
+            print(f"{written} of {len(jobs)} images are done", file=sys.stderr)
+            raise
+
+    def _upscale(self, job: Job, on_share: Callable[[float], None]) -> bool:
+        """Whether the result of an image was written."""
+        from issp.sr import data, upscale
+        from issp.sr.data.pictures import lost_in_reading, write_picture
+
+        done = 0
+
+        def on_part(total: int) -> None:
+            nonlocal done
+            done += 1
+            on_share(done / total)
+
+        def compute(picture: data.Picture) -> data.Picture:
+            with explain_out_of_memory(common.MEMORY_REMEDY):
+                return upscale.upscale_picture(self.network, picture, self.tiling, on_part)
+
+        on_share(0)
+        attempt = self.failures.attempt
+        picture = attempt(job, lambda: data.read_picture(job.source))
+        self._return_memory()
+        if picture is None:
+            return False
+        result = attempt(job, lambda: compute(picture), (OutOfMemoryError,))
+        self._return_memory()
+        if result is None:
+            return False
+        lost = attempt(job, lambda: write_picture(job.target, result))
+        if lost is None:
+            return False
+        if self.sheet is not None:
+            self.sheet.add(job.source.name, picture.rgb, result.rgb)
+        height, width = result.rgb.shape[:2]
+        print(f"{job.target}  {width} x {height}", flush=True)
+        lost = lost_in_reading(picture) + lost
+        if lost:
+            print(f"note: {job.target} is without {', '.join(lost)}", file=sys.stderr)
+        return True
+
+    def _return_memory(self) -> None:
+        if self.is_bounded:
+            process.return_freed_memory()
 
 
 def _show_share(
     progress: common.ItemProgress, share: float, *, done: int, now: int, total: int, text: str
 ) -> None:
     progress(done + share * now, total, text)
-
-
-def _upscale(
-    job: Job,
-    network: nn.Module,
-    tiling: Tiling,
-    on_share: Callable[[float], None],
-    failures: Failures,
-) -> bool:
-    """Whether the result of an image was written."""
-    from issp.sr import data, upscale
-    from issp.sr.data.pictures import lost_in_reading, write_picture
-
-    done = 0
-
-    def on_part(total: int) -> None:
-        nonlocal done
-        done += 1
-        on_share(done / total)
-
-    def compute(picture: data.Picture) -> data.Picture:
-        with explain_out_of_memory(common.MEMORY_REMEDY):
-            return upscale.upscale_picture(network, picture, tiling, on_part)
-
-    on_share(0)
-    picture = failures.attempt(job, lambda: data.read_picture(job.source))
-    if picture is None:
-        return False
-    result = failures.attempt(job, lambda: compute(picture), (OutOfMemoryError,))
-    if result is None:
-        return False
-    lost = failures.attempt(job, lambda: write_picture(job.target, result))
-    if lost is None:
-        return False
-    height, width = result.rgb.shape[:2]
-    print(f"{job.target}  {width} x {height}", flush=True)
-    lost = lost_in_reading(picture) + lost
-    if lost:
-        print(f"note: {job.target} is without {', '.join(lost)}", file=sys.stderr)
-    return True

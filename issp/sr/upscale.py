@@ -99,10 +99,10 @@ def _through_network(
     on_part: Callable[[int], None],
 ) -> np.ndarray:
     most = int(np.iinfo(samples.dtype).max)
-    planes = np.ascontiguousarray(samples.transpose(2, 0, 1)).astype(np.float32)
-    x = torch.from_numpy(planes).div_(most)[None]
+    whole = samples if most == 255 else samples.astype(np.int32)  # torch pads no uint16
+    x = torch.from_numpy(whole).permute(2, 0, 1)[None].expand(-1, channels, -1, -1)
     result = None
-    for part in upscale_parts(model, x.expand(-1, channels, -1, -1), tiling):
+    for part in upscale_parts(model, x, tiling, white=most):
         if result is None:
             height, width = (side * part.scale for side in samples.shape[:2])
             result = np.empty((height, width, samples.shape[2]), samples.dtype)

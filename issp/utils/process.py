@@ -59,6 +59,21 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Gives the system back what malloc keeps of freed memory, where malloc can do that."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_bytes() -> int | None:
+    """Memory that this process holds, as the system counts it; None where it does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def use_large_pages() -> None:
     """Lets torch ask for pages of 2 MB, unless the user chose otherwise.
 

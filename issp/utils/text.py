@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -43,3 +45,25 @@ def duration(seconds: float) -> str:
     """A time as hours:minutes:seconds."""
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes that "800M", "1.5G" or "4 GiB" mean; the units are powers of 1024.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"{text!r} is no size: write 800M or 4G")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def byte_text(count: int) -> str:
+    """A size as `parse_bytes` takes it, rounded up to three digits or whole MB."""
+    if count >= 2**30:
+        return f"{math.ceil(count / 2**30 * 100) / 100:.2f}G"
+    return f"{math.ceil(count / 2**20)}M"

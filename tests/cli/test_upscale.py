@@ -2,9 +2,11 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from issp import cli, data
 from issp.cli import common
 from issp.sr import upscale
 from issp.sr.models import tiling
+from issp.utils import process
 from tests.sr.networks import small_edsr
 
 Image = pytest.importorskip("PIL.Image", reason="the command reads and writes images")
@@ -352,6 +355,128 @@ def test_the_test_command_packs_as_well(place, capsys, monkeypatch):
         assert out.startswith(("packed: ", "dense: ")) is not bool(words)
         tables.append(out[out.index("sparse.safetensors: ") :])
     assert tables[0] == tables[1]
+
+
+def test_memory_bounds_the_tiles(place, capsys, monkeypatch):
+    from issp.sr import memory_limit
+
+    monkeypatch.setattr(process, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(memory_limit, "_LATER", 0)
+    pixels = picture(place / "in" / "a.png", 90, 120)
+    picture(place / "in" / "large.png", 2000, 2000)
+    sizes = []
+    forward = issp.models.EDSR.forward
+    monkeypatch.setattr(
+        issp.models.EDSR, "forward", lambda self, x: (sizes.append(x.shape), forward(self, x))[1]
+    )
+    assert run("in", "--memory", "5M") == 1
+    error = capsys.readouterr().err
+    assert "large.png: a picture of 2000 x 2000 pixels and its result need --memory 260M" in error
+    assert written(place / "out") == ["a_x2.png"]
+    side = max(sizes[-1][2:])
+    network = issp.load("m.safetensors")
+    assert 64 <= side < 120, "it is cut"
+    assert 2 * tiling.peak_bytes(network, (1, 3, side, side)) <= 5 * 2**20
+    whole = upscale.upscale_samples(network, pixels, tiling.Tiling())
+    assert np.abs(data.read_image("out/a_x2.png").astype(int) - whole).max() <= 1
+
+
+def test_what_memory_cannot_be(place, capsys):
+    picture(place / "a.png")
+    for words, sentence in [
+        (("--memory", "lots"), "--memory: 'lots' is no size: write 800M or 4G"),
+        (("--memory", "-1G"), "--memory"),
+        (("--memory", "1M"), "a.png: a picture of 14 x 12 pixels and its result need --memory "),
+        (("--memory", "2G", "--tile", "64"), "--tile sets it: drop one of them"),
+    ]:
+        status = run("a.png", *words) if words[1] != "-1G" else run("a.png", "--memory=-1G")
+        assert status == 2, words
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and sentence in error, error
+    assert not (place / "out").exists()
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux counts it")
+def test_an_8k_picture_stays_within_its_memory(place):
+    ramp = np.arange(7680, dtype=np.int64) // 4
+    pixels = (ramp + np.arange(4320)[:, None] // 8).astype(np.uint8)
+    Image.fromarray(pixels).convert("RGB").save("8k.png", compress_level=1)
+    words = ["8k.png", "--model", "m.safetensors", "-o", "out", "--memory", "2700M"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "issp", "upscale", *words]
+    child = subprocess.Popen(command, env=environment)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    assert child.returncode == 0
+    assert data.image_size("out/8k_x2.png") == (8640, 15360)
+    assert usage.ru_maxrss <= 2700 * 1024
+
+
+def test_a_contact_sheet(place, capsys, monkeypatch):
+    from issp.sr import contact_sheet
+
+    pytest.importorskip("matplotlib", reason="it draws the sheet")
+    issp.save(small_edsr(num_block=2), "other.safetensors")
+    for i in range(3):
+        picture(place / "in" / f"{i}.png", 40 + 30 * i, 60, seed=i)
+    drawn = []
+    comparison = contact_sheet.plots.comparison
+    monkeypatch.setattr(
+        contact_sheet.plots,
+        "comparison",
+        lambda rows, path: (drawn.append(rows), comparison(rows, path)),
+    )
+    monkeypatch.setattr(contact_sheet, "MOST_ROWS", 2)
+    assert run("in", "--compare", "other.safetensors") == 0
+    assert "out/compare.png  the first 2 of 3 images side by side" in capsys.readouterr().out
+    assert data.read_image("out/compare.png").shape[2] == 3
+    (first, second) = drawn.pop()
+    titles = ["input", "bicubic", "other.safetensors", "m.safetensors"]
+    assert [p.title for p in first] == ["0.png", *titles] and second[0].title == "1.png"
+    rgb = data.read_image("in/1.png")
+    side, (left, top) = 48, map(int, second[1].note.split()[-1].split(","))
+    place_in = np.s_[2 * top : 2 * (top + side), 2 * left : 2 * (left + side)]
+    assert np.array_equal(second[1].image, rgb[top : top + side, left : left + side])
+    assert np.array_equal(second[2].image, data.imresize(rgb, 2)[place_in])
+    other = upscale.upscale_samples(issp.load("other.safetensors"), rgb, tiling.Tiling())
+    assert np.abs(second[3].image.astype(int) - other[place_in]).max() <= 1
+    assert np.array_equal(second[4].image, data.read_image("out/1_x2.png")[place_in])
+    assert run("in/0.png", "--compare", "bicubic", out="r.png") == 0
+    assert (place / "r_compare.png").exists() and len(drawn[0][0]) == 4
+
+
+def test_what_compare_cannot_be(place, capsys):
+    pytest.importorskip("matplotlib", reason="it draws the sheet")
+    picture(place / "a.png")
+    picture(place / "out" / "compare.png")
+    issp.save(small_edsr(upscale=4), "x4.safetensors")
+    for words, sentence in [
+        (("a.png", "--compare", "bicubik"), "bicubik"),
+        (("a.png", "--compare", "x4.safetensors"), "is a x4 model and --model a x2 one"),
+        (("out/compare.png", "--compare", "bicubic"), "would overwrite an image"),
+    ]:
+        assert run(*words) == 2, words
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and sentence in error, error
+    assert written(place / "out") == ["compare.png"]
+
+
+def test_colours_of_16_bits_are_named(place, capsys):
+    deep = np.random.default_rng(0).integers(0, 65536, (12, 14, 3)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in deep)
+    header = struct.pack(">IIBBBBB", 14, 12, 16, 2, 0, 0, 0)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        content += struct.pack(">I", len(body)) + kind + body + check
+    (place / "deep.png").write_bytes(content)
+    assert run("deep.png") == 0
+    note = "note: out/deep_x2.png is without 16 bits of colour (they are read as 8)\n"
+    assert capsys.readouterr().err == note
+    eight = (deep >> 8).astype(np.uint8)
+    expected = upscale.upscale_samples(issp.load("m.safetensors"), eight, tiling.Tiling())
+    assert np.array_equal(data.read_image("out/deep_x2.png"), expected)
 
 
 def test_threads(place, capsys, monkeypatch):

@@ -151,12 +151,76 @@ def test_the_receptive_radius_is_what_results_depend_on(scale, blocks):
     assert reach == (model.receptive_radius,) * 2
 
 
+WINDOWED = {
+    "swinir": small_swinir,
+    "swinir, two groups": lambda: small_swinir(depths=[3, 2], num_heads=[2, 2]),
+    "swinir, odd window": lambda: small_swinir(img_size=15, window_size=5),
+    "swinir x4, pixelshuffle": lambda: small_swinir(upscale=4, upsampler="pixelshuffle"),
+    "swinir x4, nearest+conv": lambda: small_swinir(upscale=4, upsampler="nearest+conv"),
+    "swinir x2, nearest+conv": lambda: small_swinir(upsampler="nearest+conv"),
+    "swinir, 3conv": lambda: small_swinir(resi_connection="3conv"),
+    "swinir, restoration": lambda: small_swinir(upsampler=""),
+    "cat": small_cat,
+    "cat, restoration": lambda: small_cat(upsampler=""),
+    "cat, three blocks": lambda: small_cat(depth=[3]),
+}
+
+
+QUICK = ("swinir, restoration", "cat, restoration")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.full) for n in WINDOWED]
+)
+def test_the_receptive_radius_covers_all_that_windows_see(name):
+    model = WINDOWED[name]().eval()
+    scale, period = model.scale, model.pad_multiple
+    side = (-(-2 * model.receptive_radius // period) + 4) * period
+    reaches = []
+    for offset in range(period):
+        x = torch.rand(1, 3, side, side, requires_grad=True)
+        place = side // 2 // period * period + offset
+        cell = slice(place * scale, (place + 1) * scale)
+        model(x)[..., cell, cell].sum().backward()
+        for axis in (2, 3):
+            seen = x.grad.abs().amax([d for d in range(4) if d != axis])
+            needed = seen.nonzero().flatten()
+            reaches += [place - needed.min().item(), needed.max().item() - place]
+    assert max(reaches) == model.receptive_radius
+
+
+@pytest.mark.parametrize("name", ["swinir", "cat"])
+def test_tiles_of_windows_are_exact(name):
+    model = WINDOWED[name]().eval()
+    overlap = -(-2 * model.receptive_radius // model.pad_multiple) * model.pad_multiple
+    tile = 2 * overlap
+    x = torch.rand(1, 3, tile + 13, tile + 21)
+    whole = models.upscale(model, x)
+    assert tiling.fixed_tiling(model, tile) == tiling.Tiling(tile, overlap, exact=True)
+    torch.testing.assert_close(models.upscale(model, x, tile=tile), whole, rtol=0, atol=1e-5)
+    rough = models.upscale(model, x, tile=tile, tile_overlap=0)
+    assert (rough - whole).abs().max() > 1e-4
+
+
+def test_the_radius_of_the_presets():
+    radii = {name: build_on_meta(name, 2).receptive_radius for name in models.names()}
+    assert radii == {
+        "edsr-tiny": 20,
+        "edsr-baseline": 36,
+        "edsr-l": 68,
+        "swinir-light": 103,
+        "cat-r": 301,
+    }
+
+
 def test_the_default_overlap_is_exact_where_the_tile_allows_it():
     model = small_edsr().eval()
     assert model.receptive_radius == 6
     assert tiling.fixed_tiling(model, 24) == tiling.Tiling(24, 12, exact=True)
     assert tiling.fixed_tiling(model, 20) == tiling.Tiling(20, 10, exact=False)
-    assert tiling.fixed_tiling(small_swinir(), 64) == tiling.Tiling(64, 32, exact=False)
+    axial = small_cat_axial()
+    assert axial.receptive_radius is None, "its windows are as long as the image"
+    assert tiling.fixed_tiling(axial, 64) == tiling.Tiling(64, 32, exact=False)
     x = torch.rand(1, 3, 50, 67)
     torch.testing.assert_close(
         models.upscale(model, x, tile=24), models.upscale(model, x), rtol=0, atol=1e-6
@@ -186,7 +250,7 @@ def test_a_fitting_tile_takes_no_more_memory_than_there_is(make, monkeypatch):
     side = tiling.fitting_tiling(model, 3).tile
     assert tiling.peak_bytes(model, (1, 3, side, side)) <= 2 * 2**20 and side < 256
     monkeypatch.setattr(tiling, "_free_memory", lambda device: 2**34)
-    assert tiling.fitting_tiling(model, 3).tile == (384 if make is small_edsr else 512)
+    assert tiling.fitting_tiling(model, 3).tile == (512 if make is small_cat_axial else 384)
     monkeypatch.setattr(tiling, "_free_memory", lambda device: 1)
     assert tiling.fitting_tiling(model, 3).tile == model.pad_multiple
 

@@ -195,6 +195,15 @@ def encode_image(img: np.ndarray, suffix: str, compress_level: int = 6, **metada
         compress_level: see `write_image`.
         metadata: further arguments of Pillow's writer, such as icc_profile.
     """
+    buffer = io.BytesIO()
+    encode_into(buffer, img, suffix, compress_level, **metadata)
+    return buffer.getvalue()
+
+
+def encode_into(
+    file: BinaryIO, img: np.ndarray, suffix: str, compress_level: int = 6, **metadata: Any
+) -> None:
+    """Writes what `encode_image` returns, which is then nowhere in memory as a whole."""
     if img.ndim == 3 and img.shape[2] == 1:
         img = img[:, :, 0]
     pillow = import_optional("PIL.Image", "Pillow", "image files")
@@ -203,9 +212,15 @@ def encode_image(img: np.ndarray, suffix: str, compress_level: int = 6, **metada
         metadata["compress_level"] = compress_level
     elif kind in ("JPEG", "WEBP"):
         metadata["quality"] = 95
-    buffer = io.BytesIO()
-    pillow.fromarray(np.ascontiguousarray(img)).save(buffer, kind, **metadata)
-    return buffer.getvalue()
+    pillow.fromarray(np.ascontiguousarray(img)).save(_PythonFile(file), kind, **metadata)
+
+
+class _PythonFile:
+    """A file without a descriptor: through one, Pillow's own code hides why it cannot write."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.write, self.read, self.flush = file.write, file.read, file.flush
+        self.seek, self.tell = file.seek, file.tell
 
 
 def list_images(folder: str | os.PathLike, subfolders: bool = False) -> list[Path]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from issp.sr.data.images import PICTURE_SUFFIXES, Picture, encode_image
+from issp.sr.data.images import PICTURE_SUFFIXES, Picture, encode_into
 from issp.utils.errors import import_optional
 from issp.utils.files import atomic_write, user_path
 
@@ -103,8 +103,11 @@ def write_picture(path: str | os.PathLike, picture: Picture) -> list[str]:
             lost.append("EXIF (it is damaged or too long)")
         else:
             metadata["exif"] = exif
-    content = encode_image(pixels, suffix, _COMPRESS_LEVEL, **metadata)
-    atomic_write(path, content, durable=False)
+
+    def write(file: BinaryIO) -> None:
+        encode_into(file, pixels, suffix, _COMPRESS_LEVEL, **metadata)
+
+    atomic_write(path, write, durable=False)
     return lost
 
 

@@ -104,6 +104,7 @@ class CATBlock(WindowBlock):
     """
 
     mask_names = ("attn_mask_0", "attn_mask_1")
+    conv_radius = 1  # of the convolution of the values
 
     def __init__(
         self,

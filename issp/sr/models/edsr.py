@@ -1,7 +1,5 @@
 """EDSR: residual convolutional network (Lim et al. 2017), with BasicSR's parameter names."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -68,12 +66,7 @@ class EDSR(SuperResolver):
 
     @property
     def receptive_radius(self) -> int:
-        # One pixel for each 3x3 convolution, at the resolution that it works at.
-        radius, resolution = 2.0 + 2 * len(self.body), 1
-        for shuffle in list(self.upsample)[1::2]:
-            radius += 1 / resolution
-            resolution *= shuffle.upscale_factor
-        return math.ceil(radius + 1 / resolution)
+        return 2 + 2 * len(self.body) + self.upsample.receptive_radius
 
     @property
     def body_blocks(self) -> list[nn.Module]:

@@ -78,13 +78,16 @@ def upscale(
     return result
 
 
-def upscale_parts(model: nn.Module, x: Tensor, tiling: Tiling) -> Iterator[Part]:
-    """As `upscale`, tile by tile: the whole result is never in memory.
+def upscale_parts(
+    model: nn.Module, x: Tensor, tiling: Tiling, white: float = 1.0
+) -> Iterator[Part]:
+    """As `upscale`, tile by tile: neither the whole result nor the image in floats is in memory.
 
     Args:
         model: the network; it is in evaluation mode until the last part has been taken.
-        x: [N, C, H, W] in 0..1; may be on another device and of another dtype than the network.
+        x: [N, C, H, W] in 0..white; may be on another device and of another dtype than the network.
         tiling: see `issp.sr.models.tiling`.
+        white: what the image is divided by, in float32.
     """
     _check_images(x)
     network = getattr(model, "module", model)
@@ -102,6 +105,8 @@ def upscale_parts(model: nn.Module, x: Tensor, tiling: Tiling) -> Iterator[Part]
         for rows in all_rows:
             for cols in all_cols:
                 tile_x = x[..., rows.start : rows.end, cols.start : cols.end]
+                if white != 1:
+                    tile_x = tile_x.contiguous().float() / white
                 with torch.no_grad():
                     y = model(tile_x.to(like.device, like.dtype))
                 scale = y.shape[-1] // tile_x.shape[-1]

@@ -39,6 +39,16 @@ class Upsample(nn.Sequential):
             steps += [conv3x3(num_feat, factor**2 * num_feat), PixelShuffle(factor)]
         super().__init__(*steps)
 
+    @property
+    def receptive_radius(self) -> int:
+        """Input pixels to each side that a 3x3 convolution of the result depends on."""
+        # One pixel for each 3x3 convolution, at the resolution that it works at.
+        radius, resolution = 0.0, 1
+        for shuffle in list(self)[1::2]:
+            radius += 1 / resolution
+            resolution *= shuffle.upscale_factor
+        return math.ceil(radius + 1 / resolution)
+
 
 class Mlp(nn.Module):
     """Two linear layers with GELU between, over the last dimension.

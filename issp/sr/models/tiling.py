@@ -20,12 +20,15 @@ OVERLAP = 32
 # tiles of 384, 1.00 in tiles of 512. Small tiles do not fill a GPU. A network without a receptive
 # radius depends on the whole tile.
 _SIDE, _SIDE_UNBOUNDED, _SIDE_CUDA = 384, 512, 1024
-# A tile of so many radii computes 1.6 times the pixels that it keeps; of fewer, nobody would wait.
-_RADII, _LEAST_RADII = 10, 8
+# A tile of ten radii computes 1.6 times the pixels that it keeps, one of four 4 times: exact seams
+# are worth no more than that.
+_RADII, _LEAST_RADII = 10, 4
+_LEAST_SIDE = 64  # of a tile that memory has to hold
 _MEMORY = 768 * 2**20  # bytes that a tile may take even if less than four times as much is free
 # What functions allocate inside: reordered inputs and results, scores of attention.
 _UNSEEN = 2
 _PROBE = 16  # side of the input with which a convolutional network's memory is counted
+_LEAST_WINDOWS = 3  # per side; on fewer the masks of shifted windows weigh more than on a tile
 
 
 @dataclass(frozen=True)
@@ -113,17 +116,18 @@ def fixed_tiling(model: nn.Module, tile: int | None, overlap: int | None = None)
     return Tiling(tile, overlap, radius is not None and overlap >= 2 * radius)
 
 
-def fitting_tiling(model: nn.Module, channels: int) -> Tiling:
-    """The tiling that this network, device and machine suit: exact if that costs little.
+def fitting_tiling(model: nn.Module, channels: int, memory: int | None = None) -> Tiling:
+    """The tiling that this network, device and machine suit: exact if memory allows it.
 
     Args:
         model: the network, on the device that will compute.
         channels: of its input.
+        memory: bytes that a tile may take, at least `least_bytes`; None: by what is free.
     """
     network = getattr(model, "module", model)
     multiple, radius = getattr(network, "pad_multiple", 1), _radius(network)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    memory = _free_memory(device)
+    memory = _free_memory(device) if memory is None else memory
     if radius is not None:
         aim = max(_SIDE_CUDA if device.type == "cuda" else _SIDE, _RADII * radius)
         side = _largest_side(network, channels, _round_up(aim, multiple), memory)
@@ -131,6 +135,23 @@ def fitting_tiling(model: nn.Module, channels: int) -> Tiling:
             return Tiling(side, _round_up(2 * radius, multiple))
     aim = _SIDE_CUDA if device.type == "cuda" else _SIDE_UNBOUNDED
     return fixed_tiling(model, _largest_side(network, channels, _round_up(aim, multiple), memory))
+
+
+def least_bytes(model: nn.Module, channels: int) -> int:
+    """Bytes that the smallest tile takes which `fitting_tiling` should be given memory for."""
+    network = getattr(model, "module", model)
+    side = _round_up(_LEAST_SIDE, getattr(network, "pad_multiple", 1))
+    return _tile_bytes(network, channels, side)
+
+
+def exact_bytes(model: nn.Module, channels: int) -> int | None:
+    """Bytes of the smallest tile for which `fitting_tiling` makes seams exact; None: of no tile."""
+    network = getattr(model, "module", model)
+    radius = _radius(network)
+    if radius is None:
+        return None
+    side = _round_up(_LEAST_RADII * radius, getattr(network, "pad_multiple", 1))
+    return _tile_bytes(network, channels, side)
 
 
 def _radius(network: nn.Module) -> int | None:
@@ -155,18 +176,25 @@ def _free_memory(device: torch.device) -> int:
 def _largest_side(network: nn.Module, channels: int, aim: int, memory: int) -> int:
     """The largest side up to `aim` of a tile that takes at most `memory` bytes."""
     multiple, side = getattr(network, "pad_multiple", 1), aim
-    if _radius(network) is not None:  # convolutions alone: memory grows with the number of pixels
-        probe = _round_up(_PROBE, multiple)
-        weight = next(network.parameters(), None)
-        device = torch.device("cpu") if weight is None else weight.device
-        each = _UNSEEN * peak_bytes(network, (1, channels, probe, probe), device) / probe**2
-        return max(multiple, min(aim, int(math.sqrt(memory / each)) // multiple * multiple))
     while side > multiple:
-        needed = _UNSEEN * peak_bytes(network, (1, channels, side, side))
+        needed = _tile_bytes(network, channels, side)
         if needed <= memory:
             break
         side = int(0.97 * side * math.sqrt(memory / needed)) // multiple * multiple
     return max(side, multiple)
+
+
+def _tile_bytes(network: nn.Module, channels: int, side: int) -> int:
+    """Bytes that a tile of this side takes beside the weights."""
+    if _radius(network) is None:
+        return _UNSEEN * peak_bytes(network, (1, channels, side, side))
+    # Convolutions and windows alone: memory grows with the number of pixels.
+    multiple = getattr(network, "pad_multiple", 1)
+    probe = _round_up(_PROBE, multiple) if multiple == 1 else _LEAST_WINDOWS * multiple
+    weight = next(network.parameters(), None)
+    device = torch.device("cpu") if weight is None else weight.device
+    each = peak_bytes(network, (1, channels, probe, probe), device) / probe**2
+    return math.ceil(_UNSEEN * each * side**2)
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Base class of SwinIR and CAT: shallow conv, groups of window blocks, reconstruction."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,12 +32,22 @@ class WindowBlock(DerivedBuffers):
     """
 
     mask_names: tuple[str, ...]
+    conv_radius = 0  # of a convolution beside the windows
 
     def __init__(self, resolution: Size, windows: tuple[Size, ...], shifts: tuple[Size, ...]):
         super().__init__()
         self.resolution, self.windows, self.shifts = resolution, windows, shifts
         self.shifted = any(side > 0 for shift in shifts for side in shift)
         self.register_derived()
+
+    def needed(self, first: int, last: int, axis: int) -> tuple[int, int]:
+        """First and last position along an axis that positions `first` to `last` depend on."""
+        firsts, lasts = [first - self.conv_radius], [last + self.conv_radius]
+        for window, shift in zip(self.windows, self.shifts, strict=True):
+            side, offset = window[axis], shift[axis]
+            firsts.append((first - offset) // side * side + offset)
+            lasts.append((last - offset) // side * side + offset + side - 1)
+        return min(firsts), max(lasts)
 
     def make_masks(self, size: Size, device=None, dtype=None) -> list[Tensor]:
         """Masks for an image size."""
@@ -86,6 +98,11 @@ class ResidualGroup(nn.Module):
         self.conv = layers.residual_conv(dim, resi_connection)
         self.use_checkpoint, self.nested = use_checkpoint, nested
 
+    @property
+    def window_blocks(self) -> nn.ModuleList:
+        """The blocks in their order."""
+        return self.residual_group["blocks"] if self.nested else self.blocks
+
     def forward(self, x: Tensor) -> Tensor:
         """Tokens [B, H, W, C] to tokens.
 
@@ -95,7 +112,7 @@ class ResidualGroup(nn.Module):
         """
         size = (x.shape[1], x.shape[2])
         y, made = x, None
-        for block in self.residual_group["blocks"] if self.nested else self.blocks:
+        for block in self.window_blocks:
             masks = None
             if block.shifted and size == block.resolution:
                 masks = [getattr(block, name) for name in block.mask_names]
@@ -157,6 +174,38 @@ class WindowTransformer(SuperResolver):
             self.conv_hr = conv3x3(NUM_FEAT, NUM_FEAT)
         self.conv_last = conv3x3(NUM_FEAT, channels)
 
+    @property
+    def receptive_radius(self) -> int | None:
+        # None: a window is as high or as wide as the image.
+        if any(layers.FULL in window for b in self._blocks() for window in b.windows):
+            return None
+        # What a position depends on repeats along the image with the windows.
+        places = [(axis, p) for axis in (0, 1) for p in range(self.pad_multiple)]
+        return max(self._reach(axis, position) for axis, position in places)
+
+    def _blocks(self) -> list[WindowBlock]:
+        return [block for group in self.layers for block in group.window_blocks]
+
+    def _reach(self, axis: int, position: int) -> int:
+        """Input pixels to each side of a position along an axis that its result depends on."""
+        after = self._reconstruction_radius() + _radius(self.conv_after_body)
+        first, last = position - after, position + after
+        for group in reversed(list(self.layers)):
+            # The group's input is added to its result, and lies within.
+            first, last = first - _radius(group.conv), last + _radius(group.conv)
+            for block in reversed(group.window_blocks):
+                first, last = block.needed(first, last, axis)
+        return max(position - first, last - position) + _radius(self.conv_first)
+
+    def _reconstruction_radius(self) -> int:
+        """Input pixels around a position of the features that its results depend on."""
+        if self.upsampler in ("", "pixelshuffledirect"):
+            return 1
+        if self.upsampler == "pixelshuffle":
+            return 1 + self.upsample.receptive_radius
+        resolutions = (2, 4, 4, 4) if self.scale == 4 else (2, 2, 2)
+        return 1 + math.ceil(sum(1 / resolution for resolution in resolutions))
+
     def embed(self, tokens: Tensor) -> Tensor:
         """What is done to the tokens [B, H, W, C] before the first group."""
         raise NotImplementedError
@@ -181,6 +230,11 @@ class WindowTransformer(SuperResolver):
             features = F.interpolate(features, scale_factor=2, mode="nearest")
             features = F.leaky_relu(conv(features), 0.2)
         return self.conv_last(F.leaky_relu(self.conv_hr(features), 0.2))
+
+
+def _radius(convs: nn.Module) -> int:
+    """Pixels to each side that convolutions in turn see."""
+    return sum(m.kernel_size[0] // 2 for m in convs.modules() if isinstance(m, nn.Conv2d))
 
 
 def drop_path_rates(rate: float, depths) -> list[list[float]]:
