@@ -23,6 +23,7 @@ BENCHMARKS = {
     "matmul": "sparse linear layers, forward and training step",
     "tiles": "sparse convolutions in the tile layout (AMX bfloat16)",
     "network": "whole sparse networks, packed by issp.pack",
+    "deploy": "latency, memory and files of networks beside onnxruntime, OpenVINO, DeepSparse",
     "upscale": "the command on a photograph: seconds and memory of the whole process",
     "accuracy": "PSNR by N:M pattern: trainings, no times",
     "revisions": "another checkout beside this one: ops, optimizers and the hook, in turn",
