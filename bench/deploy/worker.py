@@ -8,12 +8,16 @@ The ways below need numpy and their runtime alone, so that each runtime can live
 of its own. The other ways are those of `bench.deploy.torch_ways`.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 
 import numpy as np
+
+_PR_SET_PDEATHSIG = 1  # of prctl, from sys/prctl.h
 
 
 def onnxruntime(folder, threads):
@@ -108,7 +112,14 @@ def _timed(call):
     return time.perf_counter() - begin
 
 
+def _end_with_parent():
+    """A process that is stopped would outlive a parent that was killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(way, folder, threads):
+    _end_with_parent()
     # Answers go where only they go: runtimes print to stdout.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

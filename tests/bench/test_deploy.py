@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,14 +52,14 @@ def test_a_process_times_calls_and_leaves_its_result(case):
 def test_processes_are_stopped_while_another_is_asked(case, monkeypatch):
     pytest.importorskip("onnxruntime", reason="it is the quickest to start")
     states = []
-    time = rounds.Process.time
+    ask = rounds.Process.time
 
     def state(process):
         with open(f"/proc/{process._process.pid}/stat") as file:
             return file.read().rsplit(") ", 1)[1][0]
 
     def timed(process, calls):
-        time(process, calls)
+        ask(process, calls)
         others = [other for other in started if other is not process]
         states.extend(state(other) for other in others)
 
@@ -74,6 +77,23 @@ def test_processes_are_stopped_while_another_is_asked(case, monkeypatch):
     if sys.platform == "linux":
         assert states == ["T"] * 4
     assert all(process._process.poll() == 0 for process in started)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no prctl")
+def test_a_stopped_process_ends_with_its_parent(case):
+    pytest.importorskip("onnxruntime", reason="it is the quickest to start")
+    code = "from pathlib import Path; import os, sys; from bench.deploy import rounds; "
+    code += "way = rounds.Way('onnxruntime', None, Path(sys.argv[1])); "
+    code += "print(rounds.Process(way, 1, sys.executable)._process.pid, flush=True); os._exit(1)"
+    environment = {**os.environ, "PYTHONPATH": str(rounds.ROOT)}
+    words = [sys.executable, "-c", code, str(case)]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+    place = Path(f"/proc/{int(done.stdout)}")
+    for _ in range(100):
+        if not place.exists() or ") Z " in (place / "stat").read_text():
+            return
+        time.sleep(0.1)
+    pytest.fail("it is still there")
 
 
 @pytest.mark.full
