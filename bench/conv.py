@@ -14,6 +14,7 @@ from bench.sparse import measure
 EXAMPLE = """examples:
   python -m bench conv --model edsr-l --size 48 --threads 1 2 --plot conv.png
   python -m bench conv --shape 256x256x3x3 --size 48 --sparsity 0.9 0.95 --v 1 4 --passes forward
+  python -m bench conv --shape 256x256x3x3 --size 48 --precisions fp32 fp16 --passes forward
   python -m bench conv --must-show"""
 
 

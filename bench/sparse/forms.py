@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,20 +69,23 @@ class SparseWeight:
         return self.packed.values.numel()
 
 
-def forms(device: str, rows: list[int] | None = None) -> list[Form]:
+def forms(
+    device: str, rows: list[int] | None = None, precisions: Sequence[str] = ("fp32",)
+) -> list[Form]:
     """What is timed by default.
 
     Args:
         device: "cpu" or "cuda".
         rows: values of v; default 1 and 4, on a GPU also 8, 16 and 32. From 16 on a GPU's tensor
             cores compute, with TF32 and bfloat16.
+        precisions: of what is not computed by tensor cores.
     """
     if rows is None:
         rows = [1, 4, 8, 16, 32] if device == "cuda" else [1, 4]
-    chosen = [Form(nm=False)] if 1 in rows else []
+    chosen = [Form(nm=False, precision=p) for p in precisions if 1 in rows]
     for v in rows:
         tensor_cores = device == "cuda" and v >= 16
-        chosen += [Form(v, precision=p) for p in (("tf32", "bf16") if tensor_cores else ("fp32",))]
+        chosen += [Form(v, precision=p) for p in (("tf32", "bf16") if tensor_cores else precisions)]
     return chosen
 
 

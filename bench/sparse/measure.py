@@ -86,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser, conv: bool) -> None:
     parser.add_argument(
         "--v", nargs="+", type=int, help="rows to a pattern; default 1 4 (GPU: 1 4 8 16 32)"
     )
+    parser.add_argument(
+        "--precisions",
+        nargs="+",
+        choices=("fp32", "fp16", "bf16"),
+        default=["fp32"],
+        help="of the sparse ops; default fp32",
+    )
     parser.add_argument("--passes", nargs="+", choices=PASSES, help="default: both")
     parser.add_argument("--scale", type=int, default=4, choices=shapes.SCALES)
     parser.add_argument("--threads", nargs="+", type=int, help="default: 1, and torch's number")
@@ -135,7 +142,9 @@ def settings_of(args: argparse.Namespace) -> Settings:
     chosen = options.overrides(args, ("device", "seconds", "passes"), quick)
     if args.sparsity:
         chosen["sparsities"] = args.sparsity
-    return Settings(forms=forms(args.device, args.v), threads=tuple(threads), **chosen)
+    return Settings(
+        forms=forms(args.device, args.v, args.precisions), threads=tuple(threads), **chosen
+    )
 
 
 def _layers(args: argparse.Namespace, conv: bool) -> list[Layer]:

@@ -25,6 +25,9 @@ def times_table(times: LayerTimes, pass_: str) -> Table:
     columns += [Column("share", "of roofline", format=percent)]
     columns += [Column("over best fp32", "over best fp32")]
     columns += [Column(f"over {e.name}", e.name.replace("dense", "over")) for e in dense]
+    ours = {(e.name, e.sparsity): e for e in times.entries if e.pass_ == pass_ and not e.dense}
+    if any(e.name.endswith(" fp16") for e in ours.values()):
+        columns += [Column("over ours", "over issp fp32")]
     peaks = ", ".join(f"{name} {x / 1e9:.4g}" for name, x in times.peaks.items())
     table = Table(
         f"{times.title}, {PASS_NAMES[pass_]}",
@@ -40,6 +43,9 @@ def times_table(times: LayerTimes, pass_: str) -> Table:
         cells |= {"rate": times.rate(entry), "share": times.share(entry)}
         cells["over best fp32"] = times.over(entry, best)
         cells |= {f"over {e.name}": times.over(entry, e) for e in dense}
+        if entry.name.endswith(" fp16"):
+            wide = ours.get((entry.name.removesuffix(" fp16"), entry.sparsity))
+            cells["over ours"] = times.over(entry, wide)
         table.rows.append(Row(cells, entry.task.samples))
     if best:
         table.notes.append(f"Baseline: {best.name}.")

@@ -13,7 +13,9 @@ from issp.ops import backends
 from issp.utils import denormals, environment, process
 from issp.utils.environment import package_version
 
-_CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "amx_bf16", "amx_tile")
+_CPU_FEATURES = (
+    *("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512_fp16", "amx_bf16", "amx_tile"),
+)
 _LOAD_SECONDS = 0.2  # the system counts in hundredths of a second
 _PACKAGES = (
     *("numpy", "triton", "Pillow", "PyYAML", "pydantic", "safetensors", "rich", "matplotlib"),
@@ -60,12 +62,18 @@ def cpu() -> dict[str, Any]:
         "name": environment.cpu_name(),
         "features": environment.cpu_features(_CPU_FEATURES),
         "torch": torch.backends.cpu.get_cpu_capability(),
+        "kernels": kernels(),
         "tiles": tile_kernels(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "denormals": denormals.mode(),
         "waiting": process.waiting(),
     }
+
+
+def kernels() -> str | None:
+    """The instruction set of the compiled CPU ops; None where they are not in use."""
+    return torch.ops.issp._cpu_capability() if backends.active("cpu") == "cpp" else None
 
 
 def tile_kernels() -> str:

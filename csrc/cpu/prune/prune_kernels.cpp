@@ -12,6 +12,7 @@
 #define ISSP_X86 1
 #include "cpu/simd/avx2.h"
 #include "cpu/simd/avx512.h"
+#include "cpu/simd/avx512fp16.h"
 #endif
 #include "cpu/nm/scores.h"
 
@@ -68,13 +69,17 @@ static inline uint64_t lowest(uint64_t bits, int64_t count) {
 namespace issp {
 namespace {
 
-enum InstructionSet { kScalar, kAvx2, kAvx512 };
-constexpr const char* kNames[] = {"scalar", "avx2", "avx512"};
+// AVX512-FP16 has kernels of its own for float16 convolutions alone.
+enum InstructionSet { kScalar, kAvx2, kAvx512, kAvx512Fp16 };
+constexpr const char* kNames[] = {"scalar", "avx2", "avx512", "avx512fp16"};
 
 InstructionSet best_supported() {
 #if ISSP_X86
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if ISSP_AVX512FP16
+  if (avx512 && __builtin_cpu_supports("avx512fp16")) return kAvx512Fp16;
+#endif
   if (avx512) return kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
       __builtin_cpu_supports("f16c"))
@@ -88,16 +93,22 @@ std::atomic<InstructionSet>& instruction_set() {
   return current;
 }
 
+// The set of the kernels of pruning: 0 scalar, 1 AVX2, 2 AVX-512.
+int vector_level() {
+  return std::min<int>(instruction_set(), kAvx512);
+}
+
 }  // namespace
 
 std::string cpu_capability(std::string want) {
-  for (const InstructionSet set : {kScalar, kAvx2, kAvx512}) {
+  for (const InstructionSet set : {kScalar, kAvx2, kAvx512, kAvx512Fp16}) {
     if (want != kNames[set]) continue;
     if (set > best_supported()) throw std::runtime_error("this CPU has no " + want);
     instruction_set() = set;
     return want;
   }
-  if (!want.empty()) throw std::runtime_error("use scalar, avx2 or avx512, not " + want);
+  if (!want.empty())
+    throw std::runtime_error("use scalar, avx2, avx512 or avx512fp16, not " + want);
   return kNames[instruction_set()];
 }
 
@@ -112,7 +123,7 @@ const PruneKernels<T>& prune_kernels(bool exact) {
   static const PruneKernels<T> plain = ISSP_PRUNE_KERNELS(scalar);
 #if ISSP_X86
   static const PruneKernels<T> vectors[] = {ISSP_PRUNE_KERNELS(avx2), ISSP_PRUNE_KERNELS(avx512)};
-  if (!exact && instruction_set() != kScalar) return vectors[instruction_set() - 1];
+  if (!exact && vector_level()) return vectors[vector_level() - 1];
 #endif
   return plain;
 }
@@ -133,7 +144,7 @@ const UpdateKernels& update_kernels() {
   static const UpdateKernels plain = {scalar::update};
 #if ISSP_X86
   static const UpdateKernels vectors[] = {{avx2::update}, {avx512::update}};
-  if (instruction_set() != kScalar) return vectors[instruction_set() - 1];
+  if (vector_level()) return vectors[vector_level() - 1];
 #endif
   return plain;
 }

@@ -113,7 +113,8 @@ DirectKernels table() {
 const DirectKernels* direct_kernels() {
 #if ISSP_X86
   static const DirectKernels kernels = table();
-  if (cpu_capability({}) == "avx512") return &kernels;
+  const std::string in_use = cpu_capability({});
+  if (in_use != "scalar" && in_use != "avx2") return &kernels;
 #endif
   return nullptr;
 }

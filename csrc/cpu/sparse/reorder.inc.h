@@ -24,7 +24,8 @@ ISSP_INLINE void store(const typename Simd<Real>::Vector& from, Real* to) {
 // the indices at run time would cost more than the shuffle.
 template <typename Real>
 struct LaneTable {
-  using Index = std::conditional_t<sizeof(Real) == 8, int64_t, int32_t>;
+  using Index = std::conditional_t<sizeof(Real) == 8, int64_t,
+                                   std::conditional_t<sizeof(Real) == 4, int32_t, int16_t>>;
   typedef Index Indices __attribute__((vector_size(ISSP_BYTES)));
   alignas(ISSP_BYTES) Index from[Simd<Real>::lanes];
 };
@@ -32,7 +33,8 @@ struct LaneTable {
 template <typename Real, typename From>
 constexpr LaneTable<Real> lane_table(From from) {
   LaneTable<Real> table = {};
-  for (int l = 0; l < Simd<Real>::lanes; ++l) table.from[l] = from(l);
+  for (int l = 0; l < Simd<Real>::lanes; ++l)
+    table.from[l] = typename LaneTable<Real>::Index(from(l));
   return table;
 }
 

@@ -311,14 +311,19 @@ struct TiledConv {
   }
 };
 
+// The end of the tile that begins with work unit `first`.
+inline int64_t tile_end(const Tiling& tiling, int64_t first, int64_t last) {
+  const int64_t column_end = (first / tiling.down + 1) * tiling.down;
+  return std::min({last, column_end, first + tiling.work_units_per_tile});
+}
+
 // Visits the work units first..last - 1 in order: fill(at, rows) once per tile, then use(at, rows,
 // rows of the tile above it) for each of its work units.
 template <typename Fill, typename Use>
 void for_each_tile(const Tiling& tiling, const Geometry& by, int64_t first, int64_t last,
                    const Fill& fill, const Use& use) {
   while (first < last) {
-    const int64_t column_end = (first / tiling.down + 1) * tiling.down;
-    const int64_t end = std::min({last, column_end, first + tiling.work_units_per_tile});
+    const int64_t end = tile_end(tiling, first, last);
     const TileCoord top = tile_coord(tiling, first);
     fill(top, tile_coord(tiling, end - 1).row - top.row + tiling.rows_of(by, end - 1));
     for (; first < end; ++first) {

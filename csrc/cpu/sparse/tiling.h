@@ -126,14 +126,18 @@ inline void check_window_fits(const Geometry& by, const Tiling& t, double tiles,
   }
 }
 
+inline Tiling::Order pixel_order(const Geometry& by, bool tokens) {
+  return tokens ? Tiling::kTokens : is_pointwise(by) ? Tiling::kFlat : Tiling::kSegments;
+}
+
 // log: log2 of the rows of the weight that share a load (0, 1, 2). num_threads: threads that need
 // work; 1 where the tiling must not depend on them.
 template <typename Real>
-Tiling choose_tiling(const SparseKernels<Real>& kernels, const Geometry& by, int log, bool tokens,
-                     int64_t num_threads) {
+Tiling choose_tiling(const SparseKernels<Real>& kernels, const Geometry& by, int log,
+                     Tiling::Order order, int64_t num_threads) {
   Tiling t;
   t.lanes = kernels.lanes;
-  t.order = tokens ? Tiling::kTokens : is_pointwise(by) ? Tiling::kFlat : Tiling::kSegments;
+  t.order = order;
   t.phases = by.stride;
   for (int i = 0; i < 2; ++i) t.reach[i] = (by.kernel[i] - 1) * by.dilation[i] / by.stride[i];
   t.segment = t.order == Tiling::kSegments ? choose_segment(kernels, log, by, t.reach[1]) : 1;

@@ -142,8 +142,8 @@ inline void compute_values_grad(const Convolution& conv, bool tokens, const Valu
     using T = decltype(type);
     using Real = typename T::Wide;
     const SparseKernels<Real>& kernels = sparse_kernels<Real>();
-    const Tiling tiling =
-        choose_tiling(kernels, conv.geometry, log2_rows(conv.product.v), tokens, 1);
+    const Tiling tiling = choose_tiling(kernels, conv.geometry, log2_rows(conv.product.v),
+                                        pixel_order(conv.geometry, tokens), 1);
     const RowPattern<int32_t> pattern =
         translate(conv.product, t.columns, t.starts, tile_offsets(conv.geometry, tiling));
     const ValuesGrad<T> values_grad = {kernels, conv, tiling, pattern};

@@ -119,7 +119,8 @@ library.define(
     "nm_prune(Tensor weight, int n, int m, int v, str layout, float shrink=0.0, int c=1) "
     "-> (Tensor, Tensor)"
 )
-# Instruction set of the CPU ops: avx512, avx2 or scalar; `want` chooses a lower one, for tests.
+# Instruction set of the CPU ops: avx512fp16, avx512, avx2 or scalar; `want` chooses a lower one,
+# for tests.
 library.define('_cpu_capability(str want="") -> str')
 
 

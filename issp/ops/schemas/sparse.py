@@ -14,6 +14,13 @@ block row share their positions
 Common to all sparse ops
     dtypes        float32, float64, bfloat16, float16, the same for all tensors of values; sums in
                   float32 (float64 for float64), rounded once. Contiguous tensors, one device.
+    float16       on a CPU with AVX512-FP16, sparse_conv2d (and so its gradient of x) sums in
+                  float16: the entries of a row in stored order, each by a multiply-add that rounds
+                  once, to nearest even. After every 64 entries of a row, and after its last, the
+                  sum is added to the row's float32 total, which begins with the bias. Activation
+                  and residual follow in float32. Denormals are kept in every floating-point mode;
+                  a sum of up to 64 products beyond 65504 becomes infinity. Without AVX512-FP16,
+                  and in all other ops and back ends, sums are those of the other dtypes.
     result        activation(W x + bias) + residual; activation: none, relu, gelu (by erf).
                   Gradients flow to x, values and bias of calls without activation and residual.
     order         sums are taken in an order that depends on shapes and positions alone: the same
