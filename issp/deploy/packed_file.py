@@ -137,7 +137,7 @@ def _packed(
 
 def _units(shape: Sequence[int], keep: Keep | None) -> Iterator[tuple[int, int]]:
     """Rows and channels of the units that divide a weight, small ones first."""
-    own = {(keep.v, getattr(keep, "c", 1))} if keep else set()
+    own = {(keep.v, keep.c)} if keep else set()
     for v, c in sorted(own | {(v, c) for v in _ROWS for c in _CHANNELS}):
         if shape[0] % v == 0 and shape[1] % c == 0:
             yield v, c

@@ -406,7 +406,8 @@ class NMMixin(SparseLayer):
         return NMTensor(values, col_indices, crow_indices, self.shape, self.keep)
 
     def _pattern_repr(self) -> str:
-        return f"keep={self.keep.n}:{self.keep.of}, v={self.keep.v}"
+        c = f", c={self.keep.c}" if self.keep.c > 1 else ""
+        return f"keep={self.keep.n}:{self.keep.of}, v={self.keep.v}{c}"
 
 
 class RowsMixin(SparseLayer):

@@ -53,7 +53,9 @@ def test_one_compilation_serves_every_size(packed, backend):
 
 
 @pytest.mark.full
-def test_onnx_gets_the_dense_network_with_its_zeros(packed, tmp_path):
+@pytest.mark.parametrize("form", [issp.unpack, lambda packed: packed], ids=["dense", "packed"])
+@pytest.mark.filterwarnings("ignore:torch.jit and ONNX get sparse layers as dense ones")
+def test_onnx_gets_the_dense_network_with_its_zeros(form, packed, tmp_path):
     """Of every size; onnxruntime rounds sums in another order than torch."""
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name, reason=f"torch's exporter for ONNX needs {name}")
@@ -61,8 +63,8 @@ def test_onnx_gets_the_dense_network_with_its_zeros(packed, tmp_path):
     size = {0: Dim("n", max=64), 2: Dim("h", min=4, max=512), 3: Dim("w", min=4, max=512)}
     example = torch.rand(2, 3, 16, 12)
     file = str(tmp_path / "m.onnx")
-    dense = issp.unpack(packed)
-    torch.onnx.export(dense, (example,), file, dynamo=True, dynamic_shapes=(size,), verbose=False)
+    network = form(packed)
+    torch.onnx.export(network, (example,), file, dynamo=True, dynamic_shapes=(size,), verbose=False)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for n, height, width in SIZES:
         x = torch.rand(n, 3, height, width)
