@@ -78,7 +78,8 @@ def test_weights_in_16_bits(place, capsys):
     kept = sum(
         int(x.count_nonzero()) for x in issp.load("half").state_dict().values() if x.dim() > 1
     )
-    assert (place / "half").stat().st_size < (place / "p.safetensors").stat().st_size - 1.9 * kept
+    whole, half = ((place / name).stat().st_size for name in ("p.safetensors", "half"))
+    assert abs(whole - half - 2 * kept) < 128  # bytes of the index, which is compressed
     assert checkpoint.read_tensors("half")[0]["conv_last.weight"].dtype == torch.bfloat16
     whole, half = issp.load("p.safetensors"), issp.load("half")
     for name, value in whole.state_dict().items():
