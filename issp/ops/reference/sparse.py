@@ -25,8 +25,9 @@ def to_dense(values: Tensor, col_indices: Tensor, crow_indices: Tensor, length: 
     """The dense weight [O, length]; see issp/ops/schemas/sparse.py for the format."""
     blocks, v = crow_indices.numel() - 1, values.shape[1]
     # The block of an entry: how many have begun. ONNX cannot repeat numbers by counts.
-    begun = crow_indices.new_zeros(len(col_indices) + 1, dtype=torch.int64)
-    begun.scatter_add_(0, crow_indices[1:-1].long(), torch.ones_like(begun[: blocks - 1]))
+    starts = crow_indices[1:-1].long()
+    begun = starts.new_zeros(len(col_indices) + 1)
+    begun.scatter_add_(0, starts, torch.ones_like(starts))
     block = begun.cumsum(0)[:-1]
     weight = values.new_zeros(blocks, v, length)
     weight[block, :, col_indices.long()] = values
