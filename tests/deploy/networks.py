@@ -1,5 +1,9 @@
 """A small network with layers of every kind, and times from a table, for the tests of packing."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +74,15 @@ def timed_fixture(monkeypatch):
 
     monkeypatch.setattr(autotune, "measure", measure)
     return table
+
+
+def copies(model: nn.Module) -> list[nn.Module]:
+    """A deep copy, one that was pickled, and one that was saved whole and loaded."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    return [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), loaded]
 
 
 def kinds(model: nn.Module) -> dict[str, str]:

@@ -1,8 +1,6 @@
 """Activations, residual additions and pixel shuffles of a packed model, done by its layers."""
 
 import copy
-import io
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -19,7 +17,7 @@ from issp.deploy.paths import WholeRowsPixelShuffle
 from issp.nn import SparseConv2d
 from issp.nn.pixel_shuffle import PixelShuffle
 from tests.asserts import assert_bitwise_equal
-from tests.deploy.networks import prune_
+from tests.deploy.networks import copies, prune_
 from tests.sr.networks import every_small, small_edsr
 
 X = (2, 4, 9, 7)
@@ -235,15 +233,7 @@ class TestModule:
     @torch.no_grad()
     def test_copied_and_pickled(self, packed):
         x = torch.rand(1, 3, 11, 9)
-        buffer = io.BytesIO()
-        torch.save(packed, buffer)
-        buffer.seek(0)
-        others = [
-            copy.deepcopy(packed),
-            pickle.loads(pickle.dumps(packed)),
-            torch.load(buffer, weights_only=False),
-        ]
-        for other in others:
+        for other in copies(packed):
             assert isinstance(other, FusedForward) and other._fused_program.module is other
             assert_bitwise_equal(other(x), packed(x), "the result")
             other.conv_first.bias += 1.0

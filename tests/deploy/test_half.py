@@ -1,8 +1,5 @@
 """Parts of a packed model that compute in float16 from one sparse layer to the next."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +10,7 @@ from issp.deploy.half_layers import HalfConv2d, HalfLinear, half_layer, rows_per
 from issp.ops import sparse
 from issp.ops.formats import SparseRows
 from tests.asserts import assert_bitwise_equal
-from tests.deploy.networks import line, prune_
+from tests.deploy.networks import copies, line, prune_
 from tests.deploy.test_fusion import Block
 from tests.sr.networks import every_small, small_edsr
 
@@ -98,7 +95,7 @@ def test_what_is_written_in_place_was_read_before(cache, timed):
 def test_state_copies_and_report(cache, timed):
     packed = pack(small_edsr(), cache, (1, 3, 8, 8))
     x = torch.rand(1, 3, 9, 11)
-    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+    for other in copies(packed):
         assert_bitwise_equal(other(x), packed(x), "the result")
     assert list(packed.state_dict()) == list(small_edsr().state_dict())
     dense = issp.unpack(packed)

@@ -1,8 +1,6 @@
 """Parts of a packed model that stay in the tile layout of matrix engines, in bfloat16."""
 
 import copy
-import io
-import pickle
 import re
 
 import pytest
@@ -17,7 +15,7 @@ from issp.deploy.tiled_layers import TiledConv2d, TiledLinear, tiled_layer, unsu
 from issp.ops.tiles import TiledWeight, from_tiles, tiled_conv2d, to_tiles
 from issp.sr.models.layers import Mlp
 from tests.asserts import assert_bitwise_equal
-from tests.deploy.networks import line, prune_
+from tests.deploy.networks import copies, line, prune_
 from tests.deploy.test_fusion import Block
 from tests.sr.networks import small_edsr, small_swinir
 
@@ -193,15 +191,7 @@ class TestModule:
     def test_copied_pickled_and_loaded(self, packed):
         x = torch.rand(1, 3, 11, 9)
         y = packed(x)
-        buffer = io.BytesIO()
-        torch.save(packed, buffer)
-        buffer.seek(0)
-        others = [
-            copy.deepcopy(packed),
-            pickle.loads(pickle.dumps(packed)),
-            torch.load(buffer, weights_only=False),
-        ]
-        for other in others:
+        for other in copies(packed):
             assert_bitwise_equal(other(x), y, "the result")
             state = {name: 2 * value for name, value in other.state_dict().items()}
             other.load_state_dict(state)
