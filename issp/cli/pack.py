@@ -71,7 +71,9 @@ def main(args: argparse.Namespace) -> int:
         )
     multiple = getattr(model, "pad_multiple", 1)
     height, width = (-(-side // multiple) * multiple for side in (height, width))
-    example = torch.full((1, model.channels, height, width), 0.5).to(next(model.parameters()))
+    like = next(model.parameters())
+    size = (1, model.channels, height, width)
+    example = torch.full(size, 0.5, dtype=like.dtype, device=like.device)
     computed = dtype if args.dtype != "float32" and example.device.type == "cpu" else None
     print("measuring which layers are faster sparse ...", file=sys.stderr, flush=True)
     with explain_out_of_memory(_MEMORY_REMEDY):

@@ -61,6 +61,10 @@ def test_processes_are_stopped_while_another_is_asked(case, monkeypatch):
     def timed(process, calls):
         ask(process, calls)
         others = [other for other in started if other is not process]
+        # A signal takes its time to arrive on a busy machine.
+        end = time.monotonic() + 10
+        while any(state(other) != "T" for other in others) and time.monotonic() < end:
+            time.sleep(0.01)
         states.extend(state(other) for other in others)
 
     started = []
