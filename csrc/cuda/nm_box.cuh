@@ -11,7 +11,7 @@
 namespace issp {
 
 // Mask words that a warp reads together, and of how many it has the elements on their way.
-constexpr uint32_t kChunk = 8, kWordsAtOnce = 4;
+constexpr uint32_t kChunk = 8, kWordsAtOnce = 2;
 constexpr uint32_t kBitArea = 0;  // in the bins of select.cuh; behind the bits come the cuts
 
 // nm_prune passes no k (all is selected from), no flips, and other weights to read from.
