@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> None:
     seeds = list(dict.fromkeys(args.seeds))
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    study = Study(variants(keeps, list(map(_unit, args.units))), args.iters)
+    study = Study(variants(keeps, list(map(Unit.parse, args.units))), args.iters)
     try:
         for seed in seeds:
             study.train(seed)
@@ -113,13 +113,6 @@ def run(args: argparse.Namespace) -> None:
         # Its advice how to go on is about one training, whose folder is deleted.
         raise KeyboardInterrupt from stopped
     print(study.table().markdown(), flush=True)
-
-
-def _unit(text: str) -> Unit:
-    try:
-        return Unit(*map(int, text.split("x")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'unit "{text}": write VxC, such as 16x2') from error
 
 
 def variants(keeps: Sequence[Keep], units: Sequence[Unit] = ()) -> list[Variant]:

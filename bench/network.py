@@ -14,7 +14,7 @@ import itertools
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from bench.sparse.forms import nm_pattern
 from bench.sparse.layers import Layer
 from issp.nn import autotune
 from issp.nn import report as layer_report
-from issp.ops.keep import Keep
+from issp.ops.keep import Keep, Unit
 from issp.sr import checkpoint, models
 from issp.utils.errors import InaccurateLayerError
 
@@ -311,7 +311,9 @@ def _pack(
     return row
 
 
-def prune(model: nn.Module, sparsity: float, v: int) -> dict[str, list[str]]:
+def prune(
+    model: nn.Module, sparsity: float, v: int, unit: Unit | None = None
+) -> dict[str, list[str]]:
     """Hard zeros in every convolution and linear layer, by magnitude, as `issp.attach` selects.
 
     What is kept of a layer is scaled to the norm it had: signals neither vanish nor become
@@ -321,11 +323,14 @@ def prune(model: nn.Module, sparsity: float, v: int) -> dict[str, list[str]]:
         model: changed in place.
         sparsity: of each layer, in 0..1.
         v: rows that share a pattern: 1 is unstructured, above it is N:M along the input channels.
+        unit: what is pruned at a time, instead of v; layers that it does not divide stay dense.
 
     Returns:
         For v > 1, reason -> the layers that cannot share a pattern; these are unstructured.
     """
     prunable = {n: m for n, m in model.named_modules() if isinstance(m, _KINDS)}
+    if unit:
+        unit = replace(unit, tail="dense")
     keeps, ungrouped = {}, {}
     for name, module in prunable.items() if v > 1 else ():
         outputs, inputs = module.weight.shape[:2]
@@ -339,7 +344,7 @@ def prune(model: nn.Module, sparsity: float, v: int) -> dict[str, list[str]]:
         else:
             keeps[name] = Keep(*numbers, v=v)
     norms = [m.weight.detach().norm() for m in prunable.values()]
-    issp.attach(model, sparsity=sparsity, overrides=keeps).finalize()
+    issp.attach(model, sparsity=sparsity, unit=unit, overrides=keeps).finalize()
     with torch.no_grad():
         for module, norm in zip(prunable.values(), norms, strict=True):
             module.weight *= norm / module.weight.norm()

@@ -29,6 +29,7 @@ from bench.harness.plots import Bars, plot_bars
 from bench.harness.table import SCALES, Column, Row, Table, median, percent, ratio
 from bench.network import check_size, prune
 from bench.sparse import layers
+from issp.ops.keep import Unit
 from issp.sr import models
 from issp.utils.files import user_path
 
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sparsity", nargs="+", type=float, default=(0.9, 0.95, 0.99), help="default 0.9 0.95 0.99"
     )
     add("--v", type=int, default=1, help="rows that share a pattern, default 1: unstructured")
+    add("--unit", metavar="VxC", help="prune units of V rows x C channels, such as 16x2")
     cores = os.cpu_count() or 1
     add("--threads", nargs="+", type=int, help="default: one, and all cores", default=(1, cores))
     add("--ways", nargs="+", choices=rounds.all_ways(), metavar="WAY", help="default: all")
@@ -93,6 +95,10 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     options.at_least_one(args, "v", "rounds")
+    if args.unit:
+        Unit.parse(args.unit)
+        if args.v != 1:
+            raise ValueError("--unit and --v exclude each other: a unit has its own rows")
     options.check_counts("--threads", args.threads)
     options.check_sparsities(args.sparsity)
     options.folders_exist(args.out, args.plot, args.samples)
@@ -120,7 +126,7 @@ def _table(
         folders = []
         for sparsity in args.sparsity:
             folders.append((sparsity, Path(place) / f"{100 * sparsity:g}"))
-            _write_case(folders[-1][1], name, scale, size, sparsity, args.v, args.seed)
+            _write_case(folders[-1][1], name, scale, size, sparsity, args)
         ways = _ways(args.ways or rounds.all_ways(), folders)
         rounds.measure(ways, threads, pythons, args.rounds, args.seconds)
     return _table_of(args, ways, f"{name} x{scale} on 1x3x{size[0]}x{size[1]}, {threads} threads")
@@ -142,15 +148,14 @@ def _write_case(
     scale: int,
     size: tuple[int, int],
     sparsity: float,
-    v: int,
-    seed: int,
+    args: argparse.Namespace,
 ) -> None:
     """The network, its input, its result in float32, and the same as ONNX."""
     folder.mkdir()
-    torch.manual_seed(seed)
+    torch.manual_seed(args.seed)
     model = models.build(name, scale).eval()
-    prune(model, sparsity, v)
-    x = torch.rand((1, 3, *size), generator=torch.Generator().manual_seed(seed))
+    prune(model, sparsity, args.v, Unit.parse(args.unit) if args.unit else None)
+    x = torch.rand((1, 3, *size), generator=torch.Generator().manual_seed(args.seed))
     issp.save(model, folder / "model.safetensors")
     np.save(folder / "input.npy", x.numpy())
     with torch.no_grad():
@@ -198,14 +203,20 @@ def _notes(args: argparse.Namespace, ways: Sequence[Way]) -> list[str]:
         "Peak memory: of the whole process while it computes, libraries and code included. File: "
         "weights of torch's ways, the ONNX file of runtimes, what `issp.save` writes of ours.",
         "Error: root mean square of the difference from torch fp32, over that of the result.",
-        f"Random weights (seed {args.seed}), v = {args.v}, pruned by magnitude in every "
-        "convolution and linear layer; dense ways have the zeros of the first sparsity.",
+        f"Random weights (seed {args.seed}), {_pruned(args)}; dense ways have the zeros of the "
+        "first sparsity.",
     ]
     notes += [f"{w.name} at {100 * w.sparsity:g} %: {w.report}" for w in ways if w.report]
     wrong = [w.name for w in ways if w.error is not None and w.error > BITS_16]
     if wrong:
         notes.append(f"The result of {', '.join(wrong)} is wrong: no time of it counts.")
     return notes
+
+
+def _pruned(args: argparse.Namespace) -> str:
+    if args.unit:
+        return f"units of {args.unit} weights pruned by their L1 norm in every layer they divide"
+    return f"v = {args.v}, pruned by magnitude in every convolution and linear layer"
 
 
 def _plot(tables: Sequence[Table], path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 import issp
@@ -38,8 +39,13 @@ def _autocast(model: nn.Module, x: Tensor) -> tuple[Network, Tensor]:
     return call, x.to(memory_format=torch.channels_last)
 
 
-def _compiled(model: nn.Module, x: Tensor) -> tuple[Network, Tensor]:
-    return torch.compile(model, fullgraph=True), x
+def _compiled(dtype: torch.dtype, layout: torch.memory_format) -> Maker:
+    def make(model: nn.Module, x: Tensor) -> tuple[Network, Tensor]:
+        torch._inductor.config.freezing = True  # weights are laid out for the machine once
+        model, x = _as(dtype, layout)(model, x)
+        return torch.compile(model, fullgraph=True), x
+
+    return make
 
 
 def _packed(**options: Any) -> Maker:
@@ -59,9 +65,10 @@ OURS = {
 DENSE = {
     "torch fp32": _as(torch.float32, torch.contiguous_format),
     "torch fp32 channels_last": _as(torch.float32, torch.channels_last),
-    "torch.compile fp32": _compiled,
+    "torch.compile fp32": _compiled(torch.float32, torch.contiguous_format),
     "torch bf16 channels_last": _as(torch.bfloat16, torch.channels_last),
     "torch bf16 autocast": _autocast,
+    "torch.compile bf16": _compiled(torch.bfloat16, torch.channels_last),
 }
 
 
@@ -90,7 +97,8 @@ def prepare(way: str, folder: str, threads: int) -> tuple[Callable[[], Tensor] |
         with torch.no_grad():
             return network(x).float()
 
-    facts: dict[str, Any] = {"version": torch.__version__, "file": _file_bytes(network, model)}
+    version = issp.__version__ if way in OURS else torch.__version__
+    facts: dict[str, Any] = {"version": version, "file": _file_bytes(network, model)}
     with contextlib.suppress(AttributeError):  # of issp.pack alone
         facts["report"] = network.report.summary()  # type: ignore[attr-defined]
     del model

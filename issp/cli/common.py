@@ -16,6 +16,7 @@ from issp.utils.files import check_file, user_path
 from issp.utils.text import duration
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from issp.sr.models import SuperResolver
@@ -178,6 +179,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dense", action="store_true", help="do not use sparse layers, even if they are faster"
     )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="in which parts of a sparse network compute on a CPU, where that is faster (default: "
+        "float32); the others are up to a level off",
+    )
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,6 +259,8 @@ MEMORY_REMEDY = "use --tile with a smaller size, or --device cpu"
 def load_model(args: argparse.Namespace) -> SuperResolver:
     """The model that the options of `add_model_arguments` name, on its device."""
     set_threads(args)
+    if getattr(args, "dense", False) and args.dtype != "float32":
+        raise ValueError(f"--dense computes in float32: drop it or --dtype {args.dtype}")
     model = load_file(args.model, args)
     name_crowding(args)
     return model
@@ -302,11 +312,19 @@ def packed(args: argparse.Namespace, model: SuperResolver, pixels: int) -> nn.Mo
 
     if args.dense or not pixels:
         return model
-    side, line = upscale.packing_example(model, pixels)
+    dtype = _reduced_dtype(args)
+    side, line = upscale.packing_example(model, pixels, dtype)
     network: nn.Module = model
     if side:
         print("measuring which layers are faster sparse ...", file=sys.stderr, flush=True)
-        network, line = upscale.pack_on(model, side)
+        network, line = upscale.pack_on(model, side, dtype)
     if line:
         print(line, flush=True)
     return network
+
+
+def _reduced_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """What --dtype asks of `issp.pack`."""
+    import torch
+
+    return None if args.dtype == "float32" else getattr(torch, args.dtype)

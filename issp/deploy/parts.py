@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 import torch
@@ -63,6 +63,14 @@ def _half_layers(lines: Mapping[nn.Module, Line]) -> dict[nn.Module, DerivedLaye
         for module, line in lines.items()
         if line.sparsity and not _unsupported(module)
     }
+
+
+def dtype_note(lines: Iterable[Line], dtype: torch.dtype) -> str:
+    """How many layers of a report compute in 16 bits, or why none can."""
+    if dtype == torch.bfloat16 and not tiles_supported():
+        return NO_ENGINE
+    reduced = sum(line.choice.startswith(("tiles", "float16")) for line in lines)
+    return f"{reduced} layers compute in {str(dtype).removeprefix('torch.')}"
 
 
 def rows_per_unit(weight: torch.Tensor) -> int:

@@ -174,6 +174,22 @@ class Unit:
         if self.tail not in ("error", "dense"):
             raise ValueError(f'Unit(tail="{self.tail}"): use "error" or "dense"')
 
+    @classmethod
+    def parse(cls, text: str, tail: str = "error") -> Unit:
+        """The unit that a command line writes as "vxc".
+
+        Args:
+            text: such as "16x2".
+            tail: of the unit; it has no notation.
+
+        Raises:
+            ValueError: text of another form, or numbers that do not make a unit.
+        """
+        match = re.fullmatch(r"(\d+)x(\d+)", text)
+        if not match:
+            raise ValueError(f'unit "{text}": write vxc, such as 16x2')
+        return cls(int(match[1]), int(match[2]), tail)
+
     @property
     def size(self) -> int:
         """Weights of a unit."""

@@ -185,6 +185,7 @@ def load(
     *,
     model: nn.Module | None = None,
     example: Tensor | tuple[Any, ...],
+    dtype: torch.dtype | None = None,
 ) -> nn.Module: ...
 
 
@@ -195,6 +196,7 @@ def load(
     *,
     model: nn.Module | None = None,
     example: Tensor | tuple[Any, ...] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Rebuilds the model in a file.
 
@@ -206,6 +208,7 @@ def load(
         model: a module of your own, which gets the tensors of the file, in its own dtypes.
         example: its input, or a tuple of its arguments: the model is packed for it on its device,
             by `issp.pack`, with the N:M patterns that the file names.
+        dtype: of `issp.pack`, for an example alone: parts of the model may compute in 16 bits.
 
     Returns:
         The model with dense weights and their zeros, in evaluation mode: on the CPU in float32,
@@ -215,6 +218,8 @@ def load(
         FileNotFoundError: there is no such file.
         ValueError: the file is no model, damaged or cut short, or of another architecture.
     """
+    if dtype is not None and example is None:
+        raise ValueError(f"dtype {dtype} is for packing: give an example, or call model.to(dtype)")
     tensors, metadata = read_tensors(path)
     if model is None:
         model = _built(path, arch, scale, tensors, metadata)
@@ -230,7 +235,8 @@ def load(
         return model
     first = next((x for x in (example, *example) if isinstance(x, Tensor)), None)
     keep = {n.rpartition(".")[0]: pattern for n, pattern in metadata.get("packed", {}).items()}
-    return pack.pack(model if first is None else model.to(first.device), example, keep or None)
+    model = model if first is None else model.to(first.device)
+    return pack.pack(model, example, keep or None, dtype=dtype)
 
 
 def _own_derived(model: nn.Module, metadata: dict[str, Any]) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from issp.deploy.pack import pack
+from issp.deploy.parts import dtype_note
 from issp.sr import checkpoint, data
 from issp.sr.data.pictures import copy_with
 from issp.sr.models import SuperResolver
@@ -134,18 +135,23 @@ def _with_colours_of(rgb: np.ndarray, grey: np.ndarray) -> np.ndarray:
     return result
 
 
-def packing_example(model: nn.Module, pixels: int) -> tuple[int | None, str]:
+def packing_example(
+    model: nn.Module, pixels: int, dtype: torch.dtype | None = None
+) -> tuple[int | None, str]:
     """Side of the image to pack a network on; None where that is not worth the time, and why.
 
     Args:
         model: dense.
         pixels: of all images together.
+        dtype: asked for, see `issp.pack`.
 
     Returns:
-        The side, and one line; "" where hardly a weight is zero, so that nobody asks.
+        The side, and one line; "" where hardly a weight is zero and nobody asks.
     """
     if checkpoint.sparsity(model)["ratio"] < _FEW_ZEROS:
-        return None, ""
+        if dtype is None:
+            return None, ""
+        return None, f"dense: hardly a weight is zero, and {dtype} is for sparse networks"
     sides = [side for side in _EXAMPLE_SIDES if side * side * _WORTH <= pixels]
     if not sides:
         least = round(_EXAMPLE_SIDES[-1] ** 2 * _WORTH)
@@ -154,18 +160,23 @@ def packing_example(model: nn.Module, pixels: int) -> tuple[int | None, str]:
     return -(-sides[0] // multiple) * multiple, ""
 
 
-def pack_on(model: SuperResolver, side: int) -> tuple[nn.Module, str]:
+def pack_on(
+    model: SuperResolver, side: int, dtype: torch.dtype | None = None
+) -> tuple[nn.Module, str]:
     """The network in its fastest form, by `issp.pack`, and a line about it.
 
     Args:
         model: on the device that will compute.
         side: of the square image that layers are measured on.
+        dtype: in which parts may compute on a CPU, see `issp.pack`.
     """
     weight = next(model.parameters())
     shape = (1, model.channels, side, side)
     example = torch.full(shape, 0.5, device=weight.device, dtype=weight.dtype)
-    packed: Any = pack(model.eval(), example)
+    packed: Any = pack(model.eval(), example, dtype=dtype)
     summary = packed.report.summary()
+    if dtype is not None:
+        summary += f" {dtype_note(packed.report.lines, dtype)}."
     if any(line.is_sparse for line in packed.report.lines):
         return packed, f"packed: {summary}"
     return model, f"dense: {summary}"

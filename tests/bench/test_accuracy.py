@@ -142,7 +142,7 @@ def test_each_seed_that_is_through_is_written(tmp_path, monkeypatch):
         (("--pattern", "2-4"), 'pattern "2-4": write n:of'),
         (("--pattern", "5:4"), "n must lie in 1..of"),
         (("--pattern", "1:7"), "no layer is divided by every pattern"),
-        (("--units", "16:2"), 'unit "16:2": write VxC, such as 16x2'),
+        (("--units", "16:2"), 'unit "16:2": write vxc, such as 16x2'),
         (("--iters", "0"), "--iters is 0"),
         (("--threads", "0"), "--threads is 0"),
         (("--out", "/nowhere/psnr.md"), "create /nowhere"),

@@ -1,5 +1,6 @@
 """`python -m bench deploy`: its processes and rows, missing runtimes, wrong results, bad input."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -28,7 +29,8 @@ def case(tmp_path, monkeypatch):
     """The folder of a small network, its input and its result."""
     monkeypatch.setattr(deploy.models, "build", lambda name, scale: small_edsr(upscale=scale))
     folder = tmp_path / "case"
-    deploy._write_case(folder, "edsr-tiny", 2, (8, 16), 0.75, 1, 0)
+    args = argparse.Namespace(v=1, unit=None, seed=0)
+    deploy._write_case(folder, "edsr-tiny", 2, (8, 16), 0.75, args)
     return folder
 
 
@@ -171,7 +173,7 @@ def test_ratios_are_over_the_fastest_of_torch_and_of_all_others(case):
         Way("deepsparse", 0.9, case, seconds=[2e-3] * 4),
         Way("openvino f32", None, case, missing="not installed"),
     ]
-    args = type("Args", (), {"rounds": 4, "seed": 0, "v": 1})
+    args = type("Args", (), {"rounds": 4, "seed": 0, "v": 1, "unit": None})
     rows = cells(deploy._table_of(args, ways, "title").markdown())
     over = [
         (r["speed over the fastest of torch"], r["over the fastest of all others"]) for r in rows
@@ -199,6 +201,8 @@ def test_zeros_matter_to_some_ways_alone(tmp_path):
         (("--size", "12"), "--size 12x12 does not suit swinir-light: give multiples of 8"),
         (("--seconds", "0"), "--seconds is 0"),
         (("--rounds", "0"), "--rounds is 0"),
+        (("--unit", "16"), 'unit "16": write vxc'),
+        (("--unit", "16x2", "--v", "4"), "--unit and --v exclude each other"),
         (("--deepsparse-python", "/nowhere/python"), "/nowhere/python is no program"),
         (("--out", "/nowhere/x.md"), "create /nowhere"),
     ],

@@ -18,6 +18,7 @@ from bench.network import DenseNetwork, NetworkTimes, PackedNetwork, TimeShares
 from bench.sparse import calls
 from issp import models, num_pruned
 from issp.nn import report as layer_report
+from issp.ops.keep import Unit
 from tests.sr.networks import small_edsr, small_swinir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,6 +65,18 @@ class TestPrune:
                 kept = 1 / 3 if name == "conv_first" else 0.25
                 assert rows.float().mean() == pytest.approx(kept), name
         assert int((model.conv_last.weight == 0).sum()) == num_pruned(3 * 8 * 9, 0.75)
+
+    def test_units_are_pruned_together(self):
+        model = small_edsr()
+        assert network.prune(model, 0.75, v=1, unit=Unit(4, 2)) == {}
+        for name, module in layers(model).items():
+            if name in ("conv_first", "conv_last"):  # 3 channels, 3 rows
+                assert (module.weight != 0).all()
+                continue
+            kept = (module.weight != 0).flatten(2).unflatten(1, (-1, 2)).unflatten(0, (-1, 4))
+            per_unit = kept.sum((1, 3))
+            assert set(per_unit.unique().tolist()) == {0, 8}, name
+            assert int((per_unit == 0).sum()) == num_pruned(per_unit.numel(), 0.75), name
 
     def test_a_layer_without_a_pattern_is_named_and_unstructured(self):
         model = small_edsr()

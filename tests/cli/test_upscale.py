@@ -322,7 +322,8 @@ def test_packed_when_that_pays(place, capsys, monkeypatch):
     picture(place / "a.png", 40, 40)
     packed = []
 
-    def pack(model, example):
+    def pack(model, example, dtype):
+        assert dtype is None
         packed.append(tuple(example.shape))
         return issp.pack(model, example)
 
@@ -339,6 +340,35 @@ def test_packed_when_that_pays(place, capsys, monkeypatch):
     assert said.startswith(("packed: ", "dense: ")) and result.startswith("out3")
     apart = data.read_image("out/a_x2.png").astype(int) - data.read_image("out3/a_x2.png")
     assert np.abs(apart).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
+def test_parts_compute_in_16_bits_when_asked(place, capsys, monkeypatch, name):
+    issp.save(issp.attach(small_edsr(), sparsity=0.9).finalize(), "sparse.safetensors")
+    picture(place / "a.png", 40, 40)
+    asked = []
+    monkeypatch.setattr(upscale, "_WORTH", 0.5)
+    monkeypatch.setattr(
+        upscale, "pack", lambda *args, **kw: (asked.append(kw["dtype"]), issp.pack(*args, **kw))[1]
+    )
+    assert run("a.png", "--dense", model="sparse.safetensors") == 0
+    assert run("a.png", "--dtype", name, out="reduced", model="sparse.safetensors") == 0
+    assert asked == [getattr(torch, name)]
+    line = capsys.readouterr().out.splitlines()[1]
+    engine = "this CPU has no matrix engine for bfloat16"
+    assert f" layers compute in {name}." in line or (name == "bfloat16" and engine in line)
+    apart = data.read_image("out/a_x2.png").astype(int) - data.read_image("reduced/a_x2.png")
+    assert np.abs(apart).max() <= 2
+
+
+def test_16_bits_that_nothing_can_use_are_named(place, capsys):
+    picture(place / "a.png", 20, 20)
+    assert run("a.png", "--dtype", "float16", model="m.safetensors") == 0
+    said = "dense: hardly a weight is zero, and torch.float16 is for sparse networks"
+    assert said in capsys.readouterr().out
+    assert run("a.png", "--dtype", "float16", "--dense", out="no", model="m.safetensors") == 2
+    assert "--dense computes in float32: drop it or --dtype float16" in capsys.readouterr().err
+    assert not (place / "no").exists()
 
 
 def test_the_test_command_packs_as_well(place, capsys, monkeypatch):

@@ -54,9 +54,18 @@ def test_the_repr_of_a_pattern_without_c_is_that_of_older_states():
         Keep(2, of=4, layout="flat", c=2)
 
 
+@pytest.mark.parametrize("text", ["", "16", "16x", "16:2", "x2", "16x2x3", "-4x2", " 4x2"])
+def test_another_notation_of_a_unit_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match=f'^unit "{text}": write vxc, such as 16x2$'):
+        Unit.parse(text)
+    with pytest.raises(ValueError, match=r"Unit\(0, 2\): v and c must be at least 1"):
+        Unit.parse("0x2")
+
+
 def test_a_unit():
     unit = Unit(16, 2)
     assert (unit.size, unit.name, unit.numbers()) == (32, "16x2", (0, 0, 16, 2))
+    assert Unit.parse("16x2") == unit and Unit.parse("16x2", tail="dense").tail == "dense"
     assert repr(Unit(16, 2, tail="dense")) == "Unit(v=16, c=2)" and Unit(4) == Unit(4, 1)
     unit.check_divides((32, 64, 3, 3))
     for shape in ((24, 64), (32, 63, 3, 3), (32,)):

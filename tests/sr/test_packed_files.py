@@ -13,6 +13,7 @@ from torch import nn
 
 import issp
 from issp import models
+from issp.deploy import pack
 from issp.sr import checkpoint, tensor_files
 from tests.asserts import assert_bitwise_equal
 from tests.deploy.networks import prune_
@@ -115,6 +116,20 @@ def test_with_an_example_it_is_packed(model, timed, tmp_path, monkeypatch):
         packed = issp.load(tmp_path / "m", example=example)
         assert any(line.is_sparse for line in packed.report.lines)
         torch.testing.assert_close(packed(x), model(x))
+
+
+def test_an_example_may_compute_in_16_bits(model, timed, tmp_path, monkeypatch):
+    monkeypatch.setenv("ISSP_CACHE", str(tmp_path / "cache"))
+    issp.save(model, tmp_path / "m", packed=True)
+    x = torch.rand(1, 3, 16, 12)
+    asked = []
+    own = pack.pack
+    monkeypatch.setattr(pack, "pack", lambda *a, **k: (asked.append(k["dtype"]), own(*a, **k))[1])
+    packed = issp.load(tmp_path / "m", example=x, dtype=torch.float16)
+    assert asked == [torch.float16]
+    torch.testing.assert_close(packed(x), model(x), rtol=0.01, atol=0.01)
+    with pytest.raises(ValueError, match="dtype torch.float16 is for packing: give an example"):
+        issp.load(tmp_path / "m", dtype=torch.float16)
 
 
 def test_patterns_come_back_with_the_layers(timed, tmp_path, monkeypatch):
