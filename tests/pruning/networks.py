@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from issp import attach
+
 
 def net(seed=0, **kwargs):
     torch.manual_seed(seed)
@@ -45,3 +47,22 @@ def adam(model, lr=1e-2):
 
 def sgd(params, lr=0.1, **kwargs):
     return torch.optim.SGD(params, lr, **kwargs)
+
+
+def assert_same_in_channels_last(**options):
+    """Weights, masks and flips do not depend on the memory format, nor does a saved state."""
+    models = [net(), net().to(memory_format=torch.channels_last)]
+    pruners = [attach(m, adam(m), sparsity=0.9, **options) for m in models]
+    for number in range(3):
+        for model, pruner in zip(models, pruners, strict=True):
+            with torch.no_grad():
+                source = torch.Generator().manual_seed(number)
+                for p in model.parameters():
+                    p += torch.randn(p.shape, generator=source) * 0.01
+            pruner.step()
+        assert same(weights(models[0]), weights(models[1]))
+        assert same(*(p.masks() for p in pruners))
+        assert pruners[0].flips() == pruners[1].flips()
+    assert not models[1][2][0].weight.is_contiguous()
+    pruners[0].load_state_dict(pruners[1].state_dict())
+    assert same(pruners[0].masks(), pruners[1].masks())

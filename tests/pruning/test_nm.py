@@ -12,7 +12,15 @@ import issp
 from issp import Keep, attach, ops
 from issp.sr import builders, config
 from tests.optim.twins import assert_twins, network, together, twins
-from tests.pruning.networks import adam, net, same, step, train, weights
+from tests.pruning.networks import (
+    adam,
+    assert_same_in_channels_last,
+    net,
+    same,
+    step,
+    train,
+    weights,
+)
 from tests.sr.networks import small_cat, small_edsr, small_swinir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -154,22 +162,7 @@ def test_a_weight_without_gradient_leaves_the_pattern_to_the_hook():
     ids=str,
 )
 def test_channels_last_weights_have_the_same_groups(keep):
-    models = [net(), net().to(memory_format=torch.channels_last)]
-    pruners = [attach(m, adam(m), sparsity=0.9, overrides={"2.0": keep}) for m in models]
-    for number in range(3):
-        for model, pruner in zip(models, pruners, strict=True):
-            with torch.no_grad():
-                source = torch.Generator().manual_seed(number)
-                for p in model.parameters():
-                    p += torch.randn(p.shape, generator=source) * 0.01
-            pruner.step()
-        assert same(weights(models[0]), weights(models[1]))
-        assert same(*(p.masks() for p in pruners))
-        assert pruners[0].flips() == pruners[1].flips()
-    assert not models[1][2][0].weight.is_contiguous()
-    state = pruners[1].state_dict()
-    pruners[0].load_state_dict(state)
-    assert same(pruners[0].masks(), pruners[1].masks())
+    assert_same_in_channels_last(overrides={"2.0": keep})
 
 
 def test_flat_groups_follow_the_memory():

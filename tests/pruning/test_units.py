@@ -14,7 +14,15 @@ from issp.pruning.layer_choice import all_that_can
 from issp.pruning.masked_layer import MaskedLayer
 from issp.sr import builders, config
 from tests.optim.twins import assert_twins, network, together, twins
-from tests.pruning.networks import adam, net, same, step, train, weights
+from tests.pruning.networks import (
+    adam,
+    assert_same_in_channels_last,
+    net,
+    same,
+    step,
+    train,
+    weights,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -129,21 +137,7 @@ def test_methods_keep_units_whole(method):
 
 @pytest.mark.parametrize("unit", [Unit(2, 2, "dense"), Unit(1, 4, "dense"), Unit(2, 1)], ids=str)
 def test_channels_last_weights_have_the_same_units(unit):
-    models = [net(), net().to(memory_format=torch.channels_last)]
-    pruners = [attach(m, adam(m), sparsity=0.9, unit=unit) for m in models]
-    for number in range(3):
-        for model, pruner in zip(models, pruners, strict=True):
-            with torch.no_grad():
-                source = torch.Generator().manual_seed(number)
-                for p in model.parameters():
-                    p += torch.randn(p.shape, generator=source) * 0.01
-            pruner.step()
-        assert same(weights(models[0]), weights(models[1]))
-        assert same(*(p.masks() for p in pruners))
-        assert pruners[0].flips() == pruners[1].flips()
-    assert not models[1][2][0].weight.is_contiguous()
-    pruners[0].load_state_dict(pruners[1].state_dict())
-    assert same(pruners[0].masks(), pruners[1].masks())
+    assert_same_in_channels_last(unit=unit)
 
 
 def test_interrupted_equals_uninterrupted_bitwise():
