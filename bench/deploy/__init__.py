@@ -164,9 +164,9 @@ def _write_case(
 
 
 def _table_of(args: argparse.Namespace, ways: Sequence[Way], title: str) -> Table:
-    dense = [way for way in ways if way.name in DENSE and way.seconds]
-    best = min((median(way.seconds) for way in dense), default=None)
-    peer = min((median(w.seconds) for w in ways if w.name not in OURS and w.seconds), default=None)
+    others = [w for w in ways if w.name not in OURS and w.seconds and not _is_wrong(w)]
+    best = min((median(w.seconds) for w in others if w.name in DENSE), default=None)
+    peer = min((median(w.seconds) for w in others), default=None)
     columns = [
         Column("way", "way"),
         Column("sparsity", "sparsity"),
@@ -185,8 +185,8 @@ def _table_of(args: argparse.Namespace, ways: Sequence[Way], title: str) -> Tabl
         cells |= {"spread": way.spread(), "error": way.error}
         cells |= {"peak": way.peak and way.peak * _MEGABYTES}
         cells |= {"file": way.file_bytes and way.file_bytes * _MEGABYTES}
-        cells["over dense"] = ratio(best, median(way.seconds))
-        cells["over all"] = ratio(peer, median(way.seconds))
+        time = None if _is_wrong(way) else median(way.seconds)
+        cells["over dense"], cells["over all"] = ratio(best, time), ratio(peer, time)
         rows.append(Row(cells, {"latency": way.seconds}))
     return Table(title, machine_line("cpu"), columns, rows, _notes(args, ways))
 
@@ -207,10 +207,14 @@ def _notes(args: argparse.Namespace, ways: Sequence[Way]) -> list[str]:
         "first sparsity.",
     ]
     notes += [f"{w.name} at {100 * w.sparsity:g} %: {w.report}" for w in ways if w.report]
-    wrong = [w.name for w in ways if w.error is not None and w.error > BITS_16]
+    wrong = [way.name for way in ways if _is_wrong(way)]
     if wrong:
         notes.append(f"The result of {', '.join(wrong)} is wrong: no time of it counts.")
     return notes
+
+
+def _is_wrong(way: Way) -> bool:
+    return way.error is not None and way.error > BITS_16
 
 
 def _pruned(args: argparse.Namespace) -> str:

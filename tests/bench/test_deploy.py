@@ -172,13 +172,14 @@ def test_ratios_are_over_the_fastest_of_torch_and_of_all_others(case):
         Way("torch bf16 channels_last", None, case, seconds=[4e-3] * 4),
         Way("deepsparse", 0.9, case, seconds=[2e-3] * 4),
         Way("openvino f32", None, case, missing="not installed"),
+        Way("torch.compile bf16", None, case, seconds=[1e-3] * 4, error=2.0),
     ]
     args = type("Args", (), {"rounds": 4, "seed": 0, "v": 1, "unit": None})
     rows = cells(deploy._table_of(args, ways, "title").markdown())
     over = [
         (r["speed over the fastest of torch"], r["over the fastest of all others"]) for r in rows
     ]
-    assert over == [("4", "2"), ("0.667", "0.333"), ("1", "0.5"), ("2", "1"), ("-", "-")]
+    assert over == [("4", "2"), ("0.667", "0.333"), ("1", "0.5"), ("2", "1"), *[("-", "-")] * 2]
     assert rows[0]["latency ms"] == "1" and rows[4]["latency ms"] == "not installed"
 
 
