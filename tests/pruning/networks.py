@@ -49,7 +49,7 @@ def sgd(params, lr=0.1, **kwargs):
     return torch.optim.SGD(params, lr, **kwargs)
 
 
-def assert_same_in_channels_last(**options):
+def assert_formats_agree(**options):
     """Weights, masks and flips do not depend on the memory format, nor does a saved state."""
     models = [net(), net().to(memory_format=torch.channels_last)]
     pruners = [attach(m, adam(m), sparsity=0.9, **options) for m in models]

@@ -12,15 +12,7 @@ import issp
 from issp import Keep, attach, ops
 from issp.sr import builders, config
 from tests.optim.twins import assert_twins, network, together, twins
-from tests.pruning.networks import (
-    adam,
-    assert_same_in_channels_last,
-    net,
-    same,
-    step,
-    train,
-    weights,
-)
+from tests.pruning.networks import adam, assert_formats_agree, net, same, step, train, weights
 from tests.sr.networks import small_cat, small_edsr, small_swinir
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -162,7 +154,7 @@ def test_a_weight_without_gradient_leaves_the_pattern_to_the_hook():
     ids=str,
 )
 def test_channels_last_weights_have_the_same_groups(keep):
-    assert_same_in_channels_last(overrides={"2.0": keep})
+    assert_formats_agree(overrides={"2.0": keep})
 
 
 def test_flat_groups_follow_the_memory():

@@ -14,15 +14,7 @@ from issp.pruning.layer_choice import all_that_can
 from issp.pruning.masked_layer import MaskedLayer
 from issp.sr import builders, config
 from tests.optim.twins import assert_twins, network, together, twins
-from tests.pruning.networks import (
-    adam,
-    assert_same_in_channels_last,
-    net,
-    same,
-    step,
-    train,
-    weights,
-)
+from tests.pruning.networks import adam, assert_formats_agree, net, same, step, train, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -137,7 +129,7 @@ def test_methods_keep_units_whole(method):
 
 @pytest.mark.parametrize("unit", [Unit(2, 2, "dense"), Unit(1, 4, "dense"), Unit(2, 1)], ids=str)
 def test_channels_last_weights_have_the_same_units(unit):
-    assert_same_in_channels_last(unit=unit)
+    assert_formats_agree(unit=unit)
 
 
 def test_interrupted_equals_uninterrupted_bitwise():
