@@ -3,7 +3,6 @@
 import copy
 import os
 import signal
-import threading
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from issp import num_pruned
 from issp.pruning import recorder
 from issp.sr import checkpoint, config, logging, plots
 from issp.sr.interrupt import Interrupted
-from issp.utils import denormals
 from issp.utils.csv_log import CsvLog
 from issp.utils.errors import ConfigError, NonFiniteLossError
 from tests.sr.runs import FREEZE, TOTAL, assert_equal, log, run, stop_at
@@ -307,21 +305,33 @@ def test_csv_rows_after_the_resumed_iteration_are_dropped(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_denormals_are_flushed_in_all_threads_if_set_early(threads, monkeypatch, late):
-    monkeypatch.undo()  # the real one, inside a thread that ends with its own workers
-    threads(2)
-    assert torch.tensor(1e-30) * 1e-10 != 0, "import issp must leave the float mode alone"
-    seen = []
+FLUSHING = """
+import threading
+import torch
+import issp
+from issp.utils import denormals
 
-    def work():
-        if late:
-            seen.append(denormals.mode())
-        seen.append(denormals.flush_denormals())
+torch.set_num_threads(2)
+assert torch.tensor(1e-30) * 1e-10 != 0, "import issp must leave the float mode alone"
+seen = []
+
+def work():  # in a thread that ends with its own workers
+    if LATE:
         seen.append(denormals.mode())
+    seen.append(denormals.flush_denormals())
+    seen.append(denormals.mode())
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == (["kept", False, "mixed"] if late else [True, "flushed to zero"])
-    assert torch.tensor(1e-30) * 1e-10 != 0
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+assert torch.tensor(1e-30) * 1e-10 != 0
+print(seen)
+"""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_denormals_are_flushed_in_all_threads_if_set_early(fresh_python, late):
+    done = fresh_python.run(FLUSHING.replace("LATE", str(late)))
+    assert done.returncode == 0, done.stderr
+    expected = ["kept", False, "mixed"] if late else [True, "flushed to zero"]
+    assert done.stdout == f"{expected}\n"
