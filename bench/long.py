@@ -25,7 +25,7 @@ from bench.harness.errors import ParityError
 from bench.harness.machine import machine_line
 from bench.harness.progress import counted
 from bench.harness.table import Column, Row, Table
-from issp.utils.denormals import flush_denormals
+from issp.utils import denormals
 from issp.utils.files import user_path
 
 EXAMPLE = "example: python -m bench long --steps 100000 --threads 1"
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--steps is {args.steps}: use a multiple of {_LOGS}")
     options.folders_exist(args.out)
     torch.set_num_threads(args.threads)
-    flush_denormals()
+    denormals.flush_denormals()
     logs = {name: train(name, args.steps) for name in OPTIMIZERS}
     table = _table(logs, args.steps)
     print(table.markdown())
