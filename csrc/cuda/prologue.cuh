@@ -15,7 +15,7 @@ namespace issp {
 struct NoUpdate {
   using Entry = issp::Entry;
   static constexpr bool kUpdates = false;
-  static constexpr uint32_t kBatch = 6;  // 8 spill on sm_120, of three blocks on an SM
+  static constexpr uint32_t kBatch = 6;  // 8 spill on sm_120, where an SM has three blocks
   uint32_t nothing = 0;
 
   ISSP_DEVICE bool selects(const Entry&) const { return true; }

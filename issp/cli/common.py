@@ -183,8 +183,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         default="float32",
-        help="in which parts of a sparse network compute on a CPU, where that is faster (default: "
-        "float32); the others are up to a level off",
+        help="in which parts of a sparse network compute on a CPU, where that is faster; with 16 "
+        "bits pixels may be a level off (default: float32)",
     )
 
 
