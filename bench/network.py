@@ -244,6 +244,15 @@ def check_size(name: str, scale: int, size: tuple[int, int]) -> None:
     """
     with torch.device("meta"):
         multiple = models.build(name, scale).pad_multiple
+    check_multiple(name, multiple, size)
+
+
+def check_multiple(name: str, multiple: int, size: tuple[int, int]) -> None:
+    """Checks that both sides are multiples of what a network divides an image by.
+
+    Raises:
+        ValueError: a side is not.
+    """
     if any(side % multiple for side in size):
         raise ValueError(
             f"--size {size[0]}x{size[1]} does not suit {name}: give multiples of {multiple}"

@@ -9,15 +9,18 @@ float32. A runtime that is not installed is a row that says so.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 import issp
 from bench.deploy import rounds
@@ -26,30 +29,55 @@ from bench.deploy.torch_ways import DENSE, OURS
 from bench.harness import options
 from bench.harness.machine import machine_line
 from bench.harness.plots import Bars, plot_bars
-from bench.harness.table import SCALES, Column, Row, Table, median, percent, ratio
-from bench.network import check_size, prune
+from bench.harness.table import SCALES as TIME_SCALES
+from bench.harness.table import Column, Row, Table, median, percent, ratio
+from bench.network import check_multiple, check_size, prune
 from bench.sparse import layers
 from issp.ops.keep import Unit
-from issp.sr import models
+from issp.sr import checkpoint, models
 from issp.utils.files import user_path
 
 EXAMPLE = """examples:
   python -m bench deploy --model edsr-baseline --scale 2 --size 128 --sparsity 0.95
-  python -m bench deploy --deepsparse-python ~/deepsparse/bin/python --out deploy.md"""
+  python -m bench deploy --deepsparse-python ~/deepsparse/bin/python --out deploy.md
+  python -m bench deploy --trained experiments/run/models/net_g_latest.safetensors --size 128"""
 MODELS = ("edsr-l", "edsr-baseline", "swinir-light", "cat-r")
+SCALES, SPARSITIES = (2, 4), (0.9, 0.95, 0.99)
 _MEGABYTES = 1e-6
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a table is about.
+
+    Attributes:
+        name: heads the table.
+        sparsities: rows of ways that make use of zeros.
+        build: makes the network, in evaluation mode, of one of the sparsities.
+        is_trained: it comes from a file.
+    """
+
+    name: str
+    sparsities: Sequence[float]
+    build: Callable[[float], nn.Module]
+    is_trained: bool = False
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m bench deploy`."""
     add = parser.add_argument
     names = " ".join(MODELS)
-    add("--model", nargs="+", default=MODELS, choices=models.names(), help=f"default {names}")
-    add("--scale", nargs="+", type=int, default=(2, 4), choices=models.SCALES, help="default 2 4")
-    add("--size", nargs="+", default=("128", "256"), help="of the input, default 128 256")
+    add("--model", nargs="+", choices=models.names(), help=f"default {names}")
+    add("--scale", nargs="+", type=int, choices=models.SCALES, help="default 2 4")
     add(
-        "--sparsity", nargs="+", type=float, default=(0.9, 0.95, 0.99), help="default 0.9 0.95 0.99"
+        "--trained",
+        nargs="+",
+        type=user_path,
+        metavar="FILE",
+        help="trained networks with their own zeros, instead of --model, --scale and --sparsity",
     )
+    add("--size", nargs="+", default=("128", "256"), help="of the input, default 128 256")
+    add("--sparsity", nargs="+", type=float, help="default 0.9 0.95 0.99")
     add("--v", type=int, default=1, help="rows that share a pattern, default 1: unstructured")
     add("--unit", metavar="VxC", help="prune units of V rows x C channels, such as 16x2")
     cores = os.cpu_count() or 1
@@ -87,8 +115,8 @@ def run(args: argparse.Namespace) -> None:
     pythons = {runtime: getattr(args, f"{runtime}_python") for runtime in PEERS}
     sizes = [layers.parse_size(size) for size in args.size]
     tables = []
-    for case in itertools.product(args.model, args.scale, sizes, args.threads):
-        tables.append(_table(args, *case, pythons))
+    for network, size, threads in itertools.product(_networks(args, sizes), sizes, args.threads):
+        tables.append(_table(args, network, size, threads, pythons))
         print(tables[-1].markdown(), flush=True)
     options.write_outputs(args, tables, lambda path: _plot(tables, path))
 
@@ -100,7 +128,7 @@ def _check(args: argparse.Namespace) -> None:
         if args.v != 1:
             raise ValueError("--unit and --v exclude each other: a unit has its own rows")
     options.check_counts("--threads", args.threads)
-    options.check_sparsities(args.sparsity)
+    options.check_sparsities(args.sparsity or SPARSITIES)
     options.folders_exist(args.out, args.plot, args.samples)
     if not args.seconds > 0:
         raise ValueError(f"--seconds is {args.seconds}: it must be above 0")
@@ -108,15 +136,48 @@ def _check(args: argparse.Namespace) -> None:
         python = getattr(args, f"{runtime}_python")
         if python and not os.access(python, os.X_OK):
             raise ValueError(f"--{runtime}-python {python} is no program: name an interpreter")
-    for name in args.model:
-        for size in args.size:
-            check_size(name, args.scale[0], layers.parse_size(size))
+    for option in ("model", "scale", "sparsity", "unit"):
+        if args.trained and getattr(args, option):
+            raise ValueError(f"--trained and --{option} exclude each other: the file has its own")
+
+
+def _networks(args: argparse.Namespace, sizes: Sequence[tuple[int, int]]) -> list[Network]:
+    """The networks that the arguments name; all are checked before one is measured."""
+    if args.trained:
+        return [_trained(path, sizes) for path in args.trained]
+    names, scales = args.model or MODELS, args.scale or SCALES
+    for name, size in itertools.product(names, sizes):
+        check_size(name, scales[0], size)
+    return [
+        Network(
+            f"{name} x{scale}",
+            args.sparsity or SPARSITIES,
+            functools.partial(_random, name, scale, args),
+        )
+        for name, scale in itertools.product(names, scales)
+    ]
+
+
+def _trained(path: Path, sizes: Sequence[tuple[int, int]]) -> Network:
+    """The network of a file."""
+    model = issp.load(path).eval()
+    for size in sizes:
+        check_multiple(path.name, model.pad_multiple, size)
+    ratio = checkpoint.sparsity(model)["ratio"]
+    return Network(f"{model.arch} x{model.scale}, {path.name}", (ratio,), lambda _: model, True)
+
+
+def _random(name: str, scale: int, args: argparse.Namespace, sparsity: float) -> nn.Module:
+    """A network of random weights, pruned."""
+    torch.manual_seed(args.seed)
+    model = models.build(name, scale).eval()
+    prune(model, sparsity, args.v, Unit.parse(args.unit) if args.unit else None)
+    return model
 
 
 def _table(
     args: argparse.Namespace,
-    name: str,
-    scale: int,
+    network: Network,
     size: tuple[int, int],
     threads: int,
     pythons: dict[str, Any],
@@ -124,12 +185,13 @@ def _table(
     """Measures all ways at all sparsities in one run."""
     with tempfile.TemporaryDirectory() as place:
         folders = []
-        for sparsity in args.sparsity:
+        for sparsity in network.sparsities:
             folders.append((sparsity, Path(place) / f"{100 * sparsity:g}"))
-            _write_case(folders[-1][1], name, scale, size, sparsity, args)
+            _write_case(folders[-1][1], network.build(sparsity), size, args.seed)
         ways = _ways(args.ways or rounds.all_ways(), folders)
         rounds.measure(ways, threads, pythons, args.rounds, args.seconds)
-    return _table_of(args, ways, f"{name} x{scale} on 1x3x{size[0]}x{size[1]}, {threads} threads")
+    title = f"{network.name} on 1x3x{size[0]}x{size[1]}, {threads} threads"
+    return _table_of(ways, title, _notes(args, network, ways))
 
 
 def _ways(names: Sequence[str], folders: Sequence[tuple[float, Path]]) -> list[Way]:
@@ -142,20 +204,10 @@ def _ways(names: Sequence[str], folders: Sequence[tuple[float, Path]]) -> list[W
     return ways
 
 
-def _write_case(
-    folder: Path,
-    name: str,
-    scale: int,
-    size: tuple[int, int],
-    sparsity: float,
-    args: argparse.Namespace,
-) -> None:
+def _write_case(folder: Path, model: nn.Module, size: tuple[int, int], seed: int) -> None:
     """The network, its input, its result in float32, and the same as ONNX."""
     folder.mkdir()
-    torch.manual_seed(args.seed)
-    model = models.build(name, scale).eval()
-    prune(model, sparsity, args.v, Unit.parse(args.unit) if args.unit else None)
-    x = torch.rand((1, 3, *size), generator=torch.Generator().manual_seed(args.seed))
+    x = torch.rand((1, 3, *size), generator=torch.Generator().manual_seed(seed))
     issp.save(model, folder / "model.safetensors")
     np.save(folder / "input.npy", x.numpy())
     with torch.no_grad():
@@ -163,7 +215,7 @@ def _write_case(
     rounds.export(model, x, folder / "model.onnx")
 
 
-def _table_of(args: argparse.Namespace, ways: Sequence[Way], title: str) -> Table:
+def _table_of(ways: Sequence[Way], title: str, notes: Sequence[str]) -> Table:
     others = [w for w in ways if w.name not in OURS and w.seconds and not _is_wrong(w)]
     best = min((median(w.seconds) for w in others if w.name in DENSE), default=None)
     peer = min((median(w.seconds) for w in others), default=None)
@@ -181,17 +233,17 @@ def _table_of(args: argparse.Namespace, ways: Sequence[Way], title: str) -> Tabl
     rows = []
     for way in ways:
         cells: dict[str, Any] = {"way": way.name, "latency": way.missing or median(way.seconds)}
-        cells["sparsity"] = "any" if way.sparsity is None else f"{100 * way.sparsity:g} %"
+        cells["sparsity"] = "any" if way.sparsity is None else f"{100 * way.sparsity:.3g} %"
         cells |= {"spread": way.spread(), "error": way.error}
         cells |= {"peak": way.peak and way.peak * _MEGABYTES}
         cells |= {"file": way.file_bytes and way.file_bytes * _MEGABYTES}
         time = None if _is_wrong(way) else median(way.seconds)
         cells["over dense"], cells["over all"] = ratio(best, time), ratio(peer, time)
         rows.append(Row(cells, {"latency": way.seconds}))
-    return Table(title, machine_line("cpu"), columns, rows, _notes(args, ways))
+    return Table(title, machine_line("cpu"), columns, rows, notes)
 
 
-def _notes(args: argparse.Namespace, ways: Sequence[Way]) -> list[str]:
+def _notes(args: argparse.Namespace, network: Network, ways: Sequence[Way]) -> list[str]:
     versions = {}
     for way in ways:
         versions.setdefault(way.name.split()[0].split(".")[0], way.version)
@@ -203,10 +255,12 @@ def _notes(args: argparse.Namespace, ways: Sequence[Way]) -> list[str]:
         "Peak memory: of the whole process while it computes, libraries and code included. File: "
         "weights of torch's ways, the ONNX file of runtimes, what `issp.save` writes of ours.",
         "Error: root mean square of the difference from torch fp32, over that of the result.",
-        f"Random weights (seed {args.seed}), {_pruned(args)}; dense ways have the zeros of the "
-        "first sparsity.",
+        "Trained weights, as the file has them."
+        if network.is_trained
+        else f"Random weights (seed {args.seed}), {_pruned(args)}; dense ways have the zeros of "
+        "the first sparsity.",
     ]
-    notes += [f"{w.name} at {100 * w.sparsity:g} %: {w.report}" for w in ways if w.report]
+    notes += [f"{w.name} at {100 * w.sparsity:.3g} %: {w.report}" for w in ways if w.report]
     wrong = [way.name for way in ways if _is_wrong(way)]
     if wrong:
         notes.append(f"The result of {', '.join(wrong)} is wrong: no time of it counts.")
@@ -228,6 +282,6 @@ def _plot(tables: Sequence[Table], path: Path) -> None:
     for table in tables:
         timed = [row for row in table.rows if row.samples["latency"]]
         names = [f"{r['way']}, {r['sparsity']}".removesuffix(", any") for r in timed]
-        lengths = [row["latency"] * SCALES["ms"] for row in timed]
+        lengths = [row["latency"] * TIME_SCALES["ms"] for row in timed]
         panels.append(Bars(table.title, "median ms", names, {"": lengths}))
     plot_bars(panels, path)

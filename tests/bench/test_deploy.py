@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import bench
+import issp
 from bench import deploy
 from bench.deploy import rounds, torch_ways, worker
 from bench.deploy.rounds import Way
 from bench.harness.errors import BenchmarkFailed, ParityError
+from bench.network import prune
 from tests.sr.networks import small_edsr
 
 pytest.importorskip("safetensors", reason="the processes read the network as safetensors")
@@ -30,7 +32,7 @@ def case(tmp_path, monkeypatch):
     monkeypatch.setattr(deploy.models, "build", lambda name, scale: small_edsr(upscale=scale))
     folder = tmp_path / "case"
     args = argparse.Namespace(v=1, unit=None, seed=0)
-    deploy._write_case(folder, "edsr-tiny", 2, (8, 16), 0.75, args)
+    deploy._write_case(folder, deploy._random("edsr-tiny", 2, args, 0.75), (8, 16), seed=0)
     return folder
 
 
@@ -174,8 +176,7 @@ def test_ratios_are_over_the_fastest_of_torch_and_of_all_others(case):
         Way("openvino f32", None, case, missing="not installed"),
         Way("torch.compile bf16", None, case, seconds=[1e-3] * 4, error=2.0),
     ]
-    args = type("Args", (), {"rounds": 4, "seed": 0, "v": 1, "unit": None})
-    rows = cells(deploy._table_of(args, ways, "title").markdown())
+    rows = cells(deploy._table_of(ways, "title", []).markdown())
     over = [
         (r["speed over the fastest of torch"], r["over the fastest of all others"]) for r in rows
     ]
@@ -193,10 +194,29 @@ def test_zeros_matter_to_some_ways_alone(tmp_path):
     assert not set(torch_ways.OURS) & set(torch_ways.DENSE) & set(worker.RUNTIMES)
 
 
+def test_a_trained_network_keeps_its_weights_and_zeros(monkeypatch, capsys, tmp_path):
+    torch.manual_seed(3)
+    model = small_edsr()
+    prune(model, 0.75, 1, None)
+    issp.save(model, tmp_path / "own.safetensors")
+    written = []
+    monkeypatch.setattr(rounds, "export", lambda model, x, path: written.append(model))
+    monkeypatch.setattr(rounds, "measure", lambda ways, *_: written.extend(ways))
+    words = ["--trained", str(tmp_path / "own.safetensors"), "--size", "8", "--threads", "1"]
+    assert bench.main(["deploy", *words, "--ways", "issp.pack fp32", "torch fp32"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("### EDSR x2, own.safetensors on 1x3x8x8, 1 threads")
+    assert [row["sparsity"] for row in cells(shown)] == ["75 %", "any"]
+    assert "Trained weights, as the file has them." in shown and "Random" not in shown
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(written[0].state_dict()[name], weight, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (("--threads", "0"), "--threads is 0"),
+        (("--trained", "x", "--unit", "16x2"), "--trained and --model exclude each other"),
         (("--sparsity", "1.5"), "--sparsity is 1.5"),
         (("--size", "4,8"), "'4,8' is not a product"),
         (("--size", "12"), "--size 12x12 does not suit swinir-light: give multiples of 8"),
@@ -212,6 +232,12 @@ def test_bad_input_is_one_sentence_and_status_2(words, sentence, capsys):
     assert bench.main(["deploy", "--model", "swinir-light", *words]) == 2
     shown = capsys.readouterr()
     assert sentence in shown.err and shown.err.count("\n") == 1 and shown.out == ""
+
+
+def test_a_trained_network_is_read_before_anything_is_measured(capsys, tmp_path):
+    assert bench.main(["deploy", "--trained", str(tmp_path / "x.safetensors")]) == 2
+    shown = capsys.readouterr()
+    assert "x.safetensors" in shown.err and shown.err.count("\n") == 1 and shown.out == ""
 
 
 def test_the_interpreter_may_come_from_the_environment(monkeypatch):
