@@ -341,7 +341,7 @@ def _tiling_within(
 
 def _budget(limit: MemoryLimit, job: Job, sizes: dict[Path, tuple[int, int]]) -> int:
     try:
-        return limit.tile_bytes(*sizes[job.source])
+        return limit.tile_bytes(*sizes[job.source], job.target.suffix)
     except UserError as error:
         raise UserError(f"{job.source}: {error}") from None
 

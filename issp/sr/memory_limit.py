@@ -13,9 +13,9 @@ from issp.utils.text import byte_text
 
 # Bytes for each pixel of the input and of the result that live beside the network's tensors while a
 # picture is read (Pillow's own, converted, as bytes, as array), computed (its samples, padded) and
-# written (samples, joined with transparency, Pillow's own, WebP's). A network of one channel
+# written (samples, transparency twice, Pillow's own; WebP copies both). A network of one channel
 # converts colours in float64.
-_READING, _COMPUTING, _WRITING = (20, 0), (8, 4), (4, 16)
+_READING, _COMPUTING, _WRITING, _WRITING_WEBP = (20, 0), (8, 4), (4, 9), (4, 16)
 _COMPUTING_LUMA = (44, 11)
 _LIBRARIES = 512 * 2**20  # torch and others, where the system does not tell
 _LATER = 96 * 2**20  # what libraries allocate at their first use
@@ -49,8 +49,12 @@ class MemoryLimit:
         least = tiling.least_bytes(model, channels)
         return cls(total, held, channels, network.scale, least)
 
-    def tile_bytes(self, height: int, width: int) -> int:
+    def tile_bytes(self, height: int, width: int, suffix: str) -> int:
         """What a tile of a picture may take.
+
+        Args:
+            height, width: of the picture.
+            suffix: of the file that its result is written to, such as ".png".
 
         Raises:
             UserError: the picture needs more than all; names how much.
@@ -61,7 +65,8 @@ class MemoryLimit:
             return pixels * (rates[0] + rates[1] * self.scale**2)
 
         computing = bytes_of(_COMPUTING_LUMA if self.channels == 1 else _COMPUTING)
-        least = max(bytes_of(_READING), bytes_of(_WRITING), computing + self.least_tile)
+        writing = _WRITING_WEBP if suffix.lower() == ".webp" else _WRITING
+        least = max(bytes_of(_READING), bytes_of(writing), computing + self.least_tile)
         if self.held + least > self.total:
             raise UserError(
                 f"a picture of {width} x {height} pixels and its result need --memory "

@@ -190,7 +190,7 @@ def encode_image(img: np.ndarray, suffix: str, compress_level: int = 6, **metada
     """Content of the file that `write_image` writes, which checks the arguments.
 
     Args:
-        img: also [H, W] uint16, [H, W, 2] and [H, W, 4] uint8 where the format has such images.
+        img: also [H, W] uint16 where the format has such images.
         suffix: of the format; JPEG and WebP files are of quality 95.
         compress_level: see `write_image`.
         metadata: further arguments of Pillow's writer, such as icc_profile.
@@ -201,9 +201,18 @@ def encode_image(img: np.ndarray, suffix: str, compress_level: int = 6, **metada
 
 
 def encode_into(
-    file: BinaryIO, img: np.ndarray, suffix: str, compress_level: int = 6, **metadata: Any
+    file: BinaryIO,
+    img: np.ndarray,
+    suffix: str,
+    compress_level: int = 6,
+    alpha: np.ndarray | None = None,
+    **metadata: Any,
 ) -> None:
-    """Writes what `encode_image` returns, which is then nowhere in memory as a whole."""
+    """Writes what `encode_image` returns, which is then nowhere in memory as a whole.
+
+    Args:
+        alpha: [H, W] uint8, the transparency of an 8-bit image.
+    """
     if img.ndim == 3 and img.shape[2] == 1:
         img = img[:, :, 0]
     pillow = import_optional("PIL.Image", "Pillow", "image files")
@@ -212,7 +221,10 @@ def encode_into(
         metadata["compress_level"] = compress_level
     elif kind in ("JPEG", "WEBP"):
         metadata["quality"] = 95
-    pillow.fromarray(np.ascontiguousarray(img)).save(_PythonFile(file), kind, **metadata)
+    image = pillow.fromarray(np.ascontiguousarray(img))
+    if alpha is not None:
+        image.putalpha(pillow.fromarray(np.ascontiguousarray(alpha)))
+    image.save(_PythonFile(file), kind, **metadata)
 
 
 class _PythonFile:

@@ -85,11 +85,12 @@ def write_picture(path: str | os.PathLike, picture: Picture) -> list[str]:
     pixels = picture.samples
     if pixels.dtype == np.uint16 and not keeps("16 bits", True):
         pixels = (pixels >> 8).astype(np.uint8)
-    if picture.alpha is not None and keeps("transparency", not (picture.alpha == 255).all()):
-        if pixels.dtype == np.uint16:
-            pixels = (pixels >> 8).astype(np.uint8)
-            lost.append("16 bits (beside transparency 8 are written)")
-        pixels = np.concatenate([pixels, picture.alpha[:, :, None]], axis=2)
+    alpha = picture.alpha
+    if alpha is not None and not keeps("transparency", not (alpha == 255).all()):
+        alpha = None
+    if alpha is not None and pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+        lost.append("16 bits (beside transparency 8 are written)")
     metadata: dict[str, Any] = {}
     profile = picture.icc_profile
     if profile and keeps("colour profile", True):
@@ -105,7 +106,7 @@ def write_picture(path: str | os.PathLike, picture: Picture) -> list[str]:
             metadata["exif"] = exif
 
     def write(file: BinaryIO) -> None:
-        encode_into(file, pixels, suffix, _COMPRESS_LEVEL, **metadata)
+        encode_into(file, pixels, suffix, _COMPRESS_LEVEL, alpha, **metadata)
 
     atomic_write(path, write, durable=False)
     return lost
