@@ -2,7 +2,10 @@
 // kernels of tiles/tile_kernels.h. Semantics: issp/ops/schemas/tiles.py.
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/tiles/run.h"
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/tiles/run_taps.h"
 
 namespace issp {
 namespace {
@@ -54,21 +57,34 @@ struct ConvTensors {
   const std::optional<Tensor>& residual;
 };
 
+std::vector<int32_t> translate(const TileKernels& kernels, const TiledConvArgs& args,
+                               const Tensor& positions) {
+  const int64_t entries = args.tiles * kTileEntries;
+  // Zeros: what is read ahead of the last K tile is plane 0.
+  std::vector<int32_t> offsets(size_t(entries + kReadAhead * kTileEntries));
+  require(kernels.translate(static_cast<const int32_t*>(positions.const_data_ptr()), entries,
+                            args.from.planes(), args.taps, int32_t(args.from.plane_bytes()),
+                            int32_t(args.from.row_bytes()), offsets.data()),
+          "positions");
+  return offsets;
+}
+
+// For `size` rows, zeros behind those that `bias` has, and in the place of denormals.
+std::vector<float> padded(const std::optional<Tensor>& bias, int64_t size) {
+  std::vector<float> all(static_cast<size_t>(size));
+  if (!bias) return all;
+  const auto* from = static_cast<const float*>(bias->const_data_ptr());
+  std::transform(from, from + bias->numel(), all.begin(),
+                 [](float x) { return std::abs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; });
+  return all;
+}
+
 // frame: whether `out` has no zeros around its pixels yet.
 void convolve(const TiledConvArgs& args, const ConvTensors& t, float scale, const Tensor& out,
               bool frame) {
   const TileKernels& kernels = tile_kernels();
-  const int64_t entries = args.tiles * kTileEntries;
-  // Zeros: what is read ahead of the last K tile is plane 0.
-  std::vector<int32_t> offsets(size_t(entries + kReadAhead * kTileEntries));
-  require(kernels.translate(static_cast<const int32_t*>(t.positions.const_data_ptr()), entries,
-                            args.from.planes(), args.taps, int32_t(args.from.plane_bytes()),
-                            int32_t(args.from.row_bytes()), offsets.data()),
-          "positions");
-  std::vector<float> bias(size_t(args.blocks * args.v));
-  if (t.bias) {
-    std::memcpy(bias.data(), t.bias->const_data_ptr(), size_t(args.rows) * sizeof(float));
-  }
+  const std::vector<int32_t> offsets = translate(kernels, args, t.positions);
+  const std::vector<float> bias = padded(t.bias, args.blocks * args.v);
   const TiledConv conv = {
       args.from,
       static_cast<const uint16_t*>(t.values.const_data_ptr()),
@@ -112,6 +128,41 @@ void tiled_conv2d_out(const Tensor& x, const Tensor& values, const Tensor& posit
   convolve(args, {x, values, positions, starts, bias, residual}, float(scale), out, false);
 }
 
+Tensor tiled_conv2d_by_taps(const Tensor& x, const Tensor& values, const Tensor& positions,
+                            const Tensor& starts, const std::optional<Tensor>& bias,
+                            const std::vector<int64_t>& geometry) {
+  require(geometry.size() == 4 && (geometry[3] == 1 || geometry[3] == 3), "geometry");
+  const int64_t channels = geometry[2], kernel = geometry[3];
+  require(channels >= 1 && channels <= kMaxTiledSize, "geometry");
+  const TiledConvArgs args =
+      check_tiled_conv2d(x, values, positions, starts, std::nullopt, std::nullopt,
+                         {geometry[0], geometry[1], channels * kernel * kernel, 1, 1}, "none");
+  if (bias) check_bias(*bias, channels);
+  const TileKernels& kernels = tile_kernels();
+  const std::vector<int32_t> offsets = translate(kernels, args, positions);
+  const std::vector<float> added = padded(bias, channels);
+  const TileLayout& from = args.from;
+  const Tensor y = empty(x, {from.batch, channels, from.height, from.width}, ScalarType::Float);
+  TiledConv conv = {from,
+                    static_cast<const uint16_t*>(values.const_data_ptr()),
+                    offsets.data(),
+                    static_cast<const int32_t*>(starts.const_data_ptr()),
+                    args.blocks,
+                    args.v,
+                    {}};
+  conv.epilogue.rows = args.rows;
+  const TapRow row = {{},
+                      0,
+                      added.data(),
+                      channels,
+                      kernel,
+                      from.width,
+                      static_cast<float*>(y.mutable_data_ptr()),
+                      from.height * from.width};
+  TapConvRun(kernels, conv, static_cast<const char*>(x.const_data_ptr()), row)();
+  return y;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) {
@@ -119,6 +170,7 @@ STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) {
   m.impl("from_tiles", TORCH_BOX(&from_tiles));
   m.impl("tiled_conv2d", TORCH_BOX(&tiled_conv2d));
   m.impl("tiled_conv2d_out", TORCH_BOX(&tiled_conv2d_out));
+  m.impl("tiled_conv2d_by_taps", TORCH_BOX(&tiled_conv2d_by_taps));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(issp, CompositeExplicitAutograd, m) {

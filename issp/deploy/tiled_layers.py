@@ -10,10 +10,19 @@ from torch import Tensor, nn
 
 from issp.deploy.derived import DerivedLayer, derive
 from issp.nn.padding import numeric_padding
-from issp.ops.tiles import TiledImage, TiledWeight, from_tiles, tiled_conv2d, to_tiles
+from issp.ops.tiles import (
+    TiledImage,
+    TiledWeight,
+    from_tiles,
+    tiled_conv2d,
+    tiled_conv2d_by_taps,
+    to_tiles,
+)
 
 # Tokens of an image without height and width are put in rows of as many pixels.
 _ROW = 64
+# Rows of a weight by taps: more of them take as long as the weight as it is.
+_MAX_TAP_ROWS = 32
 
 
 class TiledLayer(DerivedLayer):
@@ -50,6 +59,25 @@ class TiledConv2d(TiledLayer, nn.Conv2d):
         return from_tiles(self._compute(to_tiles(input)), input.dtype)
 
 
+class TapConv2d(TiledLayer, nn.Conv2d):
+    """A convolution of stride 1 to few channels: its result is torch's tensor, rounded once.
+
+    Args of a call:
+        input: torch's tensor, or a `TiledImage`.
+        dtype: of the result; default: that of the input, float32 for tiles.
+    """
+
+    def _make_form(self, weight: Tensor, bias: Tensor | None) -> tuple[TiledWeight, Tensor | None]:
+        return TiledWeight.from_taps(weight, self.v), None if bias is None else bias.float()
+
+    def forward(self, input: Tensor | TiledImage, dtype: torch.dtype = torch.float32) -> Tensor:
+        if isinstance(input, TiledImage):
+            return tiled_conv2d_by_taps(input, *self._derived(), self.kernel_size[0]).to(dtype)
+        if torch.is_grad_enabled() or input.dim() != 4:
+            return super().forward(input)
+        return self.forward(to_tiles(input), input.dtype)
+
+
 class TiledLinear(TiledLayer, nn.Linear):
     """A linear layer, of which the tokens are pixels; see `TiledLayer`."""
 
@@ -84,15 +112,19 @@ def tokens_from_tiles(t: TiledImage, like: Tensor, dtype: torch.dtype) -> Tensor
     return pixels.reshape(*like.shape[:-1], t.channels).contiguous()
 
 
-def tiled_layer(module: nn.Module, v: int) -> TiledConv2d | TiledLinear:
+def tiled_layer(module: nn.Module, v: int) -> TiledConv2d | TapConv2d | TiledLinear:
     """The same layer in the tile layout, with the same parameters.
 
     Args:
         module: one without `unsupported_reason`.
-        v: rows of a unit, see `issp.ops.tiles.TiledWeight`.
+        v: rows of a unit, see `issp.ops.tiles.TiledWeight`; those of a layer by taps are its own.
     """
     if isinstance(module, nn.Linear):
         return derive(module, TiledLinear, v)
+    weight = module.get_parameter("weight")
+    rows = weight.shape[0] * weight.shape[2] * weight.shape[3]
+    if weight.shape[2] == 3 and rows <= _MAX_TAP_ROWS:
+        return derive(module, TapConv2d, 16 if rows <= 16 else 32)
     return derive(module, TiledConv2d, v)
 
 

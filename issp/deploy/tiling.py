@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from issp.deploy.fusion import Fusion, find_step
+from issp.deploy.fusion import Fusion, Step, find_step
 from issp.deploy.tiled_layers import (
+    TapConv2d,
     TiledConv2d,
     TiledLayer,
     TiledLinear,
@@ -24,21 +25,29 @@ def fuse_tiles(trace: Trace) -> Fusion:
     """Gives the tiled layers of a trace all that they can compute, in one layout."""
     fusion = Fusion(trace)
     tiled: dict[fx.Node, bool] = {}  # call -> whether its layer is linear
+    plain: set[fx.Node] = set()  # calls that give no tiles
     for node, layer in fusion.called(TiledLayer):
         is_linear = isinstance(layer, TiledLinear)
         step = find_step(trace.module, node, scales=True, shuffles=not is_linear)
         if step is None or dtype_of(step.x) not in _CONVERTED:
+            continue
+        fusion.layers.append(layer)
+        if isinstance(layer, TapConv2d):
+            step = Step(node, step.x)
+            call = fusion.replace(step, node.target, (step.x,), dtype=dtype_of(node))
+            tiled[call] = False
+            plain.add(call)
             continue
         epilogue: dict[str, Any] = {"residual": step.residual, "activation": step.activation}
         epilogue["scale"] = step.scale
         if isinstance(layer, TiledConv2d):
             epilogue["shuffle"] = step.shuffle
         call = fusion.replace(step, node.target, (step.x,), **epilogue)
-        fusion.layers.append(layer)
         tiled[call] = is_linear
-    conversions = _Conversions(fusion.graph, tiled)
+    conversions = _Conversions(fusion.graph, tiled, plain)
     conversions.insert()
-    _reuse_memory(fusion.graph, {*tiled, *conversions.converted.values()}, tiled)
+    calls = tiled.keys() - plain
+    _reuse_memory(fusion.graph, {*calls, *conversions.converted.values()}, calls)
     # What hooks of a layer in the run would see are tiles.
     fusion.modules += fusion.layers
     return fusion
@@ -53,17 +62,20 @@ class _Conversions:
     Args:
         graph: of the calls.
         calls: call of a tiled layer -> whether the layer is linear.
+        plain: those whose results are in no layout.
     """
 
-    def __init__(self, graph: fx.Graph, calls: dict[fx.Node, bool]) -> None:
-        self.graph, self.calls = graph, calls
+    def __init__(
+        self, graph: fx.Graph, calls: dict[fx.Node, bool], plain: Collection[fx.Node]
+    ) -> None:
+        self.graph, self.calls, self.plain = graph, calls, plain
         self.converted: dict[tuple[fx.Node, bool], fx.Node] = {}
         self.tokens: dict[fx.Node, fx.Node] = {}  # call of a linear layer -> tokens of its shape
 
     def insert(self) -> None:
         """Inserts all conversions."""
         for call, is_linear in self.calls.items():
-            tensors = [call.args[0], call.kwargs["residual"]]
+            tensors = [call.args[0], call.kwargs.get("residual")]
             for value in tensors:
                 if isinstance(value, fx.Node):
                     source = self._tiles(value, is_linear, call)
@@ -74,10 +86,11 @@ class _Conversions:
                 self.tokens[call] = self.tokens.get(first, first)
         # Linear layers first: the tokens whose shape they take may be a convolution's result.
         for call, is_linear in sorted(self.calls.items(), key=lambda item: not item[1]):
-            self._leave(call, is_linear)
+            if call not in self.plain:
+                self._leave(call, is_linear)
 
     def _tiles(self, value: fx.Node, is_linear: bool, call: fx.Node) -> fx.Node:
-        if self.calls.get(value) == is_linear:
+        if self.calls.get(value) == is_linear and value not in self.plain:
             return value
         key = (value, is_linear)
         if key not in self.converted:

@@ -26,6 +26,7 @@ from issp.ops.tiles import (
     TiledWeight,
     from_tiles,
     tiled_conv2d,
+    tiled_conv2d_by_taps,
     tiles_supported,
     to_tiles,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "sparse_matmul",
     "sparse_pack",
     "tiled_conv2d",
+    "tiled_conv2d_by_taps",
     "tiles_supported",
     "to_tiles",
 ]

@@ -11,8 +11,14 @@ from torch import nn
 import issp
 from issp.deploy import parts
 from issp.deploy.fused_forward import FusedForward
-from issp.deploy.tiled_layers import TiledConv2d, TiledLinear, tiled_layer, unsupported_reason
-from issp.ops.tiles import TiledWeight, from_tiles, tiled_conv2d, to_tiles
+from issp.deploy.tiled_layers import (
+    TapConv2d,
+    TiledConv2d,
+    TiledLinear,
+    tiled_layer,
+    unsupported_reason,
+)
+from issp.ops.tiles import TiledWeight, from_tiles, tiled_conv2d, tiled_conv2d_by_taps, to_tiles
 from issp.sr.models.layers import Mlp
 from tests.asserts import assert_bitwise_equal
 from tests.deploy.networks import copies, line, prune_
@@ -72,17 +78,46 @@ class TestRuns:
     def test_a_whole_network_with_shuffles(self, cache, timed):
         network = small_edsr(upscale=4, num_block=2, res_scale=0.1)
         packed = pack(network, cache, (1, 3, 8, 8))
-        assert conversions(packed) == [1, 1] and "shuffle = 2" in source(packed)
+        # The last layer, of three channels, gives what torch reads.
+        assert conversions(packed) == [1, 0] and "shuffle = 2" in source(packed)
+        assert isinstance(packed.conv_last, TapConv2d)
         x = torch.rand(2, 3, 11, 9)
         assert packed(x).dtype == torch.float32
         torch.testing.assert_close(packed(x), network(x), rtol=0.01, atol=0.01)
+
+    @torch.no_grad()
+    def test_a_layer_of_few_channels_rounds_once_to_what_the_model_gives(self, cache, timed):
+        def network(channels):
+            layers = [nn.Conv2d(4, 8, 3, padding=1), nn.ReLU()]
+            return nn.Sequential(*layers, nn.Conv2d(8, channels, 3, padding=1), nn.ReLU())
+
+        for channels in (1, 3):
+            for dtype in (torch.float32, torch.bfloat16):
+                packed = pack(network(channels), cache).to(dtype)
+                x = torch.randn(X).to(dtype)
+                packed = issp.pack(packed, x, cache=cache, dtype=torch.bfloat16)
+                assert conversions(packed) == [1, 0] and isinstance(packed[2], TapConv2d)
+                t = tiled(packed[0], to_tiles(x), activation="relu")
+                w = TiledWeight.from_taps(packed[2].weight)
+                y = tiled_conv2d_by_taps(t, w, packed[2].bias.float())
+                assert_bitwise_equal(packed(x), F.relu(y.to(dtype)), f"{channels} in {dtype}")
+        packed = pack(network(4), cache)
+        assert conversions(packed) == [1, 1] and isinstance(packed[2], TiledConv2d)
+
+    @torch.no_grad()
+    def test_few_channels_within_a_network(self, cache, timed):
+        layers = [nn.Conv2d(4, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)]
+        packed = pack(nn.Sequential(*layers, nn.Conv2d(2, 8, 3, padding=1)), cache)
+        assert conversions(packed) == [3, 1]
+        x = torch.randn(X)
+        torch.testing.assert_close(packed(x), issp.unpack(packed)(x), rtol=0.02, atol=0.02)
 
     @torch.no_grad()
     def test_layers_write_where_nobody_reads_any_more(self, cache, timed):
         packed = pack(small_edsr(num_block=4), cache, (1, 3, 8, 8))
         # New memory: the head, which is read at the end again, the two of a block, the upsampling.
         calls = [x for x in source(packed).splitlines() if "shuffle = " in x]
-        assert len(calls) == 12 and sum("out = " in x for x in calls) == 7
+        assert len(calls) == 11 and sum("out = " in x for x in calls) == 7
         x = torch.rand(2, 3, 11, 9)
         y = packed(x)
         own = copy.deepcopy(packed)
@@ -233,3 +268,7 @@ def test_a_layer_by_itself_takes_and_gives_torchs_tensors():
     assert alone(x.bfloat16()).dtype == torch.bfloat16
     torch.testing.assert_close(alone(x[0]), conv(x[0]))  # without a batch it is torch's
     assert alone.weight is conv.weight
+    few = tiled_layer(nn.Conv2d(5, 3, 3, padding=1), 16)
+    assert isinstance(few, TapConv2d) and few(x.half()).dtype == torch.float16
+    assert_bitwise_equal(few(x), few(to_tiles(x)), "the result of few channels")
+    assert few(x[0]).shape == (3, 6, 9)

@@ -57,6 +57,12 @@ inline TileLayout check_plain(const Tensor& x) {
   return layout;
 }
 
+inline void check_bias(const Tensor& bias, int64_t rows) {
+  require(bias.scalar_type() == ScalarType::Float && bias.dim() == 1 && is_in_memory(bias) &&
+              bias.numel() == rows,
+          "bias");
+}
+
 // geometry: channels and width of x, rows of the weight, kernel, shuffle.
 struct TiledConvArgs {
   TileLayout from, to;
@@ -98,11 +104,7 @@ inline TiledConvArgs check_tiled_conv2d(const Tensor& x, const Tensor& values,
   const auto* start = static_cast<const int32_t*>(starts.const_data_ptr());
   require(start[0] == 0 && start[args.blocks] == args.tiles, "tile_starts");
   for (int64_t i = 0; i < args.blocks; ++i) require(start[i] <= start[i + 1], "tile_starts");
-  if (bias) {
-    require(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && is_in_memory(*bias) &&
-                bias->numel() == args.rows,
-            "bias");
-  }
+  if (bias) check_bias(*bias, args.rows);
   args.to = {args.from.batch, args.rows / factor, args.from.height * args.shuffle,
              args.from.width * args.shuffle};
   check_layout(args.to, "x");

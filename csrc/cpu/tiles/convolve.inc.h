@@ -141,6 +141,18 @@ ISSP_TARGET void write_scattered(const TiledConv& conv, int64_t block, const Pix
   }
 }
 
+ISSP_TARGET inline void write_sums(const TiledConv& conv, int64_t block, const PixelTile& tile,
+                                   const float* sums) {
+  const TileEpilogue& by = conv.epilogue;
+  const int64_t rows = std::min<int64_t>(conv.v, by.rows - block * conv.v);
+  char* out = by.out + tile.output + block * conv.v * by.plane_bytes;
+  for (int64_t i = 0; i < rows; ++i, out += by.plane_bytes) {
+    F16 sum;
+    load(sum, sums + 16 * i);
+    store_first(out, sum, tile.count);
+  }
+}
+
 using Write = void (*)(const TiledConv&, int64_t, const PixelTile&, const float*);
 
 template <TileActivation activation, bool kScaled>
@@ -158,10 +170,35 @@ Write writer(const TileEpilogue& by) {
 }
 
 inline Write writer(const TiledConv& conv) {
+  if (conv.epilogue.sums) return write_sums;
   switch (conv.epilogue.activation) {
     case TileActivation::kRelu: return writer<TileActivation::kRelu>(conv.epilogue);
     case TileActivation::kGelu: return writer<TileActivation::kGelu>(conv.epilogue);
     default: return writer<TileActivation::kNone>(conv.epilogue);
+  }
+}
+
+// Zeros around the image need not be added: a sum that begins with +0 is never -0.
+ISSP_TARGET inline void add_taps(const TapRow& row) {
+  const int64_t taps = row.kernel * row.kernel;
+  for (int64_t channel = 0; channel < row.channels; ++channel) {
+    float* const out = row.out + channel * row.plane;
+    for (int64_t x = 0; x < row.width; x += kTilePixels) {
+      F16 sum = {};
+      for (int64_t ky = 0; ky < row.kernel; ++ky) {
+        if (!row.sums[ky]) continue;
+        const float* shares = row.sums[ky] + (channel * taps + ky * row.kernel) * row.pitch + x;
+        for (int64_t kx = 0; kx < row.kernel; ++kx, shares += row.pitch) {
+          F16 share;
+          load(share, shares + kx);
+          sum += share;
+          flush(sum);
+        }
+      }
+      sum += row.bias[channel];
+      flush(sum);
+      store_first(out + x, sum, row.width - x);
+    }
   }
 }
 

@@ -364,10 +364,10 @@ std::string tile_capability(std::string want) {
 }
 
 const TileKernels& tile_kernels() {
-#define ISSP_TABLE(isa, name, few, many)                                                    \
-  {                                                                                         \
-    name, {few, many}, isa::begin, isa::end, isa::convolve, isa::to_tiles, isa::from_tiles, \
-        isa::translate                                                                      \
+#define ISSP_TABLE(isa, name, few, many)                                                  \
+  {                                                                                       \
+    name, {few, many}, isa::begin, isa::end, isa::convolve, isa::add_taps, isa::to_tiles, \
+        isa::from_tiles, isa::translate                                                   \
   }
   static const TileKernels plain = ISSP_TABLE(scalar, "scalar", 1, 1);
 #if ISSP_X86

@@ -42,6 +42,7 @@ struct TileEpilogue {
   float scale;
   int64_t rows;  // of the weight
   int64_t shuffle;
+  bool sums = false;  // writes the float32 sums alone, a plane for every row of the weight
 };
 
 struct TiledConv {
@@ -52,6 +53,18 @@ struct TiledConv {
   int64_t blocks;
   int v;  // rows of a block, 16 or 32
   TileEpilogue epilogue;
+};
+
+// One row of y = sum over the taps + bias, see tiled_conv2d_by_taps in issp/ops/schemas/tiles.py.
+// Each row of the weight has `pitch` sums for a row of pixels, with kernel / 2 zeros before the
+// first pixel and at least as many behind the last.
+struct TapRow {
+  const float* sums[3];  // for every row of the kernel; null: it lies outside of the image
+  int64_t pitch;
+  const float* bias;
+  int64_t channels, kernel, width;
+  float* out;
+  int64_t plane;  // elements between two channels of `out`
 };
 
 // Strides of an image, in elements.
@@ -68,6 +81,7 @@ struct TileKernels {
   void (*begin)();
   void (*end)();
   void (*convolve)(const TiledConv& conv, const PixelTile* tiles, int count);
+  void (*add_taps)(const TapRow& row);
   // One row of an image, all channels, into or from the tile layout; the zeros included.
   void (*to_tiles)(const PlainImage& x, const TileLayout& to, int64_t image, int64_t y, char* out);
   void (*from_tiles)(const char* data, const TileLayout& from, int64_t image, int64_t y,

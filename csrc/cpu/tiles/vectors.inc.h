@@ -17,6 +17,13 @@ ISSP_INLINE void load(U16& to, const void* from) {
 ISSP_INLINE void store(void* to, const U16& from) {
   std::memcpy(to, &from, sizeof(from));
 }
+ISSP_INLINE void store_first(void* to, const F16& from, int64_t count) {
+  if (count >= 16) {  // a size that is known is one instruction
+    std::memcpy(to, &from, sizeof(from));
+  } else {
+    std::memcpy(to, &from, size_t(4 * count));
+  }
+}
 
 // Zero of the same sign for denormals.
 ISSP_INLINE void flush(F16& x) {

@@ -48,14 +48,7 @@ def tiled_conv2d(
 ) -> Tensor:
     """See `tiled_conv2d` in issp/ops/schemas/tiles.py."""
     _, width, rows, kernel, shuffle = geometry
-    weights = _flush(values.double()).flatten(1, 2)
-    lines = _lines(_flush(x.double()), width, kernel)
-    starts = tile_starts.tolist()
-    blocks = [
-        _block_sums(weights[begin:end], positions[begin:end], lines)
-        for begin, end in zip(starts, starts[1:], strict=False)
-    ]
-    y = torch.cat(blocks, 1)[:, :rows]
+    y = _sums(x, values, positions, tile_starts, width, kernel)[:, :rows]
     zero = y.new_zeros(rows)
     y = _to_float32(y + _flush(zero if bias is None else bias.double())[:, None, None])
     y = _activate(y, activation)
@@ -69,6 +62,41 @@ def tiled_conv2d_out(*args: object) -> None:
     """See `tiled_conv2d_out` in issp/ops/schemas/tiles.py."""
     *arguments, out = args
     out.copy_(tiled_conv2d(*arguments))  # type: ignore[attr-defined, arg-type]
+
+
+def tiled_conv2d_by_taps(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    tile_starts: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+) -> Tensor:
+    """See `tiled_conv2d_by_taps` in issp/ops/schemas/tiles.py."""
+    _, width, rows, kernel = geometry
+    taps, height = kernel * kernel, x.shape[1] - 2
+    shares = _sums(x, values, positions, tile_starts, width, 1)[:, : rows * taps]
+    shares = F.pad(shares, (kernel // 2,) * 4)
+    y = shares.new_zeros(x.shape[0], rows, height, width)
+    for tap in range(taps):
+        ky, kx = tap // kernel, tap % kernel
+        y = _to_float32(y + shares[:, tap::taps, ky : ky + height, kx : kx + width])
+    added = y.new_zeros(rows) if bias is None else _flush(bias.double())
+    return _to_float32(y + added[:, None, None]).float()
+
+
+def _sums(
+    x: Tensor, values: Tensor, positions: Tensor, tile_starts: Tensor, width: int, kernel: int
+) -> Tensor:
+    """[N, rows of all blocks, H, W]."""
+    weights = _flush(values.double()).flatten(1, 2)
+    lines = _lines(_flush(x.double()), width, kernel)
+    starts = tile_starts.tolist()
+    blocks = [
+        _block_sums(weights[begin:end], positions[begin:end], lines)
+        for begin, end in zip(starts, starts[1:], strict=False)
+    ]
+    return torch.cat(blocks, 1)
 
 
 def _lines(data: Tensor, width: int, kernel: int) -> Tensor:

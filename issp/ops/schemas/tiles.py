@@ -20,6 +20,11 @@ Arithmetic: float32, rounded to nearest even; denormal operands and results coun
     Pixels outside of the image are zeros, whatever lies in memory behind them.
 geometry: channels of x, width of x, O, k, shuffle. torch.nn.PixelShuffle(shuffle) comes last; a
     residual is refused with it.
+By taps, for few output channels: the weight [k * k * O, I], row o * k * k + ky * k + kx, gives the
+    sums of every tap at every pixel, as above. Then y[o] at (y, x) is the sum, from 0 and in the
+    order of the taps, of theirs at (y + ky - k // 2, x + kx - k // 2), zero outside of the image;
+    plus the bias, each addition rounded once, float32 [N, O, H, W]. geometry: channels of x, width
+    of x, O, k.
 """
 
 from __future__ import annotations
@@ -47,6 +52,10 @@ library.define(f"tiled_conv2d({_CONV}) -> Tensor")
 # The same into the data of an image like the result, whose zeros are kept. `out` may be the
 # residual, and overlaps nothing else.
 library.define(f"tiled_conv2d_out({_CONV}, Tensor(a!) out) -> ()")
+library.define(
+    "tiled_conv2d_by_taps(Tensor x, Tensor values, Tensor positions, Tensor tile_starts, "
+    "Tensor? bias, SymInt[] geometry) -> Tensor"
+)
 # The kernels in use on the CPU: amx, avx512 or scalar; `want` selects them, for tests.
 library.define('_tile_capability(str want="") -> str')
 
@@ -90,3 +99,10 @@ def _(x: Tensor, *args: Any) -> Tensor:
 @torch.library.register_fake("issp::tiled_conv2d_out", lib=library)
 def _(x: Tensor, *args: Any) -> None:
     one_device(x, *args[:5], args[8])
+
+
+@torch.library.register_fake("issp::tiled_conv2d_by_taps", lib=library)
+def _(x: Tensor, *args: Any) -> Tensor:
+    one_device(x, *args[:4])
+    _, width, rows, _ = args[4]
+    return x.new_empty((x.shape[0], rows, x.shape[1] - 2, width), dtype=torch.float32)

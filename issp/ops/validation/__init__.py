@@ -37,6 +37,7 @@ TILED_OPS: dict[str, Callable[..., None]] = {
     "from_tiles": tiles.check_from_tiles,
     "tiled_conv2d": tiles.check_tiled_conv2d,
     "tiled_conv2d_out": tiles.check_tiled_conv2d_out,
+    "tiled_conv2d_by_taps": tiles.check_tiled_conv2d_by_taps,
 }
 
 

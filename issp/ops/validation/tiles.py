@@ -84,6 +84,27 @@ def check_tiled_conv2d_out(*args: object) -> None:
             )
 
 
+def check_tiled_conv2d_by_taps(
+    x: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    tile_starts: Tensor,
+    bias: Tensor | None,
+    geometry: Sequence[int],
+) -> None:
+    """The checks of `tiled_conv2d_by_taps`."""
+    if len(geometry) != 4:
+        raise ValueError(f"geometry has {len(geometry)} numbers: channels, width, rows and kernel")
+    channels, width, rows, kernel = geometry
+    check_tiled_shape((rows, channels, kernel, kernel))
+    by_taps = [channels, width, rows * kernel * kernel, 1, 1]
+    check_tiled_conv2d(x, values, positions, tile_starts, None, None, by_taps, "none", 1.0)
+    if bias is not None:
+        check_bias(bias, rows)
+        if bias.device != x.device:
+            raise ValueError(f"bias is on {bias.device} but x is on {x.device}")
+
+
 def check_shuffle(rows: int, shuffle: int) -> None:
     """Refuses a factor of PixelShuffle that does not fit the rows of a weight."""
     if not 1 <= shuffle <= _MAX_SHUFFLE or rows % shuffle**2:

@@ -8,7 +8,14 @@ import pytest
 import torch
 
 import issp
-from issp.ops import TiledImage, TiledWeight, from_tiles, tiled_conv2d, to_tiles
+from issp.ops import (
+    TiledImage,
+    TiledWeight,
+    from_tiles,
+    tiled_conv2d,
+    tiled_conv2d_by_taps,
+    to_tiles,
+)
 from tests.ops.tiles.cases import TileCase
 
 CASE = TileCase("refused", 32, 6, size=(4, 20), residual=True)
@@ -120,6 +127,54 @@ def public(**changes: Any) -> TiledImage:
 def test_refused_by_the_public_function(changes, kind, words):
     with pytest.raises(kind, match=words):
         public(**changes)
+
+
+REFUSED_BY_TAPS = {
+    "channels": (dict(t=to_tiles(torch.ones(1, 8, 4, 20))), ValueError, "has 8 channels"),
+    "bias": (dict(bias=torch.ones(4)), ValueError, r"bias has shape \(4,\)"),
+    "bias in bfloat16": (dict(bias=torch.ones(3).bfloat16()), TypeError, "bias.float()"),
+    "kernel": (dict(kernel=5), ValueError, "no rows for the taps of a kernel of 5 x 5"),
+    "rows": (
+        dict(w=TiledWeight.from_weight(torch.ones(3, 6))),
+        ValueError,
+        "make it by TiledWeight.from_taps",
+    ),
+    "a weight with taps": (
+        dict(w=TiledWeight.from_weight(torch.ones(9, 6, 3, 3))),
+        ValueError,
+        "make it by TiledWeight.from_taps",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_BY_TAPS)
+def test_refused_by_taps(what):
+    changes, kind, words = REFUSED_BY_TAPS[what]
+    w = TiledWeight.from_taps(torch.ones(3, 6, 3, 3))
+    arguments = {"t": to_tiles(torch.ones(1, 6, 4, 20)), "w": w, "bias": torch.ones(3)}
+    with pytest.raises(kind, match=words):
+        tiled_conv2d_by_taps(**(arguments | changes))
+
+
+@pytest.mark.parametrize(
+    "geometry, words",
+    [
+        ([6, 20, 3], "geometry has 3 numbers"),
+        ([6, 20, 3, 5], "5 x 5 has no tile layout"),
+        ([6, 20, 0, 3], "has 0 rows"),
+        ([6, 20, 4, 3], "tile_starts has shape"),
+        ([9, 20, 3, 3], "x has shape"),
+        ([6, 20, 2**62, 3], "rows"),
+    ],
+)
+def test_refused_geometry_by_taps(geometry, words):
+    w = TiledWeight.from_taps(torch.ones(3, 6, 3, 3))
+    t = to_tiles(torch.ones(1, 6, 4, 20))
+    arguments = (t.data, w.values, w.positions, w.tile_starts, None, geometry)
+    with pytest.raises(ValueError, match=words):
+        issp.backends.implementations("reference")["tiled_conv2d_by_taps"](*arguments)
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.ops.issp.tiled_conv2d_by_taps(*arguments)
 
 
 def test_refused_places_of_the_result():

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import issp
-from issp.ops import to_tiles
+from issp.ops import TiledWeight, to_tiles
+from tests.asserts import assert_bitwise_equal
 from tests.ops.tiles.cases import TileCase
 from tests.tiers import quick_or_full
 
@@ -75,6 +76,30 @@ def test_random_calls(seed):
         assert torch.equal(memory[:GUARD], torch.ones(GUARD).bfloat16())
         assert torch.equal(memory[-GUARD:], torch.ones(GUARD).bfloat16())
     assert refused > 50
+
+
+@pytest.mark.skipif(issp.backends.active("cpu") != "cpp", reason="issp/_C was not built")
+@pytest.mark.parametrize("seed", range(quick_or_full(2, 100)))
+def test_random_calls_by_taps(seed):
+    source = random.Random(seed)
+    reference = issp.backends.implementations("reference")["tiled_conv2d_by_taps"]
+    refused = 0
+    for _ in range(100):
+        rows, channels, kernel = source.choice((1, 3)), source.randint(1, 5), source.choice((1, 3))
+        size = (source.randint(1, 3), source.choice((1, 16, 17)))
+        w = TiledWeight.from_taps(torch.ones(rows, channels, kernel, kernel))
+        t = to_tiles(torch.ones(1, channels, *size))
+        arguments = [t.data, w.values, w.positions, w.tile_starts, torch.ones(rows), None]
+        arguments.append([channels, size[1], rows, kernel, 0])
+        spoil(source, arguments)
+        given = (*arguments[:5], arguments[6][:4])
+        try:
+            y = torch.ops.issp.tiled_conv2d_by_taps(*given)
+        except (RuntimeError, ValueError, TypeError):
+            refused += 1
+        else:
+            assert_bitwise_equal(y, reference(*given), "the result")
+    assert refused > 30
 
 
 def guarded(data: Tensor) -> tuple[Tensor, Tensor]:

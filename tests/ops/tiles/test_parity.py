@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 
 import issp
-from issp.ops import TiledImage, TiledWeight, from_tiles, tiled_conv2d, to_tiles
+from issp.ops import (
+    TiledImage,
+    TiledWeight,
+    from_tiles,
+    tiled_conv2d,
+    tiled_conv2d_by_taps,
+    to_tiles,
+)
 from tests.asserts import assert_bitwise_equal
 from tests.ops.tiles.cases import CASES, NAMES, TileCase
 from tests.tiers import quick_or_full
@@ -221,6 +228,101 @@ def test_sums_of_special_numbers(kernels, kernel):
         assert torch.isfinite(expected).any()
 
 
+def reference_by_taps(t: TiledImage, w: TiledWeight, bias, kernel: int = 3) -> torch.Tensor:
+    geometry = [t.channels, t.width, w.shape[0] // kernel**2, kernel]
+    plan = (w.values, w.positions, w.tile_starts)
+    return REFERENCE["tiled_conv2d_by_taps"](t.data, *plan, bias, geometry)
+
+
+# Rows, channels, kernel, size, batch, v, share of units that are kept.
+BY_TAPS = [
+    (3, 20, 3, (3, 33), 1, 32, 1.0),
+    (3, 33, 3, (5, 16), 2, 32, 0.5),
+    (1, 7, 3, (4, 50), 3, 16, 1.0),
+    (2, 5, 3, (1, 1), 1, 32, 1.0),
+    (3, 4, 3, (1, 65), 2, 16, 1.0),
+    (3, 4, 3, (9, 1), 1, 32, 0.3),
+    (5, 6, 3, (2, 17), 1, 32, 1.0),
+    (3, 4, 3, (6, 7), 1, 16, 0.0),
+    (20, 6, 1, (3, 18), 2, 16, 1.0),
+]
+
+
+def by_taps(case):
+    """Image, weight, tiled weight and bias."""
+    rows, channels, kernel, size, batch, v, keep = case
+    source = torch.Generator().manual_seed(rows + channels)
+    image = torch.randn(batch, channels, *size, generator=source)
+    weight = torch.randn(rows, channels, kernel, kernel, generator=source)
+    weight *= torch.rand(channels, generator=source)[:, None, None] < keep
+    return image, weight, TiledWeight.from_taps(weight, v), torch.randn(rows, generator=source)
+
+
+@pytest.mark.parametrize("case", BY_TAPS, ids=str)
+def test_by_taps(kernels, case, threads):
+    image, weight, w, bias = by_taps(case)
+    t, kernel = to_tiles(image), case[2]
+    expected = reference_by_taps(t, w, bias, kernel)
+    exact = F.conv2d(
+        image.bfloat16().double(), weight.bfloat16().double(), bias.double(), padding=kernel // 2
+    )
+    torch.testing.assert_close(expected.double(), exact, rtol=1e-5, atol=1e-5)
+    for count in (1, 2, 3, 4):
+        threads(count)
+        actual = tiled_conv2d_by_taps(t, w, bias, kernel)
+        assert actual.is_contiguous()
+        assert_bitwise_equal(actual, expected, f"by {count} threads")
+    without = reference_by_taps(t, w, None, kernel)
+    assert_bitwise_equal(tiled_conv2d_by_taps(t, w, None, kernel), without, "without a bias")
+
+
+def test_by_taps_in_several_threads(kernels, threads):
+    """Each computes the sums of rows above and below its own; with work for each."""
+    image, _, w, bias = by_taps((3, 40, 3, (30, 100), 2, 32, 1.0))
+    results = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        results.append(tiled_conv2d_by_taps(to_tiles(image), w, bias))
+    for count, result in enumerate(results, 1):
+        assert_bitwise_equal(result, results[0], f"{count} threads")
+
+
+@pytest.mark.parametrize("v", [16, 32])
+def test_special_numbers_by_taps(kernels, v):
+    """Of any size, and such that shares and sums of taps are denormal."""
+    numbers = special_numbers()
+    small = numbers[numbers.abs() <= 4]
+    for source, scale in ((numbers, 1.0), (small, 1.0), (small, 2.0**-120)):
+        x = source.repeat(20)[:312].view(1, 4, 3, 26)
+        weight = small.repeat(10)[:108].view(3, 4, 3, 3).float() * scale
+        bias = torch.tensor([1e-40, -0.0, 2.0**-126]) * scale
+        t, w = to_tiles(x), TiledWeight.from_taps(weight, v)
+        expected = reference_by_taps(t, w, bias)
+        assert_same_numbers(tiled_conv2d_by_taps(t, w, bias), expected, f"scale {scale}")
+        assert bool(torch.isfinite(expected).all()) == (source is small)
+    assert (expected == 0).any() and expected.any()
+
+
+def test_what_is_not_finite_stays_within_its_taps(kernels):
+    image, _, w, bias = by_taps((3, 20, 3, (4, 21), 1, 32, 1.0))
+    clean = tiled_conv2d_by_taps(to_tiles(image), w, bias)
+    image[0, 2, 1, 3] = torch.inf
+    y = tiled_conv2d_by_taps(to_tiles(image), w, bias)
+    spared = torch.ones(4, 21, dtype=torch.bool)
+    spared[0:3, 2:5] = False
+    assert_bitwise_equal(y[..., spared], clean[..., spared], "pixels beside Inf")
+    assert not torch.isfinite(y[..., ~spared]).any()
+
+
+def test_denormal_biases_are_zeros(kernels):
+    """The smallest normal number and a denormal one would be another number."""
+    weight = torch.full((1, 1, 1, 1), 2.0**-126)
+    t, w = to_tiles(torch.ones(1, 1, 1, 1)), TiledWeight.from_weight(weight)
+    y = tiled_conv2d(t, w, torch.tensor([0.75 * 2.0**-126]))
+    assert from_tiles(y).item() == 2.0**-126
+    assert tiled_conv2d_by_taps(t, w, torch.tensor([2.0**-127]), kernel=1).item() == 2.0**-126
+
+
 def t_residual(channels: int, width: int) -> TiledImage:
     numbers = special_numbers()
     finite = numbers[torch.isfinite(numbers)]
@@ -269,12 +371,17 @@ def test_nothing_is_read_around_the_memory(kernels):
     inside = around[128 : 128 + count].view(p.t.data.shape)
     actual = tiled_conv2d(p.t._replace(data=inside), p.w, p.bias).data
     assert_bitwise_equal(actual, expected, "in the middle of NaN")
+    last = TiledWeight.from_taps(torch.randn(3, 3, 3, 3))
+    shared, alone = (tiled_conv2d_by_taps(t, last) for t in (p.t._replace(data=inside), p.t))
+    assert_bitwise_equal(shared, alone, "by taps in the middle of NaN")
 
 
 def test_an_empty_batch(kernels):
     t = to_tiles(torch.randn(0, 4, 3, 5))
     w = TiledWeight.from_weight(torch.randn(16, 4, 3, 3))
     assert from_tiles(tiled_conv2d(t, w)).shape == (0, 16, 3, 5)
+    last = TiledWeight.from_taps(torch.randn(3, 4, 3, 3))
+    assert tiled_conv2d_by_taps(t, last).shape == (0, 3, 3, 5)
 
 
 def test_the_mode_of_the_caller_does_not_matter_and_stays(kernels, threads):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from issp.ops import from_tiles, tiled_conv2d, to_tiles
+from issp.ops import TiledWeight, from_tiles, tiled_conv2d, tiled_conv2d_by_taps, to_tiles
 from tests.asserts import assert_bitwise_equal
 from tests.ops.tiles.cases import CASES, TileCase
 
@@ -21,6 +21,12 @@ def test_opcheck_convolution(case):
     opcheck(torch.ops.issp.tiled_conv2d.default, args, test_utils=TESTS)
     out = torch.ops.issp.tiled_conv2d(*args).zero_()
     opcheck(torch.ops.issp.tiled_conv2d_out.default, (*args, out), test_utils=TESTS)
+
+
+def test_opcheck_convolution_by_taps():
+    x, w = to_tiles(torch.randn(2, 5, 4, 21)), TiledWeight.from_taps(torch.randn(2, 5, 3, 3))
+    args = (x.data, w.values, w.positions, w.tile_starts, torch.randn(2), [5, 21, 2, 3])
+    opcheck(torch.ops.issp.tiled_conv2d_by_taps.default, args, test_utils=TESTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -50,10 +56,12 @@ def test_a_chain_compiles_to_one_graph_for_any_size():
 def test_export_with_dynamic_sizes():
     case = TileCase("export", 12, 6, keep=0.4)
     p = case.build()
+    last = TiledWeight.from_taps(torch.randn(3, 3, 3, 3))
 
     class Upscale(torch.nn.Module):
         def forward(self, x):
-            return from_tiles(tiled_conv2d(to_tiles(x), p.w, p.bias, shuffle=2))
+            t = tiled_conv2d(to_tiles(x), p.w, p.bias, shuffle=2)
+            return from_tiles(t) + tiled_conv2d_by_taps(t, last)
 
     sizes = {2: torch.export.Dim("height", min=2, max=64), 3: torch.export.Dim("width", min=2)}
     program = torch.export.export(

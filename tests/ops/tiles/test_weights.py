@@ -20,6 +20,14 @@ def test_back_to_dense(case):
     assert_bitwise_equal(p.w.to_dense(), p.weight.bfloat16(), case.name)
 
 
+def test_taps_as_rows():
+    weight = torch.randn(3, 5, 3, 3)
+    w = TiledWeight.from_taps(weight, 32)
+    assert w.shape == (27, 5) and w.v == 32
+    assert torch.equal(w.to_dense()[9 + 5], weight[1, :, 1, 2].bfloat16())
+    assert torch.equal(TiledWeight.from_taps(weight[:, :, :1, :1]).to_dense(), w.to_dense()[::9])
+
+
 def test_a_unit_is_stored_once_and_k_tiles_are_full():
     weight = torch.zeros(40, 6, 3, 3)
     weight[3, 2, 0, 1] = 1.0  # unit of rows 0..15, channels 2 and 3
