@@ -30,6 +30,7 @@ BENCHMARKS = {
     "overhead": "Python per step beyond the ops: the hook, issp.optim, torch's optimizers",
     "long": "100 000 steps: memory, counts, CPU time per step",
     "busy": "the same calls beside processes that never sleep",
+    "sass": "machine instructions of the CUDA kernels per 32 weights; needs nvcc, no GPU",
     "all": "most of them, each in a process of its own",
 }
 
