@@ -41,6 +41,8 @@ struct Product {
   ScalarType dtype;
   int64_t v, entries, blocks;
   Activation activation = Activation::kNone;
+  double scale = 1;     // of activated sums
+  int64_t shuffle = 1;  // the factor of a PixelShuffle of the result
 };
 
 inline void check_data(const Tensor& x, const char* name) {
@@ -156,6 +158,23 @@ inline Convolution check_sparse_conv2d(const Tensor& x, const Tensor& values, co
   if (bias) check_like(x, *bias, "bias", {geometry.rows});
   if (residual) check_like(x, *residual, "residual", image_shape(geometry));
   return {product, geometry};
+}
+
+// Adds what sparse_conv2d_fused does beyond sparse_conv2d.
+inline Convolution check_sparse_conv2d_fused(Convolution conv, bool has_residual, double scale,
+                                             int64_t shuffle) {
+  require(shuffle >= 1 && shuffle <= kMaxSize / shuffle, "shuffle");
+  require(conv.geometry.rows % (shuffle * shuffle) == 0, "shuffle");
+  require(shuffle == 1 || !has_residual, "residual");
+  conv.product.scale = scale;
+  conv.product.shuffle = shuffle;
+  return conv;
+}
+
+inline std::vector<int64_t> shuffled_shape(const Convolution& conv) {
+  const int64_t by = conv.product.shuffle;
+  const std::vector<int64_t> shape = image_shape(conv.geometry);
+  return {shape[0], shape[1] / (by * by), shape[2] * by, shape[3] * by};
 }
 
 inline Convolution check_sparse_conv2d_values_grad(const Tensor& x, const Tensor& grad,

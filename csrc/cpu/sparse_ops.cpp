@@ -20,6 +20,20 @@ Tensor sparse_conv2d(const Tensor& x, const Tensor& values, const Tensor& column
   return y;
 }
 
+Tensor sparse_conv2d_fused(const Tensor& x, const Tensor& values, const Tensor& columns,
+                           const Tensor& starts, const std::vector<Tensor>& transposed,
+                           const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                           const std::vector<int64_t>& geometry, std::string activation,
+                           double scale, int64_t shuffle) {
+  const Convolution conv =
+      check_sparse_conv2d_fused(check_sparse_conv2d(x, values, columns, starts, transposed, bias,
+                                                    residual, geometry, activation),
+                                residual.has_value(), scale, shuffle);
+  const Tensor y = empty_like(x, shuffled_shape(conv));
+  forward(conv, false, {x, values, columns, starts, bias, residual, y});
+  return y;
+}
+
 Tensor sparse_matmul(const Tensor& x, const Tensor& values, const Tensor& columns,
                      const Tensor& starts, const std::vector<Tensor>& transposed,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
@@ -52,6 +66,7 @@ Tensor sparse_matmul_values_grad(const Tensor& x, const Tensor& grad, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) {
   m.impl("sparse_conv2d", TORCH_BOX(&sparse_conv2d));
+  m.impl("sparse_conv2d_fused", TORCH_BOX(&sparse_conv2d_fused));
   m.impl("sparse_matmul", TORCH_BOX(&sparse_matmul));
   m.impl("sparse_conv2d_values_grad", TORCH_BOX(&sparse_conv2d_values_grad));
   m.impl("sparse_matmul_values_grad", TORCH_BOX(&sparse_matmul_values_grad));

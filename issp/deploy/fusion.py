@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from issp.deploy.tracing import Trace, attribute, has_hooks, shape_of
-from issp.nn.layers import SparseLayer
+from issp.nn.layers import Conv2dMixin, SparseLayer
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -53,6 +53,13 @@ class Step:
     def last(self) -> fx.Node:
         """The node whose result is the step's."""
         return self.fused[-1] if self.fused else self.node
+
+    def epilogue(self) -> dict[str, Any]:
+        """What a sparse layer's call takes beside its input."""
+        epilogue: dict[str, Any] = {"residual": self.residual, "activation": self.activation}
+        if self.scale != 1.0 or self.shuffle != 1:
+            epilogue |= {"scale": self.scale, "shuffle": self.shuffle}
+        return epilogue
 
 
 def find_step(
@@ -213,14 +220,15 @@ class Fusion:
 def fuse(trace: Trace) -> Fusion:
     """Gives activations and residual additions to the sparse layers of a trace.
 
-    A factor before an addition is then computed with it.
+    Convolutions also get factors and PixelShuffles. What is left of factors before an addition is
+    computed with it.
     """
     fusion = Fusion(trace)
     for node, layer in fusion.called(SparseLayer):
-        step = find_step(trace.module, node)
+        is_conv = isinstance(layer, Conv2dMixin)
+        step = find_step(trace.module, node, scales=is_conv, shuffles=is_conv)
         if step and step.fused and layer.mask == "fixed" and layer.activation == "none":
-            epilogue = {"residual": step.residual, "activation": step.activation}
-            fusion.replace(step, node.target, (step.x,), **epilogue)
+            fusion.replace(step, node.target, (step.x,), **step.epilogue())
             fusion.layers.append(layer)
     if fusion.layers:
         for node in list(fusion.graph.nodes):

@@ -6,7 +6,7 @@ import torch
 from torch import fx
 
 from issp.deploy.fusion import Fusion, find_step, is_elementwise
-from issp.deploy.half_layers import HalfLayer
+from issp.deploy.half_layers import HalfConv2d, HalfLayer
 from issp.deploy.tracing import Trace, dtype_of
 
 
@@ -15,11 +15,11 @@ def fuse_half(trace: Trace) -> Fusion:
     fusion = Fusion(trace)
     inside: set[fx.Node] = set()
     for node, layer in fusion.called(HalfLayer):
-        step = find_step(trace.module, node)
+        is_conv = isinstance(layer, HalfConv2d)
+        step = find_step(trace.module, node, scales=is_conv, shuffles=is_conv)
         if step is None or dtype_of(step.x) not in (torch.float32, torch.bfloat16):
             continue
-        epilogue = {"residual": step.residual, "activation": step.activation}
-        inside.add(fusion.replace(step, node.target, (step.x,), **epilogue))
+        inside.add(fusion.replace(step, node.target, (step.x,), **step.epilogue()))
         fusion.layers.append(layer)
     for node in fusion.graph.nodes:
         if is_elementwise(trace.module, node) and inside.intersection(node.all_input_nodes):

@@ -24,6 +24,7 @@ class HalfLayer(DerivedLayer):
     Args of a call:
         input: float16, then the result is; of another dtype, then it is of that one.
         residual, activation: see `issp.ops.sparse_conv2d`.
+        further: scale and shuffle of a convolution, see `issp.ops.sparse.conv2d`.
     """
 
     def _make_form(self, weight: Tensor, bias: Tensor | None) -> tuple[SparseRows, Tensor | None]:
@@ -35,14 +36,21 @@ class HalfConv2d(HalfLayer, nn.Conv2d):
     """A convolution; see `HalfLayer`."""
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, activation: str = "none"
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str = "none",
+        **further: Any,
     ) -> Tensor:
         if torch.is_grad_enabled() or input.dim() != 4:
             return super().forward(input)
         weight, bias = self._derived()
-        geometry: dict[str, Any] = {"stride": self.stride, "padding": numeric_padding(self)}
         y = sparse.conv2d(
-            input.half(), weight, bias, residual, activation, dilation=self.dilation, **geometry
+            *(input.half(), weight, bias, residual, activation),
+            stride=self.stride,
+            padding=numeric_padding(self),
+            dilation=self.dilation,
+            **further,
         )
         return y.to(input.dtype)
 

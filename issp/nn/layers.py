@@ -72,7 +72,7 @@ class SparseLayer(Leaf):
     # Of the op: torch's layer, and the attributes that are arguments of its constructor.
     dense: ClassVar[type[nn.Conv2d] | type[nn.Linear]]
     SIZES: ClassVar[tuple[str, ...]]
-    _forward_op: Callable[[Tensor, PackedWeight, Tensor | None, str], Tensor]
+    _forward_op: Callable[..., Tensor]  # input, packed weight, residual, activation, further
     _dense_op: Callable[[Tensor, Tensor], Tensor]
     # Of the pattern.
     _kept: Callable[[Tensor], Tensor]  # dense weight -> bool [O / v, length of a row]
@@ -165,7 +165,11 @@ class SparseLayer(Leaf):
         return reference.to_dense(*entries, torch.Size(self.shape[1:]).numel()).view(self.shape)
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, activation: str | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        **further: Any,
     ) -> Tensor:
         """activation(W input + bias) + residual; fused where no gradient is wanted.
 
@@ -173,26 +177,27 @@ class SparseLayer(Leaf):
             input: of a convolution [C, H, W] too, as for torch's.
             residual: of the result's shape.
             activation: "none", "relu" or "gelu"; default: the layer's.
+            further: scale and shuffle of a convolution, see `issp.ops.sparse.conv2d`.
         """
         x = input  # torch's layers take it by this name
         activation = self.activation if activation is None else activation
         if is_recorded_for_torch():
             warnings.warn(_DENSE_INSTEAD, RuntimeWarning, stacklevel=2)
             weight = self._constant_weight()
-            return sparse.apply_epilogue(self._dense_op(x, weight), residual, activation)
+            return sparse.apply_epilogue(self._dense_op(x, weight), residual, activation, **further)
         if self.mask == "fixed":
-            return self._forward_op(x, self, residual, activation)
+            return self._forward_op(x, self, residual, activation, **further)
         kept = self._kept(self.weight)
         entries = pack_entries(self.weight, kept, self._num_kept)
         rows = SparseRows.from_unchecked(*entries, self.shape)
         if not (torch.is_grad_enabled() and self.weight.requires_grad):
-            return self._forward_op(x, rows, residual, activation)
+            return self._forward_op(x, rows, residual, activation, **further)
         y = self._forward_op(x, rows, None, "none")
         decayed = kept if self.mask == "sr-ste" else None
         y = ste.StraightThrough.apply(
             y, self.weight, x.detach(), decayed, self.decay, self._geometry()
         )
-        return sparse.apply_epilogue(y, residual, activation)
+        return sparse.apply_epilogue(y, residual, activation, **further)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What torch.jit.script compiles in the layer's place."""
@@ -335,11 +340,11 @@ class Conv2dMixin(SparseLayer):
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation}
 
     def _forward_op(
-        self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str
+        self, x: Tensor, p: PackedWeight, residual: Tensor | None, activation: str, **further: Any
     ) -> Tensor:
         if isinstance(x, Tensor) and x.dim() == 3:
             batch = None if residual is None else residual[None]
-            return self._forward_op(x[None], p, batch, activation)[0]
+            return self._forward_op(x[None], p, batch, activation, **further)[0]
         return sparse.conv2d(
             x,
             p,
@@ -349,6 +354,7 @@ class Conv2dMixin(SparseLayer):
             dilation=self.dilation,
             residual=residual,
             activation=activation,
+            **further,
         )
 
     def _dense_op(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -107,6 +107,27 @@ class Conv2dArgs(NamedTuple):
     activation: str = "none"
 
 
+class FusedConv2dArgs(NamedTuple):
+    """The arguments of `sparse_conv2d_fused`: those of `sparse_conv2d` and two more."""
+
+    x: Tensor
+    values: Tensor
+    col_indices: Tensor
+    crow_indices: Tensor
+    transposed: Sequence[Tensor]
+    bias: Tensor | None
+    residual: Tensor | None
+    geometry: Sequence[int]
+    activation: str
+    scale: float
+    shuffle: int
+
+    def conv2d(self) -> Conv2dArgs:
+        """The arguments of the convolution."""
+        weight = (self.values, self.col_indices, self.crow_indices, self.transposed)
+        return Conv2dArgs(self.x, *weight, self.bias, self.residual, self.geometry, self.activation)
+
+
 class MatmulArgs(NamedTuple):
     """The arguments of `sparse_matmul`: those of `sparse_conv2d`, without a geometry."""
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from issp.ops import reference, schemas
-from issp.ops.validation import PRUNING_OPS, SPARSE_OPS, TILED_OPS
+from issp.ops.validation import CPU_OPS, PRUNING_OPS, SPARSE_OPS
 from issp.utils.errors import BackendError
 
 NAMES = ("reference", "cpp", "triton", "cuda")
-_ON_GPU = PRUNING_OPS | SPARSE_OPS  # the tiled ops are for CPUs
-_CHECKS = _ON_GPU | TILED_OPS
+_ON_GPU = PRUNING_OPS | SPARSE_OPS
+_CHECKS = _ON_GPU | CPU_OPS
 _LIBRARIES = {"cpp": "_C", "cuda": "_CUDA"}
 
 _active: dict[str, str] = {}
@@ -54,7 +54,7 @@ def implementations(name: str) -> dict[str, Callable]:
     if name == "reference":
         # In place on leaves that require gradients, as the native ops.
         in_place = {op: torch.no_grad()(getattr(reference, op)) for op in PRUNING_OPS}
-        others = {op: getattr(reference, op) for op in SPARSE_OPS | TILED_OPS}
+        others = {op: getattr(reference, op) for op in SPARSE_OPS | CPU_OPS}
         table = {**others, **in_place}
         return {op: _checked(check, table[op]) for op, check in _CHECKS.items()}
     if name == "triton":

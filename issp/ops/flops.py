@@ -47,6 +47,7 @@ class _WhenImported(MetaPathFinder):
 def _register_formulas(counter: ModuleType) -> None:
     op = torch.ops.issp
     counter.register_flop_formula(op.sparse_conv2d)(_conv2d)
+    counter.register_flop_formula(op.sparse_conv2d_fused)(_conv2d_fused)
     counter.register_flop_formula(op.sparse_matmul)(_matmul)
     counter.register_flop_formula(op.sparse_conv2d_values_grad)(_conv2d_values_grad)
     counter.register_flop_formula(op.sparse_matmul_values_grad)(_matmul_values_grad)
@@ -54,6 +55,10 @@ def _register_formulas(counter: ModuleType) -> None:
 
 def _conv2d(x: torch.Size, values: torch.Size, *_: Any, out_shape: torch.Size, **__: Any) -> int:
     return 2 * values.numel() * out_shape[0] * out_shape[2:].numel()
+
+
+def _conv2d_fused(x: torch.Size, values: torch.Size, *args: Any, **others: Any) -> int:
+    return _conv2d(x, values, *args, **others) // args[-1] ** 2
 
 
 def _conv2d_values_grad(

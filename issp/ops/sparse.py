@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from issp.ops import validation
@@ -21,6 +22,9 @@ Size = int | Sequence[int]
 
 _conv2d = raise_python_error(validation.check_sparse_conv2d, torch.ops.issp.sparse_conv2d)
 _matmul = raise_python_error(validation.check_sparse_matmul, torch.ops.issp.sparse_matmul)
+_fused_conv2d = raise_python_error(
+    validation.check_sparse_conv2d_fused, torch.ops.issp.sparse_conv2d_fused
+)
 _DIFFERENTIABLE = {
     _conv2d: raise_python_error(validation.check_sparse_conv2d, Conv2d.apply),
     _matmul: raise_python_error(validation.check_sparse_matmul, Matmul.apply),
@@ -141,12 +145,24 @@ def conv2d(
     stride: Size,
     padding: Size,
     dilation: Size,
+    scale: float = 1.0,
+    shuffle: int = 1,
 ) -> Tensor:
-    """What `sparse_conv2d`, `nm_conv2d` and the sparse layers share."""
+    """What `sparse_conv2d`, `nm_conv2d` and the sparse layers share.
+
+    Args:
+        scale: of what the residual is added to.
+        shuffle: the factor of a PixelShuffle of the result.
+    """
     validation.check_strided(x, "x")
     geometry = _geometry(x.shape, p.shape, stride, padding, dilation)
+    further = () if scale == 1.0 and shuffle == 1 else (scale, shuffle)
     return _dispatch(
-        _conv2d, x, p, bias, residual=residual, geometry=(geometry,), activation=activation
+        *(_conv2d, x, p, bias),
+        residual=residual,
+        geometry=(geometry,),
+        activation=activation,
+        further=further,
     )
 
 
@@ -221,10 +237,13 @@ def _dispatch(
     residual: Tensor | None,
     geometry: tuple[tuple[int, ...], ...],
     activation: str,
+    further: tuple[float, int] | tuple[()] = (),
 ) -> Tensor:
     """Calls the op: with its epilogue where no gradient is wanted, else without.
 
-    `geometry` holds the arguments of the op that only a convolution has.
+    Args:
+        geometry: the arguments of the op that only a convolution has.
+        further: scale and shuffle of a convolution.
     """
     validation.check_activation(activation)
     if residual is not None:
@@ -240,20 +259,23 @@ def _dispatch(
         residual = None if residual is None else _cast(residual, dtype)
     x = x.contiguous()
     weight = (values, p.col_indices, p.crow_indices)
-    if not torch.is_grad_enabled() or not (
+    wants_gradient = torch.is_grad_enabled() and (
         x.requires_grad
         or values.requires_grad
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
-    ):
+    )
+    if not wants_gradient and (x.is_cpu or not further):
         residual = None if residual is None else residual.contiguous()
-        args: tuple[Any, ...] = (x, *weight, [], bias, residual, *geometry, activation)
+        args: tuple[Any, ...] = (x, *weight, [], bias, residual, *geometry, activation, *further)
+        if further:
+            call = _fused_conv2d
         if traced:
             return call(*args)
         # The detour over the registered gradient costs 9 us a call, as much as the rest of it.
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
-    if traced:
+    if not wants_gradient or traced:
         # No lists that a layer keeps: they may be outdated when the program runs, and an exported
         # one would sort in every call. Its backward makes them.
         transposed = []
@@ -261,14 +283,18 @@ def _dispatch(
         call = _DIFFERENTIABLE[call]
         transposed = p.transposed if x.requires_grad else []
     y = call(x, *weight, transposed, bias, None, *geometry, "none")
-    return apply_epilogue(y, residual, activation)
+    return apply_epilogue(y, residual, activation, *further)
 
 
-def apply_epilogue(y: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    """activation(y) + residual by torch's ops, which know their gradients."""
+def apply_epilogue(
+    y: Tensor, residual: Tensor | None, activation: str, scale: float = 1.0, shuffle: int = 1
+) -> Tensor:
+    """activation(y) * scale + residual, shuffled, by torch's ops, which know their gradients."""
     z = ACTIVATIONS[activation](y)
+    if scale != 1.0:
+        z = z * scale
     if residual is None:
-        return z
+        return z if shuffle == 1 else F.pixel_shuffle(z, shuffle)
     residual = residual.contiguous()
     dtype = _autocast_dtype(residual)
     if dtype is not None:

@@ -132,12 +132,62 @@ def test_what_a_layer_cannot_do_stays(between, after, cache, timed):
 
 @torch.no_grad()
 def test_a_factor_joins_the_addition(cache, timed):
-    packed = pack(Block(plain, lambda x, y: F.relu(x + y * 0.1)), cache)
+    packed = pack(Block(plain, lambda x, y: F.relu(x + torch.tanh(y) * 0.1)), cache)
     assert not isinstance(packed, FusedForward)  # alone it is no reason
-    packed = pack(Block(lambda b, y: F.relu(y), lambda x, y: x + y * 0.1), cache)
+    packed = pack(Block(lambda b, y: F.relu(y), lambda x, y: x + torch.tanh(y) * 0.1), cache)
     assert "alpha = 0.1" in packed._fused_program._source
     x = torch.randn(X)
     torch.testing.assert_close(packed(x), own_result(packed, x), rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+def test_a_convolution_scales_before_the_addition(cache, timed):
+    packed = pack(Block(plain, lambda x, y: x + F.relu(y) * 0.1), cache)
+    source = packed._fused_program._source
+    assert "scale = 0.1" in source and "shuffle = 1" in source and " + " not in source
+    for shape in (X, (1, 4, 12, 17)):
+        x = torch.randn(shape)
+        assert_bitwise_equal(packed(x), own_result(packed, x), "the result")
+
+
+class Upsampler(nn.Module):
+    """A convolution and a PixelShuffle, a module or a function."""
+
+    def __init__(self, own):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 36, 3, padding=1)
+        self.shuffle = nn.PixelShuffle(3) if own else None
+
+    def forward(self, x):
+        y = F.relu(self.conv(x))
+        return self.shuffle(y) if self.shuffle else F.pixel_shuffle(y, 3)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@torch.no_grad()
+def test_a_convolution_shuffles_pixels(own, cache, timed):
+    packed = pack(Upsampler(own), cache)
+    assert "shuffle = 3" in packed._fused_program._source
+    for shape in (X, (1, 4, 12, 17)):
+        x = torch.randn(shape)
+        assert_bitwise_equal(packed(x), own_result(packed, x), "the result")
+
+
+@torch.no_grad()
+def test_a_hook_on_a_shuffle_runs(cache, timed):
+    packed, seen = pack(Upsampler(True), cache), []
+    packed.shuffle.register_forward_hook(lambda *_: seen.append(1))
+    packed(torch.randn(X))
+    assert seen == [1]
+
+
+def test_a_packed_upsampler_has_gradients(cache, timed):
+    packed = pack(Upsampler(False), cache)
+    x = torch.randn(X, requires_grad=True)
+    (gradient,) = torch.autograd.grad(packed(x).square().sum(), x)
+    dense = issp.unpack(packed)
+    (expected,) = torch.autograd.grad(dense(x).square().sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
 class TestWhereTheProgramDoesNotHold:

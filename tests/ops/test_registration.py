@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 import issp
 from issp.ops import ShrinkState
-from issp.ops.arguments import AdamArgs, Conv2dArgs, MatmulArgs, PruneArgs, SGDArgs
+from issp.ops.arguments import AdamArgs, Conv2dArgs, FusedConv2dArgs, MatmulArgs, PruneArgs, SGDArgs
 from tests.asserts import assert_bitwise_equal
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -24,6 +24,7 @@ ARGUMENTS = {
     "adam_soft_shrink_": (AdamArgs, PruneArgs),
     "sgd_soft_shrink_": (SGDArgs, PruneArgs),
     "sparse_conv2d": (Conv2dArgs,),
+    "sparse_conv2d_fused": (FusedConv2dArgs,),
     "sparse_matmul": (MatmulArgs,),
 }
 

@@ -41,6 +41,7 @@ class DirectConv {
         kernels_(kernels),
         product_(conv.product),
         low_reuse_(is_low_reuse(conv)),
+        shape_(conv.geometry),
         by_(as_rows(conv.geometry, kernels.lanes)) {
     const int log = log2_rows(product_.v);
     segment_ = choose_segment(kernels, log, by_, 0);
@@ -176,6 +177,8 @@ class DirectConv {
     std::vector<RegisterBlock> work_units;
     for (int64_t u = first; u < last; ++u) work_units.push_back(register_block(u));
     const int64_t v = product_.v, plane = by_.size[0] * by_.size[1];
+    const bool shuffles = product_.shuffle > 1;
+    std::vector<float> sums(shuffles ? size_t(4 * rows_ * width()) : 0);
     for (int64_t b = first_block; b < last_block; ++b) {
       const int64_t begin = pattern.row_ptr[b], count = pattern.row_ptr[b + 1] - begin;
       for (int64_t i = 0; i < v;) {
@@ -184,25 +187,42 @@ class DirectConv {
         for (const RegisterBlock& at : work_units) {
           const auto& table = at.edge ? direct_.edge : direct_.inner;
           const int64_t to = at.to + o * plane;
+          DirectParams params = at.params;
+          if (shuffles) params.y_row = width(), params.y_plane = at.rows * width();
+          float* const direct = shuffles ? sums.data() : y + to;
           table[log][at.segment - 1][at.rows - 1](
-              at.params, x + at.from, pattern.entries.get() + begin, values + begin * v + i, v,
-              count, bias ? bias + o : nullptr, y + to);
-          if (product_.activation != Activation::kNone || residual) {
-            apply_epilogue(1 << log, at, plane, residual ? residual + to : nullptr, y + to);
+              params, x + at.from, pattern.entries.get() + begin, values + begin * v + i, v, count,
+              bias ? bias + o : nullptr, direct);
+          const int64_t planes = int64_t(1) << log;
+          if (product_.activation != Activation::kNone || residual || product_.scale != 1) {
+            apply_epilogue(planes, at, params, residual ? residual + to : nullptr, direct);
           }
+          if (shuffles) shuffle(planes, at, params, to, direct, y);
         }
         i += int64_t(1) << log;
       }
     }
   }
 
-  void apply_epilogue(int count, const RegisterBlock& at, int64_t plane, const float* residual,
-                      float* y) const {
-    for (int i = 0; i < count; ++i) {
+  void apply_epilogue(int64_t planes, const RegisterBlock& at, const DirectParams& params,
+                      const float* residual, float* sums) const {
+    for (int64_t i = 0; i < planes; ++i) {
       for (int64_t r = 0; r < at.rows; ++r) {
-        const int64_t from = i * plane + r * by_.size[1];
-        kernels_.activate(y + from, at.columns, int(product_.activation),
+        const int64_t from = i * params.y_plane + r * params.y_row;
+        kernels_.activate(sums + from, at.columns, int(product_.activation), float(product_.scale),
                           residual ? residual + from : nullptr);
+      }
+    }
+  }
+
+  void shuffle(int64_t planes, const RegisterBlock& at, const DirectParams& params, int64_t to,
+               const float* sums, float* y) const {
+    const ShuffledResult<float> result = {shape_, product_.shuffle, y};
+    for (int64_t i = 0; i < planes; ++i) {
+      for (int64_t r = 0; r < at.rows; ++r) {
+        const float* const line = sums + i * params.y_plane + r * params.y_row;
+        result.store(to + i * by_.size[0] * by_.size[1] + r * by_.size[1], at.columns,
+                     [&](int64_t column) { return line[column]; });
       }
     }
   }
@@ -211,6 +231,7 @@ class DirectConv {
   const SparseKernels<float>& kernels_;
   const Product product_;
   const bool low_reuse_;  // of pixels
+  const Geometry shape_;  // also of a pointwise convolution
   const Geometry by_;
   int64_t segment_, across_, max_rows_, rows_, down_;
   int64_t group_size_;                 // work units of a group

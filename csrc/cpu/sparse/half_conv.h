@@ -177,14 +177,21 @@ class HalfWriter {
         by_(conv.geometry),
         t_(tiling),
         epilogue_{int(conv.product.activation), wide.activate, 0, 0, nullptr},
+        scale_(float(conv.product.scale)),
         residual_(static_cast<const uint16_t*>(residual)),
-        y_(static_cast<uint16_t*>(y)) {}
+        y_(static_cast<uint16_t*>(y)),
+        shuffled_{by_, conv.product.shuffle, y_} {}
 
-  // totals: [rows][segment][2][kPairs] of row o of the weight.
-  void write(const TileCoord& at, int64_t o, int64_t rows, const float* totals) const {
+  // totals: [rows][segment][2][kPairs] of row o of the weight; they are overwritten.
+  void write(const TileCoord& at, int64_t o, int64_t rows, float* totals) const {
     const int64_t pixels = Tiling::pixels(by_), plane = (at.image * by_.rows + o) * pixels;
     const int64_t lower_half = ceil_div(by_.size[0], 2);
     HalfEpilogue epilogue = epilogue_;
+    if (scale_ != 1) {
+      epilogue.activate(totals, rows * t_.segment * 2 * kPairs, epilogue.activation, scale_,
+                        nullptr);
+      epilogue.activation = 0;
+    }
     for (int64_t r = at.row; r < at.row + rows; ++r, totals += t_.segment * 2 * kPairs) {
       int64_t first = r * 2 * kPairs, second = first + kPairs;
       if (t_.order == Tiling::kFlat) {
@@ -196,18 +203,31 @@ class HalfWriter {
         epilogue.second = r + lower_half < by_.size[0] ? epilogue.first : 0;
       }
       if (residual_) epilogue.residual = residual_ + plane + first;
-      kernels_.store_pairs[t_.segment - 1](totals, epilogue, y_ + plane + first,
-                                           y_ + plane + second);
+      const auto store = kernels_.store_pairs[t_.segment - 1];
+      if (shuffled_.factor == 1) {
+        store(totals, epilogue, y_ + plane + first, y_ + plane + second);
+      } else {
+        uint16_t line[2][kMaxSegment * kPairs];
+        store(totals, epilogue, line[0], line[1]);
+        shuffle(plane + first, epilogue.first, line[0]);
+        shuffle(plane + second, epilogue.second, line[1]);
+      }
     }
   }
 
  private:
+  void shuffle(int64_t to, int64_t count, const uint16_t* line) const {
+    shuffled_.store(to, count, [&](int64_t i) { return line[i]; });
+  }
+
   const HalfKernels& kernels_;
   const Geometry& by_;
   const Tiling& t_;
   HalfEpilogue epilogue_;
+  float scale_;
   const uint16_t* residual_;
   uint16_t* y_;
+  ShuffledResult<uint16_t> shuffled_;
 };
 
 struct HalfConv {
@@ -261,7 +281,7 @@ struct HalfConv {
   }
 
   void write(const HalfWriter& writer, const TileCoord& at, int64_t rows, int64_t block,
-             int64_t blocks, const float* totals) const {
+             int64_t blocks, float* totals) const {
     const int64_t v = conv.product.v, size = rows * tiling.segment * kPairs;
     for (int64_t o = block * v; o < (block + blocks) * v; ++o, totals += 2 * size) {
       writer.write(at, o, rows, totals);

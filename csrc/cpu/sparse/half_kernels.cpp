@@ -216,7 +216,8 @@ ISSP_INLINE void store_row(const float* totals, const HalfEpilogue& epilogue,
   for (int s = 0; s < S; ++s) load<float>(totals + s * 2 * kPairs, v[s]);
   alignas(64) float line[S * kPairs];
   from_segment_order<float, S>(v, line);
-  if (epilogue.activation == 2) epilogue.gelu(line, S * kPairs, epilogue.activation, nullptr);
+  if (epilogue.activation == 2)
+    epilogue.activate(line, S * kPairs, epilogue.activation, 1, nullptr);
 #pragma GCC unroll 4
   for (int s = 0; s < S; ++s) {
     const int64_t left = count - s * kPairs;

@@ -54,7 +54,7 @@ struct HalfColumns {
 // What is stored: activation(total) + residual, rounded.
 struct HalfEpilogue {
   int activation;
-  void (*gelu)(float* line, int64_t count, int activation, const float* residual);
+  void (*activate)(float* line, int64_t count, int activation, float scale, const float* residual);
   int64_t first, second;  // pixels of the row of either half that are stored
   const uint16_t*
       residual;  // of the first half's row; the second's is as far away as its result; null: none

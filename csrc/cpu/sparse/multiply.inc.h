@@ -162,11 +162,15 @@ ISSP_TARGET void multiply(const Real* tile, int64_t row_stride,
 }
 
 template <typename Real>
-ISSP_TARGET void activate(Real* line, int64_t count, int activation, const Real* residual) {
+ISSP_TARGET void activate(Real* line, int64_t count, int activation, Real scale,
+                          const Real* residual) {
   if (activation == 1) {
     for (int64_t i = 0; i < count; ++i) line[i] = line[i] < 0 ? 0 : line[i];
   } else if (activation == 2) {
     for (int64_t i = 0; i < count; ++i) line[i] = gelu(line[i]);
+  }
+  if (scale != 1) {
+    for (int64_t i = 0; i < count; ++i) line[i] *= scale;
   }
   if (!residual) return;
   for (int64_t i = 0; i < count; ++i) line[i] += residual[i];

@@ -92,7 +92,7 @@ struct SparseKernels {
   void (*scatter_tokens)(const Real* in, int64_t in_stride, int64_t count, Real* out,
                          int64_t out_stride);
   // line = activation(line) + residual (null: none). gelu is the one with erf.
-  void (*activate)(Real* line, int64_t count, int activation, const Real* residual);
+  void (*activate)(Real* line, int64_t count, int activation, Real scale, const Real* residual);
 };
 
 template <typename Real>

@@ -81,7 +81,33 @@ struct WorkUnit {
 // What is applied to the sums before they are stored.
 struct Epilogue {
   Activation activation;
+  double scale;
   const void* residual;  // null: none
+  int64_t shuffle;
+};
+
+// The result of a convolution and a PixelShuffle. `to` is where a pixel would be without the
+// latter.
+template <typename Bits>
+struct ShuffledResult {
+  const Geometry& by;
+  int64_t factor;
+  Bits* y;
+
+  // Stores the consecutive pixels value(0) .. value(count - 1) of one row of the weight.
+  template <typename Value>
+  void store(int64_t to, int64_t count, const Value& value) const {
+    const int64_t width = by.size[1], pixels = Tiling::pixels(by);
+    const int64_t channel = to / pixels / (factor * factor);  // of all images
+    const int64_t phase = to / pixels % (factor * factor);
+    for (int64_t pixel = to % pixels, done = 0; done < count;) {
+      const int64_t column = pixel % width, end = std::min(count, done + width - column);
+      const int64_t row = (channel * by.size[0] + pixel / width) * factor + phase / factor;
+      Bits* at = y + (row * width + column) * factor + phase % factor;
+      pixel += end - done;
+      for (; done < end; ++done, at += factor) *at = value(done);
+    }
+  }
 };
 
 inline TileCoord tile_coord(const Tiling& t, int64_t work_unit) {
@@ -262,8 +288,10 @@ class TileWriter {
         by_(by),
         t_(tiling),
         activation_(int(epilogue.activation)),
+        scale_(Real(epilogue.scale)),
         residual_(static_cast<const Bits*>(epilogue.residual)),
         y_(static_cast<Bits*>(y)),
+        shuffled_{by, epilogue.shuffle, y_},
         line_(scratch) {}
 
   static int64_t line_size(const Geometry& by, const Tiling& t) {
@@ -315,13 +343,14 @@ class TileWriter {
 
  private:
   bool has_no_epilogue() const {
-    return sizeof(Bits) == sizeof(Real) && activation_ == 0 && residual_ == nullptr;
+    return sizeof(Bits) == sizeof(Real) && !changes_sums() && shuffled_.factor == 1;
   }
+  bool changes_sums() const { return activation_ || residual_ || scale_ != 1; }
 
-  // Applies activation, residual and rounding to `count` sums and stores them from element `to` on.
+  // Applies the epilogue and rounding to `count` sums and stores them from element `to` on.
   void apply_epilogue(const Real* sums, int64_t count, int64_t to) const {
     const Real* done = sums;
-    if (activation_ || residual_) {
+    if (changes_sums()) {
       Real* const values = line_;
       if (sums != values) std::memcpy(values, sums, size_t(count) * sizeof(Real));
       Real* residual = nullptr;
@@ -329,18 +358,21 @@ class TileWriter {
         residual = line_ + line_size(by_, t_) / 2;
         widen_array<T>(residual_ + to, count, residual);
       }
-      kernels_.activate(values, count, activation_, residual);
+      kernels_.activate(values, count, activation_, scale_, residual);
       done = values;
     }
-    round_array<T>(done, count, y_ + to);
+    if (shuffled_.factor == 1) return round_array<T>(done, count, y_ + to);
+    shuffled_.store(to, count, [&](int64_t i) { return rounded<T>(done[i]); });
   }
 
   const SparseKernels<Real>& kernels_;
   const Geometry& by_;
   const Tiling& t_;
   int activation_;
+  Real scale_;
   const Bits* residual_;
   Bits* y_;
+  ShuffledResult<Bits> shuffled_;
   Real* line_;
 };
 

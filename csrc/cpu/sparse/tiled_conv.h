@@ -296,8 +296,9 @@ struct TiledConv {
       const Memory memory = {tile, tile + tile_size, tile + tile_size + sums_size};
       Real* const lines = memory.scratch + scratch_size;
       const TileReader<T> reader(kernels, by, tiling, x, lines);
-      const TileWriter<T> writer(kernels, by, tiling, {conv.product.activation, residual}, y,
-                                 lines + read);
+      const Product& product = conv.product;
+      const Epilogue epilogue = {product.activation, product.scale, residual, product.shuffle};
+      const TileWriter<T> writer(kernels, by, tiling, epilogue, y, lines + read);
       const int64_t count = std::min(num_threads, work_units);
       for_each_tile(
           tiling, by, work_units * thread / count, work_units * (thread + 1) / count,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import grad as conv_gradients
 
-from issp.ops.arguments import Conv2dArgs, MatmulArgs
+from issp.ops.arguments import Conv2dArgs, FusedConv2dArgs, MatmulArgs
 from issp.ops.geometry import Geometry
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -53,17 +53,28 @@ def transpose(
 def sparse_conv2d(*args: Any) -> Tensor:
     """See `sparse_conv2d` in issp/ops/schemas/sparse.py."""
     conv = Conv2dArgs(*args)
+    return _apply_epilogue(_conv2d_sums(conv), conv)
+
+
+def sparse_conv2d_fused(*args: Any) -> Tensor:
+    """See `sparse_conv2d_fused` in issp/ops/schemas/sparse.py."""
+    call = FusedConv2dArgs(*args)
+    conv = call.conv2d()
+    return F.pixel_shuffle(_apply_epilogue(_conv2d_sums(conv), conv, call.scale), call.shuffle)
+
+
+def _conv2d_sums(conv: Conv2dArgs) -> Tensor:
+    """W x + bias, not rounded to the dtype of x."""
     by, wide = Geometry.of(conv.geometry), _sum_dtype(conv.x)
     image = _padded(conv.x.to(wide), by)
     weight = _weight(conv, image.shape[1] * by.kernel[0] * by.kernel[1])
-    y = F.conv2d(
+    return F.conv2d(
         image,
         weight.view(-1, image.shape[1], *by.kernel),
         None if conv.bias is None else conv.bias.to(wide),
         stride=by.stride,
         dilation=by.dilation,
     )
-    return _apply_epilogue(y, conv)
 
 
 def _weight(call: Conv2dArgs | MatmulArgs, length: int) -> Tensor:
@@ -101,8 +112,8 @@ def _padded(x: Tensor, by: Geometry) -> Tensor:
     return image
 
 
-def _apply_epilogue(y: Tensor, call: Conv2dArgs | MatmulArgs) -> Tensor:
-    y = ACTIVATIONS[call.activation](y)
+def _apply_epilogue(y: Tensor, call: Conv2dArgs | MatmulArgs, scale: float = 1.0) -> Tensor:
+    y = ACTIVATIONS[call.activation](y) * scale
     return (y if call.residual is None else y + call.residual.to(y.dtype)).to(call.x.dtype)
 
 

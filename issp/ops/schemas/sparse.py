@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from issp.ops.arguments import Conv2dArgs, MatmulArgs
+from issp.ops.arguments import Conv2dArgs, FusedConv2dArgs, MatmulArgs
 from issp.ops.geometry import Geometry
 from issp.ops.schemas.pruning import library, one_device
 
@@ -52,6 +52,14 @@ library.define(
     "sparse_conv2d(Tensor x, Tensor values, Tensor col_indices, Tensor crow_indices, "
     "Tensor[] transposed, Tensor? bias, Tensor? residual, SymInt[] geometry, "
     'str activation="none") -> Tensor'
+)
+# pixel_shuffle(activation(W x + bias) * scale + residual, shuffle): [N, O / shuffle^2,
+# size[0] * shuffle, size[1] * shuffle]. Without a gradient, and fast on CPUs alone. shuffle: 1, or
+# above where there is no residual.
+library.define(
+    "sparse_conv2d_fused(Tensor x, Tensor values, Tensor col_indices, Tensor crow_indices, "
+    "Tensor[] transposed, Tensor? bias, Tensor? residual, SymInt[] geometry, "
+    "str activation, float scale, int shuffle) -> Tensor"
 )
 # [E, v]: the gradient of sum(grad * sparse_conv2d(x, values, ...)) with upsample 1, for every
 # entry; grad [N, O, oh, ow]. geometry: 8 numbers.
@@ -82,6 +90,14 @@ def _(*args: Any) -> Tensor:
     conv = Conv2dArgs(*args)
     size = Geometry.of(conv.geometry).output_size
     return conv.x.new_empty((conv.x.shape[0], _rows_on_one_device(conv), *size))
+
+
+@torch.library.register_fake("issp::sparse_conv2d_fused", lib=library)
+def _(*args: Any) -> Tensor:
+    call = FusedConv2dArgs(*args)
+    height, width = Geometry.of(call.geometry).output_size
+    rows, by = _rows_on_one_device(call.conv2d()), call.shuffle
+    return call.x.new_empty((call.x.shape[0], rows // by**2, height * by, width * by))
 
 
 @torch.library.register_fake("issp::sparse_matmul", lib=library)

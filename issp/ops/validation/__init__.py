@@ -32,7 +32,9 @@ SPARSE_OPS: dict[str, Callable[..., None]] = {
     "sparse_matmul": sparse.check_sparse_matmul,
     "sparse_matmul_values_grad": sparse.check_sparse_matmul_values_grad,
 }
-TILED_OPS: dict[str, Callable[..., None]] = {
+# Those that are fast on CPUs alone.
+CPU_OPS: dict[str, Callable[..., None]] = {
+    "sparse_conv2d_fused": sparse.check_sparse_conv2d_fused,
     "to_tiles": tiles.check_to_tiles,
     "from_tiles": tiles.check_from_tiles,
     "tiled_conv2d": tiles.check_tiled_conv2d,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from issp.ops.arguments import Conv2dArgs, MatmulArgs
+from issp.ops.arguments import Conv2dArgs, FusedConv2dArgs, MatmulArgs
 from issp.ops.geometry import Geometry, Pair
 from issp.ops.validation.pruning import check_in_memory, check_is_tensor, check_tensor
 
@@ -30,6 +30,19 @@ def check_sparse_conv2d(*args: Any) -> None:
     _check_length(x.shape[1], math.prod(by.kernel))
     check_positions(conv.col_indices, conv.crow_indices, x.shape[1] * math.prod(by.kernel))
     _check_optional(conv, x.shape[1], (x.shape[0], rows, *by.output_size), rows)
+
+
+def check_sparse_conv2d_fused(*args: Any) -> None:
+    """The checks of `sparse_conv2d_fused`."""
+    call = FusedConv2dArgs(*args)
+    check_sparse_conv2d(*call.conv2d())
+    rows = (call.crow_indices.numel() - 1) * call.values.shape[1]
+    if call.shuffle < 1 or rows % call.shuffle**2:
+        raise ValueError(
+            f"shuffle is {call.shuffle}: its square must divide the {rows} channels of the result"
+        )
+    if call.shuffle > 1 and call.residual is not None:
+        raise ValueError("a residual cannot be added before a PixelShuffle: add it afterwards")
 
 
 def check_sparse_conv2d_values_grad(
