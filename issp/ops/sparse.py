@@ -156,14 +156,20 @@ def conv2d(
     """
     validation.check_strided(x, "x")
     geometry = _geometry(x.shape, p.shape, stride, padding, dilation)
-    further = () if scale == 1.0 and shuffle == 1 else (scale, shuffle)
-    return _dispatch(
-        *(_conv2d, x, p, bias),
-        residual=residual,
-        geometry=(geometry,),
-        activation=activation,
-        further=further,
-    )
+    operands: tuple[Any, ...] = (_conv2d, x, p, bias)
+    if scale == 1.0 and shuffle == 1:
+        return _dispatch(*operands, residual=residual, geometry=(geometry,), activation=activation)
+    if x.is_cpu:
+        return _dispatch(
+            *operands,
+            residual=residual,
+            geometry=(geometry,),
+            activation=activation,
+            further=(scale, shuffle),
+        )
+    # On a GPU the fused op is the reference's, which is slow.
+    y = _dispatch(*operands, residual=None, geometry=(geometry,), activation=activation)
+    return apply_epilogue(y, residual, "none", scale, shuffle)
 
 
 def _geometry(
@@ -259,13 +265,12 @@ def _dispatch(
         residual = None if residual is None else _cast(residual, dtype)
     x = x.contiguous()
     weight = (values, p.col_indices, p.crow_indices)
-    wants_gradient = torch.is_grad_enabled() and (
+    if not torch.is_grad_enabled() or not (
         x.requires_grad
         or values.requires_grad
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
-    )
-    if not wants_gradient and (x.is_cpu or not further):
+    ):
         residual = None if residual is None else residual.contiguous()
         args: tuple[Any, ...] = (x, *weight, [], bias, residual, *geometry, activation, *further)
         if further:
@@ -275,7 +280,7 @@ def _dispatch(
         # The detour over the registered gradient costs 9 us a call, as much as the rest of it.
         with torch._C._AutoDispatchBelowAutograd():
             return call(*args)
-    if not wants_gradient or traced:
+    if traced:
         # No lists that a layer keeps: they may be outdated when the program runs, and an exported
         # one would sort in every call. Its backward makes them.
         transposed = []

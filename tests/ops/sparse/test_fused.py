@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from issp import ops
 from issp.ops import sparse, validation
@@ -103,6 +104,24 @@ def test_what_cannot_be_shuffled_is_refused(shuffle, has_residual, words):
         torch.ops.issp.sparse_conv2d_fused(*args, "none", 1.0, shuffle)
     with pytest.raises(ValueError, match=words):
         validation.check_sparse_conv2d_fused(*args, "none", 1.0, shuffle)
+
+
+def test_other_devices_get_the_convolution_and_the_rest():
+    p = ops.sparse_pack(torch.ones(12, 4, 3, 3)).to("meta")
+    x, seen = torch.empty(2, 4, 8, 8, device="meta"), []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            seen.append(str(call))
+            return call(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Calls():
+        y = sparse.conv2d(
+            x, p, None, None, "relu", stride=1, padding=1, dilation=1, scale=0.5, shuffle=2
+        )
+    assert y.shape == (2, 3, 16, 16)
+    assert "issp.sparse_conv2d.default" in seen and "aten.pixel_shuffle.default" in seen
+    assert "issp.sparse_conv2d_fused.default" not in seen and "aten.relu.default" not in seen
 
 
 @pytest.mark.parametrize("wants_gradient", [False, True])
