@@ -23,6 +23,8 @@ from issp.ops.tiles import (
 _ROW = 64
 # Rows of a weight by taps: more of them take as long as the weight as it is.
 _MAX_TAP_ROWS = 32
+# Input channels of a layer that takes pictures, whose 8 bits bfloat16 does not hold.
+_MAX_PICTURE_CHANNELS = 3
 
 
 class TiledLayer(DerivedLayer):
@@ -57,6 +59,29 @@ class TiledConv2d(TiledLayer, nn.Conv2d):
         if torch.is_grad_enabled() or input.dim() != 4:
             return super().forward(input)
         return from_tiles(self._compute(to_tiles(input)), input.dtype)
+
+
+class PictureConv2d(TiledConv2d):
+    """A convolution of few channels as exact as in float32, up to some 2^-16.
+
+    x and the weight are sums of two bfloat16 numbers each, and three of the four products are
+    computed: on a trained edsr-baseline x2 the rounding of pictures and of these weights cost
+    0.03 dB, that of all other layers 0.002.
+    """
+
+    def _make_form(self, weight: Tensor, bias: Tensor | None) -> tuple[TiledWeight, Tensor | None]:
+        high, low = _parts(weight)
+        return super()._make_form(torch.cat([high, high, low], 1), bias)
+
+    def forward(  # type: ignore[override]
+        self, input: Tensor | TiledImage, *args: Any, **kwargs: Any
+    ) -> Tensor | TiledImage:
+        """As `TiledConv2d`; a `TiledImage` is one of `picture_to_tiles`."""
+        if isinstance(input, TiledImage):
+            return super().forward(input, *args, **kwargs)
+        if torch.is_grad_enabled() or input.dim() != 4:
+            return nn.Conv2d.forward(self, input)
+        return from_tiles(self._compute(picture_to_tiles(input)), input.dtype)
 
 
 class TapConv2d(TiledLayer, nn.Conv2d):
@@ -97,6 +122,20 @@ class TiledLinear(TiledLayer, nn.Linear):
         return y
 
 
+def picture_to_tiles(x: Tensor) -> TiledImage:
+    """The image [N, C, H, W] as the 3 C channels that `PictureConv2d` reads."""
+    high, low = _parts(x)
+    # The lower part of a weight may have another sign: infinity would become NaN.
+    return to_tiles(torch.cat([high, low, torch.where(high.isfinite(), high, 0.0)], 1))
+
+
+def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in bfloat16, and what that lacks, both float32."""
+    x = x.float()
+    high = x.bfloat16().float()
+    return high, torch.where(high.isfinite(), x - high, 0.0)
+
+
 def tokens_to_tiles(x: Tensor) -> TiledImage:
     """Tokens [..., C] as the pixels of images: [N, H, W, C], or rows of pixels."""
     if x.dim() != 4:
@@ -125,6 +164,8 @@ def tiled_layer(module: nn.Module, v: int) -> TiledConv2d | TapConv2d | TiledLin
     rows = weight.shape[0] * weight.shape[2] * weight.shape[3]
     if weight.shape[2] == 3 and rows <= _MAX_TAP_ROWS:
         return derive(module, TapConv2d, 16 if rows <= 16 else 32)
+    if weight.shape[1] <= _MAX_PICTURE_CHANNELS and weight.shape[1] < weight.shape[0]:
+        return derive(module, PictureConv2d, v)
     return derive(module, TiledConv2d, v)
 
 

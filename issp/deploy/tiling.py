@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,15 +10,17 @@ from torch import fx
 
 from issp.deploy.fusion import Fusion, Step, find_step
 from issp.deploy.tiled_layers import (
+    PictureConv2d,
     TapConv2d,
     TiledConv2d,
     TiledLayer,
     TiledLinear,
+    picture_to_tiles,
     tokens_from_tiles,
     tokens_to_tiles,
 )
 from issp.deploy.tracing import Trace, dtype_of, shape_of
-from issp.ops.tiles import from_tiles, to_tiles
+from issp.ops.tiles import TiledImage, from_tiles, to_tiles
 
 
 def fuse_tiles(trace: Trace) -> Fusion:
@@ -26,6 +28,7 @@ def fuse_tiles(trace: Trace) -> Fusion:
     fusion = Fusion(trace)
     tiled: dict[fx.Node, bool] = {}  # call -> whether its layer is linear
     plain: set[fx.Node] = set()  # calls that give no tiles
+    pictures: set[fx.Node] = set()  # calls that read another layout of their input
     for node, layer in fusion.called(TiledLayer):
         is_linear = isinstance(layer, TiledLinear)
         step = find_step(trace.module, node, scales=True, shuffles=not is_linear)
@@ -44,7 +47,9 @@ def fuse_tiles(trace: Trace) -> Fusion:
             epilogue["shuffle"] = step.shuffle
         call = fusion.replace(step, node.target, (step.x,), **epilogue)
         tiled[call] = is_linear
-    conversions = _Conversions(fusion.graph, tiled, plain)
+        if isinstance(layer, PictureConv2d):
+            pictures.add(call)
+    conversions = _Conversions(fusion.graph, tiled, plain, pictures)
     conversions.insert()
     calls = tiled.keys() - plain
     _reuse_memory(fusion.graph, {*calls, *conversions.converted.values()}, calls)
@@ -63,13 +68,18 @@ class _Conversions:
         graph: of the calls.
         calls: call of a tiled layer -> whether the layer is linear.
         plain: those whose results are in no layout.
+        pictures: those whose inputs `picture_to_tiles` makes.
     """
 
     def __init__(
-        self, graph: fx.Graph, calls: dict[fx.Node, bool], plain: Collection[fx.Node]
+        self,
+        graph: fx.Graph,
+        calls: dict[fx.Node, bool],
+        plain: Collection[fx.Node],
+        pictures: Collection[fx.Node],
     ) -> None:
-        self.graph, self.calls, self.plain = graph, calls, plain
-        self.converted: dict[tuple[fx.Node, bool], fx.Node] = {}
+        self.graph, self.calls, self.plain, self.pictures = graph, calls, plain, pictures
+        self.converted: dict[tuple[fx.Node, Callable[..., TiledImage]], fx.Node] = {}
         self.tokens: dict[fx.Node, fx.Node] = {}  # call of a linear layer -> tokens of its shape
 
     def insert(self) -> None:
@@ -90,11 +100,13 @@ class _Conversions:
                 self._leave(call, is_linear)
 
     def _tiles(self, value: fx.Node, is_linear: bool, call: fx.Node) -> fx.Node:
-        if self.calls.get(value) == is_linear and value not in self.plain:
+        convert = tokens_to_tiles if is_linear else to_tiles
+        if value is call.args[0] and call in self.pictures:
+            convert = picture_to_tiles
+        elif self.calls.get(value) == is_linear and value not in self.plain:
             return value
-        key = (value, is_linear)
+        key = (value, convert)
         if key not in self.converted:
-            convert = tokens_to_tiles if is_linear else to_tiles
             with self.graph.inserting_before(call):
                 converted = self.graph.call_function(convert, (value,))
             converted.meta = dict(value.meta)

@@ -12,9 +12,11 @@ import issp
 from issp.deploy import parts
 from issp.deploy.fused_forward import FusedForward
 from issp.deploy.tiled_layers import (
+    PictureConv2d,
     TapConv2d,
     TiledConv2d,
     TiledLinear,
+    picture_to_tiles,
     tiled_layer,
     unsupported_reason,
 )
@@ -50,7 +52,7 @@ def source(packed):
 
 
 def conversions(packed):
-    return [source(packed).count(f"tiles_{name}(") for name in ("to_tiles", "from_tiles")]
+    return [source(packed).count(f"_{name}(") for name in ("to_tiles", "from_tiles")]
 
 
 def tiled(layer, t, **epilogue):
@@ -103,6 +105,25 @@ class TestRuns:
                 assert_bitwise_equal(packed(x), F.relu(y.to(dtype)), f"{channels} in {dtype}")
         packed = pack(network(4), cache)
         assert conversions(packed) == [1, 1] and isinstance(packed[2], TiledConv2d)
+
+    @torch.no_grad()
+    def test_pictures_are_not_rounded(self, cache, timed):
+        torch.manual_seed(0)
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+        packed = pack(nn.Sequential(*layers), cache, (1, 3, 8, 8))
+        first = packed[0]
+        assert isinstance(first, PictureConv2d) and conversions(packed) == [1, 1]
+        x = torch.randint(0, 256, (2, 3, 11, 9)) / 255
+        exact = F.conv2d(x.double(), first.weight.double(), first.bias.double(), padding=1)
+        y = first(x).double()
+        # bfloat16 has 8 bits; what else is lost is some 2^-16 of the largest product.
+        half_ulp = torch.exp2(exact.abs().log2().floor() - 8)
+        assert ((y - exact).abs() <= half_ulp + 2**-15).all()
+        t = tiled_conv2d(picture_to_tiles(x), *first._derived(), activation="relu")
+        expected = from_tiles(tiled(packed[2], t))
+        assert_bitwise_equal(packed(x), expected, "the result")
+        x[0, 0, 5, 5] = torch.inf
+        assert torch.equal(first(x).isnan(), F.conv2d(x, first.weight, padding=1).isnan())
 
     @torch.no_grad()
     def test_few_channels_within_a_network(self, cache, timed):
