@@ -64,11 +64,7 @@ SMS = {
 }
 
 # Calls that a step in the steady state does not make, or makes once per tensor.
-RARE = (
-    *("shrink_alone(", "select_alone<", "settle(", "begin_search(", "search_and_apply<"),
-    *("count_pass(", "tie_pass(", "select_nothing(", "count_equal_warp<", "rank_before("),
-    *("accumulate_records(", "leave("),
-)
+RARE = ("leave_to_search(", "verify(", "list_candidate(", "update_span(", "search_alone(")
 
 
 @dataclass(frozen=True)
@@ -324,25 +320,9 @@ def run(args: argparse.Namespace) -> None:
         atomic_write(args.out, table.markdown().encode())
 
 
-_STREAMED_BYTES = 8368  # kSharedBytes of select.cuh
-_RESIDENT_BYTES = _STREAMED_BYTES + 3 * 32768  # and 3 slots of resident.cuh
-_BOX_BYTES = _STREAMED_BYTES + 32768  # and a score per weight of a box, nm_groups.cuh
+_STEP_SHARED = 8368  # kSharedBytes of select.cuh
+_BOX_BYTES = _STEP_SHARED + 32768  # and a score per weight of a box, nm_groups.cuh
 
-
-def _resident(update: Sweep | None) -> tuple[Sweep, ...]:
-    """A part in the steady state: filled, updated, counted, compacted, shrunk."""
-    return (
-        Sweep("fill_slot<T, Update>(table, next"),
-        *([update] if update else []),
-        Sweep("scan_block(count_held<T>(held, bracket), shared);", "kRows"),
-        Sweep("HeldSource<T, Held>{held}.each([&](Key<T> magnitude)", "kRows"),
-        Sweep("shrink_tile<T, Update::kUpdates>", "kRows"),
-    )
-
-
-_COUNT, _APPLY = Sweep("count_tile(", "kRows"), Sweep("apply_job(", "kRows")
-# Weights: kRowsAtOnce of optimizer.cuh.
-_ADAM_2, _ADAM_4 = Sweep("update_tile_by<Float32>(", 2), Sweep("update_tile_by<Float32>(", 4)
 _BOX = (
     Sweep("update_strided<T>(work.entry, work.source(), box.first + own"),
     Sweep("is_column_selected(work, box, column));", 1),
@@ -352,15 +332,14 @@ _BOX = (
 _CUT = Sweep("cut_by_warp<K>(scores, groups.m", 1, times=14)
 
 _STEP = (
-    ("step, resident", "resident_kernel", _RESIDENT_BYTES, _resident(None)),
-    ("step, streamed, count", "count_kernel", _STREAMED_BYTES, (_COUNT,)),
-    ("step, streamed, apply", "apply_kernel", _STREAMED_BYTES, (_APPLY,)),
+    ("step", "speculate_kernel", _STEP_SHARED, (Sweep("shrink_chunk(tensor, own"),)),
     ("N:M 2:4, step", "group_kernel", _BOX_BYTES, _BOX),
     ("N:M 2:32, step", "group_kernel", _BOX_BYTES, (*_BOX, _CUT)),
 )
+# Of the updated weights' rows; their mask words are written once per 4 rows, as the step's are.
 _UPDATES = (
-    ("Adam", "adam_soft_shrink", "AdamRule", _ADAM_BYTES, _ADAM_2),
-    ("SGD", "sgd_soft_shrink", "SgdRule", _SGD_BYTES, _ADAM_4),
+    ("Adam and step", "adam_soft_shrink", "AdamRule", _ADAM_BYTES, 4),
+    ("SGD and step", "sgd_soft_shrink", "SgdRule", _SGD_BYTES, 3),
 )
 KERNELS = (
     *(
@@ -369,18 +348,13 @@ KERNELS = (
     ),
     *(
         Counted(
-            f"{name} and step, {way}",
+            name,
             source,
-            f"{kernel}<Float32, Optimizer, {rule}",
-            shared,
+            f"speculate_kernel<Float32, Optimizer, {rule}",
+            _STEP_SHARED,
             moved,
-            sweeps,
-        )  # fmt: skip
-        for name, source, rule, moved, resident in _UPDATES
-        for way, kernel, shared, sweeps in (
-            ("resident", "resident_kernel", _RESIDENT_BYTES, _resident(resident)),
-            ("streamed, count", "count_kernel", _STREAMED_BYTES, (_ADAM_4, _COUNT)),
-            ("streamed, apply", "apply_kernel", _STREAMED_BYTES, (_APPLY,)),
+            (Sweep("update_vector<false>(entry", arrays=arrays),),
         )
+        for name, source, rule, moved, arrays in _UPDATES
     ),
 )

@@ -30,6 +30,11 @@ ISSP_RULE float over(float a, float b) {
 ISSP_RULE float root(float x) {
   return __fsqrt_rn(x);
 }
+ISSP_RULE float flushed(float x) {
+  float product;
+  asm("mul.rn.ftz.f32 %0, %1, 0f3F800000;" : "=f"(product) : "f"(x));
+  return product;
+}
 #else
 ISSP_RULE float fused(float a, float b, float c) {
   return std::fma(a, b, c);
@@ -46,6 +51,10 @@ ISSP_RULE float over(float a, float b) {
 ISSP_RULE float root(float x) {
   return std::sqrt(x);
 }
+ISSP_RULE float flushed(float x) {
+  const uint32_t bits = bit_as<uint32_t>(x);
+  return bit_as<float>((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
+}
 #endif
 
 // base^n by squaring, lowest bit of n first. The pow() of different libraries differ in the last
@@ -57,13 +66,6 @@ ISSP_RULE double power(double base, uint32_t n) {
     base = times(base, base);
   }
   return result;
-}
-
-// Moments below the smallest normal number are replaced by a zero of their sign. Without gradients
-// moments decay to denormals, which slow down a CPU.
-ISSP_RULE float flushed(float x) {
-  const uint32_t bits = bit_as<uint32_t>(x);
-  return bit_as<float>((bits & 0x7f800000u) == 0 ? bits & 0x80000000u : bits);
 }
 
 // The preparation of a gradient: `scale` is the factor of a gradient scaler.

@@ -32,7 +32,7 @@ void adam_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grad
   };
   update_and_shrink(items_of(update), checked, update.pruned.size(),
                     call_of(k, shrink, thresholds, masks, flips, scratch, found_inf, bracket), adam,
-                    complete, current_stream(weights[0]), may_stay_resident());
+                    complete, current_stream(weights[0]));
 }
 
 }  // namespace issp

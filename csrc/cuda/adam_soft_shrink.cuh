@@ -1,5 +1,5 @@
-// adam_soft_shrink_: Adam's update and the pruning of a parameter group in one launch, 28.25 bytes
-// per weight: see resident.cuh and optimizer.cuh; the rule is update.h's.
+// adam_soft_shrink_: Adam's update and the pruning of a parameter group in two launches, 28.5 bytes
+// per weight: see speculate.cuh and optimizer.cuh; the rule is update.h's.
 #pragma once
 
 #include "optimizer.cuh"

@@ -5,6 +5,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #if defined(ISSP_EMULATOR)
 #include "emulator.h"
@@ -32,6 +34,9 @@ ISSP_DEVICE uint32_t block() {
 ISSP_DEVICE uint32_t blocks() {
   return gridDim.x;
 }
+ISSP_DEVICE uint32_t threads() {
+  return blockDim.x;
+}
 
 ISSP_DEVICE void barrier() {
   __syncthreads();
@@ -48,7 +53,21 @@ ISSP_DEVICE uint32_t shuffle_up(uint32_t value, uint32_t delta) {
 ISSP_DEVICE uint32_t shuffle(uint32_t value, uint32_t from) {
   return __shfl_sync(0xffffffffu, value, from);
 }
+ISSP_DEVICE uint32_t shuffle_xor(uint32_t value, uint32_t distance) {
+  return __shfl_xor_sync(0xffffffffu, value, distance);
+}
+ISSP_DEVICE bool any(bool vote) {
+  return __any_sync(0xffffffffu, vote);
+}
+// Sum over the warp, in every lane.
+ISSP_DEVICE uint32_t sum_warp(uint32_t value) {
+  return __reduce_add_sync(0xffffffffu, value);
+}
 
+// The bytes of low (0 to 3) and high (4 to 7) that the hexadecimal digits of `which` name.
+ISSP_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t which) {
+  return __byte_perm(low, high, which);
+}
 ISSP_DEVICE uint32_t popcount(uint32_t x) {
   return __popc(x);
 }
@@ -74,6 +93,10 @@ ISSP_DEVICE double error_function(double x) {
 ISSP_DEVICE void relax() {
   __nanosleep(64);
 }
+// Ends the kernel with an error that the next call of the CUDA runtime reports.
+ISSP_DEVICE void trap() {
+  __trap();
+}
 
 template <typename T>
 ISSP_DEVICE T load(const T* p) {
@@ -83,16 +106,42 @@ template <typename T>
 ISSP_DEVICE void store(T* p, T value) {
   *p = value;
 }
-// Before it is known whether the value means anything: another block may be writing it. The caller
-// must have a reason to use it later.
+// For what another block of the same launch may have written: the L1 cache is not coherent.
 template <typename T>
-ISSP_DEVICE T load_early(const T* p) {
-  return *p;
-}
-// For words that another block of the same launch has written: the L1 cache is not coherent.
-ISSP_DEVICE uint32_t load_fresh(const uint32_t* p) {
+ISSP_DEVICE T load_fresh(const T* p) {
   return __ldcg(p);
 }
+
+// N neighbouring elements in one access of 8 or 16 bytes, to whose size they are aligned.
+template <typename Bits, uint32_t N>
+struct Vector {
+  Bits x[N];
+};
+template <typename Bits, uint32_t N>
+using Packed = std::conditional_t<sizeof(Bits) * N == 16, uint4, uint2>;
+
+template <uint32_t N, typename Bits>
+ISSP_DEVICE Vector<Bits, N> load_vector(const Bits* p) {
+  static_assert(sizeof(Packed<Bits, N>) == sizeof(Vector<Bits, N>), "8 or 16 bytes");
+  Vector<Bits, N> to;
+  const auto packed = *reinterpret_cast<const Packed<Bits, N>*>(p);
+  memcpy(&to, &packed, sizeof(to));
+  return to;
+}
+template <uint32_t N, typename Bits>
+ISSP_DEVICE Vector<Bits, N> load_vector_fresh(const Bits* p) {
+  Vector<Bits, N> to;
+  const auto packed = __ldcg(reinterpret_cast<const Packed<Bits, N>*>(p));
+  memcpy(&to, &packed, sizeof(to));
+  return to;
+}
+template <uint32_t N, typename Bits>
+ISSP_DEVICE void store_vector(Bits* p, const Vector<Bits, N>& from) {
+  Packed<Bits, N> packed;
+  memcpy(&packed, &from, sizeof(from));
+  *reinterpret_cast<Packed<Bits, N>*>(p) = packed;
+}
+
 ISSP_DEVICE uint32_t load_acquire(const uint32_t* p) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(p) : "memory");
@@ -124,7 +173,18 @@ struct Shared {
   uint32_t* words;
   ISSP_DEVICE uint32_t get(uint32_t i) const { return words[i]; }
   ISSP_DEVICE void set(uint32_t i, uint32_t value) const { words[i] = value; }
-  ISSP_DEVICE void add(uint32_t i, uint32_t value) const { atomicAdd(words + i, value); }
+  // Returns the value before.
+  ISSP_DEVICE uint32_t add(uint32_t i, uint32_t value) const { return atomicAdd(words + i, value); }
+  // The same where few threads of a warp take part: the compiler adds nothing up before.
+  ISSP_DEVICE uint32_t claim(uint32_t i, uint32_t count) const {
+    const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(words + i));
+    uint32_t before;
+    asm volatile("atom.shared.add.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "r"(address), "r"(count)
+                 : "memory");
+    return before;
+  }
   ISSP_DEVICE Shared from(uint32_t i) const { return {words + i}; }
 };
 
@@ -133,13 +193,8 @@ ISSP_DEVICE Shared shared_memory() {
   return {issp_shared_words};
 }
 
-// 16 bytes from global to shared memory, both aligned to 16, without a register in between. They
-// are there for this thread after wait_for_copies, for its block after a barrier behind that.
-template <typename T>
-ISSP_DEVICE void copy_async(Shared to, const T* from) {
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to.words));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-}
+// From global to shared memory without a register in between. It is there for this thread after
+// wait_for_copies, for its block after a barrier behind that.
 // One word, wherever it lies; a zero where there is none, and nothing is read.
 ISSP_DEVICE void copy_word_async(Shared to, const void* from, bool there) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to.words));

@@ -6,6 +6,8 @@
 #if !defined(ISSP_EMULATOR)
 #include <cuda_runtime.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -22,37 +24,30 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Arguments have the parameters' very types, so that a table of 32 KB is not copied on its way.
-template <typename... Params, typename... Args>
-void launch_as(bool cooperative, void (*kernel)(Params...), uint32_t blocks, uint32_t threads,
-               uint32_t shared_bytes, Stream stream, const Args&... args) {
-  static_assert((std::is_same_v<Params, Args> && ...), "an argument needs a conversion");
-  cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeCooperative;
-  attribute.val.cooperative = 1;
-  config.attrs = &attribute;
-  config.numAttrs = cooperative ? 1 : 0;
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = stream;
-  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
-  check(cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), pointers),
-        "CUDA kernel launch");
+// ISSP_CUDA_DEBUG=1: every launch is waited for, so that an error names its kernel's call, and
+// waits inside a kernel end in a trap instead of lasting for ever.
+inline bool debugs() {
+  const char* wish = std::getenv("ISSP_CUDA_DEBUG");
+  return wish != nullptr && std::strcmp(wish, "1") == 0;
 }
 
+// A stream that is captured into a graph cannot be waited for.
+inline void wait_for(Stream stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "CUDA stream");
+  if (status == cudaStreamCaptureStatusNone) check(cudaStreamSynchronize(stream), "CUDA kernel");
+}
+
+// Arguments have the parameters' very types, so that a table of 32 KB is not copied on its way.
 template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
             Stream stream, const Args&... args) {
-  launch_as(false, kernel, blocks, threads, shared_bytes, stream, args...);
-}
-
-// All blocks run at the same time, or none starts.
-template <typename... Params, typename... Args>
-void launch_together(void (*kernel)(Params...), uint32_t blocks, uint32_t threads,
-                     uint32_t shared_bytes, Stream stream, const Args&... args) {
-  launch_as(true, kernel, blocks, threads, shared_bytes, stream, args...);
+  static_assert((std::is_same_v<Params, Args> && ...), "an argument needs a conversion");
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&args))...};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads),
+                         pointers, shared_bytes, stream),
+        "CUDA kernel launch");
+  if (debugs()) wait_for(stream);
 }
 
 // Bytes of shared memory.
@@ -96,6 +91,18 @@ auto once_per_device(void (*kernel)(Params...), const Probe& probe) {
   const auto found = known.find({device, kernel});
   if (found != known.end()) return found->second;
   return known[{device, kernel}] = probe(kernel);
+}
+
+// Throws if the device cannot run the kernel: asked before the first of several launches, so that
+// an error leaves everything unmodified.
+template <typename... Params>
+void require_kernel(void (*kernel)(Params...), uint32_t threads) {
+  const int most = once_per_device(kernel, [](auto asked) {
+    cudaFuncAttributes attributes = {};
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(asked)), "CUDA kernel");
+    return attributes.maxThreadsPerBlock;
+  });
+  if (uint32_t(most) < threads) throw std::runtime_error("CUDA kernel: too many threads a block");
 }
 
 }  // namespace issp

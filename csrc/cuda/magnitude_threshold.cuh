@@ -13,8 +13,11 @@ ISSP_KERNEL(kThreads, 1)
 threshold_kernel(const ISSP_PARAM Table<Capacity> table, typename T::Bits* found) {
   const Entry& entry = table.entries[block()];
   const TensorSource<T> source = {static_cast<const typename T::Bits*>(entry.data), entry.numel};
+  const auto keys = [&](const auto& visit) {
+    source.each([&](Key<T> key, uint32_t) { visit(key); });
+  };
   Search<Key<T>> search = {0, kKeyBits<T>, entry.extra, 0};  // extra: k
-  if (entry.extra > 0) search = select_block(search, source, shared_memory());
+  if (entry.extra > 0) search = search_block(search, keys, shared_memory());
   if (thread() == 0) {
     store(found + table.first_tensor + block(), typename T::Bits(search.base));
   }

@@ -5,8 +5,8 @@
 // bits are flipped.
 #pragma once
 
-#include "job.cuh"
 #include "nm_groups.cuh"
+#include "tensor_view.cuh"
 
 namespace issp {
 

@@ -4,7 +4,6 @@
 
 #include <numeric>
 
-#include "held.cuh"
 #include "layout.h"
 #include "select.cuh"
 
@@ -186,7 +185,7 @@ ISSP_DEVICE void set_score(Shared scores, uint32_t i, uint64_t word) {
 }
 template <typename K>
 ISSP_DEVICE K get_score(Shared scores, uint32_t i) {
-  return get_bits(scores, i, 0, K(0));
+  return shared_value<K>(scores.from(i * (sizeof(K) / 4)));
 }
 
 // The scores of a group in a box.

@@ -98,19 +98,19 @@ template <typename T, typename Update>
 ISSP_DEVICE void conclude(const GroupWork<T, Update>& work, const Tally<T>& tally) {
   const auto& entry = work.entry;
   const uint32_t tensor = entry.extra & kTensorBits;
-  uint32_t flips = sum_flips(tally.flips, work.shared);
+  uint32_t flips = sum_block(tally.flips, work.shared);
   Key<T> largest = max_block(tally.largest, work.shared);
   if (entry.groups.boxes > 1) {
     uint32_t* const header = work.call.scratch + uint64_t(entry.scratch_line) * kLineWords;
     if (thread() == 0) {
-      if (flips) add(header + kOpen, flips);
+      if (flips) add(header + kFlips, flips);
       if (largest) raise(reinterpret_cast<Key<T>*>(header + kBelow), largest);
     }
     if (!last_to_arrive(header + kArrived, entry.groups.boxes, work.shared)) return;
     if (thread() == 0) {
-      flips = load_fresh(header + kOpen);
+      flips = load_fresh(header + kFlips);
       largest = Key<T>(load_pair(header + kBelow));
-      store(header + kOpen, 0u);
+      store(header + kFlips, 0u);
       store(reinterpret_cast<Key<T>*>(header + kBelow), Key<T>(0));
       store(header + kArrived, 0u);
     }

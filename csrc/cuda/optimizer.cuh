@@ -2,9 +2,7 @@
 // share.
 //
 // Traffic per float32 weight with a float32 gradient: Adam 16 bytes read and 12 written, SGD with
-// momentum 12 and 8, and 1/4 byte of mask: the update's own, nothing is added for the pruning,
-// since the updated weight stays in shared memory until its threshold is known. The weights come
-// and go as without an optimizer; gradient and moments pass through registers once.
+// momentum 12 and 8. Pruning adds what it adds to the step alone: mask and undo log.
 #pragma once
 
 #include "soft_shrink.cuh"
@@ -74,14 +72,75 @@ struct Optimizer {
     }
   }
 
-  // From rows[row] to sink(row, bits), since registers are scarce.
-  template <typename Rows, typename Sink>
-  ISSP_DEVICE void update_tile(const Entry& entry, uint32_t tile, const uint32_t* mask,
-                               const Rows& rows, const Sink& sink, Shared shared) const {
-    if (entry.extra & kBFloat16Gradient) {
-      update_tile_by<BFloat16>(entry, tile, mask, rows, sink, shared);
-    } else {
-      update_tile_by<Float32>(entry, tile, mask, rows, sink, shared);
+  ISSP_DEVICE bool is_aligned(const Entry& entry) const {
+    uintptr_t all = reinterpret_cast<uintptr_t>(entry.grad);
+#pragma unroll
+    for (uint32_t j = 0; j < Rule::kMoments; ++j) {
+      all |= reinterpret_cast<uintptr_t>(rule.moment(entry, j));
+    }
+    return all % 16 == 0;
+  }
+
+  // Returns the updated weights of elements i..i + 3. What the mask denies becomes zero; null, or
+  // kMasked not set: nothing does.
+  template <bool kMasked>
+  ISSP_DEVICE Vector<uint32_t, 4> update_vector(const Entry& entry, const uint32_t* mask,
+                                                uint32_t i, const Vector<uint32_t, 4>& weights,
+                                                Shared shared) const {
+    const uint32_t kept = kMasked && mask ? load(mask + i / 32) >> i % 32 : ~0u;
+    const bool reads_moments = rule.reads_moments(entry);
+    Vector<uint32_t, 4> bits[Rule::kMoments] = {}, updated;
+#pragma unroll
+    for (uint32_t j = 0; j < Rule::kMoments; ++j) {
+      if (reads_moments) bits[j] = load_vector<4>(moment_bits(entry, j) + i);
+    }
+    float gradients[4];
+    load_gradients(entry, i, gradients);
+    // Read anew for every vector: shared memory has room for them, registers have not.
+    const auto by = shared_value<Numbers>(shared.from(kStepArea));
+    if (by.divisor != 1.0f) {
+#pragma unroll
+      for (uint32_t e = 0; e < 4; ++e) gradients[e] = over(gradients[e], by.divisor);
+    }
+#pragma unroll
+    for (uint32_t e = 0; e < 4; ++e) {
+      float moments[Rule::kMoments];
+#pragma unroll
+      for (uint32_t j = 0; j < Rule::kMoments; ++j) moments[j] = bit_as<float>(bits[j].x[e]);
+      const float w =
+          rule.updated(bit_as<float>(weights.x[e]), gradients[e], moments, entry, by.step);
+      const bool keeps = !kMasked || (kept >> e & 1u);
+      updated.x[e] = keeps ? bit_as<uint32_t>(w) : 0u;
+#pragma unroll
+      for (uint32_t j = 0; j < Rule::kMoments; ++j) {
+        bits[j].x[e] = keeps ? bit_as<uint32_t>(moments[j]) : 0u;
+      }
+    }
+#pragma unroll
+    for (uint32_t j = 0; j < Rule::kMoments; ++j) {
+      if (rule.moment(entry, j)) store_vector(moment_bits(entry, j) + i, bits[j]);
+    }
+    return updated;
+  }
+
+  // Updates elements first..first + count in memory, as far as there are so many; mask as above.
+  ISSP_DEVICE void update_span(const Entry& entry, const uint32_t* mask, uint32_t first,
+                               uint32_t count, Shared shared) const {
+    uint32_t* const weights = static_cast<uint32_t*>(entry.data);
+    const uint32_t left = entry.numel - first, end = first + (left < count ? left : count);
+#pragma unroll 1
+    for (uint32_t i = first + thread(); i < end; i += threads()) {
+      const auto keeps = [&](uint32_t) {
+        return mask == nullptr || (load(mask + i / 32) >> i % 32 & 1u) != 0;
+      };
+      const auto sink = [&](uint32_t, uint32_t bits) { store(weights + i, bits); };
+      const auto weight = [&](uint32_t) { return load(weights + i); };
+      const auto inside = [](uint32_t) { return true; };
+      if (entry.extra & kBFloat16Gradient) {
+        update_batch<BFloat16, 1>(entry, i, 0, inside, keeps, weight, sink, shared);
+      } else {
+        update_batch<Float32, 1>(entry, i, 0, inside, keeps, weight, sink, shared);
+      }
     }
   }
 
@@ -112,29 +171,21 @@ struct Optimizer {
         [&](uint32_t i) { return bits[i]; }, sink, shared);
   }
 
-  template <typename G, typename Rows, typename Sink>
-  ISSP_DEVICE void update_tile_by(const Entry& entry, uint32_t tile, const uint32_t* mask,
-                                  const Rows& rows, const Sink& sink, Shared shared) const {
-    uint32_t kept = ~0u;  // of the row that this lane answers for, as in apply.cuh
-    const uint32_t own_row = tile * kTile + warp() * kWarpTile + 32 * lane();
-    if (freezes(entry) && lane() < kRows && own_row < entry.numel) kept = load(mask + own_row / 32);
-#pragma unroll 1
-    for (uint32_t row = 0; row < kRows; row += kRowsAtOnce<Rows>) {
-      const uint32_t start = column(tile) + 32 * row;
-      update_batch<G, kRowsAtOnce<Rows>>(
-          entry, start, 32, [&](uint32_t i) { return start + 32 * i < entry.numel; },
-          [&](uint32_t i) { return (shuffle(kept, row + i) >> lane() & 1u) != 0; },
-          [&](uint32_t i) { return rows[row + i]; },
-          [&](uint32_t i, uint32_t bits) { sink(row + i, bits); }, shared);
-    }
+  ISSP_DEVICE uint32_t* moment_bits(const Entry& entry, uint32_t j) const {
+    return reinterpret_cast<uint32_t*>(rule.moment(entry, j));
   }
 
-  // Rows whose loads are on their way together: 6 loads a thread for Adam, 24 KB per SM beside the
-  // weights, which need no registers if they come from a slot; more rows spill. The streamed kernel
-  // runs one block per SM, with twice the registers.
-  template <typename Rows>
-  static constexpr uint32_t kRowsAtOnce =
-      Rule::kMoments == 2 && !std::is_same_v<Rows, GlobalRows<Float32>> ? 2 : 4;
+  ISSP_DEVICE void load_gradients(const Entry& entry, uint32_t i, float (&to)[4]) const {
+    if (entry.extra & kBFloat16Gradient) {
+      const auto bits = load_vector<4>(static_cast<const uint16_t*>(entry.grad) + i);
+#pragma unroll
+      for (uint32_t e = 0; e < 4; ++e) to[e] = widen(BFloat16{}, bits.x[e]);
+    } else {
+      const auto bits = load_vector<4>(static_cast<const uint32_t*>(entry.grad) + i);
+#pragma unroll
+      for (uint32_t e = 0; e < 4; ++e) to[e] = bit_as<float>(bits.x[e]);
+    }
+  }
 
   // Elements first + stride * i that are inside(i); what keeps(i) denies becomes zero.
   template <typename G, uint32_t kCount, typename Inside, typename Keeps, typename Weights,
@@ -189,9 +240,9 @@ void complete_entry(typename Rule::Entry& entry, const OptimState& state, bool p
 template <typename Rule, typename Complete>
 void update_and_shrink(const std::vector<Item>& items, const std::vector<Pattern>& patterns,
                        size_t pruned, const Call<Float32>& call, const Optimizer<Rule>& optimizer,
-                       const Complete& complete, Stream stream, bool resident = true) {
+                       const Complete& complete, Stream stream) {
   const size_t selected_from = optimizer.frozen ? 0 : pruned;
-  shrink_model(items, patterns, selected_from, call, optimizer, complete, stream, resident);
+  shrink_model(items, patterns, selected_from, call, optimizer, complete, stream);
 }
 
 }  // namespace issp

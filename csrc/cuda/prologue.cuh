@@ -1,11 +1,14 @@
-// What happens to a tile before it is counted: here nothing, in optimizer.cuh an update. It offers
+// What happens to weights before they are selected from: here nothing, in optimizer.cuh an update.
+// It offers
 //   Entry            what its table knows of a tensor, derived from issp::Entry
 //   selects(entry)   whether the tensor takes part in the selection
 //   freezes(entry)   whether the mask is applied to it instead
-//   prepare(entry)   the numbers of this step, once per part, by the whole block
-//   update_tile      hands out the updated weights of a tile; its other tensors are written back
-//   update_strided   the same for up to kBatch of the `count` elements first, first + stride, ...
+//   prepare(entry)   the numbers of this step, once per block, by the whole block
+//   update_strided   hands out the updated weights of up to kBatch of the `count` elements first,
+//                    first + stride, ...; moments are written back
 //   finish(entry)    one thread, once per call and tensor, when no block reads the step any more
+//   is_aligned       whether what belongs to the weights allows vectors
+// and, where kUpdates is set, update_vector and update_span, see there.
 #pragma once
 
 #include "table.cuh"
@@ -19,6 +22,9 @@ struct NoUpdate {
   uint32_t nothing = 0;
 
   ISSP_DEVICE bool selects(const Entry&) const { return true; }
+  ISSP_DEVICE bool freezes(const Entry&) const { return false; }
+  ISSP_DEVICE bool is_aligned(const Entry&) const { return true; }
+  ISSP_DEVICE void prepare(const Entry&, Shared) const {}
   ISSP_DEVICE void finish(const Entry&) const {}
 
   // All loads are on their way before sink(i, bits) takes the first.

@@ -1,7 +1,9 @@
-// Exact selection by one block: the rank-th smallest of the keys that a source yields.
+// Exact selection by one block: the threshold of the `rank` smallest of the keys that a source
+// yields, ties by the lowest index.
 // Radix search from the top, 11 bits at a time: 31 bits of a float32 are 3 passes over the source,
-// the 20 bits of a bracket 2. A pass costs one read of the source, one shared atomic per key that
-// is still in the running, and a scan of 2048 bins (8 per thread).
+// the 20 bits of a forecast 2. A pass costs one read of the source, one shared atomic per key that
+// is still in the running, and a scan of 2048 bins. Where only some of the keys equal to the
+// threshold are selected, their indices are searched in the same way.
 #pragma once
 
 #include "tile.cuh"
@@ -14,9 +16,7 @@ constexpr uint32_t kNoteArea = kScanArea + kWarps;  // what one thread tells the
 constexpr uint32_t kNotes = 8;
 constexpr uint32_t kStepArea = kNoteArea + kNotes;  // an optimizer's numbers for this step
 constexpr uint32_t kStepWords = 12;
-constexpr uint32_t kPartArea = kStepArea + kStepWords;
-constexpr uint32_t kPartWords = 8;
-constexpr uint32_t kSharedWords = (kPartArea + kPartWords + 3) / 4 * 4;  // slots start at 16 bytes
+constexpr uint32_t kSharedWords = (kStepArea + kStepWords + 3) / 4 * 4;
 constexpr uint32_t kSharedBytes = 4 * kSharedWords;
 static_assert(kSharedBytes <= 48 * 1024, "what every GPU gives a block without asking");
 
@@ -43,7 +43,7 @@ struct Scan {
   uint32_t total;
 };
 
-// Sums may pack several counts in one word. Two barriers.
+// One barrier; another one before the next scan.
 ISSP_DEVICE Scan scan_block(uint32_t value, Shared shared) {
   uint32_t sum = value;
 #pragma unroll
@@ -54,13 +54,11 @@ ISSP_DEVICE Scan scan_block(uint32_t value, Shared shared) {
   if (lane() == 31) shared.set(kScanArea + warp(), sum);
   barrier();
   Scan scan = {sum - value, 0};
-#pragma unroll
-  for (uint32_t w = 0; w < kWarps; ++w) {
+  for (uint32_t w = 0; w < threads() / 32; ++w) {
     const uint32_t warp_sum = shared.get(kScanArea + w);
     if (w < warp()) scan.before += warp_sum;
     scan.total += warp_sum;
   }
-  barrier();
   return scan;
 }
 
@@ -73,6 +71,15 @@ ISSP_DEVICE uint32_t broadcast_block(uint32_t value, Shared shared) {
   return told;
 }
 
+// Sum over the block, in thread 0.
+ISSP_DEVICE uint32_t sum_block(uint32_t value, Shared shared) {
+  if (thread() == 0) shared.set(kNoteArea, 0);
+  barrier();
+  if (value) shared.add(kNoteArea, value);
+  barrier();
+  return thread() == 0 ? shared.get(kNoteArea) : 0;
+}
+
 struct Digit {
   uint32_t value;
   uint32_t below;  // keys in smaller bins
@@ -81,11 +88,9 @@ struct Digit {
 
 // The bin that holds the rank-th key (1 = smallest). The bins are filled and a barrier has passed.
 ISSP_DEVICE Digit pick_digit(uint32_t rank, Shared shared) {
-  constexpr uint32_t kOwn = kBins / kThreads;
-  const uint32_t first = thread() * kOwn;
+  const uint32_t own = kBins / threads(), first = thread() * own;
   uint32_t sum = 0;
-#pragma unroll
-  for (uint32_t i = 0; i < kOwn; ++i) sum += shared.get(first + i);
+  for (uint32_t i = 0; i < own; ++i) sum += shared.get(first + i);
   const Scan scan = scan_block(sum, shared);
   if (rank > scan.before && rank - scan.before <= sum) {
     uint32_t below = scan.before, bin = first, equal = shared.get(first);
@@ -104,7 +109,7 @@ ISSP_DEVICE Digit pick_digit(uint32_t rank, Shared shared) {
 }
 
 ISSP_DEVICE void clear_bins(Shared shared) {
-  for (uint32_t i = thread(); i < kBins; i += kThreads) shared.set(i, 0);
+  for (uint32_t i = thread(); i < kBins; i += threads()) shared.set(i, 0);
   barrier();
 }
 
@@ -114,10 +119,9 @@ struct Search {
   K base;
   int bits;
   uint32_t rank;
-  uint32_t equal;          // once bits == 0: how many keys equal base; `rank` of them are selected
-  int width = kRadixBits;  // bits of a pass
+  uint32_t equal;  // once bits == 0: how many keys equal base; `rank` of them are selected
 
-  ISSP_DEVICE int shift() const { return bits > width ? bits - width : 0; }
+  ISSP_DEVICE int shift() const { return bits > int(kRadixBits) ? bits - int(kRadixBits) : 0; }
   ISSP_DEVICE void count(K key, Shared shared) const {
     const K distance = key - base;  // wraps to a huge number below the base
     if ((distance >> bits) == 0) shared.add(uint32_t(distance >> shift()), 1);
@@ -128,47 +132,78 @@ struct Search {
     equal = digit.equal;
     bits = shift();
   }
+  // Whether all keys that equal base are selected.
+  ISSP_DEVICE bool takes_all() const { return rank == equal; }
 };
 
-// source.each(f) calls f(key) for this thread's share of the keys.
-template <typename K, typename Source>
-ISSP_DEVICE Search<K> select_block(Search<K> search, const Source& source, Shared shared) {
+// The selected elements: keys below tau, and of those equal to tau the ones of index below `end`.
+template <typename K>
+struct Threshold {
+  K tau;
+  uint32_t end;
+  ISSP_DEVICE bool selects(K key, uint32_t index) const {
+    return key < tau || (key == tau && index < end);
+  }
+};
+constexpr uint32_t kAllTies = ~0u;
+
+// each(visit) calls visit(key) for this thread's share of the keys.
+template <typename K, typename Each>
+ISSP_DEVICE Search<K> search_block(Search<K> search, const Each& each, Shared shared) {
   do {
     clear_bins(shared);
-    source.each([&](K key) { search.count(key, shared); });
+    each([&](K key) { search.count(key, shared); });
     barrier();
     search.narrow(pick_digit(search.rank, shared));
   } while (search.bits > 0);
   return search;
 }
 
-// Sources.
-template <typename T, typename Held>
-struct HeldSource {  // what this block holds of a tensor, see held.cuh
-  const Held& held;
-  template <typename Visit>
-  ISSP_DEVICE void each(const Visit& visit) const {
-    held.each_tile([&](const auto& rows) {
-#pragma unroll
-      for (uint32_t row = 0; row < kRows; ++row) visit(key<T>(rows[row]));
-    });
-  }
-};
+// Indices are searched as 64-bit keys, for tensors of more than 2^31 elements.
+ISSP_DEVICE Search<uint64_t> search_of_indices(uint32_t numel, uint32_t rank) {
+  return {0, bit_length(numel), rank, 0};
+}
 
-// Calls visit(fetch(i)) for this thread's share of 0..count, kBatch independent loads at a time:
-// one block alone has only its own loads to hide the latency of the L2 cache.
-template <typename K, typename Fetch, typename Visit>
+// source.each(visit) calls visit(key, index) for this thread's share of the elements.
+template <typename K, typename Source>
+ISSP_DEVICE Threshold<K> find_threshold(Search<K> search, const Source& source, uint32_t numel,
+                                        Shared shared) {
+  const auto keys = [&](const auto& visit) { source.each([&](K key, uint32_t) { visit(key); }); };
+  search = search_block(search, keys, shared);
+  if (search.takes_all()) return {search.base, kAllTies};
+  const auto indices_of_equal = [&](const auto& visit) {
+    source.each([&](K key, uint32_t index) {
+      if (key == search.base) visit(uint64_t(index));
+    });
+  };
+  const auto last = search_block(search_of_indices(numel, search.rank), indices_of_equal, shared);
+  return {search.base, uint32_t(last.base) + 1};
+}
+
+// Calls visit(key, index) for the results of fetch(i), i in this thread's share of 0..count. kBatch
+// loads are independent: one block alone has only its own to hide the latency of the L2 cache.
+template <typename K, uint32_t kBatch, typename Fetch, typename Visit>
 ISSP_DEVICE void each_strided(uint32_t count, const Fetch& fetch, const Visit& visit) {
-  constexpr uint32_t kBatch = sizeof(K) == 8 ? 8 : 16;
-  const uint32_t whole = count - count % (kBatch * kThreads);
-  for (uint32_t start = 0; start < whole; start += kBatch * kThreads) {
-    K keys[kBatch];
+  struct Element {
+    K key;
+    uint32_t index;
+  };
+  const uint32_t whole = count - count % (kBatch * threads());
+  const auto visit_one = [&](uint32_t i) {
+    K key;
+    const uint32_t index = fetch(i, key);
+    visit(key, index);
+  };
+  for (uint32_t start = 0; start < whole; start += kBatch * threads()) {
+    Element elements[kBatch];
 #pragma unroll
-    for (uint32_t i = 0; i < kBatch; ++i) keys[i] = fetch(start + i * kThreads + thread());
+    for (uint32_t i = 0; i < kBatch; ++i) {
+      elements[i].index = fetch(start + i * threads() + thread(), elements[i].key);
+    }
 #pragma unroll
-    for (uint32_t i = 0; i < kBatch; ++i) visit(keys[i]);
+    for (uint32_t i = 0; i < kBatch; ++i) visit(elements[i].key, elements[i].index);
   }
-  for (uint32_t i = whole + thread(); i < count; i += kThreads) visit(fetch(i));
+  for (uint32_t i = whole + thread(); i < count; i += threads()) visit_one(i);
 }
 
 template <typename T>
@@ -177,32 +212,27 @@ struct TensorSource {  // a whole tensor in global memory
   uint32_t numel;
   template <typename Visit>
   ISSP_DEVICE void each(const Visit& visit) const {
-    each_strided<Key<T>>(numel, [&](uint32_t i) { return key<T>(load(data + i)); }, visit);
+    const auto fetch = [&](uint32_t i, Key<T>& own) {
+      own = key<T>(load(data + i));
+      return i;
+    };
+    each_strided<Key<T>, 8>(numel, fetch, visit);
   }
 };
 
-ISSP_DEVICE uint32_t load_key(const uint32_t* words, uint32_t i, uint32_t) {
-  return load_fresh(words + i);
-}
-ISSP_DEVICE uint64_t load_key(const uint32_t* words, uint32_t i, uint64_t) {
-  return load_fresh(words + 2 * uint64_t(i)) | uint64_t(load_fresh(words + 2 * uint64_t(i) + 1))
-                                                   << 32;
-}
-ISSP_DEVICE void store_key(uint32_t* words, uint32_t i, uint32_t key) {
-  store(words + i, key);
-}
-ISSP_DEVICE void store_key(uint32_t* words, uint32_t i, uint64_t key) {
-  store(words + 2 * uint64_t(i), uint32_t(key));
-  store(words + 2 * uint64_t(i) + 1, uint32_t(key >> 32));
-}
-
-template <typename K>
-struct CandidateSource {  // keys compacted by other blocks
-  const uint32_t* words;
+template <typename T>
+struct CandidateSource {  // elements that other blocks have listed
+  const typename T::Bits* data;
+  const uint32_t* indices;
   uint32_t count;
   template <typename Visit>
   ISSP_DEVICE void each(const Visit& visit) const {
-    each_strided<K>(count, [&](uint32_t i) { return load_key(words, i, K(0)); }, visit);
+    const auto fetch = [&](uint32_t i, Key<T>& own) {
+      const uint32_t index = load_fresh(indices + i);
+      own = key<T>(load_fresh(data + index));
+      return index;
+    };
+    each_strided<Key<T>, 4>(count, fetch, visit);
   }
 };
 

@@ -35,7 +35,7 @@ void call_with_sets(const std::vector<Item>& items, const std::vector<Place>& pl
   table.count = uint32_t(end - begin) * sets;
   table.first_tensor = uint32_t(begin);
   table.tiles = 0;
-  table.padding = 0;
+  table.chunks = 1;
   Entry* entry = table.entries;
   for (size_t i = begin; i < end; ++i) {
     for (size_t set = first_set; set < first_set + sets; ++set) {

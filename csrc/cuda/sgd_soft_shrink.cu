@@ -30,7 +30,7 @@ void sgd_soft_shrink_cuda(std::vector<Tensor> weights, std::vector<Tensor> grads
   };
   update_and_shrink(items_of(update), checked, update.pruned.size(),
                     call_of(k, shrink, thresholds, masks, flips, scratch, found_inf, bracket), sgd,
-                    complete, current_stream(weights[0]), may_stay_resident());
+                    complete, current_stream(weights[0]));
 }
 
 }  // namespace issp

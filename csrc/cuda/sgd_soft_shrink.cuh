@@ -1,5 +1,5 @@
-// sgd_soft_shrink_: SGD's update and the pruning of a parameter group in one launch, 20.25 bytes
-// per weight with momentum, 12.25 without: see resident.cuh and optimizer.cuh; the rule is
+// sgd_soft_shrink_: SGD's update and the pruning of a parameter group in two launches, 20.5 bytes
+// per weight with momentum, 12.5 without: see speculate.cuh and optimizer.cuh; the rule is
 // update.h's.
 #pragma once
 

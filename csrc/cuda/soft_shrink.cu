@@ -20,7 +20,7 @@ void soft_shrink_cuda(std::vector<Tensor> weights, Tensor k, double shrink, Tens
         pointer<uint32_t>(masks),   pointer<int64_t>(flips),
         pointer<uint32_t>(scratch), found_inf ? pointer<const float>(*found_inf) : nullptr,
         typename T::Wide(shrink),   bracket};
-    soft_shrink<T>(items, checked, call, current_stream(weights[0]), may_stay_resident());
+    soft_shrink<T>(items, checked, call, current_stream(weights[0]));
   });
 }
 

@@ -48,8 +48,8 @@ struct Table {
   static constexpr int kCapacity = Capacity;
   uint32_t count;
   uint32_t first_tensor;  // number of entry 0 in the list that the table was made from
-  uint32_t tiles;         // or parts of several tiles: what first_tile counts
-  uint32_t padding;
+  uint32_t tiles;         // or blocks: what first_tile counts
+  uint32_t chunks;        // of a block, see speculate.cuh
   EntryType entries[Capacity];
 };
 static_assert(sizeof(Table<kLargeTable>) + 700 <= 32764, "the parameter space of a kernel");
@@ -74,23 +74,6 @@ inline uint32_t tiles_of(int64_t numel) {
   return uint32_t((numel + kTile - 1) / kTile);
 }
 
-// A tensor in parts of at most `most` tiles, as even as they can be.
-struct Part {
-  uint32_t entry, number, parts;
-  uint32_t tile, tiles;  // its first one, how many
-};
-
-template <typename Table>
-ISSP_DEVICE Part part_of(const Table& table, uint32_t ticket, uint32_t most) {
-  const uint32_t t = locate(table, ticket);
-  const uint32_t tiles = (table.entries[t].numel + (kTile - 1)) / kTile;
-  const uint32_t parts = (tiles + most - 1) / most;
-  const uint32_t share = (tiles + parts - 1) / parts;
-  const uint32_t number = ticket - table.entries[t].first_tile;
-  const uint32_t rest = tiles - number * share;
-  return {t, number, parts, number * share, rest < share ? rest : share};
-}
-
 inline void fill(Entry& entry, const Item& item, uint32_t extra, uint32_t first_tile) {
   entry.data = item.data;
   entry.numel = uint32_t(item.numel);
@@ -112,14 +95,14 @@ inline void check_sizes(const std::vector<Item>& items) {
 }
 
 // tensors[i] as the list sees it: write(entry, i, first_tile) fills an entry and returns how many
-// tiles, or parts, it takes.
+// tiles, or blocks, it takes.
 template <int Capacity, typename EntryType, typename Write, typename Body>
 void call_with_table(size_t begin, size_t end, const Write& write, const Body& body) {
   Table<Capacity, EntryType> table;
   table.count = uint32_t(end - begin);
   table.first_tensor = uint32_t(begin);
   table.tiles = 0;
-  table.padding = 0;
+  table.chunks = 1;
   for (size_t i = begin; i < end; ++i) {
     table.tiles += write(table.entries[i - begin], i, table.tiles);
   }

@@ -7,8 +7,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <cstdlib>
-#include <cstring>
 #include <type_traits>
 
 #include "checks.h"
@@ -28,13 +26,6 @@ inline Stream current_stream(const Tensor& x) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<Stream>(stream);
-}
-
-// ISSP_RESIDENT=0 sends every tensor through the two launches of streamed.cuh: for tests and
-// comparisons, the results are the same.
-inline bool may_stay_resident() {
-  const char* wish = std::getenv("ISSP_RESIDENT");
-  return wish == nullptr || std::strcmp(wish, "0") != 0;
 }
 
 template <typename Pointed>

@@ -31,7 +31,7 @@ SCHEDULES = int(os.environ.get("ISSP_TEST_SCHEDULES", quick_or_full(8, 100)))
 _EMULATOR = ("emulator", "memory", "order", "control")
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 options = {"seed": 0, "resident": 0, "removed": -1, "small": False}
-options |= {"processors": 4, "shared": None, "streamed": False, "checked": True}
+options |= {"processors": 4, "shared": None, "refused": -1, "debugs": False, "checked": True}
 
 
 def schedules(most: int = 100) -> range:
@@ -54,23 +54,25 @@ def seed(number: int, resident: int = 0, removed: int = -1, small: bool = False)
 
     Args:
         number: seed of the order in which threads run.
-        resident: blocks that run at a time; 0 draws it from the seed. A cooperative launch has all
-            of its blocks.
+        resident: blocks that run at a time; 0 draws it from the seed.
         removed: number of a barrier, a fence or a wait for copies to leave out, -1 for none.
         small: the kernels built with small tiles, few bins and short tables.
     """
     options.update(seed=number, resident=resident, removed=removed, small=small)
 
 
-def machine(processors: int = 4, shared: int | None = None, streamed: bool = False) -> None:
+def machine(
+    processors: int = 4, shared: int | None = None, refused: int = -1, debugs: bool = False
+) -> None:
     """Chooses the machine of the following calls.
 
     Args:
         processors: how many; two blocks run on each (one for float64), if they have the room.
         shared: bytes of shared memory of a processor; None: 228 KiB, 10 KiB for small kernels.
-        streamed: no tensor stays in shared memory, all take the two launches.
+        refused: number of a kernel that the device cannot run, as a call asks for them.
+        debugs: as ISSP_CUDA_DEBUG=1.
     """
-    options.update(processors=processors, shared=shared, streamed=streamed)
+    options.update(processors=processors, shared=shared, refused=refused, debugs=debugs)
 
 
 @functools.cache
@@ -116,9 +118,9 @@ def _compile(arguments: list[str], target: Path) -> None:
         os.replace(output, target)
 
 
-def shapes(small: bool = False) -> tuple[int, int, int]:
-    """Elements per tile, bins of a radix pass, tensors per table."""
-    values = [ctypes.c_uint32() for _ in range(3)]
+def shapes(small: bool = False) -> tuple[int, int, int, int]:
+    """Elements per tile and per chunk of the step, tensors per table, elements per strip."""
+    values = [ctypes.c_uint32() for _ in range(4)]
     library(small).emulator_shapes(*map(ctypes.byref, values))
     return tuple(value.value for value in values)
 
@@ -147,7 +149,8 @@ def run(name: str, *arguments, sparse: bool = False) -> None:
         ctypes.c_int(options["removed"]),
         ctypes.c_uint32(options["processors"]),
         ctypes.c_uint32(options["shared"] or (10 if options["small"] else 228) * 1024),
-        ctypes.c_int(options["streamed"]),
+        ctypes.c_int(options["refused"]),
+        ctypes.c_int(options["debugs"]),
     )
     entry = getattr(loaded, f"emulated_{name}")
     entry.restype = ctypes.c_char_p

@@ -6,18 +6,12 @@
 
 using namespace issp;
 
-bool& issp::keep_resident() {
-  static bool resident = true;
-  return resident;
-}
-
 #pragma GCC visibility push(default)
 extern "C" {
 
 void emulator_options(uint64_t seed, uint32_t resident, int removed, uint32_t processors,
-                      uint32_t shared_bytes, int streamed) {
-  emulator::options() = {seed, resident, removed, processors, shared_bytes};
-  keep_resident() = !streamed;
+                      uint32_t shared_bytes, int refused, int debugs) {
+  emulator::options() = {seed, resident, removed, processors, shared_bytes, refused, debugs != 0};
 }
 uint64_t emulator_launches() {
   return emulator::launch_count();

@@ -86,9 +86,8 @@ struct Slot {
   std::vector<Fiber> fibers;
 };
 
-void schedule(uint32_t shared_words, bool together) {
-  const uint32_t some = machine.options.resident ? machine.options.resident : 1 + draw() % 6;
-  const uint32_t drawn = together ? machine.blocks : some;
+void schedule(uint32_t shared_words) {
+  const uint32_t drawn = machine.options.resident ? machine.options.resident : 1 + draw() % 6;
   std::vector<uint32_t> order(machine.blocks);  // blocks start in no particular order
   for (uint32_t i = 0; i < machine.blocks; ++i) order[i] = i;
   for (uint32_t i = machine.blocks; i > 1; --i) std::swap(order[i - 1], order[draw() % i]);
@@ -167,15 +166,16 @@ uint32_t blocks_per_processor(uint32_t threads, uint32_t shared_bytes) {
   return std::min(by_shared, 2048 / threads);
 }
 
-void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes, bool together,
+void require() {
+  if (machine.options.refused == 0) throw std::runtime_error("CUDA kernel: no kernel image");
+  --machine.options.refused;
+}
+
+void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
          const std::function<void()>& kernel) {
   if (blocks == 0 || threads == 0 || threads > 1024 || threads % 32 ||
       shared_bytes > machine.options.shared_bytes) {
     throw std::runtime_error("invalid launch");
-  }
-  if (together &&
-      blocks > machine.options.processors * blocks_per_processor(threads, shared_bytes)) {
-    throw std::runtime_error("too many blocks to run together");
   }
   ++machine.launches;
   machine.random = machine.options.seed * 0x9e3779b97f4a7c15ull + 0x1234567ull;
@@ -192,17 +192,24 @@ void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes, bool together
   machine.order.clear();
   if (!machine.sorted) std::sort(machine.buffers.begin(), machine.buffers.end());
   machine.sorted = true;
-  schedule((shared_bytes + 3) / 4, together);
+  schedule((shared_bytes + 3) / 4);
 }
 
 uint32_t thread_number() {
   return machine.current->thread;
+}
+uint32_t thread_total() {
+  return machine.threads;
 }
 uint32_t block_number() {
   return machine.current->block->number;
 }
 uint32_t block_total() {
   return machine.blocks;
+}
+
+void stop(const char* why) {
+  fail(why);
 }
 
 void wait_in_turn() {

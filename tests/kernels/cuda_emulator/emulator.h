@@ -9,7 +9,6 @@
 //     of every word remembers who, after which barrier, how), and the same for global memory, where
 //     blocks are ordered by fences, atomics, acquire and release alone (order.h);
 //   - shared words read or overwritten while an asynchronous copy is on its way to them;
-//   - a launch that wants more blocks together than the machine has room for;
 //   - threads of a block at different barriers, lanes of a warp at different operations;
 //   - deadlock, and waiting that never ends.
 // Any barrier or fence can be taken out by its number, to show that the tests would notice.
@@ -37,6 +36,8 @@ struct Options {
   uint32_t resident = 0;                               // blocks at a time; 0: drawn from the seed
   int removed = -1;                                    // a barrier or a fence, by its number
   uint32_t processors = 4, shared_bytes = 228 * 1024;  // per processor
+  int refused = -1;                                    // a kernel that the device cannot run
+  bool debugs = false;
 };
 Options& options();
 
@@ -49,30 +50,35 @@ int site_count();
 std::string site_name(int number);
 uint64_t switch_count();
 
-// `together`: all blocks are resident from the start, if there is room for them.
-void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes, bool together,
+void run(uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
          const std::function<void()>& kernel);
+// What a device answers to a question about a kernel, before anything is launched.
+void require();
 uint32_t blocks_per_processor(uint32_t threads, uint32_t shared_bytes);
 uint64_t launch_count();
 
 uint32_t thread_number();
+uint32_t thread_total();
 uint32_t block_number();
 uint32_t block_total();
+// Ends the launch with an error.
+[[noreturn]] void stop(const char* why);
 void wait_at_barrier(const char* file, int line);
 void wait_in_turn();   // gives way now
 void perhaps_yield();  // gives way at random
 // What an access to global memory is, for order.h.
 enum class Global { load, store, load_acquire, store_release, atomic };
 void touch_global(const void* p, uint64_t bytes, Global how);
-bool is_ordered(const void* p, uint64_t bytes);
+// Neighbouring elements in one access.
+void touch_vector(const void* p, uint32_t count, uint32_t bytes, Global how);
 void pass_fence(const char* file, int line);
 // Every lane of the warp hands in a value and gets all 32.
 const std::array<uint32_t, 32>& exchange(uint32_t value, int kind);
 
 enum class Access { read, write, atomic };
 uint32_t* shared_word(uint32_t i, Access access);
-// Elements of `bytes` bytes on their way to `words` shared words, four or one; null: zeros are.
-void start_copy(uint32_t first, const void* from, uint32_t bytes, uint32_t words = 4);
+// A word on its way to a shared word; null: a zero is.
+void start_copy(uint32_t to, const void* from);
 void finish_copies(const char* file, int line);
 
 }  // namespace emulator
@@ -91,6 +97,9 @@ inline uint32_t block() {
 }
 inline uint32_t blocks() {
   return emulator::block_total();
+}
+inline uint32_t threads() {
+  return emulator::thread_total();
 }
 
 inline void barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
@@ -113,6 +122,26 @@ inline uint32_t shuffle(uint32_t value, uint32_t from) {
   return emulator::exchange(value, 2)[from & 31u];
 }
 
+inline uint32_t shuffle_xor(uint32_t value, uint32_t distance) {
+  return emulator::exchange(value, 4)[lane() ^ distance];
+}
+inline bool any(bool vote) {
+  return ballot(vote) != 0;
+}
+inline uint32_t sum_warp(uint32_t value) {
+  uint32_t sum = 0;
+  for (const uint32_t x : emulator::exchange(value, 3)) sum += x;
+  return sum;
+}
+
+inline uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t which) {
+  const uint64_t both = low | uint64_t(high) << 32;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) {
+    bytes |= uint32_t(both >> 8 * (which >> 4 * i & 7u) & 0xffu) << 8 * i;
+  }
+  return bytes;
+}
 inline uint32_t popcount(uint32_t x) {
   return uint32_t(__builtin_popcount(x));
 }
@@ -136,6 +165,9 @@ inline double error_function(double x) {
 inline void relax() {
   emulator::wait_in_turn();
 }
+inline void trap() {
+  emulator::stop("trap");
+}
 
 template <typename T>
 T load(const T* p) {
@@ -147,15 +179,34 @@ void store(T* p, T value) {
   emulator::touch_global(p, sizeof(T), emulator::Global::store);
   *p = value;
 }
-// A value that nothing orders is replaced by noise, so that its use shows.
 template <typename T>
-T load_early(const T* p) {
-  return emulator::is_ordered(p, sizeof(T)) ? *p : T(0x5a5a5a5a5a5a5a5aull);
-}
-inline uint32_t load_fresh(const uint32_t* p) {
+T load_fresh(const T* p) {
   emulator::perhaps_yield();
   return load(p);
 }
+
+template <typename Bits, uint32_t N>
+struct Vector {
+  Bits x[N];
+};
+template <uint32_t N, typename Bits>
+Vector<Bits, N> load_vector(const Bits* p) {
+  emulator::touch_vector(p, N, sizeof(Bits), emulator::Global::load);
+  Vector<Bits, N> to;
+  memcpy(&to, p, sizeof(to));
+  return to;
+}
+template <uint32_t N, typename Bits>
+Vector<Bits, N> load_vector_fresh(const Bits* p) {
+  emulator::perhaps_yield();
+  return load_vector<N>(p);
+}
+template <uint32_t N, typename Bits>
+void store_vector(Bits* p, const Vector<Bits, N>& from) {
+  emulator::touch_vector(p, N, sizeof(Bits), emulator::Global::store);
+  memcpy(p, &from, sizeof(from));
+}
+
 inline uint32_t load_acquire(const uint32_t* p) {
   emulator::perhaps_yield();
   emulator::touch_global(p, sizeof(*p), emulator::Global::load_acquire);
@@ -199,21 +250,21 @@ struct Shared {
   void set(uint32_t i, uint32_t value) const {
     *emulator::shared_word(first + i, emulator::Access::write) = value;
   }
-  void add(uint32_t i, uint32_t value) const {
-    *emulator::shared_word(first + i, emulator::Access::atomic) += value;
+  uint32_t add(uint32_t i, uint32_t value) const {
+    uint32_t* const word = emulator::shared_word(first + i, emulator::Access::atomic);
+    const uint32_t old = *word;
+    *word = old + value;
+    return old;
   }
+  uint32_t claim(uint32_t i, uint32_t count) const { return add(i, count); }
   Shared from(uint32_t i) const { return {first + i}; }
 };
 inline Shared shared_memory() {
   return {};
 }
 
-template <typename T>
-void copy_async(Shared to, const T* from) {
-  emulator::start_copy(to.first, from, sizeof(T));
-}
 inline void copy_word_async(Shared to, const void* from, bool there) {
-  emulator::start_copy(to.first, there ? from : nullptr, 4, 1);
+  emulator::start_copy(to.first, there ? from : nullptr);
 }
 inline void wait_for_copies(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   emulator::finish_copies(file, line);
@@ -225,14 +276,7 @@ template <typename... Params, typename... Args>
 void launch(void (*kernel)(Params...), uint32_t blocks, uint32_t threads, uint32_t shared_bytes,
             Stream, const Args&... args) {
   static_assert((std::is_same_v<Params, Args> && ...), "an argument needs a conversion");
-  emulator::run(blocks, threads, shared_bytes, false, [&] { kernel(args...); });
-}
-
-template <typename... Params, typename... Args>
-void launch_together(void (*kernel)(Params...), uint32_t blocks, uint32_t threads,
-                     uint32_t shared_bytes, Stream, const Args&... args) {
-  static_assert((std::is_same_v<Params, Args> && ...), "an argument needs a conversion");
-  emulator::run(blocks, threads, shared_bytes, true, [&] { kernel(args...); });
+  emulator::run(blocks, threads, shared_bytes, [&] { kernel(args...); });
 }
 
 struct Room {
@@ -245,6 +289,13 @@ inline Room room_of_device() {
 template <typename... Params>
 uint32_t blocks_per_processor(void (*)(Params...), uint32_t threads, uint32_t shared_bytes) {
   return emulator::blocks_per_processor(threads, shared_bytes);
+}
+template <typename... Params>
+void require_kernel(void (*)(Params...), uint32_t) {
+  emulator::require();
+}
+inline bool debugs() {
+  return emulator::options().debugs;
 }
 template <typename Probe, typename Kernel>
 auto once_per_device(Kernel kernel, const Probe& probe) {

@@ -9,9 +9,6 @@
 
 namespace issp {
 
-// Whether tensors may stay in shared memory (resident.cuh), as the test wishes.
-bool& keep_resident();
-
 template <typename Body>
 const char* guarded(const Body& body) {
   static std::string message;

@@ -37,9 +37,10 @@ uint64_t bytes_of(int dtype) {
 extern "C" {
 
 // The shapes the kernels were built with.
-void emulator_shapes(uint32_t* tile, uint32_t* bins, uint32_t* tables) {
+void emulator_shapes(uint32_t* tile, uint32_t* chunk, uint32_t* tables, uint32_t* strip) {
   *tile = kTile;
-  *bins = kBins;
+  *chunk = kChunkSize;
+  *strip = kStripSize;
   *tables = kLargeTable;
 }
 // Boxes of an N:M tensor, and columns of one; 0: its groups have no room in a box.
@@ -69,7 +70,7 @@ const char* emulated_soft_shrink(int dtype, int count, void** data, const int64_
                             found_inf ? allowed<const float>(found_inf, 1) : nullptr,
                             typename T::Wide(shrink),
                             uint32_t(bracket)};
-      soft_shrink<T>(items, patterns_of(patterns, items.size()), call, nullptr, keep_resident());
+      soft_shrink<T>(items, patterns_of(patterns, items.size()), call, nullptr);
     });
   });
 }

@@ -48,10 +48,8 @@ struct Block {
 };
 
 struct Copy {
-  uint32_t first;    // shared word
-  const char* from;  // null: zeros
-  uint32_t bytes;    // per element
-  uint32_t words;
+  uint32_t to;       // shared word
+  const void* from;  // null: zeros
 };
 
 struct Fiber {

@@ -63,9 +63,10 @@ void touch_global(const void* p, uint64_t bytes, Global how) {
   if (how == Global::atomic) machine.order.atomic(witness, address);
 }
 
-bool is_ordered(const void* p, uint64_t bytes) {
-  check_bounds(p, bytes);
-  return machine.order.is_ordered(machine.current->witness, reinterpret_cast<uintptr_t>(p));
+void touch_vector(const void* p, uint32_t count, uint32_t bytes, Global how) {
+  if (reinterpret_cast<uintptr_t>(p) % (count * bytes)) fail("misaligned global access");
+  for (uint32_t i = 0; i < count; ++i)
+    touch_global(static_cast<const char*>(p) + i * bytes, bytes, how);
 }
 
 uint32_t* shared_word(uint32_t i, Access access) {
@@ -100,13 +101,11 @@ uint32_t* shared_word(uint32_t i, Access access) {
   return &block.shared[i];
 }
 
-void start_copy(uint32_t first, const void* from, uint32_t bytes, uint32_t words) {
-  if (first % words || reinterpret_cast<uintptr_t>(from) % (4 * words)) fail("misaligned copy");
-  for (uint32_t i = 0; i < words; ++i) {
-    *shared_word(first + i, Access::write) = 0xdeadbeefu;
-    machine.current->block->shadow[first + i].written = false;
-  }
-  machine.current->copies.push_back({first, static_cast<const char*>(from), bytes, words});
+void start_copy(uint32_t to, const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 4) fail("misaligned copy");
+  *shared_word(to, Access::write) = 0xdeadbeefu;
+  machine.current->block->shadow[to].written = false;
+  machine.current->copies.push_back({to, from});
 }
 
 void finish_copies(const char* file, int line) {
@@ -114,14 +113,12 @@ void finish_copies(const char* file, int line) {
   Fiber& fiber = *machine.current;
   for (const Copy& copy : fiber.copies) {
     if (int(site) == machine.options.removed) break;
-    for (uint32_t i = 0; copy.from && i < 4 * copy.words; i += copy.bytes) {
-      touch_global(copy.from + i, copy.bytes, Global::load);
+    uint32_t word = 0;
+    if (copy.from) {
+      touch_global(copy.from, 4, Global::load);
+      memcpy(&word, copy.from, 4);
     }
-    for (uint32_t i = 0; i < copy.words; ++i) {
-      uint32_t word = 0;
-      if (copy.from) memcpy(&word, copy.from + 4 * i, 4);
-      *shared_word(copy.first + i, Access::write) = word;
-    }
+    *shared_word(copy.to, Access::write) = word;
   }
   fiber.copies.clear();
 }

@@ -12,7 +12,7 @@ from issp.ops.schemas import SCRATCH_HEADER, mask_layout, scratch_region, scratc
 from tests.asserts import assert_bitwise_equal
 from tests.kernels import cuda_emulator
 
-HEADER, RECORD = 16, 2  # words of scratch per tensor and per tile, see csrc/cuda/job.cuh
+HEADER = 16  # words of scratch per tensor, see csrc/cuda/tensor_view.cuh
 NAN = float("nan")
 
 
@@ -63,9 +63,7 @@ class Model:
         scratch, start = self.sides[1]["scratch"], SCRATCH_HEADER
         dirty = [f"word {i}" for i in range(1, SCRATCH_HEADER) if scratch[i]]
         for i, w in enumerate(self.weights):
-            if (
-                scratch[start : start + 3].any() or scratch[start + 13]
-            ):  # below, inside, arrived; open
+            if scratch[start : start + 3].any() or scratch[start + 13]:  # sums, arrived; flips
                 dirty.append(f"counters of tensor {i}")
             start += scratch_region(w.numel())
         return dirty
@@ -78,7 +76,7 @@ class Model:
                 w += (torch.randn(w.shape, generator=source) * scale).to(w.dtype)
 
     @property
-    def fallbacks(self) -> int:
+    def misses(self) -> int:
         return int(self.sides[1]["scratch"][0])
 
 
@@ -106,6 +104,11 @@ def normal(*numels: int, dtype=torch.float32, seed=0) -> list[Tensor]:
 
 def share(weights: list[Tensor], ratio: float) -> list[int]:
     return [int(ratio * w.numel()) for w in weights]
+
+
+def capacity(numel: int, chunk: int) -> int:
+    """Candidates of a tensor for which there is room, see TensorView in csrc/cuda."""
+    return scratch_region(numel) - HEADER - 2 * -(-numel // 32) - -(-numel // chunk)
 
 
 def with_candidates(numel: int, inside: int) -> tuple[list[Tensor], int]:

@@ -69,7 +69,7 @@ void run(const Group& group, const Rule& rule, const Complete& complete) {
                                      uint32_t(group.maximize),
                                      uint32_t(group.frozen)};
   update_and_shrink(items, patterns_of(group.patterns, pruned.size()), pruned.size(), call,
-                    optimizer, complete, nullptr, keep_resident());
+                    optimizer, complete, nullptr);
 }
 
 }  // namespace

@@ -80,11 +80,6 @@ std::string GlobalOrder::write(Witness& who, uintptr_t address, bool strong) {
   return "";
 }
 
-bool GlobalOrder::is_ordered(const Witness& who, uintptr_t address) const {
-  const auto place = places_.find(address);
-  return place == places_.end() || before(place->second.writer, who);
-}
-
 void GlobalOrder::fence(Witness& who) const {
   who.knows = join(who.knows, who.pending);
   who.pending = nullptr;

@@ -41,8 +41,6 @@ class GlobalOrder {
   // Each returns an empty string or the race.
   std::string read(Witness& who, uintptr_t address, bool strong);
   std::string write(Witness& who, uintptr_t address, bool strong);
-  // Whether the last write is ordered before this thread; leaves no trace.
-  bool is_ordered(const Witness& who, uintptr_t address) const;
   void fence(Witness& who) const;
   void acquire(Witness& who, uintptr_t address);
   void release(Witness& who, uintptr_t address);

@@ -135,17 +135,17 @@ void endless_wait(uint32_t* out, uint32_t good) {
   }
 }
 
-// Every block waits for all others, which only blocks that run together may do.
-void wait_for_all(uint32_t* out, uint32_t) {
+// Every block waits for all others, of which two run at a time; or for those that began before it.
+void wait_for_all(uint32_t* out, uint32_t good) {
   if (thread() != 0) return;
-  add(out, 1u);
-  while (load_acquire(out) < blocks()) relax();
+  const uint32_t before = add(out, 1u);
+  while (load_acquire(out) < (good ? before : blocks())) relax();
 }
 
 void copy_without_wait(uint32_t* out, uint32_t good) {
   if (thread() != 0) return;
   const Shared shared = shared_memory();
-  copy_async(shared, out);
+  copy_word_async(shared, out, true);
   if (good) wait_for_copies();
   add(out + 60, shared.get(0));
   wait_for_copies();
@@ -157,14 +157,14 @@ void slot_reused_too_early(uint32_t* out, uint32_t good) {
   barrier();
   const uint32_t value = shared.get(thread() ^ 32);
   if (good) barrier();
-  if (thread() < 4) copy_async(shared.from(16 * thread()), out);
+  if (thread() < 4) copy_word_async(shared.from(16 * thread()), out, true);
   wait_for_copies();
   if (thread() > 8) store(out + thread(), value);
 }
 
 void early_copy(uint32_t* out, uint32_t good) {
   if (thread() != 0) return;
-  copy_async(shared_memory(), out);
+  copy_word_async(shared_memory(), out, true);
   if (good) wait_for_copies();
 }
 
@@ -211,11 +211,7 @@ const char* run_planted(uint32_t i, uint32_t good, uint64_t seed) {
   emulator::options() = {seed, 2, -1};
   emulator::allow(out, 64 * sizeof(uint32_t));
   try {
-    if (good) {
-      launch_together(kPlanted[i].kernel, kPlanted[i].blocks, 64, 256 * 4, nullptr, +out, good);
-    } else {
-      launch(kPlanted[i].kernel, kPlanted[i].blocks, 64, 256 * 4, nullptr, +out, good);
-    }
+    launch(kPlanted[i].kernel, kPlanted[i].blocks, 64, 256 * 4, nullptr, +out, good);
   } catch (const std::exception& error) {
     message = error.what();
   }

@@ -10,15 +10,14 @@ from tests.kernels import cuda_emulator
 from tests.kernels.cuda_emulator.model import NAN, Model, normal, share
 from tests.kernels.cuda_emulator.test_nm_step import MIXES, model_of
 from tests.kernels.cuda_emulator.test_nm_step import update_many as update_groups
-from tests.kernels.cuda_emulator.test_resident import update_many, use
+from tests.kernels.cuda_emulator.test_speculation import update_many
 
 pytestmark = cuda_emulator.needs_compiler
 SEEDS = range(12)
 
 
-def _streamed(seed: int, removed: int) -> None:
+def _step(seed: int, removed: int) -> None:
     """Every path of the two launches once, and the auxiliary ops."""
-    cuda_emulator.machine(streamed=True)
     cuda_emulator.seed(seed, removed=removed, small=True)
     ties = [
         torch.randint(-40, 41, (n,), generator=torch.Generator().manual_seed(n)) / 32
@@ -26,20 +25,22 @@ def _streamed(seed: int, removed: int) -> None:
     ]
     model = Model(ties, share(ties, 0.7))
     model.step()  # searched
-    model.step()  # by the bracket
-    large = normal(450, 620, 3500, seed=seed)
-    model = Model(large, share(large, 0.9))
+    model.step()  # too many candidates
+    large = normal(450, 1620, 3500, seed=seed)
+    model = Model(large, share(large, 0.9), previous=NAN)
     model.step()
     model.perturb(1e-3, seed)
     model.step()
     model.step(bracket=False)
-    few = (normal(3000, seed=seed)[0] * 40).round() / 40
-    few[::31] = 3.0
+    few = normal(5000, seed=seed)[0]
+    few[::91] = 3.0
+    few[1:1000:2] *= 1e-37  # products that are flushed
     model = Model([few], [int((few.abs() < 3).sum()) + 40], previous=3.0)
     model.step()  # ties among the candidates
-    wide = [(normal(40_000, seed=seed)[0] * 4).round() / 4]  # more tiles than a block has threads
-    model = Model(wide, share(wide, 0.5))
-    model.step(bracket=False)
+    model.step()  # undone
+    for side in model.sides:
+        side["k"].zero_()
+    model.step()
     assert_bitwise_equal(
         cuda_emulator.nm_prune(large[0], 3, 450, 1, "flat")[0],
         reference.nm_prune(large[0], 3, 450, 1, "flat")[0],
@@ -50,33 +51,8 @@ def _streamed(seed: int, removed: int) -> None:
     torch.testing.assert_close(actual, reference.magnitude_statistics(large), rtol=1e-12, atol=0)
 
 
-def _streamed_update(seed: int, removed: int) -> None:
-    cuda_emulator.machine(streamed=True)
-    cuda_emulator.seed(seed, removed=removed, small=True)
-    update_many("adam", "coupled decay", None, [seed], steps=1)
-
-
-def _resident(seed: int, removed: int) -> None:
-    """Every path of the resident launch once, with ties ranked across parts."""
-    use("8x1", seed, removed)
-    ties = [(w * 8).round() / 16 for w in normal(1500, 2100, 400, seed=seed)]
-    model = Model(ties, share(ties, 0.7))
-    model.step()  # searched
-    model.step()  # by the bracket
-    use("4x2", seed, removed)
-    weights = normal(900, 1000, 2600, 3000, seed=seed)
-    model = Model(weights, share(weights, 0.9), previous=NAN)
-    model.step()
-    model.perturb(1e-3, seed)
-    model.step()
-    for side in model.sides:
-        side["k"].copy_(torch.tensor([0, 900, 0, 2600]))
-    model.step()
-
-
-def _resident_update(seed: int, removed: int) -> None:
-    use("4x2", seed, removed)
-    update_many("adam", "coupled decay", None, [seed], steps=1)
+def _update(seed: int, removed: int) -> None:
+    update_many("adam", "coupled decay", [seed], removed=removed)
 
 
 def _grouped(seed: int, removed: int) -> None:
@@ -91,7 +67,7 @@ def _grouped_update(seed: int, removed: int) -> None:
     update_groups("adam", "coupled decay", [seed], steps=1, removed=removed)
 
 
-WORKS = (_streamed, _streamed_update, _resident, _resident_update, _grouped, _grouped_update)
+WORKS = (_step, _update, _grouped, _grouped_update)
 
 
 def _is_noticed(site: int) -> bool:
@@ -112,7 +88,7 @@ def test_every_barrier_fence_and_wait_is_needed():
         library = cuda_emulator.library(small=True)
         names = [library.emulator_site_name(i).decode() for i in range(library.emulator_sites())]
         own = [i for i, name in enumerate(names) if not name.startswith("planted")]
-        assert {"resident", "streamed", "nm_shrink"} <= {n.split(".")[0] for n in names}
+        assert {"speculate", "settle", "nm_shrink"} <= {n.split(".")[0] for n in names}
         assert [names[site] for site in own if not _is_noticed(site)] == []
     finally:
         cuda_emulator.machine()

@@ -1,4 +1,4 @@
-"""Many schedules for the kernels that test_resident.py and test_auxiliary.py leave out."""
+"""Many schedules for the kernels that test_speculation.py and test_auxiliary.py leave out."""
 
 from __future__ import annotations
 
@@ -9,29 +9,9 @@ from issp.ops import reference
 from tests.asserts import assert_bitwise_equal
 from tests.cases import DTYPES
 from tests.kernels import cuda_emulator
-from tests.kernels.cuda_emulator.model import Model, normal, share
+from tests.kernels.cuda_emulator.model import normal, share
 
 pytestmark = [cuda_emulator.needs_compiler, pytest.mark.sampled(most=4)]
-
-
-@pytest.fixture(autouse=True)
-def _machine():
-    yield
-    cuda_emulator.machine()
-
-
-@pytest.mark.parametrize("previous", [None, 0.3, 5.0], ids=["cold", "too low", "too high"])
-def test_the_streamed_step(previous):
-    """Two launches; the second searches where the bracket misses, with few or many blocks."""
-    cuda_emulator.machine(streamed=True)
-    for seed in cuda_emulator.schedules():
-        cuda_emulator.seed(seed, resident=(1, 2, 5, 40)[seed % 4], small=True)
-        weights = normal(700, 40, 1500, dtype=DTYPES[seed % 7 % 4], seed=seed)
-        guess = {} if previous is None else {"previous": previous}
-        model = Model(weights, share(weights, 0.9 if seed % 3 else 0.5), **guess)
-        model.step()
-        model.perturb(1e-4, seed)
-        model.step()
 
 
 def test_magnitude_threshold():
