@@ -49,6 +49,7 @@ def main(args: argparse.Namespace) -> int:
         ("tiles", f"{cpu['tiles']} kernels (sparse bfloat16 convolution is fast on amx)"),
         ("denormals", f"{cpu['denormals']} (`issp train` flushes them to zero)"),
         ("gpu", gpu_line),
+        ("cuda", backends["cuda"]),
     ]
     for key, text in lines:
         print(f"{key:11s} {text}")

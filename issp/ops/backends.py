@@ -108,22 +108,57 @@ def _load_library(name: str) -> str | None:
     except OSError as error:
         # torch names the file, the loader's own words say what is wrong with it.
         why = error.__cause__ or error
-        return f"{path.name} does not load with torch {torch.__version__}: {why}"
+        versions = f" ({cuda_versions(path)})" if name == "cuda" else ""
+        return f"{path.name} does not load with torch {torch.__version__}{versions}: {why}"
     return None
 
 
 def _driver_problem(path: Path) -> str | None:
     """Why the CUDA runtime linked into a library cannot work here, or None."""
-    runtime = re.search(rb"issp needs a driver for CUDART_VERSION (\d+)", path.read_bytes())
-    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: None)()
+    built, driver = _nvcc_version(path), _driver_version()
     # A driver serves every runtime of its major version and of older ones.
-    if runtime is None or not driver or driver // 1000 >= int(runtime[1]) // 1000:
+    if built is None or driver is None or driver[0] >= built[0]:
         return None
     return (
-        f"{path.name} was built with CUDA {int(runtime[1]) // 1000}, and the driver knows CUDA "
-        f"{driver // 1000}.{driver % 1000 // 10} at most: update the driver, or rebuild with "
-        f"CUDA_HOME naming a toolkit of CUDA {driver // 1000}"
+        f"{cuda_versions(path)}: update the driver, or rebuild with CUDA_HOME naming a toolkit of "
+        f"CUDA {driver[0]}"
     )
+
+
+def cuda_versions(path: Path | None = None) -> str:
+    """What built the CUDA library, what the driver knows and what torch was built for, in words.
+
+    Args:
+        path: of the library; None: the one that was built, if there is one.
+    """
+    path, by, driver = path or _library("cuda"), "issp/_CUDA was not built", _driver_version()
+    if path:
+        built = _nvcc_version(path)
+        by = f"nvcc {_dotted(built) if built else 'of an unknown version'} built {path.name}"
+    knows = f"the driver knows CUDA {_dotted(driver)} at most" if driver else "torch sees no driver"
+    cuda = torch.version.cuda
+    return f"{by}, {knows}, torch was built {f'for CUDA {cuda}' if cuda else 'without CUDA'}"
+
+
+def _nvcc_version(path: Path) -> tuple[int, int] | None:
+    """Of the nvcc that built a library: its runtime, whose version the library names."""
+    runtime = re.search(rb"issp needs a driver for CUDART_VERSION (\d+)", path.read_bytes())
+    return _major_minor(int(runtime[1])) if runtime else None
+
+
+def _driver_version() -> tuple[int, int] | None:
+    """The newest CUDA that the driver knows; None where torch finds no driver."""
+    driver = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    return _major_minor(driver) if driver else None
+
+
+def _major_minor(version: int) -> tuple[int, int]:
+    """(13, 0) of 13000, as CUDA writes versions."""
+    return version // 1000, version % 1000 // 10
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
 
 
 def _try(name: str) -> bool:
@@ -270,8 +305,8 @@ def register() -> None:
             _share_with_triton()
     elif forced in ("cuda", "triton"):
         raise BackendError(
-            f"ISSP_BACKEND={forced} cannot run: torch sees no CUDA device; unset it, or use cpp or "
-            "reference"
+            f"ISSP_BACKEND={forced} cannot run: torch sees no CUDA device ({cuda_versions()}); "
+            "unset it, or use cpp or reference"
         )
     else:
-        _problems["cuda"] = "torch sees no CUDA device"
+        _problems["cuda"] = f"torch sees no CUDA device ({cuda_versions()})"

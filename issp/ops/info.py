@@ -42,6 +42,7 @@ def info() -> dict[str, Any]:
             "active": {device: backends.active(device) for device in devices},
             "unused": backends.problems(),
             "forced": os.environ.get("ISSP_BACKEND"),
+            "cuda": backends.cuda_versions(),
         },
         "cpu": cpu(),
         "gpu": gpu_facts,

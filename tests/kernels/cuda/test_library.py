@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from issp import backends
+from issp import backends, cli
 from issp.ops import validation
+from issp.ops.info import info
 
 ROOT = Path(__file__).resolve().parents[3]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
@@ -98,7 +99,7 @@ def test_a_library_that_does_not_lead_there_is_found_out(library, tmp_path):
 def test_the_library_names_its_runtime_to_the_back_ends(library, monkeypatch):
     major = SETUP["nvcc_version"](SETUP["nvcc"]())[0]
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 11080, raising=False)
-    assert f"was built with CUDA {major}, and the driver" in backends._driver_problem(library)
+    assert f"nvcc {major}." in backends._driver_problem(library)
     monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: major * 1000, raising=False)
     assert backends._driver_problem(library) is None
 
@@ -135,6 +136,7 @@ def chosen(monkeypatch):
         monkeypatch.setattr(backends, "_try", attempt)
         monkeypatch.setattr(backends, "_library", lambda name: Path("x.so") if built else None)
         monkeypatch.setattr(backends, "_share_with_triton", lambda: None)
+        monkeypatch.setattr(backends, "cuda_versions", lambda: "versions")
         monkeypatch.setattr(backends.schemas.library, "impl", lambda *_: None)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         if forced is None:
@@ -169,7 +171,7 @@ class TestChoice:
         sentence = f"ISSP_BACKEND={forced} cannot run on cuda: {forced} is broken; unset it"
         with pytest.raises(RuntimeError, match=sentence):
             chosen(forced, ALL - {forced})
-        with pytest.raises(RuntimeError, match="torch sees no CUDA device"):
+        with pytest.raises(RuntimeError, match=r"torch sees no CUDA device \(versions\)"):
             chosen(forced, ALL, gpu=False)
 
     def test_forcing_cpp_never_runs_the_reference(self, chosen):
@@ -199,20 +201,65 @@ def test_a_library_that_does_not_load_is_told_with_the_loaders_words(monkeypatch
     (tmp_path / "_CUDA.abi3.so").write_bytes(b"not a library")
     monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops" / "backends.py"))
     problem = backends._load_library("cuda")
-    assert problem.startswith(f"_CUDA.abi3.so does not load with torch {torch.__version__}: ")
-    assert "file too short" in problem
+    assert problem.startswith(f"_CUDA.abi3.so does not load with torch {torch.__version__} (nvcc")
+    assert "of an unknown version built" in problem and "file too short" in problem
     (tmp_path / "_CUDA.abi3.so").unlink()
     assert "issp/_CUDA was not built (ISSP_CUDA=1 builds it" in backends._load_library("cuda")
 
 
-@pytest.mark.parametrize("driver, works", [(12080, False), (13000, True), (14010, True)])
-def test_a_driver_older_than_the_runtime_is_told_before_loading(
-    monkeypatch, tmp_path, driver, works
-):
-    path = tmp_path / "_CUDA.abi3.so"
-    path.write_bytes(b"...issp needs a driver for CUDART_VERSION 13000\0...")
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
-    problem = backends._driver_problem(path)
-    assert (problem is None) is works
-    if problem:
-        assert "built with CUDA 13, and the driver knows CUDA 12.8 at most: update" in problem
+class TestVersions:
+    """A library of CUDA 13.0's nvcc, beside drivers and torches of other versions."""
+
+    @pytest.fixture
+    def versions(self, monkeypatch, tmp_path):
+        """versions(driver, torch): the library, where these are the versions of the others."""
+        path = tmp_path / "_CUDA.abi3.so"
+        path.write_bytes(b"...issp needs a driver for CUDART_VERSION 13000\0...")
+        monkeypatch.setattr(backends, "__file__", str(tmp_path / "ops" / "backends.py"))
+
+        def of(driver, cuda):
+            monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+            monkeypatch.setattr(torch.version, "cuda", cuda)
+            return path
+
+        return of
+
+    @pytest.mark.parametrize("driver, works", [(12080, False), (13000, True), (14010, True)])
+    def test_a_driver_older_than_the_runtime_is_told_before_loading(self, versions, driver, works):
+        problem = backends._driver_problem(versions(driver, "12.8"))
+        assert (problem is None) is works
+        if problem:
+            assert problem == (
+                "nvcc 13.0 built _CUDA.abi3.so, the driver knows CUDA 12.8 at most, torch was "
+                "built for CUDA 12.8: update the driver, or rebuild with CUDA_HOME naming a "
+                "toolkit of CUDA 12"
+            )
+
+    def test_a_library_that_does_not_load_names_all_three(self, versions):
+        versions(13020, "12.8")
+        problem = backends._load_library("cuda")
+        assert problem.startswith(f"_CUDA.abi3.so does not load with torch {torch.__version__} (")
+        versions = "built _CUDA.abi3.so, the driver knows CUDA 13.2 at most, torch was built for"
+        assert f"nvcc 13.0 {versions} CUDA 12.8): " in problem
+
+    @pytest.mark.parametrize(
+        "driver, cuda, words",
+        [
+            (
+                0,
+                None,
+                "nvcc 13.0 built _CUDA.abi3.so, torch sees no driver, torch was built without",
+            ),
+            (12040, "12.4", "the driver knows CUDA 12.4 at most, torch was built for CUDA 12.4"),
+        ],
+    )
+    def test_info_names_them_in_one_line(self, versions, capsys, driver, cuda, words):
+        versions(driver, cuda)
+        assert words in backends.cuda_versions()
+        assert backends.cuda_versions() == info()["backends"]["cuda"]
+        assert cli.main(["info"]) == 0
+        assert f"cuda        {backends.cuda_versions()}\n" in capsys.readouterr().out
+
+    def test_a_library_that_was_not_built(self, versions):
+        versions(13000, "13.0").unlink()
+        assert backends.cuda_versions().startswith("issp/_CUDA was not built, the driver knows")
