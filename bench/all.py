@@ -1,7 +1,8 @@
 """All benchmarks, each in its own process: one that fails or hangs does not stop the others.
 
 Leaves bench.md (tables as far as they got, and what failed), samples.json (every measured time) and
-one picture per benchmark in the folder. Exit status 1 when a benchmark failed.
+one picture per benchmark in the folder. What an earlier call left there of other benchmarks stays,
+so that --only adds to it. Exit status 1 when a benchmark failed.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench.harness.errors import BenchmarkFailed
-from issp.utils.files import user_path
+from issp.utils.files import atomic_write, user_path
 
 EXAMPLE = "example: python -m bench all --device cuda --folder bench/results/gpu-2026-11-22"
 # `accuracy` is left out: it trains for half an hour and times nothing.
@@ -29,6 +30,8 @@ PLAN = {
     "step": ["step"],
     "scaling": ["step", "--scaling"],
     "optim": ["optim"],
+    "nm 2:4": ["step", "--pattern", "2:4"],
+    "nm 2:32": ["step", "--pattern", "2:32"],
     "train": ["train"],
     "conv": ["conv"],
     "matmul": ["matmul"],
@@ -42,6 +45,8 @@ PACE = {
         "step": ["--seconds", "1"],
         "scaling": ["--budget", "45"],
         "optim": ["--seconds", "0.5"],
+        "nm 2:4": ["--seconds", "0.5"],
+        "nm 2:32": ["--seconds", "0.5"],
         "train": ["--seconds", "8"],
         "must-show": ["--seconds", "0.5"],
         "conv": ["--size", "64", "--seconds", "0.2"],
@@ -57,7 +62,7 @@ LIMITS = {"cpu": {"conv": 7200, "matmul": 3600}, "cuda": {"conv": 220, "matmul":
 
 @dataclass
 class Outcome:
-    """How one benchmark ended."""
+    """How one benchmark ended; samples.json has it by its name."""
 
     name: str
     seconds: float
@@ -105,11 +110,26 @@ def run_one(name: str, options: Sequence[str], picture: Path | None, limit: floa
     return Outcome(name, time.monotonic() - begin, problem, errors, tables, timed)
 
 
+def earlier(folder: Path) -> dict[str, Outcome]:
+    """What earlier calls have left in the folder, by benchmark.
+
+    Raises:
+        ValueError: samples.json is not what `run` writes.
+    """
+    path = folder / "samples.json"
+    if not path.exists():
+        return {}
+    try:
+        return {name: Outcome(**cells) for name, cells in json.loads(path.read_text()).items()}
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} was not written by this benchmark: move it away") from error
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m bench all`."""
     parser.add_argument("--device", default="cpu", choices=PACE)
     parser.add_argument("--folder", type=user_path, required=True, help="must exist")
-    parser.add_argument("--only", nargs="+", default=list(PLAN), choices=PLAN)
+    parser.add_argument("--only", nargs="+", default=list(PLAN), choices=PLAN, metavar="NAME")
     parser.add_argument("--threads", help="CPU threads; default: torch's")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--limit", type=float, help="seconds for each; default on a GPU: minutes")
@@ -130,22 +150,23 @@ def run(args: argparse.Namespace) -> None:
     common = ["--device", args.device]
     common += ["--quick"] if args.quick else []
     common += ["--threads", args.threads] if args.threads else []
-    outcomes = []
+    outcomes = earlier(args.folder)
     for name in args.only:
         pace = [] if args.quick else PACE[args.device].get(name, [])
         picture = args.folder / f"{name}.png" if name in pictures else None
         limit = LIMITS.get(args.device, {}).get(name, LIMIT[args.device])
         limit = limit if args.limit is None else args.limit
         print(f"{name}: begins, at most {limit:.0f} s", file=sys.stderr, flush=True)
-        outcomes.append(run_one(name, [*common, *pace], picture, limit))
-        print(outcomes[-1].line(), flush=True)
-        if outcomes[-1].problem:
-            print(outcomes[-1].errors[-_MOST_ERRORS:], flush=True)
+        outcomes[name] = outcome = run_one(name, [*common, *pace], picture, limit)
+        print(outcome.line(), flush=True)
+        if outcome.problem:
+            print(outcome.errors[-_MOST_ERRORS:], flush=True)
         # After each: a machine that is taken away leaves what has been measured.
-        text = "\n".join(outcome.markdown() for outcome in outcomes)
-        (args.folder / "bench.md").write_text(text)
-        samples = {outcome.name: outcome.samples for outcome in outcomes}
-        (args.folder / "samples.json").write_text(json.dumps(samples, indent=1))
-    failed = [outcome.name for outcome in outcomes if outcome.problem]
+        ordered = [outcomes[x] for x in PLAN if x in outcomes]
+        text = "\n".join(x.markdown() for x in ordered)
+        atomic_write(args.folder / "bench.md", text.encode())
+        record = json.dumps({x.name: asdict(x) for x in ordered}, indent=1)
+        atomic_write(args.folder / "samples.json", record.encode())
+    failed = [name for name in args.only if outcomes[name].problem]
     if failed:
         raise BenchmarkFailed(f"failed: {', '.join(failed)}")
