@@ -58,4 +58,4 @@ def _forward(dtype: torch.dtype, v: int, common: dict):
 def _split(sizes: dict) -> tuple[dict, dict]:
     """A tile's constants, and its launch options."""
     constants = {name: x for name, x in sizes.items() if name not in _OPTIONS}
-    return constants, {name: sizes[name] for name in _OPTIONS}
+    return constants, {name: sizes[name] for name in _OPTIONS if name in sizes}

@@ -34,6 +34,7 @@ from .tables import (
     region,
     split_f64,
 )
+from .target import registers
 
 # Small, since score, rank, address and mask bit of every weight are in registers.
 TILE = 1024
@@ -249,12 +250,12 @@ def shrink_groups(
 
 
 def options(dtype: str, wide: bool = False) -> dict:
-    """Launch options; without maxnreg the compiler spills a word or two to save registers.
+    """Launch options.
 
     128 registers let four programs share an SM, 96 spill; float64 and indices of 64 bits take 168.
     """
-    registers = 168 if wide or dtype == "float64" else 128
-    return {"num_warps": 4, "maxnreg": registers, "enable_fp_fusion": False}
+    most = 168 if wide or dtype == "float64" else 128
+    return {"num_warps": 4, **registers(most), "enable_fp_fusion": False}
 
 
 def grouping(weight: Tensor, n: int, m: int, v: int, c: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .semantics import narrow
-from .updates import INTERPRETED
+from .target import INTERPRETED, registers, rounded_to_tf32
 
 TENSOR_CORE_ROWS = 16  # of v: a block fills the rows of one tensor core instruction
 CHUNK = 16  # entries per step, the least K of 16-bit types: blocks with few entries waste least
@@ -69,9 +69,9 @@ def tile_sizes(
     while columns > 64 and images * triton.cdiv(pixels, columns) * blocks < PROGRAMS:
         columns //= 2
     max_sums = 2048 if runs else 4096  # sums of a program that has 128 registers
-    registers = 168 if epilogue or rows * columns * words > max_sums else 128
+    most_registers = 168 if epilogue or rows * columns * words > max_sums else 128
     run = RUN if runs else ONE_RUN.value
-    return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, "RUN": run, **launch(registers)}
+    return {"ROWS": rows, "PIXELS": columns, "CHUNK": CHUNK, "RUN": run, **launch(most_registers)}
 
 
 def grad_sizes(x_dtype: torch.dtype, v: int) -> dict:
@@ -81,10 +81,10 @@ def grad_sizes(x_dtype: torch.dtype, v: int) -> dict:
     return {"ROWS": rows, "PIXELS": pixels, "CHUNK": GRAD_CHUNK, **launch(224)}
 
 
-def launch(registers: int) -> dict:
-    """Launch options; without maxnreg the compiler spills to fit more programs on an SM."""
+def launch(most_registers: int) -> dict:
+    """Launch options."""
     # One stage: copies that run ahead would take two more instructions per gathered element.
-    return {"num_warps": 4, "num_stages": 1, "maxnreg": registers}
+    return {"num_warps": 4, "num_stages": 1, **registers(most_registers)}
 
 
 def split_tiles(entries: int, v: int, dense: int, blocks: int, tiles: int) -> tuple[int, int, int]:
@@ -182,21 +182,6 @@ def added(total, run, RUN: tl.constexpr):
         return total + run
     else:
         return run
-
-
-@triton.jit
-def rounded_to_tf32(value):
-    """To nearest, ties away from zero: the tensor cores themselves would cut the bits off."""
-    if INTERPRETED:
-        bits = value.to(tl.int32, bitcast=True)
-        finite = (bits & 0x7F800000) != 0x7F800000
-        return tl.where(finite, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
-    else:
-        # Two instructions where cvt.rna makes four: the bits that it would clear are not read.
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.num.f32 p, $1, $1; mov.b32 $0, $1; @p add.s32 $0, $0, 0x1000; }",
-            "=r,r", [value], dtype=tl.float32, is_pure=True, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit

@@ -2,13 +2,17 @@
 
 A launch has one program per `tiles_per_program` tiles; `tiles` maps a program to its tensor, `rows`
 a tensor to its address and layout.
-The tables are cached by the tensors' addresses: a repeated call uploads nothing, so that it can be
-captured in a CUDA graph once it has run before.
+
+Layouts depend on the tensors' sizes alone. They are uploaded when these sizes are seen first, and
+kept. Addresses change more often, a gradient's in every step where no allocator gives it the same
+memory again: they are the arguments of a kernel that writes them into a copy of the layout. Nothing
+waits for the GPU then, and a CUDA graph may be captured with gradients that nobody has seen before.
 """
 
 from __future__ import annotations
 
 import struct
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,6 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .target import registers
 
 LINE = 16  # words: a tensor's mask and its scratch region start on 64-byte lines
 SCRATCH_HEADER = 64  # words; word 0 counts the searches that the bracket missed
@@ -43,7 +49,7 @@ class Tables(NamedTuple):
     rows: Tensor  # int64 [T, 8]: address, elements, first program, programs, mask, region, capacity
     tiles: Tensor  # int32 [programs]: the tensor of every program, largest tensors first
     tiles_per_program: int  # consecutive tiles per program
-    aligned: bool  # every address is a multiple of 16 bytes
+    aligned: bool = True  # every address is a multiple of 16 bytes
 
     @property
     def grid(self) -> tuple[int]:
@@ -52,8 +58,12 @@ class Tables(NamedTuple):
 
 
 _cache: OrderedDict[tuple, tuple] = OrderedDict()
-_captured: dict[tuple, tuple] = {}  # a graph reads these tables as long as the process lives
+_captured: dict[int, tuple] = {}  # a graph reads these tables as long as the process lives
 _CACHE_SIZE = 64
+_lock = threading.RLock()  # of both: threads may call ops at the same time
+
+ADDRESSES = 64  # that one launch writes
+ADDRESSES_AT_ONCE: tl.constexpr = tl.constexpr(ADDRESSES)
 
 
 def mask_words(numel: int) -> int:
@@ -81,7 +91,7 @@ def tables(
     tiles_per_program: int | None = None,
     keep: Sequence[int] | None = None,
 ) -> Tables:
-    """The tables of these tensors, from the cache when their addresses are the same.
+    """The tables of these tensors.
 
     Args:
         tensors: all tensors of the call; masks and scratch are laid out over all of them.
@@ -90,18 +100,16 @@ def tables(
         keep: which tensors get programs (all by default).
 
     Raises:
-        RuntimeError: a CUDA graph is being captured and the tables have to be uploaded first.
+        RuntimeError: see `get_or_build`.
     """
-    pointers, numels = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
-    key = (pointers, numels, tile, tiles_per_program, None if keep is None else tuple(keep))
-    device = tensors[0].device
+    numels, device = tuple(map(Tensor.numel, tensors)), tensors[0].device
+    key = (device, numels, tile, tiles_per_program, None if keep is None else tuple(keep))
 
     def build() -> Tables:
         count = tiles_per_program or _tiles_per_program(numels, tile)
-        table = _build(pointers, numels, [-(-n // (tile * count)) for n in numels], count, keep)
-        return table._replace(rows=table.rows.to(device), tiles=table.tiles.to(device))
+        return _build(numels, [-(-n // (tile * count)) for n in numels], count, keep, device)
 
-    return get_or_build(key, device, build)
+    return _located(key, get_or_build(key, device, build), tensors, keep)
 
 
 def group_tables(
@@ -117,53 +125,120 @@ def group_tables(
         patterns: 8 numbers for every tensor, of which the sixth counts its groups.
         keep: which tensors get programs.
         groups: groups per program.
+
+    Raises:
+        RuntimeError: see `get_or_build`.
     """
-    pointers, numels = tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))
-    device = tensors[0].device
+    numels, device = tuple(map(Tensor.numel, tensors)), tensors[0].device
+    key = (device, numels, groups, tuple(patterns), tuple(keep))
 
     def build() -> tuple[Tables, Tensor]:
         programs = [-(-pattern[5] // groups) for pattern in patterns]
-        table = _build(pointers, numels, programs, 1, keep)
-        table = table._replace(rows=table.rows.to(device), tiles=table.tiles.to(device))
-        return table, torch.tensor(patterns, dtype=torch.int64, device="cpu").to(device)
+        numbers = torch.tensor(patterns, dtype=torch.int64, device="cpu").to(device)
+        return _build(numels, programs, 1, keep, device), numbers
 
-    return get_or_build((pointers, numels, groups, tuple(patterns), tuple(keep)), device, build)
+    table, numbers = get_or_build(key, device, build)
+    return _located(key, table, tensors, keep), numbers
+
+
+def _located(
+    key: tuple, layout: Tables, tensors: Sequence[Tensor], keep: Sequence[int] | None
+) -> Tables:
+    """The layout with the addresses of these tensors."""
+    pointers = tuple(map(Tensor.data_ptr, tensors))
+    rows = addressed(key, layout.rows, pointers)
+    aligned = all(pointers[t] % 16 == 0 for t in (range(len(pointers)) if keep is None else keep))
+    return layout._replace(rows=rows, aligned=aligned)
 
 
 def uploaded(rows: Sequence[tuple[int, ...]], device: torch.device) -> tuple[Tensor, Tensor]:
     """A table of one row per tensor, and as many int32 counters at 0, both cached by the values.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured and the table has to be uploaded first.
+        RuntimeError: see `get_or_build`.
     """
 
     def build() -> tuple[Tensor, Tensor]:
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
-        return table, torch.zeros(len(rows), dtype=torch.int32, device=device)
+        return table, torch.zeros(len(rows), dtype=torch.int32, device="cpu").to(device)
 
-    return get_or_build(tuple(rows), device, build)
+    return get_or_build((device, *rows), device, build)
 
 
 def get_or_build(key: tuple, device: torch.device, build: Callable[[], tuple]) -> tuple:
-    """What `build` returns, from the cache if that has been built for this key before.
+    """What `build` uploads, from the cache if that has been built for this key before.
 
     Raises:
         RuntimeError: a CUDA graph is being captured, and it has not.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    entry = _captured.get(key) or _cache.get(key)
-    if entry is None and capturing:
-        raise RuntimeError("call the op once with these tensors before capturing a CUDA graph")
-    if entry is None:
-        entry = build()
-        _cache[key] = entry
-        if len(_cache) > _CACHE_SIZE:
-            _cache.popitem(last=False)
-    elif key in _cache:
+    with _lock:
+        entry = _known(key, device)
+        if entry is None:
+            if is_capturing(device):
+                raise RuntimeError(
+                    "call the op once with these tensors before capturing a CUDA graph"
+                )
+            entry = build()
+            _remember(key, entry)
+        return entry
+
+
+def addressed(key: tuple, table: Tensor, addresses: Sequence[int]) -> Tensor:
+    """A copy of a table with these addresses in its first column, from the cache if it is there.
+
+    Args:
+        key: that `table` was built for.
+        table: int64 [T, columns].
+        addresses: T of them.
+    """
+
+    def write() -> Tensor:
+        copy = table.clone()
+        for start in range(0, len(addresses), ADDRESSES):
+            some = addresses[start : start + ADDRESSES]
+            some = (*some, *some[-1:] * (ADDRESSES - len(some)))
+            write_addresses[(1,)](copy, start, *copy.shape, some)
+        return copy
+
+    device = table.device
+    key = ("addressed", key, tuple(addresses))
+    with _lock, torch.cuda.device_of(table):
+        copy, stream = _known(key, device) or (None, None)
+        if is_capturing(device):
+            # What the graph writes belongs to it: outside of it there may be nothing yet.
+            return write() if copy is None else copy
+        here = current_stream(device)
+        if copy is None or stream != here:  # another stream may still be writing it
+            copy = write()
+            _remember(key, (copy, here))
+        return copy
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream that launches go to."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _known(key: tuple, device: torch.device) -> tuple | None:
+    """The entry of a key; one that a graph will read is kept for good."""
+    entry = _cache.get(key)
+    if entry is not None:
         _cache.move_to_end(key)
-    if capturing:
-        _captured[key] = entry
+        if is_capturing(device):
+            _captured[id(entry)] = entry
     return entry
+
+
+def _remember(key: tuple, entry: tuple) -> None:
+    _cache[key] = entry
+    _cache.move_to_end(key)
+    if len(_cache) > _CACHE_SIZE:
+        _cache.popitem(last=False)
 
 
 def _tiles_per_program(numels: Sequence[int], tile: int) -> int:
@@ -174,11 +249,11 @@ def _tiles_per_program(numels: Sequence[int], tile: int) -> int:
 
 
 def _build(
-    pointers: Sequence[int],
     numels: Sequence[int],
     programs: Sequence[int],
     tiles_per_program: int,
     keep: Sequence[int] | None,
+    device: torch.device,
 ) -> Tables:
     # Largest first: what the last program of a tensor adds at the end (the selection) is short for
     # the tensors that finish the launch.
@@ -187,17 +262,15 @@ def _build(
     masks = starts([mask_words(n) for n in numels])
     regions = starts([region_words(n) for n in numels], SCRATCH_HEADER)
     rows = [
-        [p, n, first.get(t, 0), programs[t], masks[t], regions[t], region_words(n) - LINE, 0]
-        for t, (p, n) in enumerate(zip(pointers, numels, strict=True))
+        [0, n, first.get(t, 0), programs[t], masks[t], regions[t], region_words(n) - LINE, 0]
+        for t, n in enumerate(numels)
     ]
     tiles = torch.repeat_interleave(
         torch.tensor(order, dtype=torch.int32, device="cpu"),
         torch.tensor([programs[t] for t in order], dtype=torch.int64, device="cpu"),
     )
-    aligned = all(pointers[t] % 16 == 0 for t in order)
-    return Tables(
-        torch.tensor(rows, dtype=torch.int64, device="cpu"), tiles, tiles_per_program, aligned
-    )
+    uploaded_rows = torch.tensor(rows, dtype=torch.int64, device="cpu").to(device)
+    return Tables(uploaded_rows, tiles.to(device), tiles_per_program)
 
 
 def launch(dtype: str, aligned: bool = True) -> dict:
@@ -207,8 +280,8 @@ def launch(dtype: str, aligned: bool = True) -> dict:
     each, and for unaligned tensors, whose layout holds eight mask words in a thread. No
     contraction: a product and a comparison of it must see the same, rounded, value.
     """
-    registers = (64 if RECENT else 72) if aligned and dtype != "float64" else None
-    return {"num_warps": 8, "maxnreg": registers, "enable_fp_fusion": False}
+    most = (64 if RECENT else 72) if aligned and dtype != "float64" else None
+    return {"num_warps": 8, **registers(most), "enable_fp_fusion": False}
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -219,6 +292,14 @@ def name_of(dtype: torch.dtype) -> str:
 def split_f64(shrink: float) -> tuple[int, int]:
     """The float64 bits of the shrink factor as two int32; `factor` in semantics.py joins them."""
     return struct.unpack("<ii", struct.pack("<d", shrink))[::-1]
+
+
+@triton.jit(do_not_specialize=["start", "count", "columns", "addresses"])
+def write_addresses(table, start, count, columns, addresses):
+    """table[start + i, 0] = addresses[i], up to the end of the table."""
+    for i in tl.static_range(ADDRESSES_AT_ONCE):
+        if start + i < count:
+            tl.store(table + (start + i) * columns, addresses[i])
 
 
 @triton.jit

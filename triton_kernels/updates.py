@@ -7,8 +7,7 @@ operation rounds once; where torch's fused kernels multiply and add in one round
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import triton
@@ -19,44 +18,41 @@ from .apply_masks import pruned_in_tile
 from .select import radix_search
 from .semantics import factor
 from .soft_shrink import AXIS, apply, patterned, shrink_apart
-from .tables import RECENT, elements_in_tile, launch, split_f64, tables, uploaded
-
-# The interpreter rounds tl.fma twice.
-INTERPRETED: tl.constexpr = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from .tables import RECENT, addressed, elements_in_tile, launch, split_f64, tables, uploaded
+from .target import INTERPRETED, registers
 
 # 128 registers: weight, gradient and moments of 8 elements, and the quotients' intermediate values.
-LAUNCH = {"num_warps": 8, "maxnreg": 128 if RECENT else None, "enable_fp_fusion": False}
+LAUNCH = {"num_warps": 8, **registers(128 if RECENT else None), "enable_fp_fusion": False}
 COLUMNS = 5  # of the state table: gradient, its flags, moments, step
 
 
-def state_rows(
+def state_table(
     grads: Sequence[Tensor],
     columns: Sequence[Sequence[Tensor | bool]],
-    grouped: Sequence[int] = (),
-) -> list[tuple[int, ...]]:
-    """The state table: per weight the gradient's address, its flags, then addresses or booleans.
+    grouped: Collection[int],
+) -> tuple[Tensor, Tensor]:
+    """The state table, and a counter for every weight, at 0.
 
-    Flags: 1 if the gradient is bfloat16, plus 2 if the weight is among the `grouped`, which have an
-    N:M pattern.
+    A row has the gradient's address, its flags, then addresses or booleans. Flags: 1 if the
+    gradient is bfloat16, plus 2 if the weight is among the `grouped`, which have an N:M pattern.
     """
-    lists = [[x.data_ptr() if isinstance(x, Tensor) else int(x) for x in c] for c in columns]
-    lists += [[0] * len(grads)] * (COLUMNS - 2 - len(lists))
-    grad_columns = [
-        (g.data_ptr(), int(g.element_size() == 2) + 2 * int(t in grouped))
-        for t, g in enumerate(grads)
-    ]
-    return [
-        (*grad_column, *state_columns)
-        for grad_column, *state_columns in zip(grad_columns, *lists, strict=True)
-    ]
+    rows = []
+    for t, grad in enumerate(grads):
+        state = [column[t] for column in columns]
+        numbers = [x.data_ptr() if isinstance(x, Tensor) else int(x) for x in state]
+        flags = int(grad.element_size() == 2) + 2 * int(t in grouped)
+        rows.append((0, flags, *numbers, *[0] * (COLUMNS - 2 - len(numbers))))
+    device = grads[0].device
+    table, arrivals = uploaded(rows, device)
+    return addressed(("state", *rows), table, [g.data_ptr() for g in grads]), arrivals
 
 
 @triton.jit
 def fused(a, b, c):
     """a * b + c with one rounding."""
     if INTERPRETED:
-        # The product is exact in float64; the sum is rounded to odd, so that rounding it again to
-        # float32 equals one rounding.
+        # It rounds tl.fma twice. The product is exact in float64; the sum is rounded to odd, so
+        # that rounding it again to float32 equals one rounding.
         wide = c.to(tl.float64)
         product = a.to(tl.float64) * b.to(tl.float64)
         total = product + wide
@@ -193,7 +189,7 @@ def launch_update(
         kernel: launch 1.
         scalars: the optimizer's numbers, each as two int32 (`split_f64`).
         rule: the kernel's constants.
-        columns: the further columns of the state table; see `state_rows`.
+        columns: the further columns of the state table; see `state_table`.
         patterns: as in the schemas; a weight with a pattern or units is only updated here. Separate
             launches prune it, which read and write the weights once more.
     """
@@ -201,14 +197,14 @@ def launch_update(
     if frozen:
         tile //= 2  # the masks need the registers of 4 of 8 elements
     table = tables(weights, tile, tiles_per_program)
-    state_table, arrivals = uploaded(state_rows(grads, columns, apart), weights[0].device)
+    state, arrivals = state_table(grads, columns, apart)
     count = k.numel()
     rest = [t for t in range(count) if t not in apart]
     select = len(rest) > 0 and not frozen
     bits, factors = thresholds.view(torch.int32), split_f64(shrink)
     with torch.cuda.device_of(k):
         kernel[table.grid](
-            table.rows, table.tiles, state_table, arrivals, count, lr_tensor, grad_scale, k, bits,
+            table.rows, table.tiles, state, arrivals, count, lr_tensor, grad_scale, k, bits,
             masks, flips, scratch, found_inf, *factors, *scalars,
             FROZEN=frozen and count > 0, COUNT=select and bracket,
             NUM_TILES=table.tiles_per_program, TILE=tile, AXIS=AXIS, **rule, **LAUNCH,
@@ -224,5 +220,5 @@ def launch_update(
                 **launch("float32", select_table.aligned),
             )  # fmt: skip
     if apart:
-        state = (k, shrink, thresholds, masks, flips, scratch, found_inf)
-        shrink_apart(weights[:count], patterns, *state, bracket, tile)
+        rest_of_call = (k, shrink, thresholds, masks, flips, scratch, found_inf)
+        shrink_apart(weights[:count], patterns, *rest_of_call, bracket, tile)

@@ -20,9 +20,9 @@ from issp.ops import ShrinkState, reference
 from issp.ops.schemas import mask_layout, scratch_region
 from tests.asserts import assert_bitwise_equal
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 import triton_kernels  # noqa: E402
-from triton_kernels import tables  # noqa: E402
+from triton_kernels import tables, target  # noqa: E402
 
 pytestmark = pytest.mark.sampled(most=2)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -247,21 +247,23 @@ def test_offsets_beyond_32_bits(monkeypatch):
     pair.step()
     pair.move(1e-5)
     launched = -(-n // TILE)
-    plain = tables._build
+    plain, plain_addressed = tables._build, tables.addressed
+
+    def moved_addresses(key, table, addresses):
+        return plain_addressed(key, table, [address - far * 4 for address in addresses])
 
     def moved(*args):
         moved_table = plain(*args)
         row = moved_table.rows[0]
-        row[0] -= far * 4  # bytes
         row[1] += far
         row[2] -= far // TILE
         row[3] += far // TILE
         row[4] -= far // 32
         return moved_table
 
-    for cache in (tables._cache, tables._captured):
-        cache.clear()
+    tables._cache.clear()
     monkeypatch.setattr(tables, "_build", moved)
+    monkeypatch.setattr(tables, "addressed", moved_addresses)
     counters = pair.state.scratch[tables.SCRATCH_HEADER :].view(torch.int64)
     counters[0] = far // TILE  # the programs that are not launched have arrived
     counters[1] = far  # and all they read lay below the bracket
@@ -300,6 +302,29 @@ def test_nm_patterns_across_tiles(n, m, v, layout, c):
 
 
 @pytest.mark.full
+def test_every_kernel_compiles_for_amd():
+    """With the options and instructions that target.py has for a ROCm build of torch."""
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    rocm = (
+        "import json, torch; torch.version.hip = '6.4'; from triton_kernels import compile; "
+        "rows = compile.compile_all(['gfx942'], ['float32']); print(json.dumps(rows))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", rocm],
+        cwd=Path(triton_kernels.__file__).parent.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    rows = json.loads(run.stdout)
+    names = {row["kernel"] for row in rows}
+    assert names >= {"count", "apply", "radix_pass", "shrink_groups", "adam", "sgd", "convolve"}
+    assert "write_addresses" in names and {row.get("PRECISION") for row in rows} >= {"tf32"}
+    assert {row["target"] for row in rows} == {"gfx942"}
+
+
+@pytest.mark.full
 def test_every_kernel_compiles_without_spills(capsys):
     """For sm_80, sm_90 and sm_100, with no GPU: in a process without the interpreter."""
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -317,6 +342,7 @@ def test_every_kernel_compiles_without_spills(capsys):
     names = {row["kernel"] for row in rows}
     assert names >= {"count", "apply", "radix_pass", "shrink_groups", "score", "shrink_selected"}
     assert names >= {"apply_masks", "regularize", "zeros", "parts", "merge", "adam", "sgd"}
+    assert "write_addresses" in names
     table = {
         f"{row['kernel']} {row['dtype']} sm_{row['target']}": (
             row["registers"],
@@ -345,6 +371,18 @@ def test_compiling_under_the_interpreter_is_refused():
         pytest.skip("the compiler is active in this process")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
         compile_all([90], ["float32"])
+
+
+@pytest.mark.parametrize("vendor, options", [("NVIDIA", {"maxnreg": 64}), ("AMD", {})])
+def test_options_of_one_vendor_stand_in_one_place(monkeypatch, vendor, options):
+    monkeypatch.setattr(target, "NVIDIA", triton.language.constexpr(vendor == "NVIDIA"))
+    assert target.registers(64) == options and target.registers(None) == {}
+    folder = Path(triton_kernels.__file__).parent
+    sources = {path.name: path.read_text() for path in folder.glob("*.py")}
+    for word in ("maxnreg", "inline_asm", "libdevice"):
+        # compile_sparse.py only tells options from constants.
+        places = [x for x, text in sources.items() if word in text and x != "compile_sparse.py"]
+        assert places in (["target.py"], []), word
 
 
 def test_tiles_per_program_grow_with_the_model():
