@@ -76,12 +76,14 @@ class Sweep:
         weights: of a thread in an iteration, or the constant of csrc that says so; 0: loads tell.
         arrays: that are loaded for a weight, where loads tell.
         times: how often it handles every weight.
+        inner: whether its inner loops count, once each.
     """
 
     call: str = ""
     weights: int | str = 0
     arrays: int = 1
     times: int = 1
+    inner: bool = True
 
 
 @dataclass(frozen=True)
@@ -202,7 +204,7 @@ def count(code: sass.Code, sweeps: Sequence[Sweep]) -> Count:
     total, fewest, most, weights = Counter[str](), 0.0, 0.0, 0.0
     for sweep in sweeps:
         loop = code.loop_of(sweep.call) if sweep.call else code.main_loop()
-        iteration = code.iteration(loop, 4, sweep.arrays)
+        iteration = code.iteration(loop, 4, sweep.arrays, sweep.inner)
         given = constant(sweep.weights) if isinstance(sweep.weights, str) else sweep.weights
         weights = given or iteration.weights
         fewest += sweep.times * iteration.fewest / weights
@@ -336,7 +338,7 @@ _STEP = (
     ("N:M 2:4, step", "group_kernel", _BOX_BYTES, _BOX),
     ("N:M 2:32, step", "group_kernel", _BOX_BYTES, (*_BOX, _CUT)),
 )
-# Of the updated weights' rows; their mask words are written once per 4 rows, as the step's are.
+# The rows of a chunk in a loop, and what the chunk costs beside them: words of mask and log.
 _UPDATES = (
     ("Adam and step", "adam_soft_shrink", "AdamRule", _ADAM_BYTES, 4),
     ("SGD and step", "sgd_soft_shrink", "SgdRule", _SGD_BYTES, 3),
@@ -353,7 +355,10 @@ KERNELS = (
             f"speculate_kernel<Float32, Optimizer, {rule}",
             _STEP_SHARED,
             moved,
-            (Sweep("update_vector<false>(entry", arrays=arrays),),
+            (
+                Sweep("update_vector<false>(entry", arrays=arrays),
+                Sweep("= write_words(tensor", 16, inner=False),  # weights of a thread
+            ),
         )
         for name, source, rule, moved, arrays in _UPDATES
     ),

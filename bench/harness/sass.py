@@ -189,17 +189,20 @@ class Code:
             raise LookupError(f"no loop of the kernel comes from the call {call}")
         return best
 
-    def iteration(self, loop: Loop, element_bytes: int, arrays: int = 1) -> Iteration:
+    def iteration(
+        self, loop: Loop, element_bytes: int, arrays: int = 1, inner: bool = True
+    ) -> Iteration:
         """The common path through a loop: all weights are loaded and stored, nothing rare happens.
 
         Args:
             loop: one of `loops`.
             element_bytes: of a weight.
             arrays: that are read, as gradients and moments are, where the addresses do not tell.
+            inner: whether inner loops count, once each.
         """
         own = list(self._instructions(loop.own))
         loads, stores = ({id(x) for x in self._regular(own, how)} for how in ("LD", "ST"))
-        shortest, longest = (self._path(loop, loads, stores, sign) for sign in (-1, 1))
+        shortest, longest = (self._path(loop, loads, stores, sign, inner) for sign in (-1, 1))
         moved = [x for x in shortest if id(x) in loads]
         return Iteration(longest, len(shortest), _weights(moved, element_bytes, arrays))
 
@@ -244,7 +247,9 @@ class Code:
         width = max(total, key=lambda w: (total[w], w), default=0)
         return [x for x in regular or moving if x.bytes == width]
 
-    def _path(self, loop: Loop, loads: set[int], stores: set[int], sign: int) -> list[Instruction]:
+    def _path(
+        self, loop: Loop, loads: set[int], stores: set[int], sign: int, counted: bool = True
+    ) -> list[Instruction]:
         """The path that loads and then stores most; of several the longest, or shortest (-1)."""
         inner = {x.header: x for x in loop.inner}
         # An inner loop is one step of the path, named by its first block.
@@ -257,7 +262,7 @@ class Code:
                 continue
             (loaded, stored, length), path = best[step]
             if step in inner:
-                inside = self._path(inner[step], set(), set(), sign)
+                inside = self._path(inner[step], set(), set(), sign) if counted else []
                 blocks = inner[step].blocks
             else:
                 inside, blocks = self.blocks[step].instructions, {step}

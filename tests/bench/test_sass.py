@@ -98,6 +98,14 @@ class TestCode:
         assert found.fewest == 2 + 2 + 3 + 1 + 3 + 4
         assert "MUFU" in [x.opcode for x in found.instructions]
 
+    def test_inner_loops_count_once_or_not_at_all(self, code):
+        whole = code.loops[-1]
+        found = code.iteration(whole, element_bytes=4)
+        without = code.iteration(whole, element_bytes=4, inner=False)
+        # S2R, LDG.E.64 and EXIT stand around the loop.
+        assert without.fewest == 3
+        assert found.fewest == 3 + code.iteration(code.main_loop(), element_bytes=4).fewest
+
     def test_weights_of_half_the_size_are_twice_as_many(self, code):
         assert code.iteration(code.main_loop(), element_bytes=2).weights == 16
 
