@@ -48,15 +48,6 @@ Tensor from_tiles(const Tensor& data, int64_t channels, int64_t width, ScalarTyp
   return y;
 }
 
-struct ConvTensors {
-  const Tensor& x;
-  const Tensor& values;
-  const Tensor& positions;
-  const Tensor& starts;
-  const std::optional<Tensor>& bias;
-  const std::optional<Tensor>& residual;
-};
-
 std::vector<int32_t> translate(const TileKernels& kernels, const TiledConvArgs& args,
                                const Tensor& positions) {
   const int64_t entries = args.tiles * kTileEntries;
@@ -79,34 +70,56 @@ std::vector<float> padded(const std::optional<Tensor>& bias, int64_t size) {
   return all;
 }
 
-// frame: whether `out` has no zeros around its pixels yet.
-void convolve(const TiledConvArgs& args, const ConvTensors& t, float scale, const Tensor& out,
-              bool frame) {
-  const TileKernels& kernels = tile_kernels();
-  const std::vector<int32_t> offsets = translate(kernels, args, t.positions);
-  const std::vector<float> bias = padded(t.bias, args.blocks * args.v);
-  const TiledConv conv = {
-      args.from,
-      static_cast<const uint16_t*>(t.values.const_data_ptr()),
-      offsets.data(),
-      static_cast<const int32_t*>(t.starts.const_data_ptr()),
-      args.blocks,
-      args.v,
-      {args.to.planes(), args.to.plane_bytes(), args.to.row_bytes(),
-       static_cast<char*>(out.mutable_data_ptr()),
-       t.residual ? static_cast<const char*>(t.residual->const_data_ptr()) : nullptr, bias.data(),
-       args.activation, scale, args.rows, args.shuffle}};
-  TiledConvRun(kernels, conv, static_cast<const char*>(t.x.const_data_ptr()), args.to, frame)();
+// A layer that is checked: nothing is written before.
+struct Layer {
+  TiledConvArgs args;
+  const WeightTensors& weight;
+  float scale;
+  std::vector<int32_t> offsets;
+  std::vector<float> bias;
+
+  Layer(const TiledConvArgs& args, const WeightTensors& weight, double scale)
+      : args(args),
+        weight(weight),
+        scale(float(scale)),
+        offsets(translate(tile_kernels(), args, weight.positions)),
+        bias(padded(weight.bias, args.blocks * args.v)) {}
+
+  // frame: whether `out` has no zeros around its pixels yet. residual: null, or in the layout of
+  // `out`.
+  void run(const Tensor& x, const void* residual, const Tensor& out, bool frame) const {
+    const TiledConv conv = {
+        args.from,
+        static_cast<const uint16_t*>(weight.values.const_data_ptr()),
+        offsets.data(),
+        static_cast<const int32_t*>(weight.starts.const_data_ptr()),
+        args.blocks,
+        args.v,
+        {args.to.planes(), args.to.plane_bytes(), args.to.row_bytes(),
+         static_cast<char*>(out.mutable_data_ptr()), static_cast<const char*>(residual),
+         bias.data(), args.activation, scale, args.rows, args.shuffle}};
+    const auto* const pixels = static_cast<const char*>(x.const_data_ptr());
+    TiledConvRun(tile_kernels(), conv, pixels, args.to, frame)();
+  }
+};
+
+const void* data_of(const std::optional<Tensor>& x) {
+  return x ? x->const_data_ptr() : nullptr;
+}
+
+// `out` may be the residual: every pixel of it is read by the tile that replaces it.
+void check_place(const Tensor& out, const std::vector<const Tensor*>& read) {
+  for (const Tensor* tensor : read) check_no_overlap({byte_range(*tensor), byte_range(out)});
 }
 
 Tensor tiled_conv2d(const Tensor& x, const Tensor& values, const Tensor& positions,
                     const Tensor& starts, const std::optional<Tensor>& bias,
                     const std::optional<Tensor>& residual, const std::vector<int64_t>& geometry,
                     std::string activation, double scale) {
-  const TiledConvArgs args =
-      check_tiled_conv2d(x, values, positions, starts, bias, residual, geometry, activation);
-  const Tensor out = empty(x, tiled_shape(args.to), ScalarType::BFloat16);
-  convolve(args, {x, values, positions, starts, bias, residual}, float(scale), out, true);
+  const WeightTensors weight = {values, positions, starts, bias};
+  const Layer layer(check_tiled_conv2d(x, weight, residual, geometry, activation), weight, scale);
+  const Tensor out = empty(x, tiled_shape(layer.args.to), ScalarType::BFloat16);
+  layer.run(x, data_of(residual), out, true);
   return out;
 }
 
@@ -114,18 +127,17 @@ void tiled_conv2d_out(const Tensor& x, const Tensor& values, const Tensor& posit
                       const Tensor& starts, const std::optional<Tensor>& bias,
                       const std::optional<Tensor>& residual, const std::vector<int64_t>& geometry,
                       std::string activation, double scale, const Tensor& out) {
-  const TiledConvArgs args =
-      check_tiled_conv2d(x, values, positions, starts, bias, residual, geometry, activation);
-  check_tiled(out, "out", args.to.channels, args.to.width);
-  require(out.size(0) == args.to.batch && out.size(1) == args.to.height + 2, "out");
-  const std::vector<const Tensor*> read = {&x, &values, &positions, &starts};
-  for (const Tensor* tensor : read) check_no_overlap({byte_range(*tensor), byte_range(out)});
-  if (bias) check_no_overlap({byte_range(*bias), byte_range(out)});
-  // Every pixel of the residual is read by the tile that replaces it.
+  const WeightTensors weight = {values, positions, starts, bias};
+  const Layer layer(check_tiled_conv2d(x, weight, residual, geometry, activation), weight, scale);
+  const TileLayout& to = layer.args.to;
+  check_tiled(out, "out", to.channels, to.width);
+  require(out.size(0) == to.batch && out.size(1) == to.height + 2, "out");
+  check_place(out, {&x, &values, &positions, &starts});
+  if (bias) check_place(out, {&*bias});
   if (residual && residual->const_data_ptr() != out.const_data_ptr()) {
-    check_no_overlap({byte_range(*residual), byte_range(out)});
+    check_place(out, {&*residual});
   }
-  convolve(args, {x, values, positions, starts, bias, residual}, float(scale), out, false);
+  layer.run(x, data_of(residual), out, false);
 }
 
 Tensor tiled_conv2d_by_taps(const Tensor& x, const Tensor& values, const Tensor& positions,
@@ -134,9 +146,9 @@ Tensor tiled_conv2d_by_taps(const Tensor& x, const Tensor& values, const Tensor&
   require(geometry.size() == 4 && (geometry[3] == 1 || geometry[3] == 3), "geometry");
   const int64_t channels = geometry[2], kernel = geometry[3];
   require(channels >= 1 && channels <= kMaxTiledSize, "geometry");
-  const TiledConvArgs args =
-      check_tiled_conv2d(x, values, positions, starts, std::nullopt, std::nullopt,
-                         {geometry[0], geometry[1], channels * kernel * kernel, 1, 1}, "none");
+  const WeightTensors weight = {values, positions, starts, {}};
+  const TiledConvArgs args = check_tiled_conv2d(
+      x, weight, {}, {geometry[0], geometry[1], channels * kernel * kernel, 1, 1}, "none");
   if (bias) check_bias(*bias, channels);
   const TileKernels& kernels = tile_kernels();
   const std::vector<int32_t> offsets = translate(kernels, args, positions);
@@ -163,6 +175,117 @@ Tensor tiled_conv2d_by_taps(const Tensor& x, const Tensor& values, const Tensor&
   return y;
 }
 
+// Layers one after the other; see tiled_chain in issp/ops/schemas/tiles.py.
+class Chain {
+ public:
+  Chain(const std::vector<Tensor>& images, const std::vector<int64_t>& sizes,
+        const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+        const std::vector<int64_t>& plan, const std::vector<double>& scales)
+      : given_(images.size()) {
+    const size_t layers = scales.size();
+    require(layers >= 1 && !images.empty() && sizes.size() == 2 * images.size(), "images");
+    require(weights.size() == 3 * layers && biases.size() == layers, "weights");
+    require(plan.size() == kNumbers * layers, "plan");
+    for (size_t i = 0; i < images.size(); ++i) {
+      const TileLayout layout = check_tiled(images[i], "images", sizes[2 * i], sizes[2 * i + 1]);
+      slots_.push_back({layout, images[i]});
+    }
+    weights_.reserve(layers);  // layers refer to them
+    layers_.reserve(layers);
+    for (size_t i = 0; i < layers; ++i) {
+      std::optional<Tensor> bias;
+      if (biases[i].numel()) bias = biases[i];
+      weights_.push_back({weights[3 * i], weights[3 * i + 1], weights[3 * i + 2], bias});
+      add_layer(&plan[kNumbers * i], scales[i]);
+    }
+    check_given(weights, biases);
+  }
+
+  // Gives the last layer's target, or nothing where that was given.
+  Tensor run() {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const auto& [layer, from, residual, to] = layers_[i];
+      const bool is_new = !slots_[to].image;
+      if (is_new) {
+        const std::vector<int64_t> shape = tiled_shape(slots_[to].layout);
+        slots_[to].image = empty(*slots_[0].image, shape, ScalarType::BFloat16);
+      }
+      const void* added = residual == kNone ? nullptr : slots_[residual].image->const_data_ptr();
+      layer.run(*slots_[from].image, added, *slots_[to].image, is_new);
+      if (i + 1 == layers_.size()) break;
+      for (const size_t slot : {from, to, residual}) {
+        if (slot != kNone && slot >= given_ && slots_[slot].last == i) slots_[slot].image.reset();
+      }
+    }
+    const size_t last = layers_.back().to;
+    return last < given_ ? empty(*slots_[0].image, {0}, ScalarType::BFloat16) : *slots_[last].image;
+  }
+
+ private:
+  static constexpr size_t kNumbers = 7, kNone = size_t(-1);
+  struct Slot {
+    TileLayout layout;
+    std::optional<Tensor> image;
+    size_t last = 0;  // the layer that is the last to read or write it
+    bool is_written = false;
+  };
+  struct Step {
+    Layer layer;
+    size_t from, residual, to;
+  };
+
+  // numbers: source, residual or -1, target, rows, kernel, shuffle, activation.
+  void add_layer(const int64_t* numbers, double scale) {
+    const WeightTensors& weight = weights_.back();
+    const size_t from = slot(numbers[0]);
+    const size_t residual = numbers[1] == -1 ? kNone : slot(numbers[1]);
+    TiledConvArgs args = check_layer(slots_[from].layout, *slots_[0].image, weight, numbers[3],
+                                     numbers[4], numbers[5]);
+    require(numbers[6] >= 0 && numbers[6] <= 2, "activation");
+    args.activation = TileActivation(numbers[6]);
+    if (residual != kNone) {
+      require(args.shuffle == 1 && slots_[residual].layout == args.to, "residual");
+    }
+    if (numbers[2] == int64_t(slots_.size())) slots_.push_back({args.to, {}});
+    const size_t to = slot(numbers[2]);
+    require(slots_[to].layout == args.to && to != from, "plan");
+    slots_[to].is_written = true;
+    for (const size_t used : {from, to, residual}) {
+      if (used != kNone) slots_[used].last = layers_.size();
+    }
+    layers_.push_back({Layer(args, weight, scale), from, residual, to});
+  }
+
+  size_t slot(int64_t number) const {
+    require(number >= 0 && number < int64_t(slots_.size()), "plan");
+    return size_t(number);
+  }
+
+  // An image that is given and written overlaps no other, and no weight.
+  void check_given(const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) const {
+    for (size_t i = 0; i < given_; ++i) {
+      if (!slots_[i].is_written) continue;
+      const Tensor& out = *slots_[i].image;
+      for (size_t other = 0; other < given_; ++other) {
+        if (other != i) check_place(out, {&*slots_[other].image});
+      }
+      for (const Tensor& weight : weights) check_place(out, {&weight});
+      for (const Tensor& bias : biases) check_place(out, {&bias});
+    }
+  }
+
+  const size_t given_;
+  std::vector<Slot> slots_;
+  std::vector<WeightTensors> weights_;
+  std::vector<Step> layers_;
+};
+
+Tensor tiled_chain(const std::vector<Tensor>& images, const std::vector<int64_t>& sizes,
+                   const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                   const std::vector<int64_t>& plan, const std::vector<double>& scales) {
+  return Chain(images, sizes, weights, biases, plan, scales).run();
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) {
@@ -171,6 +294,7 @@ STABLE_TORCH_LIBRARY_IMPL(issp, CPU, m) {
   m.impl("tiled_conv2d", TORCH_BOX(&tiled_conv2d));
   m.impl("tiled_conv2d_out", TORCH_BOX(&tiled_conv2d_out));
   m.impl("tiled_conv2d_by_taps", TORCH_BOX(&tiled_conv2d_by_taps));
+  m.impl("tiled_chain", TORCH_BOX(&tiled_chain));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(issp, CompositeExplicitAutograd, m) {

@@ -9,6 +9,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph_module import _format_import_block
+from torch.nn.modules.module import _has_any_global_hook
 from torch.package import sys_importer
 
 from issp.deploy.tracing import has_hooks
@@ -52,7 +53,8 @@ class FusedProgram:
 
         Not in training mode, under torch.autocast, where torch records or compiles the model,
         where an argument wants a gradient (which activation checkpointing computes from another
-        forward pass), nor while somebody has hooks on a module that it passes by.
+        forward pass), nor while somebody has hooks on a module that it passes by, or on all
+        modules, or has set a `forward` of its own.
         """
         if self.module.training or torch.compiler.is_compiling():
             return False
@@ -67,7 +69,12 @@ class FusedProgram:
                 x.requires_grad or torch.is_autocast_enabled(x.device.type)
             ):
                 return False
-        return not any(module.training or has_hooks(module) for module in self.passed)
+        if _has_any_global_hook():
+            return False
+        return not any(
+            module.training or has_hooks(module) or "forward" in vars(module)
+            for module in self.passed
+        )
 
     def install(self) -> None:
         """Lets the module compute by this program where that is valid."""

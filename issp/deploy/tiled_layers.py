@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from issp.ops.tiles import (
     TiledImage,
     TiledWeight,
     from_tiles,
+    tiled_chain,
     tiled_conv2d,
     tiled_conv2d_by_taps,
     to_tiles,
@@ -134,6 +136,16 @@ def _parts(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     high = x.bfloat16().float()
     return high, torch.where(high.isfinite(), x - high, 0.0)
+
+
+def compute_chain(
+    images: Sequence[TiledImage],
+    layers: Sequence[TiledLayer],
+    plan: Sequence[int],
+    scales: Sequence[float],
+) -> TiledImage:
+    """Layers that follow each other as one op; see `issp.ops.tiles.tiled_chain`."""
+    return tiled_chain(images, [layer._derived() for layer in layers], plan, scales)
 
 
 def tokens_to_tiles(x: Tensor) -> TiledImage:

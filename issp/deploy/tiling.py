@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -15,11 +16,13 @@ from issp.deploy.tiled_layers import (
     TiledConv2d,
     TiledLayer,
     TiledLinear,
+    compute_chain,
     picture_to_tiles,
     tokens_from_tiles,
     tokens_to_tiles,
 )
-from issp.deploy.tracing import Trace, dtype_of, shape_of
+from issp.deploy.tracing import Trace, attribute, dtype_of, shape_of
+from issp.ops.schemas.tiles import TILED_ACTIVATIONS
 from issp.ops.tiles import TiledImage, from_tiles, to_tiles
 
 
@@ -53,6 +56,8 @@ def fuse_tiles(trace: Trace) -> Fusion:
     conversions.insert()
     calls = tiled.keys() - plain
     _reuse_memory(fusion.graph, {*calls, *conversions.converted.values()}, calls)
+    for run in _runs(fusion.graph, calls):
+        _chain(fusion, run)
     # What hooks of a layer in the run would see are tiles.
     fusion.modules += fusion.layers
     return fusion
@@ -153,3 +158,61 @@ def _reuse_memory(graph: fx.Graph, images: Collection[fx.Node], calls: Collectio
                     free.remove(image)
                     break
         free.append(node)
+
+
+def _runs(graph: fx.Graph, calls: Collection[fx.Node]) -> list[list[fx.Node]]:
+    """Calls that follow each other immediately, of which nobody else reads all but the last."""
+    runs = []
+    for is_call, nodes in itertools.groupby(graph.nodes, lambda node: node in calls):
+        rest = list(nodes) if is_call else []
+        while rest:
+            run = next(r for n in range(len(rest), 0, -1) if not _read_outside(r := rest[:n]))
+            runs.append(run)
+            rest = rest[len(run) :]
+    return [run for run in runs if len(run) > 1]
+
+
+def _read_outside(run: list[fx.Node]) -> bool:
+    """Whether others need what another call than the last gives, for more than its memory."""
+    others = [user for call in run[:-1] for user in call.users if user not in run]
+    return any(call in _read_by(user) for user in others for call in run[:-1])
+
+
+def _read_by(user: fx.Node) -> list[Any]:
+    return [*user.args, *(x for name, x in user.kwargs.items() if name != "out")]
+
+
+def _chain(fusion: Fusion, run: list[fx.Node]) -> None:
+    """Makes one call of `compute_chain` of a run of calls of layers."""
+    graph = fusion.graph
+    given = dict.fromkeys(x for call in run for x in call.all_input_nodes if x not in run)
+    plan = _plan(fusion, run, {image: i for i, image in enumerate(given)})
+    with graph.inserting_before(run[-1].next):
+        layers = tuple(graph.get_attr(str(call.target)) for call in run)
+        scales = tuple(call.kwargs["scale"] for call in run)
+        args: Any = (tuple(given), layers, plan, scales)
+        run[-1].replace_all_uses_with(graph.call_function(compute_chain, args))
+    for call in reversed(run):
+        for user in list(call.users):  # they would write where it lies, which is free now
+            user.kwargs = {name: x for name, x in user.kwargs.items() if name != "out"}
+        graph.erase_node(call)
+
+
+def _plan(fusion: Fusion, run: list[fx.Node], slots: dict[fx.Node, int]) -> tuple[int, ...]:
+    """The plan of `issp.ops.tiles.tiled_chain`; slots: of the images that are given."""
+    plan: list[int] = []
+    count = len(slots)
+    for call in run:
+        kwargs: Any = call.kwargs
+        x: Any = call.args[0]
+        layer = attribute(fusion.module, call)
+        assert isinstance(layer, TiledLayer)
+        shape = layer.get_parameter("weight").shape
+        residual, out = kwargs["residual"], kwargs.get("out")
+        target = count if out is None else slots[out]
+        plan += [slots[x], -1 if residual is None else slots[residual], target]
+        plan += [shape[0], shape[2] if len(shape) == 4 else 1, kwargs.get("shuffle", 1)]
+        plan.append(TILED_ACTIVATIONS.index(kwargs["activation"]))
+        count += out is None
+        slots[call] = target
+    return tuple(plan)

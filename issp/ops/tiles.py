@@ -21,6 +21,7 @@ _conv2d_out = raise_python_error(validation.check_tiled_conv2d_out, torch.ops.is
 _by_taps = raise_python_error(
     validation.check_tiled_conv2d_by_taps, torch.ops.issp.tiled_conv2d_by_taps
 )
+_chain = raise_python_error(validation.check_tiled_chain, torch.ops.issp.tiled_chain)
 
 
 class TiledImage(NamedTuple):
@@ -270,6 +271,45 @@ def tiled_conv2d_by_taps(
     _check_channels(t, w, channels)
     geometry = [channels, t.width, rows // (kernel * kernel), kernel]
     return _by_taps(t.data, w.values, w.positions, w.tile_starts, bias, geometry)
+
+
+def tiled_chain(
+    images: Sequence[TiledImage],
+    weights: Sequence[tuple[TiledWeight, Tensor | None]],
+    plan: Sequence[int],
+    scales: Sequence[float],
+) -> TiledImage:
+    """Many calls of `tiled_conv2d` as one: a call of a small layer costs more than its products.
+
+    Args:
+        images: those that layers of the chain read or write; the first slots.
+        weights: weight and bias of each layer.
+        plan: seven numbers for each layer, see issp/ops/schemas/tiles.py.
+        scales: of each layer.
+
+    Returns:
+        What the last layer writes; other images that are not given are gone.
+
+    Raises:
+        TypeError, ValueError: what does not fit, named.
+    """
+    sizes = [size for t in images for size in (t.channels, t.width)]
+    tensors: list[Tensor] = []
+    biases: list[Tensor] = []
+    none = torch.empty(0)
+    for w, bias in weights:
+        tensors += (w.values, w.positions, w.tile_starts)
+        biases.append(none if bias is None else bias)
+    data = _chain([t.data for t in images], sizes, tensors, biases, plan, scales)
+    _, _, target, rows, _, shuffle, _ = plan[-7:]
+    if target < len(images):
+        return images[target]
+    slot, factor = target, 1  # how much larger it is than the image that it comes from
+    for i in range(len(plan) - 7, -1, -7):
+        if plan[i + 2] == slot:
+            slot, factor = plan[i], factor * plan[i + 5]
+    source = images[slot]
+    return TiledImage(data, rows // shuffle**2, source.height * factor, source.width * factor)
 
 
 def _check_channels(t: TiledImage, w: TiledWeight, channels: int) -> None:

@@ -1,15 +1,16 @@
 """Parts of a packed model that stay in the tile layout of matrix engines, in bfloat16."""
 
-import copy
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.export import Dim
 
 import issp
-from issp.deploy import parts
+from issp.deploy import parts, tiling
 from issp.deploy.fused_forward import FusedForward
 from issp.deploy.tiled_layers import (
     PictureConv2d,
@@ -20,6 +21,7 @@ from issp.deploy.tiled_layers import (
     tiled_layer,
     unsupported_reason,
 )
+from issp.ops.schemas.tiles import chain_layers
 from issp.ops.tiles import TiledWeight, from_tiles, tiled_conv2d, tiled_conv2d_by_taps, to_tiles
 from issp.sr.models.layers import Mlp
 from tests.asserts import assert_bitwise_equal
@@ -55,6 +57,12 @@ def conversions(packed):
     return [source(packed).count(f"_{name}(") for name in ("to_tiles", "from_tiles")]
 
 
+def chains(packed):
+    """The plans of the chains of a program."""
+    plans = re.findall(r"compute_chain\(\([^()]*\), \([^()]*\), \(([-\d, ]+)\)", source(packed))
+    return [chain_layers([int(number) for number in plan.split(",")]) for plan in plans]
+
+
 def tiled(layer, t, **epilogue):
     """What the op makes of an image in tiles."""
     weight = TiledWeight.from_weight(layer.weight, layer.v)
@@ -81,8 +89,8 @@ class TestRuns:
         network = small_edsr(upscale=4, num_block=2, res_scale=0.1)
         packed = pack(network, cache, (1, 3, 8, 8))
         # The last layer, of three channels, gives what torch reads.
-        assert conversions(packed) == [1, 0] and "shuffle = 2" in source(packed)
-        assert isinstance(packed.conv_last, TapConv2d)
+        assert conversions(packed) == [1, 0] and isinstance(packed.conv_last, TapConv2d)
+        assert [layer.shuffle for layer in chains(packed)[0]] == [1, 1, 1, 1, 1, 1, 2, 2]
         x = torch.rand(2, 3, 11, 9)
         assert packed(x).dtype == torch.float32
         torch.testing.assert_close(packed(x), network(x), rtol=0.01, atol=0.01)
@@ -134,17 +142,49 @@ class TestRuns:
         torch.testing.assert_close(packed(x), issp.unpack(packed)(x), rtol=0.02, atol=0.02)
 
     @torch.no_grad()
-    def test_layers_write_where_nobody_reads_any_more(self, cache, timed):
-        packed = pack(small_edsr(num_block=4), cache, (1, 3, 8, 8))
+    def test_layers_write_where_nobody_reads_any_more(self, cache, timed, monkeypatch):
+        network = small_edsr(num_block=4)
+        packed = pack(network, cache, (1, 3, 8, 8))
         # New memory: the head, which is read at the end again, the two of a block, the upsampling.
-        calls = [x for x in source(packed).splitlines() if "shuffle = " in x]
-        assert len(calls) == 11 and sum("out = " in x for x in calls) == 7
+        (layers,) = chains(packed)
+        assert len(layers) == 11 and len({layer.target for layer in layers}) == 4
         x = torch.rand(2, 3, 11, 9)
         y = packed(x)
-        own = copy.deepcopy(packed)
-        own._fused_program._source = re.sub(r", out = \w+", "", source(packed))
+        monkeypatch.setattr(tiling, "_reuse_memory", lambda *_: None)
+        own = pack(network, cache, (1, 3, 8, 8))
+        assert len({layer.target for layer in chains(own)[0]}) == 11
         assert_bitwise_equal(y, own(x), "the result")
         assert_bitwise_equal(y, packed(x), "the second result")
+
+    @torch.no_grad()
+    def test_a_chain_writes_into_what_it_is_given(self, cache, timed, monkeypatch):
+        """Its input is a conversion that nobody else reads, of the shape of a result."""
+        block = Block(lambda b, y: F.relu(y), lambda x, y: y)
+        packed = pack(block, cache)
+        first, second = chains(packed)[0]
+        assert (first.target, second.target) == (1, 0)
+        x = torch.randn(X)
+        kept = x.clone()
+        monkeypatch.setattr(tiling, "_runs", lambda *_: [])
+        single = pack(block, cache)
+        assert not chains(single)
+        assert_bitwise_equal(packed(x), single(x), "the result")
+        assert_bitwise_equal(x, kept, "the input")
+
+    @torch.no_grad()
+    def test_a_chain_ends_where_others_read_its_result(self, cache, timed):
+        class Skip(Block):
+            def forward(self, x):
+                y = F.relu(self.conv2(self.conv1(x)))
+                return self.conv1(self.conv2(F.leaky_relu(self.conv1(self.conv2(y)))) + y)
+
+        packed = pack(Skip(None, None), cache)
+        assert [len(layers) for layers in chains(packed)] == [2, 2, 2]
+        conv1, conv2, x = packed.conv1, packed.conv2, torch.randn(X)
+        t = tiled(conv2, tiled(conv1, to_tiles(x)), activation="relu")
+        y = F.leaky_relu(from_tiles(tiled(conv1, tiled(conv2, t))))
+        y = tiled(conv1, tiled(conv2, to_tiles(y), residual=t))
+        assert_bitwise_equal(packed(x), from_tiles(y), "the result")
 
     @torch.no_grad()
     def test_what_no_layer_can_compute_stands_between_two_runs(self, cache, timed):
@@ -165,7 +205,8 @@ class TestRuns:
         mlp = Mlp(8, 2.0, 0.1)
         for shape in ((2, 6, 5, 8), (2, 6, 8), (7, 8), (3, 2, 2, 5, 8)):
             packed = pack(mlp, cache, shape)
-            assert isinstance(packed.fc1, TiledLinear) and "'gelu'" in source(packed)
+            assert isinstance(packed.fc1, TiledLinear)
+            assert [layer.activation for layer in chains(packed)[0]] == [2, 0]
             assert [source(packed).count(f"tokens_{x}_tiles(") for x in ("to", "from")] == [1, 1]
             x = torch.randn(shape)
             assert packed(x).shape == shape and packed(x).is_contiguous()
@@ -273,6 +314,47 @@ class TestModule:
         packed.conv_after_body.register_forward_hook(lambda m, args, y: seen.append((*args, y)))
         packed(torch.rand(1, 3, 8, 8))
         assert [type(x) for x in seen[0]] == [torch.Tensor, torch.Tensor]
+
+    @torch.no_grad()
+    def test_other_hooks_and_a_forward_of_the_user(self, packed):
+        x, seen = torch.rand(1, 3, 8, 8), []
+        y = packed(x)
+        torch.nn.modules.module.register_module_forward_hook(note := lambda m, *_: seen.append(m))
+        try:
+            packed(x)
+        finally:
+            torch.nn.modules.module._global_forward_hooks.clear()
+        assert note and packed.body[0].conv1 in seen and packed.body[0] in seen
+        layer = packed.body[0].conv1
+        layer.forward = lambda input: torch.zeros_like(input)
+        assert not torch.equal(packed(x), y)
+        del layer.forward
+        assert_bitwise_equal(packed(x), y, "the result")
+
+    def test_threads_share_a_model(self, packed):
+        images = [torch.rand(1, 3, 20 + i, 30) for i in range(4)]
+
+        @torch.no_grad()
+        def results(_=None):
+            return [packed(x) for x in images]
+
+        expected = results()
+        with ThreadPoolExecutor(4) as pool:
+            for several in pool.map(results, range(8)):
+                for y, x in zip(several, expected, strict=True):
+                    assert_bitwise_equal(y, x, "in another thread")
+
+    @torch.no_grad()
+    def test_exported_and_compiled(self, packed):
+        size = {2: Dim("h", min=4, max=64), 3: Dim("w", min=4, max=64)}
+        program = torch.export.export(
+            packed, (torch.rand(1, 3, 16, 12),), dynamic_shapes=(size,)
+        ).module()
+        compiled = torch.compile(packed, dynamic=True, backend="aot_eager")
+        for height, width in ((16, 12), (9, 31)):
+            x = torch.rand(1, 3, height, width)
+            torch.testing.assert_close(program(x), packed(x), rtol=0.05, atol=0.02)
+            torch.testing.assert_close(compiled(x), packed(x), rtol=0.05, atol=0.02)
 
     @torch.no_grad()
     def test_packed_again(self, packed, cache):

@@ -71,43 +71,56 @@ struct TiledConvArgs {
   TileActivation activation = TileActivation::kNone;
 };
 
-inline TiledConvArgs check_tiled_conv2d(const Tensor& x, const Tensor& values,
-                                        const Tensor& positions, const Tensor& starts,
-                                        const std::optional<Tensor>& bias,
+// The weight of a layer, in the order of the arguments of tiled_conv2d.
+struct WeightTensors {
+  const Tensor& values;
+  const Tensor& positions;
+  const Tensor& starts;
+  std::optional<Tensor> bias;
+};
+
+// A layer that reads an image of this layout; x is a tensor of its device.
+inline TiledConvArgs check_layer(const TileLayout& from, const Tensor& x, const WeightTensors& w,
+                                 int64_t rows, int64_t kernel, int64_t shuffle) {
+  TiledConvArgs args;
+  args.from = from;
+  args.rows = rows;
+  args.shuffle = shuffle;
+  require(kernel == 1 || kernel == 3, "geometry");
+  args.taps = kernel * kernel;
+  require(shuffle >= 1 && shuffle <= 16 && rows >= 1 && rows <= kMaxTiledSize, "geometry");
+  const int64_t factor = shuffle * shuffle;
+  require(rows % factor == 0, "geometry");
+  require(w.values.scalar_type() == ScalarType::BFloat16 && w.values.dim() == 4 &&
+              is_in_memory(w.values) && w.values.size(1) >= 1 &&
+              w.values.size(1) <= kMaxBlock / 16 && w.values.size(2) == 16 &&
+              w.values.size(3) == 2 * kTileEntries,
+          "values");
+  args.v = int(16 * w.values.size(1));
+  args.tiles = w.values.size(0);
+  check_integers(x, w.starts, "tile_starts");
+  args.blocks = (rows + args.v - 1) / args.v;
+  require(w.starts.numel() == args.blocks + 1, "tile_starts");
+  require(w.positions.scalar_type() == ScalarType::Int && w.positions.dim() == 2 &&
+              is_in_memory(w.positions) && w.positions.size(0) == args.tiles &&
+              w.positions.size(1) == kTileEntries,
+          "positions");
+  const auto* start = static_cast<const int32_t*>(w.starts.const_data_ptr());
+  require(start[0] == 0 && start[args.blocks] == args.tiles, "tile_starts");
+  for (int64_t i = 0; i < args.blocks; ++i) require(start[i] <= start[i + 1], "tile_starts");
+  if (w.bias) check_bias(*w.bias, rows);
+  args.to = {from.batch, rows / factor, from.height * shuffle, from.width * shuffle};
+  check_layout(args.to, "x");
+  return args;
+}
+
+inline TiledConvArgs check_tiled_conv2d(const Tensor& x, const WeightTensors& w,
                                         const std::optional<Tensor>& residual,
                                         const std::vector<int64_t>& geometry,
                                         const std::string& activation) {
   require(geometry.size() == 5, "geometry");
-  for (const int64_t size : geometry) require(size >= 0 && size <= kMaxTiledSize, "geometry");
-  TiledConvArgs args;
-  args.from = check_tiled(x, "x", geometry[0], geometry[1]);
-  args.rows = geometry[2];
-  args.shuffle = geometry[4];
-  require(geometry[3] == 1 || geometry[3] == 3, "geometry");
-  args.taps = geometry[3] * geometry[3];
-  const int64_t factor = args.shuffle * args.shuffle;
-  require(args.shuffle >= 1 && args.shuffle <= 16 && args.rows >= 1 && args.rows % factor == 0,
-          "geometry");
-  require(values.scalar_type() == ScalarType::BFloat16 && values.dim() == 4 &&
-              is_in_memory(values) && values.size(1) >= 1 && values.size(1) <= kMaxBlock / 16 &&
-              values.size(2) == 16 && values.size(3) == 2 * kTileEntries,
-          "values");
-  args.v = int(16 * values.size(1));
-  args.tiles = values.size(0);
-  check_integers(x, starts, "tile_starts");
-  args.blocks = (args.rows + args.v - 1) / args.v;
-  require(starts.numel() == args.blocks + 1, "tile_starts");
-  require(positions.scalar_type() == ScalarType::Int && positions.dim() == 2 &&
-              is_in_memory(positions) && positions.size(0) == args.tiles &&
-              positions.size(1) == kTileEntries,
-          "positions");
-  const auto* start = static_cast<const int32_t*>(starts.const_data_ptr());
-  require(start[0] == 0 && start[args.blocks] == args.tiles, "tile_starts");
-  for (int64_t i = 0; i < args.blocks; ++i) require(start[i] <= start[i + 1], "tile_starts");
-  if (bias) check_bias(*bias, args.rows);
-  args.to = {args.from.batch, args.rows / factor, args.from.height * args.shuffle,
-             args.from.width * args.shuffle};
-  check_layout(args.to, "x");
+  const TileLayout from = check_tiled(x, "x", geometry[0], geometry[1]);
+  TiledConvArgs args = check_layer(from, x, w, geometry[2], geometry[3], geometry[4]);
   if (residual) {
     require(args.shuffle == 1, "residual");
     check_tiled(*residual, "residual", args.to.channels, args.to.width);

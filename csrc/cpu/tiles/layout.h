@@ -32,6 +32,10 @@ struct TileLayout {
   int64_t row(int64_t image, int64_t y) const {
     return image * image_bytes() + (y + 1) * row_bytes();
   }
+  bool operator==(const TileLayout& other) const {
+    return batch == other.batch && channels == other.channels && height == other.height &&
+           width == other.width;
+  }
 };
 
 }  // namespace issp

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from issp.ops.schemas.tiles import tiled_shape
+from issp.ops.schemas.tiles import TILED_ACTIVATIONS, chain_layers, tiled_shape
 
 _SMALLEST = 2.0**-126  # normal number of float32 and bfloat16
 _SCALE = 2.0**64
@@ -83,6 +83,40 @@ def tiled_conv2d_by_taps(
         y = _to_float32(y + shares[:, tap::taps, ky : ky + height, kx : kx + width])
     added = y.new_zeros(rows) if bias is None else _flush(bias.double())
     return _to_float32(y + added[:, None, None]).float()
+
+
+def tiled_chain(
+    images: Sequence[Tensor],
+    sizes: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    plan: Sequence[int],
+    scales: Sequence[float],
+) -> Tensor:
+    """See `tiled_chain` in issp/ops/schemas/tiles.py."""
+    slots = list(images)
+    channels, widths = list(sizes[::2]), list(sizes[1::2])
+    for i, layer in enumerate(chain_layers(plan)):
+        values, positions, tile_starts = weights[3 * i : 3 * i + 3]
+        y = tiled_conv2d(
+            slots[layer.source],
+            values,
+            positions,
+            tile_starts,
+            biases[i] if biases[i].numel() else None,
+            slots[layer.residual] if layer.residual >= 0 else None,
+            [channels[layer.source], widths[layer.source], *layer[3:6]],
+            TILED_ACTIVATIONS[layer.activation],
+            scales[i],
+        )
+        if layer.target < len(slots):
+            slots[layer.target].copy_(y)
+            continue
+        slots.append(y)
+        channels.append(layer.rows // layer.shuffle**2)
+        widths.append(widths[layer.source] * layer.shuffle)
+    is_given = layer.target < len(images)
+    return images[0].new_empty(0) if is_given else slots[layer.target]
 
 
 def _sums(

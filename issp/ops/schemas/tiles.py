@@ -25,18 +25,26 @@ By taps, for few output channels: the weight [k * k * O, I], row o * k * k + ky 
     order of the taps, of theirs at (y + ky - k // 2, x + kx - k // 2), zero outside of the image;
     plus the bias, each addition rounded once, float32 [N, O, H, W]. geometry: channels of x, width
     of x, O, k.
+Chain: layers one after the other. images and sizes (channels and width of each) are given: slots 0,
+    1, ... Each layer reads and writes slots; a target that is the next free slot is a new image,
+    another one an image of the result's shape that nobody needs any more, which may be the
+    residual. plan, for each layer: source, residual or -1, target, O, k, shuffle, activation (0:
+    none, 1: relu, 2: gelu). weights: values, positions and tile_starts of each; biases: float32
+    [O] or [0]. Gives the last target's data, where it is new, or an empty tensor; the memory of
+    other new images is free when no layer needs them any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from issp.ops.schemas.pruning import library, one_device
 
+TILED_ACTIVATIONS = ("none", "relu", "gelu")  # by number in the plan of a chain
 LANES = 16  # pixels of a tile, and entries of a K tile
 
 # x [N, C, H, W] float32, float16 or bfloat16, of any strides -> data.
@@ -56,6 +64,10 @@ library.define(
     "tiled_conv2d_by_taps(Tensor x, Tensor values, Tensor positions, Tensor tile_starts, "
     "Tensor? bias, SymInt[] geometry) -> Tensor"
 )
+library.define(
+    "tiled_chain(Tensor(a!)[] images, SymInt[] sizes, Tensor[] weights, Tensor[] biases, "
+    "int[] plan, float[] scales) -> Tensor"
+)
 # The kernels in use on the CPU: amx, avx512 or scalar; `want` selects them, for tests.
 library.define('_tile_capability(str want="") -> str')
 
@@ -71,6 +83,24 @@ def pitch_of(width: int) -> int:
 def tiled_shape(batch: int, channels: int, height: int, width: int) -> tuple[int, ...]:
     """The shape of an image's data in the tile layout."""
     return (batch, height + 2, (channels + 1) // 2 + 1, pitch_of(width), 2)
+
+
+class ChainLayer(NamedTuple):
+    """A layer of a chain: what the plan says, in its order."""
+
+    source: int
+    residual: int
+    target: int
+    rows: int
+    kernel: int
+    shuffle: int
+    activation: int
+
+
+def chain_layers(plan: Sequence[int]) -> list[ChainLayer]:
+    """The layers of a plan."""
+    size = len(ChainLayer._fields)
+    return [ChainLayer(*plan[i : i + size]) for i in range(0, len(plan), size)]
 
 
 def result_shape(x: Tensor, geometry: Sequence[int]) -> tuple[int, ...]:
@@ -106,3 +136,20 @@ def _(x: Tensor, *args: Any) -> Tensor:
     one_device(x, *args[:4])
     _, width, rows, _ = args[4]
     return x.new_empty((x.shape[0], rows, x.shape[1] - 2, width), dtype=torch.float32)
+
+
+@torch.library.register_fake("issp::tiled_chain", lib=library)
+def _(images: Sequence[Tensor], sizes: Sequence[int], *args: Any) -> Tensor:
+    weights, biases, plan, _ = args
+    one_device(images[0], *images[1:], *weights, *biases)
+    shapes = [tuple(image.shape) for image in images]
+    widths = list(sizes[1::2])
+    for layer in chain_layers(plan):
+        if layer.target == len(shapes):
+            batch, height = shapes[layer.source][0], shapes[layer.source][1] - 2
+            width = widths[layer.source] * layer.shuffle
+            channels = layer.rows // layer.shuffle**2
+            shapes.append(tiled_shape(batch, channels, height * layer.shuffle, width))
+            widths.append(width)
+    is_given = layer.target < len(images)
+    return images[0].new_empty((0,) if is_given else shapes[layer.target])

@@ -40,6 +40,7 @@ CPU_OPS: dict[str, Callable[..., None]] = {
     "tiled_conv2d": tiles.check_tiled_conv2d,
     "tiled_conv2d_out": tiles.check_tiled_conv2d_out,
     "tiled_conv2d_by_taps": tiles.check_tiled_conv2d_by_taps,
+    "tiled_chain": tiles.check_tiled_chain,
 }
 
 

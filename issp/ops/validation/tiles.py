@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from issp.ops.schemas.tiles import LANES, result_shape, tiled_shape
+from issp.ops.schemas.tiles import (
+    LANES,
+    TILED_ACTIVATIONS,
+    ChainLayer,
+    chain_layers,
+    result_shape,
+    tiled_shape,
+)
 from issp.ops.validation.pruning import check_in_memory, check_is_tensor, check_strided
 from issp.ops.validation.sparse import can_read, check_activation
 
@@ -103,6 +110,79 @@ def check_tiled_conv2d_by_taps(
         check_bias(bias, rows)
         if bias.device != x.device:
             raise ValueError(f"bias is on {bias.device} but x is on {x.device}")
+
+
+def check_tiled_chain(
+    images: Sequence[Tensor],
+    sizes: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    plan: Sequence[int],
+    scales: Sequence[float],
+) -> None:
+    """The checks of `tiled_chain`."""
+    layers = len(scales)
+    if not images or not layers or len(sizes) != 2 * len(images):
+        raise ValueError(
+            f"{layers} layers, {len(images)} images and {len(sizes)} sizes: a chain has a layer "
+            "and an image at least, and each image two sizes"
+        )
+    if (len(weights), len(biases), len(plan)) != (3 * layers, layers, 7 * layers):
+        raise ValueError(
+            f"{len(weights)} tensors of weights, {len(biases)} biases, a plan of {len(plan)} "
+            f"numbers and {layers} scales: each layer has 3, 1, 7 and 1"
+        )
+    shapes: list[tuple[int, ...]] = []
+    for i, image in enumerate(images):
+        check_tiled(image, f"images[{i}]", sizes[2 * i], sizes[2 * i + 1])
+        shapes.append((image.shape[0], sizes[2 * i], image.shape[1] - 2, sizes[2 * i + 1]))
+    for i, layer in enumerate(chain_layers(plan)):
+        plan_of_weight = (weights[3 * i], weights[3 * i + 1], weights[3 * i + 2])
+        _check_chain_layer(f"layer {i}", layer, shapes, plan_of_weight, biases[i])
+    _check_given(images, plan, [*weights, *biases])
+
+
+def _check_chain_layer(
+    name: str,
+    layer: ChainLayer,
+    shapes: list[tuple[int, ...]],
+    weight: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor,
+) -> None:
+    source, residual, target, rows, kernel, shuffle, activation = layer
+    read = [source] if residual == -1 else [source, residual]
+    if not all(0 <= slot < len(shapes) for slot in read) or not 0 <= target <= len(shapes):
+        raise ValueError(f"{name} reads {read} and writes {target} of {len(shapes)} images")
+    batch, channels, height, width = shapes[source]
+    check_plan(*weight, (rows, channels, kernel, kernel))
+    check_shuffle(rows, shuffle)
+    if bias.numel():
+        check_bias(bias, rows)
+    if not 0 <= activation < len(TILED_ACTIVATIONS):
+        raise ValueError(
+            f"activation of {name} is {activation}: 0, 1 and 2 are {TILED_ACTIVATIONS}"
+        )
+    shape = (batch, rows // shuffle**2, height * shuffle, width * shuffle)
+    _check_sizes(*shape)
+    if residual != -1:
+        check_residual(shuffle)
+    if target == len(shapes):
+        shapes.append(shape)
+    if target == source or any(shapes[slot] != shape for slot in (target, *read[1:])):
+        raise ValueError(
+            f"{name} gives {shape}: its residual and its target must be images of this shape, and "
+            "the target another image than its source"
+        )
+
+
+def _check_given(images: Sequence[Tensor], plan: Sequence[int], others: Sequence[Tensor]) -> None:
+    for target in {layer.target for layer in chain_layers(plan)}:
+        if target < len(images):
+            read = [*images[:target], *images[target + 1 :], *others]
+            if any(_overlap(other, images[target]) for other in read):
+                raise ValueError(
+                    f"images[{target}] is written, and overlaps another argument in memory"
+                )
 
 
 def check_shuffle(rows: int, shuffle: int) -> None:
