@@ -3,7 +3,8 @@
 Arguments have been checked by the caller; nothing here imports issp. Results equal the
 reference's bit by bit, those of the sparse ops up to the rounding of their sums. semantics.py
 has the scalar rules, tables.py the multi-tensor launch, select.py the exact search, sparse.py the
-common functions of the sparse ops; compile.py compiles every kernel without a GPU.
+common functions of the sparse ops, target.py all that depends on the vendor of the GPU; compile.py
+compiles every kernel without a GPU.
 """
 
 from __future__ import annotations
