@@ -14,7 +14,8 @@ std::tuple<Tensor, Tensor> nm_prune_cuda(Tensor weight, int64_t n, int64_t m, in
   const Pattern pattern = check_pattern(weight, n, m, layout == "flat" ? 0 : v, c);
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
   Tensor pruned = torch::stable::empty_like(weight);
-  Tensor mask = torch::stable::new_empty(weight, {mask_words(item.numel)}, ScalarType::Int);
+  // Zeros, since blocks that share a word flip bits of it.
+  Tensor mask = torch::stable::new_zeros(weight, {mask_words(item.numel)}, ScalarType::Int);
   with_dtype(weight.scalar_type(), [&](auto type) {
     using T = decltype(type);
     nm_prune<T>(pointer<const typename T::Bits>(weight), item.numel, pattern, shrink,

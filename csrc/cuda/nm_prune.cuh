@@ -1,5 +1,5 @@
-// nm_prune: keeps n of every m, out of place, with the packed mask: one launch, one read and one
-// write of the weights, see nm_shrink.cuh.
+// nm_prune: keeps n of every m, out of place, with the packed mask, all of whose bits are 0 on
+// entry: one launch, one read and one write of the weights, see nm_shrink.cuh.
 #pragma once
 
 #include "nm_shrink.cuh"

@@ -28,8 +28,10 @@ void require_kernels() {
   require_kernel(speculate_kernel<T, Update, kLarge<E>>, kStepThreads);
   require_kernel(settle_kernel<T, Update, kSmall<E>>, kStepThreads);
   require_kernel(settle_kernel<T, Update, kLarge<E>>, kStepThreads);
-  require_kernel(group_kernel<T, Update, kSmall<G>>, kThreads);
-  require_kernel(group_kernel<T, Update, kLarge<G>>, kThreads);
+  require_kernel(group_kernel<T, Update, true, kSmall<G>>, kThreads);
+  require_kernel(group_kernel<T, Update, true, kLarge<G>>, kThreads);
+  require_kernel(group_kernel<T, Update, false, kSmall<G>>, kThreads);
+  require_kernel(group_kernel<T, Update, false, kLarge<G>>, kThreads);
 }
 
 // Chunks of a block of the first launch: more of them cost less per weight, fewer leave no

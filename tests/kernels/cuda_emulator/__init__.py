@@ -236,12 +236,12 @@ def _fields(weights: list[Tensor], patterns: Sequence[int]) -> ctypes.Array | No
     return (ctypes.c_int64 * len(fields))(*fields)
 
 
-def boxes(weight: Tensor, n: int, m: int, v: int, c: int = 1) -> tuple[int, int]:
-    """Boxes that an N:M weight takes, and columns of one; 0 columns: a warp takes a group."""
+def nm_tiles(weight: Tensor, n: int, m: int, v: int, c: int = 1) -> tuple[int, int]:
+    """Tiles that an N:M weight takes, and columns of one; 0 columns: a warp takes a group."""
     values = [ctypes.c_uint32() for _ in range(2)]
     pattern = _fields([weight], (n, m, v, c))
     pointers = map(ctypes.byref, values)
-    library(options["small"]).emulator_boxes(
+    library(options["small"]).emulator_nm_tiles(
         DTYPE_CODES[weight.dtype], pattern, ctypes.c_int64(weight.numel()), *pointers
     )
     return values[0].value, values[1].value
@@ -292,7 +292,7 @@ def nm_prune(
     """See issp/ops/schemas."""
     validation.check_nm_prune(weight, n, m, v, layout, shrink, c)
     numel = weight.numel()
-    pruned, mask = torch.empty_like(weight), torch.empty(mask_words(numel), dtype=torch.int32)
+    pruned, mask = torch.empty_like(weight), torch.zeros(mask_words(numel), dtype=torch.int32)
     run(
         "nm_prune",
         DTYPE_CODES[weight.dtype],

@@ -43,13 +43,13 @@ void emulator_shapes(uint32_t* tile, uint32_t* chunk, uint32_t* tables, uint32_t
   *strip = kStripSize;
   *tables = kLargeTable;
 }
-// Boxes of an N:M tensor, and columns of one; 0: its groups have no room in a box.
-void emulator_boxes(int dtype, const int64_t* pattern, int64_t numel, uint32_t* boxes,
-                    uint32_t* columns) {
+// Tiles of an N:M tensor, and columns of one; 0: its groups have no room in a tile.
+void emulator_nm_tiles(int dtype, const int64_t* pattern, int64_t numel, uint32_t* tiles,
+                       uint32_t* columns) {
   with_dtype(dtype, [&](auto type) {
-    const Grouping groups = grouping_of<decltype(type)>(patterns_of(pattern, 1)[0], numel);
-    *boxes = groups.boxes;
-    *columns = groups.width * groups.bands;
+    const NmLayout layout = nm_layout<decltype(type)>(patterns_of(pattern, 1)[0], numel);
+    *tiles = layout.tiles;
+    *columns = layout.tile_width.divisor * layout.tile_row_blocks;
   });
 }
 
