@@ -323,30 +323,46 @@ def run(args: argparse.Namespace) -> None:
 
 
 _STEP_SHARED = 8368  # kSharedBytes of select.cuh
-_BOX_BYTES = _STEP_SHARED + 32768  # and a score per weight of a box, nm_groups.cuh
+_TILE_BYTES = _STEP_SHARED + 256 + 33 * 1024  # and what 16 warps found and 8192 scores
 
-_BOX = (
-    Sweep("update_strided<T>(work.entry, work.source(), box.first + own"),
-    Sweep("is_column_selected(work, box, column));", 1),
-    Sweep("write_rows(work, box, piece", 2),  # kWordsAtOnce
-)
-# A group of 32 by a warp, some 14 rounds (kDirect in nm_groups.cuh).
-_CUT = Sweep("cut_by_warp<K>(scores, groups.m", 1, times=14)
 
-_STEP = (
-    ("step", "speculate_kernel", _STEP_SHARED, (Sweep("shrink_chunk(tensor, own"),)),
-    ("N:M 2:4, step", "group_kernel", _BOX_BYTES, _BOX),
-    ("N:M 2:32, step", "group_kernel", _BOX_BYTES, (*_BOX, _CUT)),
-)
+def _groups(best: str, m: int) -> tuple[Sweep, ...]:
+    """A tile of N:M groups: loaded, a bound per group, marked by it, written."""
+    unrolled = 2 if best == "kMostBest" else 4
+    return (
+        Sweep("load_weights<T, true>(from", "kLoads"),
+        Sweep(f"K next = group.score_at(column); @ return bound_of<{best}>(group,", unrolled),
+        Sweep("const K score = group.score_at(column);", 4),
+        Sweep("each_group<K>(layout, tile, view.scores(), thread()", m, inner=False),
+        Sweep("write(std::true_type(), own);", "kStores"),
+    )
+
+
+_GROUPS = (("2:4", "2", 4), ("2:32", "2", 32), ("3:32", "4", 32), ("8:16", "kMostBest", 16))
 # The rows of a chunk in a loop, and what the chunk costs beside them: words of mask and log.
 _UPDATES = (
     ("Adam and step", "adam_soft_shrink", "AdamRule", _ADAM_BYTES, 4),
     ("SGD and step", "sgd_soft_shrink", "SgdRule", _SGD_BYTES, 3),
 )
 KERNELS = (
+    Counted(
+        "step",
+        "soft_shrink",
+        "speculate_kernel<Float32, NoUpdate",
+        _STEP_SHARED,
+        _STEP_BYTES,
+        (Sweep("shrink_chunk(tensor, own"),),
+    ),
     *(
-        Counted(name, "soft_shrink", f"{kernel}<Float32, NoUpdate", shared, _STEP_BYTES, sweeps)
-        for name, kernel, shared, sweeps in _STEP
+        Counted(
+            f"N:M {name}, step",
+            "soft_shrink",
+            "group_kernel<Float32, NoUpdate, 1,",  # units of one weight
+            _TILE_BYTES,
+            _STEP_BYTES,
+            _groups(best, m),
+        )
+        for name, best, m in _GROUPS
     ),
     *(
         Counted(

@@ -131,7 +131,7 @@ def readable(symbol: str) -> str:
     """The kernel and its template arguments, such as apply_kernel<Float32, 120>."""
     words: list[str] = []
     at, end = symbol.find("issp") + len("issp"), symbol.find("EEv") + 1 or len(symbol)
-    while match := re.compile(r"\D*?(?:Li(\d+)E|(\d+))").match(symbol, at, end):
+    while match := re.compile(r"\D*?(?:L[bi](\d+)E|(\d+))").match(symbol, at, end):
         at = match.end() + int(match[2] or 0)
         words.append(match[1] or symbol[match.end() : at])
     return f"{words[0]}<{', '.join(words[1:])}>" if words else symbol

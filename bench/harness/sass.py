@@ -175,14 +175,16 @@ class Code:
         """The loop that has most of the code of a call in the source.
 
         Args:
-            call: how the call begins, such as "shrink_tile<T>(rows"; it stands on one line.
+            call: how the call begins, such as "shrink_tile<T>(rows"; it stands on one line. Of
+                "load( @ sweep<2>(" the loop is that of load in the code of sweep<2>.
 
         Raises:
             LookupError: no loop has any.
         """
 
         def size(loop: Loop) -> int:
-            return sum(self._comes_from(x, [call]) for x in self._instructions(loop.own))
+            own = self._instructions(loop.own)
+            return sum(all(self._comes_from(x, [y]) for y in call.split(" @ ")) for x in own)
 
         best = max(self.loops, key=size)
         if not size(best):
