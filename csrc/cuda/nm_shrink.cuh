@@ -40,10 +40,10 @@ struct GroupEntry : Base {
 
 // What has been selected.
 template <typename K>
-struct Found {
+struct GroupTally {
   K largest = 0;  // key
   uint32_t flips = 0, padding = 0;
-  ISSP_DEVICE void join(const Found& other) {
+  ISSP_DEVICE void join(const GroupTally& other) {
     if (other.largest > largest) largest = other.largest;
     flips += other.flips;
   }
@@ -73,7 +73,7 @@ struct GroupView {
   ISSP_DEVICE bool marks_kept() const { return 2 * entry.layout.pruned >= entry.layout.m; }
   ISSP_DEVICE uint32_t pruned_of(uint32_t marks) const { return marks_kept() ? ~marks : marks; }
 
-  ISSP_DEVICE void shrink_to(uint32_t i, Bits bits, Found<Key<T>>& found) const {
+  ISSP_DEVICE void shrink_to(uint32_t i, Bits bits, GroupTally<Key<T>>& found) const {
     store(data() + i, shrunk<T>(bits, call.shrink));
     const Key<T> magnitude = key<T>(bits);
     if (magnitude > found.largest) found.largest = magnitude;
@@ -261,7 +261,7 @@ ISSP_DEVICE uint32_t refresh_bits(uint32_t* word, uint32_t own, uint32_t kept) {
 
 template <typename View>
 ISSP_DEVICE void write_masks(const View& view, const CtaTile& tile,
-                             Found<Key<typename View::T>>& found) {
+                             GroupTally<Key<typename View::T>>& found) {
   const NmLayout& layout = view.entry.layout;
   const uint32_t words = layout.segments() * layout.words.divisor;
   for (uint32_t i = thread(); i < words; i += kThreads) {
@@ -273,7 +273,7 @@ ISSP_DEVICE void write_masks(const View& view, const CtaTile& tile,
 
 template <typename T>
 ISSP_DEVICE void put_weight(typename T::Bits* to, typename T::Bits bits, bool pruned,
-                            typename T::Wide shrink, Found<Key<T>>& found) {
+                            typename T::Wide shrink, GroupTally<Key<T>>& found) {
   const Key<T> magnitude = pruned ? key<T>(bits) : Key<T>(0);
   if (magnitude > found.largest) found.largest = magnitude;
   store(to, pruned ? shrunk<T>(bits, shrink) : bits);
@@ -282,7 +282,7 @@ ISSP_DEVICE void put_weight(typename T::Bits* to, typename T::Bits bits, bool pr
 // Units of one weight, which lie in shared memory.
 template <typename View>
 ISSP_DEVICE void write_weights(const View& view, const CtaTile& tile,
-                               Found<Key<typename View::T>>& found) {
+                               GroupTally<Key<typename View::T>>& found) {
   using T = typename View::T;
   const uint32_t complement = view.marks_kept() ? ~0u : 0u, bit = 1u << lane();
   const uint32_t before = tile.first % 32;  // lanes of the first word
@@ -312,7 +312,7 @@ ISSP_DEVICE void write_weights(const View& view, const CtaTile& tile,
 // Units of several weights, which are read again.
 template <typename View>
 ISSP_DEVICE void write_units(const View& view, const CtaTile& tile,
-                             Found<Key<typename View::T>>& found) {
+                             GroupTally<Key<typename View::T>>& found) {
   using T = typename View::T;
   constexpr uint32_t kWords = kStores / 2;
   const NmLayout& layout = view.entry.layout;
@@ -345,7 +345,7 @@ ISSP_DEVICE void write_units(const View& view, const CtaTile& tile,
 // nothing has to wait for another, and masks change bit by bit.
 template <typename View>
 ISSP_DEVICE void shrink_single_group(const View& view, uint32_t number,
-                                     Found<Key<typename View::T>>& found) {
+                                     GroupTally<Key<typename View::T>>& found) {
   using T = typename View::T;
   using Update = typename View::Update;
   using Bits = typename T::Bits;
@@ -397,11 +397,11 @@ ISSP_DEVICE void clear_padding(uint32_t* mask, uint32_t numel) {
 
 // What the block has found, in thread 0.
 template <typename K>
-ISSP_DEVICE Found<K> join_block(Found<K> found, Shared area) {
+ISSP_DEVICE GroupTally<K> join_block(GroupTally<K> found, Shared area) {
 #pragma unroll
   for (uint32_t distance = 16; distance > 0; distance /= 2) {
-    Found<K> other = {shuffle(uint32_t(found.largest), lane() ^ distance),
-                      shuffle(found.flips, lane() ^ distance)};
+    GroupTally<K> other = {shuffle(uint32_t(found.largest), lane() ^ distance),
+                           shuffle(found.flips, lane() ^ distance)};
     if constexpr (sizeof(K) == 8) {
       other.largest |= K(shuffle(uint32_t(found.largest >> 32), lane() ^ distance)) << 32;
     }
@@ -410,7 +410,7 @@ ISSP_DEVICE Found<K> join_block(Found<K> found, Shared area) {
   if (lane() == 0) share(area.from(warp() * kFoundWords), found);
   barrier();
   for (uint32_t w = 1; thread() == 0 && w < kWarps; ++w) {
-    found.join(shared_value<Found<K>>(area.from(w * kFoundWords)));
+    found.join(shared_value<GroupTally<K>>(area.from(w * kFoundWords)));
   }
   return found;
 }
@@ -418,7 +418,7 @@ ISSP_DEVICE Found<K> join_block(Found<K> found, Shared area) {
 // Flips and threshold of a tensor, gathered in words of its scratch that are 0 between calls, and
 // handed over by the last of its blocks, behind which nobody reads the optimizer's step.
 template <typename View>
-ISSP_DEVICE void finalize_tensor(const View& view, Found<Key<typename View::T>> found) {
+ISSP_DEVICE void finalize_tensor(const View& view, GroupTally<Key<typename View::T>> found) {
   using T = typename View::T;
   using K = Key<T>;
   const auto& entry = view.entry;
@@ -468,7 +468,7 @@ group_kernel(const ISSP_PARAM Table<Capacity, GroupEntry<typename Update::Entry>
     update.prepare(entry, view.shared);
     barrier();
   }
-  Found<Key<T>> found;
+  GroupTally<Key<T>> found;
   if (layout.is_single_group()) {
     const uint32_t group = number * kWarps + warp();
     if (group < layout.row_blocks * (layout.columns / layout.m)) {
