@@ -328,4 +328,44 @@ product_kernel(const ISSP_PARAM Place place, const ISSP_PARAM Lists lists,
   finish_block<Wide, V>(sums, place, tile, team, group, storage, ends, shared);
 }
 
+template <typename Wide, int V, typename Place>
+void launch_product(const Place& place, const Capacity& capacity, const Lists& lists,
+                    Storage storage, const void* x, const void* values, const Ends& ends,
+                    Stream stream) {
+  const uint64_t tiles = tiles_of(place);
+  if (tiles == 0) return;
+  const Team team =
+      choose_team<Wide>(lists.rows, V, tiles, capacity.processors, exchange_room<Place>(capacity));
+  launch(product_kernel<Wide, V, Place>, uint32_t(tiles * team.groups), team.threads(),
+         shared_bytes<Wide>(place, team, V), stream, place, lists, team, x, values, storage, ends);
+}
+
+// An implicit product: nothing of the unfolded input is ever in global memory.
+inline void sparse_conv2d(const Window& window, const Lists& lists, Storage storage, const void* x,
+                          const void* values, const Ends& ends, Stream stream) {
+  with_strips(storage, lists.v, [&](auto zero, auto rows) {
+    using Wide = decltype(zero);
+    const Capacity capacity = capacity_of(product_kernel<Wide, rows(), Planes>);
+    const Planes place = place_planes<Wide>(window, capacity.bytes);
+    if (place.chunk > 0) {
+      launch_product<Wide, rows()>(place, capacity, lists, storage, x, values, ends, stream);
+      return;
+    }
+    const Capacity other = capacity_of(product_kernel<Wide, 1, Gathered>);
+    launch_product<Wide, 1>(place_gathered<Wide>(window, other.bytes), other, lists, storage, x,
+                            values, ends, stream);
+  });
+}
+
+// A convolution's product with one tap, the features innermost in memory.
+inline void sparse_matmul(uint64_t tokens, const Lists& lists, Storage storage, const void* x,
+                          const void* values, const Ends& ends, Stream stream) {
+  with_strips(storage, lists.v, [&](auto zero, auto rows) {
+    using Wide = decltype(zero);
+    const Capacity capacity = capacity_of(product_kernel<Wide, rows(), Tokens>);
+    const Tokens place = place_tokens<Wide>(tokens, lists.length, lists.rows, capacity.bytes);
+    launch_product<Wide, rows()>(place, capacity, lists, storage, x, values, ends, stream);
+  });
+}
+
 }  // namespace issp

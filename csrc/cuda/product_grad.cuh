@@ -237,4 +237,60 @@ inline uint32_t choose_splits(const Lists& lists, uint64_t tiles) {
   return uint32_t(std::max<uint64_t>(1, std::min({tiles, kMost, by_memory})));
 }
 
+// The tiles of a convolution, whichever way they are staged, and of a matrix product.
+inline uint64_t tiles_of(const Window& window, Storage storage) {
+  const bool wide = storage == Storage::kFloat64;
+  return tiles_of(wide ? place_pixels<double>(window) : place_pixels<float>(window));
+}
+inline uint64_t tiles_of(uint64_t tokens, Storage storage) {
+  return parts_of_size(tokens,
+                       storage == Storage::kFloat64 ? kTilePixels<double> : kTilePixels<float>);
+}
+
+template <typename Wide, int V, typename Place>
+void launch_values_grad(const Place& place, const Capacity& capacity, const Lists& lists,
+                        Storage storage, const void* x, const void* grad, void* totals,
+                        Stream stream) {
+  const uint64_t tiles = tiles_of(place);
+  if (tiles == 0 || lists.entries == 0) return;
+  const Parts parts = {parts_of_size(place.units, place.chunk), choose_splits(lists, tiles),
+                       uint32_t(tiles)};
+  const uint64_t shares = uint64_t(parts.chunks) * parts.splits;
+  const Team team =
+      choose_team<Wide>(lists.rows, V, shares, capacity.processors, exchange_room<Place>(capacity));
+  launch(values_grad_kernel<Wide, V, Place>, uint32_t(shares * team.groups), team.threads(),
+         shared_bytes<Wide>(place, team, V), stream, place, lists, team, parts, x, grad, storage,
+         static_cast<Wide*>(totals));
+}
+
+// totals: choose_splits(lists, tiles_of(window or tokens, storage)) times as many sums as there are
+// values, all zero. sum_totals follows.
+inline void sparse_conv2d_values_grad(const Window& window, const Lists& lists, Storage storage,
+                                      const void* x, const void* grad, void* totals,
+                                      Stream stream) {
+  with_strips(storage, lists.v, [&](auto zero, auto rows) {
+    using Wide = decltype(zero);
+    const Capacity capacity = capacity_of(values_grad_kernel<Wide, rows(), Planes>);
+    const Planes place = place_planes<Wide>(window, capacity.bytes);
+    if (place.chunk > 0) {
+      launch_values_grad<Wide, rows()>(place, capacity, lists, storage, x, grad, totals, stream);
+      return;
+    }
+    const Capacity other = capacity_of(values_grad_kernel<Wide, 1, Gathered>);
+    launch_values_grad<Wide, 1>(place_gathered<Wide>(window, other.bytes), other, lists, storage, x,
+                                grad, totals, stream);
+  });
+}
+
+inline void sparse_matmul_values_grad(uint64_t tokens, const Lists& lists, Storage storage,
+                                      const void* x, const void* grad, void* totals,
+                                      Stream stream) {
+  with_strips(storage, lists.v, [&](auto zero, auto rows) {
+    using Wide = decltype(zero);
+    const Capacity capacity = capacity_of(values_grad_kernel<Wide, rows(), Tokens>);
+    const Tokens place = place_tokens<Wide>(tokens, lists.length, lists.rows, capacity.bytes);
+    launch_values_grad<Wide, rows()>(place, capacity, lists, storage, x, grad, totals, stream);
+  });
+}
+
 }  // namespace issp

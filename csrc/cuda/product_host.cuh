@@ -90,4 +90,16 @@ uint32_t staged_bytes(const Tokens& place) {
   return place.chunk * (place.tile_tokens + 1) * uint32_t(sizeof(Wide));
 }
 
+// Of a kernel; tokens are exchanged through what the inputs leave.
+template <typename Wide, typename Place>
+uint32_t shared_bytes(const Place& place, const Team& team, uint32_t strip_rows) {
+  const uint32_t staged = staged_bytes<Wide>(place);
+  if (!std::is_same_v<Place, Tokens>) return staged;
+  return std::max(staged, exchange_bytes<Wide>(team, strip_rows));
+}
+template <typename Place>
+uint32_t exchange_room(const Capacity& capacity) {
+  return std::is_same_v<Place, Tokens> ? capacity.bytes : ~0u;
+}
+
 }  // namespace issp

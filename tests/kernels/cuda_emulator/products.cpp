@@ -3,10 +3,8 @@
 
 #include "emulator.h"
 #include "entries.h"
-#include "sparse_conv2d.cuh"
-#include "sparse_conv2d_values_grad.cuh"
-#include "sparse_matmul.cuh"
-#include "sparse_matmul_values_grad.cuh"
+#include "product_forward.cuh"
+#include "product_grad.cuh"
 
 namespace {
 
@@ -45,7 +43,7 @@ Ends allowed_ends(const Ends& ends, const Lists& lists, uint64_t y, Storage stor
   return ends;
 }
 
-// As summed_values() in product_grad_call.h.
+// As summed_values() in sparse_values_grad.cu.
 template <typename Add>
 void sum_values(const Lists& lists, uint32_t splits, Storage storage, void* found, const Add& add) {
   const uint64_t values = uint64_t(lists.entries) * lists.v;
@@ -114,7 +112,7 @@ const char* emulated_sparse_matmul_values_grad(uint64_t tokens, const Lists* lis
     allowed_values(x, tokens * lists->length, kind);
     allowed_values(grad, tokens * lists->rows, kind);
     allowed_lists(*lists);
-    const uint32_t splits = choose_splits(*lists, token_tiles(tokens, kind));
+    const uint32_t splits = choose_splits(*lists, tiles_of(tokens, kind));
     sum_values(*lists, splits, kind, found, [&](void* totals) {
       sparse_matmul_values_grad(tokens, *lists, kind, x, grad, totals, nullptr);
     });
