@@ -85,42 +85,30 @@ struct Optimizer {
   // kMasked not set: nothing does.
   template <bool kMasked>
   ISSP_DEVICE Vector<uint32_t, 4> update_vector(const Entry& entry, const uint32_t* mask,
-                                                uint32_t i, const Vector<uint32_t, 4>& weights,
+                                                uint32_t i, Vector<uint32_t, 4> weights,
                                                 Shared shared) const {
     const uint32_t kept = kMasked && mask ? load(mask + i / 32) >> i % 32 : ~0u;
     const bool reads_moments = rule.reads_moments(entry);
-    Vector<uint32_t, 4> bits[Rule::kMoments] = {}, updated;
+    Vector<uint32_t, 4> moments[kMoments] = {};
 #pragma unroll
-    for (uint32_t j = 0; j < Rule::kMoments; ++j) {
-      if (reads_moments) bits[j] = load_vector<4>(moment_bits(entry, j) + i);
+    for (uint32_t j = 0; j < kMoments; ++j) {
+      if (reads_moments) moments[j] = load_vector<4>(moment(entry, j) + i);
     }
     float gradients[4];
     load_gradients(entry, i, gradients);
-    // Read anew for every vector: shared memory has room for them, registers have not.
-    const auto by = shared_value<Numbers>(shared.from(kStepArea));
-    if (by.divisor != 1.0f) {
-#pragma unroll
-      for (uint32_t e = 0; e < 4; ++e) gradients[e] = over(gradients[e], by.divisor);
-    }
+    update(entry, weights.x, gradients, moments, shared);
 #pragma unroll
     for (uint32_t e = 0; e < 4; ++e) {
-      float moments[Rule::kMoments];
+      if (!kMasked || (kept >> e & 1u)) continue;
+      weights.x[e] = 0;
 #pragma unroll
-      for (uint32_t j = 0; j < Rule::kMoments; ++j) moments[j] = bit_as<float>(bits[j].x[e]);
-      const float w =
-          rule.updated(bit_as<float>(weights.x[e]), gradients[e], moments, entry, by.step);
-      const bool keeps = !kMasked || (kept >> e & 1u);
-      updated.x[e] = keeps ? bit_as<uint32_t>(w) : 0u;
-#pragma unroll
-      for (uint32_t j = 0; j < Rule::kMoments; ++j) {
-        bits[j].x[e] = keeps ? bit_as<uint32_t>(moments[j]) : 0u;
-      }
+      for (uint32_t j = 0; j < kMoments; ++j) moments[j].x[e] = 0;
     }
 #pragma unroll
-    for (uint32_t j = 0; j < Rule::kMoments; ++j) {
-      if (rule.moment(entry, j)) store_vector(moment_bits(entry, j) + i, bits[j]);
+    for (uint32_t j = 0; j < kMoments; ++j) {
+      if (moment(entry, j)) store_vector(moment(entry, j) + i, moments[j]);
     }
-    return updated;
+    return weights;
   }
 
   // Updates elements first..first + count in memory, as far as there are so many; mask as above.
@@ -130,51 +118,61 @@ struct Optimizer {
     const uint32_t left = entry.numel - first, end = first + (left < count ? left : count);
 #pragma unroll 1
     for (uint32_t i = first + thread(); i < end; i += threads()) {
-      const auto keeps = [&](uint32_t) {
-        return mask == nullptr || (load(mask + i / 32) >> i % 32 & 1u) != 0;
-      };
-      const auto sink = [&](uint32_t, uint32_t bits) { store(weights + i, bits); };
-      const auto weight = [&](uint32_t) { return load(weights + i); };
-      const auto inside = [](uint32_t) { return true; };
-      if (entry.extra & kBFloat16Gradient) {
-        update_batch<BFloat16, 1>(entry, i, 0, inside, keeps, weight, sink, shared);
-      } else {
-        update_batch<Float32, 1>(entry, i, 0, inside, keeps, weight, sink, shared);
+      const bool kept = mask == nullptr || (load(mask + i / 32) >> i % 32 & 1u);
+      const auto sink = [&](uint32_t, uint32_t bits) { store(weights + i, kept ? bits : 0u); };
+      update_strided<Float32, 1>(entry, weights, i, 0, 1, sink, shared);
+#pragma unroll
+      for (uint32_t j = 0; j < kMoments; ++j) {
+        if (!kept && moment(entry, j)) store(moment(entry, j) + i, 0u);
       }
     }
   }
 
-  // Elements that a call in which nothing is frozen selects from.
-  template <typename T, typename Sink>
+  template <typename T, uint32_t kCount = kBatch, typename Sink>
   ISSP_DEVICE void update_strided(const Entry& entry, const uint32_t* weights, uint32_t first,
                                   uint32_t stride, uint32_t count, const Sink& sink,
                                   Shared shared) const {
-    if (entry.extra & kBFloat16Gradient) {
-      update_strided_by<BFloat16>(entry, weights, first, stride, count, sink, shared);
-    } else {
-      update_strided_by<Float32>(entry, weights, first, stride, count, sink, shared);
+    const bool reads_moments = rule.reads_moments(entry);
+    uint32_t bits[kCount];
+    float gradients[kCount];
+    Vector<uint32_t, kCount> moments[kMoments];
+#pragma unroll
+    for (uint32_t e = 0; e < kCount; ++e) {
+      const bool inside = e < count;
+      bits[e] = inside ? load(weights + first + stride * e) : 0u;
+      gradients[e] = inside ? load_gradient(entry, first + stride * e) : 0.0f;
+#pragma unroll
+      for (uint32_t j = 0; j < kMoments; ++j) {
+        const uint32_t* const from = moment(entry, j) + first;
+        moments[j].x[e] = inside && reads_moments ? load(from + stride * e) : 0u;
+      }
+    }
+    update(entry, bits, gradients, moments, shared);
+#pragma unroll
+    for (uint32_t e = 0; e < kCount; ++e) {
+      if (e >= count) continue;
+      sink(e, bits[e]);
+#pragma unroll
+      for (uint32_t j = 0; j < kMoments; ++j) {
+        uint32_t* const to = moment(entry, j);
+        if (to) store(to + first + stride * e, moments[j].x[e]);
+      }
     }
   }
 
  private:
-  template <typename G, typename Sink>
-  ISSP_DEVICE void update_strided_by(const Entry& entry, const uint32_t* weights, uint32_t first,
-                                     uint32_t stride, uint32_t count, const Sink& sink,
-                                     Shared shared) const {
-    uint32_t bits[kBatch];
-#pragma unroll
-    for (uint32_t i = 0; i < kBatch; ++i) {
-      bits[i] = i < count ? load(weights + first + stride * i) : 0u;
-    }
-    update_batch<G, kBatch>(
-        entry, first, stride, [&](uint32_t i) { return i < count; }, [](uint32_t) { return true; },
-        [&](uint32_t i) { return bits[i]; }, sink, shared);
-  }
+  static constexpr uint32_t kMoments = Rule::kMoments;
 
-  ISSP_DEVICE uint32_t* moment_bits(const Entry& entry, uint32_t j) const {
+  ISSP_DEVICE uint32_t* moment(const Entry& entry, uint32_t j) const {
     return reinterpret_cast<uint32_t*>(rule.moment(entry, j));
   }
 
+  ISSP_DEVICE float load_gradient(const Entry& entry, uint32_t i) const {
+    if (entry.extra & kBFloat16Gradient) {
+      return widen(BFloat16{}, load(static_cast<const uint16_t*>(entry.grad) + i));
+    }
+    return load(static_cast<const float*>(entry.grad) + i);
+  }
   ISSP_DEVICE void load_gradients(const Entry& entry, uint32_t i, float (&to)[4]) const {
     if (entry.extra & kBFloat16Gradient) {
       const auto bits = load_vector<4>(static_cast<const uint16_t*>(entry.grad) + i);
@@ -187,42 +185,26 @@ struct Optimizer {
     }
   }
 
-  // Elements first + stride * i that are inside(i); what keeps(i) denies becomes zero.
-  template <typename G, uint32_t kCount, typename Inside, typename Keeps, typename Weights,
-            typename Sink>
-  ISSP_DEVICE void update_batch(const Entry& entry, uint32_t first, uint32_t stride,
-                                const Inside& inside, const Keeps& keeps, const Weights& weights,
-                                const Sink& sink, Shared shared) const {
-    // Pointers of this lane, so that rows are constants away.
-    const auto gradients = static_cast<const typename G::Bits*>(entry.grad) + first;
-    const bool moments_mean = rule.reads_moments(entry);
-    float moments[kCount][Rule::kMoments];
-    typename G::Bits g[kCount];
-#pragma unroll
-    for (uint32_t i = 0; i < kCount; ++i) {
-      g[i] = inside(i) ? load(gradients + stride * i) : typename G::Bits(0);
-#pragma unroll
-      for (uint32_t j = 0; j < Rule::kMoments; ++j) {
-        const float* moment = rule.moment(entry, j) + first;
-        moments[i][j] = inside(i) && moments_mean ? load(moment + stride * i) : 0.0f;
-      }
-    }
-    // Read anew for every batch: shared memory has room for them, registers have not.
+  // Weights and moments in registers.
+  template <uint32_t kCount>
+  ISSP_DEVICE void update(const Entry& entry, uint32_t (&weights)[kCount],
+                          float (&gradients)[kCount], Vector<uint32_t, kCount> (&moments)[kMoments],
+                          Shared shared) const {
+    // Read anew every time: shared memory has room for them, registers have not.
     const auto by = shared_value<Numbers>(shared.from(kStepArea));
+    if (by.divisor != 1.0f) {
 #pragma unroll
-    for (uint32_t i = 0; i < kCount; ++i) {
-      const bool kept = keeps(i);
-      float gradient = widen(G{}, g[i]);
-      if (by.divisor != 1.0f) gradient = over(gradient, by.divisor);
-      const float w = bit_as<float>(weights(i));
-      const float updated = rule.updated(w, gradient, moments[i], entry, by.step);
-      if (!inside(i)) continue;
-      sink(i, kept ? bit_as<uint32_t>(updated) : 0u);
+      for (uint32_t e = 0; e < kCount; ++e) gradients[e] = over(gradients[e], by.divisor);
+    }
 #pragma unroll
-      for (uint32_t j = 0; j < Rule::kMoments; ++j) {
-        float* moment = rule.moment(entry, j);
-        if (moment) store(moment + first + stride * i, kept ? moments[i][j] : 0.0f);
-      }
+    for (uint32_t e = 0; e < kCount; ++e) {
+      float its[kMoments];
+#pragma unroll
+      for (uint32_t j = 0; j < kMoments; ++j) its[j] = bit_as<float>(moments[j].x[e]);
+      const float w = bit_as<float>(weights[e]);
+      weights[e] = bit_as<uint32_t>(rule.updated(w, gradients[e], its, entry, by.step));
+#pragma unroll
+      for (uint32_t j = 0; j < kMoments; ++j) moments[j].x[e] = bit_as<uint32_t>(its[j]);
     }
   }
 };

@@ -379,20 +379,27 @@ speculate_kernel(const ISSP_PARAM Table<Capacity, typename Update::Entry> table,
   uint32_t sums = 0;
 #pragma unroll 1
   for (uint32_t i = 0; i < chunks; ++i, tile.advance(), words.advance()) {
-    const auto chunk = [&](const auto& own) {
+    const auto work = [&](const auto& own, const ChunkWords<T>& its) {
       if constexpr (Update::kUpdates) {
-        // Anew for every chunk: an update needs the registers.
-        const ChunkWords<T> its(tensor, first + i);
         return update_chunk(tensor, own, entry, update, its, i, pass, shared);
       } else {
-        return shrink_chunk(tensor, own, words, i, pass, shared);
+        return shrink_chunk(tensor, own, its, i, pass, shared);
       }
     };
-    sums += first + i < whole ? chunk(tile) : chunk(ThreadTile<T, false>(tensor, first + i));
+    const uint32_t chunk = first + i;
+    if (chunk >= whole) {
+      sums += work(ThreadTile<T, false>(tensor, chunk), ChunkWords<T>(tensor, chunk));
+    } else if (Update::kUpdates) {  // which needs the registers of what would be carried along
+      sums += work(ThreadTile<T, true>(tensor, chunk), ChunkWords<T>(tensor, chunk));
+    } else {
+      sums += work(tile, words);
+    }
   }
   if (!pass.speculates) return;
-  if (hand_in(tensor, sums, first, table.chunks, shared)) {
-    verify(tensor, call, {pass.lo, pass.above - 1, true}, shared);
+  // Looked up again, since registers are scarce in between.
+  const TensorView<T> again(table.entries[locate(table, block())], call);
+  if (hand_in(again, sums, first, table.chunks, shared)) {
+    verify(again, call, {pass.lo, pass.above - 1, true}, shared);
   }
 }
 
