@@ -210,7 +210,7 @@ ISSP_DEVICE uint32_t wait_for_phase(const TensorView<T>& tensor, const Call<T>& 
   if (thread() == 0) {
     reached = load_acquire(tensor.header + kPhase);
     for (uint32_t rounds = 1; reached < phase; ++rounds) {
-      if (rounds == call.patience) trap();
+      if (call.patience && rounds == call.patience) trap();
       relax();
       reached = load_acquire(tensor.header + kPhase);
     }

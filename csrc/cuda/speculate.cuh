@@ -88,22 +88,22 @@ ISSP_DEVICE void speculate_row(WeightVector<T>& weights, uint32_t row, const Pas
   found.up_to |= up_to << (row * kWidth<T>);
 }
 
-// kRows rows from `first` on, of which a warp stores all or postpones all. rows(row): the weights
+// kAtOnce rows from `first` on, of which a warp stores all or postpones all. rows(row): the weights
 // of this thread's vector, updated if there is an update.
-template <uint32_t kRows, typename T, typename Tile, typename Rows>
+template <uint32_t kAtOnce, typename T, typename Tile, typename Rows>
 ISSP_DEVICE void speculate_rows(const Tile& tile, uint32_t first, const Rows& rows,
                                 const Pass<T>& pass, Found& found) {
-  WeightVector<T> weights[kRows], products[kRows];
+  WeightVector<T> weights[kAtOnce], products[kAtOnce];
   Key<T> smallest = ~Key<T>(0) - 1;
 #pragma unroll
-  for (uint32_t i = 0; i < kRows; ++i) {
+  for (uint32_t i = 0; i < kAtOnce; ++i) {
     weights[i] = products[i] = rows(first + i);
     speculate_row<T>(products[i], first + i, pass, found, smallest);
   }
   const bool postponed = any(smallest < pass.safe);
-  if (postponed) found.postponed |= ((1u << kRows) - 1u) << first;
+  if (postponed) found.postponed |= ((1u << kAtOnce) - 1u) << first;
 #pragma unroll
-  for (uint32_t i = 0; i < kRows; ++i) {
+  for (uint32_t i = 0; i < kAtOnce; ++i) {
     if (!postponed) tile.store_row(first + i, products[i]);
     if (postponed && pass.updated) tile.store_row(first + i, weights[i]);
   }
@@ -271,9 +271,9 @@ ISSP_DEVICE KeyRange<Key<T>> range_of(const TensorView<T>& tensor, const Call<T>
   return range;
 }
 
-// Chunk i of a block, kRows rows at a time. Returns the thread's keys below the range and, in the
+// Chunk i of a block, kAtOnce rows at a time. Returns the thread's keys below the range and, in the
 // upper half, its flips.
-template <uint32_t kRows, typename T, typename Tile, typename Rows>
+template <uint32_t kAtOnce, typename T, typename Tile, typename Rows>
 ISSP_DEVICE uint32_t speculate_chunk(const TensorView<T>& tensor, const Tile& tile,
                                      const ChunkWords<T>& words, uint32_t i, const Pass<T>& pass,
                                      const Rows& rows, Shared shared) {
@@ -283,13 +283,13 @@ ISSP_DEVICE uint32_t speculate_chunk(const TensorView<T>& tensor, const Tile& ti
   };
   Found found;
   uint32_t old = 0;
-  if constexpr (kRows == kRowsOfChunk<T>) {
+  if constexpr (kAtOnce == kRowsOfChunk<T>) {
     old = load_old();
-    speculate_rows<kRows>(tile, 0, rows, pass, found);
+    speculate_rows<kAtOnce>(tile, 0, rows, pass, found);
   } else {
 #pragma unroll 1
-    for (uint32_t row = 0; row < kRowsOfChunk<T>; row += kRows) {
-      speculate_rows<kRows>(tile, row, rows, pass, found);
+    for (uint32_t row = 0; row < kRowsOfChunk<T>; row += kAtOnce) {
+      speculate_rows<kAtOnce>(tile, row, rows, pass, found);
     }
     old = load_old();  // late: an update needs the registers
   }

@@ -1,16 +1,8 @@
-// A tile: the piece of a tensor that one block holds in registers.
-//
-// Shape: 16 warps x 16 rows x 32 lanes = 8192 elements. A warp reads 32 consecutive elements per
-// row, so that a ballot is a word of the packed mask as it stands, ranks of ties are popcounts, and
-// any element-aligned pointer will do. Every thread has 16 independent loads in flight: 32 KB per
-// block of float32 and 64 KB per SM at two blocks, twice what the latency of HBM asks for (Little:
-// about 25 KB per SM at 4.3 TB/s and 700 ns). Two blocks of 512 threads leave 64 registers a
-// thread, 16 of them the tile; ptxas takes 63 or 64 and spills nothing, on sm_80 to sm_120. 256
-// threads with 32 rows, tried first, spilled. A larger tile leaves SMs idle on small models
-// (SwinIR-light: 0.88 M weights for 132 SMs), a smaller one pays a tile's barriers and two atomics
-// more often. 16-bit types use the same shape with half the bytes; float64 takes 128 registers and
-// one block per SM. Nothing here depends on a capacity that GPUs differ in: 8.3 KB of shared memory
-// a block.
+// A tile: what one block of the auxiliary ops holds of a tensor in registers, 16 warps x 16 rows x
+// 32 lanes. A warp reads 32 consecutive elements per row, so that a ballot is a word of the packed
+// mask as it stands, and any element-aligned pointer will do. Every thread has 16 independent loads
+// in flight: 64 KB of float32 per SM at two blocks, twice what the latency of HBM asks for. (The
+// step has its own shape, thread_tile.cuh.)
 #pragma once
 
 #include "device.cuh"
