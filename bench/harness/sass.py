@@ -172,7 +172,10 @@ class Code:
         return max(self.loops, key=loaded)
 
     def loop_of(self, call: str) -> Loop:
-        """The loop that has most of the code of a call in the source.
+        """The loop that a call in the source became.
+
+        Of the loops that have most of its code, or half as much, the one that has least beside it:
+        what is computed before an inner loop belongs to the loop around it.
 
         Args:
             call: how the call begins, such as "shrink_tile<T>(rows"; it stands on one line. Of
@@ -181,15 +184,15 @@ class Code:
         Raises:
             LookupError: no loop has any.
         """
-
-        def size(loop: Loop) -> int:
-            own = self._instructions(loop.own)
-            return sum(all(self._comes_from(x, [y]) for y in call.split(" @ ")) for x in own)
-
-        best = max(self.loops, key=size)
-        if not size(best):
+        calls, sizes = call.split(" @ "), {}
+        for i, loop in enumerate(self.loops):
+            own = list(self._instructions(loop.own))
+            sizes[i] = sum(all(self._comes_from(x, [y]) for y in calls) for x in own), len(own)
+        most = max(size for size, _ in sizes.values())
+        if not most:
             raise LookupError(f"no loop of the kernel comes from the call {call}")
-        return best
+        large = [i for i, (size, _) in sizes.items() if 2 * size >= most]
+        return self.loops[max(large, key=lambda i: sizes[i][0] / sizes[i][1])]
 
     def iteration(
         self, loop: Loop, element_bytes: int, arrays: int = 1, inner: bool = True
