@@ -127,6 +127,21 @@ def test_real_shapes(name, dtype):
     model.step()
 
 
+@pytest.mark.parametrize("m", [4, 7, 16, 20, 32, 40, 44])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_n_with_ties(m, dtype):
+    """The best or the worst in registers, or a warp's cut: of equal scores the first are pruned."""
+    source = torch.Generator().manual_seed(m)
+    for n in range(1, m + 1):
+        cuda_emulator.seed(n, small=True)
+        for v, shape in ((1, (3, m, 3)), (2, (4, m))):
+            weight = (torch.randn(shape, generator=source) * 4).round().to(dtype) / 4
+            actual = cuda_emulator.nm_prune(weight, n, m, v, "channels", 0.5)
+            expected = reference.nm_prune(weight, n, m, v, "channels", 0.5)
+            for name, a, e in zip(("weights", "mask"), actual, expected, strict=True):
+                assert_bitwise_equal(a, e, f"{name}, {n} of {m}, v={v}")
+
+
 MIXES = (
     ("whole words, compared", "shared words, by warps", "pieces in shared words"),
     ("whole bands, the last short", "a warp for a group", "flat"),
