@@ -12,7 +12,7 @@ from typing import Any
 from bench.harness.table import number
 from issp.utils.files import atomic_write
 
-_WIDE_RANGE = 20
+_WIDE_RANGE = 100
 
 
 @dataclass
