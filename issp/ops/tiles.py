@@ -296,7 +296,7 @@ def tiled_chain(
     sizes = [size for t in images for size in (t.channels, t.width)]
     tensors: list[Tensor] = []
     biases: list[Tensor] = []
-    none = torch.empty(0)
+    none = torch.empty(0, dtype=torch.float32, device=images[0].data.device)
     for w, bias in weights:
         tensors += (w.values, w.positions, w.tile_starts)
         biases.append(none if bias is None else bias)
