@@ -50,7 +50,7 @@ class Lookahead(Wrapper):
             self.state[p]["slow_params"] = p.detach().clone()
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def own_step(self, closure=None):
         loss = self.optimizer.step(closure)
         self.count += 1
         if self.count % 2 == 0:
@@ -58,6 +58,9 @@ class Lookahead(Wrapper):
                 p.lerp_(self.state[p]["slow_params"], 0.5)
                 self.state[p]["slow_params"].copy_(p)
         return loss
+
+    def step(self, closure=None):
+        return self.own_step(closure)
 
 
 class UnhookedLookahead(Lookahead):
@@ -68,7 +71,7 @@ class UnhookedLookahead(Lookahead):
             super()._patch_step_function()
 
     def step(self, closure=None):
-        return Lookahead.step.__wrapped__(self, closure)
+        return self.own_step(closure)
 
 
 class TRAC(Wrapper):
