@@ -55,7 +55,10 @@ def fuse_tiles(trace: Trace) -> Fusion:
     conversions = _Conversions(fusion.graph, tiled, plain, pictures)
     conversions.insert()
     calls = tiled.keys() - plain
-    _reuse_memory(fusion.graph, {*calls, *conversions.converted.values()}, calls)
+    # A picture in tiles has more channels than its shape says: no result may lie there.
+    made = conversions.converted.items()
+    converted = [node for (_, convert), node in made if convert is not picture_to_tiles]
+    _reuse_memory(fusion.graph, {*calls, *converted}, calls)
     for run in _runs(fusion.graph, calls):
         _chain(fusion, run)
     # What hooks of a layer in the run would see are tiles.
