@@ -134,6 +134,17 @@ class TestRuns:
         assert torch.equal(first(x).isnan(), F.conv2d(x, first.weight, padding=1).isnan())
 
     @torch.no_grad()
+    def test_no_result_lies_where_a_picture_was(self, cache, timed):
+        layers = [nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 3, 1), nn.Conv2d(3, 3, 1)]
+        packed = pack(nn.Sequential(*layers), cache, (1, 3, 8, 8))
+        assert isinstance(packed[0], PictureConv2d) and isinstance(packed[2], TiledConv2d)
+        x = torch.rand(2, 3, 11, 9)
+        y = tiled_conv2d(picture_to_tiles(x), *packed[0]._derived())
+        for layer in (packed[1], packed[2]):
+            y = tiled(layer, y)
+        assert_bitwise_equal(packed(x), from_tiles(y), "the result")
+
+    @torch.no_grad()
     def test_few_channels_within_a_network(self, cache, timed):
         layers = [nn.Conv2d(4, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1)]
         packed = pack(nn.Sequential(*layers, nn.Conv2d(2, 8, 3, padding=1)), cache)
