@@ -135,20 +135,12 @@ ISSP_DEVICE void mark_best(const SharedGroup<K>& group, uint32_t m, Bound<K> bou
   }
 }
 
-// Where a group is cut: below tau, or equal to it at a place before `end`, units are pruned.
-template <typename K>
-struct Cut {
-  K tau;
-  uint32_t end;
-  ISSP_DEVICE bool takes(K score, uint32_t place) const {
-    return score < tau || (score == tau && place < end);
-  }
-};
-
 // By a whole warp: halves the range of scores in which the rank-th smallest lies until a count hits
-// it, or until a score is left whose ties are ranked.
+// it, or until a score is left whose ties are ranked. The index of a unit is its place in the
+// group.
 template <typename K, typename Score>
-ISSP_DEVICE Cut<K> cut_by_warp(const Score& score, uint32_t m, uint32_t rank, int bits) {
+ISSP_DEVICE Threshold<K> threshold_by_warp(const Score& score, uint32_t m, uint32_t rank,
+                                           int bits) {
   K base = 0;
   while (bits > 0) {
     const K half = K(1) << --bits;

@@ -239,9 +239,10 @@ ISSP_DEVICE void mark_units(const View& view, const CtaTile& tile) {
   }
   each_group<K>(layout, tile, view.scores(), warp(), kWarps, [&](const SharedGroup<K>& group) {
     const auto score = [&](uint32_t place) { return group.score_at(group.column(place)); };
-    const Cut<K> cut = cut_by_warp<K>(score, m, pruned, score_bits<T, View::kSingleWeight>);
+    const Threshold<K> threshold =
+        threshold_by_warp<K>(score, m, pruned, score_bits<T, View::kSingleWeight>);
     for (uint32_t place = lane(); place < m; place += 32) {
-      if (cut.takes(score(place), place) != kept) mark(group.column(place));
+      if (threshold.selects(score(place), place) != kept) mark(group.column(place));
     }
   });
 }
@@ -364,13 +365,14 @@ ISSP_DEVICE void shrink_single_group(const View& view, uint32_t number,
     return View::kSingleWeight ? key<T>(load(view.source() + i))
                                : key_of_sum<T>(sum_unit<T>(view, NoUpdate{}, i));
   };
-  Cut<Key<T>> cut = {0, 0};
+  Threshold<Key<T>> threshold = {0, 0};
   if (view.selects) {
-    cut = cut_by_warp<Key<T>>(score, layout.m, layout.pruned, score_bits<T, View::kSingleWeight>);
+    threshold = threshold_by_warp<Key<T>>(score, layout.m, layout.pruned,
+                                          score_bits<T, View::kSingleWeight>);
   }
 #pragma unroll 1
   for (uint32_t place = lane(); place < layout.m; place += 32) {
-    const bool pruned = view.selects && cut.takes(score(place), place);
+    const bool pruned = view.selects && threshold.selects(score(place), place);
 #pragma unroll 1
     for (uint32_t j = 0; j < layout.v * layout.c; ++j) {
       const uint32_t i =
